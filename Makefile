@@ -1,0 +1,47 @@
+# make sweep   the full embedded matrix: 360 cells, about ten minutes on two cores
+# make test    what CI runs: lint, format, types, tests
+# make ui      MLflow on the results
+
+PYTHON ?= python3.11
+VENV ?= .venv
+# Options for pip where torch is installed, such as the index of a CPU or a CUDA build (see the README).
+TORCH_OPTIONS ?=
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: sweep smoke test test-slow lint types bench ui clean
+
+sweep: $(READY)
+	$(BIN)/tune-sparse prepare embedded
+	$(BIN)/tune-sparse sweep embedded
+
+smoke: $(READY)
+	$(BIN)/tune-sparse sweep smoke
+
+test: lint types
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-slow: $(READY)
+	$(BIN)/python -m pytest -m "slow"
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(READY)
+	$(BIN)/mypy
+
+bench: $(READY)
+	for bench in tests/bench_*.py; do $(BIN)/python $$bench || exit 1; done
+
+ui: $(READY)
+	$(BIN)/tune-sparse ui
+
+$(READY): pyproject.toml cluster/constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet torch -c cluster/constraints.txt $(TORCH_OPTIONS)
+	$(BIN)/pip install --quiet --editable ".[dev]" -c cluster/constraints.txt
+	touch $@
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,1 @@
+"""How machines are obtained: the pinned environment (constraints.txt)."""
