@@ -1,0 +1,224 @@
+"""Every default of the system, once, with the rules that values must obey.
+
+The same names serve the command line (`--models`, `--set steps=20`), a YAML file and Python:
+`SweepConfig.from_names({"models": ["tiny-llama"], "steps": 20})`.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import types
+from collections.abc import Mapping
+from dataclasses import MISSING, Field, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from tune_sparse.errors import InputError, unknown_name
+
+MODES = ("dense", "sparse-to-dense", "sparse-to-sparse")
+BACKENDS = ("torch",)
+PRECISIONS = ("float32", "bfloat16")
+LOSSES = ("answer", "prompt-and-answer")
+EMBEDDED_ROWS = Path("embedded")
+"""As a `data_dir`: rows come from the embedded generator. It is never a default, so that no model is trained on
+generated rows by oversight."""
+
+
+def option(help: str, default: Any = MISSING) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+def rule(holds: bool, text: str, value: Any, fix: str) -> None:
+    if not holds:
+        raise InputError(f"{text}, got {value!r}. {fix}")
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How a cell is trained and scored. Each field changes numbers, so all are part of a run's identity.
+
+    The defaults are the protocol of the 7B matrix.
+    """
+
+    steps: int = option("optimizer steps of a training", 200)
+    global_batch: int = option("rows per optimizer step, accumulated over micro-batches", 256)
+    micro_batch: int = option("rows per forward pass; divides the global batch", 8)
+    learning_rate: float = option("peak of the cosine schedule", 3e-4)
+    final_learning_rate: float = option("end of the cosine schedule", 3e-5)
+    warmup_fraction: float = option("linear warm-up as a fraction of the steps", 0.03)
+    warmup_steps: int | None = option("linear warm-up in steps; wins over the fraction", None)
+    weight_decay: float = option("of AdamW", 0.1)
+    beta1: float = option("of AdamW", 0.9)
+    beta2: float = option("of AdamW", 0.95)
+    max_grad_norm: float = option("gradients are clipped to this norm", 1.0)
+    lora_rank: int = option("rank R of the adapters", 16)
+    lora_alpha: float = option("scaling s = alpha / R", 32.0)
+    lora_dropout: float = option("dropout on the adapters' input", 0.0)
+    loss_on: str = option(f"which tokens are learned: {' or '.join(LOSSES)}", "answer")
+    precision: str = option(f"of the weights: {' or '.join(PRECISIONS)}", "bfloat16")
+    max_tokens: int = option("longer rows lose the start of their prompt", 2048)
+    max_new_tokens: int = option("limit of a generated answer", 256)
+    n_train: int | None = option("training rows used; none for all", None)
+    n_selection: int | None = option("rows carved from train for the eval loss; none for a tenth of train", 256)
+    n_test: int | None = option("test rows scored; none for all", None)
+    eval_every: int = option("steps between two eval losses", 50)
+    threads: int = option("CPU threads of a trial; their number changes the last bits of a sum", 1)
+
+    def __post_init__(self) -> None:
+        for name in (
+            "steps",
+            "global_batch",
+            "micro_batch",
+            "lora_rank",
+            "max_tokens",
+            "max_new_tokens",
+            "eval_every",
+            "threads",
+        ):
+            rule(getattr(self, name) >= 1, f"{name} must be at least 1", getattr(self, name), "Give a larger number.")
+        for name in ("n_train", "n_selection", "n_test"):
+            value = getattr(self, name)
+            rule(value is None or value >= 1, f"{name} must be at least 1 or none", value, "Give more rows.")
+        for name in ("learning_rate", "lora_alpha", "max_grad_norm"):
+            rule(getattr(self, name) > 0, f"{name} must be above 0", getattr(self, name), "Give a positive number.")
+        rule(
+            self.global_batch % self.micro_batch == 0,
+            "micro_batch must divide global_batch",
+            f"{self.micro_batch} and {self.global_batch}",
+            "Give a divisor.",
+        )
+        rule(
+            0 <= self.final_learning_rate <= self.learning_rate,
+            "final_learning_rate must be between 0 and learning_rate",
+            self.final_learning_rate,
+            "Lower it.",
+        )
+        rule(self.weight_decay >= 0, "weight_decay must be at least 0", self.weight_decay, "Give 0 or more.")
+        for name in ("beta1", "beta2", "lora_dropout", "warmup_fraction"):
+            rule(0 <= getattr(self, name) < 1, f"{name} must be in [0, 1)", getattr(self, name), "Give a fraction.")
+        rule(
+            0 <= self.warmup < self.steps,
+            f"the warm-up must be shorter than the training of {self.steps} steps",
+            self.warmup,
+            "Lower warmup_steps or raise steps.",
+        )
+        if self.loss_on not in LOSSES:
+            raise unknown_name("loss_on", self.loss_on, LOSSES)
+        if self.precision not in PRECISIONS:
+            raise unknown_name("precision", self.precision, PRECISIONS)
+
+    @property
+    def warmup(self) -> int:
+        """Steps of linear warm-up."""
+        return round(self.warmup_fraction * self.steps) if self.warmup_steps is None else self.warmup_steps
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One point of the matrix."""
+
+    model: str
+    task: str
+    method: str
+    sparsity: float
+    mode: str
+    seed: int
+    backend: str
+
+    @property
+    def trained(self) -> Cell:
+        """The cell whose training serves this one: without zeros, every method and mode is the dense baseline."""
+        if self.sparsity > 0 and self.mode != "dense":
+            return self
+        return Cell(self.model, self.task, "none", 0.0, "dense", self.seed, self.backend)
+
+
+@dataclass(frozen=True)
+class SweepConfig:
+    """A sweep: the axes of its matrix, the protocol of its cells, and where it runs."""
+
+    models: tuple[str, ...] = option("embedded names, checkpoint folders, or hub ids with @revision")
+    tasks: tuple[str, ...] = option("see `tune-sparse sweep --list`", ("boolq", "hellaswag", "gsm8k"))
+    methods: tuple[str, ...] = option("pruning methods", ("unstructured", "structured", "random"))
+    sparsities: tuple[float, ...] = option(
+        "fractions of zeros in the pruned matrices", (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+    )
+    modes: tuple[str, ...] = option("training modes", ("sparse-to-dense", "sparse-to-sparse"))
+    seeds: tuple[int, ...] = option("of the rows' order, the adapters and the random masks", (0,))
+    backend: str = option("where trials compute", "torch")
+    protocol: Protocol = field(default_factory=Protocol)
+    data_dir: Path | None = option("folder of JSON-lines tasks, or `embedded` for generated rows", None)
+    results_dir: Path = option("the ledger, MLflow and reports", Path("results"))
+    workers: int | None = option("trials at once; none for one per core (or per GPU)", None)
+    gpus_per_trial: float = option("GPUs, or a fraction of one, that a trial holds", 0.0)
+    max_retries: int = option("new tries of a trial after an infrastructure error", 2)
+    tracking_uri: str | None = option("of MLflow; none for SQLite in the results folder", None)
+
+    def __post_init__(self) -> None:
+        for axis in ("models", "tasks", "methods", "sparsities", "modes", "seeds"):
+            values = getattr(self, axis)
+            rule(len(values) > 0, f"{axis} must name at least one", values, f"Give --{axis}.")
+            rule(len(set(values)) == len(values), f"{axis} must not repeat a value", values, "Remove the repeats.")
+        for sparsity in self.sparsities:
+            rule(
+                0 <= sparsity < 1,
+                "a sparsity is the fraction of zeros, in [0, 1)",
+                sparsity,
+                f"Did you mean {sparsity / 100:g}?" if 1 < sparsity < 100 else "Give a fraction.",
+            )
+        for mode in self.modes:
+            if mode not in MODES:
+                raise unknown_name("mode", mode, MODES)
+        if self.backend not in BACKENDS:
+            raise unknown_name("backend", self.backend, BACKENDS)
+        rule(self.workers is None or self.workers >= 1, "workers must be at least 1", self.workers, "Give 1 or more.")
+        rule(self.gpus_per_trial >= 0, "gpus_per_trial must be at least 0", self.gpus_per_trial, "Give 0 or more.")
+        rule(self.max_retries >= 0, "max_retries must be at least 0", self.max_retries, "Give 0 or more.")
+
+    @classmethod
+    def from_names(cls, names: Mapping[str, Any]) -> SweepConfig:
+        """A checked configuration from flat {name: value}, values as Python, YAML or text has them."""
+        known = {f.name for f in (*fields(cls), *fields(Protocol))} - {"protocol"}
+        for name in names:
+            if name not in known:
+                raise unknown_name("setting", name, known)
+        rule(bool(names.get("models")), "a sweep needs models", names.get("models"), "Give --models or a preset.")
+        own, protocol = (
+            {f.name: converted(kind, f, names[f.name]) for f in fields(kind) if f.name in names}
+            for kind in (cls, Protocol)
+        )
+        return cls(**own, protocol=Protocol(**protocol))
+
+
+def converted(owner: type, at: Field[Any], value: Any) -> Any:
+    """`value` as the declared type of a field, or an `InputError` that names the field."""
+    declared = get_type_hints(owner)[at.name]
+    try:
+        return _as_type(declared, value)
+    except (TypeError, ValueError) as error:
+        wanted = getattr(declared, "__name__", None) if not get_args(declared) else None
+        raise InputError(
+            f"{at.name} ({at.metadata['help']}) must be {wanted or declared}, got {value!r} ({error}). Mend the value."
+        ) from error
+
+
+def _as_type(declared: Any, value: Any) -> Any:
+    if get_origin(declared) in (Union, types.UnionType):
+        if value is None or value == "none":
+            return None
+        return _as_type(get_args(declared)[0], value)
+    if get_origin(declared) is tuple:
+        items = value.replace(",", " ").split() if isinstance(value, str) else value
+        items = items if isinstance(items, list | tuple) else [items]
+        return tuple(_as_type(get_args(declared)[0], item) for item in items)
+    if isinstance(value, bool):
+        raise TypeError("a yes or no is not a number")
+    if declared is int and isinstance(value, float) and not value.is_integer():
+        raise ValueError("not a whole number")
+    if declared is str and not isinstance(value, str | os.PathLike):
+        raise TypeError("not a text")
+    result = declared(value)
+    if declared is float and not math.isfinite(result):
+        raise ValueError("not finite")
+    return result

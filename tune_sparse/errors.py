@@ -1,0 +1,20 @@
+"""What a user did wrong, said so that it can be mended; and what a run did wrong."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class InputError(ValueError):
+    """The user's input breaks a rule. The message has the rule, the value received and the fix."""
+
+
+class RunError(RuntimeError):
+    """A run that would fail again in the same way: recorded, never retried."""
+
+
+def unknown_name(kind: str, name: str, known: Iterable[str]) -> InputError:
+    """An error that offers the closest of the known names before listing all of them."""
+    known = sorted(known)
+    close = get_close_matches(str(name), known, n=3, cutoff=0.5)
+    hint = f" Did you mean {' or '.join(repr(c) for c in close)}?" if close else ""
+    return InputError(f"unknown {kind} {name!r}.{hint} Known: {', '.join(known)}.")

@@ -1,0 +1,135 @@
+"""LoRA on pruned weights: the effective weight, the layer that trains it, and the exact merge.
+
+W: (O, I) frozen and already pruned, A: (R, I), B: (O, R), M: (O, I) keep-mask, s = alpha / R.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.tuners.lora.layer import Linear as PeftLinear
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from tune_sparse.config import Protocol
+from tune_sparse.masks import Masks
+from tune_sparse.models import PRUNED
+from tune_sparse.paths import write_json
+
+ADAPTER = "default"
+"""PEFT's name for the only adapter."""
+
+
+def effective_weight(weight: Tensor, A: Tensor, B: Tensor, scaling: float, mask: Tensor | None = None) -> Tensor:
+    """W + s(BA), or W + s(BA)⊙M with a mask, in the dtype of W.
+
+    Training, merging and scoring all use this function, so that they agree to the last bit.
+    """
+    update = scaling * (B @ A)
+    if mask is not None:
+        update = update * mask
+    return (weight + update).to(weight.dtype)
+
+
+class SparseLora(PeftLinear):
+    """y = (W + s(BA)⊙M) x + b, M absent where the mode does not mask the update.
+
+    Dropout p > 0 acts on the adapter's input, as in PEFT: y = Wx + b + (s(BA)⊙M) dropout(x).
+    """
+
+    keep_mask: Tensor | None = None
+
+    def factors(self) -> tuple[Tensor, Tensor, float]:
+        """A, B and s."""
+        return self.lora_A[ADAPTER].weight, self.lora_B[ADAPTER].weight, self.scaling[ADAPTER]
+
+    def merged_weight(self) -> Tensor:
+        """The weight that this layer computes with: (O, I)."""
+        return effective_weight(self.base_layer.weight, *self.factors(), self.keep_mask)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        dropout = self.lora_dropout[ADAPTER]
+        if not self.training or isinstance(dropout, nn.Identity):
+            return F.linear(x, self.merged_weight(), self.base_layer.bias)
+        A, B, scaling = self.factors()
+        zero = torch.zeros((), dtype=torch.float32, device=x.device)
+        update = effective_weight(zero, A, B, scaling, self.keep_mask).to(x.dtype)
+        return self.base_layer(x) + F.linear(dropout(x), update)
+
+
+def adapt_model(model: PreTrainedModel, protocol: Protocol, update_masks: Masks | None, seed: int) -> PeftModel:
+    """Put adapters into the prunable layers of `model`, in place; `update_masks` confines their update.
+
+    B starts at zero and A uniform in ±1/sqrt(I) (Hu et al. 2021, arXiv:2106.09685, and PEFT), from `seed` and the
+    layer's name alone. PEFT's own initialisation depends on the layers that came before.
+    """
+    config = LoraConfig(
+        r=protocol.lora_rank,
+        lora_alpha=protocol.lora_alpha,
+        lora_dropout=protocol.lora_dropout,
+        target_modules=list(PRUNED),
+        task_type="CAUSAL_LM",
+    )
+    config._register_custom_module({nn.Linear: SparseLora})
+    adapted = get_peft_model(model, config)
+    assert isinstance(adapted, PeftModel)
+    for name, layer in sparse_lora_layers(adapted):
+        A, B, _ = layer.factors()
+        stream = int.from_bytes(hashlib.sha256(f"{seed}/adapter/{name}".encode()).digest()[:8]) >> 1
+        bound = 1 / math.sqrt(A.shape[1])
+        drawn = torch.rand(A.shape, generator=torch.Generator().manual_seed(stream))
+        A.data.copy_((2 * drawn - 1) * bound)
+        B.data.zero_()
+        if update_masks is not None:
+            layer.keep_mask = update_masks[name]
+    return adapted
+
+
+def sparse_lora_layers(adapted: PeftModel) -> Iterator[tuple[str, SparseLora]]:
+    """(name of the weight in the checkpoint, layer) of every adapted layer."""
+    for name, module in adapted.get_base_model().named_modules():
+        if isinstance(module, SparseLora):
+            yield f"{name}.weight", module
+
+
+def merged_weights(adapted: PeftModel, masks: Masks | None = None) -> dict[str, Tensor]:
+    """What each adapted layer computes with; with `masks`, without the weights that they do not keep."""
+    merged = {name: layer.merged_weight().detach() for name, layer in sparse_lora_layers(adapted)}
+    return merged if masks is None else {name: weight * masks[name] for name, weight in merged.items()}
+
+
+def updates(adapted: PeftModel) -> dict[str, Tensor]:
+    """s(BA), masked where the layer masks it, in fp32."""
+    zero = torch.zeros((), dtype=torch.float32)
+    return {
+        name: effective_weight(zero.to(layer.base_layer.weight.device), *layer.factors(), layer.keep_mask).detach()
+        for name, layer in sparse_lora_layers(adapted)
+    }
+
+
+def lost_fraction(wanted: dict[str, Tensor], obtained: dict[str, Tensor]) -> float:
+    """|wanted - obtained|² / |wanted|² over all matrices: the share of an update that did not arrive."""
+    lost = sum(float((wanted[name] - obtained[name]).double().square().sum()) for name in wanted)
+    total = sum(float(update.double().square().sum()) for update in wanted.values())
+    return lost / total if total else 0.0
+
+
+def save_adapter(adapted: PeftModel, folder: Path, mode: str, mask_sha256: str) -> None:
+    """Write the adapter in PEFT's format.
+
+    Stock PEFT would load the adapter of a masked update silently as plain LoRA, which computes another function:
+    `tune_sparse.json` says which mode and mask it belongs to.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {name: tensor.contiguous() for name, tensor in get_peft_model_state_dict(adapted).items()}
+    save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    adapted.peft_config[ADAPTER].save_pretrained(str(folder))
+    write_json(folder / "tune_sparse.json", {"mode": mode, "mask_sha256": mask_sha256})

@@ -1,0 +1,265 @@
+"""Checkpoints in Hugging Face format: found, checked, identified, loaded; and their prunable matrices."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tune_sparse.errors import InputError
+from tune_sparse.paths import cache_dir, read_json, write_json
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM")
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
+PRUNED = ATTENTION + FEED_FORWARD
+"""Linear layers of a decoder block that are pruned and adapted; embeddings, norms and the head are not."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a decoder, from its config."""
+
+    hidden: int
+    layers: int
+    heads: int
+    key_value_heads: int
+    head_dim: int
+    channels: int
+    vocabulary: int
+    sliding_window: int | None
+
+    @classmethod
+    def of(cls, config: dict[str, Any]) -> Shape:
+        heads = config["num_attention_heads"]
+        return cls(
+            hidden=config["hidden_size"],
+            layers=config["num_hidden_layers"],
+            heads=heads,
+            key_value_heads=config.get("num_key_value_heads") or heads,
+            head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+            channels=config["intermediate_size"],
+            vocabulary=config["vocab_size"],
+            sliding_window=config.get("sliding_window"),
+        )
+
+    @property
+    def pruned_weights(self) -> int:
+        """Weights of all prunable matrices."""
+        attention = 2 * self.hidden * self.head_dim * (self.heads + self.key_value_heads)
+        return self.layers * (attention + 3 * self.hidden * self.channels)
+
+    def adapter_weights(self, rank: int) -> int:
+        """Weights of LoRA adapters of `rank` on every prunable matrix: R (I + O) each."""
+        queries, keys = self.head_dim * self.heads, self.head_dim * self.key_value_heads
+        attention = 2 * (self.hidden + queries) + 2 * (self.hidden + keys)
+        return self.layers * rank * (attention + 3 * (self.hidden + self.channels))
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model folder that was checked: right class, weights present and finite."""
+
+    name: str
+    path: Path
+    fingerprint: str
+    """SHA-256 of config, weights and tokenizer: part of a run's identity."""
+    shape: Shape
+
+
+def short_name(reference: str) -> str:
+    """The last part of a path or hub id, without its revision: what names a model in tables."""
+    folder = Path(reference).expanduser()
+    return folder.resolve().name if folder.is_dir() else reference.split("@", 1)[0].rsplit("/", 1)[-1]
+
+
+def find_folder(reference: str) -> Path:
+    """The folder of an embedded model that was trained, a path, or a hub id that was fetched.
+
+    Raises `InputError` where `prepare_models` has something to do first.
+    """
+    from tune_sparse.embedded_models import EMBEDDED_MODELS, embedded_folder
+
+    if reference in EMBEDDED_MODELS:
+        folder = embedded_folder(reference)
+        if not folder.is_dir():
+            raise InputError(
+                f"an embedded model must be trained before it is used, {reference!r} is not. "
+                f"Run `tune-sparse prepare --models {reference}`."
+            )
+        return folder
+    if Path(reference).expanduser().is_dir():
+        return Path(reference).expanduser()
+    return _hub_folder(reference, local_files_only=True)
+
+
+def prepare_models(references: Sequence[str], report: Callable[[str], None]) -> dict[str, Path]:
+    """Train the embedded models and fetch the hub ids among `references`; returns the folder of each.
+
+    Afterwards `find_folder` needs no network.
+    """
+    from tune_sparse.embedded_models import EMBEDDED_MODELS, train_embedded_models
+
+    embedded = [reference for reference in references if reference in EMBEDDED_MODELS]
+    folders = dict(zip(embedded, train_embedded_models(embedded, report), strict=True))
+    for reference in references:
+        if reference not in embedded:
+            is_folder = Path(reference).expanduser().is_dir()
+            folders[reference] = find_folder(reference) if is_folder else _hub_folder(reference, local_files_only=False)
+    return folders
+
+
+def _hub_folder(reference: str, local_files_only: bool) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    from tune_sparse.embedded_models import EMBEDDED_MODELS
+
+    if reference.split("@", 1)[0].count("/") != 1 or reference.startswith((".", "~", "/")):
+        close = get_close_matches(reference, EMBEDDED_MODELS, n=1)
+        raise InputError(
+            f"a model is {', '.join(EMBEDDED_MODELS)}, a folder, or a hub id such as org/name@revision, "
+            f"got {reference!r}, which is none of them. "
+            + (f"Did you mean {close[0]!r}?" if close else "Mend the name or the path.")
+        )
+    hub_id, _, revision = reference.partition("@")
+    try:
+        folder = snapshot_download(
+            hub_id,
+            revision=revision or None,
+            local_files_only=local_files_only,
+            allow_patterns=["*.json", "*.safetensors", "tokenizer*"],
+        )
+    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
+        raise InputError(
+            f"the weights of a model must be on this machine before a sweep, {reference!r} is not "
+            f"({type(error).__name__}). Run `tune-sparse prepare --models {reference}` where there is a network, "
+            "or give a folder."
+        ) from error
+    return Path(folder)
+
+
+def check_checkpoint(reference: str) -> Checkpoint:
+    """Find a model and check its config and every weight, reading each tensor once.
+
+    The result is remembered by the files' sizes and times. Raises `InputError` for a missing config, weights or
+    tokenizer, an unsupported class, or a weight that is not finite (which tensor).
+    """
+    folder = find_folder(reference)
+    config = _read_config(folder)
+    files = [folder / "config.json", *_weight_files(folder), *_tokenizer_files(folder)]
+    memory = cache_dir() / "fingerprints" / (hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16] + ".json")
+    stamp = [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files]
+    known = read_json(memory) if memory.exists() else {}
+    if known.get("stamp") != stamp:
+        for weights in _weight_files(folder):
+            _refuse_bad_weights(weights)
+        known = {"stamp": stamp, "fingerprint": _sha256(files)}
+        write_json(memory, known)
+    try:
+        shape = Shape.of(config)
+    except (KeyError, TypeError) as error:
+        raise InputError(
+            f"{folder / 'config.json'} must have the sizes of its model, {error} is missing. Add it."
+        ) from error
+    return Checkpoint(short_name(reference), folder, known["fingerprint"], shape)
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise InputError(f"a model folder needs config.json, {folder} has none. Give a Hugging Face checkpoint.")
+    try:
+        config: dict[str, Any] = read_json(path)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path} must be JSON: {error}. Mend or fetch it again.") from error
+    if not isinstance(config, dict):
+        raise InputError(f"{path} must map names to values, got {type(config).__name__}. Fetch it again.")
+    found = config.get("architectures") or ["no class at all"]
+    if found[0] not in ARCHITECTURES:
+        raise InputError(f"the class of a model must be {' or '.join(ARCHITECTURES)}, {path} says {found[0]}.")
+    return config
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    try:
+        names = sorted(set(read_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise InputError(f"{index} must map tensors to files: {error}. Fetch it again.") from error
+    for name in names:
+        if not (folder / name).is_file():
+            raise InputError(f"a model folder needs its safetensors weights, {folder / name} is missing. Fetch it.")
+    return [folder / name for name in names]
+
+
+def _tokenizer_files(folder: Path) -> list[Path]:
+    found = [folder / name for name in ("tokenizer.json", "tokenizer.model") if (folder / name).is_file()]
+    if not found:
+        raise InputError(f"a model folder needs tokenizer.json or tokenizer.model, {folder} has neither. Add it.")
+    return found
+
+
+def _refuse_bad_weights(path: Path) -> None:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118  (a safe_open is not a mapping)
+                if not tensors.get_tensor(name).isfinite().all():
+                    raise InputError(f"weights must be finite, {name} in {path} has NaN or inf. Fetch the file again.")
+    except SafetensorError as error:
+        raise InputError(f"{path} must be a safetensors file: {error}. Fetch it again.") from error
+
+
+def _sha256(files: list[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
+
+
+def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """The model in evaluation mode, its weights frozen."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True, attn_implementation="sdpa")
+    model.requires_grad_(False).eval().to(device)
+    return model
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def prunable_layers(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+    """(name of its weight in the checkpoint, layer) of every prunable matrix, in the checkpoint's order."""
+    for name, module in model.named_modules():
+        if name.rsplit(".", 1)[-1] in PRUNED:
+            yield f"{name}.weight", module
+
+
+def prunable_weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    """{checkpoint tensor name: weight (O, I)} of every prunable matrix; the tensors are the model's own."""
+    return {name: layer.weight.data for name, layer in prunable_layers(model)}
+
+
+def write_weights_into(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
+    """Copy `weights` into the prunable matrices of a model."""
+    for name, layer in prunable_layers(model):
+        layer.weight.data.copy_(weights[name])

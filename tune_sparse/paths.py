@@ -1,0 +1,47 @@
+"""Where files go, and how they get there whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+
+def cache_dir() -> Path:
+    """What can be made again: embedded models, fingerprints. `TUNE_SPARSE_CACHE` overrides the user's cache."""
+    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tune-sparse"
+    return Path(os.environ.get("TUNE_SPARSE_CACHE") or default)
+
+
+def aside(path: Path) -> Path:
+    """A hidden name beside `path` that no other process uses, to write before a rename."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a whole file or nothing: a reader never sees half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = aside(path)
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """As `write_text`; a value that is not finite is refused, since JSON has no NaN."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_lines(path: Path, values: Iterable[Any]) -> None:
+    """One compact JSON value a line."""
+    lines = (json.dumps(v, ensure_ascii=False, allow_nan=False, separators=(",", ":")) for v in values)
+    write_text(path, "".join(line + "\n" for line in lines))
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))

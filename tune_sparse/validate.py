@@ -1,0 +1,59 @@
+"""Is a pruned and trained model what it claims to be?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tune_sparse.masks import TOLERANCE, Masks, mask_sha256, sparsity_of
+
+
+def mask_violations(masks: Masks, sparsity: float) -> list[str]:
+    """Broken rules of a set of masks: binary, no layer empty, within `TOLERANCE` of the asked sparsity."""
+    found = [
+        f"{name}: a mask must be bool, got {mask.dtype}" for name, mask in masks.items() if mask.dtype != torch.bool
+    ]
+    found += [f"{name}: no layer may be 100% sparse" for name, mask in masks.items() if not mask.any()]
+    counted = sparsity_of(masks)
+    if abs(counted - sparsity) > TOLERANCE:
+        found.append(f"the masks' sparsity must be within {TOLERANCE:g} of {sparsity:g}, got {counted:.4f}")
+    return found
+
+
+def validation_report(
+    weights: Mapping[str, Tensor], masks: Masks, sparsity: float, trained_mask_sha256: str, tolerance: float = 0.0
+) -> dict[str, Any]:
+    """Check deployed weights against their masks.
+
+    Every masked position must be 0 (within `tolerance`, for checkpoints that come from elsewhere), the masks must
+    be those that training used, and the zeros counted in the weights must be within `TOLERANCE` of the asked
+    sparsity. Returns all_valid, violations, max_abs_at_masked, mask_sha256, counted_sparsity and, per matrix, the
+    zeros and the number of weights.
+    """
+    violations = mask_violations(masks, sparsity)
+    checksum = mask_sha256(masks)
+    if checksum != trained_mask_sha256:
+        violations.append(f"the mask must be the one that was trained, {trained_mask_sha256}, got {checksum}")
+    violations += [f"{name}: weights must be finite" for name, w in weights.items() if not w.isfinite().all()]
+    at_masked = {name: float((w * ~masks[name]).abs().max()) for name, w in weights.items()}
+    violations += [
+        f"{name}: masked weights must be 0, got {value:g}"
+        for name, value in at_masked.items()
+        if not value <= tolerance
+    ]
+    zeros = {name: [int((w == 0).sum()), w.numel()] for name, w in weights.items()}
+    counted = sum(z for z, _ in zeros.values()) / sum(n for _, n in zeros.values())
+    if abs(counted - sparsity) > TOLERANCE:
+        violations.append(f"the weights' sparsity must be within {TOLERANCE:g} of {sparsity:g}, got {counted:.4f}")
+    finite = [value for value in at_masked.values() if value == value]
+    return {
+        "all_valid": not violations,
+        "violations": violations,
+        "max_abs_at_masked": max(finite, default=None),
+        "mask_sha256": checksum,
+        "counted_sparsity": counted,
+        "zeros_by_matrix": zeros,
+    }
