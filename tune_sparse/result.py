@@ -1,0 +1,208 @@
+"""The ledger: what was run, proved by a finished record, found by what it was.
+
+A results folder holds
+
+    sweeps/<sweep_id>.json          the cells that a sweep asked for, and the run that serves each
+    runs/<run_id>/                  one training: config, result, validation, outcomes, adapter
+    untuned/<id>.json               accuracy of a pruned model before tuning, shared by the modes
+    set_aside/                      earlier failures and discarded runs, with the reason
+    holder.json                     who is writing, with a heartbeat
+
+A run's files are written in a hidden folder that is renamed when its `result.json` is complete, so a run folder
+is whole or absent. A run is done only if its `result.json` parses and says so.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from tune_sparse.config import Cell, Protocol
+from tune_sparse.paths import aside, read_json, write_json, write_text
+
+NUMERICS_VERSION = 1
+"""Raised by hand when trained numbers would change."""
+
+Status = Literal["done", "failed", "interrupted"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training, described by everything that changes its result."""
+
+    cell: Cell
+    protocol: Protocol
+    model_path: str
+    data_dir: str | None
+    model_fingerprint: str
+    data_fingerprint: str
+    prompt_version: int
+
+    @property
+    def identity(self) -> str:
+        """SHA-256 of the canonical run; places on disk are left out."""
+        return sha256_of(self._identified())
+
+    @property
+    def run_id(self) -> str:
+        return readable_id(self.cell, self.identity)
+
+    @property
+    def untuned_id(self) -> str:
+        """Names the accuracy before tuning, which neither the mode nor the training changes."""
+        c, p = self.cell, self.protocol
+        seed = c.seed if c.method == "random" else 0
+        scored = (p.precision, p.threads, p.max_tokens, p.max_new_tokens, p.n_test)
+        inputs = (NUMERICS_VERSION, self.model_fingerprint, self.data_fingerprint, self.prompt_version)
+        identity = sha256_of([c.model, c.task, c.method, c.sparsity, c.backend, seed, *scored, *inputs])
+        return readable_id(Cell(c.model, c.task, c.method, c.sparsity, "untuned", seed, c.backend), identity)
+
+    def _identified(self) -> dict[str, Any]:
+        places = {"model_path", "data_dir"}
+        known = {name: value for name, value in asdict(self).items() if name not in places}
+        return known | {"numerics_version": NUMERICS_VERSION}
+
+    def as_config(self) -> dict[str, Any]:
+        """What `config.yaml` and a trial hold."""
+        return asdict(self)
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Run:
+        return cls(**{**config, "cell": Cell(**config["cell"]), "protocol": Protocol(**config["protocol"])})
+
+
+def sha256_of(value: Any) -> str:
+    """Of the canonical JSON of a value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, allow_nan=False).encode()).hexdigest()
+
+
+def readable_id(cell: Cell, identity: str) -> str:
+    """`<backend>_<model>_<task>_<method>_s<NN>_<mode>_<hash8>`, for people: settings are never read back from it."""
+    parts = (cell.backend, cell.model, cell.task, cell.method, f"s{cell.sparsity * 100:02g}", cell.mode, identity[:8])
+    return re.sub(r"[^A-Za-z0-9._-]", "-", "_".join(parts))
+
+
+@dataclass(frozen=True)
+class Record:
+    """How a run ended. `metrics` repeat bit for bit on a CPU; `measured` are seconds, rates and memory."""
+
+    run_id: str
+    identity: str
+    status: Status
+    metrics: dict[str, Any] = field(default_factory=dict)
+    measured: dict[str, Any] = field(default_factory=dict)
+    environment: dict[str, Any] = field(default_factory=dict)
+    error: dict[str, Any] | None = None
+    """class, message, traceback, retryable"""
+
+
+@dataclass(frozen=True)
+class SweepRecord:
+    """What a sweep asked for: each cell with the id of the run that serves it."""
+
+    sweep_id: str
+    started: float
+    config: dict[str, Any]
+    cells: tuple[dict[str, Any], ...]
+    """the fields of a `Cell`, with cell_id, run_id, shared_with (the cell_id that owns the run, or None), chance"""
+
+
+class Ledger:
+    """The runs of one results folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def run_folder(self, run_id: str) -> Path:
+        return self.folder / "runs" / run_id
+
+    def record(self, run_id: str) -> Record | None:
+        """How a run ended, or None if no readable record says so."""
+        try:
+            return Record(**read_json(self.run_folder(run_id) / "result.json"))
+        except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError, TypeError, UnicodeDecodeError):
+            return None
+
+    def run(self, run_id: str) -> Run:
+        """The settings of a recorded run."""
+        import yaml
+
+        return Run.from_config(yaml.safe_load((self.run_folder(run_id) / "config.yaml").read_text("utf-8")))
+
+    def is_done(self, run_id: str) -> bool:
+        record = self.record(run_id)
+        return record is not None and record.status == "done"
+
+    @contextmanager
+    def writing(self, run_id: str) -> Iterator[Path]:
+        """A hidden folder to write a run into; it takes the run's name if the block ends well.
+
+        A folder that is already there is set aside, unless it is done: then the new one is dropped, since the
+        same run was finished by someone else meanwhile.
+        """
+        final = self.run_folder(run_id)
+        partial = aside(final)
+        partial.mkdir(parents=True)
+        try:
+            yield partial
+            if self.is_done(run_id):
+                return
+            if final.exists():
+                self.set_aside(run_id, "tried again")
+            partial.rename(final)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+    def write_record(self, run: Run, record: Record) -> None:
+        """A run folder that holds only how the run ended: for runs that did not get further."""
+        with self.writing(run.run_id) as folder:
+            write_config(folder, run)
+            write_json(folder / "result.json", asdict(record))
+
+    def set_aside(self, run_id: str, reason: str) -> Path:
+        """Move a run out of the results, kept and explained; nothing is deleted."""
+        folder = self.run_folder(run_id)
+        write_json(folder / "set_aside.json", {"reason": reason, "at": time.time()})
+        target = self.folder / "set_aside" / f"{run_id}_{time.time_ns()}"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        folder.rename(target)
+        return target
+
+    def running(self) -> set[str]:
+        """Runs that are being written, or were when their writer was killed."""
+        names = (path.name for path in (self.folder / "runs").glob(".*.partial"))
+        return {name[1:].rsplit(".", 2)[0] for name in names}
+
+    def remove_partial(self) -> None:
+        """Remove what killed writers left. Only the holder of the folder may."""
+        for path in (*self.folder.glob(".*.partial"), *self.folder.glob("*/.*.partial")):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    def untuned(self, untuned_id: str) -> dict[str, Any] | None:
+        path = self.folder / "untuned" / f"{untuned_id}.json"
+        return read_json(path) if path.exists() else None
+
+    def write_untuned(self, untuned_id: str, value: dict[str, Any]) -> None:
+        write_json(self.folder / "untuned" / f"{untuned_id}.json", value)
+
+    def write_sweep(self, sweep: SweepRecord) -> None:
+        write_json(self.folder / "sweeps" / f"{sweep.sweep_id}.json", asdict(sweep))
+
+    def sweeps(self) -> list[SweepRecord]:
+        """Every sweep that was started here, the oldest first."""
+        found = [SweepRecord(**read_json(path)) for path in (self.folder / "sweeps").glob("*.json")]
+        return sorted(found, key=lambda sweep: (sweep.started, sweep.sweep_id))
+
+
+def write_config(folder: Path, run: Run) -> None:
+    import yaml
+
+    write_text(folder / "config.yaml", yaml.safe_dump(run.as_config(), sort_keys=False))
