@@ -1,0 +1,1 @@
+"""What can be swept or searched: plain data and pure functions, standard library only."""

@@ -1,0 +1,68 @@
+"""The matrix of the study: its axes, its presets, and the cells they span.
+
+A preset is a mapping of the names of `tune_sparse.config.SweepConfig`; whatever it does not name keeps
+the default written there.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import product
+from typing import Any
+
+PILOT_SPARSITIES = (0.0, 0.5, 0.9)
+
+# Models that are several gigabytes are named by hub id and the revision that was meant.
+LLAMA_7B = "huggyllama/llama-7b@4782ad278652c7c71b72204d462d6d01eaaf7549"
+MISTRAL_7B_V01 = "mistralai/Mistral-7B-v0.1@27d67f1b5f57dc0953326b2601d68371d40ea8da"
+MIXTRAL_8X7B = "mistralai/Mixtral-8x7B-v0.1@fc7ac94680e38d7348cfa806e51218e6273104b0"
+LLAMA_3_8B = "meta-llama/Meta-Llama-3-8B@8cde5ca8380496c9a6cc7ef3a8b46a0372a1d920"
+MISTRAL_7B_V03 = "mistralai/Mistral-7B-v0.3@caa1feb0e54d415e2df31207e5f4e273e33509b1"
+
+PHOENIX_TASKS = (
+    "gsm8k",
+    "mawps",
+    "svamp",
+    "boolq",
+    "piqa",
+    "hellaswag",
+    "winogrande",
+    "arc_easy",
+    "arc_challenge",
+    "openbookqa",
+)
+
+EMBEDDED = {
+    "models": ("tiny-llama", "tiny-mistral"),
+    "data_dir": "embedded",
+    "steps": 70,
+    "learning_rate": 3e-3,
+    "final_learning_rate": 3e-4,
+    "warmup_fraction": 0.1,
+    "global_batch": 16,
+    "micro_batch": 16,
+    "max_tokens": 256,
+    "max_new_tokens": 40,
+    "precision": "float32",
+    "n_train": 2000,
+    "n_selection": 64,
+    "n_test": 200,
+    "eval_every": 35,
+}
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # 360 cells that a laptop trains in minutes
+    "embedded": EMBEDDED,
+    # 24 of them, 14 trainings
+    "smoke": EMBEDDED | {"models": ("tiny-llama",), "tasks": ("boolq", "gsm8k"), "sparsities": (0.0, 0.5)},
+    # 360 cells at 7B
+    "matrix": {"models": (LLAMA_7B, MISTRAL_7B_V01)},
+    "mixtral": {"models": (MIXTRAL_8X7B,)},
+    "phoenix": {"models": (LLAMA_3_8B, MISTRAL_7B_V03), "tasks": PHOENIX_TASKS},
+}
+PRESETS |= {f"{name}-pilot": axes | {"sparsities": PILOT_SPARSITIES} for name, axes in PRESETS.items()}
+PRESETS["pilot"] = PRESETS["embedded-pilot"]
+
+
+def cells(axes: Mapping[str, Iterable[Any]]) -> Iterator[dict[str, Any]]:
+    """Every combination of `axes`, the first axis varying slowest, as {axis: value}."""
+    for values in product(*axes.values()):
+        yield dict(zip(axes, values, strict=True))

@@ -1,0 +1,67 @@
+"""The Ray Tune trainable: one trial is one cell, and its worker stays warm for the next. Only this file reports."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+
+from tune_sparse.result import Ledger, Run
+
+REPORT_SECONDS = 5.0
+"""A running trial reports at least so often, which is also how fast it can be stopped."""
+
+
+class CellTrainable(tune.Trainable):
+    """Runs `config["trial"]`, which has a `run` (as a mapping) and the `results_dir` of its ledger.
+
+    A result reports step, steps and train_loss; the last one is `done` and has the run's status and accuracy.
+    """
+
+    def setup(self, config: dict[str, Any]) -> None:
+        from trainables.torch_backend import Bench
+
+        self._bench = Bench()
+        self._begin(config)
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        self._steps.close()
+        self._begin(new_config)
+        return True
+
+    def _begin(self, config: Mapping[str, Any]) -> None:
+        from trainables.torch_backend import run_cell
+
+        run = Run.from_config(config["trial"]["run"])
+        self._steps = run_cell(run, Ledger(Path(config["trial"]["results_dir"])), self._bench)
+        self._result: dict[str, Any] = {"run_id": run.run_id, "steps": run.protocol.steps, "step": 0}
+
+    def step(self) -> dict[str, Any]:
+        until = time.monotonic() + REPORT_SECONDS
+        try:
+            while time.monotonic() < until:
+                step = next(self._steps)
+                self._result |= {"step": step.step, "train_loss": step.loss}
+        except StopIteration as stop:
+            record = stop.value
+            return self._result | {
+                "done": True,
+                "status": record.status,
+                "accuracy": record.metrics.get("accuracy"),
+                "model_loads": self._bench.loads,
+                "pid": os.getpid(),
+            }
+        return self._result | {"done": False}
+
+    def cleanup(self) -> None:
+        self._steps.close()
+
+    def save_checkpoint(self, checkpoint_dir: str) -> None:
+        """Nothing to save: an unfinished run starts again."""
+
+    def load_checkpoint(self, checkpoint: str | None) -> None:
+        """Nothing was saved."""

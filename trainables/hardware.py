@@ -1,0 +1,76 @@
+"""Where a trial ran, and what it used."""
+
+from __future__ import annotations
+
+import platform
+import socket
+import subprocess
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PACKAGES = ("torch", "transformers", "peft", "ray", "numpy", "safetensors", "tokenizers")
+
+
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@cache
+def environment() -> dict[str, Any]:
+    """Hardware, versions and commit of this process: recorded with a run, not part of its identity."""
+    return {
+        "hardware": hardware_name(),
+        "host": socket.gethostname(),
+        "python": platform.python_version(),
+        "packages": {name: version(name) for name in PACKAGES},
+        "git_sha": git_sha(),
+    }
+
+
+def hardware_name() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+@cache
+def git_sha() -> str | None:
+    """The commit of this code with `-dirty` if files changed since, or None outside a checkout."""
+    here = Path(__file__).parent
+    try:
+        found = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            cwd=here,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return found.stdout.strip()
+
+
+def reset_peak_memory() -> None:
+    """Start a new measurement for `peak_memory_bytes`."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    elif Path("/proc/self/clear_refs").exists():
+        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, see proc(5)
+
+
+def peak_memory_bytes() -> int | None:
+    """The most memory used since the reset: allocated on the GPU, or resident on a Linux CPU; None elsewhere."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return None
+    fields = dict(line.split(":", 1) for line in status.read_text().splitlines() if ":" in line)
+    return int(fields["VmHWM"].split()[0]) * 1024

@@ -1,0 +1,305 @@
+"""A cell on a CPU or a GPU: prune, train, deploy, score, validate, record."""
+
+from __future__ import annotations
+
+import gc
+import json
+import time
+import traceback
+from collections.abc import Callable, Generator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from trainables import dense, sparse_to_dense, sparse_to_sparse
+from trainables.hardware import device, environment, peak_memory_bytes, reset_peak_memory
+from tune_sparse.cost import SEQUENCE_LENGTHS, inference_flops
+from tune_sparse.data import Encoded, encode_answers, load_splits
+from tune_sparse.errors import InputError, RunError
+from tune_sparse.evaluate import Scored, TestSet, encode_test, score
+from tune_sparse.lora import adapt_model, lost_fraction, save_adapter, sparse_lora_layers, updates
+from tune_sparse.masks import Masks, mask_sha256, masked, sparsity_of
+from tune_sparse.methods import make_masks
+from tune_sparse.models import Shape, check_checkpoint, load_model, load_tokenizer, prunable_weights, write_weights_into
+from tune_sparse.paths import write_json, write_lines, write_text
+from tune_sparse.result import Ledger, Record, Run, write_config
+from tune_sparse.tasks import task_named
+from tune_sparse.train import Step, answer_loss, fit, mean_loss
+from tune_sparse.validate import validation_report
+
+MODES = {"dense": dense, "sparse-to-dense": sparse_to_dense, "sparse-to-sparse": sparse_to_sparse}
+
+# These may go well another time or elsewhere; everything else would fail again in the same way.
+INFRASTRUCTURE_ERRORS = (torch.OutOfMemoryError, MemoryError, ConnectionError, TimeoutError)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A task's rows as one model's tokens."""
+
+    train: list[Encoded]
+    selection: list[Encoded]
+    test: TestSet
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """One model in memory, with the weights that pruning and merging overwrite."""
+
+    key: tuple[str, str]
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    shape: Shape
+    pristine: dict[str, Tensor]
+
+
+class Bench:
+    """What a worker keeps between cells: one model with its pristine weights, and its tasks' tokens."""
+
+    def __init__(self) -> None:
+        self.loads = 0
+        self._loaded: Loaded | None = None
+        self._rows: dict[tuple[Any, ...], Rows] = {}
+
+    def lend(self, run: Run) -> Loaded:
+        """The run's model, its weights as in the checkpoint. It is loaded only if another one lay here."""
+        key = (run.model_fingerprint, run.protocol.precision)
+        if self._loaded is None or self._loaded.key != key:
+            self.clear()
+            self._loaded = _load(run, key)
+            self.loads += 1
+        write_weights_into(self._loaded.model, self._loaded.pristine)
+        return self._loaded
+
+    def clear(self) -> None:
+        """Forget the model: it may have been left half-changed, or another one is wanted."""
+        self._loaded, self._rows = None, {}
+        gc.collect()
+
+    def rows(self, run: Run, tokenizer: PreTrainedTokenizerBase) -> Rows:
+        """The task's rows, encoded once."""
+        task, protocol = task_named(run.cell.task), run.protocol
+        key = (task.name, run.data_fingerprint, run.prompt_version, protocol.max_tokens)
+        if key not in self._rows:
+            splits = load_splits(task, Path(run.data_dir) if run.data_dir else None, protocol)
+            if splits.fingerprint != run.data_fingerprint:
+                raise InputError(f"the rows of {task.name} must not change during a sweep. Start the sweep again.")
+            train, selection = (
+                encode_answers(tokenizer, [task.training_pair(row) for row in rows], protocol.max_tokens)
+                for rows in (splits.train, splits.selection)
+            )
+            self._rows[key] = Rows(train, selection, encode_test(tokenizer, task, splits.test, protocol))
+        return self._rows[key]
+
+
+def _load(run: Run, key: tuple[str, str]) -> Loaded:
+    checkpoint = check_checkpoint(run.model_path)
+    if checkpoint.fingerprint != run.model_fingerprint:
+        raise InputError(f"{run.model_path} must not change during a sweep, and it did. Start the sweep again.")
+    model = load_model(checkpoint.path, getattr(torch, run.protocol.precision), device())
+    pristine = {name: weight.clone() for name, weight in prunable_weights(model).items()}
+    return Loaded(key, model, load_tokenizer(checkpoint.path), checkpoint.shape, pristine)
+
+
+def run_cell(run: Run, ledger: Ledger, bench: Bench) -> Generator[Step, None, Record]:
+    """Train and score one cell into the ledger, yielding each optimizer step.
+
+    An error that would come again is recorded as a failed run; an infrastructure error is raised.
+    """
+    with ledger.writing(run.run_id) as folder:
+        write_config(folder, run)
+        log = Log(folder)
+        try:
+            metrics, measured = yield from _stages(run, ledger, bench, folder, log)
+            record = Record(run.run_id, run.identity, "done", metrics, measured, environment())
+        except INFRASTRUCTURE_ERRORS:
+            bench.clear()
+            raise
+        except Exception as error:
+            bench.clear()
+            log(f"failed: {error}")
+            record = Record(
+                run.run_id, run.identity, "failed", environment=environment(), error=describe_error(error, False)
+            )
+        log.close()
+        write_text(folder / "git_sha.txt", f"{environment()['git_sha'] or 'unknown'}\n")
+        write_json(folder / "result.json", asdict(record))
+    return record
+
+
+def describe_error(error: BaseException, retryable: bool) -> dict[str, Any]:
+    return {
+        "class": type(error).__name__,
+        "message": str(error),
+        "traceback": "".join(traceback.format_exception(error)),
+        "retryable": retryable,
+    }
+
+
+class Log:
+    """The run's own log: lines with the seconds since its start."""
+
+    def __init__(self, folder: Path) -> None:
+        self.started = time.perf_counter()
+        self._log = (folder / "train.log").open("w", buffering=1)
+        self._metrics = (folder / "metrics.jsonl").open("w", buffering=1)
+
+    def __call__(self, text: str) -> None:
+        self._log.write(f"{self.seconds():9.3f} {text}\n")
+
+    def metrics(self, **values: float | int) -> None:
+        self._metrics.write(json.dumps(values) + "\n")
+
+    def seconds(self) -> float:
+        return time.perf_counter() - self.started
+
+    def close(self) -> None:
+        self._log.close()
+        self._metrics.close()
+
+
+def _stages(
+    run: Run, ledger: Ledger, bench: Bench, folder: Path, log: Log
+) -> Generator[Step, None, tuple[dict[str, Any], dict[str, Any]]]:
+    """Prepare, train, deploy, score and validate; returns (deterministic metrics, measured values)."""
+    cell, protocol, mode = run.cell, run.protocol, MODES[run.cell.mode]
+    torch.set_num_threads(protocol.threads)
+    reset_peak_memory()
+    loaded = bench.lend(run)
+    model, tokenizer, shape = loaded.model, loaded.tokenizer, loaded.shape
+    rows = bench.rows(run, tokenizer)
+    log(f"model and rows ready: {len(rows.train)} train, {len(rows.selection)} selection, {len(rows.test.golds)} test")
+
+    masks = make_masks(cell.method, loaded.pristine, shape, cell.sparsity, cell.seed)
+    pruned = masked(loaded.pristine, masks)
+    write_weights_into(model, pruned)
+    checksum = mask_sha256(masks)
+    _write_sparse_config(folder, run, masks, checksum)
+    untuned = _untuned(run, ledger, lambda: score(model, tokenizer, rows.test, protocol))
+    log(f"pruned to {sparsity_of(masks):.4f}, accuracy before tuning {untuned['accuracy']:.4f}")
+
+    adapted = adapt_model(model, protocol, mode.update_masks(masks), cell.seed)
+    parameters = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
+    trained = yield from _train(run, adapted.get_base_model(), parameters, rows, log)
+    save_adapter(adapted, folder / "adapter", cell.mode, checksum)
+
+    deployed = mode.deploy(adapted, masks)
+    update = updates(adapted)
+    arrived = {name: deployed.trained[name].float() - pruned[name].float() for name in update}
+    frozen_base_changed = [
+        name for name, layer in sparse_lora_layers(adapted) if not torch.equal(layer.base_layer.weight, pruned[name])
+    ]
+    probe = rows.train[: protocol.micro_batch]
+    unmerged_loss = _loss_of(adapted.get_base_model(), probe)
+    model = adapted.unload()
+    write_weights_into(model, deployed.trained)
+    merge_is_exact = _loss_of(model, probe) == unmerged_loss
+    before_merge: Scored | None = None
+    if deployed.final is not None:
+        before_merge = score(model, tokenizer, rows.test, protocol)
+        write_lines(folder / "examples_before_merge.jsonl", (o.line() for o in before_merge.outcomes))
+        write_weights_into(model, deployed.final)
+
+    scoring = time.perf_counter()
+    scored = score(model, tokenizer, rows.test, protocol)
+    scoring = time.perf_counter() - scoring
+    write_lines(folder / "examples.jsonl", (o.line() for o in scored.outcomes))
+    log(f"accuracy {scored.accuracy:.4f}")
+
+    report = validation_report(prunable_weights(model), masks, cell.sparsity, checksum)
+    report["violations"] += [f"{name}: the frozen weight must not change in training" for name in frozen_base_changed]
+    if not merge_is_exact:
+        report["violations"].append("the merged model must compute exactly the trained function")
+    report["all_valid"] = not report["violations"]
+    write_json(folder / "validation_report.json", report)
+    if not report["all_valid"]:
+        raise RunError("a run must pass its validation: " + "; ".join(report["violations"]))
+
+    metrics = {
+        "accuracy": scored.accuracy,
+        "accuracy_stderr": scored.accuracy_stderr,
+        "accuracy_before_tuning": untuned["accuracy"],
+        "accuracy_before_merge": before_merge.accuracy if before_merge else None,
+        "n_examples": len(scored.outcomes),
+        "truncated_fraction": rows.test.truncated_fraction,
+        "counted_sparsity": report["counted_sparsity"],
+        "mask_sha256": checksum,
+        "train_loss": trained["train_loss"],
+        "eval_loss": mean_loss(model, rows.selection, protocol),
+        "epochs": protocol.steps * protocol.global_batch / len(rows.train),
+        "update_rounded_away_fraction": lost_fraction(update, arrived),
+        "inference_flops": {str(tokens): inference_flops(masks, shape, tokens) for tokens in SEQUENCE_LENGTHS},
+    } | deployed.metrics
+    measured = {
+        "trial_seconds": log.seconds(),
+        "train_seconds": trained["seconds"],
+        "train_samples_per_second": trained["rows"] / trained["seconds"],
+        "train_tokens_per_second": trained["tokens"] / trained["seconds"],
+        "seconds_to_best_eval_loss": trained["seconds_to_best_eval_loss"],
+        "inference_samples_per_second": len(scored.outcomes) / scoring,
+        "compile_seconds": None,
+        "peak_memory_bytes": peak_memory_bytes(),
+    }
+    return metrics, measured
+
+
+def _write_sparse_config(folder: Path, run: Run, masks: Masks, checksum: str) -> None:
+    write_json(
+        folder / "sparse_config.json",
+        {
+            "method": run.cell.method,
+            "sparsity": run.cell.sparsity,
+            "seed": run.cell.seed,
+            "mask_sha256": checksum,
+            "counted_sparsity": sparsity_of(masks),
+            "kept_by_matrix": {name: [int(mask.sum()), mask.numel()] for name, mask in masks.items()},
+        },
+    )
+
+
+def _untuned(run: Run, ledger: Ledger, compute: Callable[[], Scored]) -> dict[str, Any]:
+    """Accuracy of the pruned model before tuning, computed by whichever mode comes first."""
+    known = ledger.untuned(run.untuned_id)
+    if known is None:
+        scored = compute()
+        correct = "".join("01"[o.correct] for o in scored.outcomes)
+        known = {"accuracy": scored.accuracy, "accuracy_stderr": scored.accuracy_stderr, "correct": correct}
+        ledger.write_untuned(run.untuned_id, known)
+    return known
+
+
+def _train(
+    run: Run, model: Any, parameters: list[torch.nn.Parameter], rows: Rows, log: Log
+) -> Generator[Step, None, dict[str, Any]]:
+    """Train the adapters; returns totals, the last loss, and when the eval loss was best."""
+    protocol = run.protocol
+    seconds, trained_rows, tokens, last = 0.0, 0, 0, float("nan")
+    best, best_seconds = float("inf"), 0.0
+    for step in fit(model, parameters, rows.train, protocol, run.cell.seed):
+        seconds, trained_rows, tokens = seconds + step.seconds, trained_rows + step.rows, tokens + step.tokens
+        last = step.loss
+        log.metrics(step=step.step, train_loss=step.loss, learning_rate=step.learning_rate)
+        if step.step % protocol.eval_every == 0 or step.step == protocol.steps:
+            loss = mean_loss(model, rows.selection, protocol)
+            log.metrics(step=step.step, eval_loss=loss)
+            log(f"step {step.step} of {protocol.steps}: train loss {step.loss:.4f}, eval loss {loss:.4f}")
+            if loss < best:
+                best, best_seconds = loss, seconds
+        yield step
+    return {
+        "seconds": seconds,
+        "rows": trained_rows,
+        "tokens": tokens,
+        "train_loss": last,
+        "seconds_to_best_eval_loss": best_seconds,
+    }
+
+
+@torch.no_grad()
+def _loss_of(model: Any, rows: list[Encoded]) -> float:
+    """A number that differs if any weight computes differently on these rows."""
+    return float(answer_loss(model, rows)[0])

@@ -1,0 +1,213 @@
+"""MLflow as a view of the ledger: it can be down, be late, or be rebuilt, and never has a run twice.
+
+One parent run a sweep, one child a training, found by the tags `tune_sparse.sweep_id` and `tune_sparse.run_id`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import queue
+import threading
+from dataclasses import asdict
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from tune_sparse.config import SweepConfig
+from tune_sparse.result import Ledger, Record, SweepRecord
+
+logger = logging.getLogger(__name__)
+
+EXPERIMENT = "tune-sparse"
+SWEEP_TAG = "tune_sparse.sweep_id"
+RUN_TAG = "tune_sparse.run_id"
+COMPLETE_TAG = "tune_sparse.complete"
+"""The status that was logged in full; without it a run was cut off in the middle of logging."""
+ARTIFACTS = ("config.yaml", "sparse_config.json", "result.json", "validation_report.json", "train.log")
+BATCH = 1000
+"""Metrics in one call, MLflow's limit."""
+MLFLOW_STATUS = {"done": "FINISHED", "failed": "FAILED", "interrupted": "KILLED"}
+
+
+def tracking_uri(config: SweepConfig) -> str:
+    """Of the configuration, or SQLite in the results folder."""
+    return config.tracking_uri or default_uri(config.results_dir)
+
+
+def default_uri(results_dir: Path) -> str:
+    return f"sqlite:///{results_dir.resolve() / 'mlflow.db'}"
+
+
+class Tracker:
+    """Writes finished runs of one ledger to one MLflow store. What is already there in full is left alone."""
+
+    def __init__(self, ledger: Ledger, uri: str) -> None:
+        from mlflow import MlflowClient
+
+        logging.getLogger("alembic").setLevel(logging.WARNING)
+        logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
+        self._ledger = ledger
+        self._client = MlflowClient(tracking_uri=uri)
+        self._experiment = self._experiment_id()
+        self._runs: dict[tuple[str, str], Any] = {}
+        self._read_existing()
+
+    def _experiment_id(self) -> str:
+        found = self._client.get_experiment_by_name(EXPERIMENT)
+        if found is not None:
+            return str(found.experiment_id)
+        artifacts = (self._ledger.folder / "mlartifacts").resolve()
+        return str(self._client.create_experiment(EXPERIMENT, artifact_location=artifacts.as_uri()))
+
+    def _read_existing(self) -> None:
+        token = None
+        while True:
+            page = self._client.search_runs([self._experiment], max_results=1000, page_token=token)
+            for run in page:
+                for tag in (SWEEP_TAG, RUN_TAG):
+                    if tag in run.data.tags:
+                        self._runs[tag, run.data.tags[tag]] = run
+            token = page.token
+            if not token:
+                return
+
+    def track_sweep(self, sweep: SweepRecord) -> str:
+        """The parent run of a sweep, made if missing; returns its MLflow id."""
+        key = (SWEEP_TAG, sweep.sweep_id)
+        known = self._runs.get(key)
+        if known is not None and COMPLETE_TAG not in known.data.tags:
+            self._client.delete_run(known.info.run_id)
+            known = None
+        if known is None:
+            run = self._client.create_run(
+                self._experiment,
+                start_time=int(sweep.started * 1000),
+                run_name=f"sweep {sweep.sweep_id}",
+                tags={SWEEP_TAG: sweep.sweep_id},
+            )
+            described = {name: json.dumps(value) for name, value in sweep.config.items() if name != "protocol"}
+            self._log_params(run.info.run_id, described | {"cells": str(len(sweep.cells))})
+            self._client.set_tag(run.info.run_id, COMPLETE_TAG, "done")
+            self._client.set_terminated(run.info.run_id)
+            self._runs[key] = self._client.get_run(run.info.run_id)
+        return str(self._runs[key].info.run_id)
+
+    def track_run(self, run_id: str, parent: str) -> None:
+        """The child run of a training, with parameters, curves, metrics, environment and small artifacts."""
+        record = self._ledger.record(run_id)
+        if record is None:
+            return
+        key = (RUN_TAG, run_id)
+        known = self._runs.get(key)
+        if known is not None:
+            if known.data.tags.get(COMPLETE_TAG) == record.status:
+                return
+            self._client.delete_run(known.info.run_id)
+        run = self._ledger.run(run_id)
+        folder = self._ledger.run_folder(run_id)
+        ended = (folder / "result.json").stat().st_mtime
+        start = ended - record.measured.get("trial_seconds", 0.0)
+        tags = {RUN_TAG: run_id, "mlflow.parentRunId": parent}
+        child = self._client.create_run(self._experiment, int(start * 1000), tags, run_id)
+        id_ = child.info.run_id
+        self._log_params(id_, asdict(run.cell) | asdict(run.protocol))
+        self._log_metrics(id_, _curves(folder) + _finals(record), int(ended * 1000))
+        for name in ARTIFACTS:
+            if (folder / name).exists():
+                self._client.log_artifact(id_, str(folder / name))
+        for tag, value in _environment_tags(record).items():
+            self._client.set_tag(id_, tag, value)
+        self._client.set_tag(id_, COMPLETE_TAG, record.status)
+        self._client.set_terminated(id_, MLFLOW_STATUS[record.status], end_time=int(ended * 1000))
+        self._runs[key] = self._client.get_run(id_)
+
+    def _log_params(self, run_id: str, params: dict[str, Any]) -> None:
+        from mlflow.entities import Param
+
+        self._client.log_batch(run_id, params=[Param(name, str(value)) for name, value in params.items()])
+
+    def _log_metrics(self, run_id: str, points: list[tuple[str, float, int]], timestamp: int) -> None:
+        from mlflow.entities import Metric
+
+        metrics = [Metric(name, value, timestamp, step) for name, value, step in points]
+        for start in range(0, len(metrics), BATCH):
+            self._client.log_batch(run_id, metrics=metrics[start : start + BATCH])
+
+
+def _curves(folder: Path) -> list[tuple[str, float, int]]:
+    """(name, value, step) of every point that training logged."""
+    path = folder / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    points = [json.loads(line) for line in lines]
+    return [(f"step_{name}", value, p["step"]) for p in points for name, value in p.items() if name != "step"]
+
+
+def _finals(record: Record) -> list[tuple[str, float, int]]:
+    values = record.metrics | record.measured
+    flops = values.pop("inference_flops", {})
+    values |= {f"inference_flops_{tokens}": count for tokens, count in flops.items()}
+    return [(name, float(v), 0) for name, v in values.items() if isinstance(v, int | float)]
+
+
+def _environment_tags(record: Record) -> dict[str, str]:
+    flat = {k: v for k, v in record.environment.items() if isinstance(v, str)}
+    flat |= {f"version_{name}": v for name, v in record.environment.get("packages", {}).items()}
+    if record.error:
+        flat["error"] = f"{record.error['class']}: {record.error['message']}"
+    return flat
+
+
+def track_ledger(ledger: Ledger, uri: str) -> int:
+    """Bring MLflow up to date with the whole ledger; returns how many recorded runs it now shows."""
+    tracker = Tracker(ledger, uri)
+    tracked: set[str] = set()
+    for sweep in ledger.sweeps():
+        parent = tracker.track_sweep(sweep)
+        for run_id in dict.fromkeys(cell["run_id"] for cell in sweep.cells):
+            if run_id not in tracked and ledger.record(run_id) is not None:
+                tracker.track_run(run_id, parent)
+                tracked.add(run_id)
+    return len(tracked)
+
+
+class BackgroundTracker:
+    """Tracks runs in a thread while a sweep goes on, and the whole ledger when it ends.
+
+    A store that is down slows and stops nothing: it is reported once, and `tune-sparse track` fills it later.
+    """
+
+    def __init__(self, ledger: Ledger, uri: str, sweep_id: str) -> None:
+        self._ledger, self._uri, self._sweep_id = ledger, uri, sweep_id
+        self._queue: queue.Queue[str | None] = queue.Queue()
+        self._thread = threading.Thread(target=self._work, name="mlflow-tracker", daemon=True)
+
+    def add(self, run_id: str) -> None:
+        self._queue.put(run_id)
+
+    def __enter__(self) -> BackgroundTracker:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._queue.put(None)
+        self._thread.join()
+
+    def _work(self) -> None:
+        # MLflow's imports wait for the first result, so that they do not slow the start of the workers.
+        first = self._queue.get()
+        try:
+            tracker = Tracker(self._ledger, self._uri)
+            [sweep] = [sweep for sweep in self._ledger.sweeps() if sweep.sweep_id == self._sweep_id]
+            parent = tracker.track_sweep(sweep)
+            for run_id in chain([first], iter(self._queue.get, None)) if first else ():
+                tracker.track_run(run_id, parent)
+            for cell in sweep.cells:
+                tracker.track_run(cell["run_id"], parent)
+        except Exception as error:
+            logger.warning(
+                "MLflow at %s is not up to date (%s: %s). The ledger is; `tune-sparse track` fills MLflow later.",
+                self._uri,
+                type(error).__name__,
+                error,
+            )
