@@ -1,0 +1,1 @@
+"""From finished records to tables, figures and findings. Nothing here trains or scores."""

@@ -1,0 +1,47 @@
+"""Tables over the cells: means over seeds, and how far each method and mode can be pruned."""
+
+from __future__ import annotations
+
+import pandas as pd
+
+SETTING = ["backend", "model", "task", "method", "mode", "sparsity"]
+PERFORMANCE = [
+    "chance_accuracy",
+    "counted_sparsity",
+    "accuracy",
+    "accuracy_before_tuning",
+    "accuracy_before_merge",
+    "train_loss",
+    "eval_loss",
+    "train_samples_per_second",
+    "inference_flops",
+]
+PASS_MARK = 0.10
+"""Accuracy may fall by this fraction of the dense baseline."""
+
+
+def sparsity_vs_performance(cells: pd.DataFrame) -> pd.DataFrame:
+    """Done cells as means over seeds, with the number of seeds: one row per setting."""
+    done = cells[cells["status"] == "done"]
+    grouped = done.groupby(SETTING, sort=True)
+    table = grouped[PERFORMANCE].mean()
+    table.insert(0, "seeds", grouped["seed"].nunique())
+    return table.reset_index()
+
+
+def highest_passing_sparsity(performance: pd.DataFrame) -> pd.DataFrame:
+    """The highest sparsity up to which accuracy stays within `PASS_MARK` of the dense baseline.
+
+    One row per backend, model, task, method and mode that has a dense baseline: dense_accuracy, highest_sparsity,
+    which is missing where the dense baseline itself is no better than chance.
+    """
+    rows = []
+    for key, curve in performance.groupby(SETTING[:-1], sort=True):
+        curve = curve.sort_values("sparsity")
+        if curve["sparsity"].iloc[0] != 0:
+            continue
+        dense = curve["accuracy"].iloc[0]
+        passed = (curve["accuracy"] >= (1 - PASS_MARK) * dense - 1e-9).cummin()
+        highest = curve.loc[passed, "sparsity"].max() if dense > curve["chance_accuracy"].iloc[0] else None
+        rows.append((*key, dense, highest))
+    return pd.DataFrame(rows, columns=[*SETTING[:-1], "dense_accuracy", "highest_sparsity"])
