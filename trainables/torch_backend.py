@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import time
 import traceback
 from collections.abc import Callable, Generator
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trainables import dense, sparse_to_dense, sparse_to_sparse
+from trainables.deployed import Deployed
 from trainables.hardware import device, environment, peak_memory_bytes, reset_peak_memory
+from tune_sparse.config import Cell
 from tune_sparse.cost import SEQUENCE_LENGTHS, inference_flops
 from tune_sparse.data import Encoded, encode_answers, load_splits
 from tune_sparse.errors import InputError, RunError
@@ -28,7 +33,7 @@ from tune_sparse.models import Shape, check_checkpoint, load_model, load_tokeniz
 from tune_sparse.paths import write_json, write_lines, write_text
 from tune_sparse.result import Ledger, Record, Run, write_config
 from tune_sparse.tasks import task_named
-from tune_sparse.train import Step, answer_loss, fit, mean_loss
+from tune_sparse.train import Step, fit, mean_loss
 from tune_sparse.validate import validation_report
 
 MODES = {"dense": dense, "sparse-to-dense": sparse_to_dense, "sparse-to-sparse": sparse_to_sparse}
@@ -112,20 +117,17 @@ def run_cell(run: Run, ledger: Ledger, bench: Bench) -> Generator[Step, None, Re
     """
     with ledger.writing(run.run_id) as folder:
         write_config(folder, run)
-        log = Log(folder)
-        try:
-            metrics, measured = yield from _stages(run, ledger, bench, folder, log)
-            record = Record(run.run_id, run.identity, "done", metrics, measured, environment())
-        except INFRASTRUCTURE_ERRORS:
-            bench.clear()
-            raise
-        except Exception as error:
-            bench.clear()
-            log(f"failed: {error}")
-            record = Record(
-                run.run_id, run.identity, "failed", environment=environment(), error=describe_error(error, False)
-            )
-        log.close()
+        with closing(Log(folder)) as log:
+            try:
+                metrics, measured = yield from _stages(run, ledger, bench, folder, log)
+                record = Record(run.run_id, run.identity, "done", metrics, measured, environment())
+            except BaseException as error:
+                bench.clear()
+                if not isinstance(error, Exception) or isinstance(error, INFRASTRUCTURE_ERRORS):
+                    raise
+                log(f"failed: {error}")
+                described = describe_error(error, retryable=False)
+                record = Record(run.run_id, run.identity, "failed", environment=environment(), error=described)
         write_text(folder / "git_sha.txt", f"{environment()['git_sha'] or 'unknown'}\n")
         write_json(folder / "result.json", asdict(record))
     return record
@@ -165,56 +167,46 @@ class Log:
 def _stages(
     run: Run, ledger: Ledger, bench: Bench, folder: Path, log: Log
 ) -> Generator[Step, None, tuple[dict[str, Any], dict[str, Any]]]:
-    """Prepare, train, deploy, score and validate; returns (deterministic metrics, measured values)."""
+    """Prune, train, merge, score and validate; returns (deterministic metrics, measured values)."""
     cell, protocol, mode = run.cell, run.protocol, MODES[run.cell.mode]
     torch.set_num_threads(protocol.threads)
     reset_peak_memory()
     loaded = bench.lend(run)
-    model, tokenizer, shape = loaded.model, loaded.tokenizer, loaded.shape
+    model, tokenizer = loaded.model, loaded.tokenizer
     rows = bench.rows(run, tokenizer)
     log(f"model and rows ready: {len(rows.train)} train, {len(rows.selection)} selection, {len(rows.test.golds)} test")
 
-    masks = make_masks(cell.method, loaded.pristine, shape, cell.sparsity, cell.seed)
-    pruned = masked(loaded.pristine, masks)
-    write_weights_into(model, pruned)
-    checksum = mask_sha256(masks)
-    _write_sparse_config(folder, run, masks, checksum)
+    pruned = _prune(run, loaded)
+    write_weights_into(model, pruned.weights)
+    write_json(folder / "sparse_config.json", pruned.described(cell))
     untuned = _untuned(run, ledger, lambda: score(model, tokenizer, rows.test, protocol))
-    log(f"pruned to {sparsity_of(masks):.4f}, accuracy before tuning {untuned['accuracy']:.4f}")
+    log(f"pruned to {sparsity_of(pruned.masks):.4f}, accuracy before tuning {untuned['accuracy']:.4f}")
 
-    adapted = adapt_model(model, protocol, mode.update_masks(masks), cell.seed)
-    parameters = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
-    trained = yield from _train(run, adapted.get_base_model(), parameters, rows, log)
-    save_adapter(adapted, folder / "adapter", cell.mode, checksum)
+    adapted = adapt_model(model, protocol, mode.update_masks(pruned.masks), cell.seed)
+    training = yield from _train(run, adapted, rows, log)
+    save_adapter(adapted, folder / "adapter", cell.mode, pruned.checksum)
 
-    deployed = mode.deploy(adapted, masks)
-    update = updates(adapted)
-    arrived = {name: deployed.trained[name].float() - pruned[name].float() for name in update}
-    frozen_base_changed = [
-        name for name, layer in sparse_lora_layers(adapted) if not torch.equal(layer.base_layer.weight, pruned[name])
-    ]
-    probe = rows.train[: protocol.micro_batch]
-    unmerged_loss = _loss_of(adapted.get_base_model(), probe)
+    deployed = mode.deploy(adapted, pruned.masks)
+    rounded_away = _rounded_away(adapted, deployed, pruned)
+    violations = _frozen_weight_violations(adapted, pruned)
+    unmerged = _outputs(adapted.get_base_model(), rows.train[: protocol.micro_batch])
     model = adapted.unload()
     write_weights_into(model, deployed.trained)
-    merge_is_exact = _loss_of(model, probe) == unmerged_loss
-    before_merge: Scored | None = None
-    if deployed.final is not None:
-        before_merge = score(model, tokenizer, rows.test, protocol)
-        write_lines(folder / "examples_before_merge.jsonl", (o.line() for o in before_merge.outcomes))
-        write_weights_into(model, deployed.final)
+    if not torch.equal(unmerged, _outputs(model, rows.train[: protocol.micro_batch])):
+        violations.append("the merged model must compute exactly the trained function")
 
-    scoring = time.perf_counter()
+    before_mask: Scored | None = None
+    if deployed.final is not None:
+        before_mask = score(model, tokenizer, rows.test, protocol)
+        write_lines(folder / "examples_before_merge.jsonl", (o.line() for o in before_mask.outcomes))
+        write_weights_into(model, deployed.final)
+    scoring_started = time.perf_counter()
     scored = score(model, tokenizer, rows.test, protocol)
-    scoring = time.perf_counter() - scoring
+    scoring_seconds = time.perf_counter() - scoring_started
     write_lines(folder / "examples.jsonl", (o.line() for o in scored.outcomes))
     log(f"accuracy {scored.accuracy:.4f}")
 
-    report = validation_report(prunable_weights(model), masks, cell.sparsity, checksum)
-    report["violations"] += [f"{name}: the frozen weight must not change in training" for name in frozen_base_changed]
-    if not merge_is_exact:
-        report["violations"].append("the merged model must compute exactly the trained function")
-    report["all_valid"] = not report["violations"]
+    report = validation_report(prunable_weights(model), pruned.masks, cell.sparsity, pruned.checksum, violations)
     write_json(folder / "validation_report.json", report)
     if not report["all_valid"]:
         raise RunError("a run must pass its validation: " + "; ".join(report["violations"]))
@@ -223,42 +215,53 @@ def _stages(
         "accuracy": scored.accuracy,
         "accuracy_stderr": scored.accuracy_stderr,
         "accuracy_before_tuning": untuned["accuracy"],
-        "accuracy_before_merge": before_merge.accuracy if before_merge else None,
+        "accuracy_before_merge": before_mask.accuracy if before_mask else None,
         "n_examples": len(scored.outcomes),
         "truncated_fraction": rows.test.truncated_fraction,
         "counted_sparsity": report["counted_sparsity"],
-        "mask_sha256": checksum,
-        "train_loss": trained["train_loss"],
+        "mask_sha256": pruned.checksum,
+        "train_loss": training.last_loss,
         "eval_loss": mean_loss(model, rows.selection, protocol),
-        "epochs": protocol.steps * protocol.global_batch / len(rows.train),
-        "update_rounded_away_fraction": lost_fraction(update, arrived),
-        "inference_flops": {str(tokens): inference_flops(masks, shape, tokens) for tokens in SEQUENCE_LENGTHS},
+        "epochs": training.rows / len(rows.train),
+        "update_rounded_away_fraction": rounded_away,
+        "inference_flops": {str(t): inference_flops(pruned.masks, loaded.shape, t) for t in SEQUENCE_LENGTHS},
     } | deployed.metrics
     measured = {
         "trial_seconds": log.seconds(),
-        "train_seconds": trained["seconds"],
-        "train_samples_per_second": trained["rows"] / trained["seconds"],
-        "train_tokens_per_second": trained["tokens"] / trained["seconds"],
-        "seconds_to_best_eval_loss": trained["seconds_to_best_eval_loss"],
-        "inference_samples_per_second": len(scored.outcomes) / scoring,
+        "train_seconds": training.seconds,
+        "train_samples_per_second": training.rows / training.seconds,
+        "train_tokens_per_second": training.tokens / training.seconds,
+        "seconds_to_best_eval_loss": training.seconds_to_best_eval_loss,
+        "inference_samples_per_second": len(scored.outcomes) / scoring_seconds,
         "compile_seconds": None,
         "peak_memory_bytes": peak_memory_bytes(),
     }
     return metrics, measured
 
 
-def _write_sparse_config(folder: Path, run: Run, masks: Masks, checksum: str) -> None:
-    write_json(
-        folder / "sparse_config.json",
-        {
-            "method": run.cell.method,
-            "sparsity": run.cell.sparsity,
-            "seed": run.cell.seed,
-            "mask_sha256": checksum,
-            "counted_sparsity": sparsity_of(masks),
-            "kept_by_matrix": {name: [int(mask.sum()), mask.numel()] for name, mask in masks.items()},
-        },
-    )
+@dataclass(frozen=True)
+class Pruned:
+    """Masks, their checksum, and the weights that they leave."""
+
+    masks: Masks
+    checksum: str
+    weights: dict[str, Tensor]
+
+    def described(self, cell: Cell) -> dict[str, Any]:
+        """What `sparse_config.json` holds."""
+        return {
+            "method": cell.method,
+            "sparsity": cell.sparsity,
+            "seed": cell.seed,
+            "mask_sha256": self.checksum,
+            "counted_sparsity": sparsity_of(self.masks),
+            "kept_by_matrix": {name: [int(mask.sum()), mask.numel()] for name, mask in self.masks.items()},
+        }
+
+
+def _prune(run: Run, loaded: Loaded) -> Pruned:
+    masks = make_masks(run.cell.method, loaded.pristine, loaded.shape, run.cell.sparsity, run.cell.seed)
+    return Pruned(masks, mask_sha256(masks), masked(loaded.pristine, masks))
 
 
 def _untuned(run: Run, ledger: Ledger, compute: Callable[[], Scored]) -> dict[str, Any]:
@@ -272,34 +275,60 @@ def _untuned(run: Run, ledger: Ledger, compute: Callable[[], Scored]) -> dict[st
     return known
 
 
-def _train(
-    run: Run, model: Any, parameters: list[torch.nn.Parameter], rows: Rows, log: Log
-) -> Generator[Step, None, dict[str, Any]]:
-    """Train the adapters; returns totals, the last loss, and when the eval loss was best."""
-    protocol = run.protocol
-    seconds, trained_rows, tokens, last = 0.0, 0, 0, float("nan")
-    best, best_seconds = float("inf"), 0.0
+@dataclass
+class Training:
+    """Totals of a training, filled as it goes."""
+
+    seconds: float = 0.0
+    rows: int = 0
+    tokens: int = 0
+    last_loss: float = math.nan
+    best_eval_loss: float = math.inf
+    seconds_to_best_eval_loss: float = 0.0
+
+    def add(self, step: Step) -> None:
+        self.seconds += step.seconds
+        self.rows += step.rows
+        self.tokens += step.tokens
+        self.last_loss = step.loss
+
+    def add_eval(self, loss: float) -> None:
+        if loss < self.best_eval_loss:
+            self.best_eval_loss, self.seconds_to_best_eval_loss = loss, self.seconds
+
+
+def _train(run: Run, adapted: PeftModel, rows: Rows, log: Log) -> Generator[Step, None, Training]:
+    """Train the adapters in place, with an eval loss every `eval_every` steps and at the end."""
+    protocol, model, training = run.protocol, adapted.get_base_model(), Training()
+    parameters = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
     for step in fit(model, parameters, rows.train, protocol, run.cell.seed):
-        seconds, trained_rows, tokens = seconds + step.seconds, trained_rows + step.rows, tokens + step.tokens
-        last = step.loss
+        training.add(step)
         log.metrics(step=step.step, train_loss=step.loss, learning_rate=step.learning_rate)
         if step.step % protocol.eval_every == 0 or step.step == protocol.steps:
             loss = mean_loss(model, rows.selection, protocol)
+            training.add_eval(loss)
             log.metrics(step=step.step, eval_loss=loss)
             log(f"step {step.step} of {protocol.steps}: train loss {step.loss:.4f}, eval loss {loss:.4f}")
-            if loss < best:
-                best, best_seconds = loss, seconds
         yield step
-    return {
-        "seconds": seconds,
-        "rows": trained_rows,
-        "tokens": tokens,
-        "train_loss": last,
-        "seconds_to_best_eval_loss": best_seconds,
-    }
+    return training
+
+
+def _rounded_away(adapted: PeftModel, deployed: Deployed, pruned: Pruned) -> float:
+    """The share of the update that adding it to the weights in their precision lost."""
+    arrived = {name: weight.float() - pruned.weights[name].float() for name, weight in deployed.trained.items()}
+    return lost_fraction(updates(adapted), arrived)
+
+
+def _frozen_weight_violations(adapted: PeftModel, pruned: Pruned) -> list[str]:
+    return [
+        f"{name}: the frozen weight must not change in training"
+        for name, layer in sparse_lora_layers(adapted)
+        if not torch.equal(layer.base_layer.weight, pruned.weights[name])
+    ]
 
 
 @torch.no_grad()
-def _loss_of(model: Any, rows: list[Encoded]) -> float:
-    """A number that differs if any weight computes differently on these rows."""
-    return float(answer_loss(model, rows)[0])
+def _outputs(model: Any, rows: list[Encoded]) -> Tensor:
+    """Logits of every token of `rows`: (tokens, vocabulary). They differ if a weight computes differently."""
+    texts = (torch.tensor([row.context + row.continuation], device=model.device) for row in rows)
+    return torch.cat([model(input_ids=ids, use_cache=False).logits[0] for ids in texts])

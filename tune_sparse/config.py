@@ -77,6 +77,7 @@ class Protocol:
             "threads",
         ):
             rule(getattr(self, name) >= 1, f"{name} must be at least 1", getattr(self, name), "Give a larger number.")
+        rule(self.max_tokens >= 2, "max_tokens must be at least 2", self.max_tokens, "Give a larger number.")
         for name in ("n_train", "n_selection", "n_test"):
             value = getattr(self, name)
             rule(value is None or value >= 1, f"{name} must be at least 1 or none", value, "Give more rows.")

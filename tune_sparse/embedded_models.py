@@ -201,7 +201,7 @@ def _trained(recipe: Recipe, report: Report) -> tuple[PreTrainedModel, PreTraine
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), torch.enable_grad():
             torch.manual_seed(recipe.seed)
             return _train(recipe, report)
     finally:

@@ -103,7 +103,8 @@ def _score_choices(model: PreTrainedModel, tests: TestSet) -> Scored:
 def log_likelihoods(model: PreTrainedModel, pairs: Sequence[Encoded]) -> list[float]:
     """Summed log-probability of each continuation after its context.
 
-    Choices of one token share their whole input and are read off one forward pass.
+    A continuation that fills the whole pair is scored from its second token on, as training learns it. Choices of
+    one token share their whole input and are read off one forward pass.
     """
     inputs = [(pair.context + pair.continuation)[:-1] for pair in pairs]
     readers: dict[tuple[int, ...], list[int]] = {}
@@ -115,9 +116,9 @@ def log_likelihoods(model: PreTrainedModel, pairs: Sequence[Encoded]) -> list[fl
         hidden = model.model(input_ids=padded, use_cache=False).last_hidden_state
         for row, ids in enumerate(batch):
             for i in readers[ids]:
-                count = len(pairs[i].continuation)
-                logits = model.lm_head(hidden[row, len(ids) - count : len(ids)])
-                targets = torch.tensor(pairs[i].continuation, device=model.device)
+                continuation = pairs[i].continuation[-len(ids) :]
+                logits = model.lm_head(hidden[row, len(ids) - len(continuation) : len(ids)])
+                targets = torch.tensor(continuation, device=model.device)
                 result[i] = float(logits.float().log_softmax(-1).gather(1, targets[:, None]).sum())
     return result
 

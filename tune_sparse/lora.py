@@ -33,10 +33,13 @@ def effective_weight(weight: Tensor, A: Tensor, B: Tensor, scaling: float, mask:
 
     Training, merging and scoring all use this function, so that they agree to the last bit.
     """
+    return (weight + lora_update(A, B, scaling, mask)).to(weight.dtype)
+
+
+def lora_update(A: Tensor, B: Tensor, scaling: float, mask: Tensor | None = None) -> Tensor:
+    """s(BA), or s(BA)⊙M with a mask, in the dtype of the adapter: (O, I)."""
     update = scaling * (B @ A)
-    if mask is not None:
-        update = update * mask
-    return (weight + update).to(weight.dtype)
+    return update if mask is None else update * mask
 
 
 class SparseLora(PeftLinear):
@@ -59,10 +62,11 @@ class SparseLora(PeftLinear):
         dropout = self.lora_dropout[ADAPTER]
         if not self.training or isinstance(dropout, nn.Identity):
             return F.linear(x, self.merged_weight(), self.base_layer.bias)
-        A, B, scaling = self.factors()
-        zero = torch.zeros((), dtype=torch.float32, device=x.device)
-        update = effective_weight(zero, A, B, scaling, self.keep_mask).to(x.dtype)
-        return self.base_layer(x) + F.linear(dropout(x), update)
+        return self.base_layer(x) + F.linear(dropout(x), self.get_delta_weight(ADAPTER).to(x.dtype))
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """What PEFT's own merge would add: masked too, where the mode masks the update."""
+        return lora_update(*self.factors(), self.keep_mask)
 
 
 def adapt_model(model: PreTrainedModel, protocol: Protocol, update_masks: Masks | None, seed: int) -> PeftModel:
@@ -107,12 +111,8 @@ def merged_weights(adapted: PeftModel, masks: Masks | None = None) -> dict[str, 
 
 
 def updates(adapted: PeftModel) -> dict[str, Tensor]:
-    """s(BA), masked where the layer masks it, in fp32."""
-    zero = torch.zeros((), dtype=torch.float32)
-    return {
-        name: effective_weight(zero.to(layer.base_layer.weight.device), *layer.factors(), layer.keep_mask).detach()
-        for name, layer in sparse_lora_layers(adapted)
-    }
+    """s(BA), masked where the layer masks it, in the adapters' fp32."""
+    return {name: layer.get_delta_weight(ADAPTER).detach() for name, layer in sparse_lora_layers(adapted)}
 
 
 def lost_fraction(wanted: dict[str, Tensor], obtained: dict[str, Tensor]) -> float:

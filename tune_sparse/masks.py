@@ -41,17 +41,19 @@ def structured_counts(shape: Shape, sparsity: float) -> tuple[int, int]:
     group = 2 * shape.hidden * shape.head_dim * (shape.heads // shape.key_value_heads + 1)
     channel = 3 * shape.hidden
     total = shape.key_value_heads * group + shape.channels * channel
-    groups = pruned_count(shape.key_value_heads, sparsity)
-    channels = round((sparsity * total - groups * group) / channel)
-    channels = max(0, min(channels, shape.channels - 1))
-    achieved = (groups * group + channels * channel) / total
-    if abs(achieved - sparsity) > TOLERANCE:
-        raise InputError(
-            f"structured sparsity must come within {TOLERANCE:g} of the target: with {shape.key_value_heads} "
-            f"key/value groups and {shape.channels} channels a block reaches {achieved:.3f}, got {sparsity:g}. "
-            "Choose another sparsity or an element-wise method."
-        )
-    return groups, channels
+    nearest = sorted(range(shape.key_value_heads), key=lambda groups: abs(groups - sparsity * shape.key_value_heads))
+    reached = []
+    for groups in nearest:
+        channels = round((sparsity * total - groups * group) / channel)
+        channels = max(0, min(channels, shape.channels - 1))
+        reached.append((groups * group + channels * channel) / total)
+        if abs(reached[-1] - sparsity) <= TOLERANCE:
+            return groups, channels
+    raise InputError(
+        f"structured sparsity must come within {TOLERANCE:g} of the target: with {shape.key_value_heads} key/value "
+        f"groups and {shape.channels} channels a block reaches {reached[0]:.3f}, got {sparsity:g}. "
+        "Choose another sparsity or an element-wise method."
+    )
 
 
 def block_masks(shape: Shape, keep_groups: Tensor, keep_channels: Tensor) -> dict[str, Tensor]:
@@ -84,7 +86,7 @@ def mask_sha256(masks: Masks) -> str:
     """A checksum over names, shapes and bits."""
     digest = hashlib.sha256()
     for name in sorted(masks):
-        mask = masks[name].cpu().numpy()
+        mask = masks[name].cpu().bool().numpy()
         digest.update(f"{name}{mask.shape}".encode())
         digest.update(np.packbits(mask).tobytes())
     return digest.hexdigest()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -16,11 +15,12 @@ from tune_sparse.paths import cache_dir, read_json, write_json
 if TYPE_CHECKING:
     import torch
     from torch import nn
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM")
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
+REQUIRED_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
 PRUNED = ATTENTION + FEED_FORWARD
 """Linear layers of a decoder block that are pruned and adapted; embeddings, norms and the head are not."""
 
@@ -39,17 +39,18 @@ class Shape:
     sliding_window: int | None
 
     @classmethod
-    def of(cls, config: dict[str, Any]) -> Shape:
-        heads = config["num_attention_heads"]
+    def of(cls, config: PretrainedConfig) -> Shape:
+        """What a config says, with the defaults of its own class for what it leaves out."""
+        heads = config.num_attention_heads
         return cls(
-            hidden=config["hidden_size"],
-            layers=config["num_hidden_layers"],
+            hidden=config.hidden_size,
+            layers=config.num_hidden_layers,
             heads=heads,
-            key_value_heads=config.get("num_key_value_heads") or heads,
-            head_dim=config.get("head_dim") or config["hidden_size"] // heads,
-            channels=config["intermediate_size"],
-            vocabulary=config["vocab_size"],
-            sliding_window=config.get("sliding_window"),
+            key_value_heads=config.num_key_value_heads,
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+            channels=config.intermediate_size,
+            vocabulary=config.vocab_size,
+            sliding_window=getattr(config, "sliding_window", None),
         )
 
     @property
@@ -120,18 +121,10 @@ def prepare_models(references: Sequence[str], report: Callable[[str], None]) -> 
 
 def _hub_folder(reference: str, local_files_only: bool) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    from tune_sparse.embedded_models import EMBEDDED_MODELS
-
-    if reference.split("@", 1)[0].count("/") != 1 or reference.startswith((".", "~", "/")):
-        close = get_close_matches(reference, EMBEDDED_MODELS, n=1)
-        raise InputError(
-            f"a model is {', '.join(EMBEDDED_MODELS)}, a folder, or a hub id such as org/name@revision, "
-            f"got {reference!r}, which is none of them. "
-            + (f"Did you mean {close[0]!r}?" if close else "Mend the name or the path.")
-        )
     hub_id, _, revision = reference.partition("@")
+    _check_hub_id(hub_id)
     try:
         folder = snapshot_download(
             hub_id,
@@ -139,13 +132,33 @@ def _hub_folder(reference: str, local_files_only: bool) -> Path:
             local_files_only=local_files_only,
             allow_patterns=["*.json", "*.safetensors", "tokenizer*"],
         )
-    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise InputError(
             f"the weights of a model must be on this machine before a sweep, {reference!r} is not "
             f"({type(error).__name__}). Run `tune-sparse prepare --models {reference}` where there is a network, "
             "or give a folder."
         ) from error
     return Path(folder)
+
+
+def _check_hub_id(hub_id: str) -> None:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils._validators import validate_repo_id
+
+    from tune_sparse.embedded_models import EMBEDDED_MODELS
+
+    try:
+        validate_repo_id(hub_id)
+        is_valid = "/" in hub_id
+    except HFValidationError:
+        is_valid = False
+    if not is_valid:
+        close = get_close_matches(hub_id, EMBEDDED_MODELS, n=1)
+        raise InputError(
+            f"a model is {', '.join(EMBEDDED_MODELS)}, a folder, or a hub id such as org/name@revision, "
+            f"got {hub_id!r}, which is none of them. "
+            + (f"Did you mean {close[0]!r}?" if close else "Mend the name or the path.")
+        )
 
 
 def check_checkpoint(reference: str) -> Checkpoint:
@@ -155,7 +168,7 @@ def check_checkpoint(reference: str) -> Checkpoint:
     tokenizer, an unsupported class, or a weight that is not finite (which tensor).
     """
     folder = find_folder(reference)
-    config = _read_config(folder)
+    _check_config(folder)
     files = [folder / "config.json", *_weight_files(folder), *_tokenizer_files(folder)]
     memory = cache_dir() / "fingerprints" / (hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16] + ".json")
     stamp = [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files]
@@ -165,29 +178,28 @@ def check_checkpoint(reference: str) -> Checkpoint:
             _refuse_bad_weights(weights)
         known = {"stamp": stamp, "fingerprint": _sha256(files)}
         write_json(memory, known)
-    try:
-        shape = Shape.of(config)
-    except (KeyError, TypeError) as error:
-        raise InputError(
-            f"{folder / 'config.json'} must have the sizes of its model, {error} is missing. Add it."
-        ) from error
+    from transformers import AutoConfig
+
+    shape = Shape.of(AutoConfig.from_pretrained(folder, local_files_only=True))
     return Checkpoint(short_name(reference), folder, known["fingerprint"], shape)
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def _check_config(folder: Path) -> None:
     path = folder / "config.json"
     if not path.is_file():
         raise InputError(f"a model folder needs config.json, {folder} has none. Give a Hugging Face checkpoint.")
     try:
         config: dict[str, Any] = read_json(path)
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise InputError(f"{path} must be JSON: {error}. Mend or fetch it again.") from error
     if not isinstance(config, dict):
         raise InputError(f"{path} must map names to values, got {type(config).__name__}. Fetch it again.")
     found = config.get("architectures") or ["no class at all"]
     if found[0] not in ARCHITECTURES:
         raise InputError(f"the class of a model must be {' or '.join(ARCHITECTURES)}, {path} says {found[0]}.")
-    return config
+    for name in REQUIRED_SIZES:
+        if not isinstance(config.get(name), int):
+            raise InputError(f"{path} must have the sizes of its model, {name!r} is missing. Add it.")
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -232,7 +244,9 @@ def _sha256(files: list[Path]) -> str:
 def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     """The model in evaluation mode, its weights frozen."""
     from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True, attn_implementation="sdpa")
     model.requires_grad_(False).eval().to(device)
     return model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -72,6 +73,23 @@ class LedgerCallback(tune.Callback):
             if self._ledger.record(run_id) is None:
                 run = self._runs[run_id]
                 self._ledger.write_record(run, Record(run_id, run.identity, "interrupted"))
+
+
+class StopWhenSet(tune.Stopper):
+    """Ends the experiment once an event is set."""
+
+    def __init__(self, event: threading.Event) -> None:
+        self._event = event
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing, as for the callback."""
+        return {}
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        return self._event.is_set()
+
+    def stop_all(self) -> bool:
+        return self._event.is_set()
 
 
 def _run_id(trial: Any) -> str:

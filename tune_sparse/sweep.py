@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from search_spaces.matrix import cells as combinations
 from tune_sparse.config import EMBEDDED_ROWS, Cell, SweepConfig
@@ -29,6 +29,9 @@ from tune_sparse.progress import Progress
 from tune_sparse.result import Ledger, Record, Run, SweepRecord, readable_id, sha256_of
 from tune_sparse.tasks import task_named
 from tune_sparse.tracking import BackgroundTracker, tracking_uri
+
+if TYPE_CHECKING:
+    from ray.tune import Callback, Stopper
 
 logger = logging.getLogger(__name__)
 
@@ -102,7 +105,10 @@ def plan_sweep(config: SweepConfig) -> Plan:
     if "structured" in config.methods:
         for checkpoint in checkpoints.values():
             for sparsity in config.sparsities:
-                structured_counts(checkpoint.shape, sparsity)
+                try:
+                    structured_counts(checkpoint.shape, sparsity)
+                except InputError as error:
+                    raise InputError(f"{checkpoint.name}: {error}") from error
 
     def run_of(cell: Cell) -> Run:
         checkpoint = checkpoints[short_name(cell.model)]
@@ -253,6 +259,7 @@ def run_sweep(config: SweepConfig, retry_failed: bool = False) -> Outcome:
             interrupted, workers = False, 1
             if missing:
                 interrupted, workers = _tune(plan, ledger, missing, progress, tracker, holder)
+                ledger.remove_partial()
         seconds = time.perf_counter() - started
     records = {run_id: ledger.record(run_id) for run_id in plan.runs}
     ran = [r for run in missing if (r := records[run.run_id]) and r.status == "done"]
@@ -285,20 +292,26 @@ def _tune(
     holder: Holder,
 ) -> tuple[bool, int]:
     """Run `missing` through one Tuner; returns (whether it was interrupted, workers)."""
-    with started_ray(plan.config, len(missing)) as workers:
+    # In this order: Ray takes the signals for itself when it starts.
+    with started_ray(plan.config, len(missing)) as workers, stop_on_signals() as stopped:
         from trainables.cell import CellTrainable
-        from tune_sparse.ray_callback import LedgerCallback
+        from tune_sparse.ray_callback import LedgerCallback, StopWhenSet
 
         callback = LedgerCallback(ledger, {run.run_id: run for run in missing}, progress, tracker, holder)
         trials = [{"run": run.as_config(), "results_dir": str(ledger.folder.resolve())} for run in missing]
-        with progress.shown(workers), stop_on_signals() as stopped:
-            fit_trials(CellTrainable, trials, plan.config, workers, callback)
+        with progress.shown(workers):
+            fit_trials(CellTrainable, trials, plan.config, workers, callback, StopWhenSet(stopped))
         callback.record_unfinished()
         return stopped.is_set(), workers
 
 
 def fit_trials(
-    trainable: type, trials: Sequence[dict[str, Any]], config: SweepConfig, workers: int, callback: Any
+    trainable: type,
+    trials: Sequence[dict[str, Any]],
+    config: SweepConfig,
+    workers: int,
+    callback: Callback,
+    stopper: Stopper | None = None,
 ) -> None:
     """Run each of `trials` on a warm worker, through one Tuner. Ray keeps nothing of it: the ledger does."""
     from ray import tune
@@ -318,6 +331,7 @@ def fit_trials(
                 storage_path=scratch,
                 verbose=0,
                 callbacks=[callback],
+                stop=stopper,
                 failure_config=tune.FailureConfig(max_failures=config.max_retries),
             ),
         ).fit()
@@ -330,6 +344,7 @@ def started_ray(config: SweepConfig, trials: int) -> Iterator[int]:
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(trials + 1)
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
+    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     import ray
 
@@ -337,12 +352,10 @@ def started_ray(config: SweepConfig, trials: int) -> Iterator[int]:
 
     threads = config.protocol.threads
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    local = "RAY_ADDRESS" not in os.environ
-    wanted = config.workers or max(1, cores // threads)
-    if local:
+    if "RAY_ADDRESS" not in os.environ:
         ray.init(
             address="local",
-            num_cpus=wanted * threads,
+            num_cpus=(config.workers or max(1, cores // threads)) * threads,
             include_dashboard=False,
             log_to_driver=False,
             logging_level=logging.ERROR,
@@ -367,20 +380,20 @@ def started_ray(config: SweepConfig, trials: int) -> Iterator[int]:
 
 @contextmanager
 def stop_on_signals() -> Iterator[threading.Event]:
-    """SIGTERM stops Tune as SIGINT does: running trials end, nothing half-written stays. Yields whether it came."""
+    """An event that SIGINT and SIGTERM set, so that running trials end and nothing half-written stays.
+
+    A second SIGINT interrupts at once.
+    """
     stopped = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield stopped
         return
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def stop(number: int, frame: Any) -> None:
         stopped.set()
         signal.signal(signal.SIGINT, before[signal.SIGINT])
-        os.kill(os.getpid(), signal.SIGUSR1)  # Tune's own signal to end an experiment
 
-    signal.signal(signal.SIGTERM, stop)
-    signal.signal(signal.SIGINT, stop)
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield stopped
     finally:

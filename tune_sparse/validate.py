@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,21 +25,28 @@ def mask_violations(masks: Masks, sparsity: float) -> list[str]:
 
 
 def validation_report(
-    weights: Mapping[str, Tensor], masks: Masks, sparsity: float, trained_mask_sha256: str, tolerance: float = 0.0
+    weights: Mapping[str, Tensor],
+    masks: Masks,
+    sparsity: float,
+    trained_mask_sha256: str,
+    violations: Sequence[str] = (),
+    tolerance: float = 0.0,
 ) -> dict[str, Any]:
     """Check deployed weights against their masks.
 
     Every masked position must be 0 (within `tolerance`, for checkpoints that come from elsewhere), the masks must
     be those that training used, and the zeros counted in the weights must be within `TOLERANCE` of the asked
-    sparsity. Returns all_valid, violations, max_abs_at_masked, mask_sha256, counted_sparsity and, per matrix, the
-    zeros and the number of weights.
+    sparsity. `violations` were found before and are reported too. Returns all_valid, violations, max_abs_at_masked,
+    mask_sha256, counted_sparsity and, per matrix, the zeros and the number of weights.
     """
-    violations = mask_violations(masks, sparsity)
+    violations = [*violations, *mask_violations(masks, sparsity)]
+    violations += [f"{name}: a matrix needs a mask, and a mask a matrix" for name in weights.keys() ^ masks.keys()]
+    weights = {name: weight for name, weight in weights.items() if name in masks}
     checksum = mask_sha256(masks)
     if checksum != trained_mask_sha256:
         violations.append(f"the mask must be the one that was trained, {trained_mask_sha256}, got {checksum}")
     violations += [f"{name}: weights must be finite" for name, w in weights.items() if not w.isfinite().all()]
-    at_masked = {name: float((w * ~masks[name]).abs().max()) for name, w in weights.items()}
+    at_masked = {name: _largest(w[masks[name] == 0]) for name, w in weights.items()}
     violations += [
         f"{name}: masked weights must be 0, got {value:g}"
         for name, value in at_masked.items()
@@ -48,12 +56,15 @@ def validation_report(
     counted = sum(z for z, _ in zeros.values()) / sum(n for _, n in zeros.values())
     if abs(counted - sparsity) > TOLERANCE:
         violations.append(f"the weights' sparsity must be within {TOLERANCE:g} of {sparsity:g}, got {counted:.4f}")
-    finite = [value for value in at_masked.values() if value == value]
     return {
         "all_valid": not violations,
         "violations": violations,
-        "max_abs_at_masked": max(finite, default=None),
+        "max_abs_at_masked": max(filter(math.isfinite, at_masked.values()), default=None),
         "mask_sha256": checksum,
         "counted_sparsity": counted,
         "zeros_by_matrix": zeros,
     }
+
+
+def _largest(values: Tensor) -> float:
+    return float(values.abs().max()) if values.numel() else 0.0

@@ -1,0 +1,116 @@
+"""What a sweep costs besides training: `python tests/bench_sweep.py` (a table, then one JSON line).
+
+- trial_overhead: trials that do nothing, through the same Tuner, warm workers, progress and reports as a real sweep.
+  Medians over the gaps between a trial's start and the next one's on the same worker. Goal: at most 50 ms.
+- worker_memory: one worker's resident memory over 100 real cells (two steps each), after the first ten.
+- loads: how often that worker loaded its model. Goal: once.
+- help: wall time of `tune-sparse --help`, median of seven. Goal: under 0.5 s.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import psutil
+from ray import tune
+
+from search_spaces.matrix import PRESETS
+from tune_sparse.config import SweepConfig
+from tune_sparse.result import Ledger
+from tune_sparse.sweep import fit_trials, plan_sweep, started_ray
+
+TRIALS = 100
+
+
+class Nothing(tune.Trainable):
+    """A trial that ends at once."""
+
+    def step(self) -> dict[str, Any]:
+        return {"done": True}
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        return True
+
+    def save_checkpoint(self, checkpoint_dir: str) -> None:
+        pass
+
+
+class Clock(tune.Callback):
+    """When each trial ended."""
+
+    def __init__(self) -> None:
+        self.ended: list[float] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self.ended.append(time.perf_counter())
+
+
+def trial_overhead_seconds() -> float:
+    """Median seconds that a worker spends on a trial which does nothing, both workers busy."""
+    config = SweepConfig.from_names(PRESETS["embedded"] | {"workers": 2})
+    clock = Clock()
+    with started_ray(config, TRIALS) as workers:
+        fit_trials(Nothing, [{"number": i} for i in range(TRIALS)], config, workers, clock)
+    warm = clock.ended[len(clock.ended) // 4 :]
+    gaps = [(later - earlier) for earlier, later in zip(warm, warm[2:], strict=False)]
+    return statistics.median(gaps)
+
+
+def worker_memory(cells: int = TRIALS) -> tuple[list[float], int]:
+    """Resident MB after every tenth of `cells` cells in one worker, and its model loads."""
+    from trainables.torch_backend import Bench, run_cell
+
+    with tempfile.TemporaryDirectory() as folder:
+        few = {"steps": 2, "n_test": 40, "results_dir": folder, "models": ("tiny-llama",), "warmup_fraction": 0.0}
+        plan = plan_sweep(SweepConfig.from_names(PRESETS["embedded"] | few))
+        bench, process, ledger = Bench(), psutil.Process(), Ledger(Path(folder))
+        resident = []
+        for number, run in enumerate(list(plan.runs.values())[:cells], start=1):
+            exhaust(run_cell(run, ledger, bench))
+            if number % 10 == 0:
+                resident.append(process.memory_info().rss / 1e6)
+        return resident, bench.loads
+
+
+def exhaust(steps: Iterable[Any]) -> None:
+    for _ in steps:
+        pass
+
+
+def help_seconds() -> float:
+    def once() -> float:
+        start = time.perf_counter()
+        subprocess.run([Path(sys.executable).with_name("tune-sparse"), "--help"], check=True, capture_output=True)
+        return time.perf_counter() - start
+
+    return statistics.median(once() for _ in range(7))
+
+
+def main() -> None:
+    resident, loads = worker_memory()
+    figures = {
+        "help_seconds": help_seconds(),
+        "trial_overhead_seconds": trial_overhead_seconds(),
+        "worker_mb_after_10_cells": resident[0],
+        "worker_mb_after_100_cells": resident[-1],
+        "worker_mb_per_ten_cells": [round(mb, 1) for mb in resident],
+        "model_loads": loads,
+    }
+    for name, value in figures.items():
+        print(f"{name:28} {value:.3f}" if isinstance(value, float) else f"{name:28} {value}")
+    print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    main()

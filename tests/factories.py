@@ -1,0 +1,122 @@
+"""Makers of runs, records and rows for tests that need a ledger but no training."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from tune_sparse.config import Cell, Protocol
+from tune_sparse.paths import write_json, write_lines
+from tune_sparse.result import Ledger, Record, Run, SweepRecord, readable_id, write_config
+
+CELL = {
+    "model": "tiny",
+    "task": "boolq",
+    "method": "unstructured",
+    "sparsity": 0.5,
+    "mode": "sparse-to-dense",
+    "seed": 0,
+    "backend": "torch",
+}
+
+
+def make_cell(**changes: Any) -> Cell:
+    return Cell(**CELL | changes)
+
+
+def make_run(cell: Cell | None = None, **changes: Any) -> Run:
+    """A run of `cell`; `changes` are fields of `Run`."""
+    fields = {
+        "protocol": Protocol(),
+        "model_path": "/models/tiny",
+        "data_dir": None,
+        "model_fingerprint": "m" * 64,
+        "data_fingerprint": "d" * 64,
+        "prompt_version": 1,
+    }
+    return Run(cell=cell or make_cell(), **fields | changes)
+
+
+def done_record(run: Run, accuracy: float = 0.75, **metrics: Any) -> Record:
+    """What a finished run of this project records."""
+    return Record(
+        run.run_id,
+        run.identity,
+        "done",
+        metrics={
+            "accuracy": accuracy,
+            "accuracy_stderr": 0.03,
+            "accuracy_before_tuning": 0.5,
+            "accuracy_before_merge": None if run.cell.mode == "dense" else accuracy,
+            "n_examples": 200,
+            "counted_sparsity": run.cell.sparsity,
+            "mask_sha256": "ab" * 32,
+            "train_loss": 0.25,
+            "eval_loss": 0.5,
+            "inference_flops": {"1024": 1_000, "2048": 2_000, "4096": 4_000, "8192": 8_000},
+        }
+        | metrics,
+        measured={
+            "trial_seconds": 3.0,
+            "train_seconds": 2.0,
+            "train_samples_per_second": 128.0,
+            "train_tokens_per_second": 4096.0,
+            "compile_seconds": None,
+            "peak_memory_bytes": 1_000_000,
+        },
+        environment={"hardware": "abacus", "host": "here", "packages": {"torch": "2.13"}, "git_sha": None},
+    )
+
+
+def failed_record(run: Run, message: str = "the loss is nan at step 7", retryable: bool = False) -> Record:
+    error = {"class": "RunError", "message": message, "traceback": "Traceback ...", "retryable": retryable}
+    return Record(run.run_id, run.identity, "failed", error=error)
+
+
+def write_run(ledger: Ledger, run: Run, record: Record) -> Path:
+    """A whole run folder with a learning curve, through the ledger's own door."""
+    with ledger.writing(run.run_id) as folder:
+        write_config(folder, run)
+        write_json(folder / "sparse_config.json", {"method": run.cell.method})
+        write_json(folder / "validation_report.json", {"all_valid": True, "violations": []})
+        (folder / "train.log").write_text("    0.000 began\n")
+        curve = [{"step": step, "train_loss": 1 / step} for step in (1, 2, 3)]
+        write_lines(folder / "metrics.jsonl", [*curve, {"step": 3, "eval_loss": 0.5}])
+        write_json(folder / "result.json", asdict(record))
+    return ledger.run_folder(run.run_id)
+
+
+def sweep_of(cells: Iterable[Cell], started: float = 1_000.0, **run_changes: Any) -> SweepRecord:
+    """A sweep that asked for `cells`, each served as `tune_sparse.sweep` decides."""
+    rows: list[dict[str, Any]] = []
+    owners: dict[str, str] = {}
+    for cell in cells:
+        cell_id = readable_id(cell, make_run(cell, **run_changes).identity)
+        run_id = make_run(cell.trained, **run_changes).run_id
+        owner = owners.setdefault(run_id, cell_id)
+        shared = None if owner == cell_id else owner
+        rows.append({"cell_id": cell_id, "run_id": run_id, "shared_with": shared, **asdict(cell), "chance": 0.5})
+    return SweepRecord(f"sweep{started:g}", started, {"models": ["tiny"], "protocol": {"steps": 200}}, tuple(rows))
+
+
+def write_jsonl(path: Path, rows: Sequence[Any]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def boolq_rows(count: int, prefix: str = "q") -> list[dict[str, Any]]:
+    return [
+        {"question": f"is {prefix} {i} odd", "passage": f"{prefix} {i} is a number.", "answer": i % 2 == 1}
+        for i in range(count)
+    ]
+
+
+def write_boolq(data_dir: Path, train: int = 20, validation: int = 6) -> Path:
+    """A folder of boolq rows, small and sound; returns `data_dir`."""
+    write_jsonl(data_dir / "boolq" / "train.jsonl", boolq_rows(train, "train"))
+    write_jsonl(data_dir / "boolq" / "validation.jsonl", boolq_rows(validation, "validation"))
+    return data_dir

@@ -1,0 +1,278 @@
+"""Tables, figures and findings from ledgers written by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from factories import done_record, failed_record, make_cell, make_run, sweep_of, write_run
+from PIL import Image
+
+from analysis.load import COLUMNS, cells_table
+from analysis.report import counts, write_report
+from analysis.tables import highest_passing_sparsity, sparsity_vs_performance
+from tune_sparse.config import Cell, Protocol
+from tune_sparse.errors import InputError
+from tune_sparse.result import Ledger
+
+MODES = ("sparse-to-dense", "sparse-to-sparse")
+SUMMARY = (
+    "cell_id,run_id,shared_with,backend,model,task,method,sparsity,counted_sparsity,mode,seed,status,accuracy,"
+    "accuracy_stderr,accuracy_before_tuning,accuracy_before_merge,chance_accuracy,n_examples,train_loss,eval_loss,"
+    "train_samples_per_second,train_tokens_per_second,train_seconds,peak_memory_bytes,compile_seconds,"
+    "inference_flops,hardware,error"
+)
+NUMBERS = SUMMARY.split(",")[12:16] + SUMMARY.split(",")[17:26] + ["counted_sparsity"]
+"""Columns that only a finished run can fill."""
+
+
+def matrix(sparsities: Iterable[float], **changes: Any) -> list[Cell]:
+    return [make_cell(sparsity=s, mode=mode, **changes) for mode in MODES for s in sparsities]
+
+
+def write_done(ledger: Ledger, cells: Iterable[Cell], **run_changes: Any) -> None:
+    """A done run for each cell, with accuracy 0.9 at sparsity 0, less above."""
+    for cell in {cell.trained for cell in cells}:
+        run = make_run(cell, **run_changes)
+        write_run(ledger, run, done_record(run, accuracy=0.9 - cell.sparsity / 2))
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Ledger:
+    return Ledger(tmp_path / "results")
+
+
+@pytest.fixture
+def mixed(ledger: Ledger) -> pd.DataFrame:
+    """Six cells: at 0 two that share a run, at 0.5 two done, at 0.9 one failed and one missing; by sparsity, mode."""
+    cells = matrix((0.0, 0.5, 0.9))
+    ledger.write_sweep(sweep_of(cells))
+    write_done(ledger, [cell for cell in cells if cell.sparsity < 0.9])
+    failed = make_run(cells[2])
+    write_run(ledger, failed, failed_record(failed))
+    return cells_table([ledger.folder]).set_index(["sparsity", "mode"], drop=False)
+
+
+def test_the_columns_are_those_of_the_design(mixed: pd.DataFrame) -> None:
+    assert ",".join(mixed.columns) == ",".join(COLUMNS) == SUMMARY
+
+
+def test_there_is_one_row_a_cell(mixed: pd.DataFrame) -> None:
+    assert len(mixed) == mixed["cell_id"].nunique() == 6
+
+
+def test_a_done_cell_has_its_numbers(mixed: pd.DataFrame) -> None:
+    row = mixed.loc[0.5, "sparse-to-sparse"]
+    assert (row["status"], row["accuracy"], row["counted_sparsity"]) == ("done", 0.65, 0.5)
+    assert (row["accuracy_before_tuning"], row["chance_accuracy"], row["n_examples"]) == (0.5, 0.5, 200)
+    assert (row["train_seconds"], row["inference_flops"], row["hardware"]) == (2.0, 2_000, "abacus")
+    assert pd.isna(row["compile_seconds"])
+    assert pd.isna(row["error"])
+
+
+def test_a_failed_cell_has_its_reason_and_no_numbers(mixed: pd.DataFrame) -> None:
+    row = mixed.loc[0.9, "sparse-to-dense"]
+    assert (row["status"], row["error"]) == ("failed", "RunError: the loss is nan at step 7")
+    assert row[NUMBERS].isna().all()
+
+
+def test_a_missing_cell_has_a_reason_and_no_numbers(mixed: pd.DataFrame) -> None:
+    row = mixed.loc[0.9, "sparse-to-sparse"]
+    assert row["status"] == "missing"
+    assert row[NUMBERS].isna().all()
+    assert isinstance(row["error"], str)
+
+
+def test_an_interrupted_cell_has_a_reason_and_no_numbers(ledger: Ledger) -> None:
+    run = make_run()
+    ledger.write_sweep(sweep_of([run.cell]))
+    ledger.write_record(run, replace(failed_record(run), status="interrupted", error=None))
+    [row] = cells_table([ledger.folder]).to_dict("records")
+    assert row["status"] == "interrupted"
+    assert isinstance(row["error"], str)
+
+
+def test_a_shared_run_is_pointed_to_and_counted_once(mixed: pd.DataFrame) -> None:
+    owner, sharer = mixed.loc[0.0, "sparse-to-dense"], mixed.loc[0.0, "sparse-to-sparse"]
+    assert sharer["shared_with"] == owner["cell_id"]
+    assert sharer["run_id"] == owner["run_id"]
+    assert sharer["accuracy"] == owner["accuracy"] == 0.9
+    assert mixed["shared_with"].notna().sum() == 1
+    assert counts(mixed) == [
+        "6 cells: 4 done, 1 failed, 1 missing; 3 distinct runs, 1 cells point to the run they share."
+    ]
+
+
+def test_two_sweeps_of_one_folder_share_a_run_only_once(ledger: Ledger) -> None:
+    cells = matrix((0.0, 0.5))
+    ledger.write_sweep(sweep_of(cells[2:], started=1.0))
+    ledger.write_sweep(sweep_of(cells, started=2.0))
+    write_done(ledger, cells)
+    table = cells_table([ledger.folder])
+    assert len(table) == 4
+    owners = table[table["shared_with"].isna()]
+    assert owners["run_id"].is_unique
+    assert set(table["shared_with"].dropna()) <= set(owners["cell_id"])
+
+
+def two_folders(tmp_path: Path, first: str, second: str) -> dict[str, Any]:
+    """The one row of a cell that two folders have, with a record each: done, failed or missing."""
+    run = make_run()
+    makers = {"done": lambda: done_record(run, accuracy=0.8), "failed": lambda: failed_record(run)}
+    folders = [tmp_path / "one", tmp_path / "two"]
+    for folder, status in zip(folders, (first, second), strict=True):
+        Ledger(folder).write_sweep(sweep_of([run.cell]))
+        if status in makers:
+            write_run(Ledger(folder), run, makers[status]())
+    [row] = cells_table(folders).to_dict("records")
+    return row
+
+
+@pytest.mark.parametrize("other", ["failed", "missing"])
+@pytest.mark.parametrize("done_first", [True, False])
+def test_of_two_folders_the_done_run_wins(tmp_path: Path, other: str, done_first: bool) -> None:
+    statuses = ("done", other) if done_first else (other, "done")
+    row = two_folders(tmp_path, *statuses)
+    assert (row["status"], row["accuracy"]) == ("done", 0.8)
+    assert pd.isna(row["error"])
+
+
+@pytest.mark.parametrize("statuses", [("failed", "missing"), ("missing", "failed")])
+def test_of_two_folders_a_failure_is_not_hidden_by_a_missing_run(tmp_path: Path, statuses: tuple[str, str]) -> None:
+    row = two_folders(tmp_path, *statuses)
+    assert (row["status"], row["error"]) == ("failed", "RunError: the loss is nan at step 7")
+
+
+def test_of_two_done_runs_the_first_folder_counts(tmp_path: Path) -> None:
+    run = make_run()
+    folders = [tmp_path / "one", tmp_path / "two"]
+    for folder, accuracy in zip(folders, (0.6, 0.7), strict=True):
+        Ledger(folder).write_sweep(sweep_of([run.cell]))
+        write_run(Ledger(folder), run, done_record(run, accuracy))
+    assert cells_table(folders)["accuracy"].tolist() == [0.6]
+
+
+def test_an_empty_folder_has_an_empty_table(tmp_path: Path) -> None:
+    table = cells_table([tmp_path])
+    assert table.empty
+    assert tuple(table.columns) == COLUMNS
+
+
+def test_performance_is_the_mean_over_seeds(ledger: Ledger) -> None:
+    cells = [make_cell(seed=seed) for seed in (0, 1, 2)]
+    ledger.write_sweep(sweep_of(cells))
+    for cell, accuracy in zip(cells[:2], (0.6, 0.8), strict=True):
+        write_run(ledger, make_run(cell), done_record(make_run(cell), accuracy))
+    [row] = sparsity_vs_performance(cells_table([ledger.folder])).to_dict("records")
+    assert (row["seeds"], row["accuracy"]) == (2, pytest.approx(0.7))
+
+
+def test_runs_of_different_protocols_are_never_averaged(ledger: Ledger) -> None:
+    cell = make_cell()
+    for steps, accuracy in ((100, 0.6), (200, 0.8)):
+        protocol = Protocol(steps=steps)
+        run = make_run(cell, protocol=protocol)
+        ledger.write_sweep(sweep_of([cell], started=float(steps), protocol=protocol))
+        write_run(ledger, run, done_record(run, accuracy))
+    with pytest.raises(InputError, match="must not mix sweeps that differ in protocol"):
+        write_report([ledger.folder])
+    [first, second] = [sweep.sweep_id for sweep in ledger.sweeps()]
+    for sweep_id, accuracy in ((first, 0.6), (second, 0.8)):
+        write_report([ledger.folder], [sweep_id])
+        assert pd.read_csv(ledger.folder / "analysis" / "summary.csv")["accuracy"].tolist() == [accuracy]
+
+
+def performance(accuracies: dict[float, float], **setting: Any) -> pd.DataFrame:
+    names = {"backend": "torch", "model": "tiny", "task": "boolq", "method": "random", "mode": "sparse-to-dense"}
+    names |= {"chance_accuracy": 0.5}
+    return pd.DataFrame([names | setting | {"sparsity": s, "accuracy": a} for s, a in accuracies.items()])
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "highest"),
+    [
+        ({0.0: 0.8, 0.5: 0.72, 0.9: 0.5}, 0.5),
+        ({0.0: 0.8, 0.5: 0.71, 0.9: 0.8}, 0.0),
+        ({0.0: 0.8, 0.3: 0.79, 0.5: 0.6, 0.7: 0.8, 0.9: 0.6}, 0.3),
+        ({0.9: 0.9, 0.5: 0.85, 0.0: 0.8}, 0.9),
+        ({0.0: 0.8}, 0.0),
+    ],
+)
+def test_the_highest_passing_sparsity_is_before_the_first_dip(accuracies: dict[float, float], highest: float) -> None:
+    [row] = highest_passing_sparsity(performance(accuracies)).to_dict("records")
+    assert (row["dense_accuracy"], row["highest_sparsity"]) == (0.8, highest)
+
+
+def test_without_a_dense_baseline_nothing_is_said() -> None:
+    curves = [performance({0.1: 0.8, 0.5: 0.8}), performance({0.0: 0.8, 0.5: 0.8}, mode="sparse-to-sparse")]
+    assert highest_passing_sparsity(pd.concat(curves))["mode"].tolist() == ["sparse-to-sparse"]
+
+
+@pytest.mark.parametrize("dense", [0.0, 0.5])
+def test_a_dense_baseline_at_chance_is_not_kept_at_any_sparsity(dense: float) -> None:
+    table = highest_passing_sparsity(performance({0.0: dense, 0.9: dense}))
+    assert table["highest_sparsity"].isna().all()
+
+
+@pytest.mark.usefixtures("mixed")
+def test_a_report_has_tables_figures_and_lines(ledger: Ledger) -> None:
+    lines = write_report([ledger.folder])
+    folder = ledger.folder / "analysis"
+    assert lines == [
+        "6 cells: 4 done, 1 failed, 1 missing; 3 distinct runs, 1 cells point to the run they share.",
+        "Highest sparsity with accuracy within 10% of the dense baseline:",
+        "  tiny, boolq (dense 0.900):",
+        "    unstructured   sparse-to-dense 0, sparse-to-sparse 0",
+        f"Tables and figures: {folder}",
+    ]
+    assert {path.name for path in folder.iterdir()} == {
+        "summary.csv",
+        "sparsity_vs_performance.csv",
+        "sparsity_vs_accuracy.png",
+        "sparsity_vs_loss.png",
+    }
+    assert (folder / "summary.csv").read_text().splitlines()[0] == SUMMARY
+    assert len(pd.read_csv(folder / "summary.csv")) == 6
+    assert len(pd.read_csv(folder / "sparsity_vs_performance.csv")) == 4
+    for name in ("sparsity_vs_accuracy.png", "sparsity_vs_loss.png"):
+        with Image.open(folder / name) as image:
+            image.verify()
+            assert min(image.size) > 100
+
+
+def test_a_report_of_nothing_but_failures_has_no_figures(ledger: Ledger) -> None:
+    run = make_run()
+    ledger.write_sweep(sweep_of([run.cell]))
+    write_run(ledger, run, failed_record(run))
+    lines = write_report([ledger.folder])
+    assert lines[0].startswith("1 cells: 1 failed; 0 distinct runs")
+    assert not list((ledger.folder / "analysis").glob("*.png"))
+
+
+def test_a_report_of_dense_runs_alone_has_no_accuracy_before_a_merge(ledger: Ledger) -> None:
+    cells = [make_cell(sparsity=0.0, mode="dense", method=method) for method in ("none", "random")]
+    ledger.write_sweep(sweep_of(cells))
+    write_done(ledger, cells)
+    write_report([ledger.folder])
+    table = pd.read_csv(ledger.folder / "analysis" / "sparsity_vs_performance.csv")
+    assert table["accuracy"].tolist() == [0.9, 0.9]
+    assert table["accuracy_before_merge"].isna().all()
+
+
+def test_a_report_is_written_into_the_first_of_several_folders(tmp_path: Path) -> None:
+    for name, sparsity in (("one", 0.0), ("two", 0.5)):
+        cells = matrix([sparsity])
+        Ledger(tmp_path / name).write_sweep(sweep_of(cells))
+        write_done(Ledger(tmp_path / name), cells)
+    lines = write_report([tmp_path / "one", tmp_path / "two"])
+    assert lines[0].startswith("4 cells: 4 done")
+    assert not (tmp_path / "two" / "analysis").exists()
+
+
+def test_a_report_without_a_sweep_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=rf"a report needs a sweep, {tmp_path} has none\. Run `tune-sparse sweep`"):
+        write_report([tmp_path])

@@ -1,0 +1,260 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from factories import boolq_rows, write_boolq, write_jsonl
+from transformers import PreTrainedTokenizerBase
+
+from tune_sparse.config import Protocol
+from tune_sparse.data import (
+    Encoded,
+    Splits,
+    encode_answers,
+    encode_pairs,
+    encode_prompts,
+    load_splits,
+    read_rows,
+)
+from tune_sparse.errors import InputError
+from tune_sparse.models import load_tokenizer
+from tune_sparse.tasks import TASKS
+
+BOOLQ = TASKS["boolq"]
+SMALL = Protocol(n_selection=4)
+
+
+def arc_rows(prefix: str, count: int) -> list[dict[str, Any]]:
+    choices = {"text": ["a", "b", "c", "d"], "label": ["A", "B", "C", "D"]}
+    return [{"question": f"{prefix} {i}?", "choices": choices, "answerKey": "A"} for i in range(count)]
+
+
+def write_arc(data_dir: Path, **splits: int) -> Path:
+    for split, count in splits.items():
+        write_jsonl(data_dir / "arc_easy" / f"{split}.jsonl", arc_rows(split, count))
+    return data_dir
+
+
+def prompts(rows: Any) -> list[str]:
+    return [row.get("passage") or row["question"] for row in rows]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(llama: Path) -> PreTrainedTokenizerBase:
+    return load_tokenizer(llama)
+
+
+def test_selection_is_carved_from_train_where_validation_is_the_test(tmp_path: Path) -> None:
+    splits = load_splits(BOOLQ, write_boolq(tmp_path, train=20, validation=6), SMALL)
+    assert (len(splits.train), len(splits.selection), len(splits.test)) == (16, 4, 6)
+    assert sorted(prompts(splits.train + splits.selection)) == sorted(prompts(boolq_rows(20, "train")))
+    assert prompts(splits.test) == prompts(boolq_rows(6, "validation"))
+
+
+def test_validation_is_the_selection_where_the_test_is_labelled(tmp_path: Path) -> None:
+    splits = load_splits(TASKS["arc_easy"], write_arc(tmp_path, train=9, validation=6, test=5), SMALL)
+    assert (len(splits.train), len(splits.selection), len(splits.test)) == (9, 4, 5)
+    assert prompts(splits.selection) == [f"validation {i}?" for i in range(4)]
+    assert prompts(splits.test) == [f"test {i}?" for i in range(5)]
+
+
+def test_selection_is_carved_where_a_labelled_test_has_no_validation(tmp_path: Path) -> None:
+    splits = load_splits(TASKS["arc_easy"], write_arc(tmp_path, train=9, test=5), SMALL)
+    assert (len(splits.train), len(splits.selection), len(splits.test)) == (5, 4, 5)
+    assert all(prompt.startswith("train") for prompt in prompts(splits.selection))
+
+
+def test_no_row_is_in_two_splits(tmp_path: Path) -> None:
+    splits = load_splits(BOOLQ, write_boolq(tmp_path), SMALL)
+    everything = prompts(splits.train + splits.selection + splits.test)
+    assert len(set(everything)) == len(everything) == 26
+
+
+def test_limits_shorten_each_split(tmp_path: Path) -> None:
+    whole = load_splits(BOOLQ, write_boolq(tmp_path), SMALL)
+    limited = load_splits(BOOLQ, tmp_path, replace(SMALL, n_train=7, n_test=2))
+    assert limited == Splits(whole.train[:7], whole.selection, whole.test[:2])
+
+
+def test_a_tenth_of_train_is_the_selection_if_no_number_is_given(tmp_path: Path) -> None:
+    splits = load_splits(BOOLQ, write_boolq(tmp_path, train=30), Protocol(n_selection=None))
+    assert (len(splits.train), len(splits.selection)) == (27, 3)
+
+
+def test_the_splits_repeat_and_their_order_is_shuffled(tmp_path: Path) -> None:
+    first, again = (load_splits(BOOLQ, write_boolq(tmp_path), SMALL) for _ in range(2))
+    assert first == again
+    assert first.fingerprint == again.fingerprint
+    order = prompts(first.selection + first.train)
+    assert order != prompts(boolq_rows(20, "train"))
+
+
+def test_the_fingerprint_changes_with_any_row_and_any_order() -> None:
+    rows = tuple(boolq_rows(4))
+    splits = Splits(rows[:2], rows[2:3], rows[3:])
+    changed = [
+        Splits(rows[1::-1], rows[2:3], rows[3:]),
+        Splits(rows[:1], rows[1:3], rows[3:]),
+        Splits(({**rows[0], "answer": True}, rows[1]), rows[2:3], rows[3:]),
+        Splits(rows[:2], rows[2:3], ()),
+    ]
+    assert len({splits.fingerprint, *(other.fingerprint for other in changed)}) == 5
+
+
+def test_embedded_rows_need_no_folder() -> None:
+    splits = load_splits(BOOLQ, None, Protocol(n_train=10, n_selection=5, n_test=3))
+    assert (len(splits.train), len(splits.selection), len(splits.test)) == (10, 5, 3)
+
+
+def test_a_task_without_embedded_rows_asks_for_a_folder() -> None:
+    with pytest.raises(InputError, match=r"the embedded generator has .*boolq.*, got 'piqa'\. Give --data-dir"):
+        load_splits(TASKS["piqa"], None, Protocol())
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=rf"boolq needs the file {tmp_path}/boolq/train\.jsonl, which is missing\."):
+        load_splits(BOOLQ, tmp_path, SMALL)
+
+
+@pytest.mark.parametrize("content", ["", "\n \n\n"])
+def test_an_empty_file_is_refused(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "train.jsonl"
+    path.write_text(content)
+    with pytest.raises(InputError, match=rf"{path} must have at least one row, got an empty file\. Add rows\."):
+        read_rows(BOOLQ, path)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"question": ', "each line must be a JSON object: "),
+        ("[1, 2]", r"a row of boolq must be an object with question, passage, answer, got \[1, 2\]\. Mend the row\."),
+        ('{"question": "q"}', "a row of boolq needs the field 'passage', got question. Mend the row."),
+        ('{"question": "q", "passage": "p", "answer": "yes"}', "the field 'answer' of boolq must be bool, got 'yes'"),
+    ],
+)
+def test_a_bad_row_is_named_by_file_and_line(tmp_path: Path, line: str, message: str) -> None:
+    path = tmp_path / "train.jsonl"
+    path.write_text(json.dumps(boolq_rows(1)[0]) + "\n\n" + line + "\n")
+    with pytest.raises(InputError, match=rf"^{path}:3: {message}"):
+        read_rows(BOOLQ, path)
+
+
+def test_a_file_that_is_not_utf8_is_refused_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "train.jsonl"
+    path.write_bytes('{"question": "café", "passage": "p", "answer": true}\n'.encode("latin-1"))
+    with pytest.raises(InputError, match=rf"{path}.*UTF-8"):
+        read_rows(BOOLQ, path)
+
+
+def test_unicode_line_separators_do_not_end_a_row(tmp_path: Path) -> None:
+    row = {"question": "one\u2028two\x85three", "passage": "p", "answer": True}
+    path = tmp_path / "train.jsonl"
+    path.write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert read_rows(BOOLQ, path) == [row]
+
+
+def test_windows_line_ends_are_read(tmp_path: Path) -> None:
+    rows = boolq_rows(2)
+    path = tmp_path / "train.jsonl"
+    path.write_bytes("".join(json.dumps(row) + "\r\n" for row in rows).encode())
+    assert read_rows(BOOLQ, path) == rows
+
+
+def test_a_row_in_train_and_test_is_refused(tmp_path: Path) -> None:
+    write_boolq(tmp_path)
+    leaked = boolq_rows(6, "validation")[2] | {"answer": True}
+    write_jsonl(tmp_path / "boolq" / "train.jsonl", [*boolq_rows(20, "train"), leaked])
+    with pytest.raises(InputError, match=r"no row of boolq may be in two splits, got one in \w+ and test: .*Remove it"):
+        load_splits(BOOLQ, tmp_path, SMALL)
+
+
+def test_a_row_repeated_within_train_is_not_carved_into_selection(tmp_path: Path) -> None:
+    write_boolq(tmp_path)
+    write_jsonl(tmp_path / "boolq" / "train.jsonl", boolq_rows(10, "train") * 2)
+    with pytest.raises(InputError, match="got one in train and selection"):
+        load_splits(BOOLQ, tmp_path, SMALL)
+
+
+def test_the_selection_must_leave_rows_to_train_on(tmp_path: Path) -> None:
+    message = r"n_selection must leave rows to train on: boolq has 4 training rows, got 4\. Lower n_selection\."
+    with pytest.raises(InputError, match=message):
+        load_splits(BOOLQ, write_boolq(tmp_path, train=4), SMALL)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_real_rows_split_without_leaks(name: str, shared_data: Path) -> None:
+    splits = load_splits(TASKS[name], shared_data, Protocol(n_selection=64, n_test=200))
+    assert len(splits.selection) == 64
+    assert len(splits.test) == 200
+    assert len(splits.train) >= 400
+
+
+def harness_split(tokenizer: PreTrainedTokenizerBase, context: str, continuation: str) -> tuple[list[int], list[int]]:
+    """`TemplateLM._encode_pair` of lm-evaluation-harness 0.4.13 for causal models."""
+    spaces = len(context) - len(context.rstrip())
+    if spaces > 0:
+        continuation = context[-spaces:] + continuation
+        context = context[:-spaces]
+    whole = tokenizer(context + continuation)["input_ids"]
+    alone = tokenizer(context)["input_ids"]
+    return alone, whole[len(alone) :]
+
+
+PAIRS = [
+    ("Question: is ice cold?\nAnswer:", " yes"),
+    ("Ends in spaces:  ", "yes"),
+    ("Ends in a new line\n", " yes"),
+    ("Ann beat Bea as Ann", " was fast."),
+    ("no space be", "tween"),
+]
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_a_pair_is_split_where_the_harness_splits_it(tokenizer: PreTrainedTokenizerBase, pair: tuple[str, str]) -> None:
+    [encoded] = encode_pairs(tokenizer, [pair], 512)
+    assert (list(encoded.context), list(encoded.continuation)) == harness_split(tokenizer, *pair)
+    assert not encoded.truncated
+
+
+def test_trailing_spaces_of_the_context_move_to_the_continuation(tokenizer: PreTrainedTokenizerBase) -> None:
+    [moved, plain] = encode_pairs(tokenizer, [("Answer: ", "yes"), ("Answer:", " yes")], 512)
+    assert moved == plain
+    assert tokenizer.decode(moved.context) == "Answer:"
+    assert tokenizer.decode(moved.continuation) == " yes"
+
+
+def test_a_long_pair_loses_the_start_of_its_context(tokenizer: PreTrainedTokenizerBase) -> None:
+    pair = ("The man had seven apples and gave two away. Question: is ice cold?\nAnswer:", " yes")
+    [whole] = encode_pairs(tokenizer, [pair], 512)
+    limit = len(whole.context) + len(whole.continuation) - 5
+    [cut] = encode_pairs(tokenizer, [pair], limit)
+    assert cut == Encoded(whole.context[5:], whole.continuation, truncated=True)
+    [fits] = encode_pairs(tokenizer, [pair], limit + 5)
+    assert fits == whole
+
+
+def test_a_continuation_longer_than_the_limit_keeps_its_end(tokenizer: PreTrainedTokenizerBase) -> None:
+    [whole] = encode_pairs(tokenizer, [("Answer:", " the man had seven apples")], 512)
+    assert len(whole.continuation) > 2
+    [cut] = encode_pairs(tokenizer, [("Answer:", " the man had seven apples")], 2)
+    assert cut == Encoded((), whole.continuation[-2:], truncated=True)
+
+
+def test_a_prompt_keeps_its_last_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
+    prompt = "Question: how many apples are there?\nAnswer:"
+    ids = tuple(tokenizer(prompt)["input_ids"])
+    assert encode_prompts(tokenizer, [prompt], len(ids)) == [Encoded(ids, (), truncated=False)]
+    assert encode_prompts(tokenizer, [prompt], len(ids) - 1) == [Encoded(ids[1:], (), truncated=True)]
+
+
+def test_an_answer_ends_with_the_end_of_text_within_the_limit(tokenizer: PreTrainedTokenizerBase) -> None:
+    pair = ("Ice is frozen water. " * 5 + "\nQuestion: is ice cold?\nAnswer:", " yes")
+    [encoded] = encode_answers(tokenizer, [pair], 12)
+    assert encoded.continuation[-1] == tokenizer.eos_token_id
+    assert tokenizer.decode(encoded.continuation[:-1]) == " yes"
+    assert len(encoded.context) + len(encoded.continuation) == 12
+    assert encoded.truncated

@@ -1,0 +1,286 @@
+from __future__ import annotations
+
+import copy
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from tune_sparse.config import Protocol
+from tune_sparse.data import Encoded
+from tune_sparse.lora import (
+    SparseLora,
+    adapt_model,
+    effective_weight,
+    lost_fraction,
+    merged_weights,
+    save_adapter,
+    sparse_lora_layers,
+    updates,
+)
+from tune_sparse.masks import Masks, masked
+from tune_sparse.methods import make_masks
+from tune_sparse.models import PRUNED, check_checkpoint, load_model, prunable_weights, write_weights_into
+from tune_sparse.train import fit
+
+PROTOCOL = Protocol(
+    steps=2, warmup_steps=0, global_batch=4, micro_batch=4, lora_rank=4, lora_alpha=8.0, precision="float32"
+)
+IDS = torch.arange(2 * 20).view(2, 20)
+
+Adapt = Callable[..., tuple[PeftModel, Masks]]
+
+
+def draw(seed: int, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def train_by_hand(adapted: PeftModel) -> None:
+    """B as if training had moved it away from zero."""
+    for seed, (_, layer) in enumerate(sparse_lora_layers(adapted)):
+        B = layer.factors()[1]
+        B.data.copy_(0.02 * draw(seed, *B.shape))
+
+
+@pytest.fixture
+def adapt(llama: Path) -> Adapt:
+    """Make a pruned Llama with adapters whose update is not zero, and its masks."""
+
+    def make(confined: bool, dtype: torch.dtype = torch.float32, **changes: Any) -> tuple[PeftModel, Masks]:
+        model = load_model(llama, dtype, torch.device("cpu"))
+        weights = prunable_weights(model)
+        masks = make_masks("unstructured", weights, check_checkpoint(str(llama)).shape, 0.5, seed=0)
+        write_weights_into(model, masked(weights, masks))
+        protocol = Protocol(**(vars(PROTOCOL) | changes))
+        adapted = adapt_model(model, protocol, masks if confined else None, seed=0)
+        train_by_hand(adapted)
+        return adapted.eval(), masks
+
+    return make
+
+
+def tiny(layers: int = 1, **changes: Any) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        **{
+            "hidden_size": 8,
+            "num_hidden_layers": layers,
+            "num_attention_heads": 2,
+            "intermediate_size": 12,
+            "vocab_size": 16,
+        }
+        | changes
+    )
+    return LlamaForCausalLM(config).requires_grad_(False).eval()
+
+
+def test_effective_weight_by_hand() -> None:
+    W, A, B = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([[1.0, -1.0]]), torch.tensor([[1.0], [2.0]])
+    assert effective_weight(W, A, B, 0.5).tolist() == [[1.5, 1.5], [4.0, 3.0]]
+    mask = torch.tensor([[True, False], [False, True]])
+    assert effective_weight(W, A, B, 0.5, mask).tolist() == [[1.5, 2.0], [3.0, 3.0]]
+
+
+@pytest.mark.parametrize("mask", [None, draw(3, 5, 4) > 0], ids=["plain", "masked"])
+def test_effective_weight_passes_gradcheck(mask: Tensor | None) -> None:
+    W, A, B = (draw(seed, *shape).double() for seed, shape in enumerate([(5, 4), (2, 4), (5, 2)]))
+    factors = A.requires_grad_(), B.requires_grad_()
+    assert torch.autograd.gradcheck(lambda A, B: effective_weight(W, A, B, 0.5, mask), factors)
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("mask", [None, draw(3, 8, 8) > 0], ids=["plain", "masked"])
+def test_the_forward_is_the_formula(mask: Tensor | None, dropout: float, training: bool) -> None:
+    model = tiny(attention_bias=True)
+    protocol = Protocol(lora_rank=4, lora_alpha=8.0, lora_dropout=dropout)
+    adapted = adapt_model(model, protocol, None, seed=0)
+    layer = next(layer for name, layer in sparse_lora_layers(adapted) if "q_proj" in name)
+    A, B, scaling = layer.factors()
+    assert scaling == 2.0
+    layer.keep_mask = mask
+    layer.base_layer.bias.data.copy_(draw(1, 8))
+    B.data.copy_(draw(2, *B.shape))
+    update = 2.0 * B @ A if mask is None else 2.0 * (B @ A) * mask
+    x = draw(4, 3, 5, 8)
+    torch.manual_seed(11)
+    expected = F.linear(x, layer.base_layer.weight, layer.base_layer.bias)
+    expected = expected + F.linear(F.dropout(x, dropout, training), update)
+    torch.manual_seed(11)
+    torch.testing.assert_close(layer.train(training)(x), expected)
+
+
+@torch.no_grad()
+def test_without_dropout_training_computes_with_the_weight_that_is_merged(adapt: Adapt) -> None:
+    adapted, _ = adapt(confined=True)
+    evaluated = adapted(IDS).logits
+    assert torch.equal(adapted.train()(IDS).logits, evaluated)
+
+
+def test_the_dropout_draws_again_in_every_forward() -> None:
+    adapted = adapt_model(tiny(), Protocol(lora_dropout=0.5), None, seed=0)
+    train_by_hand(adapted)
+    adapted.train()
+    assert not torch.equal(adapted(IDS[:, :9] % 16).logits, adapted(IDS[:, :9] % 16).logits)
+
+
+def test_without_a_mask_the_outputs_are_those_of_stock_peft(adapt: Adapt) -> None:
+    adapted, _ = adapt(confined=False)
+    base = copy.deepcopy(adapted).unload()
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=list(PRUNED), task_type="CAUSAL_LM")
+    stock = get_peft_model(base, config).eval()
+    assert not any(isinstance(module, SparseLora) for module in stock.modules())
+    set_peft_model_state_dict(stock, get_peft_model_state_dict(adapted))
+    with torch.no_grad():
+        torch.testing.assert_close(adapted(IDS).logits, stock(IDS).logits, atol=1e-5, rtol=1e-5)
+    expected = prunable_weights(stock.merge_and_unload())
+    for name, weight in merged_weights(adapted).items():
+        torch.testing.assert_close(weight, expected[name])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("confined", [False, True])
+@torch.no_grad()
+def test_the_merged_model_computes_the_trained_function_to_the_last_bit(
+    confined: bool, dtype: torch.dtype, adapt: Adapt
+) -> None:
+    adapted, _ = adapt(confined, dtype)
+    trained, merged = adapted(IDS).logits, merged_weights(adapted)
+    model = adapted.unload()
+    assert not torch.equal(model(IDS).logits, trained)
+    write_weights_into(model, merged)
+    assert torch.equal(model(IDS).logits, trained)
+
+
+def test_zeros_stay_zero_in_the_merge_of_a_confined_update(adapt: Adapt) -> None:
+    adapted, masks = adapt(confined=True)
+    for name, weight in merged_weights(adapted).items():
+        assert torch.equal(weight == 0, ~masks[name])
+
+
+def test_a_plain_update_fills_the_zeros_until_the_last_mask(adapt: Adapt) -> None:
+    adapted, masks = adapt(confined=False)
+    filled, final = merged_weights(adapted), merged_weights(adapted, masks)
+    for name, mask in masks.items():
+        assert filled[name][~mask].count_nonzero() > 0.99 * (~mask).sum()
+        assert not final[name][~mask].any()
+        assert torch.equal(final[name][mask], filled[name][mask])
+
+
+@pytest.mark.parametrize("confined", [False, True])
+def test_training_moves_the_adapters_and_nothing_else(confined: bool, adapt: Adapt) -> None:
+    adapted, _ = adapt(confined)
+    before = {name: parameter.clone() for name, parameter in adapted.named_parameters()}
+    rows = [Encoded(tuple(range(i, i + 10)), (i, i + 1)) for i in range(8)]
+    parameters = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
+    list(fit(adapted.get_base_model(), parameters, rows, PROTOCOL, seed=0))
+    moved = {name for name, parameter in adapted.named_parameters() if not torch.equal(parameter, before[name])}
+    assert moved == {name for name in before if ".lora_A." in name or ".lora_B." in name}
+    assert len(moved) == 2 * 21
+
+
+def test_the_masked_gradients_are_the_manual_ones(adapt: Adapt) -> None:
+    adapted, masks = adapt(confined=True)
+    name, layer = next(sparse_lora_layers(adapted))
+    A, B, scaling = layer.factors()
+    x, dY = draw(0, 7, 64), draw(1, 7, 64)
+    layer(x).backward(dY)
+    G = (dY.T @ x) * masks[name]
+    torch.testing.assert_close(B.grad, scaling * G @ A.T, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(A.grad, scaling * B.T @ G, atol=1e-5, rtol=1e-4)
+    assert layer.base_layer.weight.grad is None
+
+
+def test_the_adapted_layers_are_the_prunable_ones(adapt: Adapt) -> None:
+    adapted, masks = adapt(confined=True)
+    assert [name for name, _ in sparse_lora_layers(adapted)] == list(masks)
+    assert all(layer.keep_mask is masks[name] for name, layer in sparse_lora_layers(adapted))
+
+
+def first_factors(model: PreTrainedModel, seed: int = 0) -> dict[str, tuple[Tensor, Tensor]]:
+    """(A, B) of each layer before training."""
+    adapted = adapt_model(model, PROTOCOL, None, seed)
+    return {name: layer.factors()[:2] for name, layer in sparse_lora_layers(adapted)}
+
+
+def test_adapters_begin_uniform_and_without_an_update() -> None:
+    for A, B in first_factors(tiny(hidden_size=64, intermediate_size=256)).values():
+        bound = 1 / math.sqrt(A.shape[1])
+        assert not B.any()
+        assert A.abs().max() <= bound
+        assert A.abs().max() > 0.95 * bound
+        assert abs(A.mean()) < 0.15 * bound
+
+
+def test_adapters_depend_on_seed_and_name_alone() -> None:
+    torch.manual_seed(1)
+    one_block = first_factors(tiny(layers=1))
+    torch.manual_seed(2)
+    two_blocks = first_factors(tiny(layers=2))
+    other_seed = first_factors(tiny(layers=1), seed=1)
+    assert len(one_block) == 7
+    for name, (A, _) in one_block.items():
+        assert torch.equal(A, two_blocks[name][0])
+        assert not torch.equal(A, other_seed[name][0])
+        assert not torch.equal(A, two_blocks[name.replace(".0.", ".1.")][0])
+
+
+def test_lost_fraction_by_hand() -> None:
+    wanted = {"a": torch.tensor([3.0, 4.0]), "b": torch.tensor([0.0])}
+    assert lost_fraction(wanted, wanted) == 0.0
+    assert lost_fraction(wanted, {"a": torch.tensor([3.0, 0.0]), "b": torch.tensor([0.0])}) == 16 / 25
+    assert lost_fraction(wanted, {"a": torch.tensor([3.0, 4.0]), "b": torch.tensor([5.0])}) == 1.0
+    assert lost_fraction({"a": torch.zeros(2)}, {"a": torch.zeros(2)}) == 0.0
+
+
+def test_updates_are_what_is_added_to_the_weights(adapt: Adapt) -> None:
+    adapted, masks = adapt(confined=True)
+    for name, layer in sparse_lora_layers(adapted):
+        A, B, scaling = layer.factors()
+        torch.testing.assert_close(updates(adapted)[name], scaling * (B @ A) * masks[name])
+
+
+def test_a_bfloat16_weight_stays_bfloat16_and_its_update_float32(adapt: Adapt) -> None:
+    adapted, _ = adapt(confined=True, dtype=torch.bfloat16)
+    assert {weight.dtype for weight in merged_weights(adapted).values()} == {torch.bfloat16}
+    assert {update.dtype for update in updates(adapted).values()} == {torch.float32}
+
+
+def test_an_update_too_small_for_bfloat16_is_lost() -> None:
+    W = torch.ones(2, 2, dtype=torch.bfloat16)
+    A, B = torch.ones(1, 2), torch.tensor([[2**-10], [2**-6]])
+    merged = effective_weight(W, A, B, 1.0)
+    assert merged.tolist() == [[1.0, 1.0], [1 + 2**-6, 1 + 2**-6]]
+    lost = lost_fraction({"w": B @ A}, {"w": merged.float() - W.float()})
+    assert lost == 2**-20 / (2**-20 + 2**-12)
+
+
+def test_an_update_is_added_in_float32_and_rounded_once() -> None:
+    W = torch.ones(1, 1, dtype=torch.bfloat16)
+    just_above_half = torch.tensor([[2**-8 + 2**-18]])
+    assert effective_weight(W, torch.ones(1, 1), just_above_half, 1.0).item() == 1 + 2**-7
+
+
+def test_stock_peft_loads_the_adapter_of_a_plain_update(adapt: Adapt, tmp_path: Path) -> None:
+    adapted, _ = adapt(confined=False)
+    save_adapter(adapted, tmp_path / "adapter", "dense", "abc")
+    stock = PeftModel.from_pretrained(copy.deepcopy(adapted).unload(), str(tmp_path / "adapter")).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(stock(IDS).logits, adapted(IDS).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_a_saved_adapter_says_its_mode_and_mask(adapt: Adapt, tmp_path: Path) -> None:
+    adapted, _ = adapt(confined=True)
+    save_adapter(adapted, tmp_path / "adapter", "sparse-to-sparse", "abc")
+    marker = json.loads((tmp_path / "adapter" / "tune_sparse.json").read_text())
+    assert marker == {"mode": "sparse-to-sparse", "mask_sha256": "abc"}
+    files = {path.name for path in (tmp_path / "adapter").iterdir()}
+    assert files == {"adapter_config.json", "adapter_model.safetensors", "tune_sparse.json"}

@@ -1,0 +1,376 @@
+"""The three modes, each trained for a few steps for real, and the bench that a worker keeps between cells."""
+
+from __future__ import annotations
+
+import gc
+import json
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from torch import Tensor
+
+from trainables import sparse_to_dense, torch_backend
+from trainables.deployed import Deployed
+from trainables.torch_backend import MODES, Bench, run_cell
+from tune_sparse.config import MODES as MODE_NAMES
+from tune_sparse.config import Cell, Protocol
+from tune_sparse.data import Encoded, load_splits
+from tune_sparse.lora import adapt_model, merged_weights, sparse_lora_layers
+from tune_sparse.masks import Masks, mask_sha256, masked
+from tune_sparse.methods import make_masks
+from tune_sparse.models import check_checkpoint, load_model, prunable_weights, write_weights_into
+from tune_sparse.result import Ledger, Record, Run
+from tune_sparse.tasks import TASKS
+from tune_sparse.train import fit
+
+PROTOCOL = Protocol(
+    steps=4,
+    warmup_steps=0,
+    global_batch=4,
+    micro_batch=4,
+    learning_rate=1e-2,
+    final_learning_rate=1e-3,
+    lora_rank=4,
+    lora_alpha=8.0,
+    precision="float32",
+    max_tokens=256,
+    max_new_tokens=4,
+    n_train=16,
+    n_selection=4,
+    n_test=8,
+    eval_every=2,
+)
+IDS = torch.arange(2 * 20).view(2, 20)
+ROWS = [Encoded(tuple(range(i, i + 10)), (i, i + 1)) for i in range(8)]
+
+
+@dataclass(frozen=True)
+class Trained:
+    masks: Masks
+    pruned: dict[str, Tensor]
+    adapted: PeftModel
+    deployed: Deployed
+
+    @property
+    def factors(self) -> dict[str, Tensor]:
+        return {name: torch.cat([f.flatten() for f in layer.factors()[:2]]) for name, layer in self.layers()}
+
+    def layers(self) -> Iterator[tuple[str, Any]]:
+        return sparse_lora_layers(self.adapted)
+
+
+Train = Callable[..., Trained]
+
+
+@pytest.fixture
+def train(llama: Path) -> Train:
+    """Prune a model, train it in a mode, deploy it."""
+
+    def run(mode_name: str, method: str = "unstructured", sparsity: float = 0.5) -> Trained:
+        mode = MODES[mode_name]
+        model = load_model(llama, torch.float32, torch.device("cpu"))
+        weights = prunable_weights(model)
+        masks = make_masks(method, weights, check_checkpoint(str(llama)).shape, sparsity, seed=0)
+        pruned = masked(weights, masks)
+        write_weights_into(model, pruned)
+        adapted = adapt_model(model, PROTOCOL, mode.update_masks(masks), seed=0)
+        parameters = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
+        list(fit(adapted.get_base_model(), parameters, ROWS, PROTOCOL, seed=0))
+        return Trained(masks, pruned, adapted, mode.deploy(adapted, masks))
+
+    return run
+
+
+def test_the_table_has_every_mode_of_the_configuration() -> None:
+    assert tuple(MODES) == MODE_NAMES
+
+
+@torch.no_grad()
+def logits_of(trained: Trained, weights: dict[str, Tensor]) -> Tensor:
+    model = trained.adapted.unload()
+    write_weights_into(model, weights)
+    return model(IDS).logits
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.5])
+@pytest.mark.parametrize("mode", MODES)
+def test_trained_weights_compute_the_trained_function_to_the_last_bit(mode: str, sparsity: float, train: Train) -> None:
+    trained = train(mode, sparsity=sparsity)
+    with torch.no_grad():
+        expected = trained.adapted(IDS).logits
+    assert torch.equal(logits_of(trained, trained.deployed.trained), expected)
+
+
+def test_dense_deploys_what_it_trained_without_a_zero(train: Train) -> None:
+    trained = train("dense", sparsity=0.0)
+    assert trained.deployed.final is None
+    assert trained.deployed.metrics == {}
+    assert all(layer.keep_mask is None for _, layer in trained.layers())
+    assert all(weight.all() for weight in trained.deployed.trained.values())
+
+
+@pytest.mark.parametrize("method", ["unstructured", "structured", "random"])
+def test_sparse_to_sparse_deploys_zeros_exactly_at_the_mask(method: str, train: Train) -> None:
+    trained = train("sparse-to-sparse", method)
+    assert trained.deployed.final is None
+    assert trained.deployed.metrics == {}
+    for name, weight in trained.deployed.trained.items():
+        assert torch.equal(weight == 0, ~trained.masks[name])
+        assert not torch.equal(weight, trained.pruned[name])
+
+
+@pytest.mark.parametrize("method", ["unstructured", "structured", "random"])
+def test_sparse_to_dense_fills_the_zeros_and_deploys_them_masked(method: str, train: Train) -> None:
+    trained = train("sparse-to-dense", method)
+    assert trained.deployed.final is not None
+    filled = trained.deployed.trained
+    assert any(filled[name][~mask].any() for name, mask in trained.masks.items())
+    assert all(torch.equal(trained.deployed.final[name], filled[name] * mask) for name, mask in trained.masks.items())
+    assert 0 < trained.deployed.metrics["update_removed_fraction"] < 1
+
+
+def test_the_removed_fraction_is_that_of_the_squared_update(train: Train) -> None:
+    trained = train("sparse-to-dense", "random")
+    removed = total = 0.0
+    for name, layer in trained.layers():
+        A, B, scaling = layer.factors()
+        update = (scaling * B @ A).detach().double().square()
+        removed += float(update[~trained.masks[name]].sum())
+        total += float(update.sum())
+    assert trained.deployed.metrics["update_removed_fraction"] == pytest.approx(removed / total, rel=1e-5)
+
+
+def test_the_modes_train_different_adapters_on_an_elementwise_mask(train: Train) -> None:
+    to_dense, to_sparse = train("sparse-to-dense").factors, train("sparse-to-sparse").factors
+    again = train("sparse-to-sparse").factors
+    for name in to_sparse:
+        assert torch.equal(again[name], to_sparse[name])
+        assert not torch.allclose(to_dense[name], to_sparse[name], rtol=1e-3, atol=1e-4)
+
+
+def test_at_sparsity_0_every_mode_is_the_dense_baseline(train: Train) -> None:
+    baseline = train("dense", sparsity=0.0).deployed.trained
+    for mode in ("sparse-to-dense", "sparse-to-sparse"):
+        deployed = train(mode, sparsity=0.0).deployed
+        final = deployed.final or deployed.trained
+        assert all(torch.equal(final[name], weight) for name, weight in baseline.items())
+
+
+MakeRun = Callable[..., Run]
+
+
+@pytest.fixture
+def make_run(llama: Path) -> MakeRun:
+    """A run on the checkpoint; keywords change its cell or its protocol."""
+
+    def make(**changes: Any) -> Run:
+        cell = Cell("model", "boolq", "unstructured", 0.5, "sparse-to-sparse", 0, "torch")
+        own = {name: changes.pop(name) for name in list(changes) if name in vars(cell)}
+        protocol = Protocol(**(vars(PROTOCOL) | changes))
+        cell = replace(cell, **own)
+        return Run(
+            cell=cell,
+            protocol=protocol,
+            model_path=str(llama),
+            data_dir=None,
+            model_fingerprint=check_checkpoint(str(llama)).fingerprint,
+            data_fingerprint=load_splits(TASKS[cell.task], None, protocol).fingerprint,
+            prompt_version=TASKS[cell.task].prompt_version,
+        )
+
+    return make
+
+
+def finished(run: Run, ledger: Ledger, bench: Bench) -> Record:
+    steps = run_cell(run, ledger, bench)
+    while True:
+        try:
+            next(steps)
+        except StopIteration as stop:
+            return stop.value
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Ledger:
+    return Ledger(tmp_path / "results")
+
+
+@pytest.fixture
+def fresh(tmp_path: Path) -> Callable[[Run], Record]:
+    """What a worker that has done nothing before records."""
+    return lambda run: finished(run, Ledger(tmp_path / "fresh"), Bench())
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_run_leaves_its_record_and_every_file(mode: str, make_run: MakeRun, ledger: Ledger) -> None:
+    run = make_run(mode=mode, sparsity=0.0 if mode == "dense" else 0.5, method="none" if mode == "dense" else "random")
+    record = finished(run, ledger, Bench())
+    assert (record.status, record.error) == ("done", None)
+    assert ledger.record(run.run_id) == record
+    assert ledger.run(run.run_id) == run
+    folder = ledger.run_folder(run.run_id)
+    expected = {"config.yaml", "sparse_config.json", "result.json", "validation_report.json", "train.log"}
+    expected |= {"metrics.jsonl", "git_sha.txt", "examples.jsonl", "adapter"}
+    if mode == "sparse-to-dense":
+        expected.add("examples_before_merge.jsonl")
+    assert {path.name for path in folder.iterdir()} == expected
+    assert (record.metrics["accuracy_before_merge"] is not None) == (mode == "sparse-to-dense")
+    assert record.metrics["counted_sparsity"] == pytest.approx(run.cell.sparsity, abs=0.001)
+    assert record.metrics["n_examples"] == len((folder / "examples.jsonl").read_text().splitlines()) == 8
+    validation = json.loads((folder / "validation_report.json").read_text())
+    assert validation["all_valid"]
+    marker = json.loads((folder / "adapter" / "tune_sparse.json").read_text())
+    assert marker == {"mode": mode, "mask_sha256": record.metrics["mask_sha256"]}
+    assert validation["mask_sha256"] == marker["mask_sha256"]
+
+
+def test_the_modes_of_one_mask_share_the_accuracy_before_tuning(make_run: MakeRun, ledger: Ledger) -> None:
+    bench = Bench()
+    records = [finished(make_run(mode=mode), ledger, bench) for mode in ("sparse-to-dense", "sparse-to-sparse")]
+    assert len(list((ledger.folder / "untuned").iterdir())) == 1
+    assert len({record.metrics["accuracy_before_tuning"] for record in records}) == 1
+    assert len({record.metrics["mask_sha256"] for record in records}) == 1
+    assert records[0].metrics["eval_loss"] != records[1].metrics["eval_loss"]
+
+
+def test_a_bench_loads_a_model_once_for_several_runs(make_run: MakeRun, ledger: Ledger) -> None:
+    bench = Bench()
+    for changes in ({}, {"mode": "sparse-to-dense"}, {"method": "structured"}, {"task": "gsm8k"}):
+        assert finished(make_run(**changes), ledger, bench).status == "done"
+    assert bench.loads == 1
+    assert finished(make_run(precision="bfloat16"), ledger, bench).status == "done"
+    assert bench.loads == 2
+
+
+def test_a_bench_lends_the_weights_of_the_checkpoint_after_every_run(
+    make_run: MakeRun, ledger: Ledger, llama: Path
+) -> None:
+    bench = Bench()
+    checkpoint = load_model(llama, torch.float32, torch.device("cpu")).state_dict()
+    for mode in ("sparse-to-dense", "sparse-to-sparse"):
+        run = make_run(mode=mode)
+        finished(run, ledger, bench)
+        lent = bench.lend(run).model.state_dict()
+        assert list(lent) == list(checkpoint)
+        assert all(torch.equal(lent[name], checkpoint[name]) for name in checkpoint)
+
+
+def test_a_bench_encodes_the_rows_of_a_task_once(
+    make_run: MakeRun, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoded = []
+    encode_test = torch_backend.encode_test
+    monkeypatch.setattr(torch_backend, "encode_test", lambda *args: encoded.append(args[1].name) or encode_test(*args))
+    bench = Bench()
+    for task in ("boolq", "gsm8k", "boolq"):
+        for mode in ("sparse-to-dense", "sparse-to-sparse"):
+            finished(make_run(task=task, mode=mode), ledger, bench)
+    assert encoded == ["boolq", "gsm8k"]
+    finished(make_run(n_train=15), ledger, bench)
+    assert encoded == ["boolq", "gsm8k", "boolq"]
+
+
+def test_a_run_does_not_depend_on_the_runs_before_it(
+    make_run: MakeRun, ledger: Ledger, fresh: Callable[[Run], Record]
+) -> None:
+    bench, run = Bench(), make_run()
+    finished(make_run(mode="sparse-to-dense", method="structured"), ledger, bench)
+    assert finished(run, ledger, bench).metrics == fresh(run).metrics
+
+
+def test_a_diverging_run_is_recorded_as_failed_and_its_model_forgotten(
+    make_run: MakeRun, ledger: Ledger, fresh: Callable[[Run], Record]
+) -> None:
+    bench, run = Bench(), make_run()
+    diverging = make_run(learning_rate=1e30)
+    record = finished(diverging, ledger, bench)
+    assert record.status == "failed"
+    assert record.error["class"] == "RunError"
+    assert "got nan at step 2" in record.error["message"]
+    assert not record.error["retryable"]
+    assert ledger.record(diverging.run_id) == record
+    assert finished(run, ledger, bench).metrics == fresh(run).metrics
+    assert bench.loads == 2
+
+
+def test_an_infrastructure_error_is_raised_and_leaves_nothing(
+    make_run: MakeRun, ledger: Ledger, fresh: Callable[[Run], Record], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def out_of_memory(*_: Any) -> Iterator[Any]:
+        raise MemoryError("no room")
+        yield
+
+    bench, run = Bench(), make_run()
+    with monkeypatch.context() as patched:
+        patched.setattr(torch_backend, "fit", out_of_memory)
+        with pytest.raises(MemoryError, match="no room"):
+            finished(run, ledger, bench)
+    gc.collect()
+    assert list((ledger.folder / "runs").iterdir()) == []
+    assert finished(run, ledger, bench).metrics == fresh(run).metrics
+    assert bench.loads == 2
+
+
+def test_a_run_that_is_closed_leaves_the_bench_as_new(
+    make_run: MakeRun, ledger: Ledger, fresh: Callable[[Run], Record]
+) -> None:
+    bench, run = Bench(), make_run()
+    steps = run_cell(make_run(mode="sparse-to-dense"), ledger, bench)
+    next(steps)
+    steps.close()
+    gc.collect()
+    assert list((ledger.folder / "runs").iterdir()) == []
+    assert finished(run, ledger, bench).metrics == fresh(run).metrics
+
+
+def test_a_forgotten_model_is_freed(make_run: MakeRun) -> None:
+    bench = Bench()
+    model = weakref.ref(bench.lend(make_run()).model)
+    bench.clear()
+    assert model() is None
+
+
+def test_a_run_without_its_last_mask_fails_its_validation(
+    make_run: MakeRun, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sparse_to_dense, "deploy", lambda adapted, masks: Deployed(merged_weights(adapted)))
+    record = finished(make_run(mode="sparse-to-dense"), ledger, Bench())
+    assert record.status == "failed"
+    assert "a run must pass its validation: " in record.error["message"]
+    assert "model.layers.0.self_attn.q_proj.weight: masked weights must be 0, got " in record.error["message"]
+
+
+def test_a_merge_that_changes_the_function_fails_its_validation(
+    make_run: MakeRun, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def rounded(adapted: PeftModel, masks: Masks) -> Deployed:
+        return Deployed({name: weight.bfloat16().float() for name, weight in merged_weights(adapted).items()})
+
+    monkeypatch.setattr(torch_backend.sparse_to_sparse, "deploy", rounded)
+    record = finished(make_run(), ledger, Bench())
+    assert record.status == "failed"
+    assert record.error["message"].endswith("the merged model must compute exactly the trained function")
+
+
+def test_a_model_that_changed_during_a_sweep_is_refused(make_run: MakeRun, ledger: Ledger) -> None:
+    record = finished(replace(make_run(), model_fingerprint="f" * 64), ledger, Bench())
+    assert "must not change during a sweep, and it did. Start the sweep again." in record.error["message"]
+
+
+def test_rows_that_changed_during_a_sweep_are_refused(make_run: MakeRun, ledger: Ledger) -> None:
+    record = finished(replace(make_run(), data_fingerprint="f" * 64), ledger, Bench())
+    assert record.error["class"] == "InputError"
+    assert record.error["message"] == "the rows of boolq must not change during a sweep. Start the sweep again."
+
+
+def test_the_recorded_mask_is_that_of_the_method(make_run: MakeRun, ledger: Ledger, llama: Path) -> None:
+    record = finished(make_run(), ledger, Bench())
+    weights = prunable_weights(load_model(llama, torch.float32, torch.device("cpu")))
+    masks = make_masks("unstructured", weights, check_checkpoint(str(llama)).shape, 0.5, seed=0)
+    assert record.metrics["mask_sha256"] == mask_sha256(masks)

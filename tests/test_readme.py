@@ -1,0 +1,43 @@
+"""What the README shows exists: its files, its commands, its settings."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from search_spaces.matrix import PRESETS
+from tune_sparse.cli import parser
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_links_and_pictures_lead_somewhere() -> None:
+    targets = re.findall(r"\]\(([^)#]+)", README)
+    local = [target for target in targets if "://" not in target]
+    assert local
+    assert [target for target in local if not (ROOT / target).exists()] == []
+
+
+def test_every_command_that_is_shown_parses() -> None:
+    lines = re.findall(r"^ *\.venv/bin/tune-sparse (.+?)(?: \\\n *(.+))?$", README, flags=re.MULTILINE)
+    assert len(lines) >= 8
+    for line in lines:
+        arguments = shlex.split(" ".join(line), comments=True)
+        if "--help" not in arguments:
+            parser().parse_args(arguments)
+
+
+def test_every_preset_is_explained() -> None:
+    explained = [name for name in PRESETS if "pilot" not in name]
+    assert [name for name in explained if f"`{name}`" not in README] == []
+
+
+@pytest.mark.parametrize("folder", ["tune_sparse", "search_spaces", "trainables", "analysis"])
+def test_every_module_is_in_the_file_tree(folder: str) -> None:
+    modules = [path.stem for path in (ROOT / folder).glob("*.py") if path.stem != "__init__"]
+    assert modules
+    assert [name for name in modules if not re.search(rf"\b{name}\b", README)] == []

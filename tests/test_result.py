@@ -1,0 +1,298 @@
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from factories import done_record, failed_record, make_cell, make_run, sweep_of, write_run
+
+from tune_sparse import result
+from tune_sparse.config import Protocol
+from tune_sparse.paths import aside, read_json, write_json
+from tune_sparse.result import Ledger, Record, Run
+
+OTHER_PROTOCOL: dict[str, Any] = {
+    "steps": 100,
+    "global_batch": 128,
+    "micro_batch": 4,
+    "learning_rate": 1e-3,
+    "final_learning_rate": 0.0,
+    "warmup_fraction": 0.1,
+    "warmup_steps": 6,
+    "weight_decay": 0.0,
+    "beta1": 0.8,
+    "beta2": 0.99,
+    "max_grad_norm": 2.0,
+    "lora_rank": 8,
+    "lora_alpha": 16.0,
+    "lora_dropout": 0.05,
+    "loss_on": "prompt-and-answer",
+    "precision": "float32",
+    "max_tokens": 1024,
+    "max_new_tokens": 128,
+    "n_train": 100,
+    "n_selection": None,
+    "n_test": 100,
+    "eval_every": 25,
+    "threads": 2,
+}
+OTHER_CELL: dict[str, Any] = {
+    "model": "other",
+    "task": "gsm8k",
+    "method": "random",
+    "sparsity": 0.6,
+    "mode": "sparse-to-sparse",
+    "seed": 1,
+    "backend": "cerebras",
+}
+OTHER_INPUT: dict[str, Any] = {"model_fingerprint": "x", "data_fingerprint": "x", "prompt_version": 2}
+SCORING = {"precision", "max_tokens", "max_new_tokens", "n_test"}
+"""Protocol fields that an accuracy before tuning depends on."""
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Ledger:
+    return Ledger(tmp_path / "results")
+
+
+@pytest.mark.parametrize("name", [f.name for f in fields(Protocol)])
+def test_the_identity_changes_with_every_field_of_the_protocol(name: str) -> None:
+    changed = make_run(protocol=replace(Protocol(), **{name: OTHER_PROTOCOL[name]}))
+    assert changed.identity != make_run().identity
+    assert changed.run_id != make_run().run_id
+
+
+@pytest.mark.parametrize("name", OTHER_CELL)
+def test_the_identity_changes_with_every_field_of_the_cell(name: str) -> None:
+    assert make_run(make_cell(**{name: OTHER_CELL[name]})).identity != make_run().identity
+
+
+@pytest.mark.parametrize("name", OTHER_INPUT)
+def test_the_identity_changes_with_the_model_the_data_and_the_prompt(name: str) -> None:
+    assert make_run(**{name: OTHER_INPUT[name]}).identity != make_run().identity
+
+
+def test_the_identity_changes_with_the_numerics_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run()
+    before = run.identity, run.untuned_id
+    monkeypatch.setattr(result, "NUMERICS_VERSION", result.NUMERICS_VERSION + 1)
+    assert run.identity != before[0]
+    assert run.untuned_id != before[1]
+
+
+def test_the_identity_does_not_change_with_places_on_disk() -> None:
+    moved = make_run(model_path="/elsewhere/tiny", data_dir="/data")
+    assert moved.identity == make_run().identity
+    assert moved.untuned_id == make_run().untuned_id
+
+
+def test_every_field_of_a_run_is_in_its_identity_or_a_place() -> None:
+    names = {f.name for f in fields(Run)}
+    assert names == {"cell", "protocol", "model_path", "data_dir", *OTHER_INPUT}
+
+
+@pytest.mark.parametrize(
+    ("changes", "readable"),
+    [
+        ({}, "torch_tiny_boolq_unstructured_s50_sparse-to-dense_"),
+        ({"sparsity": 0.05}, "torch_tiny_boolq_unstructured_s05_sparse-to-dense_"),
+        ({"sparsity": 0.375}, "torch_tiny_boolq_unstructured_s37.5_sparse-to-dense_"),
+        ({"model": "my model:v1"}, "torch_my-model-v1_boolq_unstructured_s50_sparse-to-dense_"),
+    ],
+)
+def test_the_run_id_can_be_read_by_people(changes: dict[str, Any], readable: str) -> None:
+    run = make_run(make_cell(**changes))
+    assert run.run_id == readable + run.identity[:8]
+
+
+def test_the_accuracy_before_tuning_is_shared_by_the_modes() -> None:
+    both = {make_run(make_cell(mode=mode)).untuned_id for mode in ("sparse-to-dense", "sparse-to-sparse")}
+    assert len(both) == 1
+
+
+@pytest.mark.parametrize("name", sorted({f.name for f in fields(Protocol)} - SCORING - {"threads", "micro_batch"}))
+def test_the_accuracy_before_tuning_is_shared_by_training_settings(name: str) -> None:
+    changed = make_run(protocol=replace(Protocol(), **{name: OTHER_PROTOCOL[name]}))
+    assert changed.untuned_id == make_run().untuned_id
+
+
+@pytest.mark.parametrize("name", sorted(SCORING))
+def test_the_accuracy_before_tuning_differs_by_the_settings_of_the_test(name: str) -> None:
+    changed = make_run(protocol=replace(Protocol(), **{name: OTHER_PROTOCOL[name]}))
+    assert changed.untuned_id != make_run().untuned_id
+
+
+@pytest.mark.parametrize("name", ["model", "task", "method", "sparsity", "backend"])
+def test_the_accuracy_before_tuning_differs_by_what_is_pruned(name: str) -> None:
+    assert make_run(make_cell(**{name: OTHER_CELL[name]})).untuned_id != make_run().untuned_id
+
+
+@pytest.mark.parametrize("name", OTHER_INPUT)
+def test_the_accuracy_before_tuning_differs_by_its_inputs(name: str) -> None:
+    assert make_run(**{name: OTHER_INPUT[name]}).untuned_id != make_run().untuned_id
+
+
+@pytest.mark.parametrize(("method", "ids"), [("unstructured", 1), ("structured", 1), ("random", 2)])
+def test_the_accuracy_before_tuning_differs_by_seed_only_for_random_masks(method: str, ids: int) -> None:
+    assert len({make_run(make_cell(method=method, seed=seed)).untuned_id for seed in (0, 1)}) == ids
+
+
+def test_nothing_appears_before_a_run_is_whole(ledger: Ledger) -> None:
+    run = make_run()
+    with ledger.writing(run.run_id) as folder:
+        write_json(folder / "result.json", asdict(done_record(run)))
+        assert not ledger.run_folder(run.run_id).exists()
+        assert ledger.record(run.run_id) is None
+    assert ledger.is_done(run.run_id)
+    assert [path.name for path in (ledger.folder / "runs").iterdir()] == [run.run_id]
+
+
+def half_written(ledger: Ledger, run: Run) -> None:
+    with ledger.writing(run.run_id) as folder:
+        (folder / "train.log").write_text("began")
+        raise KeyboardInterrupt
+
+
+def test_an_exception_leaves_nothing(ledger: Ledger) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        half_written(ledger, make_run())
+    assert list((ledger.folder / "runs").iterdir()) == []
+
+
+def test_an_exception_leaves_the_earlier_record(ledger: Ledger) -> None:
+    run = make_run()
+    write_run(ledger, run, failed_record(run))
+    with pytest.raises(KeyboardInterrupt):
+        half_written(ledger, run)
+    assert ledger.record(run.run_id) == failed_record(run)
+    assert not (ledger.folder / "set_aside").exists()
+
+
+def test_a_failed_run_is_set_aside_by_a_new_one(ledger: Ledger) -> None:
+    run = make_run()
+    write_run(ledger, run, failed_record(run))
+    write_run(ledger, run, done_record(run))
+    assert ledger.is_done(run.run_id)
+    [aside_folder] = (ledger.folder / "set_aside").iterdir()
+    assert read_json(aside_folder / "set_aside.json")["reason"] == "tried again"
+    assert Record(**read_json(aside_folder / "result.json")) == failed_record(run)
+
+
+def test_a_done_run_is_never_replaced(ledger: Ledger) -> None:
+    run = make_run()
+    write_run(ledger, run, done_record(run, accuracy=0.9))
+    write_run(ledger, run, done_record(run, accuracy=0.1))
+    ledger.write_record(run, failed_record(run))
+    assert ledger.record(run.run_id) == done_record(run, accuracy=0.9)
+    assert not (ledger.folder / "set_aside").exists()
+    assert len(list((ledger.folder / "runs").iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b'{"run_id": "x", "ident',
+        b"null",
+        b"[]",
+        b'"done"',
+        b'{"status": "done"}',
+        b"\xff\xfe",
+        b'{"run_id": "x", "identity": "x", "status": "done", "surprise": 1}',
+    ],
+)
+def test_a_record_that_cannot_be_read_is_not_done(ledger: Ledger, content: bytes) -> None:
+    run = make_run()
+    path = write_run(ledger, run, done_record(run)) / "result.json"
+    path.write_bytes(content)
+    assert ledger.record(run.run_id) is None
+    assert not ledger.is_done(run.run_id)
+
+
+@pytest.mark.parametrize("status", ["failed", "interrupted"])
+def test_a_run_that_did_not_finish_is_not_done(ledger: Ledger, status: Any) -> None:
+    run = make_run()
+    ledger.write_record(run, replace(failed_record(run), status=status))
+    assert ledger.record(run.run_id) is not None
+    assert not ledger.is_done(run.run_id)
+
+
+def test_a_record_is_read_as_it_was_written(ledger: Ledger) -> None:
+    run = make_run()
+    write_run(ledger, run, done_record(run))
+    assert ledger.record(run.run_id) == done_record(run)
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        make_run(),
+        make_run(data_dir="/rows", protocol=Protocol(learning_rate=1e-5, final_learning_rate=1e-6, n_selection=None)),
+        make_run(make_cell(sparsity=0.1, model="123", seed=7)),
+    ],
+)
+def test_a_run_is_read_back_from_its_config(ledger: Ledger, run: Run) -> None:
+    ledger.write_record(run, done_record(run))
+    assert ledger.run(run.run_id) == run
+    assert ledger.run(run.run_id).identity == run.identity
+    assert Run.from_config(json.loads(json.dumps(run.as_config()))) == run
+
+
+def test_a_run_set_aside_is_kept_whole_with_the_reason(ledger: Ledger) -> None:
+    run = make_run()
+    names = {path.name for path in write_run(ledger, run, done_record(run)).iterdir()}
+    target = ledger.set_aside(run.run_id, "wrong data")
+    assert not ledger.is_done(run.run_id)
+    assert not ledger.run_folder(run.run_id).exists()
+    assert target.parent == ledger.folder / "set_aside"
+    assert {path.name for path in target.iterdir()} == names | {"set_aside.json"}
+    assert read_json(target / "set_aside.json")["reason"] == "wrong data"
+
+
+def test_the_same_run_can_be_set_aside_twice(ledger: Ledger) -> None:
+    run = make_run()
+    for reason in ("one", "two"):
+        write_run(ledger, run, done_record(run))
+        ledger.set_aside(run.run_id, reason)
+    reasons = [read_json(path / "set_aside.json")["reason"] for path in (ledger.folder / "set_aside").iterdir()]
+    assert sorted(reasons) == ["one", "two"]
+
+
+def test_what_killed_writers_left_is_removed_and_nothing_else(ledger: Ledger) -> None:
+    run = make_run()
+    folder = write_run(ledger, run, done_record(run))
+    ledger.write_untuned("u", {"accuracy": 0.5})
+    half_run, half_file = aside(folder), aside(ledger.folder / "untuned" / "v.json")
+    half_holder = aside(ledger.folder / "holder.json")
+    half_run.mkdir()
+    (half_run / "result.json").write_text("{")
+    half_file.write_text("{")
+    half_holder.write_text("{")
+    ledger.remove_partial()
+    assert not half_run.exists()
+    assert not half_file.exists()
+    assert not half_holder.exists()
+    assert ledger.is_done(run.run_id)
+    assert ledger.untuned("u") == {"accuracy": 0.5}
+
+
+def test_an_accuracy_before_tuning_is_kept_and_unknown_before(ledger: Ledger) -> None:
+    assert ledger.untuned("u") is None
+    ledger.write_untuned("u", {"accuracy": 0.5, "correct": "0110"})
+    assert ledger.untuned("u") == {"accuracy": 0.5, "correct": "0110"}
+
+
+def test_sweeps_are_read_back_the_oldest_first(ledger: Ledger) -> None:
+    sweeps = [sweep_of([make_cell(seed=seed)], started=started) for seed, started in ((0, 30.0), (1, 10.0), (2, 20.0))]
+    for sweep in sweeps:
+        ledger.write_sweep(sweep)
+    assert [sweep.started for sweep in ledger.sweeps()] == [10.0, 20.0, 30.0]
+    assert [dict(cell) for cell in ledger.sweeps()[2].cells] == list(sweeps[0].cells)
+
+
+def test_an_empty_folder_has_no_sweeps_and_no_records(ledger: Ledger) -> None:
+    assert ledger.sweeps() == []
+    assert ledger.record("any") is None
+    ledger.remove_partial()

@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+import math
+
+import torch
+
+from tune_sparse.scores import group_norms, magnitude, random
+
+
+def test_magnitude_is_the_absolute_value() -> None:
+    weight = torch.tensor([[-2.0, 0.0, 1.5], [0.25, -0.0, -7.0]])
+    assert magnitude(weight, "w", 0).tolist() == [[2.0, 0.0, 1.5], [0.25, 0.0, 7.0]]
+
+
+def test_random_depends_on_seed_and_name_alone() -> None:
+    weight = torch.ones(30, 40)
+    first = random(weight, "a", 0)
+    torch.manual_seed(123)
+    assert torch.equal(random(weight * -3, "a", 0), first)
+    assert not torch.equal(random(weight, "a", 1), first)
+    assert not torch.equal(random(weight, "b", 0), first)
+
+
+def test_random_leaves_the_global_generator_alone() -> None:
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    random(torch.ones(5, 5), "a", 0)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_random_is_uniform_in_zero_to_one() -> None:
+    drawn = random(torch.empty(100, 100), "a", 0)
+    assert drawn.shape == (100, 100)
+    assert drawn.min() >= 0
+    assert drawn.max() < 1
+    torch.testing.assert_close(drawn.quantile(torch.arange(0.1, 1, 0.1)), torch.arange(0.1, 1, 0.1), atol=0.02, rtol=0)
+
+
+def test_group_norms_by_hand() -> None:
+    rows = torch.tensor([[3.0, 0.0], [0.0, 1.0]])
+    columns = torch.tensor([[4.0], [0.0]])
+    assert group_norms(rows, columns).tolist() == [5.0, 1.0]
+
+
+def test_group_norms_equal_the_norm_computed_by_loops() -> None:
+    generator = torch.Generator().manual_seed(0)
+    parts = [torch.randn(4, *rest, generator=generator) for rest in ((3,), (2, 5), (6, 1))]
+    expected = [math.sqrt(sum(w.item() ** 2 for part in parts for w in part[group].flatten())) for group in range(4)]
+    torch.testing.assert_close(group_norms(*parts), torch.tensor(expected))
+
+
+def test_group_norms_of_bfloat16_are_summed_in_float32() -> None:
+    norm = group_norms(torch.ones(1, 1000, dtype=torch.bfloat16))
+    torch.testing.assert_close(norm, torch.tensor([math.sqrt(1000)]))
