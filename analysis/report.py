@@ -73,4 +73,4 @@ def findings(performance: pd.DataFrame) -> list[str]:
 
 
 def _or_none(sparsity: float) -> str:
-    return "none (dense is at chance)" if pd.isna(sparsity) else f"{sparsity:g}"
+    return "unknown (dense is not above chance)" if pd.isna(sparsity) else f"{sparsity:g}"

@@ -9,6 +9,7 @@ PERFORMANCE = [
     "chance_accuracy",
     "counted_sparsity",
     "accuracy",
+    "accuracy_stderr",
     "accuracy_before_tuning",
     "accuracy_before_merge",
     "train_loss",
@@ -33,7 +34,7 @@ def highest_passing_sparsity(performance: pd.DataFrame) -> pd.DataFrame:
     """The highest sparsity up to which accuracy stays within `PASS_MARK` of the dense baseline.
 
     One row per backend, model, task, method and mode that has a dense baseline: dense_accuracy, highest_sparsity,
-    which is missing where the dense baseline itself is no better than chance.
+    which is missing where the dense baseline itself is not two standard errors above chance.
     """
     rows = []
     for key, curve in performance.groupby(SETTING[:-1], sort=True):
@@ -41,7 +42,8 @@ def highest_passing_sparsity(performance: pd.DataFrame) -> pd.DataFrame:
         if curve["sparsity"].iloc[0] != 0:
             continue
         dense = curve["accuracy"].iloc[0]
+        floor = curve["chance_accuracy"].iloc[0] + 2 * curve["accuracy_stderr"].iloc[0]
         passed = (curve["accuracy"] >= (1 - PASS_MARK) * dense - 1e-9).cummin()
-        highest = curve.loc[passed, "sparsity"].max() if dense > curve["chance_accuracy"].iloc[0] else None
+        highest = curve.loc[passed, "sparsity"].max() if dense > floor else None
         rows.append((*key, dense, highest))
     return pd.DataFrame(rows, columns=[*SETTING[:-1], "dense_accuracy", "highest_sparsity"])

@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import statistics
+import sys
 import tempfile
 import threading
 import time
@@ -340,12 +341,13 @@ def fit_trials(
 @contextmanager
 def started_ray(config: SweepConfig, trials: int) -> Iterator[int]:
     """Ray on this machine, or on the cluster that RAY_ADDRESS names; yields how many trials run at once."""
-    # Read by Ray when it is imported: our own progress, our own ledger, no trial held back behind others.
+    # Our own progress, our own ledger, no trial held back behind others.
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(trials + 1)
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
-    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    if "ray" not in sys.modules:  # set later, it would part this process from the cluster that it starts
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
     import ray
 
     logging.getLogger("ray.tune").setLevel(logging.ERROR)  # it misses the result files that we turned off
