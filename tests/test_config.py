@@ -57,6 +57,7 @@ BROKEN_SWEEPS: list[tuple[dict[str, Any], str]] = [
     ({"sparsities": (50.0,)}, r"in \[0, 1\), got 50\.0\. Did you mean 0\.5\?"),
     ({"sparsities": (float("nan"),)}, r"in \[0, 1\), got nan\."),
     ({"modes": ("sparse-to-dence",)}, r"unknown mode 'sparse-to-dence'\. Did you mean 'sparse-to-dense'"),
+    ({"modes": ("dense",), "sparsities": (0.0, 0.5)}, r"dense prunes nothing, so all sparsities must be 0 with it"),
     ({"backend": "pytorch"}, r"unknown backend 'pytorch'\. Did you mean 'torch'"),
     ({"workers": 0}, r"workers must be at least 1, got 0\."),
     ({"gpus_per_trial": -0.5}, r"gpus_per_trial must be at least 0, got -0\.5\."),

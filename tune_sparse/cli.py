@@ -22,6 +22,7 @@ from typing import Any
 from search_spaces.matrix import PRESETS
 from tune_sparse.config import Protocol, SweepConfig
 from tune_sparse.errors import InputError, unknown_name
+from tune_sparse.tasks import TASKS
 
 OK, FAULT, BAD_INPUT = 0, 1, 2
 DEFAULT_RESULTS = SweepConfig.__dataclass_fields__["results_dir"].default
@@ -100,7 +101,8 @@ def _command(
 def _sweep_epilog() -> str:
     settings = "\n".join(f"    {f.name:20} {f.metadata['help']} (default {f.default})" for f in fields(Protocol))
     return (
-        f"presets: {', '.join(PRESETS)}\n\nprotocol, with --set or in the YAML file:\n{settings}\n\n"
+        f"presets: {', '.join(PRESETS)}\n\ntasks: {', '.join(TASKS)}\n\n"
+        f"protocol, with --set or in the YAML file:\n{settings}\n\n"
         "example:\n    tune-sparse sweep smoke --set steps=20 --workers 2"
     )
 

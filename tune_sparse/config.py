@@ -66,16 +66,7 @@ class Protocol:
     threads: int = option("CPU threads of a trial; their number changes the last bits of a sum", 1)
 
     def __post_init__(self) -> None:
-        for name in (
-            "steps",
-            "global_batch",
-            "micro_batch",
-            "lora_rank",
-            "max_tokens",
-            "max_new_tokens",
-            "eval_every",
-            "threads",
-        ):
+        for name in ("steps", "global_batch", "micro_batch", "lora_rank", "max_new_tokens", "eval_every", "threads"):
             rule(getattr(self, name) >= 1, f"{name} must be at least 1", getattr(self, name), "Give a larger number.")
         rule(self.max_tokens >= 2, "max_tokens must be at least 2", self.max_tokens, "Give a larger number.")
         for name in ("n_train", "n_selection", "n_test"):
@@ -140,7 +131,7 @@ class SweepConfig:
     """A sweep: the axes of its matrix, the protocol of its cells, and where it runs."""
 
     models: tuple[str, ...] = option("embedded names, checkpoint folders, or hub ids with @revision")
-    tasks: tuple[str, ...] = option("see `tune-sparse sweep --list`", ("boolq", "hellaswag", "gsm8k"))
+    tasks: tuple[str, ...] = option("benchmarks", ("boolq", "hellaswag", "gsm8k"))
     methods: tuple[str, ...] = option("pruning methods", ("unstructured", "structured", "random"))
     sparsities: tuple[float, ...] = option(
         "fractions of zeros in the pruned matrices", (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -171,6 +162,12 @@ class SweepConfig:
         for mode in self.modes:
             if mode not in MODES:
                 raise unknown_name("mode", mode, MODES)
+        rule(
+            "dense" not in self.modes or not any(self.sparsities),
+            "the mode dense prunes nothing, so all sparsities must be 0 with it",
+            self.sparsities,
+            "Leave it out: at sparsity 0 the sparse modes are the dense baseline.",
+        )
         if self.backend not in BACKENDS:
             raise unknown_name("backend", self.backend, BACKENDS)
         rule(self.workers is None or self.workers >= 1, "workers must be at least 1", self.workers, "Give 1 or more.")

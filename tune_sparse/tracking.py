@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tune_sparse.config import SweepConfig
-from tune_sparse.result import Ledger, Record, SweepRecord
+from tune_sparse.result import Ledger, Record, SweepRecord, sha256_of
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +23,7 @@ EXPERIMENT = "tune-sparse"
 SWEEP_TAG = "tune_sparse.sweep_id"
 RUN_TAG = "tune_sparse.run_id"
 COMPLETE_TAG = "tune_sparse.complete"
-"""The status that was logged in full; without it a run was cut off in the middle of logging."""
+"""What was logged in full: a hash of the record. Without it a run was cut off in the middle of logging."""
 ARTIFACTS = ("config.yaml", "sparse_config.json", "result.json", "validation_report.json", "train.log")
 BATCH = 1000
 """Metrics in one call, MLflow's limit."""
@@ -98,10 +98,10 @@ class Tracker:
         record = self._ledger.record(run_id)
         if record is None:
             return
-        key = (RUN_TAG, run_id)
+        key, complete = (RUN_TAG, run_id), sha256_of(asdict(record))
         known = self._runs.get(key)
         if known is not None:
-            if known.data.tags.get(COMPLETE_TAG) == record.status:
+            if known.data.tags.get(COMPLETE_TAG) == complete:
                 return
             self._client.delete_run(known.info.run_id)
         run = self._ledger.run(run_id)
@@ -118,7 +118,7 @@ class Tracker:
                 self._client.log_artifact(id_, str(folder / name))
         for tag, value in _environment_tags(record).items():
             self._client.set_tag(id_, tag, value)
-        self._client.set_tag(id_, COMPLETE_TAG, record.status)
+        self._client.set_tag(id_, COMPLETE_TAG, complete)
         self._client.set_terminated(id_, MLFLOW_STATUS[record.status], end_time=int(ended * 1000))
         self._runs[key] = self._client.get_run(id_)
 
