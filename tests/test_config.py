@@ -16,7 +16,6 @@ AT_LEAST_ONE = (
     "global_batch",
     "micro_batch",
     "lora_rank",
-    "max_tokens",
     "max_new_tokens",
     "eval_every",
     "threads",
@@ -24,6 +23,7 @@ AT_LEAST_ONE = (
 
 BROKEN_PROTOCOLS: list[tuple[dict[str, Any], str]] = [
     *(({name: 0}, rf"{name} must be at least 1, got 0\.") for name in AT_LEAST_ONE),
+    ({"max_tokens": 1}, r"max_tokens must be at least 2, got 1\."),
     *(({name: 0}, rf"{name} must be at least 1 or none, got 0\.") for name in ("n_train", "n_selection", "n_test")),
     *(({name: 0.0}, rf"{name} must be above 0, got 0\.0\.") for name in ("lora_alpha", "max_grad_norm")),
     ({"learning_rate": -1e-4}, r"learning_rate must be above 0, got -0\.0001\."),
