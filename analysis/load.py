@@ -8,6 +8,7 @@ from typing import Any
 
 import pandas as pd
 
+from tune_sparse.errors import unknown_name
 from tune_sparse.result import Ledger, Record
 
 COLUMNS = (
@@ -40,6 +41,7 @@ COLUMNS = (
     "hardware",
     "error",
 )
+NUMBERS = ["sparsity", "counted_sparsity", *COLUMNS[COLUMNS.index("accuracy") : COLUMNS.index("hardware")]]
 PREFERENCE = ("done", "failed", "interrupted", "missing")
 FLOPS_TOKENS = "2048"
 """The sequence length of the column `inference_flops`."""
@@ -50,8 +52,13 @@ def cells_table(results_dirs: Sequence[Path], sweep_ids: Sequence[str] | None = 
 
     A cell without a done run has a status (failed, interrupted, missing), a reason, and no numbers. A cell that
     several folders have is taken from the one where its run came furthest.
+    Raises `InputError` for an unknown sweep.
     """
     rows: dict[str, dict[str, Any]] = {}
+    known_sweeps = {sweep.sweep_id for folder in results_dirs for sweep in Ledger(folder).sweeps()}
+    for sweep_id in sweep_ids or ():
+        if sweep_id not in known_sweeps:
+            raise unknown_name("sweep", sweep_id, known_sweeps)
     for folder in results_dirs:
         ledger = Ledger(folder)
         records: dict[str, Record | None] = {}
@@ -68,7 +75,8 @@ def cells_table(results_dirs: Sequence[Path], sweep_ids: Sequence[str] | None = 
     for row in rows.values():
         owner = owners.setdefault(row["run_id"], row["cell_id"])
         row["shared_with"] = None if owner == row["cell_id"] else owner
-    return pd.DataFrame(list(rows.values()), columns=list(COLUMNS))
+    table = pd.DataFrame(list(rows.values()), columns=list(COLUMNS))
+    return table.astype(dict.fromkeys(NUMBERS, float))
 
 
 def _row(cell: dict[str, Any], record: Record | None) -> dict[str, Any]:

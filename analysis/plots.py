@@ -14,6 +14,8 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
+from tune_sparse.paths import aside
+
 # Okabe & Ito (2008): told apart by colour-blind readers, and in grey by their brightness.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 STYLES = {"sparse-to-dense": "-", "sparse-to-sparse": "--", "dense": ":"}
@@ -47,7 +49,9 @@ def plot_over_sparsity(cells: pd.DataFrame, column: str, path: Path) -> None:
     for axis in axes[-1]:
         axis.set_xlabel("sparsity (fraction of zeros)")
     figure.legend(handles=_legend(colours, done, column), loc="outside lower center", ncols=4, fontsize=8)
-    figure.savefig(path, dpi=150)
+    partial = aside(path)
+    figure.savefig(partial, dpi=150, format="png")
+    partial.replace(path)
     plt.close(figure)
 
 

@@ -13,6 +13,8 @@ from analysis.tables import PASS_MARK, SETTING, highest_passing_sparsity, sparsi
 from tune_sparse.errors import InputError
 from tune_sparse.paths import write_text
 
+FIGURES = {"sparsity_vs_accuracy.png": "accuracy", "sparsity_vs_loss.png": "eval_loss"}
+
 
 def write_report(results_dirs: Sequence[Path], sweep_ids: Sequence[str] | None = None) -> list[str]:
     """Write `analysis/` in the first results folder; returns the findings as lines.
@@ -28,12 +30,15 @@ def write_report(results_dirs: Sequence[Path], sweep_ids: Sequence[str] | None =
         )
     _refuse_mixed_sweeps(cells)
     folder = results_dirs[0] / "analysis"
+    folder.mkdir(exist_ok=True)
     write_text(folder / "summary.csv", cells.to_csv(index=False))
     performance = sparsity_vs_performance(cells)
     write_text(folder / "sparsity_vs_performance.csv", performance.to_csv(index=False))
-    if not performance.empty:
-        plot_over_sparsity(cells, "accuracy", folder / "sparsity_vs_accuracy.png")
-        plot_over_sparsity(cells, "eval_loss", folder / "sparsity_vs_loss.png")
+    for name in FIGURES:
+        (folder / name).unlink(missing_ok=True)
+    if (cells["status"] == "done").any():
+        for name, column in FIGURES.items():
+            plot_over_sparsity(cells, column, folder / name)
     return [*counts(cells), *findings(performance), f"Tables and figures: {folder}"]
 
 
@@ -42,7 +47,7 @@ def _refuse_mixed_sweeps(cells: pd.DataFrame) -> None:
     if not repeated.empty:
         raise InputError(
             "a report must not mix sweeps that differ in protocol, weights or rows, got one setting twice: "
-            f"{', '.join(repeated['cell_id'].iloc[:2])}. Name the sweeps with --sweep."
+            f"{', '.join(repeated['cell_id'].iloc[:2])}. Name sweeps with --sweep; they are the files under sweeps/."
         )
 
 

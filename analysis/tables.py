@@ -22,10 +22,10 @@ PASS_MARK = 0.10
 
 
 def sparsity_vs_performance(cells: pd.DataFrame) -> pd.DataFrame:
-    """Done cells as means over seeds, with the number of seeds: one row per setting."""
-    done = cells[cells["status"] == "done"]
-    grouped = done.groupby(SETTING, sort=True)
+    """One row per setting: means over the seeds that are done, and how many of the asked seeds they are."""
+    grouped = cells.assign(done=cells["status"] == "done").groupby(SETTING, sort=True)
     table = grouped[PERFORMANCE].mean()
+    table.insert(0, "seeds_done", grouped["done"].sum())
     table.insert(0, "seeds", grouped["seed"].nunique())
     return table.reset_index()
 
@@ -34,7 +34,8 @@ def highest_passing_sparsity(performance: pd.DataFrame) -> pd.DataFrame:
     """The highest sparsity up to which accuracy stays within `PASS_MARK` of the dense baseline.
 
     One row per backend, model, task, method and mode that has a dense baseline: dense_accuracy, highest_sparsity,
-    which is missing where the dense baseline itself is not two standard errors above chance.
+    which is missing where the dense baseline itself is not two standard errors above chance. A sparsity with a cell
+    that is not done ends the search: nothing is said beyond a gap.
     """
     rows = []
     for key, curve in performance.groupby(SETTING[:-1], sort=True):
@@ -43,7 +44,8 @@ def highest_passing_sparsity(performance: pd.DataFrame) -> pd.DataFrame:
             continue
         dense = curve["accuracy"].iloc[0]
         floor = curve["chance_accuracy"].iloc[0] + 2 * curve["accuracy_stderr"].iloc[0]
-        passed = (curve["accuracy"] >= (1 - PASS_MARK) * dense - 1e-9).cummin()
-        highest = curve.loc[passed, "sparsity"].max() if dense > floor else None
+        complete = curve["seeds_done"] == curve["seeds"]
+        passed = (complete & (curve["accuracy"] >= (1 - PASS_MARK) * dense - 1e-9)).cummin()
+        highest = curve.loc[passed, "sparsity"].max() if passed.iloc[0] and dense > floor else None
         rows.append((*key, dense, highest))
     return pd.DataFrame(rows, columns=[*SETTING[:-1], "dense_accuracy", "highest_sparsity"])

@@ -168,7 +168,7 @@ def test_performance_is_the_mean_over_seeds(ledger: Ledger) -> None:
     for cell, accuracy in zip(cells[:2], (0.6, 0.8), strict=True):
         write_run(ledger, make_run(cell), done_record(make_run(cell), accuracy))
     [row] = sparsity_vs_performance(cells_table([ledger.folder])).to_dict("records")
-    assert (row["seeds"], row["accuracy"]) == (2, pytest.approx(0.7))
+    assert (row["seeds"], row["seeds_done"], row["accuracy"]) == (3, 2, pytest.approx(0.7))
 
 
 def test_runs_of_different_protocols_are_never_averaged(ledger: Ledger) -> None:
@@ -188,7 +188,7 @@ def test_runs_of_different_protocols_are_never_averaged(ledger: Ledger) -> None:
 
 def performance(accuracies: dict[float, float], **setting: Any) -> pd.DataFrame:
     names = {"backend": "torch", "model": "tiny", "task": "boolq", "method": "random", "mode": "sparse-to-dense"}
-    names |= {"chance_accuracy": 0.5, "accuracy_stderr": 0.03}
+    names |= {"chance_accuracy": 0.5, "accuracy_stderr": 0.03, "seeds": 1, "seeds_done": 1}
     return pd.DataFrame([names | setting | {"sparsity": s, "accuracy": a} for s, a in accuracies.items()])
 
 
@@ -205,6 +205,12 @@ def performance(accuracies: dict[float, float], **setting: Any) -> pd.DataFrame:
 def test_the_highest_passing_sparsity_is_before_the_first_dip(accuracies: dict[float, float], highest: float) -> None:
     [row] = highest_passing_sparsity(performance(accuracies)).to_dict("records")
     assert (row["dense_accuracy"], row["highest_sparsity"]) == (0.8, highest)
+
+
+def test_nothing_is_said_beyond_a_cell_that_is_not_done() -> None:
+    gap = performance({0.0: 0.8, 0.3: 0.8, 0.5: 0.8, 0.9: 0.8})
+    gap.loc[gap["sparsity"] == 0.5, "seeds_done"] = 0
+    assert highest_passing_sparsity(gap)["highest_sparsity"].tolist() == [0.3]
 
 
 def test_without_a_dense_baseline_nothing_is_said() -> None:
@@ -237,7 +243,8 @@ def test_a_report_has_tables_figures_and_lines(ledger: Ledger) -> None:
     }
     assert (folder / "summary.csv").read_text().splitlines()[0] == SUMMARY
     assert len(pd.read_csv(folder / "summary.csv")) == 6
-    assert len(pd.read_csv(folder / "sparsity_vs_performance.csv")) == 4
+    performance = pd.read_csv(folder / "sparsity_vs_performance.csv")
+    assert (len(performance), performance["seeds_done"].sum()) == (6, 4)
     for name in ("sparsity_vs_accuracy.png", "sparsity_vs_loss.png"):
         with Image.open(folder / name) as image:
             image.verify()

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from factories import boolq_rows, write_boolq, write_jsonl
+from safetensors.torch import load_file, save_file
 
 from tune_sparse import sweep
 from tune_sparse.cli import BAD_INPUT, OK, main
@@ -221,7 +222,6 @@ def broken_index(model: Path) -> None:
 
 
 def nan_weight(model: Path) -> None:
-    from safetensors.torch import load_file, save_file
 
     weights = load_file(model / "model.safetensors")
     weights["model.layers.1.mlp.up_proj.weight"][3, 4] = float("nan")
@@ -256,6 +256,11 @@ def test_a_broken_model_folder_is_refused(
     assert re.search(message, refused("--models", str(model)))
 
 
+@pytest.mark.parametrize("bad", [("--models", "no-such-folder"), ("--data-dir", "no-such-folder")])
+def test_a_dry_run_refuses_bad_input_too(bad: tuple[str, str], sound: list[str]) -> None:
+    assert main([*sound, *bad, "--dry-run"]) == BAD_INPUT
+
+
 def test_two_models_of_one_name_are_refused(refused: Refused, llama: Path, model: Path, tmp_path: Path) -> None:
     other = shutil.copytree(model, tmp_path / "other" / "model")
     said = refused("--models", str(model), str(other))
@@ -264,6 +269,9 @@ def test_two_models_of_one_name_are_refused(refused: Refused, llama: Path, model
 
 def test_a_structured_sparsity_out_of_reach_is_refused(refused: Refused, model: Path) -> None:
     edit_config(model, num_key_value_heads=1)
+    weights = load_file(model / "model.safetensors")
+    one_group = {name: w[:8].clone() if "k_proj" in name or "v_proj" in name else w for name, w in weights.items()}
+    save_file(one_group, model / "model.safetensors", metadata={"format": "pt"})
     said = refused("--models", str(model), "--methods", "structured", "--sparsities", "0.9")
     assert re.match(r"model: structured sparsity must come within 0\.01 of the target: with 1 key/value groups", said)
     assert said.endswith("got 0.9. Choose another sparsity or an element-wise method.")

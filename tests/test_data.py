@@ -172,11 +172,21 @@ def test_a_row_in_train_and_test_is_refused(tmp_path: Path) -> None:
         load_splits(BOOLQ, tmp_path, SMALL)
 
 
-def test_a_row_repeated_within_train_is_not_carved_into_selection(tmp_path: Path) -> None:
+def test_a_row_repeated_within_train_is_in_selection_or_in_train(tmp_path: Path) -> None:
     write_boolq(tmp_path)
     write_jsonl(tmp_path / "boolq" / "train.jsonl", boolq_rows(10, "train") * 2)
-    with pytest.raises(InputError, match="got one in train and selection"):
-        load_splits(BOOLQ, tmp_path, SMALL)
+    splits = load_splits(BOOLQ, tmp_path, SMALL)
+    questions = [{row["question"] for row in rows} for rows in (splits.train, splits.selection)]
+    assert questions[0]
+    assert not questions[0] & questions[1]
+
+
+def test_a_question_with_another_worked_answer_is_the_same_row(tmp_path: Path) -> None:
+    rows = [{"question": f"how many {i}?", "answer": f"#### {i}"} for i in range(10)]
+    write_jsonl(tmp_path / "gsm8k" / "train.jsonl", rows)
+    write_jsonl(tmp_path / "gsm8k" / "test.jsonl", [rows[0] | {"answer": "another way.\n#### 0"}])
+    with pytest.raises(InputError, match="no row of gsm8k may be in two splits"):
+        load_splits(TASKS["gsm8k"], tmp_path, SMALL)
 
 
 def test_the_selection_must_leave_rows_to_train_on(tmp_path: Path) -> None:

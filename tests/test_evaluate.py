@@ -13,6 +13,7 @@ from tune_sparse import evaluate
 from tune_sparse.config import Protocol
 from tune_sparse.data import Encoded
 from tune_sparse.embedded import embedded_rows
+from tune_sparse.errors import RunError
 from tune_sparse.evaluate import Outcome, Scored, TestSet, encode_test, generate, log_likelihoods, score
 from tune_sparse.models import load_model, load_tokenizer
 from tune_sparse.tasks import TASKS
@@ -243,3 +244,14 @@ def test_long_prompts_lose_their_start(name: str, choices: int, tokenizer: PreTr
             text = short.context + short.continuation
             assert len(text) <= 8
             assert (long.context + long.continuation)[-len(text) :] == text
+
+
+@pytest.mark.parametrize(("name", "said"), [("boolq", "log-likelihoods must be finite"), ("gsm8k", "logits must be")])
+def test_a_model_that_overflows_gets_no_accuracy(
+    name: str, said: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    broken = copy.deepcopy(model)
+    broken.model.norm.weight.data.fill_(torch.nan)
+    tests = encode_test(tokenizer, TASKS[name], embedded_rows(name, TASKS[name].test_split)[:4], PROTOCOL)
+    with pytest.raises(RunError, match=said):
+        score(broken, tokenizer, tests, PROTOCOL)

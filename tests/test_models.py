@@ -217,7 +217,11 @@ def test_the_fingerprint_changes_with(change: Callable[[Path], object], folder: 
 def test_a_fingerprint_is_remembered_until_a_file_changes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[str] = []
     refuse = models._refuse_bad_weights
-    monkeypatch.setattr(models, "_refuse_bad_weights", lambda path: read.append(path.name) or refuse(path))
+    monkeypatch.setattr(
+        models,
+        "_refuse_bad_weights",
+        lambda folder, files: read.extend(path.name for path in files) or refuse(folder, files),
+    )
     monkeypatch.setattr(models, "_sha256", lambda files: read.append("sha256") or "f" * 64)
     for _ in range(3):
         assert check_checkpoint(str(folder)).fingerprint == "f" * 64
@@ -225,6 +229,35 @@ def test_a_fingerprint_is_remembered_until_a_file_changes(folder: Path, monkeypa
     change_weights(folder, one_weight)
     check_checkpoint(str(folder))
     assert read == ["model.safetensors", "sha256"] * 2
+
+
+def test_the_fingerprint_changes_with_the_settings_of_the_tokenizer(folder: Path) -> None:
+    before = check_checkpoint(str(folder)).fingerprint
+    path = folder / "tokenizer_config.json"
+    path.write_text(path.read_text().replace('"eos_token": "<|endoftext|>"', '"eos_token": "a"'))
+    assert check_checkpoint(str(folder)).fingerprint != before
+
+
+def test_a_weight_that_is_missing_is_not_made_up(folder: Path) -> None:
+    change_weights(folder, lambda weights: weights.pop("model.layers.1.mlp.up_proj.weight"))
+    refused(folder, r"a checkpoint needs all its weights, .+ lacks model\.layers\.1\.mlp\.up_proj\.weight")
+
+
+def test_a_weight_of_another_shape_is_refused(folder: Path) -> None:
+    change_weights(folder, lambda weights: weights.update({"model.norm.weight": torch.ones(3)}))
+    refused(folder, r"model\.norm\.weight in .+ must be \(64,\), got \(3,\)")
+
+
+def test_a_tokenizer_that_does_not_fit_is_refused(folder: Path) -> None:
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"eos_token": None}))
+    refused(folder, "a tokenizer needs an end-of-text token")
+
+
+def test_a_checkpoint_does_not_decide_how_text_is_generated(folder: Path) -> None:
+    (folder / "generation_config.json").write_text(json.dumps({"repetition_penalty": 1.5, "num_beams": 3}))
+    config = load_model(folder, torch.float32, CPU).generation_config
+    assert (config.repetition_penalty, config.num_beams) in ((None, None), (1.0, 1))
 
 
 def test_bad_weights_are_not_remembered_as_good(folder: Path) -> None:
@@ -237,7 +270,8 @@ def test_bad_weights_are_not_remembered_as_good(folder: Path) -> None:
 def sharded(llama: Path, tmp_path: Path) -> Path:
     folder = tmp_path / "sharded"
     load_model(llama, torch.float32, CPU).save_pretrained(folder, max_shard_size="300KB")
-    shutil.copy(llama / "tokenizer.json", folder)
+    for path in llama.glob("tokenizer*"):
+        shutil.copy(path, folder)
     return folder
 
 

@@ -18,8 +18,8 @@ def no_replace(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Path, "replace", fail)
 
 
-def test_a_file_is_written_whole_in_folders_that_are_made(tmp_path: Path) -> None:
-    path = tmp_path / "a" / "b" / "text.txt"
+def test_a_file_is_written_whole(tmp_path: Path) -> None:
+    path = tmp_path / "text.txt"
     write_text(path, "ünï\n")
     assert path.read_text(encoding="utf-8") == "ünï\n"
     assert list(path.parent.iterdir()) == [path]

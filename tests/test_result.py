@@ -170,6 +170,24 @@ def test_an_exception_leaves_the_earlier_record(ledger: Ledger) -> None:
     assert not (ledger.folder / "set_aside").exists()
 
 
+def written_without_folder(ledger: Ledger) -> None:
+    with ledger.writing("run") as folder:
+        ledger.remove_partial()
+        write_json(folder / "result.json", {})
+
+
+def test_a_writer_whose_folder_was_removed_leaves_no_half_run(ledger: Ledger) -> None:
+    with pytest.raises(FileNotFoundError):
+        written_without_folder(ledger)
+    assert list((ledger.folder / "runs").iterdir()) == []
+
+
+def test_a_folder_without_a_record_is_dropped(ledger: Ledger) -> None:
+    with ledger.writing("run") as folder:
+        (folder / "train.log").write_text("began")
+    assert list((ledger.folder / "runs").iterdir()) == []
+
+
 def test_a_failed_run_is_set_aside_by_a_new_one(ledger: Ledger) -> None:
     run = make_run()
     write_run(ledger, run, failed_record(run))

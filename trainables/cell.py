@@ -13,7 +13,7 @@ from ray import tune
 from tune_sparse.result import Ledger, Run
 
 REPORT_SECONDS = 5.0
-"""A running trial reports at least so often, which is also how fast it can be stopped."""
+"""A training reports at least so often, which is also how fast it can be stopped; scoring is not interrupted."""
 
 
 class CellTrainable(tune.Trainable):

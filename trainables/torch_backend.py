@@ -24,7 +24,7 @@ from trainables.hardware import device, environment, peak_memory_bytes, reset_pe
 from tune_sparse.config import Cell
 from tune_sparse.cost import SEQUENCE_LENGTHS, inference_flops
 from tune_sparse.data import Encoded, encode_answers, load_splits
-from tune_sparse.errors import InputError, RunError
+from tune_sparse.errors import DISK_FULL, InputError, RunError
 from tune_sparse.evaluate import Scored, TestSet, encode_test, score
 from tune_sparse.lora import adapt_model, lost_fraction, save_adapter, sparse_lora_layers, updates
 from tune_sparse.masks import Masks, mask_sha256, masked, sparsity_of
@@ -34,12 +34,19 @@ from tune_sparse.paths import write_json, write_lines, write_text
 from tune_sparse.result import Ledger, Record, Run, write_config
 from tune_sparse.tasks import task_named
 from tune_sparse.train import Step, fit, mean_loss
-from tune_sparse.validate import validation_report
+from tune_sparse.validate import mask_violations, validation_report
 
 MODES = {"dense": dense, "sparse-to-dense": sparse_to_dense, "sparse-to-sparse": sparse_to_sparse}
 
-# These may go well another time or elsewhere; everything else would fail again in the same way.
-INFRASTRUCTURE_ERRORS = (torch.OutOfMemoryError, MemoryError, ConnectionError, TimeoutError)
+INFRASTRUCTURE_ERRORS = (
+    torch.OutOfMemoryError,
+    torch.AcceleratorError,
+    MemoryError,
+    ConnectionError,
+    TimeoutError,
+)
+# safetensors and torch's CPU allocator give their own classes to what the system said.
+INFRASTRUCTURE_MESSAGES = (*DISK_FULL, "Stale file handle", "Input/output error", "DefaultCPUAllocator")
 
 
 @dataclass(frozen=True)
@@ -123,7 +130,7 @@ def run_cell(run: Run, ledger: Ledger, bench: Bench) -> Generator[Step, None, Re
                 record = Record(run.run_id, run.identity, "done", metrics, measured, environment())
             except BaseException as error:
                 bench.clear()
-                if not isinstance(error, Exception) or isinstance(error, INFRASTRUCTURE_ERRORS):
+                if not isinstance(error, Exception) or is_infrastructure(error):
                     raise
                 log(f"failed: {error}")
                 described = describe_error(error, retryable=False)
@@ -131,6 +138,12 @@ def run_cell(run: Run, ledger: Ledger, bench: Bench) -> Generator[Step, None, Re
         write_text(folder / "git_sha.txt", f"{environment()['git_sha'] or 'unknown'}\n")
         write_json(folder / "result.json", asdict(record))
     return record
+
+
+def is_infrastructure(error: Exception) -> bool:
+    """Whether a run may go well another time or elsewhere; every other error would come again in the same way."""
+    said = str(error)
+    return isinstance(error, INFRASTRUCTURE_ERRORS) or any(message in said for message in INFRASTRUCTURE_MESSAGES)
 
 
 def describe_error(error: BaseException, retryable: bool) -> dict[str, Any]:
@@ -154,7 +167,7 @@ class Log:
         self._log.write(f"{self.seconds():9.3f} {text}\n")
 
     def metrics(self, **values: float | int) -> None:
-        self._metrics.write(json.dumps(values) + "\n")
+        self._metrics.write(json.dumps(values, allow_nan=False) + "\n")
 
     def seconds(self) -> float:
         return time.perf_counter() - self.started
@@ -261,6 +274,9 @@ class Pruned:
 
 def _prune(run: Run, loaded: Loaded) -> Pruned:
     masks = make_masks(run.cell.method, loaded.pristine, loaded.shape, run.cell.sparsity, run.cell.seed)
+    violations = mask_violations(masks, run.cell.sparsity)
+    if violations:
+        raise RunError("masks must be valid: " + "; ".join(violations))
     return Pruned(masks, mask_sha256(masks), masked(loaded.pristine, masks))
 
 
@@ -270,7 +286,13 @@ def _untuned(run: Run, ledger: Ledger, compute: Callable[[], Scored]) -> dict[st
     if known is None:
         scored = compute()
         correct = "".join("01"[o.correct] for o in scored.outcomes)
-        known = {"accuracy": scored.accuracy, "accuracy_stderr": scored.accuracy_stderr, "correct": correct}
+        known = {
+            "accuracy": scored.accuracy,
+            "accuracy_stderr": scored.accuracy_stderr,
+            "correct": correct,
+            "run_id": run.run_id,
+            "environment": environment(),
+        }
         ledger.write_untuned(run.untuned_id, known)
     return known
 

@@ -21,7 +21,7 @@ from typing import Any
 
 from search_spaces.matrix import PRESETS
 from tune_sparse.config import Protocol, SweepConfig
-from tune_sparse.errors import InputError, unknown_name
+from tune_sparse.errors import DISK_FULL, InputError, NotReadyError, unknown_name
 from tune_sparse.tasks import TASKS
 
 OK, FAULT, BAD_INPUT = 0, 1, 2
@@ -36,6 +36,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"tune-sparse: {error}", file=sys.stderr)
         return BAD_INPUT
+    except OSError as error:
+        if not any(message in str(error) for message in DISK_FULL):
+            raise
+        print(f"tune-sparse: {error}", file=sys.stderr)
+        return FAULT
     except KeyboardInterrupt:
         print("tune-sparse: interrupted", file=sys.stderr)
         return FAULT
@@ -164,17 +169,17 @@ def _sweep(chosen: argparse.Namespace) -> int:
     logging.getLogger("tune_sparse").setLevel(logging.INFO)
     outcome = run_sweep(config, chosen.retry_failed)
     complete = outcome.done == len(outcome.plan.runs)
+    report = write_report([config.results_dir], [outcome.plan.record.sweep_id])
     if chosen.json:
         values = {name: getattr(outcome, name) for name in ("ran", "done", "failed", "left", "seconds", "utilisation")}
         print(json.dumps(values))
         return OK if complete else FAULT
-    for line in write_report([config.results_dir], [outcome.plan.record.sweep_id]):
-        print(line)
+    print("\n".join(report))
     used = f", utilisation {outcome.utilisation:.2f}" if outcome.utilisation is not None else ""
     print(f"{outcome.ran} trainings in {duration(outcome.seconds)}{used}.")
     print(f"Look at them with `tune-sparse ui --results-dir {config.results_dir}`.")
     if not complete:
-        why = "interrupted" if outcome.interrupted else "not every training succeeded"
+        why = outcome.stopped or "not every training succeeded"
         print(
             f"tune-sparse: {why}: {outcome.done} done, {outcome.failed} failed, {outcome.left} left. "
             "The same command resumes; `tune-sparse status` has the reasons.",
@@ -193,7 +198,7 @@ def _dry_run(config: SweepConfig, chosen: argparse.Namespace) -> int:
     lines = [f"{values['cells']} cells, {values['trainings']} distinct trainings."]
     try:
         plan = plan_sweep(config)
-    except InputError as error:
+    except NotReadyError as error:
         values["not_ready"] = str(error)
         lines.append(f"Not ready to run: {error}")
     else:
@@ -253,7 +258,7 @@ def _status(chosen: argparse.Namespace) -> int:
             print(f"  {row.run_id}: {row.error}")
         if eta is not None:
             print(f"about {duration(eta)} left")
-    return OK if failed.empty else FAULT
+    return OK if counts.index.isin(["done", "running"]).all() else FAULT
 
 
 def _report(chosen: argparse.Namespace) -> int:
@@ -286,8 +291,10 @@ def _ui(chosen: argparse.Namespace) -> int:
 
 
 def _discard(chosen: argparse.Namespace) -> int:
+    from tune_sparse.holder import refuse_if_held
     from tune_sparse.result import Ledger
 
+    refuse_if_held(chosen.results_dir)
     ledger = Ledger(chosen.results_dir)
     runs = [path.name for path in (ledger.folder / "runs").glob("*")]
     if chosen.run not in runs:

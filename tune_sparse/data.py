@@ -56,7 +56,8 @@ def load_splits(task: Task, data_dir: Path | None, protocol: Protocol) -> Splits
                 f"n_selection must leave rows to train on: {task.name} has {len(train)} training rows, got {carved}. "
                 "Lower n_selection."
             )
-        train, selection = train[carved:], train[:carved]
+        selection, asked = train[:carved], {asked_by(task, row) for row in train[:carved]}
+        train = [row for row in train[carved:] if asked_by(task, row) not in asked]
     splits = Splits(tuple(train[: protocol.n_train]), tuple(selection), tuple(test))
     _refuse_leaks(task, splits)
     return splits
@@ -109,16 +110,20 @@ def read_rows(task: Task, path: Path) -> list[Row]:
     return rows
 
 
+def asked_by(task: Task, row: Row) -> tuple[tuple[str, ...], ...]:
+    """What a row asks: the prompt, and the choices where there are any. Two rows that ask the same are the same."""
+    return tuple(pair[:1] if task.kind == "generate" else pair for pair in task.pairs(row))
+
+
 def _refuse_leaks(task: Task, splits: Splits) -> None:
     seen: dict[Any, str] = {}
     for split in ("test", "selection", "train"):
-        asked = {tuple(task.pairs(row)): row for row in getattr(splits, split)}
-        for pairs in asked:
-            if pairs in seen:
-                raise InputError(
-                    f"no row of {task.name} may be in two splits, got one in {split} and {seen[pairs]}: "
-                    f"{pairs[0][0][-120:]!r}. Remove it from one of them."
-                )
+        asked = {asked_by(task, row) for row in getattr(splits, split)}
+        for question in asked & seen.keys():
+            raise InputError(
+                f"no row of {task.name} may be in two splits, got one in {split} and {seen[question]}: "
+                f"{question[0][0][-120:]!r}. Remove it from one of them."
+            )
         seen |= dict.fromkeys(asked, split)
 
 

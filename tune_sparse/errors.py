@@ -3,9 +3,16 @@
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+DISK_FULL = ("No space left on device", "Disk quota exceeded")
+"""What the system says, whatever class of error a library makes of it."""
+
 
 class InputError(ValueError):
     """The user's input breaks a rule. The message has the rule, the value received and the fix."""
+
+
+class NotReadyError(InputError):
+    """Nothing is wrong with the input, but something has to be fetched, made or named before a sweep can run."""
 
 
 class RunError(RuntimeError):

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tune_sparse.config import Protocol
 from tune_sparse.data import Encoded, encode_pairs, encode_prompts
+from tune_sparse.errors import RunError
 from tune_sparse.tasks import Row, Task
 
 BATCH_TOKENS = 8192
@@ -82,7 +83,7 @@ def encode_test(tokenizer: PreTrainedTokenizerBase, task: Task, rows: Sequence[R
 
 
 def score(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tests: TestSet, protocol: Protocol) -> Scored:
-    """Score a model on encoded test rows; the model is not changed."""
+    """Score a model on encoded test rows; the model is not changed. Raises `RunError` if it computes NaN."""
     if tests.task.kind == "choice":
         return _score_choices(model, tests)
     return _score_answers(model, tokenizer, tests, protocol)
@@ -94,6 +95,8 @@ def _score_choices(model: PreTrainedModel, tests: TestSet) -> Scored:
     outcomes = []
     for index, (row, gold) in enumerate(zip(tests.encoded, tests.golds, strict=True)):
         values = [next(likelihoods) for _ in row]
+        if not all(map(math.isfinite, values)):
+            raise RunError(f"log-likelihoods must be finite, got {values} for test row {index}. The model overflows.")
         best = max(range(len(values)), key=values.__getitem__)
         outcomes.append(Outcome(index, best == gold, best, gold, values))
     return Scored(tuple(outcomes))
@@ -153,6 +156,7 @@ def generate(
         for row, prompt in enumerate(batch):
             ids[row, width - len(prompt) :] = torch.tensor(prompt)
             attended[row, width - len(prompt) :] = 1
+        _refuse_overflow(model, ids, attended)
         produced: Tensor = model.generate(
             ids.to(model.device),
             attention_mask=attended.to(model.device),
@@ -166,6 +170,13 @@ def generate(
         ):
             texts[prompt] = _cut_at(text, until)
     return [texts[prompt] for prompt in prompts]
+
+
+def _refuse_overflow(model: PreTrainedModel, ids: Tensor, attended: Tensor) -> None:
+    """Greedy decoding would turn NaN into a token like any other."""
+    hidden = model.model(ids.to(model.device), attention_mask=attended.to(model.device), use_cache=False)
+    if not model.lm_head(hidden.last_hidden_state[:, -1]).isfinite().all():
+        raise RunError("logits must be finite, got NaN or inf for a test prompt. The model overflows.")
 
 
 def _cut_at(text: str, until: Sequence[str]) -> str:

@@ -71,12 +71,19 @@ class Holder:
         return current is not None and current["token"] == self._me["token"]
 
     def _keep_alive(self) -> None:
+        last = time.monotonic()
         while not self._released.wait(HEARTBEAT_SECONDS):
-            with self._lock():
-                if not self._is_mine():
+            try:
+                with self._lock():
+                    if not self._is_mine():
+                        self.lost.set()
+                        return
+                    self._beat()
+                last = time.monotonic()
+            except OSError:  # a full or lost disk: others may take over once we have been silent for too long
+                if time.monotonic() - last > STALE_SECONDS:
                     self.lost.set()
                     return
-                self._beat()
 
 
 def living_holder(folder: Path) -> dict[str, Any] | None:

@@ -5,13 +5,11 @@ W: (O, I) frozen and already pruned, A: (R, I), B: (O, R), M: (O, I) keep-mask, 
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora.layer import Linear as PeftLinear
@@ -23,6 +21,7 @@ from tune_sparse.config import Protocol
 from tune_sparse.masks import Masks
 from tune_sparse.models import PRUNED
 from tune_sparse.paths import write_json
+from tune_sparse.scores import uniform
 
 ADAPTER = "default"
 """PEFT's name for the only adapter."""
@@ -87,10 +86,7 @@ def adapt_model(model: PreTrainedModel, protocol: Protocol, update_masks: Masks 
     assert isinstance(adapted, PeftModel)
     for name, layer in sparse_lora_layers(adapted):
         A, B, _ = layer.factors()
-        stream = int.from_bytes(hashlib.sha256(f"{seed}/adapter/{name}".encode()).digest()[:8]) >> 1
-        bound = 1 / math.sqrt(A.shape[1])
-        drawn = torch.rand(A.shape, generator=torch.Generator().manual_seed(stream))
-        A.data.copy_((2 * drawn - 1) * bound)
+        A.data.copy_((2 * uniform(A.shape, f"{seed}/adapter/{name}") - 1) / math.sqrt(A.shape[1]))
         B.data.zero_()
         if update_masks is not None:
             layer.keep_mask = update_masks[name]
@@ -128,7 +124,7 @@ def save_adapter(adapted: PeftModel, folder: Path, mode: str, mask_sha256: str) 
     Stock PEFT would load the adapter of a masked update silently as plain LoRA, which computes another function:
     `tune_sparse.json` says which mode and mask it belongs to.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir()
     state = {name: tensor.contiguous() for name, tensor in get_peft_model_state_dict(adapted).items()}
     save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     adapted.peft_config[ADAPTER].save_pretrained(str(folder))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,19 +13,22 @@ from tune_sparse.errors import unknown_name
 from tune_sparse.masks import Masks, block_masks, keep_highest, pruned_count, structured_counts
 from tune_sparse.models import Shape
 
-Score = Callable[[Tensor, str, int], Tensor]
-
 
 @dataclass(frozen=True)
 class Method:
     """score: importance of each weight. pattern: from weights and score to masks."""
 
-    score: Any
-    pattern: Callable[[Any, Mapping[str, Tensor], Shape, float, int], Masks]
+    score: Callable[..., Tensor]
+    pattern: Callable[[Callable[..., Tensor], Mapping[str, Tensor], Shape, float, int], Masks]
 
 
-def elementwise(score: Score, weights: Mapping[str, Tensor], shape: Shape, sparsity: float, seed: int) -> Masks:
-    """The lowest scores of each matrix go, the same fraction in every matrix."""
+def elementwise(
+    score: Callable[..., Tensor], weights: Mapping[str, Tensor], shape: Shape, sparsity: float, seed: int
+) -> Masks:
+    """The lowest scores of each matrix (O, I) go, the same fraction in every matrix.
+
+    score(weight, name, seed) -> (O, I).
+    """
     return {
         name: keep_highest(score(weight, name, seed), pruned_count(weight.numel(), sparsity))
         for name, weight in weights.items()
@@ -36,7 +38,11 @@ def elementwise(score: Score, weights: Mapping[str, Tensor], shape: Shape, spars
 def structured(
     score: Callable[..., Tensor], weights: Mapping[str, Tensor], shape: Shape, sparsity: float, seed: int
 ) -> Masks:
-    """Whole key/value groups and feed-forward channels go, the same number in every block."""
+    """Whole key/value groups and feed-forward channels go, the same number in every block.
+
+    score(*parts) -> (G,), each part (G, ...) with the weights of every group in one matrix. Raises `InputError` where
+    groups and channels cannot come close enough to the sparsity.
+    """
     groups, channels = structured_counts(shape, sparsity)
     blocks: dict[str, dict[str, str]] = {}
     for name in weights:

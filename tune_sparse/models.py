@@ -9,7 +9,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tune_sparse.errors import InputError
+from tune_sparse.errors import InputError, NotReadyError
 from tune_sparse.paths import cache_dir, read_json, write_json
 
 if TYPE_CHECKING:
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM")
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
+TOKENIZERS = ("tokenizer.json", "tokenizer.model")
+TOKENIZER_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 REQUIRED_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
 PRUNED = ATTENTION + FEED_FORWARD
 """Linear layers of a decoder block that are pruned and adapted; embeddings, norms and the head are not."""
@@ -68,7 +70,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model folder that was checked: right class, weights present and finite."""
+    """A model folder that was checked: right class, all weights present and finite, a tokenizer that fits."""
 
     name: str
     path: Path
@@ -93,7 +95,7 @@ def find_folder(reference: str) -> Path:
     if reference in EMBEDDED_MODELS:
         folder = embedded_folder(reference)
         if not folder.is_dir():
-            raise InputError(
+            raise NotReadyError(
                 f"an embedded model must be trained before it is used, {reference!r} is not. "
                 f"Run `tune-sparse prepare --models {reference}`."
             )
@@ -133,7 +135,7 @@ def _hub_folder(reference: str, local_files_only: bool) -> Path:
             allow_patterns=["*.json", "*.safetensors", "tokenizer*"],
         )
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise InputError(
+        raise NotReadyError(
             f"the weights of a model must be on this machine before a sweep, {reference!r} is not "
             f"({type(error).__name__}). Run `tune-sparse prepare --models {reference}` where there is a network, "
             "or give a folder."
@@ -169,14 +171,16 @@ def check_checkpoint(reference: str) -> Checkpoint:
     """
     folder = find_folder(reference)
     _check_config(folder)
-    files = [folder / "config.json", *_weight_files(folder), *_tokenizer_files(folder)]
+    weights = _weight_files(folder)
+    files = [folder / "config.json", *weights, *_tokenizer_files(folder)]
     memory = cache_dir() / "fingerprints" / (hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16] + ".json")
     stamp = [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files]
     known = read_json(memory) if memory.exists() else {}
     if known.get("stamp") != stamp:
-        for weights in _weight_files(folder):
-            _refuse_bad_weights(weights)
+        _refuse_bad_weights(folder, weights)
+        _refuse_bad_tokenizer(folder)
         known = {"stamp": stamp, "fingerprint": _sha256(files)}
+        memory.parent.mkdir(parents=True, exist_ok=True)
         write_json(memory, known)
     from transformers import AutoConfig
 
@@ -215,22 +219,58 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _tokenizer_files(folder: Path) -> list[Path]:
-    found = [folder / name for name in ("tokenizer.json", "tokenizer.model") if (folder / name).is_file()]
-    if not found:
-        raise InputError(f"a model folder needs tokenizer.json or tokenizer.model, {folder} has neither. Add it.")
+    found = [folder / name for name in TOKENIZERS + TOKENIZER_SETTINGS if (folder / name).is_file()]
+    if not any(path.name in TOKENIZERS for path in found):
+        raise InputError(f"a model folder needs {' or '.join(TOKENIZERS)}, {folder} has neither. Add it.")
     return found
 
 
-def _refuse_bad_weights(path: Path) -> None:
+def _refuse_bad_tokenizer(folder: Path) -> None:
+    from transformers import AutoConfig
+
+    tokenizer, vocabulary = load_tokenizer(folder), AutoConfig.from_pretrained(folder).vocab_size
+    if tokenizer.eos_token_id is None:
+        raise InputError(f"a tokenizer needs an end-of-text token, {folder} has none. Set eos_token.")
+    if len(tokenizer) > vocabulary:
+        raise InputError(
+            f"a tokenizer must fit its model, {folder} has {len(tokenizer)} tokens and embeddings for {vocabulary}. "
+            "Give the tokenizer that the model was trained with."
+        )
+
+
+def _refuse_bad_weights(folder: Path, files: Sequence[Path]) -> None:
+    """Every tensor of the model's class is there, once, in its shape, and finite: nothing is filled in at random."""
     from safetensors import SafetensorError, safe_open
 
-    try:
-        with safe_open(path, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118  (a safe_open is not a mapping)
-                if not tensors.get_tensor(name).isfinite().all():
-                    raise InputError(f"weights must be finite, {name} in {path} has NaN or inf. Fetch the file again.")
-    except SafetensorError as error:
-        raise InputError(f"{path} must be a safetensors file: {error}. Fetch it again.") from error
+    missing = _wanted_shapes(folder)
+    for path in files:
+        try:
+            with safe_open(path, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118  (a safe_open is not a mapping)
+                    tensor, wanted = tensors.get_tensor(name), missing.pop(name, None)
+                    if wanted is not None and tuple(tensor.shape) != wanted:
+                        raise InputError(
+                            f"{name} in {path} must be {wanted}, got {tuple(tensor.shape)}. Fetch it again."
+                        )
+                    if not tensor.isfinite().all():
+                        raise InputError(f"weights must be finite, {name} in {path} has NaN or inf. Fetch it again.")
+        except SafetensorError as error:
+            raise InputError(f"{path} must be a safetensors file: {error}. Fetch it again.") from error
+    if missing:
+        raise InputError(f"a checkpoint needs all its weights, {folder} lacks {', '.join(missing)}. Fetch it again.")
+
+
+def _wanted_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """{tensor name: shape} of the model's class; tied heads are not stored."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, local_files_only=True))
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    if model.config.tie_word_embeddings:
+        shapes.pop("lm_head.weight", None)
+    return shapes
 
 
 def _sha256(files: list[Path]) -> str:
@@ -242,12 +282,13 @@ def _sha256(files: list[Path]) -> str:
 
 
 def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """The model in evaluation mode, its weights frozen."""
-    from transformers import AutoModelForCausalLM
+    """The model in evaluation mode, its weights frozen, with no settings of its own for generating text."""
+    from transformers import AutoModelForCausalLM, GenerationConfig
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True, attn_implementation="sdpa")
+    model.generation_config = GenerationConfig()
     model.requires_grad_(False).eval().to(device)
     return model
 

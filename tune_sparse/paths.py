@@ -22,8 +22,7 @@ def aside(path: Path) -> Path:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a whole file or nothing: a reader never sees half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write a whole file or nothing, into a folder that exists: a reader never sees half of it."""
     partial = aside(path)
     try:
         partial.write_text(text, encoding="utf-8")

@@ -51,6 +51,8 @@ class Progress:
     def started(self, run_id: str, label: str) -> None:
         """A run began; `label` names it on the screen."""
         if self._bars is not None:
+            if run_id in self._running:
+                self._bars.remove_task(self._running[run_id])
             self._running[run_id] = self._bars.add_task(label, total=None, note="")
 
     def reported(self, run_id: str, step: int, steps: int) -> None:
@@ -72,6 +74,12 @@ class Progress:
             self._bars.update(self._all, completed=self.ended_count, note=self._note())
         elif time.monotonic() - self._last_line >= LINE_SECONDS or self.ended_count == self.total:
             self._say(f"{self.ended_count}/{self.total} trainings, {self._note()}")
+
+    def again(self, count: int) -> None:
+        """`count` runs that ended in an infrastructure error run once more."""
+        self.ended_count -= count
+        self.failed -= count
+        self._say(f"trying {count} again")
 
     def _note(self) -> str:
         rate = (time.monotonic() - self._started) / self._ended_here

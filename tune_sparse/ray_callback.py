@@ -2,16 +2,38 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from ray import tune
 
+from tune_sparse.errors import DISK_FULL
 from tune_sparse.holder import Holder
 from tune_sparse.progress import Progress
 from tune_sparse.result import Ledger, Record, Run
 from tune_sparse.tracking import BackgroundTracker
+
+
+class Stop(tune.Stopper):
+    """Ends the experiment, once there is a reason."""
+
+    def __init__(self) -> None:
+        self.reason: str | None = None
+
+    def because(self, reason: str) -> None:
+        """End the experiment; the first reason is kept."""
+        self.reason = self.reason or reason
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing: Ray saves its stoppers to restore an experiment, and ours is never restored."""
+        return {}
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        return self.stop_all()
+
+    def stop_all(self) -> bool:
+        return self.reason is not None
 
 
 class LedgerCallback(tune.Callback):
@@ -24,26 +46,27 @@ class LedgerCallback(tune.Callback):
         progress: Progress,
         tracker: BackgroundTracker,
         holder: Holder,
+        stop: Stop,
     ) -> None:
         self._ledger, self._runs, self._progress = ledger, runs, progress
-        self._tracker, self._holder = tracker, holder
+        self._tracker, self._holder, self._stop = tracker, holder, stop
         self._started: set[str] = set()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Nothing: Ray saves its callbacks to restore an experiment, and ours is never restored."""
+        """Nothing, as for `Stop`."""
         return {}
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        if self._holder.lost.is_set():
-            raise RuntimeError("another process took over the results folder, because this one was silent for too long")
         run_id = _run_id(trial)
-        self._started.add(run_id)
         cell = self._runs[run_id].cell
+        self._started.add(run_id)
         self._progress.started(run_id, f"{cell.model} {cell.task} {cell.method} {cell.sparsity:g} {cell.mode}")
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
+        if self._holder.lost.is_set():
+            self._stop.because("another process took over the results folder: this one was silent for too long")
         self._progress.reported(result["run_id"], result["step"], result["steps"])
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
@@ -54,16 +77,16 @@ class LedgerCallback(tune.Callback):
             self._tracker.add(run_id)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Record what the worker could not: it was lost, or it could not write."""
         run = self._runs[_run_id(trial)]
-        error = trial.get_error()
-        description = {
-            "class": type(error).__name__,
-            "message": str(error).strip().splitlines()[-1] if str(error).strip() else "the worker was lost",
-            "traceback": str(error),
-            "retryable": True,
-        }
-        record = Record(run.run_id, run.identity, "failed", error=description)
-        self._ledger.write_record(run, record)
+        record = Record(run.run_id, run.identity, "failed", error=_described(trial.get_pickled_error()))
+        assert record.error is not None
+        try:
+            self._ledger.write_record(run, record)
+        except OSError as error:
+            self._stop.because(f"the results folder can no longer be written: {error}")
+        if any(message in record.error["message"] for message in DISK_FULL):
+            self._stop.because(f"the results folder can no longer be written: {record.error['message']}")
         self._progress.ended(record)
         self._tracker.add(run.run_id)
 
@@ -72,24 +95,20 @@ class LedgerCallback(tune.Callback):
         for run_id in self._started:
             if self._ledger.record(run_id) is None:
                 run = self._runs[run_id]
-                self._ledger.write_record(run, Record(run_id, run.identity, "interrupted"))
+                with suppress(OSError):  # without a record it is missing, which means the same
+                    self._ledger.write_record(run, Record(run_id, run.identity, "interrupted"))
 
 
-class StopWhenSet(tune.Stopper):
-    """Ends the experiment once an event is set."""
-
-    def __init__(self, event: threading.Event) -> None:
-        self._event = event
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Nothing, as for the callback."""
-        return {}
-
-    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-        return self._event.is_set()
-
-    def stop_all(self) -> bool:
-        return self._event.is_set()
+def _described(error: Exception | None) -> dict[str, Any]:
+    """An error that a worker raised, or that Ray found when the worker was gone."""
+    lines = [line for line in str(error).splitlines() if line.strip()] if error else []
+    cause = getattr(error, "cause", None) or error
+    return {
+        "class": type(cause).__name__ if cause else "WorkerLost",
+        "message": lines[-1] if lines else "the worker process ended unexpectedly",
+        "traceback": "\n".join(lines),
+        "retryable": True,
+    }
 
 
 def _run_id(trial: Any) -> str:

@@ -146,14 +146,14 @@ class Ledger:
         """A hidden folder to write a run into; it takes the run's name if the block ends well.
 
         A folder that is already there is set aside, unless it is done: then the new one is dropped, since the
-        same run was finished by someone else meanwhile.
+        same run was finished by someone else meanwhile. A folder without a record is dropped too.
         """
         final = self.run_folder(run_id)
         partial = aside(final)
         partial.mkdir(parents=True)
         try:
             yield partial
-            if self.is_done(run_id):
+            if self.is_done(run_id) or not (partial / "result.json").exists():
                 return
             if final.exists():
                 self.set_aside(run_id, "tried again")
@@ -191,9 +191,11 @@ class Ledger:
         return read_json(path) if path.exists() else None
 
     def write_untuned(self, untuned_id: str, value: dict[str, Any]) -> None:
+        (self.folder / "untuned").mkdir(parents=True, exist_ok=True)
         write_json(self.folder / "untuned" / f"{untuned_id}.json", value)
 
     def write_sweep(self, sweep: SweepRecord) -> None:
+        (self.folder / "sweeps").mkdir(parents=True, exist_ok=True)
         write_json(self.folder / "sweeps" / f"{sweep.sweep_id}.json", asdict(sweep))
 
     def sweeps(self) -> list[SweepRecord]:

@@ -15,8 +15,13 @@ def magnitude(weight: Tensor, name: str, seed: int) -> Tensor:
 
 def random(weight: Tensor, name: str, seed: int) -> Tensor:
     """Uniform in [0, 1), the same for one (seed, matrix name) on every machine and in any order of the matrices."""
-    stream = int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8]) >> 1
-    return torch.rand(weight.shape, generator=torch.Generator().manual_seed(stream)).to(weight.device)
+    return uniform(weight.shape, f"{seed}/{name}").to(weight.device)
+
+
+def uniform(shape: torch.Size, key: str) -> Tensor:
+    """Uniform in [0, 1) on the CPU, from a stream of random numbers that `key` names."""
+    stream = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8]) >> 1
+    return torch.rand(shape, generator=torch.Generator().manual_seed(stream))
 
 
 def group_norms(*parts: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from search_spaces.matrix import cells as combinations
 from tune_sparse.config import EMBEDDED_ROWS, Cell, SweepConfig
 from tune_sparse.data import load_splits
 from tune_sparse.embedded_models import EMBEDDED_MODELS
-from tune_sparse.errors import InputError, unknown_name
+from tune_sparse.errors import InputError, NotReadyError, unknown_name
 from tune_sparse.holder import Holder, refuse_if_held
 from tune_sparse.masks import structured_counts
 from tune_sparse.methods import METHODS
@@ -34,10 +34,14 @@ from tune_sparse.tracking import BackgroundTracker, tracking_uri
 if TYPE_CHECKING:
     from ray.tune import Callback, Stopper
 
+    from tune_sparse.ray_callback import Stop
+
 logger = logging.getLogger(__name__)
 
 OUTCOME_BYTES = 400
-"""Of one scored example, generously: an outcome before and after the last mask."""
+"""Of one scored example besides a generated text: an outcome before and after the last mask."""
+TOKEN_BYTES = 8
+"""Of a generated token, kept before and after the last mask."""
 RUN_BYTES = 64 * 1024
 """Of a run's other files."""
 
@@ -60,7 +64,9 @@ class Plan:
         """What a run will write, roughly: mostly its adapter and its outcomes."""
         shape = self.checkpoints[run.cell.model].shape
         adapter = 4 * shape.adapter_weights(run.protocol.lora_rank)
-        return adapter + OUTCOME_BYTES * (run.protocol.n_test or 10_000) + RUN_BYTES
+        generates = task_named(run.cell.task).kind == "generate"
+        outcome = OUTCOME_BYTES + TOKEN_BYTES * (run.protocol.max_new_tokens if generates else 0)
+        return adapter + outcome * (run.protocol.n_test or 10_000) + RUN_BYTES
 
 
 def _is_missing(record: Record | None, retry_failed: bool) -> bool:
@@ -97,10 +103,8 @@ def plan_sweep(config: SweepConfig) -> Plan:
     a sparsity that structured pruning cannot reach.
     """
     check_names(config)
-    _refuse_ambiguous_names(config.models)
     tasks = {name: task_named(name) for name in config.tasks}
-    data_dir = _rows_folder(config)
-    data = {name: load_splits(task, data_dir, config.protocol).fingerprint for name, task in tasks.items()}
+    data_dir, data = _rows_folder(config), check_rows(config)
     checkpoints = {short_name(model): check_checkpoint(model) for model in config.models}
     model_paths = {short_name(model): _model_path(model) for model in config.models}
     if "structured" in config.methods:
@@ -144,7 +148,7 @@ def plan_sweep(config: SweepConfig) -> Plan:
 def _rows_folder(config: SweepConfig) -> Path | None:
     """Where rows come from; None for the embedded generator, which must be asked for by name."""
     if config.data_dir is None:
-        raise InputError(
+        raise NotReadyError(
             "a sweep needs the rows of its tasks, got no data_dir. "
             f"Give --data-dir FOLDER, or --data-dir {EMBEDDED_ROWS} for generated rows."
         )
@@ -161,8 +165,15 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
 
 
+def check_rows(config: SweepConfig) -> dict[str, str]:
+    """{task: fingerprint of its splits}; every row is read and checked."""
+    folder = _rows_folder(config)
+    return {name: load_splits(task_named(name), folder, config.protocol).fingerprint for name in config.tasks}
+
+
 def check_names(config: SweepConfig) -> None:
-    """Raise `InputError` for a task or method that no table has."""
+    """Raise `InputError` for a task or method that no table has, or models that tables could not tell apart."""
+    _refuse_ambiguous_names(config.models)
     for task in config.tasks:
         task_named(task)
     for method in config.methods:
@@ -181,9 +192,8 @@ def _refuse_ambiguous_names(references: Sequence[str]) -> None:
             )
 
 
-def check_results_folder(plan: Plan, ledger: Ledger, missing: Sequence[Run]) -> None:
-    """Raise `InputError` unless the results folder can be written, is free, and the disk has room."""
-    folder = ledger.folder
+def check_folder(folder: Path) -> None:
+    """Raise `InputError` unless the results folder can be written and is free."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -193,11 +203,15 @@ def check_results_folder(plan: Plan, ledger: Ledger, missing: Sequence[Run]) -> 
             f"the results folder must be writable, {folder} is not: {error}. Give another --results-dir."
         ) from error
     refuse_if_held(folder)
-    needed, free = sum(plan.bytes_of(run) for run in missing), shutil.disk_usage(folder).free
+
+
+def check_disk(plan: Plan, ledger: Ledger, missing: Sequence[Run]) -> None:
+    """Raise `InputError` unless the disk has room for what the missing runs will write."""
+    needed, free = sum(plan.bytes_of(run) for run in missing), shutil.disk_usage(ledger.folder).free
     if needed > free:
         raise InputError(
-            f"a sweep needs room for what it writes, about {needed / 1e9:.2f} GB, {folder} has {free / 1e9:.2f} GB. "
-            "Free some, or give another --results-dir."
+            f"a sweep needs room for what it writes, about {needed / 1e9:.2f} GB, {ledger.folder} has "
+            f"{free / 1e9:.2f} GB. Free some, or give another --results-dir."
         )
 
 
@@ -235,7 +249,8 @@ class Outcome:
     done: int
     failed: int
     left: int
-    interrupted: bool
+    stopped: str | None
+    """Why the sweep ended early, if it did."""
     seconds: float
     utilisation: float | None
     """Sum of trial seconds over (workers x wall seconds), or None if nothing ran."""
@@ -246,10 +261,13 @@ def run_sweep(config: SweepConfig, retry_failed: bool = False) -> Outcome:
 
     Raises `InputError` before any trial starts if anything is wrong with the input.
     """
+    ledger = Ledger(config.results_dir)
+    check_names(config)
+    check_rows(config)
+    check_folder(ledger.folder)
     prepare_models([model for model in config.models if model in EMBEDDED_MODELS], report=logger.info)
     plan = plan_sweep(config)
-    ledger = Ledger(config.results_dir)
-    check_results_folder(plan, ledger, plan.missing(ledger, retry_failed))
+    check_disk(plan, ledger, plan.missing(ledger, retry_failed))
     started = time.perf_counter()
     with Holder(ledger.folder) as holder:
         ledger.remove_partial()
@@ -257,10 +275,11 @@ def run_sweep(config: SweepConfig, retry_failed: bool = False) -> Outcome:
         missing = plan.missing(ledger, retry_failed)
         progress = Progress(len(plan.runs), len(plan.runs) - len(missing))
         with BackgroundTracker(ledger, tracking_uri(config), plan.record.sweep_id) as tracker:
-            interrupted, workers = False, 1
+            stopped, workers = None, 1
             if missing:
-                interrupted, workers = _tune(plan, ledger, missing, progress, tracker, holder)
-                ledger.remove_partial()
+                stopped, workers = _tune(plan, ledger, missing, progress, tracker, holder)
+                if not holder.lost.is_set():
+                    ledger.remove_partial()
         seconds = time.perf_counter() - started
     records = {run_id: ledger.record(run_id) for run_id in plan.runs}
     ran = [r for run in missing if (r := records[run.run_id]) and r.status == "done"]
@@ -272,7 +291,7 @@ def run_sweep(config: SweepConfig, retry_failed: bool = False) -> Outcome:
         done=statuses.count("done"),
         failed=statuses.count("failed"),
         left=len(statuses) - statuses.count("done") - statuses.count("failed"),
-        interrupted=interrupted,
+        stopped=stopped,
         seconds=seconds,
         utilisation=trial_seconds / (workers * seconds) if ran else None,
     )
@@ -291,19 +310,26 @@ def _tune(
     progress: Progress,
     tracker: BackgroundTracker,
     holder: Holder,
-) -> tuple[bool, int]:
-    """Run `missing` through one Tuner; returns (whether it was interrupted, workers)."""
-    # In this order: Ray takes the signals for itself when it starts.
-    with started_ray(plan.config, len(missing)) as workers, stop_on_signals() as stopped:
+) -> tuple[str | None, int]:
+    """Run `missing` through one Tuner; returns (why it ended early, if it did; workers)."""
+    with started_ray(plan.config, len(missing)) as workers:
         from trainables.cell import CellTrainable
-        from tune_sparse.ray_callback import LedgerCallback, StopWhenSet
+        from tune_sparse.ray_callback import LedgerCallback, Stop
 
-        callback = LedgerCallback(ledger, {run.run_id: run for run in missing}, progress, tracker, holder)
-        trials = [{"run": run.as_config(), "results_dir": str(ledger.folder.resolve())} for run in missing]
-        with progress.shown(workers):
-            fit_trials(CellTrainable, trials, plan.config, workers, callback, StopWhenSet(stopped))
-        callback.record_unfinished()
-        return stopped.is_set(), workers
+        stop = Stop()
+        callback = LedgerCallback(ledger, {run.run_id: run for run in missing}, progress, tracker, holder, stop)
+        # Ray takes the signals for itself when it starts, so ours come after it.
+        with progress.shown(workers), stop_on_signals(stop):
+            for _ in range(1 + plan.config.max_retries):
+                trials = [{"run": run.as_config(), "results_dir": str(ledger.folder.resolve())} for run in missing]
+                fit_trials(CellTrainable, trials, plan.config, workers, callback, stop)
+                missing = [run for run in missing if _is_missing(ledger.record(run.run_id), retry_failed=False)]
+                if not missing or stop.reason:
+                    break
+                progress.again(len(missing))
+        if not holder.lost.is_set():
+            callback.record_unfinished()
+        return stop.reason, workers
 
 
 def fit_trials(
@@ -314,7 +340,7 @@ def fit_trials(
     callback: Callback,
     stopper: Stopper | None = None,
 ) -> None:
-    """Run each of `trials` on a warm worker, through one Tuner. Ray keeps nothing of it: the ledger does."""
+    """Run each of `trials` once on a warm worker, through one Tuner. Ray keeps nothing of it: the ledger does."""
     from ray import tune
 
     resources = {"cpu": config.protocol.threads, "gpu": config.gpus_per_trial}
@@ -333,7 +359,6 @@ def fit_trials(
                 verbose=0,
                 callbacks=[callback],
                 stop=stopper,
-                failure_config=tune.FailureConfig(max_failures=config.max_retries),
             ),
         ).fit()
 
@@ -346,11 +371,13 @@ def started_ray(config: SweepConfig, trials: int) -> Iterator[int]:
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(trials + 1)
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
+    # A trial that asks for no GPU must see none: it would compute there unasked.
+    os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "1"
     if "ray" not in sys.modules:  # set later, it would part this process from the cluster that it starts
         os.environ.setdefault("RAY_AUTH_MODE", "token")
     import ray
 
-    logging.getLogger("ray.tune").setLevel(logging.ERROR)  # it misses the result files that we turned off
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # failures are ours to report
 
     threads = config.protocol.threads
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -381,23 +408,22 @@ def started_ray(config: SweepConfig, trials: int) -> Iterator[int]:
 
 
 @contextmanager
-def stop_on_signals() -> Iterator[threading.Event]:
-    """An event that SIGINT and SIGTERM set, so that running trials end and nothing half-written stays.
+def stop_on_signals(stop: Stop) -> Iterator[None]:
+    """SIGINT and SIGTERM give `stop` its reason, so that running trials end and nothing half-written stays.
 
     A second SIGINT interrupts at once.
     """
-    stopped = threading.Event()
     if threading.current_thread() is not threading.main_thread():
-        yield stopped
+        yield
         return
 
-    def stop(number: int, frame: Any) -> None:
-        stopped.set()
+    def handle(number: int, frame: Any) -> None:
+        stop.because(f"interrupted by {signal.Signals(number).name}")
         signal.signal(signal.SIGINT, before[signal.SIGINT])
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield stopped
+        yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

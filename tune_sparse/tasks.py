@@ -108,6 +108,13 @@ def _gsm8k_extract(text: str) -> str | None:
     return _plain_number(found[1]) if found else None
 
 
+def _number_after_hashes(answer: str) -> str:
+    number = _plain_number(answer.split("#### ")[1])
+    if not re.fullmatch(r"-?[0-9.]*[0-9]", number):
+        raise ValueError(f"the answer must end in #### and a number, got {answer[-20:]!r}")
+    return number
+
+
 def _last_number(text: str) -> str | None:
     found = re.findall(r"-?\d+\.?\d*", text.replace(",", ""))
     return found[-1] if found else None
@@ -173,7 +180,7 @@ TASKS = {
             chance=0.0,
             test_split="test",
             pairs=lambda row: [(f"Question: {row['question']}\nAnswer:", " " + row["answer"])],
-            gold=lambda row: _plain_number(row["answer"].split("#### ")[1]),
+            gold=lambda row: _number_after_hashes(row["answer"]),
             extract=_gsm8k_extract,
             until=("Question:", "</s>", "<|im_end|>"),
         ),

@@ -93,17 +93,22 @@ class Tracker:
             self._runs[key] = self._client.get_run(run.info.run_id)
         return str(self._runs[key].info.run_id)
 
-    def track_run(self, run_id: str, parent: str) -> None:
-        """The child run of a training, with parameters, curves, metrics, environment and small artifacts."""
-        record = self._ledger.record(run_id)
-        if record is None:
-            return
-        key, complete = (RUN_TAG, run_id), sha256_of(asdict(record))
+    def track_run(self, run_id: str, parent: str) -> bool:
+        """The child run of a training, with parameters, curves, metrics, environment and small artifacts.
+
+        A child whose record has changed is replaced, one whose record is gone is removed. Returns whether there
+        is a record.
+        """
+        record, key = self._ledger.record(run_id), (RUN_TAG, run_id)
+        complete = sha256_of(asdict(record)) if record else None
         known = self._runs.get(key)
+        if known is not None and known.data.tags.get(COMPLETE_TAG) == complete:
+            return True
         if known is not None:
-            if known.data.tags.get(COMPLETE_TAG) == complete:
-                return
             self._client.delete_run(known.info.run_id)
+            del self._runs[key]
+        if record is None:
+            return False
         run = self._ledger.run(run_id)
         folder = self._ledger.run_folder(run_id)
         ended = (folder / "result.json").stat().st_mtime
@@ -121,6 +126,7 @@ class Tracker:
         self._client.set_tag(id_, COMPLETE_TAG, complete)
         self._client.set_terminated(id_, MLFLOW_STATUS[record.status], end_time=int(ended * 1000))
         self._runs[key] = self._client.get_run(id_)
+        return True
 
     def _log_params(self, run_id: str, params: dict[str, Any]) -> None:
         from mlflow.entities import Param
@@ -158,15 +164,18 @@ def _environment_tags(record: Record) -> dict[str, str]:
     return flat
 
 
+def _runs_of(sweep: SweepRecord) -> list[str]:
+    return list(dict.fromkeys(cell["run_id"] for cell in sweep.cells))
+
+
 def track_ledger(ledger: Ledger, uri: str) -> int:
     """Bring MLflow up to date with the whole ledger; returns how many recorded runs it now shows."""
     tracker = Tracker(ledger, uri)
     tracked: set[str] = set()
     for sweep in ledger.sweeps():
         parent = tracker.track_sweep(sweep)
-        for run_id in dict.fromkeys(cell["run_id"] for cell in sweep.cells):
-            if run_id not in tracked and ledger.record(run_id) is not None:
-                tracker.track_run(run_id, parent)
+        for run_id in _runs_of(sweep):
+            if run_id not in tracked and tracker.track_run(run_id, parent):
                 tracked.add(run_id)
     return len(tracked)
 
@@ -202,12 +211,12 @@ class BackgroundTracker:
             parent = tracker.track_sweep(sweep)
             for run_id in chain([first], iter(self._queue.get, None)) if first else ():
                 tracker.track_run(run_id, parent)
-            for cell in sweep.cells:
-                tracker.track_run(cell["run_id"], parent)
+            for run_id in _runs_of(sweep):
+                tracker.track_run(run_id, parent)
         except Exception as error:
             logger.warning(
                 "MLflow at %s is not up to date (%s: %s). The ledger is; `tune-sparse track` fills MLflow later.",
                 self._uri,
                 type(error).__name__,
-                error,
+                str(error).partition("\n")[0],
             )

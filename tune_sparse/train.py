@@ -74,12 +74,15 @@ def answer_loss(model: PreTrainedModel, rows: Sequence[Encoded], loss_on: str = 
 
 @torch.no_grad()
 def mean_loss(model: PreTrainedModel, rows: Sequence[Encoded], protocol: Protocol) -> float:
-    """Mean cross-entropy over the learned tokens of `rows`."""
+    """Mean cross-entropy over the learned tokens of `rows`. Raises `RunError` if it is not finite."""
     parts = [
         answer_loss(model, rows[start : start + protocol.micro_batch], protocol.loss_on)
         for start in range(0, len(rows), protocol.micro_batch)
     ]
-    return sum(float(loss) for loss, _ in parts) / sum(count for _, count in parts)
+    mean = sum(float(loss) for loss, _ in parts) / sum(count for _, count in parts)
+    if not math.isfinite(mean):
+        raise RunError(f"the eval loss must stay finite, got {mean}. Lower learning_rate.")
+    return mean
 
 
 def fit(
