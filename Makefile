@@ -19,7 +19,7 @@ smoke: $(READY)
 	$(BIN)/tune-sparse sweep smoke
 
 test: lint types
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest -m "not slow"
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m "slow"
