@@ -168,7 +168,7 @@ def test_zeros_stay_zero_in_the_merge_of_a_confined_update(adapt: Adapt) -> None
 
 def test_a_plain_update_fills_the_zeros_until_the_last_mask(adapt: Adapt) -> None:
     adapted, masks = adapt(confined=False)
-    filled, final = merged_weights(adapted), merged_weights(adapted, masks)
+    filled, final = merged_weights(adapted), masked(merged_weights(adapted), masks)
     for name, mask in masks.items():
         assert filled[name][~mask].count_nonzero() > 0.99 * (~mask).sum()
         assert not final[name][~mask].any()

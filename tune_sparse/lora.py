@@ -100,10 +100,9 @@ def sparse_lora_layers(adapted: PeftModel) -> Iterator[tuple[str, SparseLora]]:
             yield f"{name}.weight", module
 
 
-def merged_weights(adapted: PeftModel, masks: Masks | None = None) -> dict[str, Tensor]:
-    """What each adapted layer computes with; with `masks`, without the weights that they do not keep."""
-    merged = {name: layer.merged_weight().detach() for name, layer in sparse_lora_layers(adapted)}
-    return merged if masks is None else {name: weight * masks[name] for name, weight in merged.items()}
+def merged_weights(adapted: PeftModel) -> dict[str, Tensor]:
+    """What each adapted layer computes with: (O, I) by checkpoint name."""
+    return {name: layer.merged_weight().detach() for name, layer in sparse_lora_layers(adapted)}
 
 
 def updates(adapted: PeftModel) -> dict[str, Tensor]:

@@ -145,7 +145,7 @@ def _hub_folder(reference: str, local_files_only: bool) -> Path:
 
 def _check_hub_id(hub_id: str) -> None:
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils._validators import validate_repo_id
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
     from tune_sparse.embedded_models import EMBEDDED_MODELS
 
