@@ -25,8 +25,9 @@ from ray import tune
 
 from search_spaces.matrix import PRESETS
 from tune_sparse.config import SweepConfig
+from tune_sparse.plan import plan_sweep
 from tune_sparse.result import Ledger
-from tune_sparse.sweep import fit_trials, plan_sweep, started_ray
+from tune_sparse.sweep import fit_trials, started_ray
 
 TRIALS = 100
 

@@ -90,7 +90,7 @@ def write_run(ledger: Ledger, run: Run, record: Record) -> Path:
 
 
 def sweep_of(cells: Iterable[Cell], started: float = 1_000.0, **run_changes: Any) -> SweepRecord:
-    """A sweep that asked for `cells`, each served as `tune_sparse.sweep` decides."""
+    """A sweep that asked for `cells`, each served as `tune_sparse.plan` decides."""
     rows: list[dict[str, Any]] = []
     owners: dict[str, str] = {}
     for cell in cells:

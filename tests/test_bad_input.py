@@ -19,6 +19,7 @@ from tune_sparse.cli import BAD_INPUT, OK, main
 from tune_sparse.config import SweepConfig
 from tune_sparse.holder import Holder
 from tune_sparse.models import find_folder
+from tune_sparse.plan import plan_sweep
 
 Refused = Callable[..., str]
 
@@ -373,6 +374,6 @@ def test_a_folder_named_like_an_embedded_model_does_not_stand_in_for_it(
     (tmp_path / "tiny-llama").mkdir()
     monkeypatch.chdir(tmp_path)
     names = {"models": "tiny-llama", "tasks": "boolq", "data_dir": rows, "n_selection": 4}
-    plan = sweep.plan_sweep(SweepConfig.from_names(names))
-    assert plan.checkpoints["tiny-llama"].path == llama
-    assert {find_folder(run.model_path) for run in plan.runs.values()} == {llama}
+    planned = plan_sweep(SweepConfig.from_names(names))
+    assert planned.checkpoints["tiny-llama"].path == llama
+    assert {find_folder(run.model_path) for run in planned.runs.values()} == {llama}

@@ -10,8 +10,8 @@ from search_spaces.matrix import PRESETS
 from trainables.torch_backend import Bench, run_cell
 from tune_sparse.config import SweepConfig
 from tune_sparse.embedded_models import EMBEDDED_MODELS, train_embedded_models
+from tune_sparse.plan import plan_sweep
 from tune_sparse.result import Ledger
-from tune_sparse.sweep import plan_sweep
 
 pytestmark = pytest.mark.slow
 

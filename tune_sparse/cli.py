@@ -189,9 +189,9 @@ def _sweep(chosen: argparse.Namespace) -> int:
 
 
 def _dry_run(config: SweepConfig, chosen: argparse.Namespace) -> int:
+    from tune_sparse.plan import asked_cells, check_names, distinct_trainings, forecast, plan_sweep
     from tune_sparse.progress import duration
     from tune_sparse.result import Ledger
-    from tune_sparse.sweep import asked_cells, check_names, distinct_trainings, forecast, plan_sweep
 
     check_names(config)
     values: dict[str, Any] = {"cells": len(asked_cells(config)), "trainings": distinct_trainings(config)}
