@@ -15,7 +15,8 @@ from factories import boolq_rows, write_boolq, write_jsonl
 from safetensors.torch import load_file, save_file
 
 from tune_sparse import sweep
-from tune_sparse.cli import BAD_INPUT, OK, main
+from tune_sparse.cli import main
+from tune_sparse.cli.command import BAD_INPUT, OK
 from tune_sparse.config import SweepConfig
 from tune_sparse.holder import Holder
 from tune_sparse.models import find_folder

@@ -14,7 +14,13 @@ ROOT = Path(__file__).parents[1]
 FOLDERS = ("tune_sparse", "search_spaces", "trainables", "cluster", "analysis")
 FILES = [path.relative_to(ROOT).as_posix() for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))]
 PROGRAM = {f"tune_sparse.{name}" for name in ("tracking", "plan", "sweep", "ray_callback", "search", "progress", "cli")}
-CORE = [file for file in FILES if file.startswith("tune_sparse/") and file[:-3].replace("/", ".") not in PROGRAM]
+CORE = [
+    file
+    for file in FILES
+    if file.startswith("tune_sparse/")
+    and not file.startswith("tune_sparse/cli/")
+    and file[:-3].replace("/", ".") not in PROGRAM | {"tune_sparse.__main__"}
+]
 CORE_LIBRARIES = {
     *("torch", "numpy", "safetensors", "tokenizers", "transformers", "peft", "huggingface_hub"),
     *("yaml", "filelock", "psutil"),

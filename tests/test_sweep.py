@@ -40,7 +40,7 @@ class Driver:
         command = [
             sys.executable,
             "-m",
-            "tune_sparse.cli",
+            "tune_sparse",
             "sweep",
             *self.arguments,
             "--results-dir",

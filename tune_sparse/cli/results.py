@@ -1,0 +1,110 @@
+"""What reads or tends finished runs: status, report, track, ui, discard."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+from tune_sparse.cli.command import DEFAULT_RESULTS, FAULT, OK, add_command, add_results_dirs, existing_folders
+from tune_sparse.errors import unknown_name
+
+
+def add_commands(commands: Any) -> None:
+    status = add_command(commands, "status", _status, "done, failed, missing cells, with reasons")
+    add_results_dirs(status)
+    status.add_argument("--json", action="store_true", help="print as JSON")
+
+    report = add_command(commands, "report", _report, "tables, figures and findings from the finished runs")
+    add_results_dirs(report)
+    report.add_argument(
+        "--sweep", nargs="+", metavar="ID", help="only these sweeps (names under sweeps/); default: all"
+    )
+
+    track = add_command(commands, "track", _track, "fill or rebuild MLflow from the ledger")
+    add_results_dirs(track)
+    track.add_argument("--tracking-uri", help="of MLflow; SQLite in the first results folder if not given")
+
+    ui = add_command(commands, "ui", _ui, "open MLflow on the tracked results")
+    ui.add_argument("--results-dir", type=Path, default=DEFAULT_RESULTS)
+    ui.add_argument("--port", type=int, default=5000)
+
+    discard = add_command(commands, "discard", _discard, "set a run aside, kept with the reason; a sweep runs it again")
+    discard.add_argument("run", help="its folder's name under runs/")
+    discard.add_argument("--reason", required=True)
+    discard.add_argument("--results-dir", type=Path, default=DEFAULT_RESULTS)
+
+
+def _status(chosen: argparse.Namespace) -> int:
+    from analysis.load import cells_table
+    from tune_sparse.holder import living_holder
+    from tune_sparse.progress import duration
+    from tune_sparse.result import Ledger
+
+    folders = existing_folders(chosen.results_dir)
+    cells = cells_table(folders)
+    ledgers = [Ledger(folder) for folder in folders]
+    running = {run_id for ledger in ledgers if living_holder(ledger.folder) for run_id in ledger.running()}
+    cells.loc[cells["run_id"].isin(running) & (cells["status"] != "done"), "status"] = "running"
+    runs = cells.drop_duplicates("run_id")
+    counts, failed = cells["status"].value_counts(), runs[runs["status"] == "failed"]
+    left = int((~runs["status"].isin(["done", "failed"])).sum())
+    done = runs.loc[runs["status"] == "done", "run_id"]
+    seconds = [r.measured["trial_seconds"] for ledger in ledgers for run_id in done if (r := ledger.record(run_id))]
+    eta = left * statistics.median(seconds) / len(running) if running and seconds else None
+    if chosen.json:
+        reasons = dict(zip(failed["run_id"], failed["error"], strict=True))
+        values = {"cells": len(cells), "by_status": counts.to_dict(), "failed": reasons, "eta_seconds": eta}
+        print(json.dumps(values))
+    else:
+        print(f"{len(cells)} cells: " + (", ".join(f"{n} {status}" for status, n in counts.items()) or "none asked"))
+        for row in failed.itertuples():
+            print(f"  {row.run_id}: {row.error}")
+        if eta is not None:
+            print(f"about {duration(eta)} left")
+    return OK if counts.index.isin(["done", "running"]).all() else FAULT
+
+
+def _report(chosen: argparse.Namespace) -> int:
+    from analysis.report import write_report
+
+    print("\n".join(write_report(existing_folders(chosen.results_dir), chosen.sweep)))
+    return OK
+
+
+def _track(chosen: argparse.Namespace) -> int:
+    from tune_sparse.result import Ledger
+    from tune_sparse.tracking import default_uri, track_ledger
+
+    folders = existing_folders(chosen.results_dir)
+    uri = chosen.tracking_uri or default_uri(folders[0])
+    for folder in folders:
+        print(f"{track_ledger(Ledger(folder), uri)} runs of {folder} are in {uri}")
+    return OK
+
+
+def _ui(chosen: argparse.Namespace) -> int:
+    import subprocess
+
+    from tune_sparse.tracking import default_uri
+
+    [folder] = existing_folders([chosen.results_dir])
+    print(f"MLflow on {folder}: http://127.0.0.1:{chosen.port} (Ctrl-C ends it)", flush=True)
+    server = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", default_uri(folder)]
+    return subprocess.call([*server, "--port", str(chosen.port)])
+
+
+def _discard(chosen: argparse.Namespace) -> int:
+    from tune_sparse.holder import refuse_if_held
+    from tune_sparse.result import Ledger
+
+    refuse_if_held(chosen.results_dir)
+    ledger = Ledger(chosen.results_dir)
+    runs = [path.name for path in (ledger.folder / "runs").glob("*")]
+    if chosen.run not in runs:
+        raise unknown_name("run", chosen.run, runs)
+    print(f"set aside: {ledger.set_aside(chosen.run, chosen.reason)}")
+    return OK

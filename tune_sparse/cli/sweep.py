@@ -1,0 +1,152 @@
+"""sweep and prepare."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from search_spaces.matrix import PRESETS
+from tune_sparse.cli.command import FAULT, OK, add_command
+from tune_sparse.config import Protocol, SweepConfig
+from tune_sparse.errors import InputError, NotReadyError, unknown_name
+from tune_sparse.tasks import TASKS
+
+
+def add_commands(commands: Any) -> None:
+    sweep = add_command(commands, "sweep", _sweep, "run a matrix of pruned trainings; again to resume", _sweep_epilog())
+    _add_sweep_options(sweep)
+    sweep.add_argument("--dry-run", action="store_true", help="show what would run, what is done, and the forecast")
+    sweep.add_argument("--retry-failed", action="store_true", help="also run what failed for good")
+    sweep.add_argument("--json", action="store_true", help="print the outcome as JSON")
+
+    prepare = add_command(commands, "prepare", _prepare, "fetch or train the models of a sweep, to run offline later")
+    _add_sweep_options(prepare)
+
+
+def _sweep_epilog() -> str:
+    settings = "\n".join(f"    {f.name:20} {f.metadata['help']} (default {f.default})" for f in fields(Protocol))
+    return (
+        f"presets: {', '.join(PRESETS)}\n\ntasks: {', '.join(TASKS)}\n\n"
+        f"protocol, with --set or in the YAML file:\n{settings}\n\n"
+        "example:\n    tune-sparse sweep smoke --set steps=20 --workers 2"
+    )
+
+
+def _add_sweep_options(command: argparse.ArgumentParser) -> None:
+    """A flag for each field of `SweepConfig`, so that flags, YAML and Python have the same names."""
+    command.add_argument("preset", nargs="?", default="embedded", metavar="PRESET", help="default: embedded")
+    command.add_argument("--config", type=Path, metavar="FILE", help="YAML file with the names below; flags win")
+    for f in fields(SweepConfig):
+        if f.name != "protocol":
+            many = {"nargs": "+"} if "tuple" in str(f.type) else {}
+            flag = "--" + f.name.replace("_", "-")
+            command.add_argument(flag, metavar=f.name.rstrip("s").upper(), help=f.metadata["help"], **many)  # type: ignore[arg-type]
+    command.add_argument("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="of the protocol")
+
+
+def sweep_config(chosen: argparse.Namespace) -> SweepConfig:
+    """The preset, then the YAML file, then the flags, then --set: later ones win."""
+    if chosen.preset not in PRESETS:
+        raise unknown_name("preset", chosen.preset, PRESETS)
+    flags = {f.name: getattr(chosen, f.name) for f in fields(SweepConfig) if f.name != "protocol"}
+    names = dict(PRESETS[chosen.preset]) | _yaml(chosen.config)
+    names |= {name: value for name, value in flags.items() if value is not None}
+    for setting in chosen.set:
+        name, equals, value = setting.partition("=")
+        if not equals:
+            raise InputError(f"--set takes NAME=VALUE, got {setting!r}. Write --set steps=20, say.")
+        names[name] = value
+    return SweepConfig.from_names(names)
+
+
+def _yaml(path: Path | None) -> dict[str, Any]:
+    if path is None:
+        return {}
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"--config must be a readable YAML file: {error}. Mend it.") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path} must map names to values, got {content!r}. Write `steps: 20`, say.")
+    return content
+
+
+def _sweep(chosen: argparse.Namespace) -> int:
+    config = sweep_config(chosen)
+    if chosen.dry_run:
+        return _dry_run(config, chosen)
+    from analysis.report import write_report
+    from tune_sparse.progress import duration
+    from tune_sparse.sweep import run_sweep
+
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("tune_sparse").setLevel(logging.INFO)
+    outcome = run_sweep(config, chosen.retry_failed)
+    complete = outcome.done == len(outcome.plan.runs)
+    report = write_report([config.results_dir], [outcome.plan.record.sweep_id])
+    if chosen.json:
+        values = {name: getattr(outcome, name) for name in ("ran", "done", "failed", "left", "seconds", "utilisation")}
+        print(json.dumps(values))
+        return OK if complete else FAULT
+    print("\n".join(report))
+    used = f", utilisation {outcome.utilisation:.2f}" if outcome.utilisation is not None else ""
+    print(f"{outcome.ran} trainings in {duration(outcome.seconds)}{used}.")
+    print(f"Look at them with `tune-sparse ui --results-dir {config.results_dir}`.")
+    if not complete:
+        why = outcome.stopped or "not every training succeeded"
+        print(
+            f"tune-sparse: {why}: {outcome.done} done, {outcome.failed} failed, {outcome.left} left. "
+            "The same command resumes; `tune-sparse status` has the reasons.",
+            file=sys.stderr,
+        )
+    return OK if complete else FAULT
+
+
+def _dry_run(config: SweepConfig, chosen: argparse.Namespace) -> int:
+    from tune_sparse.plan import asked_cells, check_names, distinct_trainings, forecast, plan_sweep
+    from tune_sparse.progress import duration
+    from tune_sparse.result import Ledger
+
+    check_names(config)
+    values: dict[str, Any] = {"cells": len(asked_cells(config)), "trainings": distinct_trainings(config)}
+    lines = [f"{values['cells']} cells, {values['trainings']} distinct trainings."]
+    try:
+        plan = plan_sweep(config)
+    except NotReadyError as error:
+        values["not_ready"] = str(error)
+        lines.append(f"Not ready to run: {error}")
+    else:
+        ledger = Ledger(config.results_dir)
+        missing = plan.missing(ledger, chosen.retry_failed)
+        expected = forecast(plan, ledger, missing)
+        values |= {
+            "done": sum(ledger.is_done(run_id) for run_id in plan.runs),
+            "missing": [run.run_id for run in missing],
+            "device_seconds": expected.seconds,
+            "disk_bytes": expected.disk_bytes,
+        }
+        lines += [f"{values['done']} done, {len(missing)} would run:", *(f"  {run.run_id}" for run in missing)]
+        time = (
+            f"no forecast of time for {expected.unmeasured} of them: no run of their model and task was measured here"
+            if expected.seconds is None
+            else f"about {duration(expected.seconds)} of device time"
+        )
+        lines.append(f"Forecast: {time}; at most {expected.disk_bytes / 1e6:.0f} MB of disk.")
+    print(json.dumps(values) if chosen.json else "\n".join(lines))
+    return OK
+
+
+def _prepare(chosen: argparse.Namespace) -> int:
+    config = sweep_config(chosen)
+    from tune_sparse.models import prepare_models
+
+    for reference, folder in prepare_models(config.models, report=print).items():
+        print(f"{reference}: {folder}")
+    return OK
