@@ -14,6 +14,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
+from analysis.load import COLUMNS
 from tune_sparse.paths import aside
 
 # Okabe & Ito (2008): told apart by colour-blind readers, and in grey by their brightness.
@@ -23,12 +24,12 @@ MARKERS = {"sparse-to-dense": "o", "sparse-to-sparse": "s", "dense": "^"}
 
 
 def plot_over_sparsity(cells: pd.DataFrame, column: str, path: Path) -> None:
-    """Draw `column` of the done cells over sparsity into a PNG file.
+    """Draw `column` of the cells that have it over sparsity into a PNG file.
 
-    Points are means over seeds. For accuracy, bands are one standard error of a cell's examples, thin dotted lines
-    are the pruned models before tuning, and grey lines the chance level.
+    Points are means over seeds. Bands are one standard error of a cell's examples, thin dotted lines the pruned
+    models before tuning, and grey lines the chance level, for what has them.
     """
-    done = cells[cells["status"] == "done"]
+    done = cells[cells[column].notna()]
     models, tasks = sorted(done["model"].unique()), list(dict.fromkeys(done["task"]))
     colours: dict[Any, str] = dict(zip(dict.fromkeys(done["method"]), COLOURS * 9, strict=False))
     figure, axes = plt.subplots(
@@ -57,7 +58,7 @@ def plot_over_sparsity(cells: pd.DataFrame, column: str, path: Path) -> None:
 
 def _draw_panel(axis: Axes, panel: pd.DataFrame, column: str, colours: dict[Any, str]) -> None:
     for (method, mode), curve in panel.groupby(["method", "mode"], sort=False):
-        means = curve.groupby("sparsity")[[column, "accuracy_stderr"]].mean().reset_index()
+        means = curve.groupby("sparsity")[[column, *_stderr(column)]].mean().reset_index()
         axis.plot(
             means["sparsity"],
             means[column],
@@ -67,16 +68,24 @@ def _draw_panel(axis: Axes, panel: pd.DataFrame, column: str, colours: dict[Any,
             lw=1.3,
             color=colours[str(method)],
         )
-        if column == "accuracy":
-            low, high = (means[column] + sign * means["accuracy_stderr"] for sign in (-1, 1))
+        for name in _stderr(column):
+            low, high = (means[column] + sign * means[name] for sign in (-1, 1))
             axis.fill_between(means["sparsity"], low, high, color=colours[str(method)], alpha=0.12, lw=0)
-    if column == "accuracy":
+    if f"{column}_before_tuning" in panel:
         for method, curve in panel.groupby("method", sort=False):
-            untuned = curve.groupby("sparsity")["accuracy_before_tuning"].mean()
+            untuned = curve.groupby("sparsity")[f"{column}_before_tuning"].mean()
             axis.plot(untuned.index, untuned, ":", lw=1, color=colours[str(method)])
+    if column == "perplexity":
+        axis.set_yscale("log")
+    if column == "accuracy":
         axis.axhline(panel["chance_accuracy"].iloc[0], color="0.6", lw=0.8) if len(panel) else None
         axis.set_ylim(-0.03, 1.03)
     axis.grid(alpha=0.2)
+
+
+def _stderr(column: str) -> list[str]:
+    """The column with the standard error of `column`, if there is one."""
+    return [name for name in COLUMNS if name == f"{column}_stderr"]
 
 
 def _legend(colours: dict[Any, str], done: pd.DataFrame, column: str) -> list[Line2D]:
@@ -85,7 +94,8 @@ def _legend(colours: dict[Any, str], done: pd.DataFrame, column: str) -> list[Li
         Line2D([], [], color="0.2", ls=STYLES[str(mode)], marker=MARKERS[str(mode)], ms=3, label=mode)
         for mode in dict.fromkeys(done["mode"])
     ]
-    if column == "accuracy":
+    if f"{column}_before_tuning" in done:
         handles.append(Line2D([], [], color="0.2", ls=":", lw=1, label="before tuning"))
+    if column == "accuracy":
         handles.append(Line2D([], [], color="0.6", lw=0.8, label="chance"))
     return handles

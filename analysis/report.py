@@ -13,7 +13,11 @@ from analysis.tables import PASS_MARK, SETTING, highest_passing_sparsity, sparsi
 from tune_sparse.errors import InputError
 from tune_sparse.paths import write_text
 
-FIGURES = {"sparsity_vs_accuracy.png": "accuracy", "sparsity_vs_loss.png": "eval_loss"}
+FIGURES = {
+    "sparsity_vs_accuracy.png": "accuracy",
+    "sparsity_vs_perplexity.png": "perplexity",
+    "sparsity_vs_loss.png": "eval_loss",
+}
 
 
 def write_report(results_dirs: Sequence[Path], sweep_ids: Sequence[str] | None = None) -> list[str]:
@@ -34,10 +38,9 @@ def write_report(results_dirs: Sequence[Path], sweep_ids: Sequence[str] | None =
     write_text(folder / "summary.csv", cells.to_csv(index=False))
     performance = sparsity_vs_performance(cells)
     write_text(folder / "sparsity_vs_performance.csv", performance.to_csv(index=False))
-    for name in FIGURES:
+    for name, column in FIGURES.items():
         (folder / name).unlink(missing_ok=True)
-    if (cells["status"] == "done").any():
-        for name, column in FIGURES.items():
+        if cells[column].notna().any():
             plot_over_sparsity(cells, column, folder / name)
     return [*counts(cells), *findings(performance), f"Tables and figures: {folder}"]
 
@@ -67,9 +70,10 @@ def findings(performance: pd.DataFrame) -> list[str]:
     passing = highest_passing_sparsity(performance)
     if passing.empty:
         return []
-    lines = [f"Highest sparsity with accuracy within {PASS_MARK:.0%} of the dense baseline:"]
+    lines = [f"Highest sparsity with accuracy, or perplexity, within {PASS_MARK:.0%} of the dense baseline:"]
     for (model, task), rows in passing.groupby(["model", "task"], sort=False):
-        lines.append(f"  {model}, {task} (dense {rows['dense_accuracy'].iloc[0]:.3f}):")
+        first = rows.iloc[0]
+        lines.append(f"  {model}, {task} (dense {first['metric']} {first['dense']:.3f}):")
         for method, by_mode in rows.groupby("method", sort=False):
             reached = zip(by_mode["mode"], by_mode["highest_sparsity"], strict=True)
             modes = ", ".join(f"{mode} {_or_none(highest)}" for mode, highest in reached)

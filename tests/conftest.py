@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+# As a trial computes. More threads than cores wait for each other, here and in every process that a test starts.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 """Real rows, present only where the project is developed."""
 

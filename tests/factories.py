@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,58 @@ CELL = {
 }
 
 
+TINY_PROTOCOL = Protocol(
+    steps=4,
+    warmup_steps=0,
+    global_batch=4,
+    micro_batch=4,
+    learning_rate=1e-2,
+    final_learning_rate=1e-3,
+    lora_rank=4,
+    lora_alpha=8.0,
+    precision="float32",
+    max_tokens=256,
+    max_new_tokens=4,
+    n_train=16,
+    n_selection=4,
+    n_test=8,
+    eval_every=2,
+)
+
+
+def tiny_run(model: Path, data_dir: Path | None = None, **changes: Any) -> Run:
+    """A run of seconds on a real checkpoint; `changes` are of its cell or its protocol."""
+    from tune_sparse.data import fingerprint_of, load_splits
+    from tune_sparse.models import check_checkpoint
+    from tune_sparse.tasks import tasks_named
+
+    cell = Cell("model", "boolq", "unstructured", 0.5, "sparse-to-sparse", 0, "torch")
+    own = {name: changes.pop(name) for name in list(changes) if name in vars(cell)}
+    cell, protocol = replace(cell, **own), replace(TINY_PROTOCOL, **changes)
+    tasks = tasks_named(cell.task)
+    return Run(
+        cell=cell,
+        protocol=protocol,
+        model_path=str(model),
+        data_dir=str(data_dir) if data_dir else None,
+        model_fingerprint=check_checkpoint(str(model)).fingerprint,
+        data_fingerprint=fingerprint_of([load_splits(task, data_dir, protocol) for task in tasks]),
+        prompt_version="+".join(str(task.prompt_version) for task in tasks),
+    )
+
+
+def finished(run: Run, ledger: Ledger, bench: Any) -> Record:
+    """The record of a run, once it has run."""
+    from trainables.torch_backend import run_cell
+
+    steps = run_cell(run, ledger, bench)
+    while True:
+        try:
+            next(steps)
+        except StopIteration as stop:
+            return stop.value
+
+
 def make_cell(**changes: Any) -> Cell:
     return Cell(**CELL | changes)
 
@@ -35,7 +87,7 @@ def make_run(cell: Cell | None = None, **changes: Any) -> Run:
         "data_dir": None,
         "model_fingerprint": "m" * 64,
         "data_fingerprint": "d" * 64,
-        "prompt_version": 1,
+        "prompt_version": "1",
     }
     return Run(cell=cell or make_cell(), **fields | changes)
 

@@ -22,7 +22,9 @@ from tune_sparse.result import Ledger
 MODES = ("sparse-to-dense", "sparse-to-sparse")
 SUMMARY = (
     "cell_id,run_id,shared_with,backend,model,task,method,sparsity,counted_sparsity,mode,seed,status,accuracy,"
-    "accuracy_stderr,accuracy_before_tuning,accuracy_before_merge,chance_accuracy,n_examples,train_loss,eval_loss,"
+    "accuracy_stderr,accuracy_before_tuning,accuracy_before_merge,chance_accuracy,n_examples,majority_fraction,most_frequent_fraction,"
+    "truncated_fraction,accuracy_norm,accuracy_flexible,f1,perplexity,perplexity_stderr,perplexity_before_tuning,"
+    "perplexity_before_merge,train_loss,eval_loss,"
     "train_samples_per_second,train_tokens_per_second,train_seconds,peak_memory_bytes,compile_seconds,"
     "inference_flops,hardware,error"
 )
@@ -188,7 +190,7 @@ def test_runs_of_different_protocols_are_never_averaged(ledger: Ledger) -> None:
 
 def performance(accuracies: dict[float, float], **setting: Any) -> pd.DataFrame:
     names = {"backend": "torch", "model": "tiny", "task": "boolq", "method": "random", "mode": "sparse-to-dense"}
-    names |= {"chance_accuracy": 0.5, "accuracy_stderr": 0.03, "seeds": 1, "seeds_done": 1}
+    names |= {"chance_accuracy": 0.5, "accuracy_stderr": 0.03, "seeds": 1, "seeds_done": 1, "perplexity": None}
     return pd.DataFrame([names | setting | {"sparsity": s, "accuracy": a} for s, a in accuracies.items()])
 
 
@@ -204,7 +206,34 @@ def performance(accuracies: dict[float, float], **setting: Any) -> pd.DataFrame:
 )
 def test_the_highest_passing_sparsity_is_before_the_first_dip(accuracies: dict[float, float], highest: float) -> None:
     [row] = highest_passing_sparsity(performance(accuracies)).to_dict("records")
-    assert (row["dense_accuracy"], row["highest_sparsity"]) == (0.8, highest)
+    assert (row["dense"], row["highest_sparsity"]) == (0.8, highest)
+
+
+@pytest.mark.parametrize(
+    ("perplexities", "highest"),
+    [({0.0: 10.0, 0.3: 11.0, 0.5: 11.1, 0.9: 10.0}, 0.3), ({0.0: 10.0, 0.5: 9.0}, 0.5), ({0.0: 10.0, 0.5: 12.0}, 0.0)],
+)
+def test_perplexity_passes_while_it_is_low(perplexities: dict[float, float], highest: float) -> None:
+    table = performance(dict.fromkeys(perplexities, float("nan")), chance_accuracy=None, accuracy_stderr=None)
+    table["perplexity"] = table["sparsity"].map(perplexities)
+    [row] = highest_passing_sparsity(table).to_dict("records")
+    assert (row["metric"], row["dense"], row["highest_sparsity"]) == ("perplexity", 10.0, highest)
+
+
+def test_a_text_is_drawn_by_its_perplexity(ledger: Ledger) -> None:
+    cells = matrix((0.0, 0.5), task="wikitext2")
+    sweep = sweep_of(cells)
+    ledger.write_sweep(replace(sweep, cells=tuple(cell | {"chance": None} for cell in sweep.cells)))
+    for cell in {cell.trained for cell in cells}:
+        metrics = {"perplexity": 10 + cell.sparsity, "perplexity_stderr": 0.5, "perplexity_before_tuning": 20.0}
+        record = done_record(make_run(cell), **metrics)
+        kept = {name: value for name, value in record.metrics.items() if not name.startswith("accuracy")}
+        write_run(ledger, make_run(cell), replace(record, metrics=kept))
+    lines = write_report([ledger.folder])
+    assert "  tiny, wikitext2 (dense perplexity 10.000):" in lines
+    assert "    unstructured   sparse-to-dense 0.5, sparse-to-sparse 0.5" in lines
+    figures = {path.name for path in (ledger.folder / "analysis").glob("*.png")}
+    assert figures == {"sparsity_vs_perplexity.png", "sparsity_vs_loss.png"}
 
 
 def test_nothing_is_said_beyond_a_cell_that_is_not_done() -> None:
@@ -230,8 +259,8 @@ def test_a_report_has_tables_figures_and_lines(ledger: Ledger) -> None:
     folder = ledger.folder / "analysis"
     assert lines == [
         "6 cells: 4 done, 1 failed, 1 missing; 3 distinct runs, 1 cells point to the run they share.",
-        "Highest sparsity with accuracy within 10% of the dense baseline:",
-        "  tiny, boolq (dense 0.900):",
+        "Highest sparsity with accuracy, or perplexity, within 10% of the dense baseline:",
+        "  tiny, boolq (dense accuracy 0.900):",
         "    unstructured   sparse-to-dense 0, sparse-to-sparse 0",
         f"Tables and figures: {folder}",
     ]

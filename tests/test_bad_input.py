@@ -343,7 +343,7 @@ def test_a_preset_without_its_weights_can_still_be_planned(
     assert main(command) == OK
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == counts
-    assert lines[1].startswith("Not ready to run: a sweep needs the rows of its tasks, got no data_dir.")
+    assert lines[1].startswith("Not ready to run: rows of the tasks are needed, got no data_dir.")
     assert main([*command, "--tasks", "boolq", "--data-dir", "embedded"]) == OK
     assert re.search(
         r"Not ready to run: the weights of a model must be on this machine before a sweep, '.+' is not",

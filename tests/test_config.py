@@ -23,7 +23,15 @@ AT_LEAST_ONE = (
 
 BROKEN_PROTOCOLS: list[tuple[dict[str, Any], str]] = [
     *(({name: 0}, rf"{name} must be at least 1, got 0\.") for name in AT_LEAST_ONE),
-    ({"max_tokens": 1}, r"max_tokens must be at least 2, got 1\."),
+    *(({name: 1}, rf"{name} must be at least 2, got 1\.") for name in ("max_tokens", "batch_tokens")),
+    *(
+        (
+            {"max_tokens": limit},
+            rf"max_new_tokens must leave room for a prompt in max_tokens = {limit}, got 256\. Lower",
+        )
+        for limit in (256, 2)
+    ),
+    ({"few_shot": -1}, r"few_shot must be at least 0, got -1\."),
     *(({name: 0}, rf"{name} must be at least 1 or none, got 0\.") for name in ("n_train", "n_selection", "n_test")),
     *(({name: 0.0}, rf"{name} must be above 0, got 0\.0\.") for name in ("lora_alpha", "max_grad_norm")),
     ({"learning_rate": -1e-4}, r"learning_rate must be above 0, got -0\.0001\."),
@@ -84,6 +92,19 @@ def test_the_defaults_are_the_protocol_of_the_matrix() -> None:
     assert (p.beta1, p.beta2, p.weight_decay) == (0.9, 0.95, 0.1)
     assert (p.lora_rank, p.lora_alpha, p.lora_dropout, p.loss_on) == (16, 32.0, 0.0, "answer")
     assert p.warmup == 6
+    assert (p.few_shot, p.batch_tokens, p.max_new_tokens) == (0, 8192, 256)
+
+
+def test_one_token_of_a_prompt_is_room_enough() -> None:
+    assert Protocol(max_tokens=257).max_new_tokens == 256
+
+
+def test_a_protocol_shrinks_to_the_context_of_a_model() -> None:
+    p = Protocol(max_tokens=2048)
+    assert p.within(512) == replace(p, max_tokens=512)
+    assert p.within(2048) == p.within(8192) == p
+    with pytest.raises(InputError, match="max_new_tokens must leave room for a prompt in max_tokens = 128, got 256"):
+        p.within(128)
 
 
 def test_the_original_warm_up_of_2000_steps_is_refused() -> None:

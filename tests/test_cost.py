@@ -81,7 +81,16 @@ def test_removed_heads_save_their_attention(dense: Dense) -> None:
 
 
 def test_a_sliding_window_makes_long_texts_cheaper() -> None:
-    sizes = {"hidden": 4, "layers": 1, "heads": 1, "key_value_heads": 1, "head_dim": 4, "channels": 2, "vocabulary": 5}
+    sizes = {
+        "hidden": 4,
+        "layers": 1,
+        "heads": 1,
+        "key_value_heads": 1,
+        "head_dim": 4,
+        "channels": 2,
+        "vocabulary": 5,
+        "context_tokens": 64,
+    }
     masks = {"model.layers.0.self_attn.q_proj.weight": torch.ones(4, 4, dtype=torch.bool)}
     unlimited, limited = Shape(**sizes, sliding_window=None), Shape(**sizes, sliding_window=3)
     assert inference_flops(masks, unlimited, 3) == inference_flops(masks, limited, 3)

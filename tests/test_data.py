@@ -11,16 +11,22 @@ from transformers import PreTrainedTokenizerBase
 
 from tune_sparse.config import Protocol
 from tune_sparse.data import (
+    LEAK_CHARACTERS,
     Encoded,
     Splits,
     encode_answers,
     encode_pairs,
     encode_prompts,
+    encode_training,
+    encode_windows,
+    fingerprint_of,
     load_splits,
+    load_test,
     read_rows,
 )
 from tune_sparse.errors import InputError
 from tune_sparse.models import load_tokenizer
+from tune_sparse.task import PromptTask, TextTask
 from tune_sparse.tasks import TASKS
 
 BOOLQ = TASKS["boolq"]
@@ -114,8 +120,11 @@ def test_a_task_without_embedded_rows_asks_for_a_folder() -> None:
         load_splits(TASKS["piqa"], None, Protocol())
 
 
-def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=rf"boolq needs the file {tmp_path}/boolq/train\.jsonl, which is missing\."):
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_a_missing_file_is_named(tmp_path: Path, split: str) -> None:
+    path = write_boolq(tmp_path) / "boolq" / f"{split}.jsonl"
+    path.unlink()
+    with pytest.raises(InputError, match=rf"^boolq needs the file {path}, which is missing\."):
         load_splits(BOOLQ, tmp_path, SMALL)
 
 
@@ -195,12 +204,233 @@ def test_the_selection_must_leave_rows_to_train_on(tmp_path: Path) -> None:
         load_splits(BOOLQ, write_boolq(tmp_path, train=4), SMALL)
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", [name for name, task in TASKS.items() if isinstance(task, PromptTask)])
 def test_real_rows_split_without_leaks(name: str, shared_data: Path) -> None:
     splits = load_splits(TASKS[name], shared_data, Protocol(n_selection=64, n_test=200))
     assert len(splits.selection) == 64
     assert len(splits.test) == 200
     assert len(splits.train) >= 400
+
+
+@pytest.mark.parametrize("name", [name for name, task in TASKS.items() if isinstance(task, TextTask)])
+def test_real_texts_split_without_leaks(name: str, shared_data: Path) -> None:
+    splits = load_splits(TASKS[name], shared_data, Protocol(n_selection=64, n_test=200))
+    sizes = [len(rows[0]["text"]) for rows in (splits.train, splits.selection, splits.test) if len(rows) == 1]
+    assert len(sizes) == 3
+    assert min(sizes) > 40_000
+
+
+# The pool of worked examples.
+
+
+def test_examples_are_the_whole_train_split_in_its_own_order(tmp_path: Path) -> None:
+    rows = tuple(boolq_rows(20, "train"))
+    splits = load_splits(BOOLQ, write_boolq(tmp_path), replace(SMALL, few_shot=2, n_train=3))
+    assert splits.examples == rows
+    assert splits.train == load_splits(BOOLQ, tmp_path, replace(SMALL, n_train=3)).train
+
+
+def test_examples_are_part_of_the_fingerprint_only_where_they_are_asked_for(tmp_path: Path) -> None:
+    write_boolq(tmp_path)
+    without, two, three = (load_splits(BOOLQ, tmp_path, replace(SMALL, few_shot=count)) for count in (0, 2, 3))
+    assert without.examples == ()
+    assert without.fingerprint != two.fingerprint == three.fingerprint
+    assert replace(two, examples=two.examples[::-1]).fingerprint != two.fingerprint
+
+
+def test_examples_must_be_fewer_than_the_training_rows(tmp_path: Path) -> None:
+    write_boolq(tmp_path)
+    load_splits(BOOLQ, tmp_path, replace(SMALL, few_shot=19))
+    with pytest.raises(InputError, match=r"few_shot must be less than the 20 training rows of boolq.*Lower it\."):
+        load_splits(BOOLQ, tmp_path, replace(SMALL, few_shot=20))
+
+
+def test_no_worked_example_is_a_test_row_whatever_the_limit_of_train(tmp_path: Path) -> None:
+    """Examples are drawn from all of train, also from rows that are not trained on."""
+    write_boolq(tmp_path)
+    leaked = boolq_rows(6, "validation")[2] | {"answer": True}
+    write_jsonl(tmp_path / "boolq" / "train.jsonl", [*boolq_rows(20, "train"), leaked])
+    unseen = next(n for n in range(1, 17) if leaked not in load_splits(BOOLQ, tmp_path, limited(n, 1)).train)
+    load_splits(BOOLQ, tmp_path, limited(unseen, 6))
+    with pytest.raises(InputError, match="no row of boolq may be in two splits"):
+        load_splits(BOOLQ, tmp_path, replace(limited(unseen, 6), few_shot=2))
+
+
+def limited(n_train: int, n_test: int) -> Protocol:
+    return replace(SMALL, n_train=n_train, n_test=n_test)
+
+
+@pytest.mark.parametrize("few_shot", [0, 2])
+def test_scoring_alone_needs_the_test_rows_and_the_examples(tmp_path: Path, few_shot: int) -> None:
+    protocol = replace(SMALL, n_test=3, few_shot=few_shot)
+    whole = load_splits(BOOLQ, write_boolq(tmp_path), protocol)
+    if not few_shot:
+        (tmp_path / "boolq" / "train.jsonl").unlink()
+    assert load_test(BOOLQ, tmp_path, protocol) == replace(whole, train=(), selection=())
+
+
+def test_scoring_a_text_needs_its_test_file_alone(tmp_path: Path) -> None:
+    whole = load_splits(WIKITEXT, write_wikitext(tmp_path), SMALL)
+    for split in ("train", "valid"):
+        (tmp_path / "wikitext2" / f"{split}.txt").unlink()
+    assert load_test(WIKITEXT, tmp_path, replace(SMALL, n_test=1, few_shot=2)) == Splits((), (), whole.test)
+
+
+def test_the_fingerprint_of_a_mixture_is_of_its_tasks_in_order(tmp_path: Path) -> None:
+    splits = [
+        load_splits(BOOLQ, write_boolq(tmp_path), SMALL),
+        load_splits(TASKS["arc_easy"], write_arc(tmp_path, train=9, validation=6, test=5), SMALL),
+    ]
+    assert fingerprint_of(splits[:1]) == splits[0].fingerprint
+    assert len({fingerprint_of(splits), fingerprint_of(splits[::-1]), *(s.fingerprint for s in splits)}) == 4
+
+
+# Texts.
+
+WIKITEXT, SHAKESPEARE = TASKS["wikitext2"], TASKS["tinyshakespeare"]
+
+
+def write_wikitext(data_dir: Path, **texts: str) -> Path:
+    folder = data_dir / "wikitext2"
+    folder.mkdir(exist_ok=True)
+    for split, text in ({"train": "a b\n", "valid": "c d\n", "test": "e f\n"} | texts).items():
+        (folder / f"{split}.txt").write_text(text, encoding="utf-8")
+    return data_dir
+
+
+def write_shakespeare(data_dir: Path, text: str) -> Path:
+    (data_dir / "tinyshakespeare").mkdir()
+    (data_dir / "tinyshakespeare" / "input.txt").write_text(text, encoding="utf-8")
+    return data_dir
+
+
+def texts_of(splits: Splits) -> list[str]:
+    return [row["text"] for rows in (splits.train, splits.selection, splits.test) for row in rows]
+
+
+def test_a_text_task_has_one_row_a_split_from_a_file_each(tmp_path: Path) -> None:
+    """Lines are rows joined by blank lines, the blank ones empty rows: as in GPTQ, SparseGPT and Wanda."""
+    splits = load_splits(WIKITEXT, write_wikitext(tmp_path, test=" \n = Title = \n \n A line .\n"), SMALL)
+    assert texts_of(splits) == ["a b\n", "c d\n", "\n\n = Title = \n\n\n\n\n A line .\n"]
+    assert splits.examples == ()
+
+
+def test_the_rows_of_the_hub_and_their_file_have_the_same_text(tmp_path: Path) -> None:
+    """wikitext-2-raw-v1 as the Hub has it, a blank line an empty row."""
+    rows = ["", " = Robert Boulter = \n", "", " Robert Boulter is an actor . \n", " He had a role . \n", ""]
+    file = "".join(row or " \n" for row in rows)
+    [row] = load_splits(WIKITEXT, write_wikitext(tmp_path, test=file), SMALL).test
+    assert row["text"] == "\n\n".join(rows)
+
+
+def test_a_text_in_one_file_is_divided_by_its_lines(tmp_path: Path) -> None:
+    lines = [f"line {i}\n" for i in range(40)]
+    splits = load_splits(SHAKESPEARE, write_shakespeare(tmp_path, "".join(lines)), SMALL)
+    assert texts_of(splits) == ["".join(lines[:36]), "".join(lines[36:38]), "".join(lines[38:])]
+
+
+@pytest.mark.parametrize("count", [7, 33, 41, 100])
+def test_no_line_of_a_divided_text_is_lost_or_shared(tmp_path: Path, count: int) -> None:
+    text = "".join(f"line {i}\n" for i in range(count)) + "and the last"
+    if count < 10:
+        with pytest.raises(InputError, match=r"input\.txt: a text of tinyshakespeare must not be empty"):
+            load_splits(SHAKESPEARE, write_shakespeare(tmp_path, text), SMALL)
+    else:
+        assert "".join(texts_of(load_splits(SHAKESPEARE, write_shakespeare(tmp_path, text), SMALL))) == text
+
+
+def test_the_limits_of_a_text_count_windows_not_lines(tmp_path: Path) -> None:
+    write_wikitext(tmp_path, train="a\nb\nc\n")
+    limited = replace(SMALL, n_train=1, n_test=1, n_selection=1)
+    assert load_splits(WIKITEXT, tmp_path, limited) == load_splits(WIKITEXT, tmp_path, SMALL)
+
+
+@pytest.mark.parametrize("text", ["", " \n\n"])
+def test_an_empty_text_is_refused_by_its_file(tmp_path: Path, text: str) -> None:
+    write_wikitext(tmp_path, valid=text)
+    with pytest.raises(InputError, match=rf"{tmp_path}/wikitext2/valid\.txt: a text of wikitext2 must not be empty"):
+        load_splits(WIKITEXT, tmp_path, SMALL)
+
+
+def test_a_missing_text_is_named(tmp_path: Path) -> None:
+    with pytest.raises(
+        InputError, match=rf"wikitext2 needs the file {tmp_path}/wikitext2/train\.txt, which is missing"
+    ):
+        load_splits(WIKITEXT, tmp_path, SMALL)
+
+
+def test_the_embedded_generator_has_no_text() -> None:
+    with pytest.raises(InputError, match=r"the embedded generator has .*got 'wikitext2'"):
+        load_splits(WIKITEXT, None, SMALL)
+
+
+@pytest.mark.parametrize("split", ["train", "valid"])
+def test_a_long_line_in_two_texts_is_a_leak(tmp_path: Path, split: str) -> None:
+    line = "x" * LEAK_CHARACTERS
+    write_wikitext(tmp_path, test=f"e\n{line}\n", **{split: f"{line}\nf\n"})
+    with pytest.raises(InputError, match=r"no row of wikitext2 may be in two splits, got one in \w+ and test: 'xxx"):
+        load_splits(WIKITEXT, tmp_path, SMALL)
+
+
+def test_a_short_line_in_two_texts_is_none(tmp_path: Path) -> None:
+    """Headings and exclamations recur in every part of a text."""
+    line = "x" * (LEAK_CHARACTERS - 1) + "\n"
+    load_splits(WIKITEXT, write_wikitext(tmp_path, train=line, valid=line, test=line), SMALL)
+
+
+def ids_of(windows: list[Encoded]) -> list[int]:
+    return [token for window in windows for token in window.context + window.continuation]
+
+
+LONG_TEXT = "The man had seven apples and gave two away. " * 20
+
+
+def test_windows_lie_one_after_the_other_and_the_rest_is_dropped(tokenizer: PreTrainedTokenizerBase) -> None:
+    ids = tokenizer(LONG_TEXT)["input_ids"]
+    windows = encode_windows(tokenizer, LONG_TEXT, 32)
+    assert len(windows) == len(ids) // 32
+    assert len(ids) % 32, "or nothing is left over"
+    assert ids_of(windows) == ids[: 32 * len(windows)]
+    assert {(len(w.context), len(w.continuation), w.truncated) for w in windows} == {(1, 31, False)}
+
+
+def test_the_first_windows_may_do(tokenizer: PreTrainedTokenizerBase) -> None:
+    windows = encode_windows(tokenizer, LONG_TEXT, 32)
+    assert encode_windows(tokenizer, LONG_TEXT, 32, 2) == windows[:2]
+    assert encode_windows(tokenizer, LONG_TEXT, 32, 1000) == windows
+
+
+def test_a_text_of_whole_windows_loses_nothing(tokenizer: PreTrainedTokenizerBase) -> None:
+    ids = tokenizer(LONG_TEXT)["input_ids"]
+    size = next(n for n in range(2, len(ids)) if len(ids) % n == 0)
+    assert ids_of(encode_windows(tokenizer, LONG_TEXT, size)) == ids
+
+
+def test_a_text_shorter_than_a_window_is_one(tokenizer: PreTrainedTokenizerBase) -> None:
+    ids = tokenizer("The man had seven apples.")["input_ids"]
+    [window] = encode_windows(tokenizer, "The man had seven apples.", 2048)
+    assert ids_of([window]) == ids
+
+
+def test_a_text_longer_than_the_model_warns_of_nothing(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Windows are cut from it; transformers would warn that the whole is too long (warnings are errors here)."""
+    assert len(encode_windows(tokenizer, LONG_TEXT * 20, 512)) > 4
+
+
+def test_a_text_is_learned_in_windows_and_a_prompt_with_its_answer(tokenizer: PreTrainedTokenizerBase) -> None:
+    row = {"text": LONG_TEXT}
+    assert encode_training(tokenizer, WIKITEXT, [row], 32, 3) == encode_windows(tokenizer, LONG_TEXT, 32, 3)
+    rows = boolq_rows(3)
+    pairs = [prompt_pair(row) for row in rows]
+    assert encode_training(tokenizer, BOOLQ, rows, 64, 1) == encode_answers(tokenizer, pairs, 64)
+
+
+def prompt_pair(row: Any) -> tuple[str, str]:
+    assert isinstance(BOOLQ, PromptTask)
+    return BOOLQ.training_pair(row)
+
+
+# Pairs and prompts.
 
 
 def harness_split(tokenizer: PreTrainedTokenizerBase, context: str, continuation: str) -> tuple[list[int], list[int]]:

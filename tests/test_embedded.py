@@ -15,9 +15,20 @@ from tune_sparse.data import load_splits
 from tune_sparse.embedded import EMBEDDED_TASKS, embedded_rows
 from tune_sparse.embedded_models import EMBEDDED_MODELS, embedded_model, embedded_tokenizer, train_embedded_models
 from tune_sparse.errors import InputError
-from tune_sparse.tasks import TASKS, Row
+from tune_sparse.task import ChoiceTask, PromptTask, Row
+from tune_sparse.tasks import TASKS
 
 SPLITS = [(name, split) for name in EMBEDDED_TASKS for split in ("base", "train", TASKS[name].test_split)]
+
+
+def prompt_task(name: str) -> PromptTask:
+    task = TASKS[name]
+    assert isinstance(task, PromptTask)
+    return task
+
+
+def prompt_of(name: str, row: Row) -> str:
+    return prompt_task(name).training_pair(row)[0]
 
 
 def splits_of(task_name: str) -> list[str]:
@@ -49,7 +60,7 @@ def test_hellaswag_rows_have_every_field_of_the_original() -> None:
 
 @pytest.mark.parametrize("name", EMBEDDED_TASKS)
 def test_no_prompt_is_repeated_within_or_across_splits(name: str) -> None:
-    prompts = [TASKS[name].pairs(row)[0][0] for split in splits_of(name) for row in embedded_rows(name, split)]
+    prompts = [prompt_of(name, row) for split in splits_of(name) for row in embedded_rows(name, split)]
     assert len(set(prompts)) == len(prompts) == 8600
 
 
@@ -67,8 +78,7 @@ def facts_asked(name: str, text: str) -> tuple[str, ...]:
 @pytest.mark.parametrize("name", EMBEDDED_TASKS)
 def test_no_two_splits_share_what_carries_the_answer(name: str) -> None:
     facts = [
-        {facts_asked(name, TASKS[name].pairs(row)[0][0]) for row in embedded_rows(name, split)}
-        for split in splits_of(name)
+        {facts_asked(name, prompt_of(name, row)) for row in embedded_rows(name, split)} for split in splits_of(name)
     ]
     assert all(len(f) > 200 for f in facts)
     assert sum(map(len, facts)) == len(set.union(*facts))
@@ -82,9 +92,9 @@ def test_rows_load_as_splits_of_the_study(name: str) -> None:
 
 @pytest.mark.parametrize(("name", "split"), SPLITS)
 def test_gold_labels_are_balanced(name: str, split: str) -> None:
-    task = TASKS[name]
+    task = prompt_task(name)
     counts = Counter(task.gold(row) for row in embedded_rows(name, split))
-    if task.kind == "choice":
+    if isinstance(task, ChoiceTask):
         assert max(counts.values()) - min(counts.values()) <= 1
         assert len(counts) == round(1 / task.chance)
     else:
@@ -99,13 +109,13 @@ def test_answers_cannot_be_guessed_without_the_context(name: str) -> None:
     for row in embedded_rows(name, "train"):
         for number, key in enumerate(blind_keys(name, row)):
             seen[key] += 1
-            right[key] += number == TASKS[name].gold(row)
+            right[key] += number == prompt_task(name).gold(row)
     rows = embedded_rows(name, "validation")
     hits = 0
     for row in rows:
         rates = [right[key] / seen[key] for key in blind_keys(name, row)]
-        hits += rates.index(max(rates)) == TASKS[name].gold(row)
-    assert abs(hits / len(rows) - TASKS[name].chance) < 0.1
+        hits += rates.index(max(rates)) == prompt_task(name).gold(row)
+    assert abs(hits / len(rows) - prompt_task(name).chance) < 0.1
 
 
 def blind_keys(name: str, row: Row) -> list[str]:
@@ -146,7 +156,7 @@ def test_gsm8k_answers_are_right_by_the_words_of_the_question() -> None:
             lines.append(f"{value} {'+' if change > 0 else '-'} {abs(change)} = {value + change}.")
             value += change
         assert row["answer"] == "\n".join([*lines, f"#### {value}"])
-        assert TASKS["gsm8k"].gold(row) == str(value)
+        assert prompt_task("gsm8k").gold(row) == str(value)
 
 
 def test_rows_are_the_same_on_every_machine() -> None:
@@ -192,7 +202,7 @@ def test_tokenizer_adds_no_tokens_and_ends_with_its_pad(tokenizer: PreTrainedTok
 
 @pytest.mark.parametrize(("name", "most"), [("boolq", 30), ("hellaswag", 30), ("gsm8k", 45)])
 def test_rows_are_short_in_tokens(tokenizer: PreTrainedTokenizerBase, name: str, most: int) -> None:
-    texts = ["".join(TASKS[name].training_pair(row)) for row in embedded_rows(name, TASKS[name].test_split)]
+    texts = ["".join(prompt_task(name).training_pair(row)) for row in embedded_rows(name, TASKS[name].test_split)]
     assert max(map(len, tokenizer(texts)["input_ids"])) <= most
 
 

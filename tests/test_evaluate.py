@@ -1,9 +1,13 @@
 from __future__ import annotations
 
 import copy
+import math
 import random
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,14 +15,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tune_sparse import evaluate
 from tune_sparse.config import Protocol
-from tune_sparse.data import Encoded
+from tune_sparse.data import Encoded, encode_pairs
 from tune_sparse.embedded import embedded_rows
-from tune_sparse.errors import RunError
-from tune_sparse.evaluate import Outcome, Scored, TestSet, encode_test, generate, log_likelihoods, score
+from tune_sparse.errors import InputError, RunError
+from tune_sparse.evaluate import Example, TestSet, encode_test, few_shot_prefixes, outcomes_of, score
 from tune_sparse.models import load_model, load_tokenizer
+from tune_sparse.outcomes import Outcome, metrics_of
+from tune_sparse.task import Row, Task
 from tune_sparse.tasks import TASKS
 
-PROTOCOL = Protocol(max_tokens=256, max_new_tokens=8, precision="float32")
+PROTOCOL = Protocol(max_tokens=256, max_new_tokens=8, precision="float32", batch_tokens=1024)
+BOOLQ, HELLASWAG, GSM8K, TEXT = (TASKS[name] for name in ("boolq", "hellaswag", "gsm8k", "tinyshakespeare"))
 
 
 @pytest.fixture(scope="module", params=["llama", "mistral"])
@@ -36,222 +43,324 @@ def tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return load_tokenizer(folder)
 
 
-def random_tokens(count: int, seed: int) -> tuple[int, ...]:
-    rng = random.Random(seed)
-    return tuple(rng.randrange(1, 500) for _ in range(count))
+def rows_of(task: Task, count: int) -> list[Row]:
+    if task is TEXT:
+        return [{"text": "\n".join(row["passage"] for row in embedded_rows("boolq", "validation")[: 4 * count])}]
+    return embedded_rows(task.name, task.test_split)[:count]
 
 
-def random_pairs() -> list[Encoded]:
-    """Answers of one and of several tokens, contexts on both sides of Mistral's window of 32."""
-    several = [Encoded(random_tokens(n, n), random_tokens(1 + n % 4, -n)) for n in (1, 3, 20, 31, 32, 33, 70, 120)]
-    shared = random_tokens(50, 0)
-    return [*several, *(Encoded(shared, (token,)) for token in (7, 8, 9, 10))]
+def test_set(tokenizer: PreTrainedTokenizerBase, task: Task, count: int, **settings: Any) -> TestSet:
+    return encode_test(tokenizer, task, rows_of(task, count), replace(PROTOCOL, **settings))
 
 
-@torch.no_grad()
-def plain_log_likelihood(model: PreTrainedModel, pair: Encoded) -> float:
-    """From the full logits of the pair alone."""
-    text = pair.context + pair.continuation
-    log_probabilities = model(torch.tensor([text])).logits[0].double().log_softmax(-1)
-    return sum(log_probabilities[i - 1, text[i]].item() for i in range(max(1, len(pair.context)), len(text)))
+test_set.__test__ = False  # type: ignore[attr-defined]
 
 
-def test_log_likelihoods_are_those_of_the_full_logits(model: PreTrainedModel) -> None:
-    pairs = random_pairs()
-    expected = [plain_log_likelihood(model, pair) for pair in pairs]
-    assert log_likelihoods(model, pairs) == pytest.approx(expected, abs=1e-4)
+# What a model is asked.
 
 
-@pytest.mark.parametrize("batch_tokens", [1, 150, 100_000])
-def test_log_likelihoods_do_not_depend_on_the_batches(
-    batch_tokens: int, model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+def test_choices_are_encoded_with_their_gold_and_their_lengths_in_characters(
+    tokenizer: PreTrainedTokenizerBase,
 ) -> None:
-    pairs = random_pairs()
-    expected = log_likelihoods(model, pairs)
-    monkeypatch.setattr(evaluate, "BATCH_TOKENS", batch_tokens)
-    assert log_likelihoods(model, pairs) == pytest.approx(expected, abs=1e-4)
+    rows = rows_of(HELLASWAG, 3)
+    tests = encode_test(tokenizer, HELLASWAG, rows, PROTOCOL)
+    assert tests.task is HELLASWAG
+    for row, example in zip(rows, tests.examples, strict=True):
+        assert example.id == HELLASWAG.question_id(row)
+        assert example.gold == row["label"]
+        assert list(example.encoded) == encode_pairs(tokenizer, HELLASWAG.pairs(row), 256)
+        assert example.lengths == tuple(map(len, row["endings"]))
 
 
-def test_choices_of_one_token_are_read_off_one_forward_pass(model: PreTrainedModel) -> None:
-    rows: list[int] = []
-    hook = model.model.register_forward_pre_hook(
-        lambda module, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True
+def test_questions_are_encoded_without_their_answer(tokenizer: PreTrainedTokenizerBase) -> None:
+    rows = rows_of(GSM8K, 3)
+    for row, example in zip(rows, encode_test(tokenizer, GSM8K, rows, PROTOCOL).examples, strict=True):
+        assert example.gold == GSM8K.gold(row)
+        [prompt] = example.encoded
+        assert tokenizer.decode(prompt.context) == f"Question: {row['question']}\nAnswer:"
+        assert prompt.continuation == ()
+
+
+def test_a_text_is_windows_of_the_longest_rows(tokenizer: PreTrainedTokenizerBase) -> None:
+    [row] = rows_of(TEXT, 20)
+    ids = tokenizer(row["text"])["input_ids"]
+    examples = test_set(tokenizer, TEXT, 20, max_tokens=64).examples
+    assert [example.id for example in examples] == [f"window {i}" for i in range(len(ids) // 64)]
+    assert [len(e.context + e.continuation) for example in examples for e in example.encoded] == [64] * len(examples)
+    assert test_set(tokenizer, TEXT, 20, max_tokens=64, n_test=2).examples == examples[:2]
+
+
+@pytest.mark.parametrize("text", ["a", "<|endoftext|>"])
+def test_a_text_in_which_no_token_follows_another_is_refused(tokenizer: PreTrainedTokenizerBase, text: str) -> None:
+    with pytest.raises(InputError, match=r"tinyshakespeare.*tokens"):
+        encode_test(tokenizer, TEXT, [{"text": text}], PROTOCOL)
+
+
+@pytest.mark.parametrize("name", ["boolq", "hellaswag"])
+def test_a_prompt_beyond_the_limit_loses_its_start_and_is_counted(
+    name: str, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """A model reads all but the last token of a pair, so that a pair may have one more than `max_tokens`."""
+    whole = test_set(tokenizer, TASKS[name], 10)
+    cut = test_set(tokenizer, TASKS[name], 10, max_tokens=12)
+    assert not any(example.is_truncated for example in whole.examples)
+    assert all(example.is_truncated for example in cut.examples)
+    for before, after in zip(whole.examples, cut.examples, strict=True):
+        assert (before.id, before.gold, before.lengths) == (after.id, after.gold, after.lengths)
+        for long, short in zip(before.encoded, after.encoded, strict=True):
+            assert short.continuation == long.continuation
+            assert len(short.context + short.continuation) == 13
+            assert short.context == long.context[-len(short.context) :]
+
+
+def test_a_long_question_leaves_room_for_its_answer(tokenizer: PreTrainedTokenizerBase) -> None:
+    [whole, cut] = (test_set(tokenizer, GSM8K, 5, max_tokens=limit).examples for limit in (256, 20))
+    for before, after in zip(whole, cut, strict=True):
+        assert after.encoded == (Encoded(before.encoded[0].context[-12:], (), truncated=True),)
+
+
+def test_an_example_of_which_one_choice_is_truncated_is_truncated_once() -> None:
+    whole, cut = Encoded((1, 2), (3,)), Encoded((2,), (3,), truncated=True)
+    examples = [Example("", "0", pair) for pair in ((whole, whole), (whole, cut), (cut, cut))]
+    assert [example.is_truncated for example in examples] == [False, True, True]
+
+
+def test_a_choice_of_more_tokens_than_a_model_may_read_is_refused(tokenizer: PreTrainedTokenizerBase) -> None:
+    row = dict(rows_of(HELLASWAG, 1)[0])
+    row["endings"] = [*row["endings"][:3], "tall trees " * 40]
+    message = r"a choice must have between 1 and max_tokens = 64 tokens, hellaswag has ' tall trees .*Raise max_tokens"
+    with pytest.raises(InputError, match=message):
+        encode_test(tokenizer, HELLASWAG, [row], replace(PROTOCOL, max_tokens=64))
+
+
+def test_a_choice_that_just_fits_follows_one_token(tokenizer: PreTrainedTokenizerBase) -> None:
+    row = dict(rows_of(HELLASWAG, 1)[0])
+    row["endings"] = [*row["endings"][:3], "tall trees " * 10]
+    ending = encode_test(tokenizer, HELLASWAG, [row], PROTOCOL).examples[0].encoded[3].continuation
+    example = encode_test(tokenizer, HELLASWAG, [row], replace(PROTOCOL, max_tokens=len(ending))).examples[0]
+    assert len(example.encoded[3].context) == 1
+    with pytest.raises(InputError, match="a choice must have"):
+        encode_test(tokenizer, HELLASWAG, [row], replace(PROTOCOL, max_tokens=len(ending) - 1))
+
+
+# Worked examples before a question; tests/test_harness.py compares the drawn ones with those of the harness.
+
+
+def test_without_shots_nothing_is_before_a_prompt() -> None:
+    assert few_shot_prefixes(BOOLQ, rows_of(BOOLQ, 2), (), 0) == ["", ""]
+
+
+@pytest.mark.parametrize("task", [BOOLQ, GSM8K], ids=lambda task: task.name)
+def test_shots_are_whole_examples_of_the_pool(task: Task) -> None:
+    pool = embedded_rows(task.name, "train")[:10]
+    shown = {"".join(task.training_pair(row)) for row in pool}
+    prefixes = few_shot_prefixes(task, rows_of(task, 20), pool, 3)
+    for prefix in prefixes:
+        *examples, rest = prefix.split("\n\n")
+        assert rest == ""
+        assert len(set(examples)) == 3
+        assert set(examples) <= shown
+    assert len(set(prefixes)) > 10
+    assert prefixes == few_shot_prefixes(task, rows_of(task, 20), pool, 3)
+
+
+def test_a_row_is_never_an_example_of_itself() -> None:
+    pool = rows_of(BOOLQ, 4)
+    prefixes = few_shot_prefixes(BOOLQ, pool * 5, pool, 3)
+    for row, prefix in zip(pool * 5, prefixes, strict=True):
+        assert row["passage"] not in prefix
+        assert prefix.count("Question:") == 3
+
+
+def test_a_pool_full_of_the_row_itself_is_drawn_from_again() -> None:
+    row, other = rows_of(BOOLQ, 2)
+    prefixes = few_shot_prefixes(BOOLQ, [row] * 20, [row] * 5 + [other], 1)
+    assert set(prefixes) == {"".join(BOOLQ.training_pair(other)) + "\n\n"}
+
+
+def test_the_first_rows_have_the_same_shots_however_many_follow() -> None:
+    pool = embedded_rows("gsm8k", "train")[:10]
+    assert few_shot_prefixes(GSM8K, rows_of(GSM8K, 9), pool, 2)[:4] == few_shot_prefixes(
+        GSM8K, rows_of(GSM8K, 4), pool, 2
     )
-    log_likelihoods(model, [Encoded((5, 6, 7), (token,)) for token in (1, 2, 3, 4)])
-    hook.remove()
-    assert rows == [1]
 
 
-def test_a_continuation_that_fills_the_limit_is_scored_from_its_second_token(model: PreTrainedModel) -> None:
-    """A choice longer than `max_tokens` loses its whole context; the first token has nothing to follow."""
-    pairs = [Encoded((), random_tokens(12, 1), truncated=True), Encoded((3,), random_tokens(11, 2))]
-    expected = [plain_log_likelihood(model, pair) for pair in pairs]
-    assert log_likelihoods(model, pairs) == pytest.approx(expected, abs=1e-4)
+def test_a_prompt_is_asked_after_its_shots(tokenizer: PreTrainedTokenizerBase) -> None:
+    pool = embedded_rows("boolq", "train")[:10]
+    rows, protocol = rows_of(BOOLQ, 4), replace(PROTOCOL, few_shot=2)
+    prefixes = few_shot_prefixes(BOOLQ, rows, pool, 2)
+    plain = encode_test(tokenizer, BOOLQ, rows, PROTOCOL)
+    shown = encode_test(tokenizer, BOOLQ, rows, protocol, pool)
+    for prefix, before, after in zip(prefixes, plain.examples, shown.examples, strict=True):
+        assert (before.id, before.lengths) == (after.id, after.lengths)
+        for zero_shot, few_shot in zip(before.encoded, after.encoded, strict=True):
+            assert tokenizer.decode(few_shot.context) == prefix + tokenizer.decode(zero_shot.context)
+            assert few_shot.continuation == zero_shot.continuation
 
 
-@pytest.mark.parametrize("batch_tokens", [1, 8192])
-def test_predicted_choices_do_not_depend_on_the_batches(
-    batch_tokens: int, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+# What becomes of its answers.
+
+
+def example_choices(*lengths: int, gold: str = "0") -> TestSet:
+    choice = Encoded((1,), (2,))
+    return TestSet(HELLASWAG, (Example("a", gold, (choice,) * len(lengths), lengths),))
+
+
+def said(values: Sequence[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluate, "log_likelihoods", lambda model, questions, limit: [list(values)] * len(questions))
+
+
+@pytest.mark.parametrize(
+    ("values", "lengths", "gold", "predicted", "correct", "correct_norm"),
+    [
+        ([-4.0, -2.0, -3.0], (1, 1, 1), "1", "1", True, True),
+        ([-4.0, -2.0, -3.0], (8, 2, 3), "0", "1", False, True),
+        ([-4.0, -2.0, -3.0], (8, 2, 3), "1", "1", True, False),
+        ([-2.0, -2.0], (1, 1), "0", "0", True, True),
+        ([-2.0, -2.0], (1, 1), "1", "0", False, False),
+        ([-2.0, -4.0], (1, 2), "0", "0", True, True),
+    ],
+)
+def test_the_first_of_the_likeliest_choices_is_the_prediction(
+    values: list[float],
+    lengths: tuple[int, ...],
+    gold: str,
+    predicted: str,
+    correct: bool,
+    correct_norm: bool,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    task = TASKS["hellaswag"]
-    tests = encode_test(tokenizer, task, embedded_rows("hellaswag", "validation")[:20], PROTOCOL)
-    expected = []
-    for choices in tests.encoded:
-        values = [plain_log_likelihood(model, choice) for choice in choices]
-        expected.append(values.index(max(values)))
-    monkeypatch.setattr(evaluate, "BATCH_TOKENS", batch_tokens)
-    outcomes = score(model, tokenizer, tests, PROTOCOL).outcomes
-    assert [outcome.predicted for outcome in outcomes] == expected
-    assert len(set(expected)) > 1
-    assert [outcome.correct for outcome in outcomes] == [p == g for p, g in zip(expected, tests.golds, strict=True)]
+    said(values, monkeypatch)
+    [outcome] = score(model, tokenizer, [example_choices(*lengths, gold=gold)], PROTOCOL).outcomes
+    assert outcome == Outcome(
+        "hellaswag", "a", gold, predicted, correct, correct_norm, None, tuple(values), None, truncated=False
+    )
 
 
-@torch.no_grad()
-def greedy(model: PreTrainedModel, prompt: Sequence[int], count: int, end: int) -> list[int]:
-    """Token by token, the whole text read again for each."""
-    ids = list(prompt)
-    while len(ids) < len(prompt) + count and ids[-1] != end:
-        ids.append(int(model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
-    return ids[len(prompt) :]
-
-
-def greedy_texts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, count: int) -> list[str]:
-    """The continuation of each of `PROMPTS`."""
-    return [
-        tokenizer.decode(greedy(model, prompt, count, tokenizer.eos_token_id), skip_special_tokens=True)
-        for prompt in PROMPTS
-    ]
-
-
-PROMPTS = [random_tokens(count, count) for count in (1, 5, 20, 31, 33, 40, 70, 71)]
-
-
-def test_generated_texts_are_greedy_for_prompts_of_all_lengths(
+def test_tasks_without_a_normalised_accuracy_have_none(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    expected = greedy_texts(model, tokenizer, 12)
-    assert len(set(expected)) > len(PROMPTS) // 2, "or the prompts are not tested"
-    assert generate(model, tokenizer, PROMPTS, 12, until=()) == expected
+    scored = score(model, tokenizer, [test_set(tokenizer, BOOLQ, 4)], PROTOCOL)
+    assert {outcome.correct_norm for outcome in scored.outcomes} == {None}
+    assert "accuracy_norm" not in scored.metrics
+    assert "f1" in scored.metrics
 
 
-def test_generated_texts_come_in_the_order_of_the_prompts(
+def answers(texts: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """The model answers so; returns what it was asked."""
+    asked: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(evaluate, "generate", lambda *given: asked.append(given[2:]) or list(texts))
+    return asked
+
+
+def test_answers_are_extracted_and_compared(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected = generate(model, tokenizer, PROMPTS, 6, until=())
-    monkeypatch.setattr(evaluate, "BATCH_TOKENS", 1)
-    backwards = [*PROMPTS[::-1], PROMPTS[3]]
-    assert generate(model, tokenizer, backwards, 6, until=()) == [*expected[::-1], expected[3]]
-
-
-def test_generation_ends_at_the_end_of_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    ids = greedy(model, PROMPTS[2], 12, end=-1)
-    ended = copy.deepcopy(tokenizer)
-    ended.eos_token = tokenizer.convert_ids_to_tokens(ids[-1])
-    expected = tokenizer.decode(ids[: ids.index(ids[-1]) + 1])
-    assert generate(model, ended, PROMPTS[2:3], 50, until=()) == [expected]
-
-
-@pytest.mark.parametrize("limit", [1, 5])
-def test_generation_respects_the_limit_of_new_tokens(
-    limit: int, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
-) -> None:
-    assert generate(model, tokenizer, PROMPTS, limit, until=()) == greedy_texts(model, tokenizer, limit)
-
-
-def test_until_cuts_at_the_earliest_stop(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    whole = generate(model, tokenizer, PROMPTS[:1], 12, until=())[0]
-    late, early = whole[-3:], whole[2:5]
-    stops = (late, early, "not in the text")
-    assert generate(model, tokenizer, PROMPTS[:1], 12, until=stops)[0] == whole[: whole.index(early)]
-
-
-def answer_with(texts: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evaluate, "generate", lambda *_: list(texts))
-
-
-def test_generated_answers_are_extracted_and_compared(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    rows = [{"question": "q", "answer": "so\n#### 1,234"}] * 3
-    tests = encode_test(tokenizer, TASKS["gsm8k"], rows, PROTOCOL)
-    answer_with([" #### 1234.", " #### 12", " no number"], monkeypatch)
-    assert score(model, tokenizer, tests, PROTOCOL).outcomes == (
-        Outcome(0, True, "1234", "1234", " #### 1234."),
-        Outcome(1, False, "12", "1234", " #### 12"),
-        Outcome(2, False, None, "1234", " no number"),
-    )
+    row = {"question": "q", "answer": "so\n#### 1,234"}
+    texts = [" #### 1234.", " #### 12, not 1,234", " no number"]
+    answers(texts, monkeypatch)
+    found = score(model, tokenizer, [encode_test(tokenizer, GSM8K, [row] * 3, PROTOCOL)], PROTOCOL).outcomes
+    known = [(o.gold, o.predicted, o.correct, o.correct_flexible, o.text) for o in found]
+    assert known == [
+        ("1234", "1234", True, True, texts[0]),
+        ("1234", "12", False, True, texts[1]),
+        ("1234", None, False, False, texts[2]),
+    ]
 
 
 def test_generation_is_asked_for_what_the_task_says(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = []
-    monkeypatch.setattr(evaluate, "generate", lambda *arguments: asked.append(arguments[2:]) or [""])
-    tests = encode_test(tokenizer, TASKS["gsm8k"], [{"question": "How many?", "answer": "#### 1"}], PROTOCOL)
-    score(model, tokenizer, tests, PROTOCOL)
-    [(prompts, limit, until)] = asked
-    assert tokenizer.decode(prompts[0]) == "Question: How many?\nAnswer:"
-    assert (limit, until) == (8, TASKS["gsm8k"].until)
+    asked = answers([""], monkeypatch)
+    tests = encode_test(tokenizer, GSM8K, [{"question": "How many?", "answer": "#### 1"}], PROTOCOL)
+    score(model, tokenizer, [tests], PROTOCOL)
+    [([prompt], limit, until)] = asked
+    assert tokenizer.decode(prompt) == "Question: How many?\nAnswer:"
+    assert (limit, until) == (8, GSM8K.until)
 
 
-def test_equal_choices_go_to_the_first(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+def test_the_perplexity_is_that_of_transformers_own_loss(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    monkeypatch.setattr(evaluate, "log_likelihoods", lambda model, pairs: [-1.0] * len(pairs))
-    rows = [{"question": "is it", "passage": "It is.", "answer": answer} for answer in (False, True)]
-    outcomes = score(model, tokenizer, encode_test(tokenizer, TASKS["boolq"], rows, PROTOCOL), PROTOCOL).outcomes
-    assert outcomes == (Outcome(0, True, 0, 0, [-1.0, -1.0]), Outcome(1, False, 0, 1, [-1.0, -1.0]))
+    tests = test_set(tokenizer, TEXT, 20, max_tokens=64)
+    windows = [e.context + e.continuation for example in tests.examples for e in example.encoded]
+    with torch.no_grad():
+        ids = [torch.tensor([window]) for window in windows]
+        losses = [model(input_ids=i, labels=i).loss.double().item() for i in ids]
+    scored = score(model, tokenizer, [tests], PROTOCOL)
+    assert [o.log_likelihoods for o in scored.outcomes] == [(pytest.approx(-loss, abs=1e-5),) for loss in losses]
+    assert scored.metrics["perplexity"] == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-5)
+    assert scored.metrics["n_examples"] == len(windows) > 4
 
 
-def scored(*correct: bool) -> Scored:
-    return Scored(tuple(Outcome(i, c, None, None, None) for i, c in enumerate(correct)))
+def test_several_tasks_are_scored_in_their_order(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    tests = [test_set(tokenizer, GSM8K, 3), test_set(tokenizer, BOOLQ, 5)]
+    scored = score(model, tokenizer, tests, PROTOCOL)
+    alone = [score(model, tokenizer, [test], PROTOCOL) for test in tests]
+    assert scored.outcomes == alone[0].outcomes + alone[1].outcomes
+    assert scored.by_task == alone[0].by_task | alone[1].by_task
+    assert list(scored.by_task) == ["gsm8k", "boolq"]
+    accuracies = [one.metrics["accuracy"] for one in alone]
+    assert scored.metrics["accuracy"] == sum(value for value in accuracies if value is not None) / 2
 
 
-def test_accuracy_and_its_standard_error_by_hand() -> None:
-    result = scored(True, True, False, True)
-    assert result.accuracy == 0.75
-    assert result.accuracy_stderr == pytest.approx((0.75 * 0.25 / 3) ** 0.5) == 0.25
+def test_outcomes_are_in_the_order_of_the_rows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    tests = test_set(tokenizer, HELLASWAG, 20)
+    scored = score(model, tokenizer, [tests], replace(PROTOCOL, batch_tokens=200))
+    assert [outcome.id for outcome in scored.outcomes] == [example.id for example in tests.examples]
+    assert len({outcome.predicted for outcome in scored.outcomes}) > 1
+    assert scored.metrics == metrics_of(scored.outcomes, 0.25, None)
 
 
-def test_the_standard_error_is_that_of_a_sample_mean() -> None:
-    result = scored(*(i % 3 == 0 for i in range(50)))
-    outcomes = torch.tensor([float(o.correct) for o in result.outcomes])
-    assert result.accuracy_stderr == pytest.approx(float(outcomes.std() / 50**0.5))
+# Stopped, and gone on.
+
+KINDS = pytest.mark.parametrize("task", [HELLASWAG, GSM8K, TEXT], ids=lambda task: task.name)
 
 
-def test_one_example_has_no_standard_error() -> None:
-    assert scored(True).accuracy_stderr is None
+@KINDS
+def test_a_stopped_scoring_goes_on_to_the_same_bits(
+    task: Task, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Whichever batches were done before, and whichever examples of them are still known."""
+    protocol = replace(PROTOCOL, batch_tokens=120, max_tokens=64)
+    tests = test_set(tokenizer, task, 24, max_tokens=64)
+    batches = list(outcomes_of(model, tokenizer, tests, protocol))
+    whole = {i: outcome for batch in batches for i, outcome in batch.items()}
+    assert len(batches) >= 4
+    assert sorted(whole) == list(range(len(tests.examples)))
+    rng = random.Random(task.name)
+    for done in (
+        {i for batch in batches[:2] for i in batch},
+        {i for batch in rng.sample(batches, len(batches) // 2) for i in batch},
+        set(rng.sample(sorted(whole), len(whole) // 2)),
+        set(whole),
+    ):
+        rest = list(outcomes_of(model, tokenizer, tests, protocol, done))
+        found = {i: outcome for batch in rest for i, outcome in batch.items()}
+        assert found == {i: outcome for i, outcome in whole.items() if i not in done}
+        assert len(rest) == sum(not batch.keys() <= done for batch in batches), "a known batch is not computed"
 
 
-def test_truncated_rows_are_counted_once() -> None:
-    whole, cut = Encoded((1, 2), (3,)), Encoded((2,), (3,), truncated=True)
-    tests = TestSet(TASKS["boolq"], (0, 1, 0, 1), ((whole, whole), (whole, cut), (cut, cut), (whole, whole)))
-    assert tests.truncated_fraction == 0.5
+def test_a_scoring_computes_only_what_is_taken(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    passes: Counter[str] = Counter()
+    hook = model.model.register_forward_pre_hook(lambda module, args: passes.update(["pass"]))
+    batches = outcomes_of(model, tokenizer, test_set(tokenizer, HELLASWAG, 24), replace(PROTOCOL, batch_tokens=200))
+    next(batches)
+    hook.remove()
+    assert passes["pass"] == 1
 
 
-@pytest.mark.parametrize(("name", "choices"), [("boolq", 2), ("hellaswag", 4), ("gsm8k", 1)])
-def test_long_prompts_lose_their_start(name: str, choices: int, tokenizer: PreTrainedTokenizerBase) -> None:
-    task = TASKS[name]
-    rows = embedded_rows(name, task.test_split)[:10]
-    whole = encode_test(tokenizer, task, rows, PROTOCOL)
-    cut = encode_test(tokenizer, task, rows, Protocol(max_tokens=8))
-    assert whole.golds == cut.golds == tuple(task.gold(row) for row in rows)
-    assert {len(row) for row in whole.encoded} == {choices}
-    assert whole.truncated_fraction == 0.0
-    assert cut.truncated_fraction == 1.0
-    for before, after in zip(whole.encoded, cut.encoded, strict=True):
-        for long, short in zip(before, after, strict=True):
-            text = short.context + short.continuation
-            assert len(text) <= 8
-            assert (long.context + long.continuation)[-len(text) :] == text
-
-
-@pytest.mark.parametrize(("name", "said"), [("boolq", "log-likelihoods must be finite"), ("gsm8k", "logits must be")])
-def test_a_model_that_overflows_gets_no_accuracy(
-    name: str, said: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [(BOOLQ, "log-likelihoods must be finite"), (TEXT, "log-likelihoods must be finite"), (GSM8K, "logits must be")],
+    ids=lambda value: getattr(value, "name", ""),
+)
+def test_a_model_that_overflows_gets_no_metrics(
+    task: Task, message: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     broken = copy.deepcopy(model)
     broken.model.norm.weight.data.fill_(torch.nan)
-    tests = encode_test(tokenizer, TASKS[name], embedded_rows(name, TASKS[name].test_split)[:4], PROTOCOL)
-    with pytest.raises(RunError, match=said):
-        score(broken, tokenizer, tests, PROTOCOL)
+    with pytest.raises(RunError, match=message):
+        score(broken, tokenizer, [test_set(tokenizer, task, 4)], PROTOCOL)

@@ -13,7 +13,10 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("tune_sparse", "search_spaces", "trainables", "cluster", "analysis")
 FILES = [path.relative_to(ROOT).as_posix() for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))]
-PROGRAM = {f"tune_sparse.{name}" for name in ("tracking", "plan", "sweep", "ray_callback", "search", "progress", "cli")}
+PROGRAM = {
+    f"tune_sparse.{name}"
+    for name in ("harness", "scorecard", "tracking", "plan", "sweep", "ray_callback", "search", "progress", "cli")
+}
 CORE = [
     file
     for file in FILES
@@ -23,7 +26,7 @@ CORE = [
 ]
 CORE_LIBRARIES = {
     *("torch", "numpy", "safetensors", "tokenizers", "transformers", "peft", "huggingface_hub"),
-    *("yaml", "filelock", "psutil"),
+    *("yaml", "filelock", "psutil", "pyarrow", "datasets"),
 }
 RAY_FILES = {"trainables/cell.py", "tune_sparse/sweep.py", "tune_sparse/ray_callback.py"}
 
@@ -83,6 +86,10 @@ def test_only_the_ray_glue_imports_ray() -> None:
 
 def test_only_tracking_imports_mlflow() -> None:
     assert importers("mlflow") == {"tune_sparse/tracking.py"}
+
+
+def test_only_the_harness_imports_lm_eval() -> None:
+    assert importers("lm_eval") == {"tune_sparse/harness.py"}
 
 
 def test_optuna_is_not_imported_yet() -> None:

@@ -22,7 +22,17 @@ from tune_sparse.masks import (
 )
 from tune_sparse.models import Shape
 
-GQA = Shape(hidden=3, layers=1, heads=4, key_value_heads=2, head_dim=2, channels=3, vocabulary=10, sliding_window=None)
+GQA = Shape(
+    hidden=3,
+    layers=1,
+    heads=4,
+    key_value_heads=2,
+    head_dim=2,
+    channels=3,
+    vocabulary=10,
+    sliding_window=None,
+    context_tokens=64,
+)
 
 
 @st.composite
@@ -111,6 +121,7 @@ def shapes(draw: st.DrawFn) -> Shape:
         channels=draw(st.integers(1, 300)),
         vocabulary=10,
         sliding_window=None,
+        context_tokens=2048,
     )
 
 
@@ -129,8 +140,8 @@ def test_structured_sparsity_is_within_tolerance_or_refused(shape: Shape, sparsi
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9])
 def test_blocks_of_7b_models_reach_the_sparsities_of_the_matrix(sparsity: float) -> None:
-    llama = Shape(4096, 32, 32, 32, 128, 11008, 32000, None)
-    mistral = Shape(4096, 32, 32, 8, 128, 14336, 32000, 4096)
+    llama = Shape(4096, 32, 32, 32, 128, 11008, 32000, None, 2048)
+    mistral = Shape(4096, 32, 32, 8, 128, 14336, 32000, 4096, 32768)
     for shape in (llama, mistral):
         groups, channels = structured_counts(shape, sparsity)
         assert abs(groups / shape.key_value_heads - sparsity) <= 0.5 / shape.key_value_heads
@@ -139,7 +150,15 @@ def test_blocks_of_7b_models_reach_the_sparsities_of_the_matrix(sparsity: float)
 
 def test_a_block_too_small_for_a_sparsity_is_refused_with_its_numbers() -> None:
     tiny = Shape(
-        hidden=4, layers=1, heads=2, key_value_heads=1, head_dim=2, channels=3, vocabulary=9, sliding_window=None
+        hidden=4,
+        layers=1,
+        heads=2,
+        key_value_heads=1,
+        head_dim=2,
+        channels=3,
+        vocabulary=9,
+        sliding_window=None,
+        context_tokens=64,
     )
     message = "within 0.01 of the target: with 1 key/value groups and 3 channels a block reaches 0.286, got 0.5. Choose"
     with pytest.raises(InputError, match=re.escape(message)):

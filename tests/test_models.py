@@ -69,6 +69,7 @@ def test_a_sound_checkpoint_is_described(folder: Path) -> None:
         channels=192,
         vocabulary=len(load_tokenizer(folder)),
         sliding_window=None,
+        context_tokens=2048,
     )
 
 
@@ -222,7 +223,7 @@ def test_a_fingerprint_is_remembered_until_a_file_changes(folder: Path, monkeypa
         "_refuse_bad_weights",
         lambda folder, files: read.extend(path.name for path in files) or refuse(folder, files),
     )
-    monkeypatch.setattr(models, "_sha256", lambda files: read.append("sha256") or "f" * 64)
+    monkeypatch.setattr(models, "fingerprint_of_files", lambda files: read.append("sha256") or "f" * 64)
     for _ in range(3):
         assert check_checkpoint(str(folder)).fingerprint == "f" * 64
     assert read == ["model.safetensors", "sha256"]

@@ -7,11 +7,13 @@ import json
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from factories import TINY_PROTOCOL, finished, tiny_run
 from peft import PeftModel
 from torch import Tensor
 
@@ -19,33 +21,15 @@ from trainables import sparse_to_dense, torch_backend
 from trainables.deployed import Deployed
 from trainables.torch_backend import MODES, Bench, run_cell
 from tune_sparse.config import MODES as MODE_NAMES
-from tune_sparse.config import Cell, Protocol
-from tune_sparse.data import Encoded, load_splits
+from tune_sparse.data import Encoded
 from tune_sparse.lora import adapt_model, merged_weights, sparse_lora_layers
 from tune_sparse.masks import Masks, mask_sha256, masked
 from tune_sparse.methods import make_masks
 from tune_sparse.models import check_checkpoint, load_model, prunable_weights, write_weights_into
+from tune_sparse.outcomes import read_outcomes
 from tune_sparse.result import Ledger, Record, Run
-from tune_sparse.tasks import TASKS
 from tune_sparse.train import fit
 
-PROTOCOL = Protocol(
-    steps=4,
-    warmup_steps=0,
-    global_batch=4,
-    micro_batch=4,
-    learning_rate=1e-2,
-    final_learning_rate=1e-3,
-    lora_rank=4,
-    lora_alpha=8.0,
-    precision="float32",
-    max_tokens=256,
-    max_new_tokens=4,
-    n_train=16,
-    n_selection=4,
-    n_test=8,
-    eval_every=2,
-)
 IDS = torch.arange(2 * 20).view(2, 20)
 ROWS = [Encoded(tuple(range(i, i + 10)), (i, i + 1)) for i in range(8)]
 
@@ -79,9 +63,9 @@ def train(llama: Path) -> Train:
         masks = make_masks(method, weights, check_checkpoint(str(llama)).shape, sparsity, seed=0)
         pruned = masked(weights, masks)
         write_weights_into(model, pruned)
-        adapted = adapt_model(model, PROTOCOL, mode.update_masks(masks), seed=0)
+        adapted = adapt_model(model, TINY_PROTOCOL, mode.update_masks(masks), seed=0)
         parameters = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
-        list(fit(adapted.get_base_model(), parameters, ROWS, PROTOCOL, seed=0))
+        list(fit(adapted.get_base_model(), parameters, ROWS, TINY_PROTOCOL, seed=0))
         return Trained(masks, pruned, adapted, mode.deploy(adapted, masks))
 
     return run
@@ -167,33 +151,7 @@ MakeRun = Callable[..., Run]
 
 @pytest.fixture
 def make_run(llama: Path) -> MakeRun:
-    """A run on the checkpoint; keywords change its cell or its protocol."""
-
-    def make(**changes: Any) -> Run:
-        cell = Cell("model", "boolq", "unstructured", 0.5, "sparse-to-sparse", 0, "torch")
-        own = {name: changes.pop(name) for name in list(changes) if name in vars(cell)}
-        protocol = Protocol(**(vars(PROTOCOL) | changes))
-        cell = replace(cell, **own)
-        return Run(
-            cell=cell,
-            protocol=protocol,
-            model_path=str(llama),
-            data_dir=None,
-            model_fingerprint=check_checkpoint(str(llama)).fingerprint,
-            data_fingerprint=load_splits(TASKS[cell.task], None, protocol).fingerprint,
-            prompt_version=TASKS[cell.task].prompt_version,
-        )
-
-    return make
-
-
-def finished(run: Run, ledger: Ledger, bench: Bench) -> Record:
-    steps = run_cell(run, ledger, bench)
-    while True:
-        try:
-            next(steps)
-        except StopIteration as stop:
-            return stop.value
+    return partial(tiny_run, llama)
 
 
 @pytest.fixture
@@ -216,13 +174,13 @@ def test_a_run_leaves_its_record_and_every_file(mode: str, make_run: MakeRun, le
     assert ledger.run(run.run_id) == run
     folder = ledger.run_folder(run.run_id)
     expected = {"config.yaml", "sparse_config.json", "result.json", "validation_report.json", "train.log"}
-    expected |= {"metrics.jsonl", "git_sha.txt", "examples.jsonl", "adapter"}
+    expected |= {"metrics.jsonl", "git_sha.txt", "examples.parquet", "adapter"}
     if mode == "sparse-to-dense":
-        expected.add("examples_before_merge.jsonl")
+        expected.add("examples_before_merge.parquet")
     assert {path.name for path in folder.iterdir()} == expected
     assert (record.metrics["accuracy_before_merge"] is not None) == (mode == "sparse-to-dense")
     assert record.metrics["counted_sparsity"] == pytest.approx(run.cell.sparsity, abs=0.001)
-    assert record.metrics["n_examples"] == len((folder / "examples.jsonl").read_text().splitlines()) == 8
+    assert record.metrics["n_examples"] == len(read_outcomes(folder / "examples.parquet")) == 8
     validation = json.loads((folder / "validation_report.json").read_text())
     assert validation["all_valid"]
     marker = json.loads((folder / "adapter" / "tune_sparse.json").read_text())
@@ -233,7 +191,7 @@ def test_a_run_leaves_its_record_and_every_file(mode: str, make_run: MakeRun, le
 def test_the_modes_of_one_mask_share_the_accuracy_before_tuning(make_run: MakeRun, ledger: Ledger) -> None:
     bench = Bench()
     records = [finished(make_run(mode=mode), ledger, bench) for mode in ("sparse-to-dense", "sparse-to-sparse")]
-    assert len(list((ledger.folder / "untuned").iterdir())) == 1
+    assert len(list((ledger.folder / "untuned").glob("*.json"))) == 1
     assert len({record.metrics["accuracy_before_tuning"] for record in records}) == 1
     assert len({record.metrics["mask_sha256"] for record in records}) == 1
     assert records[0].metrics["eval_loss"] != records[1].metrics["eval_loss"]

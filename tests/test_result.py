@@ -9,7 +9,8 @@ import pytest
 from factories import done_record, failed_record, make_cell, make_run, sweep_of, write_run
 
 from tune_sparse import result
-from tune_sparse.config import Protocol
+from tune_sparse.config import SCORING, Protocol
+from tune_sparse.outcomes import Outcome, read_outcomes
 from tune_sparse.paths import aside, read_json, write_json
 from tune_sparse.result import Ledger, Record, Run
 
@@ -32,6 +33,8 @@ OTHER_PROTOCOL: dict[str, Any] = {
     "precision": "float32",
     "max_tokens": 1024,
     "max_new_tokens": 128,
+    "few_shot": 2,
+    "batch_tokens": 4096,
     "n_train": 100,
     "n_selection": None,
     "n_test": 100,
@@ -47,9 +50,7 @@ OTHER_CELL: dict[str, Any] = {
     "seed": 1,
     "backend": "cerebras",
 }
-OTHER_INPUT: dict[str, Any] = {"model_fingerprint": "x", "data_fingerprint": "x", "prompt_version": 2}
-SCORING = {"precision", "max_tokens", "max_new_tokens", "n_test"}
-"""Protocol fields that an accuracy before tuning depends on."""
+OTHER_INPUT: dict[str, Any] = {"model_fingerprint": "x", "data_fingerprint": "x", "prompt_version": "2"}
 
 
 @pytest.fixture
@@ -112,13 +113,13 @@ def test_the_accuracy_before_tuning_is_shared_by_the_modes() -> None:
     assert len(both) == 1
 
 
-@pytest.mark.parametrize("name", sorted({f.name for f in fields(Protocol)} - SCORING - {"threads", "micro_batch"}))
+@pytest.mark.parametrize("name", sorted({f.name for f in fields(Protocol)} - {*SCORING, "micro_batch"}))
 def test_the_accuracy_before_tuning_is_shared_by_training_settings(name: str) -> None:
     changed = make_run(protocol=replace(Protocol(), **{name: OTHER_PROTOCOL[name]}))
     assert changed.untuned_id == make_run().untuned_id
 
 
-@pytest.mark.parametrize("name", sorted(SCORING))
+@pytest.mark.parametrize("name", SCORING)
 def test_the_accuracy_before_tuning_differs_by_the_settings_of_the_test(name: str) -> None:
     changed = make_run(protocol=replace(Protocol(), **{name: OTHER_PROTOCOL[name]}))
     assert changed.untuned_id != make_run().untuned_id
@@ -281,7 +282,7 @@ def test_the_same_run_can_be_set_aside_twice(ledger: Ledger) -> None:
 def test_what_killed_writers_left_is_removed_and_nothing_else(ledger: Ledger) -> None:
     run = make_run()
     folder = write_run(ledger, run, done_record(run))
-    ledger.write_untuned("u", {"accuracy": 0.5})
+    ledger.write_untuned("u", {"accuracy": 0.5}, [Outcome("boolq", "a", correct=True)])
     half_run, half_file = aside(folder), aside(ledger.folder / "untuned" / "v.json")
     half_holder = aside(ledger.folder / "holder.json")
     half_run.mkdir()
@@ -298,8 +299,10 @@ def test_what_killed_writers_left_is_removed_and_nothing_else(ledger: Ledger) ->
 
 def test_an_accuracy_before_tuning_is_kept_and_unknown_before(ledger: Ledger) -> None:
     assert ledger.untuned("u") is None
-    ledger.write_untuned("u", {"accuracy": 0.5, "correct": "0110"})
-    assert ledger.untuned("u") == {"accuracy": 0.5, "correct": "0110"}
+    outcomes = [Outcome("boolq", "a", correct=True), Outcome("boolq", "b", correct=False)]
+    ledger.write_untuned("u", {"accuracy": 0.5}, outcomes)
+    assert ledger.untuned("u") == {"accuracy": 0.5}
+    assert read_outcomes(ledger.folder / "untuned" / "u.parquet") == outcomes
 
 
 def test_sweeps_are_read_back_the_oldest_first(ledger: Ledger) -> None:

@@ -131,7 +131,7 @@ def test_a_run_folder_holds_what_the_design_promises(finished: Driver) -> None:
         "train.log",
         "metrics.jsonl",
         "git_sha.txt",
-        "examples.jsonl",
+        "examples.parquet",
         "adapter",
     }
     for run_id in finished.done():

@@ -23,16 +23,17 @@ from trainables.deployed import Deployed
 from trainables.hardware import device, environment, peak_memory_bytes, reset_peak_memory
 from tune_sparse.config import Cell
 from tune_sparse.cost import SEQUENCE_LENGTHS, inference_flops
-from tune_sparse.data import Encoded, encode_answers, load_splits
+from tune_sparse.data import Encoded, encode_training, fingerprint_of, load_splits
 from tune_sparse.errors import DISK_FULL, InputError, RunError
 from tune_sparse.evaluate import Scored, TestSet, encode_test, score
 from tune_sparse.lora import adapt_model, lost_fraction, save_adapter, sparse_lora_layers, updates
 from tune_sparse.masks import Masks, mask_sha256, masked, sparsity_of
 from tune_sparse.methods import make_masks
 from tune_sparse.models import Shape, check_checkpoint, load_model, load_tokenizer, prunable_weights, write_weights_into
-from tune_sparse.paths import write_json, write_lines, write_text
+from tune_sparse.outcomes import Metrics, headline, write_outcomes
+from tune_sparse.paths import write_json, write_text
 from tune_sparse.result import Ledger, Record, Run, write_config
-from tune_sparse.tasks import task_named
+from tune_sparse.tasks import tasks_named
 from tune_sparse.train import Step, fit, mean_loss
 from tune_sparse.validate import mask_violations, validation_report
 
@@ -55,7 +56,7 @@ class Rows:
 
     train: list[Encoded]
     selection: list[Encoded]
-    test: TestSet
+    tests: tuple[TestSet, ...]
 
 
 @dataclass(frozen=True)
@@ -92,20 +93,29 @@ class Bench:
         self._loaded, self._rows = None, {}
         gc.collect()
 
-    def rows(self, run: Run, tokenizer: PreTrainedTokenizerBase) -> Rows:
-        """The task's rows, encoded once."""
-        task, protocol = task_named(run.cell.task), run.protocol
-        key = (task.name, run.data_fingerprint, run.prompt_version, protocol.max_tokens)
+    def rows(self, run: Run, loaded: Loaded) -> Rows:
+        """The rows of the task, or of all tasks of a mixture, encoded once."""
+        key = (run.cell.task, run.data_fingerprint, run.prompt_version, run.protocol)
         if key not in self._rows:
-            splits = load_splits(task, Path(run.data_dir) if run.data_dir else None, protocol)
-            if splits.fingerprint != run.data_fingerprint:
-                raise InputError(f"the rows of {task.name} must not change during a sweep. Start the sweep again.")
-            train, selection = (
-                encode_answers(tokenizer, [task.training_pair(row) for row in rows], protocol.max_tokens)
-                for rows in (splits.train, splits.selection)
-            )
-            self._rows[key] = Rows(train, selection, encode_test(tokenizer, task, splits.test, protocol))
+            self._rows[key] = _encode(run, loaded)
         return self._rows[key]
+
+
+def _encode(run: Run, loaded: Loaded) -> Rows:
+    tokenizer, protocol = loaded.tokenizer, run.protocol.within(loaded.shape.context_tokens)
+    tasks = tasks_named(run.cell.task)
+    splits = [load_splits(task, Path(run.data_dir) if run.data_dir else None, protocol) for task in tasks]
+    if fingerprint_of(splits) != run.data_fingerprint:
+        raise InputError(f"the rows of {run.cell.task} must not change during a sweep. Start the sweep again.")
+    train, selection = [], []
+    for task, split in zip(tasks, splits, strict=True):
+        train += encode_training(tokenizer, task, split.train, protocol.max_tokens, protocol.n_train)
+        selection += encode_training(tokenizer, task, split.selection, protocol.max_tokens, protocol.n_selection)
+    tests = (
+        encode_test(tokenizer, task, split.test, protocol, split.examples)
+        for task, split in zip(tasks, splits, strict=True)
+    )
+    return Rows(train, selection, tuple(tests))
 
 
 def _load(run: Run, key: tuple[str, str]) -> Loaded:
@@ -186,14 +196,18 @@ def _stages(
     reset_peak_memory()
     loaded = bench.lend(run)
     model, tokenizer = loaded.model, loaded.tokenizer
-    rows = bench.rows(run, tokenizer)
-    log(f"model and rows ready: {len(rows.train)} train, {len(rows.selection)} selection, {len(rows.test.golds)} test")
+    rows = bench.rows(run, loaded)
+    log(
+        f"model and rows ready: {len(rows.train)} train, {len(rows.selection)} selection, "
+        f"{sum(len(test.examples) for test in rows.tests)} test"
+    )
 
-    pruned = _prune(run, loaded)
+    pruned = prune(run, loaded)
     write_weights_into(model, pruned.weights)
     write_json(folder / "sparse_config.json", pruned.described(cell))
-    untuned = _untuned(run, ledger, lambda: score(model, tokenizer, rows.test, protocol))
-    log(f"pruned to {sparsity_of(pruned.masks):.4f}, accuracy before tuning {untuned['accuracy']:.4f}")
+    untuned = _untuned(run, ledger, lambda: score(model, tokenizer, rows.tests, protocol))
+    judged_by = headline(untuned)
+    log(f"pruned to {sparsity_of(pruned.masks):.4f}, {judged_by} before tuning {untuned[judged_by]:.4f}")
 
     adapted = adapt_model(model, protocol, mode.update_masks(pruned.masks), cell.seed)
     training = yield from _train(run, adapted, rows, log)
@@ -210,35 +224,36 @@ def _stages(
 
     before_mask: Scored | None = None
     if deployed.final is not None:
-        before_mask = score(model, tokenizer, rows.test, protocol)
-        write_lines(folder / "examples_before_merge.jsonl", (o.line() for o in before_mask.outcomes))
+        before_mask = score(model, tokenizer, rows.tests, protocol)
+        write_outcomes(folder / "examples_before_merge.parquet", before_mask.outcomes)
         write_weights_into(model, deployed.final)
     scoring_started = time.perf_counter()
-    scored = score(model, tokenizer, rows.test, protocol)
+    scored = score(model, tokenizer, rows.tests, protocol)
     scoring_seconds = time.perf_counter() - scoring_started
-    write_lines(folder / "examples.jsonl", (o.line() for o in scored.outcomes))
-    log(f"accuracy {scored.accuracy:.4f}")
+    write_outcomes(folder / "examples.parquet", scored.outcomes)
+    log(f"{judged_by} {scored.metrics[judged_by]:.4f}")
 
     report = validation_report(prunable_weights(model), pruned.masks, cell.sparsity, pruned.checksum, violations)
     write_json(folder / "validation_report.json", report)
     if not report["all_valid"]:
         raise RunError("a run must pass its validation: " + "; ".join(report["violations"]))
 
-    metrics = {
-        "accuracy": scored.accuracy,
-        "accuracy_stderr": scored.accuracy_stderr,
-        "accuracy_before_tuning": untuned["accuracy"],
-        "accuracy_before_merge": before_mask.accuracy if before_mask else None,
-        "n_examples": len(scored.outcomes),
-        "truncated_fraction": rows.test.truncated_fraction,
-        "counted_sparsity": report["counted_sparsity"],
-        "mask_sha256": pruned.checksum,
-        "train_loss": training.last_loss,
-        "eval_loss": mean_loss(model, rows.selection, protocol),
-        "epochs": training.rows / len(rows.train),
-        "update_rounded_away_fraction": rounded_away,
-        "inference_flops": {str(t): inference_flops(pruned.masks, loaded.shape, t) for t in SEQUENCE_LENGTHS},
-    } | deployed.metrics
+    metrics = (
+        scored.metrics
+        | {
+            f"{judged_by}_before_tuning": untuned[judged_by],
+            f"{judged_by}_before_merge": before_mask.metrics[judged_by] if before_mask else None,
+            "by_task": scored.by_task if len(scored.by_task) > 1 else None,
+            "counted_sparsity": report["counted_sparsity"],
+            "mask_sha256": pruned.checksum,
+            "train_loss": training.last_loss,
+            "eval_loss": mean_loss(model, rows.selection, protocol),
+            "epochs": training.rows / len(rows.train),
+            "update_rounded_away_fraction": rounded_away,
+            "inference_flops": {str(t): inference_flops(pruned.masks, loaded.shape, t) for t in SEQUENCE_LENGTHS},
+        }
+        | deployed.metrics
+    )
     measured = {
         "trial_seconds": log.seconds(),
         "train_seconds": training.seconds,
@@ -272,7 +287,8 @@ class Pruned:
         }
 
 
-def _prune(run: Run, loaded: Loaded) -> Pruned:
+def prune(run: Run, loaded: Loaded) -> Pruned:
+    """The run's masks and the weights that they leave. Raises `RunError` for masks that are not valid."""
     masks = make_masks(run.cell.method, loaded.pristine, loaded.shape, run.cell.sparsity, run.cell.seed)
     violations = mask_violations(masks, run.cell.sparsity)
     if violations:
@@ -280,21 +296,14 @@ def _prune(run: Run, loaded: Loaded) -> Pruned:
     return Pruned(masks, mask_sha256(masks), masked(loaded.pristine, masks))
 
 
-def _untuned(run: Run, ledger: Ledger, compute: Callable[[], Scored]) -> dict[str, Any]:
-    """Accuracy of the pruned model before tuning, computed by whichever mode comes first."""
+def _untuned(run: Run, ledger: Ledger, compute: Callable[[], Scored]) -> Metrics:
+    """Metrics of the pruned model before tuning, computed by whichever mode comes first."""
     known = ledger.untuned(run.untuned_id)
     if known is None:
         scored = compute()
-        correct = "".join("01"[o.correct] for o in scored.outcomes)
-        known = {
-            "accuracy": scored.accuracy,
-            "accuracy_stderr": scored.accuracy_stderr,
-            "correct": correct,
-            "run_id": run.run_id,
-            "environment": environment(),
-        }
-        ledger.write_untuned(run.untuned_id, known)
-    return known
+        known = {"metrics": scored.metrics, "run_id": run.run_id, "environment": environment()}
+        ledger.write_untuned(run.untuned_id, known, scored.outcomes)
+    return known["metrics"]
 
 
 @dataclass

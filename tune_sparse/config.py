@@ -10,7 +10,7 @@ import math
 import os
 import types
 from collections.abc import Mapping
-from dataclasses import MISSING, Field, dataclass, field, fields
+from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
@@ -20,9 +20,9 @@ MODES = ("dense", "sparse-to-dense", "sparse-to-sparse")
 BACKENDS = ("torch",)
 PRECISIONS = ("float32", "bfloat16")
 LOSSES = ("answer", "prompt-and-answer")
-EMBEDDED_ROWS = Path("embedded")
-"""As a `data_dir`: rows come from the embedded generator. It is never a default, so that no model is trained on
-generated rows by oversight."""
+EMBEDDED_ROWS, HUB_ROWS = Path("embedded"), Path("hub")
+"""As a `data_dir`: rows come from the embedded generator, or from the Hugging Face Hub. Neither is ever a default, so
+that no model is trained on generated rows, and nothing is fetched, by oversight."""
 
 
 def option(help: str, default: Any = MISSING) -> Any:
@@ -57,8 +57,10 @@ class Protocol:
     lora_dropout: float = option("dropout on the adapters' input", 0.0)
     loss_on: str = option(f"which tokens are learned: {' or '.join(LOSSES)}", "answer")
     precision: str = option(f"of the weights: {' or '.join(PRECISIONS)}", "bfloat16")
-    max_tokens: int = option("longer rows lose the start of their prompt", 2048)
+    max_tokens: int = option("longer rows, or longer than the model's context, lose the start of their prompt", 2048)
     max_new_tokens: int = option("limit of a generated answer", 256)
+    few_shot: int = option("worked examples before each test question; tuning is on questions without any", 0)
+    batch_tokens: int = option("padded tokens of a scoring pass: bounds its memory", 8192)
     n_train: int | None = option("training rows used; none for all", None)
     n_selection: int | None = option("rows carved from train for the eval loss; none for a tenth of train", 256)
     n_test: int | None = option("test rows scored; none for all", None)
@@ -68,7 +70,15 @@ class Protocol:
     def __post_init__(self) -> None:
         for name in ("steps", "global_batch", "micro_batch", "lora_rank", "max_new_tokens", "eval_every", "threads"):
             rule(getattr(self, name) >= 1, f"{name} must be at least 1", getattr(self, name), "Give a larger number.")
-        rule(self.max_tokens >= 2, "max_tokens must be at least 2", self.max_tokens, "Give a larger number.")
+        for name in ("max_tokens", "batch_tokens"):
+            rule(getattr(self, name) >= 2, f"{name} must be at least 2", getattr(self, name), "Give a larger number.")
+        rule(
+            self.max_new_tokens < self.max_tokens,
+            f"max_new_tokens must leave room for a prompt in max_tokens = {self.max_tokens}",
+            self.max_new_tokens,
+            "Lower it.",
+        )
+        rule(self.few_shot >= 0, "few_shot must be at least 0", self.few_shot, "Give 0 or more.")
         for name in ("n_train", "n_selection", "n_test"):
             value = getattr(self, name)
             rule(value is None or value >= 1, f"{name} must be at least 1 or none", value, "Give more rows.")
@@ -100,10 +110,18 @@ class Protocol:
         if self.precision not in PRECISIONS:
             raise unknown_name("precision", self.precision, PRECISIONS)
 
+    def within(self, context_tokens: int) -> Protocol:
+        """For a model whose context may be shorter than `max_tokens`. Raises `InputError` if no prompt would fit."""
+        return replace(self, max_tokens=min(self.max_tokens, context_tokens))
+
     @property
     def warmup(self) -> int:
         """Steps of linear warm-up."""
         return round(self.warmup_fraction * self.steps) if self.warmup_steps is None else self.warmup_steps
+
+
+SCORING = ("precision", "max_tokens", "max_new_tokens", "few_shot", "batch_tokens", "n_test", "threads")
+"""The settings of a `Protocol` that scoring reads."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +158,7 @@ class SweepConfig:
     seeds: tuple[int, ...] = option("of the rows' order, the adapters and the random masks", (0,))
     backend: str = option("where trials compute", "torch")
     protocol: Protocol = field(default_factory=Protocol)
-    data_dir: Path | None = option("folder of JSON-lines tasks, or `embedded` for generated rows", None)
+    data_dir: Path | None = option("folder of tasks, `hub` to fetch them, `embedded` for generated rows", None)
     results_dir: Path = option("the ledger, MLflow and reports", Path("results"))
     workers: int | None = option("trials at once; none for one per core (or per GPU)", None)
     gpus_per_trial: float = option("GPUs, or a fraction of one, that a trial holds", 0.0)

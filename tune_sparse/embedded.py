@@ -16,7 +16,8 @@ from itertools import pairwise, product
 from typing import Any
 
 from tune_sparse.errors import unknown_name
-from tune_sparse.tasks import TASKS, Row
+from tune_sparse.task import Row
+from tune_sparse.tasks import TASKS
 
 GENERATOR_VERSION = 1
 """Raised with every change of the rows: the embedded models are trained anew, runs on old rows stay apart."""

@@ -28,6 +28,7 @@ from tune_sparse.data import Encoded, encode_answers
 from tune_sparse.embedded import EMBEDDED_TASKS, GENERATOR_VERSION, embedded_rows, open_questions
 from tune_sparse.errors import unknown_name
 from tune_sparse.paths import aside, cache_dir
+from tune_sparse.task import PromptTask
 from tune_sparse.tasks import TASKS
 from tune_sparse.train import answer_loss
 
@@ -192,8 +193,12 @@ def embedded_tokenizer(vocabulary: int = 768) -> PreTrainedTokenizerFast:
 
 def _base_pairs() -> dict[str, list[tuple[str, str]]]:
     """(prompt, answer) pairs of the base split by task, and the open questions."""
-    pairs = {name: [TASKS[name].training_pair(row) for row in embedded_rows(name, "base")] for name in EMBEDDED_TASKS}
-    return pairs | {"open": open_questions()}
+    pairs = {"open": open_questions()}
+    for name in EMBEDDED_TASKS:
+        task = TASKS[name]
+        assert isinstance(task, PromptTask)
+        pairs[name] = [task.training_pair(row) for row in embedded_rows(name, "base")]
+    return pairs
 
 
 def _trained(recipe: Recipe, report: Report) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -1,193 +1,239 @@
-"""How good is a model at a task? Every example's outcome is kept, accuracy is their mean."""
+"""How good is a model at a task? Every example's outcome is kept; accuracy or perplexity follows from them."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from random import Random
 
-import torch
-from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tune_sparse.config import Protocol
-from tune_sparse.data import Encoded, encode_pairs, encode_prompts
-from tune_sparse.errors import RunError
-from tune_sparse.tasks import Row, Task
+from tune_sparse.data import Encoded, encode_pairs, encode_prompts, encode_windows
+from tune_sparse.errors import InputError, RunError
+from tune_sparse.generate import generate
+from tune_sparse.likelihood import batches_by_length, log_likelihoods, question_tokens
+from tune_sparse.outcomes import Metrics, Outcome, combined, metrics_of
+from tune_sparse.task import AnswerTask, ChoiceTask, Pair, PromptTask, Row, Task
 
-BATCH_TOKENS = 8192
-"""Padded tokens of a forward pass."""
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a model said to one example."""
-
-    index: int
-    correct: bool
-    predicted: Any
-    """choice: index of the likeliest choice. generate: the final answer found, or None."""
-    gold: Any
-    detail: Any
-    """choice: log-likelihood of each choice. generate: the generated text."""
-
-    def line(self) -> dict[str, Any]:
-        return asdict(self)
+FEW_SHOT_SEED = 1234
+"""Of the examples in a prompt: that of lm-evaluation-harness."""
 
 
 @dataclass(frozen=True)
-class Scored:
-    """The outcomes of a test set."""
+class Example:
+    """One test example as a model's tokens."""
 
-    outcomes: tuple[Outcome, ...]
+    id: str
+    gold: str | None
+    encoded: tuple[Encoded, ...]
+    """choice: one pair a choice. answer: the prompt alone, as context. text: one window."""
+    lengths: tuple[int, ...] = ()
+    """choice: characters of each continuation, without the space before it."""
 
     @property
-    def accuracy(self) -> float:
-        return sum(o.correct for o in self.outcomes) / len(self.outcomes)
-
-    @property
-    def accuracy_stderr(self) -> float | None:
-        """Standard error of a mean of outcomes, as lm-evaluation-harness reports it: sqrt(p(1-p)/(n-1))."""
-        n = len(self.outcomes)
-        return math.sqrt(self.accuracy * (1 - self.accuracy) / (n - 1)) if n > 1 else None
+    def is_truncated(self) -> bool:
+        return any(e.truncated for e in self.encoded)
 
 
 @dataclass(frozen=True)
 class TestSet:
-    """Test rows as a model's tokens: encoded once, scored many times."""
+    """A task's test rows as a model's tokens: encoded once, scored many times."""
 
     task: Task
-    golds: tuple[Any, ...]
-    encoded: tuple[tuple[Encoded, ...], ...]
-    """choice: one pair a choice, for each row. generate: the prompt alone, as context."""
+    examples: tuple[Example, ...]
 
     __test__ = False
 
-    @property
-    def truncated_fraction(self) -> float:
-        """Rows that lost the start of their prompt."""
-        return sum(any(e.truncated for e in row) for row in self.encoded) / len(self.encoded)
 
+def encode_test(
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    rows: Sequence[Row],
+    protocol: Protocol,
+    shots: Sequence[Row] = (),
+) -> TestSet:
+    """Encode test rows for `score`; `shots` is the pool of the few-shot examples.
 
-def encode_test(tokenizer: PreTrainedTokenizerBase, task: Task, rows: Sequence[Row], protocol: Protocol) -> TestSet:
-    """Encode test rows for `score`."""
-    golds = tuple(task.gold(row) for row in rows)
-    pairs = [task.pairs(row) for row in rows]
-    if task.kind == "generate":
-        prompts = [prompt for [(prompt, _)] in pairs]
-        return TestSet(task, golds, tuple((e,) for e in encode_prompts(tokenizer, prompts, protocol.max_tokens)))
-    flat = iter(encode_pairs(tokenizer, [pair for row_pairs in pairs for pair in row_pairs], protocol.max_tokens))
-    return TestSet(task, golds, tuple(tuple(next(flat) for _ in row_pairs) for row_pairs in pairs))
-
-
-def score(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tests: TestSet, protocol: Protocol) -> Scored:
-    """Score a model on encoded test rows; the model is not changed. Raises `RunError` if it computes NaN."""
-    if tests.task.kind == "choice":
-        return _score_choices(model, tests)
-    return _score_answers(model, tokenizer, tests, protocol)
-
-
-def _score_choices(model: PreTrainedModel, tests: TestSet) -> Scored:
-    flat = [encoded for row in tests.encoded for encoded in row]
-    likelihoods = iter(log_likelihoods(model, flat))
-    outcomes = []
-    for index, (row, gold) in enumerate(zip(tests.encoded, tests.golds, strict=True)):
-        values = [next(likelihoods) for _ in row]
-        if not all(map(math.isfinite, values)):
-            raise RunError(f"log-likelihoods must be finite, got {values} for test row {index}. The model overflows.")
-        best = max(range(len(values)), key=values.__getitem__)
-        outcomes.append(Outcome(index, best == gold, best, gold, values))
-    return Scored(tuple(outcomes))
-
-
-@torch.no_grad()
-def log_likelihoods(model: PreTrainedModel, pairs: Sequence[Encoded]) -> list[float]:
-    """Summed log-probability of each continuation after its context.
-
-    A continuation that fills the whole pair is scored from its second token on, as training learns it. Choices of
-    one token share their whole input and are read off one forward pass.
+    Raises `InputError` for a choice that has no tokens, or more than a model may read.
     """
-    inputs = [(pair.context + pair.continuation)[:-1] for pair in pairs]
-    readers: dict[tuple[int, ...], list[int]] = {}
-    for i, ids in enumerate(inputs):
-        readers.setdefault(ids, []).append(i)
-    result = [0.0] * len(pairs)
-    for batch in _by_length(list(readers)):
-        padded = pad_sequence([torch.tensor(ids) for ids in batch], batch_first=True).to(model.device)
-        hidden = model.model(input_ids=padded, use_cache=False).last_hidden_state
-        for row, ids in enumerate(batch):
-            for i in readers[ids]:
-                continuation = pairs[i].continuation[-len(ids) :]
-                logits = model.lm_head(hidden[row, len(ids) - len(continuation) : len(ids)])
-                targets = torch.tensor(continuation, device=model.device)
-                result[i] = float(logits.float().log_softmax(-1).gather(1, targets[:, None]).sum())
-    return result
+    if isinstance(task, PromptTask):
+        prefixes = few_shot_prefixes(task, rows, shots, protocol.few_shot)
+        if isinstance(task, ChoiceTask):
+            return TestSet(task, tuple(_encode_choices(tokenizer, task, rows, prefixes, protocol)))
+        return TestSet(task, tuple(_encode_answers(tokenizer, task, rows, prefixes, protocol)))
+    windows = [e for row in rows for e in encode_windows(tokenizer, row["text"], protocol.max_tokens, protocol.n_test)]
+    if not all(e.continuation for e in windows):
+        raise InputError(f"the text of {task.name} must have at least 2 tokens, it has fewer. Give a longer text.")
+    return TestSet(task, tuple(Example(f"window {i}", None, (e,)) for i, e in enumerate(windows)))
 
 
-def _score_answers(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tests: TestSet, protocol: Protocol
+def few_shot_prefixes(task: PromptTask, rows: Sequence[Row], shots: Sequence[Row], count: int) -> list[str]:
+    """The worked examples before each row's prompt, drawn as lm-evaluation-harness draws them, in the rows' order.
+
+    Where the scored split is called validation, the harness draws one more, to be able to leave out the row itself.
+    """
+    rng, prefixes = Random(FEW_SHOT_SEED), []
+    for row in rows:
+        drawn = rng.sample(shots, count + (task.test_split == "validation")) if count else []
+        others = [shot for shot in drawn if shot != row]
+        if len(others) < count:
+            others = rng.sample([shot for shot in shots if shot != row], count)
+        prefixes.append("".join("".join(task.training_pair(shot)) + "\n\n" for shot in others[:count]))
+    return prefixes
+
+
+def _encode_choices(
+    tokenizer: PreTrainedTokenizerBase,
+    task: ChoiceTask,
+    rows: Sequence[Row],
+    prefixes: Sequence[str],
+    protocol: Protocol,
+) -> Iterator[Example]:
+    asked = [
+        [(prefix + context, rest) for context, rest in task.pairs(row)]
+        for row, prefix in zip(rows, prefixes, strict=True)
+    ]
+    flat: list[Pair] = [pair for pairs in asked for pair in pairs]
+    # A model reads all but the last token of a pair.
+    encoded = iter(encode_pairs(tokenizer, flat, protocol.max_tokens + 1))
+    for row, pairs in zip(rows, asked, strict=True):
+        choices = tuple(next(encoded) for _ in pairs)
+        for (_, text), choice in zip(pairs, choices, strict=True):
+            if not choice.context or not choice.continuation:
+                raise InputError(
+                    f"a choice must have between 1 and max_tokens = {protocol.max_tokens} tokens, {task.name} has "
+                    f"{text[:80]!r}. Raise max_tokens, or mend the row."
+                )
+        yield Example(task.question_id(row), str(task.gold(row)), choices, tuple(len(text) - 1 for _, text in pairs))
+
+
+def _encode_answers(
+    tokenizer: PreTrainedTokenizerBase,
+    task: PromptTask,
+    rows: Sequence[Row],
+    prefixes: Sequence[str],
+    protocol: Protocol,
+) -> Iterator[Example]:
+    prompts = [prefix + task.training_pair(row)[0] for row, prefix in zip(rows, prefixes, strict=True)]
+    encoded = encode_prompts(tokenizer, prompts, protocol.max_tokens - protocol.max_new_tokens)
+    for row, prompt in zip(rows, encoded, strict=True):
+        yield Example(task.question_id(row), task.gold(row), (prompt,))
+
+
+@dataclass(frozen=True)
+class Scored:
+    """How a model did on one or several tasks."""
+
+    outcomes: tuple[Outcome, ...]
+    by_task: dict[str, Metrics]
+
+    @property
+    def metrics(self) -> Metrics:
+        """Of the only task, or of all together."""
+        return combined(self.by_task)
+
+
+def score(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tests: Sequence[TestSet], protocol: Protocol
 ) -> Scored:
-    prompts = [row[0].context for row in tests.encoded]
-    texts = generate(model, tokenizer, prompts, protocol.max_new_tokens, tests.task.until)
-    outcomes = []
-    for index, (text, gold) in enumerate(zip(texts, tests.golds, strict=True)):
-        found = tests.task.extract(text)
-        correct = found is not None and tests.task.equal(found, gold)
-        outcomes.append(Outcome(index, correct, found, gold, text))
-    return Scored(tuple(outcomes))
+    """Score a model on encoded test rows; the model is not changed. Raises `RunError` if it computes NaN."""
+    found: list[Outcome] = []
+    by_task = {}
+    for test in tests:
+        batches = outcomes_of(model, tokenizer, test, protocol)
+        outcomes = [outcome for _, outcome in sorted(pair for batch in batches for pair in batch.items())]
+        by_task[test.task.name] = task_metrics(test.task, outcomes)
+        found += outcomes
+    return Scored(tuple(found), by_task)
 
 
-@torch.no_grad()
-def generate(
+def task_metrics(task: Task, outcomes: Sequence[Outcome]) -> Metrics:
+    yes = str(task.yes) if isinstance(task, ChoiceTask) and task.yes is not None else None
+    return metrics_of(outcomes, task.chance, yes)
+
+
+def outcomes_of(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[tuple[int, ...]],
-    max_new_tokens: int,
-    until: Sequence[str],
-) -> list[str]:
-    """The greedy continuation of each prompt, up to the end-of-text token or the first text of `until`."""
-    texts: dict[tuple[int, ...], str] = {}
-    for batch in _by_length(list(dict.fromkeys(prompts)), max_new_tokens):
-        width = max(len(ids) for ids in batch)
-        ids = torch.full((len(batch), width), tokenizer.pad_token_id)
-        attended = torch.zeros_like(ids)
-        for row, prompt in enumerate(batch):
-            ids[row, width - len(prompt) :] = torch.tensor(prompt)
-            attended[row, width - len(prompt) :] = 1
-        _refuse_overflow(model, ids, attended)
-        produced: Tensor = model.generate(
-            ids.to(model.device),
-            attention_mask=attended.to(model.device),
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id,
+    tests: TestSet,
+    protocol: Protocol,
+    known: Collection[int] = (),
+) -> Iterator[dict[int, Outcome]]:
+    """{index of an example: outcome}, batch after batch; it can be stopped after any, and go on from the `known`.
+
+    Batches depend on the test set alone, so that whoever stops and goes on gets the same numbers to the last bit.
+    """
+    task, examples = tests.task, tests.examples
+    if isinstance(task, AnswerTask):
+        sizes = [len(example.encoded[0].context) + protocol.max_new_tokens for example in examples]
+    else:
+        sizes = [question_tokens(example.encoded) for example in examples]
+    for batch in batches_by_length(sizes, protocol.batch_tokens):
+        if not all(i in known for i in batch):
+            chosen = [examples[i] for i in batch]
+            if isinstance(task, AnswerTask):
+                found = _answers(model, tokenizer, task, chosen, protocol)
+            else:
+                found = _likelihoods(model, task, chosen, protocol)
+            yield {i: outcome for i, outcome in zip(batch, found, strict=True) if i not in known}
+
+
+def _answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: AnswerTask,
+    examples: Sequence[Example],
+    protocol: Protocol,
+) -> Iterator[Outcome]:
+    prompts = [example.encoded[0].context for example in examples]
+    texts = generate(model, tokenizer, prompts, protocol.max_new_tokens, task.until)
+    for example, text in zip(examples, texts, strict=True):
+        found = task.extract(text)
+        flexible = task.extract_flexibly(text) if task.extract_flexibly else None
+        yield Outcome(
+            task.name,
+            example.id,
+            example.gold,
+            found,
+            correct=_agrees(task, found, example.gold),
+            correct_flexible=_agrees(task, flexible, example.gold) if task.extract_flexibly else None,
+            text=text,
+            truncated=example.is_truncated,
         )
-        for prompt, text in zip(
-            batch, tokenizer.batch_decode(produced[:, width:], skip_special_tokens=True), strict=True
-        ):
-            texts[prompt] = _cut_at(text, until)
-    return [texts[prompt] for prompt in prompts]
 
 
-def _refuse_overflow(model: PreTrainedModel, ids: Tensor, attended: Tensor) -> None:
-    """Greedy decoding would turn NaN into a token like any other."""
-    hidden = model.model(ids.to(model.device), attention_mask=attended.to(model.device), use_cache=False)
-    if not model.lm_head(hidden.last_hidden_state[:, -1]).isfinite().all():
-        raise RunError("logits must be finite, got NaN or inf for a test prompt. The model overflows.")
+def _agrees(task: AnswerTask, found: str | None, gold: str | None) -> bool:
+    return found is not None and gold is not None and task.equal(found, gold)
 
 
-def _cut_at(text: str, until: Sequence[str]) -> str:
-    return text[: min((text.find(stop) for stop in until if stop in text), default=len(text))]
+def _likelihoods(
+    model: PreTrainedModel, task: Task, examples: Sequence[Example], protocol: Protocol
+) -> Iterator[Outcome]:
+    likelihoods = log_likelihoods(model, [example.encoded for example in examples], protocol.batch_tokens)
+    for example, values in zip(examples, likelihoods, strict=True):
+        if not all(map(math.isfinite, values)):
+            raise RunError(f"log-likelihoods must be finite, got {values} for a test example. The model overflows.")
+        if isinstance(task, ChoiceTask):
+            yield _choice(task, example, values)
+        else:
+            [window], [value] = example.encoded, values
+            yield Outcome(task.name, example.id, log_likelihoods=(value / len(window.continuation),))
 
 
-def _by_length(rows: list[tuple[int, ...]], extra: int = 0) -> list[list[tuple[int, ...]]]:
-    """Batches of rows of similar length, each at most `BATCH_TOKENS` padded tokens (`extra` more a row)."""
-    batches: list[list[tuple[int, ...]]] = []
-    for ids in sorted(rows, key=len):
-        if not batches or (len(batches[-1]) + 1) * (len(ids) + extra) > BATCH_TOKENS:
-            batches.append([])
-        batches[-1].append(ids)
-    return batches
+def _choice(task: ChoiceTask, example: Example, values: Sequence[float]) -> Outcome:
+    """The first of the likeliest choices."""
+    best = str(max(range(len(values)), key=values.__getitem__))
+    by_length = [value / length for value, length in zip(values, example.lengths, strict=True)]
+    best_by_length = str(max(range(len(values)), key=by_length.__getitem__))
+    return Outcome(
+        task.name,
+        example.id,
+        example.gold,
+        best,
+        correct=best == example.gold,
+        correct_norm=best_by_length == example.gold if task.has_normalised_accuracy else None,
+        log_likelihoods=tuple(values),
+        truncated=example.is_truncated,
+    )

@@ -23,6 +23,8 @@ from tune_sparse.models import PRUNED
 from tune_sparse.paths import write_json
 from tune_sparse.scores import uniform
 
+MARKER = "tune_sparse.json"
+"""Beside an adapter: the mode that trained it, and the checksum of its mask."""
 ADAPTER = "default"
 """PEFT's name for the only adapter."""
 
@@ -93,6 +95,17 @@ def adapt_model(model: PreTrainedModel, protocol: Protocol, update_masks: Masks 
     return adapted
 
 
+def load_adapter(model: PreTrainedModel, folder: Path, update_masks: Masks | None) -> PeftModel:
+    """Put a saved adapter of ours into `model`, in place; `update_masks` confines its update, as in training."""
+    config = LoraConfig.from_pretrained(str(folder))
+    config._register_custom_module({nn.Linear: SparseLora})
+    adapted = PeftModel.from_pretrained(model, str(folder), config=config)
+    for name, layer in sparse_lora_layers(adapted):
+        if update_masks is not None:
+            layer.keep_mask = update_masks[name]
+    return adapted
+
+
 def sparse_lora_layers(adapted: PeftModel) -> Iterator[tuple[str, SparseLora]]:
     """(name of the weight in the checkpoint, layer) of every adapted layer."""
     for name, module in adapted.get_base_model().named_modules():
@@ -127,4 +140,4 @@ def save_adapter(adapted: PeftModel, folder: Path, mode: str, mask_sha256: str) 
     state = {name: tensor.contiguous() for name, tensor in get_peft_model_state_dict(adapted).items()}
     save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     adapted.peft_config[ADAPTER].save_pretrained(str(folder))
-    write_json(folder / "tune_sparse.json", {"mode": mode, "mask_sha256": mask_sha256})
+    write_json(folder / MARKER, {"mode": mode, "mask_sha256": mask_sha256})

@@ -39,6 +39,8 @@ class Shape:
     channels: int
     vocabulary: int
     sliding_window: int | None
+    context_tokens: int
+    """The longest text that the model was made for."""
 
     @classmethod
     def of(cls, config: PretrainedConfig) -> Shape:
@@ -53,6 +55,7 @@ class Shape:
             channels=config.intermediate_size,
             vocabulary=config.vocab_size,
             sliding_window=getattr(config, "sliding_window", None),
+            context_tokens=config.max_position_embeddings,
         )
 
     @property
@@ -179,7 +182,7 @@ def check_checkpoint(reference: str) -> Checkpoint:
     if known.get("stamp") != stamp:
         _refuse_bad_weights(folder, weights)
         _refuse_bad_tokenizer(folder)
-        known = {"stamp": stamp, "fingerprint": _sha256(files)}
+        known = {"stamp": stamp, "fingerprint": fingerprint_of_files(files)}
         memory.parent.mkdir(parents=True, exist_ok=True)
         write_json(memory, known)
     from transformers import AutoConfig
@@ -273,7 +276,8 @@ def _wanted_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _sha256(files: list[Path]) -> str:
+def fingerprint_of_files(files: Sequence[Path]) -> str:
+    """SHA-256 over the contents of files, in order."""
     digest = hashlib.sha256()
     for path in files:
         with path.open("rb") as stream:

@@ -12,16 +12,18 @@ from pathlib import Path
 from typing import Any
 
 from search_spaces.matrix import cells as combinations
-from tune_sparse.config import EMBEDDED_ROWS, Cell, SweepConfig
-from tune_sparse.data import load_splits
+from tune_sparse.config import Cell, SweepConfig
+from tune_sparse.data import fingerprint_of, load_splits
 from tune_sparse.embedded_models import EMBEDDED_MODELS
-from tune_sparse.errors import InputError, NotReadyError, unknown_name
+from tune_sparse.errors import InputError, unknown_name
 from tune_sparse.holder import refuse_if_held
 from tune_sparse.masks import structured_counts
 from tune_sparse.methods import METHODS
 from tune_sparse.models import Checkpoint, check_checkpoint, short_name
 from tune_sparse.result import Ledger, Record, Run, SweepRecord, readable_id, sha256_of
-from tune_sparse.tasks import task_named
+from tune_sparse.sources import rows_folder
+from tune_sparse.task import AnswerTask
+from tune_sparse.tasks import chance_of, tasks_named
 
 OUTCOME_BYTES = 400
 """Of one scored example besides a generated text: an outcome before and after the last mask."""
@@ -49,7 +51,7 @@ class Plan:
         """What a run will write, roughly: mostly its adapter and its outcomes."""
         shape = self.checkpoints[run.cell.model].shape
         adapter = 4 * shape.adapter_weights(run.protocol.lora_rank)
-        generates = task_named(run.cell.task).kind == "generate"
+        generates = any(isinstance(task, AnswerTask) for task in tasks_named(run.cell.task))
         outcome = OUTCOME_BYTES + TOKEN_BYTES * (run.protocol.max_new_tokens if generates else 0)
         return adapter + outcome * (run.protocol.n_test or 10_000) + RUN_BYTES
 
@@ -89,10 +91,12 @@ def plan_sweep(config: SweepConfig) -> Plan:
     a sparsity that structured pruning cannot reach.
     """
     check_names(config)
-    tasks = {name: task_named(name) for name in config.tasks}
-    data_dir, data = _rows_folder(config), check_rows(config)
+    tasks = {name: tasks_named(name) for name in config.tasks}
+    data_dir, data = rows_folder(config.data_dir, config.tasks), check_rows(config)
     checkpoints = {short_name(model): check_checkpoint(model) for model in config.models}
     model_paths = {short_name(model): _model_path(model) for model in config.models}
+    for checkpoint in checkpoints.values():
+        config.protocol.within(checkpoint.shape.context_tokens)
     if "structured" in config.methods:
         for checkpoint in checkpoints.values():
             for sparsity in config.sparsities:
@@ -110,7 +114,7 @@ def plan_sweep(config: SweepConfig) -> Plan:
             data_dir=str(data_dir) if data_dir else None,
             model_fingerprint=checkpoint.fingerprint,
             data_fingerprint=data[cell.task],
-            prompt_version=tasks[cell.task].prompt_version,
+            prompt_version="+".join(str(task.prompt_version) for task in tasks[cell.task]),
         )
 
     runs: dict[str, Run] = {}
@@ -124,21 +128,11 @@ def plan_sweep(config: SweepConfig) -> Plan:
         rows.append(
             {"cell_id": cell_id, "run_id": run.run_id, "shared_with": None if owner == cell_id else owner}
             | asdict(asked.cell)
-            | {"chance": tasks[cell.task].chance}
+            | {"chance": chance_of(tasks[cell.task])}
         )
     described = {name: _plain(value) for name, value in asdict(config).items()}
     sweep_id = sha256_of(sorted(row["cell_id"] for row in rows))[:12]
     return Plan(config, SweepRecord(sweep_id, time.time(), described, tuple(rows)), runs, checkpoints)
-
-
-def _rows_folder(config: SweepConfig) -> Path | None:
-    """Where rows come from; None for the embedded generator, which must be asked for by name."""
-    if config.data_dir is None:
-        raise NotReadyError(
-            "a sweep needs the rows of its tasks, got no data_dir. "
-            f"Give --data-dir FOLDER, or --data-dir {EMBEDDED_ROWS} for generated rows."
-        )
-    return None if config.data_dir == EMBEDDED_ROWS else config.data_dir.expanduser().resolve()
 
 
 def _model_path(reference: str) -> str:
@@ -153,15 +147,18 @@ def _plain(value: Any) -> Any:
 
 def check_rows(config: SweepConfig) -> dict[str, str]:
     """{task: fingerprint of its splits}; every row is read and checked."""
-    folder = _rows_folder(config)
-    return {name: load_splits(task_named(name), folder, config.protocol).fingerprint for name in config.tasks}
+    folder = rows_folder(config.data_dir, config.tasks)
+    return {
+        name: fingerprint_of([load_splits(task, folder, config.protocol) for task in tasks_named(name)])
+        for name in config.tasks
+    }
 
 
 def check_names(config: SweepConfig) -> None:
     """Raise `InputError` for a task or method that no table has, or models that tables could not tell apart."""
     _refuse_ambiguous_names(config.models)
     for task in config.tasks:
-        task_named(task)
+        tasks_named(task)
     for method in config.methods:
         if method not in METHODS:
             raise unknown_name("method", method, METHODS)

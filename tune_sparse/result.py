@@ -4,7 +4,7 @@ A results folder holds
 
     sweeps/<sweep_id>.json          the cells that a sweep asked for, and the run that serves each
     runs/<run_id>/                  one training: config, result, validation, outcomes, adapter
-    untuned/<id>.json               accuracy of a pruned model before tuning, shared by the modes
+    untuned/<id>.json, .parquet     metrics and outcomes of a pruned model before tuning, shared by the modes
     set_aside/                      earlier failures and discarded runs, with the reason
     holder.json                     who is writing, with a heartbeat
 
@@ -19,16 +19,17 @@ import json
 import re
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from tune_sparse.config import Cell, Protocol
+from tune_sparse.config import SCORING, Cell, Protocol
+from tune_sparse.outcomes import Outcome, write_outcomes
 from tune_sparse.paths import aside, read_json, write_json, write_text
 
-NUMERICS_VERSION = 1
+NUMERICS_VERSION = 2
 """Raised by hand when trained numbers would change."""
 
 Status = Literal["done", "failed", "interrupted"]
@@ -44,7 +45,8 @@ class Run:
     data_dir: str | None
     model_fingerprint: str
     data_fingerprint: str
-    prompt_version: int
+    prompt_version: str
+    """of each task of a mixture"""
 
     @property
     def identity(self) -> str:
@@ -60,7 +62,7 @@ class Run:
         """Names the accuracy before tuning, which neither the mode nor the training changes."""
         c, p = self.cell, self.protocol
         seed = c.seed if c.method == "random" else 0
-        scored = (p.precision, p.threads, p.max_tokens, p.max_new_tokens, p.n_test)
+        scored = [getattr(p, name) for name in SCORING]
         inputs = (NUMERICS_VERSION, self.model_fingerprint, self.data_fingerprint, self.prompt_version)
         identity = sha256_of([c.model, c.task, c.method, c.sparsity, c.backend, seed, *scored, *inputs])
         return readable_id(Cell(c.model, c.task, c.method, c.sparsity, "untuned", seed, c.backend), identity)
@@ -190,8 +192,9 @@ class Ledger:
         path = self.folder / "untuned" / f"{untuned_id}.json"
         return read_json(path) if path.exists() else None
 
-    def write_untuned(self, untuned_id: str, value: dict[str, Any]) -> None:
+    def write_untuned(self, untuned_id: str, value: dict[str, Any], outcomes: Iterable[Outcome]) -> None:
         (self.folder / "untuned").mkdir(parents=True, exist_ok=True)
+        write_outcomes(self.folder / "untuned" / f"{untuned_id}.parquet", outcomes)
         write_json(self.folder / "untuned" / f"{untuned_id}.json", value)
 
     def write_sweep(self, sweep: SweepRecord) -> None:

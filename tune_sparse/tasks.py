@@ -1,70 +1,13 @@
-"""The tasks: one table entry each. Prompts follow EleutherAI's lm-evaluation-harness 0.4.13.
-
-A task turns a source row (the schema of its Hugging Face dataset) into what a model reads and what is right:
-`choice` tasks into pairs (context, continuation) of which one is right, `generate` tasks into a prompt whose
-greedy continuation is compared with the gold answer.
-"""
+"""The tasks: one table entry each. Prompts and metrics follow EleutherAI's lm-evaluation-harness 0.4.13."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Sequence
 
 from tune_sparse.errors import InputError, unknown_name
-
-Row = Mapping[str, Any]
-Pair = tuple[str, str]
-
-
-@dataclass(frozen=True)
-class Task:
-    """How one benchmark is read, asked and scored."""
-
-    name: str
-    kind: Literal["choice", "generate"]
-    fields: Mapping[str, type | tuple[type, ...]]
-    """Source fields that a row must have, with their types."""
-    chance: float
-    """Accuracy of guessing."""
-    test_split: Literal["validation", "test"]
-    """The labelled split that is scored; selection rows never come from it."""
-    pairs: Callable[[Row], list[Pair]]
-    """choice: (context, continuation) of each choice. generate: the prompt and its worked answer, alone."""
-    gold: Callable[[Row], Any]
-    """choice: index of the right pair. generate: the final answer as text."""
-    extract: Callable[[str], str | None] = lambda text: None
-    """generate: the final answer found in a generated text, or None."""
-    equal: Callable[[str, str], bool] = str.__eq__
-    """generate: whether an extracted answer and the gold answer agree."""
-    until: tuple[str, ...] = ()
-    """generate: texts that end an answer."""
-    prompt_version: int = 1
-    """Raised when a prompt or metric changes: part of a run's identity."""
-
-    def training_pair(self, row: Row) -> Pair:
-        """The prompt and the answer to learn."""
-        pairs = self.pairs(row)
-        return pairs[self.gold(row)] if self.kind == "choice" else pairs[0]
-
-    def check(self, row: Any) -> None:
-        """Raise `InputError` unless `row` has the fields, types and label range of this task."""
-        if not isinstance(row, dict):
-            raise InputError(f"a row of {self.name} must be an object with {', '.join(self.fields)}, got {row!r}")
-        for name, kind in self.fields.items():
-            if name not in row:
-                raise InputError(f"a row of {self.name} needs the field {name!r}, got {', '.join(row) or 'no field'}")
-            if not isinstance(row[name], kind) or (isinstance(row[name], bool) and kind is not bool):
-                wanted = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
-                raise InputError(f"the field {name!r} of {self.name} must be {wanted}, got {row[name]!r}")
-        try:
-            pairs, gold = self.pairs(row), self.gold(row)
-        except (LookupError, ValueError, TypeError, AttributeError) as error:
-            raise InputError(f"a row of {self.name} has a label or choices that cannot be read: {error}") from error
-        if self.kind == "choice" and not 0 <= gold < len(pairs):
-            raise InputError(f"the label of {self.name} must be one of its {len(pairs)} choices, got {gold}")
+from tune_sparse.task import AnswerTask, ChoiceTask, Hub, Pair, Row, Task, TextTask
 
 
 def task_named(name: str) -> Task:
@@ -72,6 +15,24 @@ def task_named(name: str) -> Task:
     if name not in TASKS:
         raise unknown_name("task", name, TASKS)
     return TASKS[name]
+
+
+def tasks_named(names: str) -> tuple[Task, ...]:
+    """The tasks of a mixture such as `gsm8k+mawps+svamp`, or the one task called so."""
+    parts = names.split("+")
+    if len(set(parts)) < len(parts):
+        raise InputError(f"a mixture names each task once, got {names!r}. Remove the repeats.")
+    tasks = tuple(task_named(name) for name in parts)
+    texts = [task.name for task in tasks if isinstance(task, TextTask)]
+    if texts and len(tasks) > 1:
+        raise InputError(f"a mixture is of tasks with answers, got the text {texts[0]!r}. Ask for it alone.")
+    return tasks
+
+
+def chance_of(tasks: Sequence[Task]) -> float | None:
+    """Accuracy of guessing, over the tasks of a mixture; None for a text."""
+    chances = [task.chance for task in tasks if task.chance is not None]
+    return sum(chances) / len(chances) if chances else None
 
 
 def _hellaswag_text(text: str) -> str:
@@ -115,6 +76,11 @@ def _number_after_hashes(answer: str) -> str:
     return number
 
 
+def _gsm8k_extract_flexibly(text: str) -> str | None:
+    found = re.findall(r"(-?[$0-9.,]{2,})|(-?[0-9]+)", text)
+    return _plain_number(found[-1][0] or found[-1][1]) if found else None
+
+
 def _last_number(text: str) -> str | None:
     found = re.findall(r"-?\d+\.?\d*", text.replace(",", ""))
     return found[-1] if found else None
@@ -131,6 +97,11 @@ def _number_text(value: float) -> str:
     return f"{value:.4f}".rstrip("0").rstrip(".")
 
 
+def _wikitext_joined(lines: list[str]) -> str:
+    """Rows of the Hub's dataset (blank ones empty), joined as in the pruning literature (GPTQ, SparseGPT, Wanda)."""
+    return "\n\n".join(line if line.strip() else "" for line in lines)
+
+
 def _alpaca(instruction: str) -> str:
     return (
         "Below is an instruction that describes a task. Write a response that appropriately completes the request."
@@ -138,106 +109,125 @@ def _alpaca(instruction: str) -> str:
     )
 
 
-def _arc(name: str) -> Task:
-    return Task(
+def _arc(name: str, config: str) -> Task:
+    return ChoiceTask(
         name=name,
-        kind="choice",
         fields={"question": str, "choices": dict, "answerKey": str},
-        chance=0.25,
         test_split="test",
+        hub=Hub("allenai/ai2_arc", config),
+        chance=0.25,
         pairs=lambda row: _labelled_choices(f"Question: {row['question']}\nAnswer:", row),
         gold=_labelled_gold,
     )
 
 
-TASKS = {
+TASKS: dict[str, Task] = {
     task.name: task
     for task in (
-        Task(
+        ChoiceTask(
             name="boolq",
-            kind="choice",
             fields={"question": str, "passage": str, "answer": bool},
-            chance=0.5,
             test_split="validation",
+            hub=Hub("google/boolq"),
+            chance=0.5,
             pairs=lambda row: [
                 (f"{row['passage']}\nQuestion: {row['question']}?\nAnswer:", choice) for choice in (" no", " yes")
             ],
             gold=lambda row: int(row["answer"]),
+            has_normalised_accuracy=False,
+            yes=1,
         ),
-        Task(
+        ChoiceTask(
             name="hellaswag",
-            kind="choice",
             fields={"activity_label": str, "ctx_a": str, "ctx_b": str, "endings": list, "label": (str, int)},
-            chance=0.25,
             test_split="validation",
+            hub=Hub("Rowan/hellaswag"),
+            chance=0.25,
             pairs=_hellaswag_pairs,
             gold=lambda row: int(row["label"]),
         ),
-        Task(
+        AnswerTask(
             name="gsm8k",
-            kind="generate",
             fields={"question": str, "answer": str},
-            chance=0.0,
             test_split="test",
-            pairs=lambda row: [(f"Question: {row['question']}\nAnswer:", " " + row["answer"])],
+            hub=Hub("openai/gsm8k", "main"),
+            chance=0.0,
+            few_shot=5,
+            pair=lambda row: (f"Question: {row['question']}\nAnswer:", " " + row["answer"]),
             gold=lambda row: _number_after_hashes(row["answer"]),
             extract=_gsm8k_extract,
+            extract_flexibly=_gsm8k_extract_flexibly,
             until=("Question:", "</s>", "<|im_end|>"),
         ),
-        Task(
+        AnswerTask(
             name="mawps",
-            kind="generate",
             fields={"original_text": str, "ans": (int, float)},
-            chance=0.0,
             test_split="test",
-            pairs=lambda row: [(_alpaca(row["original_text"]), f" {_number_text(row['ans'])}")],
+            hub=None,
+            chance=0.0,
+            pair=lambda row: (_alpaca(row["original_text"]), f" {_number_text(row['ans'])}"),
             gold=lambda row: _number_text(row["ans"]),
             extract=_last_number,
             equal=_numbers_close,
             until=("### Instruction",),
         ),
-        Task(
+        AnswerTask(
             name="svamp",
-            kind="generate",
             fields={"Body": str, "Question": str, "Answer": str},
-            chance=0.0,
             test_split="test",
-            pairs=lambda row: [(_alpaca(f"{row['Body']} {row['Question']}"), f" {_number_text(float(row['Answer']))}")],
+            hub=Hub("ChilleD/SVAMP"),
+            chance=0.0,
+            pair=lambda row: (_alpaca(f"{row['Body']} {row['Question']}"), f" {_number_text(float(row['Answer']))}"),
             gold=lambda row: _number_text(float(row["Answer"])),
             extract=_last_number,
             equal=_numbers_close,
             until=("### Instruction",),
         ),
-        Task(
+        ChoiceTask(
             name="piqa",
-            kind="choice",
             fields={"goal": str, "sol1": str, "sol2": str, "label": int},
-            chance=0.5,
             test_split="validation",
+            hub=Hub("baber/piqa"),
+            chance=0.5,
             pairs=lambda row: [
                 (f"Question: {row['goal']}\nAnswer:", " " + row[solution]) for solution in ("sol1", "sol2")
             ],
             gold=lambda row: row["label"],
         ),
-        Task(
+        ChoiceTask(
             name="winogrande",
-            kind="choice",
             fields={"sentence": str, "option1": str, "option2": str, "answer": str},
-            chance=0.5,
             test_split="validation",
+            hub=Hub("allenai/winogrande", "winogrande_xl"),
+            chance=0.5,
             pairs=_winogrande_pairs,
             gold=lambda row: int(row["answer"]) - 1,
+            has_normalised_accuracy=False,
         ),
-        Task(
+        ChoiceTask(
             name="openbookqa",
-            kind="choice",
             fields={"question_stem": str, "choices": dict, "answerKey": str},
-            chance=0.25,
             test_split="test",
+            hub=Hub("allenai/openbookqa", "main"),
+            chance=0.25,
             pairs=lambda row: _labelled_choices(row["question_stem"], row),
             gold=_labelled_gold,
         ),
-        _arc("arc_easy"),
-        _arc("arc_challenge"),
+        _arc("arc_easy", "ARC-Easy"),
+        _arc("arc_challenge", "ARC-Challenge"),
+        TextTask(
+            name="wikitext2",
+            test_split="test",
+            hub=Hub("Salesforce/wikitext", "wikitext-2-raw-v1"),
+            files={"train": "train.txt", "validation": "valid.txt", "test": "test.txt"},
+            joined=_wikitext_joined,
+        ),
+        TextTask(
+            name="tinyshakespeare",
+            test_split="test",
+            hub=None,
+            files=dict.fromkeys(("train", "validation", "test"), "input.txt"),
+            parts={"train": (0.0, 0.9), "validation": (0.9, 0.95), "test": (0.95, 1.0)},
+        ),
     )
 }

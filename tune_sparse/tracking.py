@@ -9,6 +9,7 @@ import json
 import logging
 import queue
 import threading
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
@@ -150,10 +151,16 @@ def _curves(folder: Path) -> list[tuple[str, float, int]]:
 
 
 def _finals(record: Record) -> list[tuple[str, float, int]]:
-    values = record.metrics | record.measured
-    flops = values.pop("inference_flops", {})
-    values |= {f"inference_flops_{tokens}": count for tokens, count in flops.items()}
-    return [(name, float(v), 0) for name, v in values.items() if isinstance(v, int | float)]
+    return [(name, value, 0) for name, value in _flat(record.metrics | record.measured)]
+
+
+def _flat(values: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    """Every number, those of an inner mapping as outer_inner."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from ((f"{name}_{inner}", number) for inner, number in _flat(value))
+        elif isinstance(value, int | float):
+            yield name, float(value)
 
 
 def _environment_tags(record: Record) -> dict[str, str]:

@@ -11,15 +11,18 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 from collections.abc import Sequence
 
-from tune_sparse.cli import results, sweep
+from tune_sparse.cli import evaluation, results, sweep
 from tune_sparse.cli.command import BAD_INPUT, FAULT
 from tune_sparse.errors import DISK_FULL, InputError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
+    # peft with transformers 5.23
+    warnings.filterwarnings("ignore", ".is_gradient_checkpointing. is deprecated", FutureWarning)
     chosen = parser().parse_args(arguments)
     try:
         return int(chosen.command(chosen))
@@ -44,6 +47,6 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = root.add_subparsers(required=True, metavar="COMMAND")
-    for group in (sweep, results):
+    for group in (sweep, evaluation, results):
         group.add_commands(commands)
     return root

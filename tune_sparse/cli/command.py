@@ -37,3 +37,14 @@ def existing_folders(folders: Sequence[Path]) -> list[Path]:
         if not folder.is_dir():
             raise InputError(f"a results folder must exist, {folder} does not. Run `tune-sparse sweep` first.")
     return list(folders)
+
+
+def settings_of(texts: Sequence[str]) -> dict[str, str]:
+    """The names and values of `--set NAME=VALUE ...`; later ones win."""
+    settings = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise InputError(f"--set takes NAME=VALUE, got {text!r}. Write --set steps=20, say.")
+        settings[name] = value
+    return settings

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from search_spaces.matrix import PRESETS
-from tune_sparse.cli.command import FAULT, OK, add_command
-from tune_sparse.config import Protocol, SweepConfig
+from tune_sparse.cli.command import FAULT, OK, add_command, settings_of
+from tune_sparse.config import HUB_ROWS, Protocol, SweepConfig
 from tune_sparse.errors import InputError, NotReadyError, unknown_name
 from tune_sparse.tasks import TASKS
 
@@ -24,7 +24,7 @@ def add_commands(commands: Any) -> None:
     sweep.add_argument("--retry-failed", action="store_true", help="also run what failed for good")
     sweep.add_argument("--json", action="store_true", help="print the outcome as JSON")
 
-    prepare = add_command(commands, "prepare", _prepare, "fetch or train the models of a sweep, to run offline later")
+    prepare = add_command(commands, "prepare", _prepare, "fetch or train what a sweep needs, to run offline later")
     _add_sweep_options(prepare)
 
 
@@ -56,12 +56,7 @@ def sweep_config(chosen: argparse.Namespace) -> SweepConfig:
     flags = {f.name: getattr(chosen, f.name) for f in fields(SweepConfig) if f.name != "protocol"}
     names = dict(PRESETS[chosen.preset]) | _yaml(chosen.config)
     names |= {name: value for name, value in flags.items() if value is not None}
-    for setting in chosen.set:
-        name, equals, value = setting.partition("=")
-        if not equals:
-            raise InputError(f"--set takes NAME=VALUE, got {setting!r}. Write --set steps=20, say.")
-        names[name] = value
-    return SweepConfig.from_names(names)
+    return SweepConfig.from_names(names | settings_of(chosen.set))
 
 
 def _yaml(path: Path | None) -> dict[str, Any]:
@@ -146,7 +141,10 @@ def _dry_run(config: SweepConfig, chosen: argparse.Namespace) -> int:
 def _prepare(chosen: argparse.Namespace) -> int:
     config = sweep_config(chosen)
     from tune_sparse.models import prepare_models
+    from tune_sparse.sources import fetch_rows
 
+    if config.data_dir == HUB_ROWS:
+        fetch_rows(config.tasks, report=print)
     for reference, folder in prepare_models(config.models, report=print).items():
         print(f"{reference}: {folder}")
     return OK

@@ -1,0 +1,221 @@
+"""Scoring against lm-evaluation-harness: `python tests/bench_eval.py` (a table, then one JSON line). Two minutes.
+
+Both sides get the same model, rows and tokens a pass, tokenise their prompts, and compute on one thread in fp32. The
+harness is measured inside its model class (HFLM), without its reading of tasks and its statistics. Medians of process
+CPU time, the two sides in turn; what they find is compared, row by row.
+
+- hellaswag, boolq: log-likelihoods of choices, on random weights of 4 layers of width 512. The vocabulary is that of
+  the tiny models, so that logits are about 2% of the arithmetic, as in a 7B model. Choices of hellaswag share a
+  question; those of boolq are one token, and there the harness too reads the question once. Goal for hellaswag: 2.0
+  times the harness, the same argmax, log-probabilities within 1e-4.
+- gsm8k: texts of the same random weights, made to end after as many tokens as the worked answer to the same question
+  has: real lengths are what a batch has to cope with. Goal: 1.5 times the harness, the same texts.
+- gsm8k, tiny: the trained tiny model, whose answers to embedded rows have all the same 16 tokens: the overhead alone.
+- memory: peak resident MB of scoring choices at one budget of tokens, then of ten times the rows, then of ten times
+  the choices. Goal: no growth.
+
+Real rows where the project is developed, else embedded ones; the table says which.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from conftest import SHARED_DATA
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from tune_sparse.config import Protocol
+from tune_sparse.data import Encoded, load_test
+from tune_sparse.embedded_models import embedded_model
+from tune_sparse.evaluate import encode_test, score
+from tune_sparse.likelihood import log_likelihoods
+from tune_sparse.models import load_model, load_tokenizer
+from tune_sparse.task import AnswerTask, ChoiceTask, Row
+from tune_sparse.tasks import TASKS
+
+REPEATS = 3
+DATA_DIR = SHARED_DATA if SHARED_DATA.is_dir() else None
+PROTOCOL = Protocol(max_tokens=1024, max_new_tokens=256, precision="float32", batch_tokens=6144)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A task on a model, measured on both sides."""
+
+    name: str
+    rows: Sequence[Row]
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+
+    @property
+    def task(self) -> ChoiceTask | AnswerTask:
+        return TASKS[self.name.split(",")[0]]
+
+    def ours(self) -> list[Any]:
+        """Log-likelihoods of the choices, or the text, of each row."""
+        tests = encode_test(self.tokenizer, self.task, self.rows, PROTOCOL)
+        outcomes = score(self.model, self.tokenizer, [tests], PROTOCOL).outcomes
+        return [list(outcome.log_likelihoods) if outcome.text is None else outcome.text for outcome in outcomes]
+
+    def harness(self, lm: HFLM) -> list[Any]:
+        """The same of the harness."""
+        if isinstance(self.task, AnswerTask):
+            settings = {"until": list(self.task.until), "do_sample": False, "max_gen_toks": PROTOCOL.max_new_tokens}
+            asked = [(self.task.training_pair(row)[0], settings) for row in self.rows]
+            return lm.generate_until(instances("generate_until", asked), disable_tqdm=True)
+        pairs = [self.task.pairs(row) for row in self.rows]
+        asked = [pair for choices in pairs for pair in choices]
+        values = iter(lm.loglikelihood(instances("loglikelihood", asked), disable_tqdm=True))
+        return [[next(values)[0] for _ in choices] for choices in pairs]
+
+    @property
+    def batch_rows(self) -> int:
+        """Rows of the harness in a pass of at most `batch_tokens`."""
+        if isinstance(self.task, AnswerTask):
+            texts, new = [self.task.training_pair(row)[0] for row in self.rows], PROTOCOL.max_new_tokens
+        else:
+            texts, new = ["".join(pair) for row in self.rows for pair in self.task.pairs(row)], 0
+        return PROTOCOL.batch_tokens // (max(map(len, self.tokenizer(texts)["input_ids"])) + new)
+
+
+def instances(kind: str, asked: Sequence[tuple[Any, ...]]) -> list[Instance]:
+    return [Instance(request_type=kind, doc={}, arguments=arguments, idx=0) for arguments in asked]
+
+
+def cpu_seconds(compute: Callable[[], Any]) -> tuple[float, Any]:
+    start = time.process_time()
+    found = compute()
+    return time.process_time() - start, found
+
+
+def measured(case: Case) -> dict[str, Any]:
+    """Both sides are warmed up by the first two rows."""
+    lm = HFLM(case.model, tokenizer=case.tokenizer, batch_size=case.batch_rows, max_length=PROTOCOL.max_tokens)
+    few = replace(case, rows=case.rows[:2])
+    few.harness(lm), few.ours()
+    turns = [(cpu_seconds(lambda: case.harness(lm)), cpu_seconds(case.ours)) for _ in range(REPEATS)]
+    theirs, ours = (statistics.median(turn[side][0] for turn in turns) for side in (0, 1))
+    (_, expected), (_, found) = turns[0]
+    differing = sum(best(a) != best(b) for a, b in zip(expected, found, strict=True))
+    figures = {"rows": len(case.rows), "harness_seconds": theirs, "seconds": ours, "times": theirs / ours}
+    return figures | {"differing_rows": differing, "worst_log_probability": worst(expected, found)}
+
+
+def best(found: Any) -> Any:
+    """A text, or the index of the likeliest choice."""
+    return found if isinstance(found, str) else max(range(len(found)), key=found.__getitem__)
+
+
+def worst(expected: Sequence[Any], found: Sequence[Any]) -> float | None:
+    """The largest difference of a log-likelihood."""
+    pairs = [(a, b) for a, b in zip(expected, found, strict=True) if not isinstance(a, str)]
+    return max((abs(x - y) for a, b in pairs for x, y in zip(a, b, strict=True)), default=None)
+
+
+def random_model(tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=512,
+        intermediate_size=1376,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        vocab_size=len(tokenizer),
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+class EndsOnTime:
+    """Hooks that make a model end each text after a given number of tokens, by the length of its prompt.
+
+    All rows of a batch are at the same step: the tokens that a row sees, less the steps, are its prompt.
+    """
+
+    def __init__(self, model: PreTrainedModel, end: int, answer_tokens: Mapping[int, int]) -> None:
+        self.end, self.answer_tokens, self.step = end, answer_tokens, 0
+        self.ended: Tensor
+        model.model.register_forward_pre_hook(self.look, with_kwargs=True)
+        model.lm_head.register_forward_hook(self.end_rows)
+
+    def look(self, module: Any, args: Any, kwargs: dict[str, Tensor]) -> None:
+        self.step = 0 if kwargs["input_ids"].shape[1] > 1 else self.step + 1
+        prompts = (kwargs["attention_mask"].sum(-1) - self.step).tolist()
+        self.ended = torch.tensor([self.step >= self.answer_tokens[prompt] for prompt in prompts])
+
+    def end_rows(self, module: Any, args: Any, logits: Tensor) -> Tensor:
+        logits[..., self.end] = torch.where(self.ended.view(-1, *[1] * (logits.dim() - 2)), 1e4, -1e4)
+        return logits
+
+
+def answer_tokens(tokenizer: PreTrainedTokenizerBase, task: AnswerTask, rows: Sequence[Row]) -> dict[int, int]:
+    """{tokens of a prompt: tokens of its worked answer}"""
+    pairs = [task.training_pair(row) for row in rows]
+    prompts, answers = (tokenizer(list(texts))["input_ids"] for texts in zip(*pairs, strict=True))
+    return {len(prompt): len(answer) for prompt, answer in zip(prompts, answers, strict=True)}
+
+
+def cases() -> Iterator[Case]:
+    folder = embedded_model("tiny-llama", print)
+    tiny, tokenizer = load_model(folder, torch.float32, torch.device("cpu")), load_tokenizer(folder)
+
+    def rows_of(name: str, count: int, data_dir: Path | None = DATA_DIR) -> Sequence[Row]:
+        return load_test(TASKS[name], data_dir, replace(PROTOCOL, n_test=count)).test
+
+    for name, count in (("hellaswag", 32), ("boolq", 12)):
+        yield Case(name, rows_of(name, count), random_model(tokenizer), tokenizer)
+    rows, model = rows_of("gsm8k", 20), random_model(tokenizer)
+    EndsOnTime(model, tokenizer.eos_token_id, answer_tokens(tokenizer, TASKS["gsm8k"], rows))
+    yield Case("gsm8k", rows, model, tokenizer)
+    yield Case("gsm8k, tiny", rows_of("gsm8k", 128, None), tiny, tokenizer)
+
+
+def memory(tokenizer: PreTrainedTokenizerBase) -> dict[str, float]:
+    """Peak resident MB, each the most since the one before."""
+    model, context = random_model(tokenizer), tuple(range(1, 101))
+
+    def question(choices: int) -> list[Encoded]:
+        return [Encoded(context, tuple(range(i + 1, i + 21))) for i in range(choices)]
+
+    found = {}
+    for name, rows, choices in (("10 rows", 10, 4), ("100 rows", 100, 4), ("10 rows of 40 choices", 10, 40)):
+        Path("/proc/self/clear_refs").write_text("5")
+        log_likelihoods(model, [question(choices)] * rows, 2048)
+        status = Path("/proc/self/status").read_text()
+        found[name] = int(status.split("VmHWM:")[1].split()[0]) / 1000
+    return found
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    figures: dict[str, Any] = {"rows_are": "real" if DATA_DIR else "embedded"}
+    print(f"{figures['rows_are']} rows")
+    columns = ("rows", "harness_seconds", "seconds", "times", "differing_rows", "worst_log_probability")
+    print(f"{'':12}" + "".join(f"{column:>23}" for column in columns))
+    for case in cases():
+        found = figures[case.name] = measured(case)
+        print(f"{case.name:12}" + "".join(f"{cell(found[column]):>23}" for column in columns))
+    figures["peak_mb"] = memory(load_tokenizer(embedded_model("tiny-llama")))
+    print("peak MB: " + ", ".join(f"{mb:.0f} ({name})" for name, mb in figures["peak_mb"].items()))
+    print(json.dumps(figures))
+
+
+def cell(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}"
+
+
+if __name__ == "__main__":
+    main()

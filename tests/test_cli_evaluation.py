@@ -1,0 +1,147 @@
+"""`tune-sparse evaluate` as a user calls it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from factories import finished, tiny_run, write_boolq, write_jsonl
+
+from trainables.torch_backend import Bench
+from tune_sparse.cli import main
+from tune_sparse.cli.command import BAD_INPUT, FAULT, OK
+from tune_sparse.outcomes import read_outcomes, write_outcomes
+from tune_sparse.result import Ledger
+from tune_sparse.tasks import TASKS
+
+SMALL = ["--set", "precision=float32", "max_tokens=256", "max_new_tokens=4", "n_test=4"]
+
+Evaluate = Callable[..., Any]
+
+
+@pytest.fixture
+def evaluate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Evaluate:
+    """Runs the command with --json; returns (exit status, what was printed as JSON or as an error)."""
+
+    def run(*arguments: str) -> tuple[int, Any]:
+        status = main(["evaluate", *arguments, "--results-dir", str(tmp_path / "results"), "--json"])
+        printed = capsys.readouterr()
+        return status, printed.err if status == BAD_INPUT else json.loads(printed.out)
+
+    return run
+
+
+@pytest.fixture
+def run_id(llama: Path, tmp_path: Path) -> str:
+    """A finished run in the results folder."""
+    run = tiny_run(llama, write_boolq(tmp_path / "rows", train=30, validation=10))
+    assert finished(run, Ledger(tmp_path / "results"), Bench()).status == "done"
+    return run.run_id
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_task_is_scored_on_real_rows(task: str, llama: Path, shared_data: Path, evaluate: Evaluate) -> None:
+    chosen = ["--model", str(llama), "--tasks", task, "--data-dir", str(shared_data)]
+    status, [found] = evaluate(*chosen, *SMALL, "few_shot=0")
+    assert (status, found["task"], found["n_examples"]) == (OK, task, 4)
+    assert found["perplexity"] > 1 if TASKS[task].chance is None else 0 <= found["accuracy"] <= 1
+
+
+def test_the_few_shot_default_is_that_of_the_task(llama: Path, evaluate: Evaluate) -> None:
+    chosen = ["--model", str(llama), "--tasks", "gsm8k", "boolq", "--data-dir", "embedded"]
+    _, found = evaluate(*chosen, *SMALL)
+    assert [result["settings"]["few_shot"] for result in found] == [5, 0]
+
+
+def test_a_mixture_is_scored_task_by_task(llama: Path, evaluate: Evaluate) -> None:
+    status, found = evaluate("--model", str(llama), "--tasks", "boolq+hellaswag", "--data-dir", "embedded", *SMALL)
+    assert (status, [result["task"] for result in found]) == (OK, ["boolq", "hellaswag"])
+
+
+@pytest.mark.parametrize("evaluator", ["tune-sparse", "lm-eval"])
+def test_a_finished_run_is_scored_again_and_agrees_with_its_record(
+    evaluator: str, run_id: str, evaluate: Evaluate, tmp_path: Path
+) -> None:
+    if evaluator == "lm-eval":
+        pytest.importorskip("lm_eval")
+    status, [found] = evaluate("--run", run_id, "--evaluator", evaluator)
+    record = Ledger(tmp_path / "results").record(run_id)
+    assert record is not None
+    assert (status, found["differ_from_record"], found["n_examples"]) == (OK, 0, 8)
+    assert found["accuracy"] == record.metrics["accuracy"]
+
+
+def test_a_record_that_the_run_does_not_answer_to_is_a_fault(run_id: str, evaluate: Evaluate, tmp_path: Path) -> None:
+    path = Ledger(tmp_path / "results").run_folder(run_id) / "examples.parquet"
+    first, *others = read_outcomes(path)
+    write_outcomes(path, [type(first)(**vars(first) | {"correct": not first.correct}), *others])
+    status, [found] = evaluate("--run", run_id)
+    assert (status, found["differ_from_record"]) == (FAULT, 1)
+
+
+def test_a_run_is_scored_on_another_task_with_its_own_settings(run_id: str, evaluate: Evaluate) -> None:
+    status, [found] = evaluate("--run", run_id, "--tasks", "gsm8k", "--data-dir", "embedded")
+    assert (status, found["n_examples"], found["settings"]["max_new_tokens"]) == (OK, 8, 4)
+
+
+def test_an_adapter_changes_what_is_scored(llama: Path, run_id: str, evaluate: Evaluate, tmp_path: Path) -> None:
+    adapter = Ledger(tmp_path / "results").run_folder(run_id) / "adapter"
+    chosen = ["--model", str(llama), "--tasks", "boolq", "--data-dir", "embedded"]
+    status, error = evaluate(*chosen, "--adapter", str(adapter), *SMALL)
+    assert status == BAD_INPUT
+    assert "was trained under a mask" in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--model", "LLAMA"], "evaluate needs tasks, got none. Give --tasks."),
+        (["--model", "LLAMA", "--tasks", "bolq"], "unknown task 'bolq'. Did you mean 'boolq'?"),
+        (["--model", "LLAMA", "--tasks", "boolq"], "rows of the tasks are needed, got no data_dir."),
+        (
+            ["--model", "LLAMA", "--tasks", "boolq", "--data-dir", "ROWS", "--set", "steps=4"],
+            "unknown setting of scoring",
+        ),
+        (
+            ["--model", "LLAMA", "--tasks", "boolq", "--data-dir", "ROWS", "--set", "n_test=0"],
+            "n_test must be at least 1",
+        ),
+        (
+            ["--model", "LLAMA", "--tasks", "boolq", "--data-dir", "ROWS", "--adapter", "ROWS"],
+            "needs adapter_config.json",
+        ),
+        (["--model", "LLAMA", "--tasks", "boolq", "--data-dir", "ROWS", "--evaluator", "lm"], "unknown evaluator 'lm'"),
+        (["--model", "LLAMA", "--tasks", "mawps", "--data-dir", "ROWS", "--evaluator", "lm-eval"], "got 'mawps'"),
+        (
+            ["--model", "LLAMA", "--tasks", "hellaswag", "--data-dir", "ROWS"],
+            "a choice of hellaswag must have a question and a text",
+        ),
+        (
+            ["--model", "LLAMA", "--tasks", "arc_easy", "--data-dir", "ROWS"],
+            "arc_easy/test.jsonl must have at least one row",
+        ),
+        (["--run", "torch"], "unknown finished run 'torch'"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_scored(
+    arguments: list[str], said: str, llama: Path, evaluate: Evaluate, tmp_path: Path
+) -> None:
+    (tmp_path / "results").mkdir()
+    rows = write_boolq(tmp_path / "rows")
+    question = {"original_text": "Half of 4 ?", "ans": 2.0}
+    for split, asked in (("train", "a"), ("test", "b"), ("validation", "c")):
+        write_jsonl(rows / "mawps" / f"{split}.jsonl", [question | {"original_text": f"{asked} ?"}] * 3)
+        write_jsonl(rows / "arc_easy" / f"{split}.jsonl", [] if split == "test" else [ARC])
+        write_jsonl(rows / "hellaswag" / f"{split}.jsonl", [HELLASWAG])
+    places = {"LLAMA": str(llama), "ROWS": str(rows)}
+    status, error = evaluate(*(places.get(argument, argument) for argument in arguments))
+    assert status == BAD_INPUT
+    assert said in error
+    assert not (tmp_path / "results" / "evaluations").exists()
+
+
+ARC = {"question": "?", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answerKey": "A"}
+HELLASWAG = {"activity_label": "A", "ctx_a": "b", "ctx_b": "c", "endings": ["d", " "], "label": "0"}

@@ -1,0 +1,183 @@
+"""evaluate: score a checkpoint, with an adapter or without, or a finished run, on any tasks."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tune_sparse.cli.command import DEFAULT_RESULTS, FAULT, OK, add_command, existing_folders, settings_of
+from tune_sparse.config import EMBEDDED_ROWS, SCORING, Protocol, converted
+from tune_sparse.errors import InputError, unknown_name
+from tune_sparse.tasks import TASKS, tasks_named
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from tune_sparse.outcomes import Outcome
+    from tune_sparse.scorecard import Evaluation
+
+EXAMPLE = """examples:
+    tune-sparse evaluate --model ./my-llama --tasks boolq gsm8k --data-dir ./rows
+    tune-sparse evaluate --model ./my-llama --adapter ./my-adapter --tasks wikitext2 --data-dir ./rows
+    tune-sparse evaluate --run torch_tiny-llama_boolq_none_s00_dense_0123abcd --evaluator lm-eval
+
+settings that scoring reads, with --set: precision, max_tokens, max_new_tokens, few_shot (default: the harness's for
+each task), batch_tokens, n_test, threads. Those of a run are its own."""
+
+
+def add_commands(commands: Any) -> None:
+    evaluate = add_command(commands, "evaluate", _evaluate, "score a checkpoint or a finished run on tasks", EXAMPLE)
+    scored = evaluate.add_mutually_exclusive_group(required=True)
+    scored.add_argument("--model", help="a checkpoint folder, an embedded name, or a hub id with @revision")
+    scored.add_argument("--run", help="a finished run, by its folder's name under runs/")
+    evaluate.add_argument("--adapter", type=Path, metavar="DIR", help="merged into the model, as its mode deploys it")
+    evaluate.add_argument("--tasks", nargs="+", metavar="TASK", help=f"of {', '.join(TASKS)}; default: the run's")
+    evaluate.add_argument("--data-dir", type=Path, help="folder of tasks, `hub` or `embedded`; default: the run's")
+    evaluate.add_argument("--evaluator", default="tune-sparse", help="tune-sparse, or lm-eval: the harness itself")
+    evaluate.add_argument("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="see below")
+    evaluate.add_argument("--results-dir", type=Path, default=DEFAULT_RESULTS)
+    evaluate.add_argument("--json", action="store_true", help="print as JSON")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is scored, and how."""
+
+    name: str
+    fingerprint: str
+    tasks: list[str]
+    data_dir: Path | None
+    protocol: Callable[[int], Protocol]
+    """the settings, given a task's default number of few-shot examples"""
+    lend: Callable[[], tuple[PreTrainedModel, PreTrainedTokenizerBase]]
+    recorded: dict[str, Outcome]
+    """{id of a question: what a finished run said to it}"""
+
+
+def _evaluate(chosen: argparse.Namespace) -> int:
+    from tune_sparse.data import load_test
+    from tune_sparse.scorecard import Scorecard, evaluate
+    from tune_sparse.sources import rows_folder
+
+    subject = _run(chosen) if chosen.run else _checkpoint(chosen)
+    tasks = [task for name in subject.tasks for task in tasks_named(name)]
+    folder = rows_folder(subject.data_dir, subject.tasks)
+    planned = []
+    for task in tasks:
+        protocol = subject.protocol(task.few_shot)
+        splits = load_test(task, folder, protocol)
+        card = Scorecard.of(subject.name, subject.fingerprint, task, splits, protocol, chosen.evaluator)
+        planned.append((card, task, splits, protocol))
+    done = [evaluate(*what, subject.lend, chosen.results_dir) for what in planned]
+    differing = {evaluation.card.task: _differing(evaluation, subject.recorded) for evaluation in done}
+    if chosen.json:
+        print(json.dumps([_as_json(evaluation, differing[evaluation.card.task]) for evaluation in done]))
+    else:
+        for evaluation in done:
+            print(_described(evaluation, differing[evaluation.card.task]))
+    return FAULT if any(differing.values()) else OK
+
+
+def _checkpoint(chosen: argparse.Namespace) -> Subject:
+    from tune_sparse.models import check_checkpoint, fingerprint_of_files
+
+    if not chosen.tasks:
+        raise InputError("evaluate needs tasks, got none. Give --tasks.")
+    checkpoint, settings = check_checkpoint(chosen.model), _settings(chosen.set)
+    fingerprint = checkpoint.fingerprint
+    if chosen.adapter:
+        files = sorted(path for path in existing_folders([chosen.adapter])[0].iterdir() if path.is_file())
+        if not any(path.name == "adapter_config.json" for path in files):
+            raise InputError(f"an adapter folder needs adapter_config.json, {chosen.adapter} has none. Mend --adapter.")
+        fingerprint += fingerprint_of_files(files)
+
+    def protocol(few_shot: int) -> Protocol:
+        return Protocol(**{"few_shot": few_shot} | settings).within(checkpoint.shape.context_tokens)
+
+    def lend() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        import torch
+
+        from trainables.hardware import device
+        from trainables.rebuild import merge_adapter_into
+        from tune_sparse.models import load_model, load_tokenizer
+
+        torch.set_num_threads(protocol(0).threads)
+        model = load_model(checkpoint.path, getattr(torch, protocol(0).precision), device())
+        if chosen.adapter:
+            merge_adapter_into(model, chosen.adapter)
+        return model, load_tokenizer(checkpoint.path)
+
+    return Subject(checkpoint.name, fingerprint, chosen.tasks, chosen.data_dir, protocol, lend, {})
+
+
+def _run(chosen: argparse.Namespace) -> Subject:
+    from tune_sparse.models import check_checkpoint
+    from tune_sparse.outcomes import read_outcomes
+    from tune_sparse.result import Ledger
+
+    [folder] = existing_folders([chosen.results_dir])
+    ledger = Ledger(folder)
+    runs = [path.name for path in (ledger.folder / "runs").glob("*") if ledger.is_done(path.name)]
+    if chosen.run not in runs:
+        raise unknown_name("finished run", chosen.run, runs)
+    if chosen.adapter:
+        raise InputError(f"a run has an adapter of its own, got --adapter {chosen.adapter}. Leave it out.")
+    run, settings = ledger.run(chosen.run), _settings(chosen.set)
+    context = check_checkpoint(run.model_path).shape.context_tokens
+
+    def lend() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        import torch
+
+        from trainables.rebuild import deployed_by
+        from trainables.torch_backend import Bench
+
+        torch.set_num_threads(run.protocol.threads)
+        loaded = deployed_by(run, ledger, Bench())
+        return loaded.model, loaded.tokenizer
+
+    asks_the_same = not settings and not chosen.tasks and not chosen.data_dir
+    outcomes = read_outcomes(ledger.run_folder(chosen.run) / "examples.parquet") if asks_the_same else []
+    return Subject(
+        chosen.run,
+        run.identity,
+        chosen.tasks or [run.cell.task],
+        chosen.data_dir or (Path(run.data_dir) if run.data_dir else EMBEDDED_ROWS),
+        lambda few_shot: replace(run.protocol, **settings).within(context),
+        lend,
+        {outcome.id: outcome for outcome in outcomes},
+    )
+
+
+def _settings(texts: list[str]) -> dict[str, Any]:
+    declared = {f.name: f for f in fields(Protocol) if f.name in SCORING}
+    settings = settings_of(texts)
+    for name in settings:
+        if name not in declared:
+            raise unknown_name("setting of scoring", name, declared)
+    return {name: converted(Protocol, declared[name], value) for name, value in settings.items()}
+
+
+def _differing(evaluation: Evaluation, recorded: dict[str, Outcome]) -> int:
+    """Examples that a finished run had answered otherwise, or windows whose likelihood differs by a thousandth."""
+    known = [(recorded[outcome.id], outcome) for outcome in evaluation.outcomes if outcome.id in recorded]
+    if evaluation.outcomes[0].correct is not None:
+        return sum(before.correct != now.correct for before, now in known)
+    pairs = [(before.log_likelihoods[0], now.log_likelihoods[0]) for before, now in known]
+    return sum(not math.isclose(before, now, rel_tol=1e-3) for before, now in pairs)
+
+
+def _as_json(evaluation: Evaluation, differing: int) -> dict[str, Any]:
+    described = {name: getattr(evaluation.card, name) for name in ("model", "task", "evaluator", "settings")}
+    return described | evaluation.metrics | {"differ_from_record": differing, "folder": str(evaluation.folder)}
+
+
+def _described(evaluation: Evaluation, differing: int) -> str:
+    card, values = evaluation.card, {name: v for name, v in evaluation.metrics.items() if v is not None}
+    shown = ", ".join(f"{name} {v}" if isinstance(v, int) else f"{name} {v:.4f}" for name, v in values.items())
+    faults = f"; {differing} examples differ from the run's record" if differing else ""
+    return f"{card.model}, {card.task}, {card.settings['few_shot']}-shot, by {card.evaluator}: {shown}{faults}"

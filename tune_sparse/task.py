@@ -1,0 +1,162 @@
+"""What a task is: how one benchmark is read, asked and scored.
+
+A task turns source rows (the schema of its Hugging Face dataset) into what a model reads and what is right. There
+are three kinds:
+
+- `ChoiceTask`: pairs (context, continuation), of which one is right;
+- `AnswerTask`: a prompt whose greedy continuation is compared with the gold answer;
+- `TextTask`: a text whose perplexity is measured.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from tune_sparse.errors import InputError
+
+Row = Mapping[str, Any]
+Pair = tuple[str, str]
+
+
+@dataclass(frozen=True)
+class Hub:
+    """Where the Hugging Face Hub has a task's rows."""
+
+    path: str
+    config: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task(ABC):
+    """How one benchmark is read, asked and scored."""
+
+    name: str
+    fields: Mapping[str, type | tuple[type, ...]]
+    """Source fields that a row must have, with their types."""
+    test_split: Literal["validation", "test"]
+    """The labelled split that is scored; selection rows never come from it."""
+    hub: Hub | None
+    """None where the Hub has no dataset with these fields and splits."""
+    chance: float | None
+    """Accuracy of guessing; None where accuracy is not the metric."""
+    few_shot: int = 0
+    """Worked examples in a test prompt of the harness."""
+    prompt_version: int = 1
+    """Raised when a prompt or metric changes: part of a run's identity."""
+
+    def check(self, row: Any) -> None:
+        """Raise `InputError` unless `row` has the fields, types and label range of this task."""
+        if not isinstance(row, dict):
+            raise InputError(f"a row of {self.name} must be an object with {', '.join(self.fields)}, got {row!r}")
+        for name, kind in self.fields.items():
+            if name not in row:
+                raise InputError(f"a row of {self.name} needs the field {name!r}, got {', '.join(row) or 'no field'}")
+            if not isinstance(row[name], kind) or (isinstance(row[name], bool) and kind is not bool):
+                wanted = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
+                raise InputError(f"the field {name!r} of {self.name} must be {wanted}, got {row[name]!r}")
+        try:
+            self._check_values(row)
+        except InputError:
+            raise
+        except (LookupError, ValueError, TypeError, AttributeError) as error:
+            raise InputError(f"a row of {self.name} has a label or choices that cannot be read: {error}") from error
+
+    @abstractmethod
+    def _check_values(self, row: Row) -> None: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptTask(Task):
+    """A task whose rows are questions with a right answer."""
+
+    chance: float
+    gold: Callable[[Row], Any]
+    """choice: index of the right pair. answer: the final answer as text."""
+
+    @abstractmethod
+    def training_pair(self, row: Row) -> Pair:
+        """The prompt and the answer to learn."""
+
+    @abstractmethod
+    def asked(self, row: Row) -> tuple[str, ...]:
+        """What a row asks, without what is right: two rows that ask the same are the same."""
+
+    def question_id(self, row: Row) -> str:
+        """Names what a row asks in every run and file."""
+        return hashlib.sha256("\0".join(self.asked(row)).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChoiceTask(PromptTask):
+    """The continuation with the highest log-likelihood is the prediction."""
+
+    pairs: Callable[[Row], list[Pair]]
+    """(context, continuation) of each choice; a continuation begins with the space that divides the two."""
+    has_normalised_accuracy: bool = True
+    """Whether the harness also divides log-likelihoods by the continuations' lengths in characters."""
+    yes: int | None = None
+    """yes/no tasks: the index that counts as positive for F1."""
+
+    def training_pair(self, row: Row) -> Pair:
+        return self.pairs(row)[self.gold(row)]
+
+    def asked(self, row: Row) -> tuple[str, ...]:
+        return tuple("".join(pair) for pair in self.pairs(row))
+
+    def _check_values(self, row: Row) -> None:
+        pairs, gold = self.pairs(row), self.gold(row)
+        if not 0 <= gold < len(pairs):
+            raise InputError(f"the label of {self.name} must be one of its {len(pairs)} choices, got {gold}")
+        for number, pair in enumerate(pairs):
+            if not all(part.strip() for part in pair):
+                raise InputError(f"a choice of {self.name} must have a question and a text, choice {number} is {pair}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerTask(PromptTask):
+    """The final answer in the greedy continuation of a prompt is the prediction."""
+
+    pair: Callable[[Row], Pair]
+    """The prompt and its worked answer."""
+    extract: Callable[[str], str | None]
+    """The final answer found in a generated text, or None."""
+    extract_flexibly: Callable[[str], str | None] | None = None
+    """A second, more lenient reading, where the harness has one."""
+    equal: Callable[[str, str], bool] = str.__eq__
+    """Whether an extracted answer and the gold answer agree."""
+    until: tuple[str, ...]
+    """Texts that end an answer."""
+
+    def training_pair(self, row: Row) -> Pair:
+        return self.pair(row)
+
+    def asked(self, row: Row) -> tuple[str, ...]:
+        return (self.pair(row)[0],)
+
+    def _check_values(self, row: Row) -> None:
+        prompt, _ = self.pair(row)
+        self.gold(row)
+        if not prompt.strip():
+            raise InputError(f"a question of {self.name} must have a text, got {prompt!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextTask(Task):
+    """A text, scored by its perplexity. Its only row has the whole text of a split."""
+
+    chance: None = None
+    fields: Mapping[str, type | tuple[type, ...]] = field(default_factory=lambda: {"text": str})
+    files: Mapping[str, str]
+    """{split: file}, plain text."""
+    parts: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    """Where splits share a file: first and last line of each, as fractions of the file."""
+    joined: Callable[[list[str]], str] = "".join
+    """The text that is scored, made of the file's lines with their line ends."""
+
+    def _check_values(self, row: Row) -> None:
+        if not row["text"].strip():
+            raise InputError(f"a text of {self.name} must not be empty, got {row['text'][:20]!r}")
