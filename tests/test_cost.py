@@ -11,8 +11,9 @@ from transformers import PreTrainedModel
 
 from tune_sparse.cost import attended_pairs, inference_flops
 from tune_sparse.masks import Masks
-from tune_sparse.methods import METHODS, make_masks
+from tune_sparse.methods import METHODS
 from tune_sparse.models import Shape, check_checkpoint, load_model, prunable_weights
+from tune_sparse.pruning import make_masks
 
 Dense = tuple[PreTrainedModel, Shape]
 

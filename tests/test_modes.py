@@ -23,8 +23,8 @@ from tune_sparse.config import Cell, Protocol
 from tune_sparse.data import Encoded, load_splits
 from tune_sparse.lora import adapt_model, merged_weights, sparse_lora_layers
 from tune_sparse.masks import Masks, mask_sha256, masked
-from tune_sparse.methods import make_masks
 from tune_sparse.models import check_checkpoint, load_model, prunable_weights, write_weights_into
+from tune_sparse.pruning import make_masks
 from tune_sparse.result import Ledger, Record, Run
 from tune_sparse.tasks import TASKS
 from tune_sparse.train import fit

@@ -28,9 +28,9 @@ from tune_sparse.errors import DISK_FULL, InputError, RunError
 from tune_sparse.evaluate import Scored, TestSet, encode_test, score
 from tune_sparse.lora import adapt_model, lost_fraction, save_adapter, sparse_lora_layers, updates
 from tune_sparse.masks import Masks, mask_sha256, masked, sparsity_of
-from tune_sparse.methods import make_masks
 from tune_sparse.models import Shape, check_checkpoint, load_model, load_tokenizer, prunable_weights, write_weights_into
 from tune_sparse.paths import write_json, write_lines, write_text
+from tune_sparse.pruning import make_masks
 from tune_sparse.result import Ledger, Record, Run, write_config
 from tune_sparse.tasks import task_named
 from tune_sparse.train import Step, fit, mean_loss

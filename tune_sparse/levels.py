@@ -14,20 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tune_sparse.bits import BITS, CHUNK, bits_of
 from tune_sparse.errors import InputError
 
-CHUNK = 1 << 18
-"""Weights handled at once, so that they stay in the processor's cache."""
 BINS = 1 << 15
 """Values of the upper 16 bits of a score that is not negative."""
 MAX_LEVELS = 15
 """What 4 bits hold."""
 UNSETTLED = 255
-BITS = {
-    torch.bfloat16: torch.int16,
-    torch.float16: torch.int16,
-    torch.float32: torch.int32,
-}
 
 
 def level_map(scores: Tensor, counts: Sequence[int]) -> Tensor:
@@ -36,7 +30,7 @@ def level_map(scores: Tensor, counts: Sequence[int]) -> Tensor:
     scores: finite, not negative, of 16 or 32 bits. counts: weights pruned at each level, ascending. Level k keeps
     what `keep_highest(scores, counts[k])` keeps.
     """
-    bits = _bits(scores)
+    bits = bits_of(scores)
     cuts = torch.tensor(counts)
     assert len(counts) <= MAX_LEVELS
     assert list(counts) == sorted(counts)
@@ -70,14 +64,14 @@ def _positions(chosen: Tensor) -> Tensor:
 def bin_counts(scores: Tensor) -> Tensor:
     """How many scores have each value of the upper 16 bits: (BINS,), int64."""
     counts = torch.zeros(BINS, dtype=torch.int64)
-    for chunk in _bits(scores).split(CHUNK):
+    for chunk in bits_of(scores).split(CHUNK):
         counts += torch.bincount(_bins(chunk), minlength=BINS).cpu()
     return counts
 
 
 def lower_counts(scores: Tensor, bin: int) -> Tensor:
     """How many scores of one bin have each value of the lower 16 bits; there is but one value in 16-bit scores."""
-    bits = _bits(scores)
+    bits = bits_of(scores)
     if bits.dtype == torch.int16:
         return (bits == bin).sum().cpu()[None]
     inside = bits[_bins(bits) == bin] & 0xFFFF
@@ -86,19 +80,13 @@ def lower_counts(scores: Tensor, bin: int) -> Tensor:
 
 def tie_counts(scores: Tensor, pattern: int) -> tuple[int, int]:
     """(scores below the one with these bits, scores equal to it)."""
-    bits = _bits(scores)
+    bits = bits_of(scores)
     return int((bits < pattern).sum()), int((bits == pattern).sum())
 
 
 def pattern_of(bin: int, lower: int, dtype: torch.dtype) -> int:
     """The bits of a score from its bin and its value there."""
-    return bin if BITS[dtype] is torch.int16 else (bin << 16) | lower
-
-
-def _bits(scores: Tensor) -> Tensor:
-    """Bits in the order of the scores; -0 would be the largest."""
-    assert scores.dtype in BITS, scores.dtype
-    return scores.contiguous().view(-1).view(BITS[scores.dtype])
+    return bin if BITS[dtype][0] is torch.int16 else (bin << 16) | lower
 
 
 def _bins(bits: Tensor) -> Tensor:
@@ -157,4 +145,3 @@ def group_level_map(scores: Tensor, group: int, kept: int) -> Tensor:
     lowest = groups.argsort(dim=1, stable=True)[:, : group - kept]
     levels = torch.ones_like(groups, dtype=torch.uint8)
     return levels.scatter_(1, lowest, 0).view(scores.shape)
-
