@@ -65,8 +65,6 @@ class Architecture:
     gated: bool = True
     """The feed-forward part has two matrices of rows."""
     transposed: bool = False
-    ends: tuple[str, ...] = ()
-    """Modules of a model in memory, besides its blocks and head, that it needs to reach the first block."""
     channels: str = "intermediate_size"
     """What the config calls the number of feed-forward channels."""
     heads_shrink: bool = True
@@ -80,16 +78,24 @@ class Architecture:
         found = [matrix for name in names if (matrix := self._matrix(name))]
         return sorted(found, key=lambda m: (m.block, m.expert or 0, order[m.layer]))
 
-    def _matrix(self, name: str) -> Matrix | None:
+    def within_block(self, name: str) -> tuple[int, str] | None:
+        """(block, name within it) of a tensor of a block."""
         # A checkpoint of the bare decoder lacks the first part of the names.
         blocks = re.escape(self.blocks.rsplit(".", 1)[-1])
+        found = re.fullmatch(rf"(?:.+\.)?{blocks}\.(\d+)\.(.+)", name)
+        return (int(found[1]), found[2]) if found else None
+
+    def _matrix(self, name: str) -> Matrix | None:
+        within = self.within_block(name)
+        if within is None:
+            return None
         for layer, role in self.layers.items():
-            within = re.escape(layer).replace(r"\*", r"(?P<expert>\d+)")
-            if found := re.fullmatch(rf"(?:.+\.)?{blocks}\.(?P<block>\d+)\.{within}\.weight", name):
+            pattern = re.escape(layer).replace(r"\*", r"(?P<expert>\d+)")
+            if found := re.fullmatch(rf"{pattern}\.weight", within[1]):
                 expert = found.groupdict().get("expert")
                 return Matrix(
                     name,
-                    block=int(found["block"]),
+                    block=within[0],
                     layer=layer,
                     expert=None if expert is None else int(expert),
                     role=role,
@@ -174,12 +180,12 @@ def _checkpoint_tensors(model: nn.Module) -> dict[str, Tensor]:
 def unfused(name: str, parameter: Tensor) -> dict[str, Tensor]:
     """What a checkpoint stores of one parameter of a model in memory, as views.
 
-    transformers 5 fuses Mixtral's experts: gate_up_proj is (E, 2 channels, hidden), w1 before w3, and down_proj
-    is (E, hidden, channels).
+    transformers 5 renames Mixtral's router and fuses its experts: gate_up_proj is (E, 2 channels, hidden), w1
+    before w3, and down_proj is (E, hidden, channels).
     """
     experts, found, layer = name.partition(".mlp.experts.")
     if not found:
-        return {name: parameter}
+        return {name.replace(".mlp.gate.weight", ".block_sparse_moe.gate.weight"): parameter}
     experts += ".block_sparse_moe.experts"
     parts = {"gate_up_proj": ("w1", "w3"), "down_proj": ("w2",)}[layer]
     return {

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import types
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
@@ -32,6 +32,17 @@ def option(help: str, default: Any = MISSING) -> Any:
 def rule(holds: bool, text: str, value: Any, fix: str) -> None:
     if not holds:
         raise InputError(f"{text}, got {value!r}. {fix}")
+
+
+def refuse_sparsities(sparsities: Iterable[float]) -> None:
+    """Raise `InputError` unless all are fractions."""
+    for sparsity in sparsities:
+        rule(
+            0 <= sparsity < 1,
+            "a sparsity is the fraction of zeros, in [0, 1)",
+            sparsity,
+            f"Did you mean {sparsity / 100:g}?" if 1 < sparsity < 100 else "Give a fraction.",
+        )
 
 
 @dataclass(frozen=True)
@@ -152,13 +163,7 @@ class SweepConfig:
             values = getattr(self, axis)
             rule(len(values) > 0, f"{axis} must name at least one", values, f"Give --{axis}.")
             rule(len(set(values)) == len(values), f"{axis} must not repeat a value", values, "Remove the repeats.")
-        for sparsity in self.sparsities:
-            rule(
-                0 <= sparsity < 1,
-                "a sparsity is the fraction of zeros, in [0, 1)",
-                sparsity,
-                f"Did you mean {sparsity / 100:g}?" if 1 < sparsity < 100 else "Give a fraction.",
-            )
+        refuse_sparsities(self.sparsities)
         for mode in self.modes:
             if mode not in MODES:
                 raise unknown_name("mode", mode, MODES)

@@ -23,6 +23,8 @@ SWEPT = ("LlamaForCausalLM", "MistralForCausalLM")
 """Classes that a sweep trains; more can be pruned, see `tune_sparse.architectures`."""
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 TOKENIZER_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+SIDE_FILES = (*TOKENIZERS, *TOKENIZER_SETTINGS, "vocab.json", "merges.txt", "generation_config.json")
+"""What a copy of a checkpoint takes along."""
 REQUIRED_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
 
 
@@ -207,7 +209,8 @@ def check_checkpoint(reference: str) -> Checkpoint:
     return Checkpoint(short_name(reference), folder, known["fingerprint"], shape)
 
 
-def _check_config(folder: Path) -> None:
+def read_config(folder: Path) -> dict[str, Any]:
+    """What `config.json` says. Raises `InputError` unless it is there and maps names to values."""
     path = folder / "config.json"
     if not path.is_file():
         raise InputError(f"a model folder needs config.json, {folder} has none. Give a Hugging Face checkpoint.")
@@ -217,6 +220,11 @@ def _check_config(folder: Path) -> None:
         raise InputError(f"{path} must be JSON: {error}. Mend or fetch it again.") from error
     if not isinstance(config, dict):
         raise InputError(f"{path} must map names to values, got {type(config).__name__}. Fetch it again.")
+    return config
+
+
+def _check_config(folder: Path) -> None:
+    path, config = folder / "config.json", read_config(folder)
     found = config.get("architectures") or ["no class at all"]
     if found[0] not in SWEPT:
         raise InputError(f"the class of a model must be {' or '.join(SWEPT)}, {path} says {found[0]}.")

@@ -58,6 +58,7 @@ class PrunedMatrix:
     """One matrix at every level, each computed when it is asked for."""
 
     name: str
+    dense: Callable[[], Tensor]
     keep: Callable[[int], Tensor]
     """level -> keep-mask in the checkpoint's layout, bool"""
     weight: Callable[[int], Tensor]
@@ -163,8 +164,10 @@ class Job:
             levels = matrix.oriented(by_row)
         else:
             levels = level_map(found, self.counts[matrix.name])
-        levels = levels.contiguous()
-        return PrunedMatrix(matrix.name, lambda level: levels > level, lambda level: weight * (levels > level), levels)
+        nested = levels.contiguous()
+        return PrunedMatrix(
+            matrix.name, lambda: weight, lambda level: nested > level, lambda level: weight * (nested > level), nested
+        )
 
     def _updated(self, matrix: Matrix, factor: Tensor) -> PrunedMatrix:
         weight = self.model.weights[matrix.name]
@@ -180,7 +183,7 @@ class Job:
             )
             return matrix.oriented(new).to(weight.dtype).contiguous(), matrix.oriented(keep).contiguous()
 
-        return PrunedMatrix(matrix.name, lambda level: at(level)[1], lambda level: at(level)[0])
+        return PrunedMatrix(matrix.name, lambda: weight, lambda level: at(level)[1], lambda level: at(level)[0])
 
     def _structured(self, matrices: Sequence[Matrix], statistics: Statistics) -> Iterator[PrunedMatrix]:
         """Whole key/value groups and feed-forward channels go, the same number in every block and expert."""
@@ -209,7 +212,7 @@ class Job:
         nested = all(bool((sparser <= denser).all()) for denser, sparser in pairwise(lines))
         survived = torch.stack(list(lines)).sum(dim=0).to(torch.uint8)
         levels = line_mask(matrix, self.model.shape, survived).contiguous() if nested else None
-        return PrunedMatrix(name, keep, lambda level: weights[name] * keep(level), levels)
+        return PrunedMatrix(name, lambda: weights[name], keep, lambda level: weights[name] * keep(level), levels)
 
 
 def oriented_scores(score: str, matrix: Matrix, weight: Tensor, seed: int, statistics: Statistics) -> Tensor:

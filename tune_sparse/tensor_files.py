@@ -6,7 +6,7 @@ import json
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -99,9 +99,9 @@ class FiniteTensors(TensorFiles):
 
 
 class TensorWriter:
-    """Writes a safetensors file tensor by tensor, beside its name; `done` gives it its name, leaving drops it.
+    """Writes a safetensors file tensor by tensor, in any order, beside its name; `done` gives it its name.
 
-    shapes: {tensor name: (shape, dtype)} of all that will be written, in that order.
+    shapes: {tensor name: (shape, dtype)} of all that will be written. As a context it leaves nothing half-written.
     """
 
     def __init__(
@@ -112,32 +112,34 @@ class TensorWriter:
     ) -> None:
         self.path = path
         self._partial = aside(path)
-        self._left = list(shapes)
-        header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
-        offset = 0
+        header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
+        end = 0
         for name, (shape, dtype) in shapes.items():
-            end = offset + torch.Size(shape).numel() * dtype.itemsize
-            header[name] = {"dtype": DTYPES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
-            offset = end
+            start, end = end, end + torch.Size(shape).numel() * dtype.itemsize
+            header[name] = {"dtype": DTYPES[dtype], "shape": list(shape), "data_offsets": [start, end]}
         text = json.dumps(header, ensure_ascii=False).encode()
         text += b" " * (-len(text) % 8)
+        # safetensors wants an 8-byte length, the header, then the tensors one after the other.
+        self._at = {name: 8 + len(text) + header[name]["data_offsets"][0] for name in shapes}
+        self._size = 8 + len(text) + end
         self._stream = self._partial.open("wb")
         self._stream.write(struct.pack("<Q", len(text)) + text)
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Write the next tensor."""
-        assert name == self._left.pop(0), name
+        self._stream.seek(self._at.pop(name))
         self._stream.write(tensor.contiguous().cpu().view(-1).view(torch.uint8).numpy().data)
 
     def done(self) -> None:
         """Give the whole file its name."""
-        assert not self._left, self._left
+        assert not self._at, f"not written: {', '.join(self._at)}"
+        self._stream.flush()
+        assert self._partial.stat().st_size == self._size
         self._stream.close()
         self._partial.replace(self.path)
 
     def __enter__(self) -> TensorWriter:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
+    def __exit__(self, *error: object) -> None:
         self._stream.close()
         self._partial.unlink(missing_ok=True)

@@ -4,6 +4,7 @@ tune-sparse sweep                                  # 360 cells on embedded model
 tune-sparse sweep smoke                            # 24 of them
 tune-sparse sweep matrix --dry-run                 # what the 7B matrix would run
 tune-sparse sweep --models ./my-llama --tasks boolq --data-dir ./rows --set steps=100
+tune-sparse prune ./my-llama --methods unstructured structured --sparsities 0.5 0.7
 tune-sparse status && tune-sparse report && tune-sparse ui
 """
 
@@ -13,7 +14,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from tune_sparse.cli import results, sweep
+from tune_sparse.cli import pruning, results, sweep
 from tune_sparse.cli.command import BAD_INPUT, FAULT
 from tune_sparse.errors import DISK_FULL, InputError
 
@@ -44,6 +45,6 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = root.add_subparsers(required=True, metavar="COMMAND")
-    for group in (sweep, results):
+    for group in (sweep, pruning, results):
         group.add_commands(commands)
     return root
