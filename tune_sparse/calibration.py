@@ -89,6 +89,9 @@ class Blocks(Protocol):
     def embed(self, ids: Tensor) -> None:
         """Compute up to the first block, which is called."""
 
+    def whole(self) -> Any:
+        """The model in memory."""
+
 
 class ModelBlocks:
     """The blocks of a model in memory."""
@@ -110,6 +113,9 @@ class ModelBlocks:
 
     def embed(self, ids: Tensor) -> None:
         self.model(input_ids=ids.to(self.model.device), use_cache=False)
+
+    def whole(self) -> Any:
+        return self.model
 
 
 class _ReachedError(Exception):
@@ -219,12 +225,13 @@ def _expert_adder(inputs: Mapping[Source, Inputs]) -> Callable[..., None]:
     return add
 
 
-def gradient_sums(model: Any, rows: Sequence[Encoded]) -> dict[str, Tensor]:
+def gradient_sums(model: Any, rows: Sequence[Encoded], matrices: Sequence[Matrix]) -> dict[str, Tensor]:
     """{matrix: Σ |g| over rows, fp32, in the checkpoint's layout}, g the gradient of a row's mean loss.
 
     Each gradient is added and dropped as soon as it is there: never two of a parameter at once.
     """
-    wanted = {matrix.name for matrix in matrices_of(model)}
+    own = matrices_of(model)
+    wanted = {matrix.name for matrix in own}
     sums: dict[str, Tensor] = {}
     hooks = []
     for name, parameter in model.named_parameters():
@@ -240,7 +247,9 @@ def gradient_sums(model: Any, rows: Sequence[Encoded]) -> dict[str, Tensor]:
         for hook in hooks:
             hook.remove()
         model.requires_grad_(False)
-    return {part: view for name, total in sums.items() for part, view in unfused(name, total).items()}
+    parts = {part: view for name, total in sums.items() for part, view in unfused(name, total).items()}
+    # A checkpoint of the bare decoder has other names than the model in memory, in the same order.
+    return {matrix.name: parts[loaded.name] for matrix, loaded in zip(matrices, own, strict=True)}
 
 
 def _taker(total: Tensor) -> Callable[[Tensor], None]:

@@ -6,14 +6,14 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from tune_sparse.architectures import Architecture, Matrix, architecture_named, unfused
 from tune_sparse.errors import InputError
-from tune_sparse.models import SIDE_FILES, Shape, find_folder, read_config, short_name
+from tune_sparse.models import SIDE_FILES, Shape, find_folder, load_model, read_config, short_name
 from tune_sparse.paths import aside, replace_folder, write_json
 from tune_sparse.pruning import Prunable
 from tune_sparse.tensor_files import INDEX, FiniteTensors, TensorFiles, TensorWriter, weight_files
@@ -142,6 +142,9 @@ class StreamedBlocks:
 
     def embed(self, ids: Tensor) -> None:
         self._model(input_ids=ids, use_cache=False)
+
+    def whole(self) -> Any:
+        return load_model(self._checkpoint.path, self._model.dtype, torch.device("cpu"))
 
 
 class PrunedCheckpoint:

@@ -20,6 +20,8 @@ MODES = ("dense", "sparse-to-dense", "sparse-to-sparse")
 BACKENDS = ("torch",)
 PRECISIONS = ("float32", "bfloat16")
 LOSSES = ("answer", "prompt-and-answer")
+CALIBRATIONS = ("task", "wikitext2")
+CALIBRATION_ORDERS = ("dense", "sequential")
 EMBEDDED_ROWS = Path("embedded")
 """As a `data_dir`: rows come from the embedded generator. It is never a default, so that no model is trained on
 generated rows by oversight."""
@@ -75,11 +77,19 @@ class Protocol:
     n_test: int | None = option("test rows scored; none for all", None)
     eval_every: int = option("steps between two eval losses", 50)
     threads: int = option("CPU threads of a trial; their number changes the last bits of a sum", 1)
+    calibration: str = option("rows that calibrated scores are measured on: the cell's own task, or wikitext2", "task")
+    calibration_rows: int = option("their number", 128)
+    calibration_tokens: int = option("of a row of text; a task's rows are as long as in training", 2048)
+    calibration_order: str = option(
+        "dense: inputs of the dense model; sequential: of the blocks pruned before", "dense"
+    )
 
     def __post_init__(self) -> None:
-        for name in ("steps", "global_batch", "micro_batch", "lora_rank", "max_new_tokens", "eval_every", "threads"):
+        counted = ("steps", "global_batch", "micro_batch", "lora_rank", "max_new_tokens", "eval_every", "threads")
+        for name in (*counted, "calibration_rows"):
             rule(getattr(self, name) >= 1, f"{name} must be at least 1", getattr(self, name), "Give a larger number.")
-        rule(self.max_tokens >= 2, "max_tokens must be at least 2", self.max_tokens, "Give a larger number.")
+        for name in ("max_tokens", "calibration_tokens"):
+            rule(getattr(self, name) >= 2, f"{name} must be at least 2", getattr(self, name), "Give a larger number.")
         for name in ("n_train", "n_selection", "n_test"):
             value = getattr(self, name)
             rule(value is None or value >= 1, f"{name} must be at least 1 or none", value, "Give more rows.")
@@ -110,11 +120,23 @@ class Protocol:
             raise unknown_name("loss_on", self.loss_on, LOSSES)
         if self.precision not in PRECISIONS:
             raise unknown_name("precision", self.precision, PRECISIONS)
+        if self.calibration not in CALIBRATIONS:
+            raise unknown_name("calibration", self.calibration, CALIBRATIONS)
+        if self.calibration_order not in CALIBRATION_ORDERS:
+            raise unknown_name("calibration_order", self.calibration_order, CALIBRATION_ORDERS)
+
+    @property
+    def calibrated_by(self) -> dict[str, Any]:
+        """What decides calibrated scores, besides the rows themselves: part of the identity of calibrated runs."""
+        return {name: getattr(self, name) for name in CALIBRATION_SETTINGS}
 
     @property
     def warmup(self) -> int:
         """Steps of linear warm-up."""
         return round(self.warmup_fraction * self.steps) if self.warmup_steps is None else self.warmup_steps
+
+
+CALIBRATION_SETTINGS = tuple(f.name for f in fields(Protocol) if f.name.startswith("calibration"))
 
 
 @dataclass(frozen=True)

@@ -110,6 +110,17 @@ def read_rows(task: Task, path: Path) -> list[Row]:
     return rows
 
 
+def calibration_text(name: str, data_dir: Path | None) -> str:
+    """The training text `name` that scores are calibrated on, from `data_dir/<name>/train.txt`."""
+    if data_dir is None:
+        raise InputError(f"the calibration text {name} comes from a folder, got generated rows. Give --data-dir.")
+    path = data_dir / name / "train.txt"
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"calibration needs the UTF-8 text {path}: {error}. Add it, or mend --data-dir.") from error
+
+
 def asked_by(task: Task, row: Row) -> tuple[tuple[str, ...], ...]:
     """What a row asks: the prompt, and the choices where there are any. Two rows that ask the same are the same."""
     return tuple(pair[:1] if task.kind == "generate" else pair for pair in task.pairs(row))

@@ -6,20 +6,21 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from search_spaces.matrix import cells as combinations
+from tune_sparse.calibration import text_rows
 from tune_sparse.config import EMBEDDED_ROWS, Cell, SweepConfig
-from tune_sparse.data import load_splits
+from tune_sparse.data import calibration_text, load_splits
 from tune_sparse.embedded_models import EMBEDDED_MODELS
-from tune_sparse.errors import InputError, NotReadyError, unknown_name
+from tune_sparse.errors import InputError, NotReadyError
 from tune_sparse.holder import refuse_if_held
-from tune_sparse.masks import structured_counts
-from tune_sparse.methods import METHODS
-from tune_sparse.models import Checkpoint, check_checkpoint, short_name
+from tune_sparse.methods import METHODS, method_named
+from tune_sparse.models import Checkpoint, check_checkpoint, load_tokenizer, short_name
+from tune_sparse.pruning import refuse_sparsities_of
 from tune_sparse.result import Ledger, Record, Run, SweepRecord, readable_id, sha256_of
 from tune_sparse.tasks import task_named
 
@@ -93,13 +94,9 @@ def plan_sweep(config: SweepConfig) -> Plan:
     data_dir, data = _rows_folder(config), check_rows(config)
     checkpoints = {short_name(model): check_checkpoint(model) for model in config.models}
     model_paths = {short_name(model): _model_path(model) for model in config.models}
-    if "structured" in config.methods:
-        for checkpoint in checkpoints.values():
-            for sparsity in config.sparsities:
-                try:
-                    structured_counts(checkpoint.shape, sparsity)
-                except InputError as error:
-                    raise InputError(f"{checkpoint.name}: {error}") from error
+    for checkpoint in checkpoints.values():
+        _refuse_unreachable(config, checkpoint)
+    text = _calibration_text(config, data_dir, checkpoints.values())
 
     def run_of(cell: Cell) -> Run:
         checkpoint = checkpoints[short_name(cell.model)]
@@ -111,6 +108,7 @@ def plan_sweep(config: SweepConfig) -> Plan:
             model_fingerprint=checkpoint.fingerprint,
             data_fingerprint=data[cell.task],
             prompt_version=tasks[cell.task].prompt_version,
+            calibration_fingerprint=text,
         )
 
     runs: dict[str, Run] = {}
@@ -129,6 +127,26 @@ def plan_sweep(config: SweepConfig) -> Plan:
     described = {name: _plain(value) for name, value in asdict(config).items()}
     sweep_id = sha256_of(sorted(row["cell_id"] for row in rows))[:12]
     return Plan(config, SweepRecord(sweep_id, time.time(), described, tuple(rows)), runs, checkpoints)
+
+
+def _refuse_unreachable(config: SweepConfig, checkpoint: Checkpoint) -> None:
+    """Raise `InputError` for a method that cannot prune this model to a sparsity of the matrix."""
+    for method in config.methods:
+        try:
+            refuse_sparsities_of(method, checkpoint.shape, config.sparsities)
+        except InputError as error:
+            raise InputError(f"{checkpoint.name}: {error}") from error
+
+
+def _calibration_text(config: SweepConfig, data_dir: Path | None, checkpoints: Iterable[Checkpoint]) -> str | None:
+    """SHA-256 of the calibration text, where one is used; every model's pieces are cut from it once, to see."""
+    protocol = config.protocol
+    if protocol.calibration == "task" or not any(METHODS[method].is_calibrated for method in config.methods):
+        return None
+    text = calibration_text(protocol.calibration, data_dir)
+    for checkpoint in checkpoints:
+        text_rows(load_tokenizer(checkpoint.path), text, protocol.calibration_rows, protocol.calibration_tokens)
+    return sha256_of(text)
 
 
 def _rows_folder(config: SweepConfig) -> Path | None:
@@ -153,8 +171,16 @@ def _plain(value: Any) -> Any:
 
 def check_rows(config: SweepConfig) -> dict[str, str]:
     """{task: fingerprint of its splits}; every row is read and checked."""
-    folder = _rows_folder(config)
-    return {name: load_splits(task_named(name), folder, config.protocol).fingerprint for name in config.tasks}
+    folder, protocol = _rows_folder(config), config.protocol
+    splits = {name: load_splits(task_named(name), folder, protocol) for name in config.tasks}
+    if protocol.calibration == "task" and any(METHODS[method].is_calibrated for method in config.methods):
+        for name, found in splits.items():
+            if len(found.train) < protocol.calibration_rows:
+                raise InputError(
+                    f"calibration needs {protocol.calibration_rows} rows, {name} has {len(found.train)} training "
+                    "rows. Lower calibration_rows, or raise n_train."
+                )
+    return {name: found.fingerprint for name, found in splits.items()}
 
 
 def check_names(config: SweepConfig) -> None:
@@ -163,8 +189,7 @@ def check_names(config: SweepConfig) -> None:
     for task in config.tasks:
         task_named(task)
     for method in config.methods:
-        if method not in METHODS:
-            raise unknown_name("method", method, METHODS)
+        method_named(method)
 
 
 def _refuse_ambiguous_names(references: Sequence[str]) -> None:

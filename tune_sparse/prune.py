@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tune_sparse.calibration import ModelBlocks, Source, Statistics, gradient_sums, walk
+from tune_sparse.calibration import Statistics
 from tune_sparse.checkpoints import OpenCheckpoint, PrunedCheckpoint, StreamedBlocks, open_checkpoint
 from tune_sparse.config import refuse_sparsities
 from tune_sparse.data import Encoded
@@ -22,10 +22,9 @@ from tune_sparse.levels import MAX_LEVELS, pack
 from tune_sparse.mask_files import FORMATS, MaskFile, PtWriter, levels_writer, masks_writer, stem
 from tune_sparse.mask_statistics import LevelStatistics, add_matrix
 from tune_sparse.masks import mask_sha256
-from tune_sparse.methods import Method, method_named
-from tune_sparse.models import load_model
+from tune_sparse.methods import method_named
 from tune_sparse.paths import write_json
-from tune_sparse.pruning import PrunedMatrix, measured_outliers, prune, prune_walking, refuse_shape
+from tune_sparse.pruning import PrunedMatrix, measured, prune, prune_walking, refuse_sparsities_of, walks
 from tune_sparse.shrink import shrink
 from tune_sparse.tensor_files import TensorWriter
 
@@ -85,11 +84,15 @@ def run(request: Request, report: Callable[[str], None] = print) -> Path:
     """
     checkpoint = open_checkpoint(request.model)
     for method in request.methods:
-        refuse_shape(method, checkpoint.prunable, request.sparsities)
+        refuse_sparsities_of(method, checkpoint.shape, request.sparsities)
     folder = request.out / checkpoint.name
     folder.mkdir(parents=True, exist_ok=True)
     _refuse_full_disk(request, checkpoint, folder)
-    statistics = measure([method_named(name) for name in request.methods], checkpoint, request.rows)
+    statistics = Statistics()
+    methods = [method_named(name) for name in request.methods]
+    if any(method.needs_inputs or method.needs_gradients for method in methods):
+        blocks = StreamedBlocks(checkpoint, _dtype(checkpoint))
+        statistics = measured(methods, checkpoint.prunable, blocks, request.rows)
     for method in request.methods:
         # The inputs of a block depend on what was pruned before it: each level walks for itself.
         walks = [[s] for s in request.sparsities] if _is_sequential(request, method) else [request.sparsities]
@@ -100,7 +103,7 @@ def run(request: Request, report: Callable[[str], None] = print) -> Path:
 
 
 def _is_sequential(request: Request, method: str) -> bool:
-    return request.sequential and method_named(method).is_calibrated
+    return request.sequential and walks(method, sequential=True)
 
 
 def _refuse_full_disk(request: Request, checkpoint: OpenCheckpoint, folder: Path) -> None:
@@ -117,26 +120,6 @@ def _refuse_full_disk(request: Request, checkpoint: OpenCheckpoint, folder: Path
         )
 
 
-def measure(methods: Sequence[Method], checkpoint: OpenCheckpoint, rows: Sequence[Encoded]) -> Statistics:
-    """What the scores of `methods` use of calibration rows, from the dense model, block by block.
-
-    Gradients need the whole model in memory; the inputs need one block of it.
-    """
-    dtype = _dtype(checkpoint)
-    gradients: dict[str, Tensor] = {}
-    if any(method.needs_gradients for method in methods):
-        model = load_model(checkpoint.path, dtype, torch.device("cpu"))
-        by_model_name = gradient_sums(model, rows)
-        names = zip(checkpoint.prunable.matrices, ModelBlocks(model).matrices, strict=True)
-        gradients = {own.name: by_model_name[loaded.name] for own, loaded in names}
-    norms: dict[Source, Tensor] = {}
-    if any(method.needs_inputs for method in methods):
-        for _, inputs in walk(StreamedBlocks(checkpoint, dtype), rows):
-            norms |= {source: sums.norms for source, sums in inputs.items()}
-    owl = any(method.allocation == "owl" for method in methods)
-    return Statistics(norms, gradients, measured_outliers(checkpoint.prunable, norms) if owl else ())
-
-
 def _dtype(checkpoint: OpenCheckpoint) -> torch.dtype:
     """What calibration computes in: as the weights are stored."""
     return checkpoint.tensors.dtypes[checkpoint.prunable.matrices[0].name]
@@ -145,8 +128,8 @@ def _dtype(checkpoint: OpenCheckpoint) -> torch.dtype:
 def _pruned_matrices(
     request: Request, name: str, sparsities: Sequence[float], checkpoint: OpenCheckpoint, statistics: Statistics
 ) -> Iterator[PrunedMatrix]:
-    method, sequential = method_named(name), _is_sequential(request, name)
-    if not method.updates_weights and not sequential:
+    sequential = _is_sequential(request, name)
+    if not walks(name, sequential):
         return prune(name, checkpoint.prunable, sparsities, request.seed, statistics)
     blocks = StreamedBlocks(checkpoint, _dtype(checkpoint))
     return prune_walking(
@@ -173,7 +156,9 @@ def _write_method(
             path = folder / f"{stem('levels', method)}.safetensors"
             packed = stack.enter_context(levels_writer(path, shapes, sparsities, metadata))
         else:
-            masks = [stack.enter_context(masks_writer(path, shapes, metadata)) for path in paths]
+            masks = [masks_writer(path, shapes, metadata) for path in paths]
+            for mask in masks:
+                stack.enter_context(mask)
         weights = [
             stack.enter_context(PrunedCheckpoint(checkpoint, folder / stem("checkpoint", method, s)))
             for s in sparsities

@@ -16,7 +16,7 @@ from torch import Tensor
 from tune_sparse import allocation, scores
 from tune_sparse.allocation import Counts
 from tune_sparse.architectures import Matrix, architecture_named
-from tune_sparse.calibration import Blocks, Inputs, Source, Statistics, walk
+from tune_sparse.calibration import Blocks, Inputs, Source, Statistics, gradient_sums, walk
 from tune_sparse.data import Encoded
 from tune_sparse.errors import InputError
 from tune_sparse.levels import group_level_map, level_map, row_level_map
@@ -120,7 +120,7 @@ class Job:
     def of(cls, name: str, model: Prunable, sparsities: Sequence[float], seed: int, statistics: Statistics) -> Job:
         method = method_named(name)
         assert list(sparsities) == sorted(sparsities)
-        refuse_shape(name, model, sparsities)
+        refuse_sparsities_of(name, model.shape, sparsities)
         job = cls(method, model, sparsities, seed, {})
         if method.pattern != "element-wise":
             return job
@@ -227,22 +227,40 @@ def oriented_scores(score: str, matrix: Matrix, weight: Tensor, seed: int, stati
     return scores.SCORES[score](weight, known)
 
 
-def refuse_shape(name: str, model: Prunable, sparsities: Iterable[float]) -> None:
-    """Raise `InputError` for what the sizes of a model rule out."""
+def refuse_sparsities_of(name: str, shape: Shape, sparsities: Iterable[float]) -> None:
+    """Raise `InputError` for a method that cannot prune a model of this shape to one of the sparsities."""
     method = method_named(name)
     for sparsity in sparsities:
         method.refuse_sparsity(name, sparsity)
         if method.pattern == "structured":
-            structured_counts(model.shape, sparsity)
-    if method.pattern in GROUPS:
-        _, group = GROUPS[method.pattern]
-        for matrix in model.matrices:
-            width = model.shapes[matrix.name][0 if matrix.transposed else 1]
-            if width % group:
-                raise InputError(
-                    f"{method.pattern} needs rows of a multiple of {group} weights, {matrix.name} has {width}. "
-                    "Choose another pattern."
-                )
+            structured_counts(shape, sparsity)
+    _, group = GROUPS.get(method.pattern, (1, 1))
+    for width in (shape.hidden, shape.heads * shape.head_dim, shape.channels):
+        if width % group:
+            raise InputError(
+                f"{method.pattern} needs rows of a multiple of {group} weights, the model has rows of {width}. "
+                "Choose another pattern."
+            )
+
+
+def walks(method: str, sequential: bool) -> bool:
+    """Whether a method prunes while the calibration rows walk through the blocks, or from statistics alone."""
+    chosen = method_named(method)
+    return chosen.updates_weights or (sequential and chosen.needs_inputs)
+
+
+def measured(methods: Iterable[Method], model: Prunable, blocks: Blocks, rows: Sequence[Encoded]) -> Statistics:
+    """What the scores of `methods` use of calibration rows, from the dense model. Gradients need all of it."""
+    needs = list(methods)
+    gradients: dict[str, Tensor] = {}
+    norms: dict[Source, Tensor] = {}
+    if any(method.needs_gradients for method in needs):
+        gradients = gradient_sums(blocks.whole(), rows, model.matrices)
+    if any(method.needs_inputs for method in needs):
+        for _, inputs in walk(blocks, rows):
+            norms |= {source: sums.norms for source, sums in inputs.items()}
+    owl = any(method.allocation == "owl" for method in needs)
+    return Statistics(norms, gradients, measured_outliers(model, norms) if owl else ())
 
 
 def measured_outliers(model: Prunable, norms: Mapping[Source, Tensor]) -> tuple[float, ...]:
