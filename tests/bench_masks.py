@@ -169,34 +169,33 @@ def bench_sparsegpt(size: int = SIZE) -> dict[str, float]:
     }
 
 
-def write_slice(folder: Path, layers: int = 4) -> None:
-    """A checkpoint with the shapes of a 7B Llama, a shard a block."""
+def write_llama(folder: Path, layers: int, hidden: int, channels: int, vocabulary: int) -> None:
+    """A checkpoint of random weights without a tokenizer, a shard a block."""
+    folder.mkdir()
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
-        "hidden_size": 4096,
-        "intermediate_size": 11008,
+        "hidden_size": hidden,
+        "intermediate_size": channels,
         "num_hidden_layers": layers,
         "num_attention_heads": 32,
         "num_key_value_heads": 32,
-        "vocab_size": 32000,
+        "vocab_size": vocabulary,
     }
     (folder / "config.json").write_text(json.dumps(config))
-    sizes = dict.fromkeys(("q", "k", "v", "o"), (4096, 4096)) | dict.fromkeys(("gate", "up"), (11008, 4096))
-    sizes["down"] = (4096, 11008)
+    parts = {f"self_attn.{part}_proj": (hidden, hidden) for part in "qkvo"}
+    parts |= {
+        "mlp.gate_proj": (channels, hidden),
+        "mlp.up_proj": (channels, hidden),
+        "mlp.down_proj": (hidden, channels),
+    }
+    shards = [dict.fromkeys(("model.embed_tokens.weight", "lm_head.weight"), (vocabulary, hidden))]
+    shards += [{f"model.layers.{n}.{part}.weight": size for part, size in parts.items()} for n in range(layers)]
     names: dict[str, str] = {}
-    for layer in range(-1, layers):
-        tensors = (
-            {"model.embed_tokens.weight": (32000, 4096), "lm_head.weight": (32000, 4096)}
-            if layer < 0
-            else {
-                f"model.layers.{layer}.{'self_attn' if part in 'qkvo' else 'mlp'}.{part}_proj.weight": size
-                for part, size in sizes.items()
-            }
-        )
-        shard = f"model-{layer + 2:05}-of-{layers + 1:05}.safetensors"
-        save_file({n: (torch.randn(s) * 0.02).bfloat16() for n, s in tensors.items()}, folder / shard)
-        names |= dict.fromkeys(tensors, shard)
+    for number, shapes in enumerate(shards, start=1):
+        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        save_file({name: (torch.randn(shape) * 0.02).bfloat16() for name, shape in shapes.items()}, folder / file)
+        names |= dict.fromkeys(shapes, file)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
 
 
@@ -217,44 +216,50 @@ def read_seconds(folder: Path) -> float:
     return time.perf_counter() - start
 
 
-def prune_slice(folder: str, method: str, queue: Any) -> None:
-    """In a process of its own, so that its peak memory is that of pruning."""
+def prune_slice(scratch: str, method: str, queue: Any) -> None:
+    """In a process of its own, so that its peak memory is that of pruning. A small model first: imports, figures."""
     from trainables.hardware import peak_memory_bytes, reset_peak_memory
     from tune_sparse.prune import Request, run
 
-    request = Request(folder, [method], SPARSITIES, Path(folder).parent / "masks", format="levels")
+    def seconds(name: str) -> float:
+        folder = Path(scratch) / name
+        forget(folder)
+        start = time.perf_counter()
+        run(Request(str(folder), [method], SPARSITIES, Path(scratch) / "masks", format="levels"), lambda line: None)
+        return time.perf_counter() - start
+
+    seconds("small")
+    fixed = seconds("small")
     reset_peak_memory()
-    before, start = peak_memory_bytes(), time.perf_counter()
-    run(request, report=lambda line: None)
-    queue.put((time.perf_counter() - start, peak_memory_bytes(), before))
+    before = peak_memory_bytes()
+    queue.put((seconds("slice"), fixed, peak_memory_bytes(), before))
 
 
 def bench_slice() -> dict[str, float]:
     figures: dict[str, float] = {}
     with tempfile.TemporaryDirectory(dir=os.environ.get("BENCH_DIR")) as scratch:
         folder = Path(scratch) / "slice"
-        folder.mkdir()
-        write_slice(folder)
+        write_llama(folder, layers=4, hidden=4096, channels=11008, vocabulary=32000)
+        write_llama(Path(scratch) / "small", layers=1, hidden=64, channels=128, vocabulary=64)
         context = multiprocessing.get_context("spawn")
-        blocks = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
         for method in ("unstructured", "random", "structured"):
             forget(folder)
             read = read_seconds(folder)
-            forget(folder)
             queue = context.Queue()
-            worker = context.Process(target=prune_slice, args=(str(folder), method, queue))
+            worker = context.Process(target=prune_slice, args=(scratch, method, queue))
             worker.start()
-            seconds, peak, before = queue.get()
+            seconds, fixed, peak, before = queue.get()
             worker.join()
             figures |= {
-                f"slice_{method}_seconds": seconds,
-                f"slice_{method}_read_seconds": read,
-                f"slice_{method}_over_read": seconds / read,
-                f"slice_{method}_7b_minutes": seconds * LAYERS_7B / 4 / 60,
-                f"slice_{method}_peak_mb": peak / 1e6,
-                f"slice_{method}_idle_mb": before / 1e6,
+                f"{method}_seconds": seconds - fixed,
+                f"{method}_fixed_seconds": fixed,
+                f"{method}_read_seconds": read,
+                f"{method}_over_read": (seconds - fixed) / read,
+                f"{method}_7b_minutes": ((seconds - fixed) * LAYERS_7B / 4 + fixed) / 60,
+                f"{method}_peak_mb": peak / 1e6,
+                f"{method}_idle_mb": before / 1e6,
             }
-        figures["slice_gb"] = blocks / 1e9
+        figures["slice_gb"] = sum(path.stat().st_size for path in folder.glob("*.safetensors")) / 1e9
         figures["slice_largest_tensor_mb"] = 32000 * 4096 * 2 / 1e6
     return figures
 

@@ -9,6 +9,7 @@ that share a bin with a cut are sorted.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import count
 
 import numpy as np
 import torch
@@ -27,13 +28,12 @@ UNSETTLED = 255
 def level_map(scores: Tensor, counts: Sequence[int]) -> Tensor:
     """How many levels each weight survives, uint8, in the shape of `scores`.
 
-    scores: finite, not negative, of 16 or 32 bits. counts: weights pruned at each level, ascending. Level k keeps
-    what `keep_highest(scores, counts[k])` keeps.
+    scores: finite, of 16 or 32 bits, compared by their absolute values, so that magnitudes need no copy. counts:
+    weights pruned at each level, ascending. Level k keeps what `keep_highest(scores.abs(), counts[k])` keeps.
     """
-    bits = bits_of(scores)
-    cuts = torch.tensor(counts)
     assert len(counts) <= MAX_LEVELS
     assert list(counts) == sorted(counts)
+    bits, cuts = bits_of(scores), torch.tensor(counts)
     histogram = bin_counts(scores)
     below = histogram.cumsum(0) - histogram
     # A weight of rank r survives level k if counts[k] <= r.
@@ -43,11 +43,13 @@ def level_map(scores: Tensor, counts: Sequence[int]) -> Tensor:
     table[shared] = UNSETTLED
     table = table.to(scores.device)
     levels = torch.empty(bits.numel(), dtype=torch.uint8, device=scores.device)
-    for chunk, out in zip(bits.split(CHUNK), levels.split(CHUNK), strict=True):
+    unsettled = []
+    for start, chunk, out in zip(count(step=CHUNK), bits.split(CHUNK), levels.split(CHUNK), strict=False):
         torch.index_select(table, 0, _bins(chunk), out=out)
+        unsettled.append(_positions(out == UNSETTLED) + start)
     # Weights that share a bin with a cut, sorted: ranks rise by one, and jump over the bins between.
-    positions = _positions(levels == UNSETTLED)
-    values, order = bits[positions].sort(stable=True)
+    positions = torch.cat(unsettled)
+    values, order = (bits[positions] & BITS[scores.dtype][1]).sort(stable=True)
     jumps = (below - (histogram * shared).cumsum(0) + histogram * shared).to(scores.device)
     ranks = jumps[_bins(values).long()] + torch.arange(len(values), device=scores.device)
     levels[positions[order]] = torch.searchsorted(cuts.to(scores.device), ranks, right=True).to(torch.uint8)
@@ -73,14 +75,14 @@ def lower_counts(scores: Tensor, bin: int) -> Tensor:
     """How many scores of one bin have each value of the lower 16 bits; there is but one value in 16-bit scores."""
     bits = bits_of(scores)
     if bits.dtype == torch.int16:
-        return (bits == bin).sum().cpu()[None]
+        return (_bins(bits) == bin).sum().cpu()[None]
     inside = bits[_bins(bits) == bin] & 0xFFFF
     return torch.bincount(inside, minlength=1 << 16).cpu()
 
 
 def tie_counts(scores: Tensor, pattern: int) -> tuple[int, int]:
     """(scores below the one with these bits, scores equal to it)."""
-    bits = bits_of(scores)
+    bits = bits_of(scores) & BITS[scores.dtype][1]
     return int((bits < pattern).sum()), int((bits == pattern).sum())
 
 
@@ -90,7 +92,8 @@ def pattern_of(bin: int, lower: int, dtype: torch.dtype) -> int:
 
 
 def _bins(bits: Tensor) -> Tensor:
-    return bits.int() if bits.dtype == torch.int16 else bits >> 16
+    """The upper 16 bits without the sign, as int32."""
+    return (bits if bits.dtype == torch.int16 else bits >> 16).int() & (BINS - 1)
 
 
 def row_level_map(scores: Tensor, counts: Sequence[int], transposed: bool = False) -> Tensor:
@@ -102,11 +105,11 @@ def row_level_map(scores: Tensor, counts: Sequence[int], transposed: bool = Fals
     rows, width = scores.shape
     order = scores.argsort(dim=1, stable=True)
     levels = torch.empty(rows, width, dtype=torch.uint8, device=scores.device)
-    shares = torch.tensor([count // rows for count in counts])
+    shares = torch.tensor([pruned // rows for pruned in counts])
     ranked = torch.searchsorted(shares, torch.arange(width), right=True).to(torch.uint8).to(scores.device)
     levels.scatter_(1, order, ranked.expand(rows, width))
     every = torch.arange(rows, device=scores.device)
-    for share, rest in (divmod(count, rows) for count in counts):
+    for share, rest in (divmod(pruned, rows) for pruned in counts):
         if rest:
             column = order[:, share]
             position = column * rows + every if transposed else every * width + column

@@ -53,7 +53,7 @@ class LevelStatistics:
         """A histogram of log2 |w|, the weights that stayed upon those that went."""
         from matplotlib.figure import Figure
 
-        figure = Figure(figsize=(6, 3.5), layout="constrained")
+        figure = Figure(figsize=(6, 4))
         axes = figure.subplots()
         filled = (self.pruned + self.kept).nonzero().flatten().tolist()
         shown = range(max(1, filled[0]), filled[-1] + 1)
@@ -86,7 +86,7 @@ def by_exponent(weight: Tensor, survived: Tensor) -> Tensor:
     _, magnitude, infinite = BITS[weight.dtype]
     shift = (infinite & -infinite).bit_length() - 1  # bits of the mantissa
     for bits, levels in zip(bits_of(weight).split(CHUNK), survived.view(-1).split(CHUNK), strict=True):
-        index = ((bits & magnitude) >> shift).to(torch.int16)
-        counts += torch.bincount(index * width + levels, minlength=EXPONENTS * width)
+        index = ((bits & magnitude) >> shift).to(torch.int16).mul_(width).add_(levels.to(torch.int16))
+        counts += torch.bincount(index, minlength=EXPONENTS * width)
     rebased = EXPONENT_BIAS[torch.float32] - EXPONENT_BIAS[weight.dtype]
     return counts.view(EXPONENTS, width).roll(rebased, dims=0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -27,6 +28,9 @@ from tune_sparse.paths import write_json
 from tune_sparse.pruning import PrunedMatrix, measured, prune, prune_walking, refuse_sparsities_of, walks
 from tune_sparse.shrink import shrink
 from tune_sparse.tensor_files import TensorWriter
+
+AHEAD_BYTES = 1 << 28
+"""Larger matrices are made one at a time, to keep memory within three of the largest tensor."""
 
 
 @dataclass(frozen=True)
@@ -130,11 +134,26 @@ def _pruned_matrices(
 ) -> Iterator[PrunedMatrix]:
     sequential = _is_sequential(request, name)
     if not walks(name, sequential):
-        return prune(name, checkpoint.prunable, sparsities, request.seed, statistics)
+        found = prune(name, checkpoint.prunable, sparsities, request.seed, statistics)
+        return ahead(found) if _largest_bytes(checkpoint) <= AHEAD_BYTES else found
     blocks = StreamedBlocks(checkpoint, _dtype(checkpoint))
     return prune_walking(
         name, checkpoint.prunable, blocks, request.rows, sparsities, request.seed, statistics, sequential
     )
+
+
+def _largest_bytes(checkpoint: OpenCheckpoint) -> int:
+    sizes = checkpoint.prunable.sizes
+    return max(size * checkpoint.tensors.dtypes[name].itemsize for name, size in sizes.items())
+
+
+def ahead(items: Iterator[PrunedMatrix]) -> Iterator[PrunedMatrix]:
+    """The same items, the next one made in a thread while this one is used: torch and the disk leave Python free."""
+    with ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(next, items, None)
+        while (item := coming.result()) is not None:
+            coming = thread.submit(next, items, None)
+            yield item
 
 
 def _write_method(

@@ -136,7 +136,9 @@ class Job:
         return replace(job, counts=counts)
 
     def scores(self, matrix: Matrix, statistics: Statistics) -> Tensor:
-        """Importance of each weight, in the checkpoint's layout."""
+        """Importance of each weight, in the checkpoint's layout; up to the sign, which `level_map` ignores."""
+        if self.method.score == "magnitude" and self.method.pattern not in GROUPS:
+            return self.model.weights[matrix.name]
         weight = matrix.oriented(self.model.weights[matrix.name])
         return matrix.oriented(oriented_scores(self.method.score, matrix, weight, self.seed, statistics)).contiguous()
 
@@ -200,7 +202,7 @@ class Job:
 
     def _group_scores(self, matrix: Matrix, statistics: Statistics) -> Tensor:
         weight = matrix.oriented(self.model.weights[matrix.name])
-        if self.method.score != "magnitude":  # a norm needs no absolute values
+        if self.method.score != "magnitude":  # a norm ignores the sign
             weight = oriented_scores(self.method.score, matrix, weight, self.seed, statistics)
         return group_parts(matrix, self.model.shape, weight)
 
