@@ -63,7 +63,8 @@ def uniform(shape: torch.Size, key: str) -> Tensor:
     return torch.rand(shape, generator=torch.Generator().manual_seed(stream))
 
 
-GROUPS_AT_ONCE = 512
+SCORES_AT_ONCE = 1 << 22
+"""Scores that are normed together, as fp32."""
 
 
 def group_norms(*parts: Tensor) -> Tensor:
@@ -71,8 +72,9 @@ def group_norms(*parts: Tensor) -> Tensor:
 
     parts: (G, ...) each, row g holding the scores that group g has in that matrix; the result is (G,).
     """
+    groups = max(1, SCORES_AT_ONCE * len(parts[0]) // sum(part.numel() for part in parts))
     norms = [
         torch.cat([part.flatten(1).float() for part in some], dim=1).norm(dim=1)
-        for some in zip(*(part.split(GROUPS_AT_ONCE) for part in parts), strict=True)
+        for some in zip(*(part.split(groups) for part in parts), strict=True)
     ]
     return torch.cat(norms)
