@@ -13,7 +13,10 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("tune_sparse", "search_spaces", "trainables", "cluster", "analysis")
 FILES = [path.relative_to(ROOT).as_posix() for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))]
-PROGRAM = {f"tune_sparse.{name}" for name in ("tracking", "plan", "sweep", "ray_callback", "search", "progress", "cli")}
+PROGRAM = {
+    f"tune_sparse.{name}"
+    for name in ("tracking", "plan", "prune", "sweep", "ray_callback", "search", "progress", "cli")
+}
 CORE = [
     file
     for file in FILES

@@ -38,7 +38,7 @@ def global_order(sizes: Mapping[str, int], sparsities: Sequence[float], scores: 
     lower: dict[int, Tensor] = {}
     for name in sizes:
         values = scores(name)
-        for bin, _ in set(bins):
+        for bin in {bin for bin, _ in bins}:
             lower[bin] = lower.get(bin, 0) + lower_counts(values, bin)
     cuts = []
     for bin, rank in bins:
