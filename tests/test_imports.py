@@ -27,6 +27,7 @@ CORE = [
 CORE_LIBRARIES = {
     *("torch", "numpy", "safetensors", "tokenizers", "transformers", "peft", "huggingface_hub"),
     *("yaml", "filelock", "psutil"),
+    "matplotlib",  # the histograms of masks
 }
 RAY_FILES = {"trainables/cell.py", "tune_sparse/sweep.py", "tune_sparse/ray_callback.py"}
 

@@ -45,6 +45,7 @@ PROTOCOL = Protocol(
     n_selection=4,
     n_test=8,
     eval_every=2,
+    calibration_rows=6,
 )
 IDS = torch.arange(2 * 20).view(2, 20)
 ROWS = [Encoded(tuple(range(i, i + 10)), (i, i + 1)) for i in range(8)]
@@ -374,3 +375,64 @@ def test_the_recorded_mask_is_that_of_the_method(make_run: MakeRun, ledger: Ledg
     weights = prunable_weights(load_model(llama, torch.float32, torch.device("cpu")))
     masks = make_masks("unstructured", weights, check_checkpoint(str(llama)).shape, 0.5, seed=0)
     assert record.metrics["mask_sha256"] == mask_sha256(masks)
+
+
+@pytest.mark.parametrize(
+    ("method", "order"),
+    [
+        *((method, order) for method in ("wanda", "sparsegpt", "wanda-owl") for order in ("dense", "sequential")),
+        ("taylor-2:4", "dense"),
+        ("random-structured", "dense"),
+    ],
+)
+def test_every_kind_of_method_trains(method: str, order: str, make_run: MakeRun, ledger: Ledger) -> None:
+    run = make_run(method=method, calibration_order=order)
+    record = finished(run, ledger, Bench())
+    assert record.status == "done", record.error
+    assert record.metrics["counted_sparsity"] == pytest.approx(0.5, abs=0.01)
+    described = json.loads((ledger.run_folder(run.run_id) / "sparse_config.json").read_text())
+    calibration = {"calibration": "task", "calibration_rows": 6, "calibration_tokens": 2048, "calibration_order": order}
+    assert described["calibration"] == (calibration if run.is_calibrated else None)
+    assert described["mask_sha256"] == record.metrics["mask_sha256"]
+
+
+def test_sparsegpt_freezes_the_weights_that_it_updated(
+    make_run: MakeRun, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[dict[str, Tensor]] = []
+    write = torch_backend.write_weights_into
+    monkeypatch.setattr(
+        torch_backend,
+        "write_weights_into",
+        lambda model, weights: written.append(dict(weights)) or write(model, weights),
+    )
+    finished(make_run(method="sparsegpt", steps=1, learning_rate=1e-30, final_learning_rate=1e-30), ledger, Bench())
+    pristine, pruned, deployed = written[0], written[1], written[-1]
+    for name, weight in pruned.items():
+        kept = weight != 0
+        assert not torch.equal(weight[kept], pristine[name][kept])
+        torch.testing.assert_close(deployed[name], weight, atol=1e-6, rtol=0)
+
+
+def test_a_bench_measures_a_model_on_a_task_once(
+    make_run: MakeRun, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    walks = []
+    measured = torch_backend.measured
+    monkeypatch.setattr(torch_backend, "measured", lambda *args: walks.append(1) or measured(*args))
+    bench = Bench()
+    for sparsity in (0.3, 0.5):
+        for mode in ("sparse-to-dense", "sparse-to-sparse"):
+            finished(make_run(method="wanda", sparsity=sparsity, mode=mode), ledger, bench)
+    assert len(walks) == 1
+    finished(make_run(method="wanda", task="gsm8k"), ledger, bench)
+    assert len(walks) == 2
+
+
+def test_a_calibrated_run_does_not_depend_on_the_runs_before_it(
+    make_run: MakeRun, ledger: Ledger, fresh: Callable[[Run], Record]
+) -> None:
+    bench, run = Bench(), make_run(method="sparsegpt", calibration_order="sequential")
+    finished(make_run(method="taylor"), ledger, bench)
+    finished(make_run(method="wanda", calibration_order="sequential"), ledger, bench)
+    assert finished(run, ledger, bench).metrics == fresh(run).metrics

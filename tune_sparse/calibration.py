@@ -274,7 +274,7 @@ def text_rows(tokenizer: PreTrainedTokenizerBase, text: str, rows: int, tokens: 
     # Enough characters for the pieces, most texts being far longer; all of them where that was too few.
     wanted = rows * tokens
     for characters in (8 * wanted, len(text)):
-        ids = tokenizer(text[:characters], add_special_tokens=False)["input_ids"]
+        ids = tokenizer(text[:characters], add_special_tokens=False, verbose=False)["input_ids"]
         if len(ids) >= wanted:
             return [Encoded((), tuple(ids[i : i + tokens])) for i in range(0, wanted, tokens)]
     raise InputError(

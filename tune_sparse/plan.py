@@ -189,7 +189,11 @@ def check_names(config: SweepConfig) -> None:
     for task in config.tasks:
         task_named(task)
     for method in config.methods:
-        method_named(method)
+        if method_named(method).needs_gradients and config.protocol.calibration_order == "sequential":
+            raise InputError(
+                f"{method} needs gradients of the whole dense model, got calibration_order sequential. "
+                "Set calibration_order=dense, or leave the method out."
+            )
 
 
 def _refuse_ambiguous_names(references: Sequence[str]) -> None:
