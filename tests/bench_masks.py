@@ -221,12 +221,12 @@ def prune_slice(scratch: str, method: str, queue: Any) -> None:
     from trainables.hardware import peak_memory_bytes, reset_peak_memory
     from tune_sparse.prune import Request, run
 
-    def seconds(name: str) -> float:
+    def seconds(name: str) -> tuple[float, float]:
         folder = Path(scratch) / name
         forget(folder)
-        start = time.perf_counter()
+        start = time.perf_counter(), time.process_time()
         run(Request(str(folder), [method], SPARSITIES, Path(scratch) / "masks", format="levels"), lambda line: None)
-        return time.perf_counter() - start
+        return time.perf_counter() - start[0], time.process_time() - start[1]
 
     seconds("small")
     fixed = seconds("small")
@@ -248,13 +248,15 @@ def bench_slice() -> dict[str, float]:
             queue = context.Queue()
             worker = context.Process(target=prune_slice, args=(scratch, method, queue))
             worker.start()
-            seconds, fixed, peak, before = queue.get()
+            (seconds, cpu_seconds), (fixed, fixed_cpu), peak, before = queue.get()
             worker.join()
             figures |= {
                 f"{method}_seconds": seconds - fixed,
+                f"{method}_cpu_seconds": cpu_seconds - fixed_cpu,
                 f"{method}_fixed_seconds": fixed,
                 f"{method}_read_seconds": read,
                 f"{method}_over_read": (seconds - fixed) / read,
+                f"{method}_cpu_over_read": (cpu_seconds - fixed_cpu) / read,
                 f"{method}_7b_minutes": ((seconds - fixed) * LAYERS_7B / 4 + fixed) / 60,
                 f"{method}_peak_mb": peak / 1e6,
                 f"{method}_idle_mb": before / 1e6,

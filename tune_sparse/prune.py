@@ -30,7 +30,8 @@ from tune_sparse.shrink import shrink
 from tune_sparse.tensor_files import TensorWriter
 
 AHEAD_BYTES = 1 << 28
-"""Larger matrices are made one at a time, to keep memory within three of the largest tensor."""
+"""Larger matrices, and structured ones, which need several at once, are not made ahead: memory stays within three of
+the largest tensor and 500 MB."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,8 @@ def _pruned_matrices(
     sequential = _is_sequential(request, name)
     if not walks(name, sequential):
         found = prune(name, checkpoint.prunable, sparsities, request.seed, statistics)
-        return ahead(found) if _largest_bytes(checkpoint) <= AHEAD_BYTES else found
+        is_small = _largest_bytes(checkpoint) <= AHEAD_BYTES and method_named(name).pattern != "structured"
+        return ahead(found) if is_small else found
     blocks = StreamedBlocks(checkpoint, _dtype(checkpoint))
     return prune_walking(
         name, checkpoint.prunable, blocks, request.rows, sparsities, request.seed, statistics, sequential
