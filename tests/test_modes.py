@@ -12,18 +12,20 @@ from typing import Any
 
 import pytest
 import torch
+from factories import write_boolq
 from peft import PeftModel
 from torch import Tensor
 
-from trainables import sparse_to_dense, torch_backend
+from trainables import pruned, sparse_to_dense, torch_backend
 from trainables.deployed import Deployed
 from trainables.torch_backend import MODES, Bench, run_cell
 from tune_sparse.config import MODES as MODE_NAMES
-from tune_sparse.config import Cell, Protocol
+from tune_sparse.config import Cell, Protocol, SweepConfig
 from tune_sparse.data import Encoded, load_splits
 from tune_sparse.lora import adapt_model, merged_weights, sparse_lora_layers
 from tune_sparse.masks import Masks, mask_sha256, masked
 from tune_sparse.models import check_checkpoint, load_model, prunable_weights, write_weights_into
+from tune_sparse.plan import plan_sweep
 from tune_sparse.pruning import make_masks
 from tune_sparse.result import Ledger, Record, Run
 from tune_sparse.tasks import TASKS
@@ -418,8 +420,8 @@ def test_a_bench_measures_a_model_on_a_task_once(
     make_run: MakeRun, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     walks = []
-    measured = torch_backend.measured
-    monkeypatch.setattr(torch_backend, "measured", lambda *args: walks.append(1) or measured(*args))
+    measured = pruned.measured
+    monkeypatch.setattr(pruned, "measured", lambda *args: walks.append(1) or measured(*args))
     bench = Bench()
     for sparsity in (0.3, 0.5):
         for mode in ("sparse-to-dense", "sparse-to-sparse"):
@@ -436,3 +438,22 @@ def test_a_calibrated_run_does_not_depend_on_the_runs_before_it(
     finished(make_run(method="taylor"), ledger, bench)
     finished(make_run(method="wanda", calibration_order="sequential"), ledger, bench)
     assert finished(run, ledger, bench).metrics == fresh(run).metrics
+
+
+def test_scores_can_be_calibrated_on_text(llama: Path, ledger: Ledger, tmp_path: Path) -> None:
+    rows = write_boolq(tmp_path / "rows", train=20, validation=6)
+    text = rows / "wikitext2" / "train.txt"
+    text.parent.mkdir()
+    text.write_text("The tower was built in 1889 and is 330 metres tall . " * 60)
+    few = {"steps": 1, "warmup_steps": 0, "global_batch": 4, "micro_batch": 4, "n_selection": 4, "precision": "float32"}
+    calibration = {"calibration": "wikitext2", "calibration_rows": 4, "calibration_tokens": 64}
+    names = {"models": str(llama), "tasks": "boolq", "data_dir": rows, "methods": "wanda", "sparsities": "0.5"}
+    plan = plan_sweep(SweepConfig.from_names(names | few | calibration))
+    first, second = plan.runs.values()
+    assert first.calibration_fingerprint == second.calibration_fingerprint is not None
+    assert finished(first, ledger, Bench()).status == "done"
+    described = json.loads((ledger.run_folder(first.run_id) / "sparse_config.json").read_text())
+    assert described["calibration"] | calibration == described["calibration"]
+    text.write_text(text.read_text() + "more")
+    record = finished(second, ledger, Bench())
+    assert record.error["message"].startswith("the text wikitext2 must not change during a sweep")

@@ -21,21 +21,19 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trainables import dense, sparse_to_dense, sparse_to_sparse
 from trainables.deployed import Deployed
 from trainables.hardware import device, environment, peak_memory_bytes, reset_peak_memory
-from tune_sparse.calibration import ModelBlocks, Statistics, checked_rows, text_rows
+from trainables.pruned import Pruned, Pruner
 from tune_sparse.cost import SEQUENCE_LENGTHS, inference_flops
-from tune_sparse.data import Encoded, calibration_text, encode_answers, load_splits
+from tune_sparse.data import Encoded, encode_answers, load_splits
 from tune_sparse.errors import DISK_FULL, InputError, RunError
 from tune_sparse.evaluate import Scored, TestSet, encode_test, score
 from tune_sparse.lora import adapt_model, lost_fraction, save_adapter, sparse_lora_layers, updates
-from tune_sparse.masks import Masks, mask_sha256, masked, sparsity_of
-from tune_sparse.methods import method_named
+from tune_sparse.masks import sparsity_of
 from tune_sparse.models import Shape, check_checkpoint, load_model, load_tokenizer, prunable_weights, write_weights_into
 from tune_sparse.paths import write_json, write_lines, write_text
-from tune_sparse.pruning import NO_STATISTICS, Prunable, make_masks, measured, prune_walking, walks
-from tune_sparse.result import Ledger, Record, Run, sha256_of, write_config
+from tune_sparse.result import Ledger, Record, Run, write_config
 from tune_sparse.tasks import task_named
 from tune_sparse.train import Step, fit, mean_loss
-from tune_sparse.validate import mask_violations, validation_report
+from tune_sparse.validate import validation_report
 
 MODES = {"dense": dense, "sparse-to-dense": sparse_to_dense, "sparse-to-sparse": sparse_to_sparse}
 
@@ -77,7 +75,7 @@ class Bench:
         self.loads = 0
         self._loaded: Loaded | None = None
         self._rows: dict[tuple[Any, ...], Rows] = {}
-        self._statistics: dict[tuple[Any, ...], Statistics] = {}
+        self.pruner = Pruner()
 
     def lend(self, run: Run) -> Loaded:
         """The run's model, its weights as in the checkpoint. It is loaded only if another one lay here."""
@@ -91,7 +89,7 @@ class Bench:
 
     def clear(self) -> None:
         """Forget the model: it may have been left half-changed, or another one is wanted."""
-        self._loaded, self._rows, self._statistics = None, {}, {}
+        self._loaded, self._rows, self.pruner = None, {}, Pruner()
         gc.collect()
 
     def rows(self, run: Run, tokenizer: PreTrainedTokenizerBase) -> Rows:
@@ -108,28 +106,6 @@ class Bench:
             )
             self._rows[key] = Rows(train, selection, encode_test(tokenizer, task, splits.test, protocol))
         return self._rows[key]
-
-    def calibration_rows(self, run: Run, tokenizer: PreTrainedTokenizerBase, rows: Rows) -> list[Encoded]:
-        """What scores are calibrated on: training rows of the task, or pieces of a text."""
-        protocol = run.protocol
-        if protocol.calibration == "task":
-            return checked_rows(rows.train, protocol.calibration_rows)
-        text = calibration_text(protocol.calibration, Path(run.data_dir) if run.data_dir else None)
-        if sha256_of(text) != run.calibration_fingerprint:
-            raise InputError(f"the text {protocol.calibration} must not change during a sweep. Start the sweep again.")
-        return text_rows(tokenizer, text, protocol.calibration_rows, protocol.calibration_tokens)
-
-    def statistics(self, run: Run, calibration: list[Encoded]) -> Statistics:
-        """What the run's method uses of its calibration rows, measured once on the dense model."""
-        assert self._loaded is not None
-        method = method_named(run.cell.method)
-        rows = (run.cell.task, run.data_fingerprint, run.prompt_version, run.calibration_fingerprint)
-        needs = (method.needs_inputs, method.needs_gradients, method.allocation)
-        key = (*rows, *needs, run.protocol.max_tokens, *run.protocol.calibrated_by.values())
-        if key not in self._statistics:
-            model = Prunable.of(self._loaded.pristine, self._loaded.shape)
-            self._statistics[key] = measured([method], model, ModelBlocks(self._loaded.model), calibration)
-        return self._statistics[key]
 
 
 def _load(run: Run, key: tuple[str, str]) -> Loaded:
@@ -213,7 +189,7 @@ def _stages(
     rows = bench.rows(run, tokenizer)
     log(f"model and rows ready: {len(rows.train)} train, {len(rows.selection)} selection, {len(rows.test.golds)} test")
 
-    pruned = _prune(run, loaded, bench, rows)
+    pruned = bench.pruner.prune(run, loaded, rows.train)
     write_weights_into(model, pruned.weights)
     write_json(folder / "sparse_config.json", pruned.described(run))
     untuned = _untuned(run, ledger, lambda: score(model, tokenizer, rows.test, protocol))
@@ -274,48 +250,6 @@ def _stages(
         "peak_memory_bytes": peak_memory_bytes(),
     }
     return metrics, measured
-
-
-@dataclass(frozen=True)
-class Pruned:
-    """Masks, their checksum, and the weights that they leave."""
-
-    masks: Masks
-    checksum: str
-    weights: dict[str, Tensor]
-
-    def described(self, run: Run) -> dict[str, Any]:
-        """What `sparse_config.json` holds."""
-        cell = run.cell
-        return {
-            "method": cell.method,
-            "sparsity": cell.sparsity,
-            "seed": cell.seed,
-            "mask_sha256": self.checksum,
-            "counted_sparsity": sparsity_of(self.masks),
-            "kept_by_matrix": {name: [int(mask.sum()), mask.numel()] for name, mask in self.masks.items()},
-            "calibration": run.protocol.calibrated_by if run.is_calibrated else None,
-        }
-
-
-def _prune(run: Run, loaded: Loaded, bench: Bench, rows: Rows) -> Pruned:
-    """Masks and pruned weights. The model may be left half-pruned: its weights are written next."""
-    method, sparsity, seed = run.cell.method, run.cell.sparsity, run.cell.seed
-    calibration = bench.calibration_rows(run, loaded.tokenizer, rows) if run.is_calibrated else []
-    statistics = bench.statistics(run, calibration) if run.is_calibrated else NO_STATISTICS
-    if sparsity and walks(method, run.protocol.calibration_order == "sequential"):
-        model, blocks = Prunable.of(loaded.pristine, loaded.shape), ModelBlocks(loaded.model)
-        sequential = run.protocol.calibration_order == "sequential"
-        found = list(prune_walking(method, model, blocks, calibration, [sparsity], seed, statistics, sequential))
-        masks = {matrix.name: matrix.keep(0) for matrix in found}
-        weights = {matrix.name: matrix.weight(0) for matrix in found}
-    else:
-        masks = make_masks(method, loaded.pristine, loaded.shape, sparsity, seed, statistics)
-        weights = masked(loaded.pristine, masks)
-    violations = mask_violations(masks, sparsity)
-    if violations:
-        raise RunError("masks must be valid: " + "; ".join(violations))
-    return Pruned(masks, mask_sha256(masks), weights)
 
 
 def _untuned(run: Run, ledger: Ledger, compute: Callable[[], Scored]) -> dict[str, Any]:
