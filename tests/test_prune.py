@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import re
@@ -23,7 +24,7 @@ from tune_sparse.cli.command import BAD_INPUT, FAULT, OK
 from tune_sparse.mask_files import MaskFile, stem
 from tune_sparse.masks import mask_sha256, sparsity_of
 from tune_sparse.pruning import make_masks
-from tune_sparse.tensor_files import weight_files
+from tune_sparse.tensor_files import TensorWriter, weight_files
 
 METHODS = ("unstructured", "structured", "wanda", "sparsegpt", "random-2:4")
 CALIBRATION = ("--calibration", "boolq", "--data-dir", "embedded", "--calibration-rows", "8")
@@ -265,6 +266,23 @@ def test_too_little_room_is_refused(
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(10**9, 10**9, 10**3))
     assert prune(llama_folder, tmp_path / "masks") == BAD_INPUT
     assert re.search(r"pruning needs room for what it writes, about 0\.00 GB, .+ has 0\.00 GB", capsys.readouterr().err)
+
+
+def test_a_disk_that_runs_full_leaves_no_file(
+    llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write, written = TensorWriter.write, []
+
+    def full_at_the_twentieth(self: TensorWriter, name: str, tensor: torch.Tensor) -> None:
+        written.append(name)
+        if len(written) == 20:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(self, name, tensor)
+
+    monkeypatch.setattr(TensorWriter, "write", full_at_the_twentieth)
+    assert prune(llama_folder, tmp_path / "masks", "--checkpoints") == BAD_INPUT
+    assert re.search(r"pruning needs room .+/masks ran full: .+ No space left", capsys.readouterr().err)
+    assert [path for path in (tmp_path / "masks").rglob("*") if path.is_file()] == []
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from tune_sparse.cli.command import FAULT, OK, add_command
 from tune_sparse.config import EMBEDDED_ROWS, Protocol
-from tune_sparse.errors import InputError, unknown_name
+from tune_sparse.errors import DISK_FULL, InputError, unknown_name
 from tune_sparse.methods import METHODS
 from tune_sparse.tasks import TASKS
 
@@ -67,21 +67,27 @@ def _prune(chosen: argparse.Namespace) -> int:
 
     calibrated = [name for name in chosen.methods if method_named(name).is_calibrated]
     rows = calibration_rows(chosen) if calibrated and chosen.calibration else ()
-    run(
-        Request(
-            model=chosen.model,
-            methods=chosen.methods,
-            sparsities=chosen.sparsities,
-            out=chosen.out,
-            seed=chosen.seed,
-            format=chosen.format,
-            checkpoints=chosen.checkpoints,
-            shrunk=chosen.shrink,
-            calibration={"source": chosen.calibration, "rows": len(rows), "tokens": chosen.calibration_tokens},
-            rows=rows,
-            sequential=chosen.sequential,
-        )
+    request = Request(
+        model=chosen.model,
+        methods=chosen.methods,
+        sparsities=chosen.sparsities,
+        out=chosen.out,
+        seed=chosen.seed,
+        format=chosen.format,
+        checkpoints=chosen.checkpoints,
+        shrunk=chosen.shrink,
+        calibration={"source": chosen.calibration, "rows": len(rows), "tokens": chosen.calibration_tokens},
+        rows=rows,
+        sequential=chosen.sequential,
     )
+    try:
+        run(request)
+    except OSError as error:
+        if not any(message in str(error) for message in DISK_FULL):
+            raise
+        raise InputError(
+            f"pruning needs room for what it writes, {chosen.out} ran full: {error}. Free some, or give another --out."
+        ) from error
     return OK
 
 
