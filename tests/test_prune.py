@@ -229,6 +229,7 @@ def test_a_broken_checkpoint_leaves_no_file(
         (("--sparsities", "0.5", "0.2"), "sparsities must ascend from above 0, got [0.5, 0.2]"),
         (("--methods", "random-2:4", "--sparsities", "0.6"), "the sparsity of random-2:4 is 0.5, got 0.6"),
         (("--methods", "structured", "--sparsities", "0.999"), "structured sparsity must come within 0.01"),
+        (("--sparsities", *(str(s / 20) for s in range(1, 17))), "one pass makes 15 levels, got 16. Ask for fewer."),
         (("--format", "onnx"), "unknown format 'onnx'"),
         (("--format", "levels", "--methods", "sparsegpt", *CALIBRATION), "those of sparsegpt are not"),
         (("--format", "levels", "--sequential", "--methods", "wanda", *CALIBRATION), "--sequential prunes block after"),

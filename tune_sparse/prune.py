@@ -60,8 +60,8 @@ class Request:
             raise InputError(f"sparsities must ascend from above 0, got {list(self.sparsities)}. Sort them.")
         if self.format not in FORMATS:
             raise unknown_name("format", self.format, FORMATS)
-        if self.format == "levels" and len(self.sparsities) > MAX_LEVELS:
-            raise InputError(f"a level map holds {MAX_LEVELS} sparsities, got {len(self.sparsities)}. Ask for fewer.")
+        if len(self.sparsities) > MAX_LEVELS:
+            raise InputError(f"one pass makes {MAX_LEVELS} levels, got {len(self.sparsities)}. Ask for fewer.")
         for name in self.methods:
             method = method_named(name)
             if method.is_calibrated and not self.rows:
@@ -100,8 +100,8 @@ def run(request: Request, report: Callable[[str], None] = print) -> Path:
         statistics = measured(methods, checkpoint.prunable, blocks, request.rows)
     for method in request.methods:
         # The inputs of a block depend on what was pruned before it: each level walks for itself.
-        walks = [[s] for s in request.sparsities] if _is_sequential(request, method) else [request.sparsities]
-        for sparsities in walks:
+        passes = [[s] for s in request.sparsities] if _is_sequential(request, method) else [request.sparsities]
+        for sparsities in passes:
             _write_method(request, method, sparsities, checkpoint, statistics, folder)
         report(f"{method}: {len(request.sparsities)} levels in {folder}")
     return folder
