@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -42,6 +43,52 @@ def mistral(own_cache: Path) -> Path:
     from tune_sparse.embedded_models import embedded_model
 
     return embedded_model("tiny-mistral", steps=2)
+
+
+@pytest.fixture(scope="session")
+def architecture_folders(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """{class: a sharded checkpoint of random weights}, with the tokenizer of the embedded models."""
+    import torch
+    from transformers import (
+        GPT2Config,
+        GPT2LMHeadModel,
+        LlamaConfig,
+        LlamaForCausalLM,
+        MistralConfig,
+        MistralForCausalLM,
+        MixtralConfig,
+        MixtralForCausalLM,
+        OPTConfig,
+        OPTForCausalLM,
+    )
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 8, "vocab_size": 768}
+    ids = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+    gated = sizes | ids | {"num_key_value_heads": 4, "intermediate_size": 96, "initializer_range": 0.1}
+    gpt2 = {"n_embd": 64, "n_layer": 2, "n_head": 8, "n_positions": 128, "vocab_size": 768}
+    opt = {"ffn_dim": 96, "word_embed_proj_dim": 64, "max_position_embeddings": 128, "init_std": 0.1}
+    made = [
+        (LlamaForCausalLM, LlamaConfig(**gated)),
+        (MistralForCausalLM, MistralConfig(**gated, sliding_window=8)),
+        (MixtralForCausalLM, MixtralConfig(**gated | {"intermediate_size": 48}, num_local_experts=4)),
+        (GPT2LMHeadModel, GPT2Config(**gpt2, **ids, initializer_range=0.1)),
+        (OPTForCausalLM, OPTConfig(**sizes, **ids, **opt)),
+    ]
+    folders: dict[str, Path] = {}
+    for make, config in made:
+        folder = tmp_path_factory.mktemp("architectures") / make.__name__
+        torch.manual_seed(0)
+        model = make(config)
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):  # zero when made; a wrongly cut bias would go unseen
+                torch.nn.init.normal_(parameter, std=0.1)
+        model.save_pretrained(folder, max_shard_size="100KB")
+        for path in llama.glob("tokenizer*"):
+            shutil.copy(path, folder)
+        folders[make.__name__] = folder
+    return folders
 
 
 @pytest.fixture

@@ -39,6 +39,7 @@ TINY_PROTOCOL = Protocol(
     n_selection=4,
     n_test=8,
     eval_every=2,
+    calibration_rows=6,
 )
 
 

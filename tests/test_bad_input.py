@@ -75,7 +75,27 @@ def edit_config(model: Path, **changes: Any) -> None:
 
 FLAGS = [
     (["--tasks", "bolq"], r"unknown task 'bolq'\. Did you mean 'boolq'\? Known: arc_challenge, "),
-    (["--methods", "structurd"], r"unknown method 'structurd'\. Did you mean 'structured' or 'unstructured'\? Known: "),
+    (["--methods", "structurd"], r"unknown method 'structurd'\. Did you mean 'structured' or 'unstructured' or "),
+    (["--methods", "wanda-global"], r"a method must make sense, got 'wanda-global': Wanda's scores compare within an"),
+    (["--methods", "magnitude"], r"a method has one name, got 'magnitude', which is called 'unstructured'\."),
+    (
+        ["--methods", "random-2:4", "--sparsities", "0", "0.5", "0.6"],
+        r".+: the sparsity of random-2:4 is 0\.5, got 0\.6",
+    ),
+    (
+        ["--methods", "wanda"],
+        r"calibration needs 128 rows, boolq has 16 training rows\. Lower calibration_rows, or raise",
+    ),
+    (
+        ["--methods", "wanda", "--set", "calibration=wikitext"],
+        r"unknown calibration 'wikitext'\. Did you mean 'wikitext2'",
+    ),
+    (
+        ["--methods", "wanda", "--set", "calibration=wikitext2"],
+        r"wikitext2 needs the file .*/rows/wikitext2/train\.txt, which is missing\. Add it, or mend --data-dir\.",
+    ),
+    (["--methods", "taylor", "--set", "calibration_order=sequential"], r"taylor needs gradients of the whole dense"),
+    (["--set", "calibration_rows=0"], r"calibration_rows must be at least 1, got 0\."),
     (["--modes", "sparse-to-dence"], r"unknown mode 'sparse-to-dence'\. Did you mean 'sparse-to-dense'"),
     (["--backend", "pytorch"], r"unknown backend 'pytorch'\. Did you mean 'torch'\? Known: torch\."),
     (["--models", "tiny-lama"], r"got 'tiny-lama', which is none of them\. Did you mean 'tiny-llama'\?"),

@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 
 from tune_sparse.cost import attended_pairs, inference_flops
 from tune_sparse.masks import Masks
-from tune_sparse.methods import METHODS, make_masks
 from tune_sparse.models import Shape, check_checkpoint, load_model, prunable_weights
+from tune_sparse.pruning import make_masks
 
 Dense = tuple[PreTrainedModel, Shape]
 
@@ -59,7 +59,7 @@ def test_flops_of_the_matrices_are_those_that_torch_counts(dense: Dense) -> None
     assert inference_flops(masks_of(dense, "none", 0.0), shape, 40) - attention == counted
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["unstructured", "structured", "random", "random-structured"])
 def test_flops_fall_with_sparsity(method: str, dense: Dense) -> None:
     flops = [inference_flops(masks_of(dense, method, s), dense[1], 1024) for s in (0.0, 0.1, 0.5, 0.9)]
     assert flops == sorted(set(flops), reverse=True)

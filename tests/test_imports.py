@@ -15,7 +15,18 @@ FOLDERS = ("tune_sparse", "search_spaces", "trainables", "cluster", "analysis")
 FILES = [path.relative_to(ROOT).as_posix() for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))]
 PROGRAM = {
     f"tune_sparse.{name}"
-    for name in ("harness", "scorecard", "tracking", "plan", "sweep", "ray_callback", "search", "progress", "cli")
+    for name in (
+        "harness",
+        "scorecard",
+        "tracking",
+        "plan",
+        "prune",
+        "sweep",
+        "ray_callback",
+        "search",
+        "progress",
+        "cli",
+    )
 }
 CORE = [
     file
@@ -27,6 +38,7 @@ CORE = [
 CORE_LIBRARIES = {
     *("torch", "numpy", "safetensors", "tokenizers", "transformers", "peft", "huggingface_hub"),
     *("yaml", "filelock", "psutil", "pyarrow", "datasets"),
+    "matplotlib",  # the histograms of masks
 }
 RAY_FILES = {"trainables/cell.py", "tune_sparse/sweep.py", "tune_sparse/ray_callback.py"}
 

@@ -27,8 +27,8 @@ from tune_sparse.lora import (
     updates,
 )
 from tune_sparse.masks import Masks, masked
-from tune_sparse.methods import make_masks
 from tune_sparse.models import PRUNED, check_checkpoint, load_model, prunable_weights, write_weights_into
+from tune_sparse.pruning import make_masks
 from tune_sparse.train import fit
 
 PROTOCOL = Protocol(

@@ -9,11 +9,13 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
+from tune_sparse.architectures import architecture_named
 from tune_sparse.errors import InputError
 from tune_sparse.masks import (
     TOLERANCE,
-    block_masks,
     keep_highest,
+    kept_lines,
+    line_mask,
     mask_sha256,
     masked,
     pruned_count,
@@ -21,6 +23,17 @@ from tune_sparse.masks import (
     structured_counts,
 )
 from tune_sparse.models import Shape
+
+
+def block_masks(shape: Shape, groups: Tensor, channels: Tensor) -> dict[str, Tensor]:
+    """Masks of one block's matrices, by layer name."""
+    architecture = architecture_named(shape.architecture)
+    names = (f"{architecture.blocks}.0.{layer}.weight" for layer in architecture.layers)
+    return {
+        matrix.layer.rsplit(".", 1)[-1]: line_mask(matrix, shape, kept_lines(matrix, shape, groups, channels))
+        for matrix in architecture.matrices(names)
+    }
+
 
 GQA = Shape(
     hidden=3,

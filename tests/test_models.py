@@ -23,7 +23,6 @@ from tune_sparse.models import (
     find_folder,
     load_model,
     load_tokenizer,
-    prunable_layers,
     prunable_weights,
     short_name,
     write_weights_into,
@@ -295,7 +294,7 @@ def test_every_shard_is_checked(sharded: Path) -> None:
 
 def test_seven_layers_of_each_block_are_prunable(llama: Path) -> None:
     model = load_model(llama, torch.float32, CPU)
-    names = [name for name, _ in prunable_layers(model)]
+    names = list(prunable_weights(model))
     parts = dict.fromkeys(PRUNED[:4], "self_attn") | dict.fromkeys(PRUNED[4:], "mlp")
     assert names == [f"model.layers.{i}.{part}.{layer}.weight" for i in range(3) for layer, part in parts.items()]
     saved = load_file(llama / "model.safetensors")

@@ -13,20 +13,22 @@ from typing import Any
 
 import pytest
 import torch
-from factories import TINY_PROTOCOL, finished, tiny_run
+from factories import TINY_PROTOCOL, finished, tiny_run, write_boolq
 from peft import PeftModel
 from torch import Tensor
 
-from trainables import sparse_to_dense, torch_backend
+from trainables import pruned, sparse_to_dense, torch_backend
 from trainables.deployed import Deployed
 from trainables.torch_backend import MODES, Bench, run_cell
 from tune_sparse.config import MODES as MODE_NAMES
+from tune_sparse.config import SweepConfig
 from tune_sparse.data import Encoded
 from tune_sparse.lora import adapt_model, merged_weights, sparse_lora_layers
 from tune_sparse.masks import Masks, mask_sha256, masked
-from tune_sparse.methods import make_masks
 from tune_sparse.models import check_checkpoint, load_model, prunable_weights, write_weights_into
 from tune_sparse.outcomes import read_outcomes
+from tune_sparse.plan import plan_sweep
+from tune_sparse.pruning import make_masks
 from tune_sparse.result import Ledger, Record, Run
 from tune_sparse.train import fit
 
@@ -332,3 +334,83 @@ def test_the_recorded_mask_is_that_of_the_method(make_run: MakeRun, ledger: Ledg
     weights = prunable_weights(load_model(llama, torch.float32, torch.device("cpu")))
     masks = make_masks("unstructured", weights, check_checkpoint(str(llama)).shape, 0.5, seed=0)
     assert record.metrics["mask_sha256"] == mask_sha256(masks)
+
+
+@pytest.mark.parametrize(
+    ("method", "order"),
+    [
+        *((method, order) for method in ("wanda", "sparsegpt", "wanda-owl") for order in ("dense", "sequential")),
+        ("taylor-2:4", "dense"),
+        ("random-structured", "dense"),
+    ],
+)
+def test_every_kind_of_method_trains(method: str, order: str, make_run: MakeRun, ledger: Ledger) -> None:
+    run = make_run(method=method, calibration_order=order)
+    record = finished(run, ledger, Bench())
+    assert record.status == "done", record.error
+    assert record.metrics["counted_sparsity"] == pytest.approx(0.5, abs=0.01)
+    described = json.loads((ledger.run_folder(run.run_id) / "sparse_config.json").read_text())
+    calibration = {"calibration": "task", "calibration_rows": 6, "calibration_tokens": 2048, "calibration_order": order}
+    assert described["calibration"] == (calibration if run.is_calibrated else None)
+    assert described["mask_sha256"] == record.metrics["mask_sha256"]
+
+
+def test_sparsegpt_freezes_the_weights_that_it_updated(
+    make_run: MakeRun, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[dict[str, Tensor]] = []
+    write = torch_backend.write_weights_into
+    monkeypatch.setattr(
+        torch_backend,
+        "write_weights_into",
+        lambda model, weights: written.append(dict(weights)) or write(model, weights),
+    )
+    finished(make_run(method="sparsegpt", steps=1, learning_rate=1e-30, final_learning_rate=1e-30), ledger, Bench())
+    pristine, pruned, deployed = written[0], written[1], written[-1]
+    for name, weight in pruned.items():
+        kept = weight != 0
+        assert not torch.equal(weight[kept], pristine[name][kept])
+        torch.testing.assert_close(deployed[name], weight, atol=1e-6, rtol=0)
+
+
+def test_a_bench_measures_a_model_on_a_task_once(
+    make_run: MakeRun, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    walks = []
+    measured = pruned.measured
+    monkeypatch.setattr(pruned, "measured", lambda *args: walks.append(1) or measured(*args))
+    bench = Bench()
+    for sparsity in (0.3, 0.5):
+        for mode in ("sparse-to-dense", "sparse-to-sparse"):
+            finished(make_run(method="wanda", sparsity=sparsity, mode=mode), ledger, bench)
+    assert len(walks) == 1
+    finished(make_run(method="wanda", task="gsm8k"), ledger, bench)
+    assert len(walks) == 2
+
+
+def test_a_calibrated_run_does_not_depend_on_the_runs_before_it(
+    make_run: MakeRun, ledger: Ledger, fresh: Callable[[Run], Record]
+) -> None:
+    bench, run = Bench(), make_run(method="sparsegpt", calibration_order="sequential")
+    finished(make_run(method="taylor"), ledger, bench)
+    finished(make_run(method="wanda", calibration_order="sequential"), ledger, bench)
+    assert finished(run, ledger, bench).metrics == fresh(run).metrics
+
+
+def test_scores_can_be_calibrated_on_text(llama: Path, ledger: Ledger, tmp_path: Path) -> None:
+    rows = write_boolq(tmp_path / "rows", train=20, validation=6)
+    text = rows / "wikitext2" / "train.txt"
+    text.parent.mkdir()
+    text.write_text("The tower was built in 1889 and is 330 metres tall . " * 60)
+    few = {"steps": 1, "warmup_steps": 0, "global_batch": 4, "micro_batch": 4, "n_selection": 4, "precision": "float32"}
+    calibration = {"calibration": "wikitext2", "calibration_rows": 4, "calibration_tokens": 64}
+    names = {"models": str(llama), "tasks": "boolq", "data_dir": rows, "methods": "wanda", "sparsities": "0.5"}
+    plan = plan_sweep(SweepConfig.from_names(names | few | calibration))
+    first, second = plan.runs.values()
+    assert first.calibration_fingerprint == second.calibration_fingerprint is not None
+    assert finished(first, ledger, Bench()).status == "done"
+    described = json.loads((ledger.run_folder(first.run_id) / "sparse_config.json").read_text())
+    assert described["calibration"] | calibration == described["calibration"]
+    text.write_text(text.read_text() + "more")
+    record = finished(second, ledger, Bench())
+    assert record.error["message"].startswith("the text wikitext2 must not change during a sweep")

@@ -22,9 +22,14 @@ def test_links_and_pictures_lead_somewhere() -> None:
     assert [target for target in local if not (ROOT / target).exists()] == []
 
 
-def test_every_command_that_is_shown_parses() -> None:
-    lines = re.findall(r"^ *\.venv/bin/tune-sparse (.+?)(?: \\\n *(.+))?$", README, flags=re.MULTILINE)
-    assert len(lines) >= 8
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_command_that_is_shown_parses(page: Path) -> None:
+    shown = page.read_text(encoding="utf-8")
+    lines = re.findall(r"^ *\.venv/bin/tune-sparse (.+?)(?: \\\n *(.+))?$", shown, flags=re.MULTILINE)
+    assert len(lines) >= (8 if page.name == "README.md" else 1)
     for line in lines:
         arguments = shlex.split(" ".join(line), comments=True)
         if "--help" not in arguments:

@@ -16,9 +16,9 @@ from tune_sparse.data import load_splits
 from tune_sparse.errors import InputError
 from tune_sparse.evaluate import encode_test, score
 from tune_sparse.masks import masked
-from tune_sparse.methods import make_masks
 from tune_sparse.models import check_checkpoint, load_model, prunable_weights, write_weights_into
 from tune_sparse.outcomes import read_outcomes
+from tune_sparse.pruning import make_masks
 from tune_sparse.result import Ledger
 from tune_sparse.tasks import TASKS
 

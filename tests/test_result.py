@@ -41,6 +41,12 @@ OTHER_PROTOCOL: dict[str, Any] = {
     "eval_every": 25,
     "threads": 2,
 }
+OTHER_CALIBRATION: dict[str, Any] = {
+    "calibration": "wikitext2",
+    "calibration_rows": 64,
+    "calibration_tokens": 512,
+    "calibration_order": "sequential",
+}
 OTHER_CELL: dict[str, Any] = {
     "model": "other",
     "task": "gsm8k",
@@ -58,7 +64,34 @@ def ledger(tmp_path: Path) -> Ledger:
     return Ledger(tmp_path / "results")
 
 
-@pytest.mark.parametrize("name", [f.name for f in fields(Protocol)])
+def test_every_field_of_the_protocol_is_varied() -> None:
+    assert {f.name for f in fields(Protocol)} == OTHER_PROTOCOL.keys() | OTHER_CALIBRATION.keys()
+
+
+@pytest.mark.parametrize("name", OTHER_CALIBRATION)
+def test_calibration_is_part_of_calibrated_runs_alone(name: str) -> None:
+    other = replace(Protocol(), **{name: OTHER_CALIBRATION[name]})
+    for method, matters in (("unstructured", False), ("random", False), ("wanda", True), ("magnitude-owl", True)):
+        before, after = (make_run(make_cell(method=method), protocol=protocol) for protocol in (Protocol(), other))
+        assert (before.identity != after.identity) == matters
+        assert (before.untuned_id != after.untuned_id) == matters
+
+
+def test_a_calibration_text_is_part_of_calibrated_runs_alone() -> None:
+    for method, matters in (("structured", False), ("sparsegpt", True)):
+        before, after = (make_run(make_cell(method=method), calibration_fingerprint=f) for f in (None, "x" * 64))
+        assert (before.identity != after.identity) == matters
+        assert (before.untuned_id != after.untuned_id) == matters
+
+
+def test_a_run_recorded_before_there_was_calibration_is_still_read() -> None:
+    config = make_run().as_config()
+    del config["calibration_fingerprint"]
+    config["protocol"] = {k: v for k, v in config["protocol"].items() if k not in OTHER_CALIBRATION}
+    assert Run.from_config(config) == make_run()
+
+
+@pytest.mark.parametrize("name", OTHER_PROTOCOL)
 def test_the_identity_changes_with_every_field_of_the_protocol(name: str) -> None:
     changed = make_run(protocol=replace(Protocol(), **{name: OTHER_PROTOCOL[name]}))
     assert changed.identity != make_run().identity
@@ -91,7 +124,7 @@ def test_the_identity_does_not_change_with_places_on_disk() -> None:
 
 def test_every_field_of_a_run_is_in_its_identity_or_a_place() -> None:
     names = {f.name for f in fields(Run)}
-    assert names == {"cell", "protocol", "model_path", "data_dir", *OTHER_INPUT}
+    assert names == {"cell", "protocol", "model_path", "data_dir", "calibration_fingerprint", *OTHER_INPUT}
 
 
 @pytest.mark.parametrize(
@@ -113,7 +146,7 @@ def test_the_accuracy_before_tuning_is_shared_by_the_modes() -> None:
     assert len(both) == 1
 
 
-@pytest.mark.parametrize("name", sorted({f.name for f in fields(Protocol)} - {*SCORING, "micro_batch"}))
+@pytest.mark.parametrize("name", sorted(OTHER_PROTOCOL.keys() - {*SCORING, "micro_batch"}))
 def test_the_accuracy_before_tuning_is_shared_by_training_settings(name: str) -> None:
     changed = make_run(protocol=replace(Protocol(), **{name: OTHER_PROTOCOL[name]}))
     assert changed.untuned_id == make_run().untuned_id
@@ -135,7 +168,9 @@ def test_the_accuracy_before_tuning_differs_by_its_inputs(name: str) -> None:
     assert make_run(**{name: OTHER_INPUT[name]}).untuned_id != make_run().untuned_id
 
 
-@pytest.mark.parametrize(("method", "ids"), [("unstructured", 1), ("structured", 1), ("random", 2)])
+@pytest.mark.parametrize(
+    ("method", "ids"), [("unstructured", 1), ("structured", 1), ("random", 2), ("random-2:4", 2), ("wanda", 1)]
+)
 def test_the_accuracy_before_tuning_differs_by_seed_only_for_random_masks(method: str, ids: int) -> None:
     assert len({make_run(make_cell(method=method, seed=seed)).untuned_id for seed in (0, 1)}) == ids
 

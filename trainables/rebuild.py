@@ -7,7 +7,7 @@ from pathlib import Path
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from trainables.torch_backend import MODES, Bench, Loaded, prune
+from trainables.torch_backend import MODES, Bench, Loaded
 from tune_sparse.errors import InputError
 from tune_sparse.lora import MARKER, load_adapter
 from tune_sparse.masks import Masks, mask_sha256
@@ -19,7 +19,7 @@ from tune_sparse.result import Ledger, Run
 def deployed_by(run: Run, ledger: Ledger, bench: Bench) -> Loaded:
     """The model that a finished run deployed, lent by `bench` until it lends again."""
     loaded = bench.lend(run)
-    pruned = prune(run, loaded)
+    pruned = bench.pruner.prune(run, loaded, bench.rows(run, loaded).train if run.is_calibrated else ())
     write_weights_into(loaded.model, pruned.weights)
     merge_adapter_into(loaded.model, ledger.run_folder(run.run_id) / "adapter", pruned.masks)
     return loaded

@@ -21,21 +21,20 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trainables import dense, sparse_to_dense, sparse_to_sparse
 from trainables.deployed import Deployed
 from trainables.hardware import device, environment, peak_memory_bytes, reset_peak_memory
-from tune_sparse.config import Cell
+from trainables.pruned import Pruned, Pruner
 from tune_sparse.cost import SEQUENCE_LENGTHS, inference_flops
 from tune_sparse.data import Encoded, encode_training, fingerprint_of, load_splits
 from tune_sparse.errors import DISK_FULL, InputError, RunError
 from tune_sparse.evaluate import Scored, TestSet, encode_test, score
 from tune_sparse.lora import adapt_model, lost_fraction, save_adapter, sparse_lora_layers, updates
-from tune_sparse.masks import Masks, mask_sha256, masked, sparsity_of
-from tune_sparse.methods import make_masks
+from tune_sparse.masks import sparsity_of
 from tune_sparse.models import Shape, check_checkpoint, load_model, load_tokenizer, prunable_weights, write_weights_into
 from tune_sparse.outcomes import Metrics, headline, write_outcomes
 from tune_sparse.paths import write_json, write_text
 from tune_sparse.result import Ledger, Record, Run, write_config
 from tune_sparse.tasks import tasks_named
 from tune_sparse.train import Step, fit, mean_loss
-from tune_sparse.validate import mask_violations, validation_report
+from tune_sparse.validate import validation_report
 
 MODES = {"dense": dense, "sparse-to-dense": sparse_to_dense, "sparse-to-sparse": sparse_to_sparse}
 
@@ -77,6 +76,7 @@ class Bench:
         self.loads = 0
         self._loaded: Loaded | None = None
         self._rows: dict[tuple[Any, ...], Rows] = {}
+        self.pruner = Pruner()
 
     def lend(self, run: Run) -> Loaded:
         """The run's model, its weights as in the checkpoint. It is loaded only if another one lay here."""
@@ -90,7 +90,7 @@ class Bench:
 
     def clear(self) -> None:
         """Forget the model: it may have been left half-changed, or another one is wanted."""
-        self._loaded, self._rows = None, {}
+        self._loaded, self._rows, self.pruner = None, {}, Pruner()
         gc.collect()
 
     def rows(self, run: Run, loaded: Loaded) -> Rows:
@@ -202,9 +202,9 @@ def _stages(
         f"{sum(len(test.examples) for test in rows.tests)} test"
     )
 
-    pruned = prune(run, loaded)
+    pruned = bench.pruner.prune(run, loaded, rows.train)
     write_weights_into(model, pruned.weights)
-    write_json(folder / "sparse_config.json", pruned.described(cell))
+    write_json(folder / "sparse_config.json", pruned.described(run))
     untuned = _untuned(run, ledger, lambda: score(model, tokenizer, rows.tests, protocol))
     judged_by = headline(untuned)
     log(f"pruned to {sparsity_of(pruned.masks):.4f}, {judged_by} before tuning {untuned[judged_by]:.4f}")
@@ -265,35 +265,6 @@ def _stages(
         "peak_memory_bytes": peak_memory_bytes(),
     }
     return metrics, measured
-
-
-@dataclass(frozen=True)
-class Pruned:
-    """Masks, their checksum, and the weights that they leave."""
-
-    masks: Masks
-    checksum: str
-    weights: dict[str, Tensor]
-
-    def described(self, cell: Cell) -> dict[str, Any]:
-        """What `sparse_config.json` holds."""
-        return {
-            "method": cell.method,
-            "sparsity": cell.sparsity,
-            "seed": cell.seed,
-            "mask_sha256": self.checksum,
-            "counted_sparsity": sparsity_of(self.masks),
-            "kept_by_matrix": {name: [int(mask.sum()), mask.numel()] for name, mask in self.masks.items()},
-        }
-
-
-def prune(run: Run, loaded: Loaded) -> Pruned:
-    """The run's masks and the weights that they leave. Raises `RunError` for masks that are not valid."""
-    masks = make_masks(run.cell.method, loaded.pristine, loaded.shape, run.cell.sparsity, run.cell.seed)
-    violations = mask_violations(masks, run.cell.sparsity)
-    if violations:
-        raise RunError("masks must be valid: " + "; ".join(violations))
-    return Pruned(masks, mask_sha256(masks), masked(loaded.pristine, masks))
 
 
 def _untuned(run: Run, ledger: Ledger, compute: Callable[[], Scored]) -> Metrics:

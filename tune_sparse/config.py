@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import types
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
@@ -20,6 +20,8 @@ MODES = ("dense", "sparse-to-dense", "sparse-to-sparse")
 BACKENDS = ("torch",)
 PRECISIONS = ("float32", "bfloat16")
 LOSSES = ("answer", "prompt-and-answer")
+CALIBRATIONS = ("task", "wikitext2")
+CALIBRATION_ORDERS = ("dense", "sequential")
 EMBEDDED_ROWS, HUB_ROWS = Path("embedded"), Path("hub")
 """As a `data_dir`: rows come from the embedded generator, or from the Hugging Face Hub. Neither is ever a default, so
 that no model is trained on generated rows, and nothing is fetched, by oversight."""
@@ -32,6 +34,17 @@ def option(help: str, default: Any = MISSING) -> Any:
 def rule(holds: bool, text: str, value: Any, fix: str) -> None:
     if not holds:
         raise InputError(f"{text}, got {value!r}. {fix}")
+
+
+def refuse_sparsities(sparsities: Iterable[float]) -> None:
+    """Raise `InputError` unless all are fractions."""
+    for sparsity in sparsities:
+        rule(
+            0 <= sparsity < 1,
+            "a sparsity is the fraction of zeros, in [0, 1)",
+            sparsity,
+            f"Did you mean {sparsity / 100:g}?" if 1 < sparsity < 100 else "Give a fraction.",
+        )
 
 
 @dataclass(frozen=True)
@@ -66,11 +79,18 @@ class Protocol:
     n_test: int | None = option("test rows scored; none for all", None)
     eval_every: int = option("steps between two eval losses", 50)
     threads: int = option("CPU threads of a trial; their number changes the last bits of a sum", 1)
+    calibration: str = option("rows that calibrated scores are measured on: the cell's own task, or wikitext2", "task")
+    calibration_rows: int = option("their number", 128)
+    calibration_tokens: int = option("of a row of text; a task's rows are as long as in training", 2048)
+    calibration_order: str = option(
+        "dense: inputs of the dense model; sequential: of the blocks pruned before", "dense"
+    )
 
     def __post_init__(self) -> None:
-        for name in ("steps", "global_batch", "micro_batch", "lora_rank", "max_new_tokens", "eval_every", "threads"):
+        counted = ("steps", "global_batch", "micro_batch", "lora_rank", "max_new_tokens", "eval_every", "threads")
+        for name in (*counted, "calibration_rows"):
             rule(getattr(self, name) >= 1, f"{name} must be at least 1", getattr(self, name), "Give a larger number.")
-        for name in ("max_tokens", "batch_tokens"):
+        for name in ("max_tokens", "batch_tokens", "calibration_tokens"):
             rule(getattr(self, name) >= 2, f"{name} must be at least 2", getattr(self, name), "Give a larger number.")
         rule(
             self.max_new_tokens < self.max_tokens,
@@ -109,6 +129,15 @@ class Protocol:
             raise unknown_name("loss_on", self.loss_on, LOSSES)
         if self.precision not in PRECISIONS:
             raise unknown_name("precision", self.precision, PRECISIONS)
+        if self.calibration not in CALIBRATIONS:
+            raise unknown_name("calibration", self.calibration, CALIBRATIONS)
+        if self.calibration_order not in CALIBRATION_ORDERS:
+            raise unknown_name("calibration_order", self.calibration_order, CALIBRATION_ORDERS)
+
+    @property
+    def calibrated_by(self) -> dict[str, Any]:
+        """What decides calibrated scores, besides the rows themselves: part of the identity of calibrated runs."""
+        return {name: getattr(self, name) for name in CALIBRATION_SETTINGS}
 
     def within(self, context_tokens: int) -> Protocol:
         """For a model whose context may be shorter than `max_tokens`. Raises `InputError` if no prompt would fit."""
@@ -122,6 +151,7 @@ class Protocol:
 
 SCORING = ("precision", "max_tokens", "max_new_tokens", "few_shot", "batch_tokens", "n_test", "threads")
 """The settings of a `Protocol` that scoring reads."""
+CALIBRATION_SETTINGS = tuple(f.name for f in fields(Protocol) if f.name.startswith("calibration"))
 
 
 @dataclass(frozen=True)
@@ -170,13 +200,7 @@ class SweepConfig:
             values = getattr(self, axis)
             rule(len(values) > 0, f"{axis} must name at least one", values, f"Give --{axis}.")
             rule(len(set(values)) == len(values), f"{axis} must not repeat a value", values, "Remove the repeats.")
-        for sparsity in self.sparsities:
-            rule(
-                0 <= sparsity < 1,
-                "a sparsity is the fraction of zeros, in [0, 1)",
-                sparsity,
-                f"Did you mean {sparsity / 100:g}?" if 1 < sparsity < 100 else "Give a fraction.",
-            )
+        refuse_sparsities(self.sparsities)
         for mode in self.modes:
             if mode not in MODES:
                 raise unknown_name("mode", mode, MODES)

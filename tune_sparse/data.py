@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from tune_sparse.config import Protocol
 from tune_sparse.errors import InputError
 from tune_sparse.task import Pair, PromptTask, Row, Task, TextTask
+from tune_sparse.tasks import task_named
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -159,6 +160,12 @@ def _file_content(task: Task, path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise InputError(f"{path} must be UTF-8 text: {error}. Save it as UTF-8.") from error
+
+
+def calibration_text(name: str, data_dir: Path | None) -> str:
+    """The training text of the text task `name`, which scores are calibrated on."""
+    [row] = read_split(task_named(name), "train", data_dir)
+    return str(row["text"])
 
 
 LEAK_CHARACTERS = 200

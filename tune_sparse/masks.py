@@ -9,18 +9,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tune_sparse.architectures import Matrix
 from tune_sparse.errors import InputError
 from tune_sparse.models import Shape
 
 Masks = dict[str, Tensor]
-"""{checkpoint tensor name: keep-mask (O, I), bool}"""
+"""{checkpoint tensor name: keep-mask in the checkpoint's layout, bool}"""
 
 TOLERANCE = 0.01
 """How far the achieved sparsity may be from the asked one."""
 
 
 def keep_highest(scores: Tensor, pruned: int) -> Tensor:
-    """A keep-mask without the `pruned` lowest of `scores`; on a tie the earlier position goes first."""
+    """A keep-mask without the `pruned` lowest of `scores`; on a tie the earlier position goes first.
+
+    The plain definition: `tune_sparse.levels` computes the same for many counts at once.
+    """
     keep = torch.ones(scores.numel(), dtype=torch.bool, device=scores.device)
     keep[scores.flatten().argsort(stable=True)[:pruned]] = False
     return keep.view(scores.shape)
@@ -34,12 +38,12 @@ def pruned_count(total: int, sparsity: float) -> int:
 def structured_counts(shape: Shape, sparsity: float) -> tuple[int, int]:
     """(key/value groups, feed-forward channels) that each block loses to reach `sparsity`.
 
-    A group is the query rows that share a key/value head, its key and value rows and its output columns. Groups
-    are coarse, so the channels make up the difference. Raises `InputError` where that cannot come within
-    `TOLERANCE`.
+    A group is the query rows that share a key/value head, its key and value rows and its output columns. Each
+    expert of a block loses the same number of channels. Groups are coarse, so the channels make up the difference.
+    Raises `InputError` where that cannot come within `TOLERANCE`.
     """
     group = 2 * shape.hidden * shape.head_dim * (shape.heads // shape.key_value_heads + 1)
-    channel = 3 * shape.hidden
+    channel = shape.channel_matrices * shape.hidden
     total = shape.key_value_heads * group + shape.channels * channel
     nearest = sorted(range(shape.key_value_heads), key=lambda groups: abs(groups - sparsity * shape.key_value_heads))
     reached = []
@@ -56,19 +60,37 @@ def structured_counts(shape: Shape, sparsity: float) -> tuple[int, int]:
     )
 
 
-def block_masks(shape: Shape, keep_groups: Tensor, keep_channels: Tensor) -> dict[str, Tensor]:
-    """Masks of one block's matrices, by layer name.
+def kept_lines(matrix: Matrix, shape: Shape, groups: Tensor, channels: Tensor) -> Tensor:
+    """Rows, or columns for the roles output and columns, of a matrix that stay: (lines,), bool.
 
-    keep_groups: (key/value heads,), keep_channels: (channels,), both bool.
+    groups: (key/value heads,), channels: (channels,), both bool.
     """
-    hidden = shape.hidden
-    keys = keep_groups.repeat_interleave(shape.head_dim)
-    queries = keep_groups.repeat_interleave(shape.head_dim * (shape.heads // shape.key_value_heads))
-    rows = {"q_proj": queries, "k_proj": keys, "v_proj": keys, "gate_proj": keep_channels, "up_proj": keep_channels}
-    columns = {"o_proj": queries, "down_proj": keep_channels}
-    return {name: keep[:, None].expand(-1, hidden).contiguous() for name, keep in rows.items()} | {
-        name: keep[None, :].expand(hidden, -1).contiguous() for name, keep in columns.items()
-    }
+    if matrix.role in ("rows", "columns"):
+        return channels
+    if matrix.role == "keys":
+        return groups.repeat_interleave(shape.head_dim)
+    queries = groups.repeat_interleave(shape.head_dim * (shape.heads // shape.key_value_heads))
+    return queries.repeat(3) if matrix.role == "fused" else queries
+
+
+def group_parts(matrix: Matrix, shape: Shape, scores: Tensor) -> Tensor:
+    """The scores (O, I) of one matrix by the group or channel that they fall with: (G, ...)."""
+    groups = shape.key_value_heads
+    if matrix.role == "fused":
+        return scores.reshape(3, groups, -1).transpose(0, 1)
+    if matrix.role in ("queries", "keys"):
+        return scores.reshape(groups, -1)
+    if matrix.role == "output":
+        return scores.T.reshape(groups, -1)
+    return scores if matrix.role == "rows" else scores.T
+
+
+def line_mask(matrix: Matrix, shape: Shape, lines: Tensor) -> Tensor:
+    """The keep-mask, in the checkpoint's layout, of a matrix that loses whole lines."""
+    is_columns = matrix.role in ("output", "columns")
+    if is_columns != matrix.transposed:
+        return lines[None, :].expand(shape.hidden, -1)
+    return lines[:, None].expand(-1, shape.hidden)
 
 
 def masked(weights: Mapping[str, Tensor], masks: Masks) -> dict[str, Tensor]:
@@ -76,14 +98,14 @@ def masked(weights: Mapping[str, Tensor], masks: Masks) -> dict[str, Tensor]:
     return {name: weight * masks[name] for name, weight in weights.items()}
 
 
-def sparsity_of(masks: Masks) -> float:
+def sparsity_of(masks: Mapping[str, Tensor]) -> float:
     """Fraction of zeros, counted over all matrices."""
     kept = sum(int(mask.sum()) for mask in masks.values())
     return 1 - kept / sum(mask.numel() for mask in masks.values())
 
 
-def mask_sha256(masks: Masks) -> str:
-    """A checksum over names, shapes and bits."""
+def mask_sha256(masks: Mapping[str, Tensor]) -> str:
+    """A checksum over names, shapes and bits, matrix by matrix in the order of their names."""
     digest = hashlib.sha256()
     for name in sorted(masks):
         mask = masks[name].cpu().bool().numpy()

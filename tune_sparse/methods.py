@@ -1,80 +1,107 @@
-"""The pruning methods of the matrix: each a score and a pattern."""
+"""The pruning methods by name: a score, an allocation over the layers, a pattern.
+
+`unstructured`, `structured` and `random` are the methods of the matrix. Every other name is
+SCORE[-ALLOCATION][-PATTERN], what is left out being uniform and element-wise: `wanda`, `wanda-owl`, `taylor-2:4`,
+`magnitude-global`, `wanda-structured`. What makes no sense is refused with its reason.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import product
 
-import torch
-from torch import Tensor
+from tune_sparse.errors import InputError, unknown_name
 
-from tune_sparse import scores
-from tune_sparse.errors import unknown_name
-from tune_sparse.masks import Masks, block_masks, keep_highest, pruned_count, structured_counts
-from tune_sparse.models import Shape
+SCORES = ("magnitude", "random", "gradient", "taylor", "wanda", "sparsegpt")
+ALLOCATIONS = ("uniform", "global", "owl")
+GROUPS = {"2:4": (2, 4), "4:8": (4, 8)}
+"""{pattern: (weights kept, of so many neighbours in a row)}"""
+PATTERNS = ("element-wise", "structured", *GROUPS)
+OWN_NAMES = {
+    ("magnitude", "uniform", "element-wise"): "unstructured",
+    ("magnitude", "uniform", "structured"): "structured",
+}
 
 
 @dataclass(frozen=True)
 class Method:
-    """score: importance of each weight. pattern: from weights and score to masks."""
+    """score: importance of each weight. allocation: how many go in each layer. pattern: which ones."""
 
-    score: Callable[..., Tensor]
-    pattern: Callable[[Callable[..., Tensor], Mapping[str, Tensor], Shape, float, int], Masks]
+    score: str
+    allocation: str
+    pattern: str
+
+    @property
+    def needs_inputs(self) -> bool:
+        """Norms of the inputs on calibration rows."""
+        return self.score == "wanda" or self.allocation == "owl"
+
+    @property
+    def needs_gradients(self) -> bool:
+        return self.score in ("gradient", "taylor")
+
+    @property
+    def updates_weights(self) -> bool:
+        """Kept weights change, by the Hessian of the layer's output on calibration rows."""
+        return self.score == "sparsegpt"
+
+    @property
+    def is_calibrated(self) -> bool:
+        return self.needs_inputs or self.needs_gradients or self.updates_weights
+
+    @property
+    def is_seeded(self) -> bool:
+        """Its masks depend on the seed."""
+        return self.score == "random"
+
+    @property
+    def fixed_sparsity(self) -> float | None:
+        """The only sparsity that a pattern of groups has."""
+        kept, group = GROUPS.get(self.pattern, (0, 0))
+        return 1 - kept / group if group else None
+
+    def refuse_sparsity(self, name: str, sparsity: float) -> None:
+        """Raise `InputError` for a sparsity that the pattern cannot have; 0 is the dense model."""
+        fixed = self.fixed_sparsity
+        if fixed is not None and sparsity not in (0.0, fixed):
+            raise InputError(
+                f"the sparsity of {name} is {fixed:g}, got {sparsity:g}. Give {fixed:g}, or another method."
+            )
 
 
-def elementwise(
-    score: Callable[..., Tensor], weights: Mapping[str, Tensor], shape: Shape, sparsity: float, seed: int
-) -> Masks:
-    """The lowest scores of each matrix (O, I) go, the same fraction in every matrix.
+def nonsense(score: str, allocation: str, pattern: str) -> str | None:
+    """Why a combination is refused, or None if it makes sense."""
+    if allocation != "uniform" and pattern == "structured":
+        return "structured pruning takes as much from every block, so that the smaller model is one that loads"
+    if allocation != "uniform" and pattern in GROUPS:
+        return f"{pattern} fixes the sparsity of every row, which leaves nothing to allocate"
+    if allocation == "global" and score == "wanda":
+        return "Wanda's scores compare within an output row, not between layers"
+    if allocation == "global" and score == "sparsegpt":
+        return "SparseGPT's errors compare within one layer, whose weights it updates"
+    if pattern == "structured" and score == "sparsegpt":
+        return "SparseGPT spreads the error of single weights over their row, a removed channel has no row left"
+    return None
 
-    score(weight, name, seed) -> (O, I).
-    """
-    return {
-        name: keep_highest(score(weight, name, seed), pruned_count(weight.numel(), sparsity))
-        for name, weight in weights.items()
-    }
 
-
-def structured(
-    score: Callable[..., Tensor], weights: Mapping[str, Tensor], shape: Shape, sparsity: float, seed: int
-) -> Masks:
-    """Whole key/value groups and feed-forward channels go, the same number in every block.
-
-    score(*parts) -> (G,), each part (G, ...) with the weights of every group in one matrix. Raises `InputError` where
-    groups and channels cannot come close enough to the sparsity.
-    """
-    groups, channels = structured_counts(shape, sparsity)
-    blocks: dict[str, dict[str, str]] = {}
-    for name in weights:
-        block, _, layer, _ = name.rsplit(".", 3)
-        blocks.setdefault(block, {})[layer] = name
-    masks: Masks = {}
-    for names in blocks.values():
-        w = {layer: weights[name] for layer, name in names.items()}
-        by_group = [w[layer].reshape(shape.key_value_heads, -1) for layer in ("q_proj", "k_proj", "v_proj")]
-        by_group.append(w["o_proj"].T.reshape(shape.key_value_heads, -1))
-        keep_groups = keep_highest(score(*by_group), groups)
-        keep_channels = keep_highest(score(w["gate_proj"], w["up_proj"], w["down_proj"].T), channels)
-        block_mask = block_masks(shape, keep_groups, keep_channels)
-        masks |= {name: block_mask[layer] for layer, name in names.items()}
-    return masks
+def _plain_name(score: str, allocation: str, pattern: str) -> str:
+    return "-".join([score, *(part for part in (allocation, pattern) if part not in ("uniform", "element-wise"))])
 
 
 METHODS = {
-    "unstructured": Method(scores.magnitude, elementwise),
-    "structured": Method(scores.group_norms, structured),
-    "random": Method(scores.random, elementwise),
+    OWN_NAMES.get(parts) or _plain_name(*parts): Method(*parts)
+    for parts in product(SCORES, ALLOCATIONS, PATTERNS)
+    if not nonsense(*parts)
 }
 
 
-def make_masks(method: str, weights: Mapping[str, Tensor], shape: Shape, sparsity: float, seed: int) -> Masks:
-    """Keep-masks of a model's prunable weights.
-
-    At sparsity 0 everything is kept, whatever the method. Raises `InputError` for an unknown method.
-    """
-    if sparsity == 0:
-        return {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in weights.items()}
-    if method not in METHODS:
-        raise unknown_name("method", method, METHODS)
-    chosen = METHODS[method]
-    return chosen.pattern(chosen.score, weights, shape, sparsity, seed)
+def method_named(name: str) -> Method:
+    """The method called `name`. Raises `InputError` for a combination that makes no sense, or an unknown name."""
+    if name in METHODS:
+        return METHODS[name]
+    for parts in product(SCORES, ALLOCATIONS, PATTERNS):
+        if name == _plain_name(*parts):
+            if reason := nonsense(*parts):
+                raise InputError(f"a method must make sense, got {name!r}: {reason}. Choose another combination.")
+            raise InputError(f"a method has one name, got {name!r}, which is called {OWN_NAMES[parts]!r}. Write that.")
+    raise unknown_name("method", name, METHODS)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tune_sparse.architectures import PRUNED as PRUNED
+from tune_sparse.architectures import architecture_named, weights_of
 from tune_sparse.errors import InputError, NotReadyError
 from tune_sparse.paths import cache_dir, read_json, write_json
 
@@ -17,14 +19,13 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM")
-ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
+SWEPT = ("LlamaForCausalLM", "MistralForCausalLM")
+"""Classes that a sweep trains; more can be pruned, see `tune_sparse.architectures`."""
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 TOKENIZER_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+SIDE_FILES = (*TOKENIZERS, *TOKENIZER_SETTINGS, "vocab.json", "merges.txt", "generation_config.json")
+"""What a copy of a checkpoint takes along."""
 REQUIRED_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
-PRUNED = ATTENTION + FEED_FORWARD
-"""Linear layers of a decoder block that are pruned and adapted; embeddings, norms and the head are not."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,9 @@ class Shape:
     sliding_window: int | None
     context_tokens: int
     """The longest text that the model was made for."""
+    experts: int = 1
+    """Feed-forward parts of a block."""
+    architecture: str = "LlamaForCausalLM"
 
     @classmethod
     def of(cls, config: PretrainedConfig) -> Shape:
@@ -50,25 +54,40 @@ class Shape:
             hidden=config.hidden_size,
             layers=config.num_hidden_layers,
             heads=heads,
-            key_value_heads=config.num_key_value_heads,
+            key_value_heads=getattr(config, "num_key_value_heads", None) or heads,
             head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
-            channels=config.intermediate_size,
+            channels=_channels(config),
             vocabulary=config.vocab_size,
             sliding_window=getattr(config, "sliding_window", None),
             context_tokens=config.max_position_embeddings,
+            experts=getattr(config, "num_local_experts", None) or 1,
+            architecture=(config.architectures or [cls.architecture])[0],
         )
+
+    @property
+    def channel_matrices(self) -> int:
+        """Matrices of a block in which a channel has a row or column, over all experts."""
+        return (3 if architecture_named(self.architecture).gated else 2) * self.experts
 
     @property
     def pruned_weights(self) -> int:
         """Weights of all prunable matrices."""
         attention = 2 * self.hidden * self.head_dim * (self.heads + self.key_value_heads)
-        return self.layers * (attention + 3 * self.hidden * self.channels)
+        return self.layers * (attention + self.channel_matrices * self.hidden * self.channels)
 
     def adapter_weights(self, rank: int) -> int:
         """Weights of LoRA adapters of `rank` on every prunable matrix: R (I + O) each."""
         queries, keys = self.head_dim * self.heads, self.head_dim * self.key_value_heads
         attention = 2 * (self.hidden + queries) + 2 * (self.hidden + keys)
         return self.layers * rank * (attention + 3 * (self.hidden + self.channels))
+
+
+def _channels(config: PretrainedConfig) -> int:
+    """Each class has its own word for it, and GPT-2 a default: 4 hidden sizes."""
+    for name in ("intermediate_size", "ffn_dim", "n_inner"):
+        if isinstance(getattr(config, name, None), int):
+            return getattr(config, name)
+    return 4 * config.hidden_size
 
 
 @dataclass(frozen=True)
@@ -172,9 +191,11 @@ def check_checkpoint(reference: str) -> Checkpoint:
     The result is remembered by the files' sizes and times. Raises `InputError` for a missing config, weights or
     tokenizer, an unsupported class, or a weight that is not finite (which tensor).
     """
+    from tune_sparse.tensor_files import weight_files
+
     folder = find_folder(reference)
     _check_config(folder)
-    weights = _weight_files(folder)
+    weights = weight_files(folder)
     files = [folder / "config.json", *weights, *_tokenizer_files(folder)]
     memory = cache_dir() / "fingerprints" / (hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16] + ".json")
     stamp = [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files]
@@ -191,7 +212,8 @@ def check_checkpoint(reference: str) -> Checkpoint:
     return Checkpoint(short_name(reference), folder, known["fingerprint"], shape)
 
 
-def _check_config(folder: Path) -> None:
+def read_config(folder: Path) -> dict[str, Any]:
+    """What `config.json` says. Raises `InputError` unless it is there and maps names to values."""
     path = folder / "config.json"
     if not path.is_file():
         raise InputError(f"a model folder needs config.json, {folder} has none. Give a Hugging Face checkpoint.")
@@ -201,24 +223,17 @@ def _check_config(folder: Path) -> None:
         raise InputError(f"{path} must be JSON: {error}. Mend or fetch it again.") from error
     if not isinstance(config, dict):
         raise InputError(f"{path} must map names to values, got {type(config).__name__}. Fetch it again.")
+    return config
+
+
+def _check_config(folder: Path) -> None:
+    path, config = folder / "config.json", read_config(folder)
     found = config.get("architectures") or ["no class at all"]
-    if found[0] not in ARCHITECTURES:
-        raise InputError(f"the class of a model must be {' or '.join(ARCHITECTURES)}, {path} says {found[0]}.")
+    if found[0] not in SWEPT:
+        raise InputError(f"the class of a model must be {' or '.join(SWEPT)}, {path} says {found[0]}.")
     for name in REQUIRED_SIZES:
         if not isinstance(config.get(name), int):
             raise InputError(f"{path} must have the sizes of its model, {name!r} is missing. Add it.")
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
-    try:
-        names = sorted(set(read_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise InputError(f"{index} must map tensors to files: {error}. Fetch it again.") from error
-    for name in names:
-        if not (folder / name).is_file():
-            raise InputError(f"a model folder needs its safetensors weights, {folder / name} is missing. Fetch it.")
-    return [folder / name for name in names]
 
 
 def _tokenizer_files(folder: Path) -> list[Path]:
@@ -306,19 +321,12 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def prunable_layers(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
-    """(name of its weight in the checkpoint, layer) of every prunable matrix, in the checkpoint's order."""
-    for name, module in model.named_modules():
-        if name.rsplit(".", 1)[-1] in PRUNED:
-            yield f"{name}.weight", module
-
-
 def prunable_weights(model: nn.Module) -> dict[str, torch.Tensor]:
-    """{checkpoint tensor name: weight (O, I)} of every prunable matrix; the tensors are the model's own."""
-    return {name: layer.weight.data for name, layer in prunable_layers(model)}
+    """{checkpoint tensor name: weight in its layout} of every prunable matrix; the tensors are the model's own."""
+    return weights_of(model)
 
 
-def write_weights_into(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
+def write_weights_into(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
     """Copy `weights` into the prunable matrices of a model."""
-    for name, layer in prunable_layers(model):
-        layer.weight.data.copy_(weights[name])
+    for name, own in weights_of(model).items():
+        own.copy_(weights[name])

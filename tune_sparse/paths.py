@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import uuid
 from collections.abc import Iterable
 from pathlib import Path
@@ -19,6 +20,15 @@ def cache_dir() -> Path:
 def aside(path: Path) -> Path:
     """A hidden name beside `path` that no other process uses, to write before a rename."""
     return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
+
+
+def replace_folder(partial: Path, folder: Path) -> None:
+    """Give a whole folder its name; one that was there before goes."""
+    old = aside(folder)
+    if folder.exists():
+        folder.rename(old)
+    partial.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:

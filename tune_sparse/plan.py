@@ -6,23 +6,24 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from search_spaces.matrix import cells as combinations
+from tune_sparse.calibration import text_rows
 from tune_sparse.config import Cell, SweepConfig
-from tune_sparse.data import fingerprint_of, load_splits
+from tune_sparse.data import calibration_text, fingerprint_of, load_splits
 from tune_sparse.embedded_models import EMBEDDED_MODELS
-from tune_sparse.errors import InputError, unknown_name
+from tune_sparse.errors import InputError
 from tune_sparse.holder import refuse_if_held
-from tune_sparse.masks import structured_counts
-from tune_sparse.methods import METHODS
-from tune_sparse.models import Checkpoint, check_checkpoint, short_name
+from tune_sparse.methods import METHODS, method_named
+from tune_sparse.models import Checkpoint, check_checkpoint, load_tokenizer, short_name
+from tune_sparse.pruning import refuse_sparsities_of
 from tune_sparse.result import Ledger, Record, Run, SweepRecord, readable_id, sha256_of
 from tune_sparse.sources import rows_folder
-from tune_sparse.task import AnswerTask
+from tune_sparse.task import AnswerTask, TextTask
 from tune_sparse.tasks import chance_of, tasks_named
 
 OUTCOME_BYTES = 400
@@ -92,18 +93,13 @@ def plan_sweep(config: SweepConfig) -> Plan:
     """
     check_names(config)
     tasks = {name: tasks_named(name) for name in config.tasks}
-    data_dir, data = rows_folder(config.data_dir, config.tasks), check_rows(config)
+    data_dir, data = rows_folder(config.data_dir, _all_rows(config)), check_rows(config)
     checkpoints = {short_name(model): check_checkpoint(model) for model in config.models}
     model_paths = {short_name(model): _model_path(model) for model in config.models}
     for checkpoint in checkpoints.values():
         config.protocol.within(checkpoint.shape.context_tokens)
-    if "structured" in config.methods:
-        for checkpoint in checkpoints.values():
-            for sparsity in config.sparsities:
-                try:
-                    structured_counts(checkpoint.shape, sparsity)
-                except InputError as error:
-                    raise InputError(f"{checkpoint.name}: {error}") from error
+        _refuse_unreachable(config, checkpoint)
+    text = _calibration_text(config, data_dir, checkpoints.values())
 
     def run_of(cell: Cell) -> Run:
         checkpoint = checkpoints[short_name(cell.model)]
@@ -115,6 +111,7 @@ def plan_sweep(config: SweepConfig) -> Plan:
             model_fingerprint=checkpoint.fingerprint,
             data_fingerprint=data[cell.task],
             prompt_version="+".join(str(task.prompt_version) for task in tasks[cell.task]),
+            calibration_fingerprint=text,
         )
 
     runs: dict[str, Run] = {}
@@ -135,6 +132,35 @@ def plan_sweep(config: SweepConfig) -> Plan:
     return Plan(config, SweepRecord(sweep_id, time.time(), described, tuple(rows)), runs, checkpoints)
 
 
+def _refuse_unreachable(config: SweepConfig, checkpoint: Checkpoint) -> None:
+    """Raise `InputError` for a method that cannot prune this model to a sparsity of the matrix."""
+    for method in config.methods:
+        try:
+            refuse_sparsities_of(method, checkpoint.shape, config.sparsities)
+        except InputError as error:
+            raise InputError(f"{checkpoint.name}: {error}") from error
+
+
+def _is_calibrated_on_text(config: SweepConfig) -> bool:
+    return config.protocol.calibration != "task" and any(METHODS[method].is_calibrated for method in config.methods)
+
+
+def _all_rows(config: SweepConfig) -> list[str]:
+    """The tasks whose rows are read: those that are trained, and the calibration text."""
+    return [*config.tasks, *([config.protocol.calibration] if _is_calibrated_on_text(config) else [])]
+
+
+def _calibration_text(config: SweepConfig, data_dir: Path | None, checkpoints: Iterable[Checkpoint]) -> str | None:
+    """SHA-256 of the calibration text, where one is used; every model's pieces are cut from it once, to see."""
+    if not _is_calibrated_on_text(config):
+        return None
+    protocol = config.protocol
+    text = calibration_text(protocol.calibration, data_dir)
+    for checkpoint in checkpoints:
+        text_rows(load_tokenizer(checkpoint.path), text, protocol.calibration_rows, protocol.calibration_tokens)
+    return sha256_of(text)
+
+
 def _model_path(reference: str) -> str:
     """What finds the same model from another working directory."""
     folder = Path(reference).expanduser()
@@ -147,11 +173,17 @@ def _plain(value: Any) -> Any:
 
 def check_rows(config: SweepConfig) -> dict[str, str]:
     """{task: fingerprint of its splits}; every row is read and checked."""
-    folder = rows_folder(config.data_dir, config.tasks)
-    return {
-        name: fingerprint_of([load_splits(task, folder, config.protocol) for task in tasks_named(name)])
-        for name in config.tasks
-    }
+    folder, protocol = rows_folder(config.data_dir, config.tasks), config.protocol
+    found = {name: [load_splits(task, folder, protocol) for task in tasks_named(name)] for name in config.tasks}
+    if protocol.calibration == "task" and any(METHODS[method].is_calibrated for method in config.methods):
+        for name, splits in found.items():
+            rows = sum(len(split.train) for split in splits)
+            if rows < protocol.calibration_rows and not isinstance(tasks_named(name)[0], TextTask):
+                raise InputError(
+                    f"calibration needs {protocol.calibration_rows} rows, {name} has {rows} training rows. "
+                    "Lower calibration_rows, or raise n_train."
+                )
+    return {name: fingerprint_of(splits) for name, splits in found.items()}
 
 
 def check_names(config: SweepConfig) -> None:
@@ -160,8 +192,11 @@ def check_names(config: SweepConfig) -> None:
     for task in config.tasks:
         tasks_named(task)
     for method in config.methods:
-        if method not in METHODS:
-            raise unknown_name("method", method, METHODS)
+        if method_named(method).needs_gradients and config.protocol.calibration_order == "sequential":
+            raise InputError(
+                f"{method} needs gradients of the whole dense model, got calibration_order sequential. "
+                "Set calibration_order=dense, or leave the method out."
+            )
 
 
 def _refuse_ambiguous_names(references: Sequence[str]) -> None:

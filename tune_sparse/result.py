@@ -25,7 +25,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from tune_sparse.config import SCORING, Cell, Protocol
+from tune_sparse.config import CALIBRATION_SETTINGS, SCORING, Cell, Protocol
+from tune_sparse.methods import METHODS
 from tune_sparse.outcomes import Outcome, write_outcomes
 from tune_sparse.paths import aside, read_json, write_json, write_text
 
@@ -47,6 +48,12 @@ class Run:
     data_fingerprint: str
     prompt_version: str
     """of each task of a mixture"""
+    calibration_fingerprint: str | None = None
+    """SHA-256 of calibration text that is not the task's."""
+
+    @property
+    def is_calibrated(self) -> bool:
+        return self.cell.method in METHODS and METHODS[self.cell.method].is_calibrated
 
     @property
     def identity(self) -> str:
@@ -61,15 +68,20 @@ class Run:
     def untuned_id(self) -> str:
         """Names the accuracy before tuning, which neither the mode nor the training changes."""
         c, p = self.cell, self.protocol
-        seed = c.seed if c.method == "random" else 0
+        seed = c.seed if c.method in METHODS and METHODS[c.method].is_seeded else 0
         scored = [getattr(p, name) for name in SCORING]
         inputs = (NUMERICS_VERSION, self.model_fingerprint, self.data_fingerprint, self.prompt_version)
-        identity = sha256_of([c.model, c.task, c.method, c.sparsity, c.backend, seed, *scored, *inputs])
+        calibrated = (p.calibrated_by, self.calibration_fingerprint) if self.is_calibrated else ()
+        identity = sha256_of([c.model, c.task, c.method, c.sparsity, c.backend, seed, *scored, *inputs, *calibrated])
         return readable_id(Cell(c.model, c.task, c.method, c.sparsity, "untuned", seed, c.backend), identity)
 
     def _identified(self) -> dict[str, Any]:
         places = {"model_path", "data_dir"}
+        if not self.is_calibrated:
+            places |= {"calibration_fingerprint"}
         known = {name: value for name, value in asdict(self).items() if name not in places}
+        if not self.is_calibrated:
+            known["protocol"] = {k: v for k, v in known["protocol"].items() if k not in CALIBRATION_SETTINGS}
         return known | {"numerics_version": NUMERICS_VERSION}
 
     def as_config(self) -> dict[str, Any]:

@@ -66,5 +66,63 @@ def validation_report(
     }
 
 
+def checkpoint_report(
+    weights: Mapping[str, Tensor],
+    masks: Mapping[str, Tensor],
+    expected: Sequence[str],
+    sparsity: float | None = None,
+    known_sha256: str | None = None,
+    tolerance: float = 1e-6,
+) -> dict[str, Any]:
+    """As `validation_report`, for files: one matrix in memory at a time, every violation with its first position.
+
+    expected: the matrices that must have a mask. sparsity: the asked one, where it is known. known_sha256: the
+    checksum that the masks should have, where it is known. The counted sparsity is that of the masks.
+    """
+    violations = [f"{name}: a matrix needs a mask" for name in expected if name not in masks]
+    by_matrix: dict[str, dict[str, Any]] = {}
+    for name in sorted(masks):
+        found, counts = _matrix_violations(weights[name], masks[name], tolerance)
+        violations += [f"{name}{text}" for text in found]
+        by_matrix[name] = counts
+    checksum = mask_sha256(masks)
+    if known_sha256 is not None and checksum != known_sha256:
+        violations.append(f"the masks must be the ones that were made, {known_sha256}, got {checksum}")
+    total = sum(counts["weights"] for counts in by_matrix.values())
+    counted = 1 - sum(counts["kept"] for counts in by_matrix.values()) / total
+    if sparsity is not None and abs(counted - sparsity) > TOLERANCE:
+        violations.append(f"the masks' sparsity must be within {TOLERANCE:g} of {sparsity:g}, got {counted:.4f}")
+    return {
+        "all_valid": not violations,
+        "violations": violations,
+        "max_abs_at_masked": max((counts["max_abs_at_masked"] for counts in by_matrix.values()), default=None),
+        "mask_sha256": checksum,
+        "counted_sparsity": counted,
+        "by_matrix": by_matrix,
+    }
+
+
+def _matrix_violations(weight: Tensor, mask: Tensor, tolerance: float) -> tuple[list[str], dict[str, Any]]:
+    violations = []
+    if mask.dtype != torch.bool and not bool(((mask == 0) | (mask == 1)).all()):
+        violations.append(": a mask must be binary, it has values besides 0 and 1")
+    keep = mask != 0
+    kept = int(keep.sum())
+    if not kept:
+        violations.append(": no layer may be 100% sparse")
+    beyond = (weight.abs() * ~keep).float()
+    filled = beyond > tolerance
+    if filled.any():
+        first = filled.nonzero()[0].tolist()
+        count = int(filled.sum())
+        violations.append(
+            f"{first}: masked weights must be 0 within {tolerance:g}, got {float(weight[tuple(first)]):g}"
+            + (f", and {count - 1} more" if count > 1 else "")
+        )
+    zeros = int((weight == 0).sum())
+    counts = {"weights": mask.numel(), "kept": kept, "zeros": zeros, "max_abs_at_masked": float(beyond.max())}
+    return violations, counts
+
+
 def _largest(values: Tensor) -> float:
     return float(values.abs().max()) if values.numel() else 0.0

@@ -4,6 +4,7 @@ tune-sparse sweep                                  # 360 cells on embedded model
 tune-sparse sweep smoke                            # 24 of them
 tune-sparse sweep matrix --dry-run                 # what the 7B matrix would run
 tune-sparse sweep --models ./my-llama --tasks boolq --data-dir ./rows --set steps=100
+tune-sparse prune ./my-llama --methods unstructured structured --sparsities 0.5 0.7
 tune-sparse status && tune-sparse report && tune-sparse ui
 """
 
@@ -14,7 +15,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from tune_sparse.cli import evaluation, results, sweep
+from tune_sparse.cli import evaluation, pruning, results, sweep
 from tune_sparse.cli.command import BAD_INPUT, FAULT
 from tune_sparse.errors import DISK_FULL, InputError
 
@@ -47,6 +48,6 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = root.add_subparsers(required=True, metavar="COMMAND")
-    for group in (sweep, evaluation, results):
+    for group in (sweep, pruning, evaluation, results):
         group.add_commands(commands)
     return root

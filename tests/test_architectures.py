@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tune_sparse.architectures import ARCHITECTURES, Matrix, architecture_named, matrices_of, weights_of
+from tune_sparse.checkpoints import matrix_shape, open_checkpoint
+from tune_sparse.errors import InputError
+from tune_sparse.models import Shape
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_model_in_memory_has_the_checkpoints_matrices(name: str, architecture_folders: dict[str, Path]) -> None:
+    checkpoint = open_checkpoint(str(architecture_folders[name]))
+    model = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=torch.float32)
+    assert matrices_of(model) == checkpoint.prunable.matrices
+    weights = weights_of(model)
+    assert list(weights) == [matrix.name for matrix in checkpoint.prunable.matrices]
+    assert all(torch.equal(weights[matrix], checkpoint.tensors[matrix]) for matrix in weights)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_writing_into_a_matrix_writes_into_the_model(name: str, architecture_folders: dict[str, Path]) -> None:
+    model = AutoModelForCausalLM.from_pretrained(architecture_folders[name], dtype=torch.float32)
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        before = model(ids).logits
+        for weight in weights_of(model).values():
+            before_this = model(ids).logits
+            weight.mul_(0.5)
+            assert not torch.equal(model(ids).logits, before_this)
+    assert not torch.equal(model(ids).logits, before)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_sizes_are_those_of_the_config(name: str, architecture_folders: dict[str, Path]) -> None:
+    checkpoint = open_checkpoint(str(architecture_folders[name]))
+    shape = checkpoint.shape
+    assert shape.architecture == name
+    for matrix in checkpoint.prunable.matrices:
+        assert checkpoint.prunable.shapes[matrix.name] == matrix_shape(matrix, shape)
+    assert shape.pruned_weights == sum(checkpoint.prunable.sizes.values())
+
+
+def test_everything_else_is_left_alone(architecture_folders: dict[str, Path]) -> None:
+    for folder in architecture_folders.values():
+        checkpoint = open_checkpoint(str(folder))
+        left = [name for name in checkpoint.tensors if name not in checkpoint.prunable.sizes]
+        assert all(
+            len(checkpoint.tensors.shapes[name]) == 1 or "gate" in name or "emb" in name or "lm_head" in name
+            for name in left
+            if ".wte." not in name and ".wpe." not in name
+        )
+
+
+def test_experts_share_the_blocks_attention_and_no_inputs() -> None:
+    names = [f"model.layers.3.block_sparse_moe.experts.{e}.{w}.weight" for e in (10, 2) for w in ("w2", "w1", "w3")]
+    matrices = architecture_named("MixtralForCausalLM").matrices(names)
+    assert [(m.expert, m.layer[-2:]) for m in matrices] == [(e, w) for e in (2, 10) for w in ("w1", "w3", "w2")]
+    assert len({m.source for m in matrices}) == 4
+    assert matrices[0].source == matrices[1].source != matrices[3].source
+
+
+@pytest.mark.parametrize("name", ["h.11.attn.c_attn.weight", "transformer.h.11.attn.c_attn.weight"])
+def test_a_checkpoint_of_the_bare_decoder_is_known_too(name: str) -> None:
+    [matrix] = architecture_named("GPT2LMHeadModel").matrices([name, "h.11.attn.c_attn.bias", "wte.weight"])
+    assert matrix == Matrix(name, 11, "attn.c_attn", None, "fused", transposed=True)
+
+
+def test_an_unknown_class_is_refused() -> None:
+    with pytest.raises(InputError, match=r"the class of a model must be LlamaForCausalLM or .*, got BertForMaskedLM"):
+        architecture_named("BertForMaskedLM")
+
+
+def test_a_shape_counts_the_matrices_of_its_class() -> None:
+    sizes = {"hidden": 8, "layers": 1, "heads": 2, "key_value_heads": 2, "head_dim": 4, "channels": 16}
+    shapes = {
+        name: Shape(**sizes, vocabulary=9, sliding_window=None, context_tokens=64, architecture=name, experts=experts)
+        for name, experts in (("LlamaForCausalLM", 1), ("OPTForCausalLM", 1), ("MixtralForCausalLM", 4))
+    }
+    feed_forward = {name: shape.pruned_weights - 4 * 64 for name, shape in shapes.items()}
+    assert feed_forward == {"LlamaForCausalLM": 384, "OPTForCausalLM": 256, "MixtralForCausalLM": 4 * 384}

@@ -1,0 +1,136 @@
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tune_sparse.architectures import ARCHITECTURES, weights_of
+from tune_sparse.calibration import Inputs, ModelBlocks, checked_rows, gradient_sums, row_loss, text_rows, walk
+from tune_sparse.checkpoints import StreamedBlocks, open_checkpoint
+from tune_sparse.data import Encoded
+from tune_sparse.errors import InputError
+from tune_sparse.models import load_model, load_tokenizer
+
+RNG = random.Random(0)
+ROWS = [Encoded((), tuple(RNG.randrange(700) for _ in range(20))) for _ in range(5)]
+
+
+def model_of(folder: Path) -> nn.Module:
+    return load_model(folder, torch.float32, torch.device("cpu"))
+
+
+def test_sums_by_hand() -> None:
+    inputs = Inputs(wants_hessian=True)
+    inputs.add(torch.tensor([[3.0, 0.0], [0.0, 1.0]]))
+    inputs.add(torch.tensor([[[4.0, 0.0]]]))
+    assert inputs.norms.tolist() == [5.0, 1.0]
+    torch.testing.assert_close(inputs.hessian, torch.tensor([[25.0, 0.0], [0.0, 1.0]]) * 2 / 3)
+
+
+@pytest.mark.parametrize("name", ["LlamaForCausalLM", "GPT2LMHeadModel", "OPTForCausalLM"])
+def test_inputs_are_what_each_layer_reads_in_one_forward_pass(name: str, architecture_folders: dict[str, Path]) -> None:
+    model = model_of(architecture_folders[name])
+    blocks = ModelBlocks(model)
+    seen: dict[str, list[Tensor]] = {}
+    layers = {matrix.name: model.get_submodule(matrix.name.removesuffix(".weight")) for matrix in blocks.matrices}
+    hooks = [
+        layer.register_forward_pre_hook(lambda _, given, name=name: seen.setdefault(name, []).append(given[0]))
+        for name, layer in layers.items()
+    ]
+    with torch.no_grad():
+        for row in ROWS:
+            model(torch.tensor([row.continuation]), use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    inputs = {source: sums for _, found in walk(blocks, ROWS, wants_hessians=True) for source, sums in found.items()}
+    for matrix in blocks.matrices:
+        x = torch.cat([part.reshape(-1, part.shape[-1]) for part in seen[matrix.name]])
+        torch.testing.assert_close(inputs[matrix.source].norms, x.norm(dim=0))
+        torch.testing.assert_close(inputs[matrix.source].hessian, 2 * x.T @ x / len(x), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_model_read_block_by_block_computes_the_same(name: str, architecture_folders: dict[str, Path]) -> None:
+    folder = architecture_folders[name]
+    whole = walk(ModelBlocks(model_of(folder)), ROWS, wants_hessians=True)
+    streamed = walk(StreamedBlocks(open_checkpoint(str(folder)), torch.float32), ROWS, wants_hessians=True)
+    for (_, expected), (_, found) in zip(whole, streamed, strict=True):
+        assert list(found) == list(expected)
+        for source, sums in expected.items():
+            assert found[source].tokens == sums.tokens
+            torch.testing.assert_close(found[source].norms, sums.norms)
+            torch.testing.assert_close(found[source].hessian, sums.hessian)
+
+
+def test_experts_read_the_tokens_that_are_sent_to_them(architecture_folders: dict[str, Path]) -> None:
+    model = model_of(architecture_folders["MixtralForCausalLM"])
+    inputs = {source: sums for _, found in walk(ModelBlocks(model), ROWS) for source, sums in found.items()}
+    tokens = sum(len(row.continuation) for row in ROWS)
+    for block in range(2):
+        sent = [inputs[block, expert, "feed-forward"].tokens for expert in range(4)]
+        assert sum(sent) == 2 * tokens
+        assert sent == [inputs[block, expert, "channels"].tokens for expert in range(4)]
+
+
+def test_an_expert_without_a_token_is_refused(architecture_folders: dict[str, Path]) -> None:
+    model = model_of(architecture_folders["MixtralForCausalLM"])
+    with pytest.raises(InputError, match=r"experts\.\d\.w1\.weight was given no token by 1 rows\. Give more rows"):
+        list(walk(ModelBlocks(model), [Encoded((), (5,))]))
+
+
+def test_activations_that_overflow_are_refused(architecture_folders: dict[str, Path]) -> None:
+    model = model_of(architecture_folders["LlamaForCausalLM"])
+    weights_of(model)["model.layers.0.mlp.up_proj.weight"].fill_(1e38)
+    with pytest.raises(InputError, match=r"activations must be finite, the input of model\.layers\.0\.mlp\.down_proj"):
+        list(walk(ModelBlocks(model), ROWS))
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_gradients_are_summed_row_by_row(name: str, architecture_folders: dict[str, Path]) -> None:
+    folder = architecture_folders[name]
+    model, blocks = model_of(folder), ModelBlocks(model_of(folder))
+    found = gradient_sums(blocks.whole(), ROWS, blocks.matrices)
+    assert not any(p.requires_grad or p.grad is not None for p in blocks.whole().parameters())
+    model.requires_grad_(True)
+    expected = {name: torch.zeros_like(weight) for name, weight in weights_of(model).items()}
+    for row in ROWS:
+        model.zero_grad()
+        row_loss(model, row).backward()
+        for parameter in model.parameters():
+            parameter.data, parameter.grad = parameter.grad, None  # so that weights_of shows the gradients
+        for matrix, gradient in weights_of(model).items():
+            expected[matrix] += gradient.abs()
+        model.load_state_dict(blocks.whole().state_dict())
+    for matrix, total in expected.items():
+        torch.testing.assert_close(found[matrix], total, atol=1e-6, rtol=1e-5)
+
+
+def test_the_loss_is_that_of_transformers(architecture_folders: dict[str, Path]) -> None:
+    model = model_of(architecture_folders["LlamaForCausalLM"])
+    ids = torch.tensor([ROWS[0].continuation])
+    torch.testing.assert_close(row_loss(model, ROWS[0]), model(ids, labels=ids).loss)
+    answered = Encoded(ROWS[0].continuation[:15], ROWS[0].continuation[15:])
+    labels = ids.clone()
+    labels[:, :15] = -100
+    torch.testing.assert_close(row_loss(model, answered), model(ids, labels=labels).loss)
+
+
+def test_text_is_cut_into_rows(llama: Path) -> None:
+    tokenizer = load_tokenizer(llama)
+    text = "one two three four five six seven eight nine ten. " * 40
+    ids = tokenizer(text)["input_ids"]
+    rows = text_rows(tokenizer, text, rows=3, tokens=7)
+    assert [row.continuation for row in rows] == [tuple(ids[i : i + 7]) for i in (0, 7, 14)]
+    with pytest.raises(InputError, match=r"must have rows x tokens = 300 x 700 tokens, got \d+\. Give more text"):
+        text_rows(tokenizer, text, rows=300, tokens=700)
+
+
+def test_too_few_or_too_short_rows_are_refused() -> None:
+    assert checked_rows(ROWS, 2) == ROWS[:2]
+    with pytest.raises(InputError, match="calibration needs 6 rows, got 5"):
+        checked_rows(ROWS, 6)
+    with pytest.raises(InputError, match="must have at least 2 tokens, row 2 has fewer"):
+        checked_rows([ROWS[0], Encoded((), (1,))], 2)

@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from bench_masks import plain_sparsegpt
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tune_sparse.masks import pruned_count
+from tune_sparse.sparsegpt import BLOCK, DAMPING, inverse_factor, sparsegpt
+
+
+def problem(rows: int, width: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """A weight (O, I) and the Hessian of correlated inputs."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(rows, width, generator=generator)
+    strong = torch.randn(4 * width, 3, generator=generator) @ torch.randn(3, width, generator=generator)
+    x = torch.randn(4 * width, width, generator=generator) + strong
+    return weight, 2 * x.T @ x / len(x)
+
+
+def error(pruned: Tensor, weight: Tensor, hessian: Tensor) -> float:
+    return float((((pruned - weight) @ hessian) * (pruned - weight)).sum())
+
+
+def test_the_factor_is_the_published_one() -> None:
+    _, hessian = problem(1, 40)
+    before = hessian.clone()
+    damped = hessian + DAMPING * hessian.diagonal().mean() * torch.eye(40)
+    published = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True)
+    torch.testing.assert_close(inverse_factor(hessian), published, atol=1e-5, rtol=1e-4)
+    assert torch.equal(hessian, before)
+
+
+def test_an_input_that_is_never_used_does_no_harm() -> None:
+    weight, hessian = problem(6, 16)
+    hessian[3], hessian[:, 3] = 0, 0
+    pruned, _ = sparsegpt(weight, inverse_factor(hessian), 48)
+    assert pruned.isfinite().all()
+
+
+@pytest.mark.parametrize(("rows", "width"), [(7, 5), (24, BLOCK), (16, 3 * BLOCK), (9, BLOCK + 37)])
+@pytest.mark.parametrize("sparsity", [0.1, 0.5, 0.9])
+def test_masks_and_weights_are_those_of_the_papers_loop(rows: int, width: int, sparsity: float) -> None:
+    weight, hessian = problem(rows, width)
+    factor, count = inverse_factor(hessian), pruned_count(weight.numel(), sparsity)
+    pruned, keep = sparsegpt(weight, factor, count)
+    expected, expected_keep = plain_sparsegpt(weight, factor, count)
+    assert torch.equal(keep, expected_keep)
+    torch.testing.assert_close(pruned, expected, atol=1e-4, rtol=1e-3)
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(1, 9), st.integers(1, 40), st.floats(0, 0.99), st.booleans())
+def test_counts_are_exact_and_zeros_are_zeros(rows: int, width: int, sparsity: float, transposed: bool) -> None:
+    weight, hessian = problem(rows, width)
+    count = pruned_count(weight.numel(), sparsity)
+    pruned, keep = sparsegpt(weight, inverse_factor(hessian), count, transposed=transposed)
+    assert int((~keep).sum()) == count
+    assert not pruned[~keep].any()
+
+
+@pytest.mark.parametrize(("kept", "group"), [(2, 4), (4, 8)])
+def test_groups_keep_as_many_as_they_may(kept: int, group: int) -> None:
+    weight, hessian = problem(10, BLOCK + 24)
+    pruned, keep = sparsegpt(weight, inverse_factor(hessian), 0, (kept, group))
+    assert (keep.reshape(-1, group).sum(dim=1) == kept).all()
+    assert not pruned[~keep].any()
+
+
+def test_two_columns_by_hand() -> None:
+    """Inputs that are equal: what the removed weight did, the other one takes over."""
+    weight, hessian = torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, 1.0], [1.0, 1.0]])
+    pruned, keep = sparsegpt(weight, inverse_factor(hessian), 1)
+    assert keep.tolist() == [[False, True]]
+    torch.testing.assert_close(pruned, torch.tensor([[0.0, 3.0]]), atol=0.02, rtol=0)
+
+
+def test_it_loses_less_than_the_mask_alone() -> None:
+    weight, hessian = problem(32, 64)
+    pruned, keep = sparsegpt(weight, inverse_factor(hessian), weight.numel() // 2)
+    assert error(pruned, weight, hessian) < 0.7 * error(weight * keep, weight, hessian)

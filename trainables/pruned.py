@@ -1,0 +1,94 @@
+"""The pruning stage of a cell: masks and pruned weights, by statistics that a worker measures once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from tune_sparse.calibration import ModelBlocks, Statistics, checked_rows, text_rows
+from tune_sparse.data import Encoded, calibration_text
+from tune_sparse.errors import InputError, RunError
+from tune_sparse.masks import Masks, mask_sha256, masked, sparsity_of
+from tune_sparse.methods import method_named
+from tune_sparse.pruning import NO_STATISTICS, Prunable, make_masks, measured, prune_walking, walks
+from tune_sparse.result import Run, sha256_of
+from tune_sparse.validate import mask_violations
+
+if TYPE_CHECKING:
+    from trainables.torch_backend import Loaded
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """Masks, their checksum, and the weights that they leave."""
+
+    masks: Masks
+    checksum: str
+    weights: dict[str, Tensor]
+
+    def described(self, run: Run) -> dict[str, Any]:
+        """What `sparse_config.json` holds."""
+        return {
+            "method": run.cell.method,
+            "sparsity": run.cell.sparsity,
+            "seed": run.cell.seed,
+            "mask_sha256": self.checksum,
+            "counted_sparsity": sparsity_of(self.masks),
+            "kept_by_matrix": {name: [int(mask.sum()), mask.numel()] for name, mask in self.masks.items()},
+            "calibration": run.protocol.calibrated_by if run.is_calibrated else None,
+        }
+
+
+class Pruner:
+    """Prunes the model that a worker holds, and keeps what its calibration rows said."""
+
+    def __init__(self) -> None:
+        self._statistics: dict[tuple[Any, ...], Statistics] = {}
+
+    def prune(self, run: Run, loaded: Loaded, train: Sequence[Encoded]) -> Pruned:
+        """Masks and pruned weights. The model may be left half-pruned: the caller writes the weights into it.
+
+        train: the task's training rows. Raises `RunError` for masks that break a rule.
+        """
+        method, sparsity, seed = run.cell.method, run.cell.sparsity, run.cell.seed
+        rows = calibration_rows(run, loaded, train) if run.is_calibrated else []
+        statistics = self._measured(run, loaded, rows) if run.is_calibrated else NO_STATISTICS
+        sequential = run.protocol.calibration_order == "sequential"
+        if sparsity and walks(method, sequential):
+            model, blocks = Prunable.of(loaded.pristine, loaded.shape), ModelBlocks(loaded.model)
+            found = list(prune_walking(method, model, blocks, rows, [sparsity], seed, statistics, sequential))
+            masks = {matrix.name: matrix.keep(0) for matrix in found}
+            weights = {matrix.name: matrix.weight(0) for matrix in found}
+        else:
+            masks = make_masks(method, loaded.pristine, loaded.shape, sparsity, seed, statistics)
+            weights = masked(loaded.pristine, masks)
+        violations = mask_violations(masks, sparsity)
+        if violations:
+            raise RunError("masks must be valid: " + "; ".join(violations))
+        return Pruned(masks, mask_sha256(masks), weights)
+
+    def _measured(self, run: Run, loaded: Loaded, rows: Sequence[Encoded]) -> Statistics:
+        """What the run's method uses of its calibration rows, measured once on the dense model."""
+        method, protocol = method_named(run.cell.method), run.protocol
+        inputs = (run.cell.task, run.data_fingerprint, run.prompt_version, run.calibration_fingerprint)
+        needs = (method.needs_inputs, method.needs_gradients, method.allocation == "owl")
+        key = (*inputs, *needs, protocol.max_tokens, *protocol.calibrated_by.values())
+        if key not in self._statistics:
+            model = Prunable.of(loaded.pristine, loaded.shape)
+            self._statistics[key] = measured([method], model, ModelBlocks(loaded.model), rows)
+        return self._statistics[key]
+
+
+def calibration_rows(run: Run, loaded: Loaded, train: Sequence[Encoded]) -> list[Encoded]:
+    """What scores are calibrated on: training rows of the task, or pieces of a text."""
+    protocol = run.protocol
+    if protocol.calibration == "task":
+        return checked_rows(train, protocol.calibration_rows)
+    text = calibration_text(protocol.calibration, Path(run.data_dir) if run.data_dir else None)
+    if sha256_of(text) != run.calibration_fingerprint:
+        raise InputError(f"the text {protocol.calibration} must not change during a sweep. Start the sweep again.")
+    return text_rows(loaded.tokenizer, text, protocol.calibration_rows, protocol.calibration_tokens)

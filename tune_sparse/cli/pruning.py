@@ -1,0 +1,146 @@
+"""prune and validate."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tune_sparse.cli.command import FAULT, OK, add_command
+from tune_sparse.config import Protocol
+from tune_sparse.errors import DISK_FULL, InputError, unknown_name
+from tune_sparse.methods import METHODS
+from tune_sparse.task import TextTask
+from tune_sparse.tasks import TASKS
+
+if TYPE_CHECKING:
+    from tune_sparse.data import Encoded
+
+SPARSITIES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+
+
+def add_commands(commands: Any) -> None:
+    prune = add_command(
+        commands, "prune", _prune, "masks, statistics and histograms of one model, all levels in one pass", _epilog()
+    )
+    prune.add_argument("model", metavar="MODEL", help="an embedded name, a checkpoint folder, or a fetched hub id")
+    prune.add_argument("--methods", nargs="+", default=["unstructured"], metavar="METHOD", help="see below")
+    prune.add_argument("--sparsities", nargs="+", type=float, default=list(SPARSITIES), metavar="SPARSITY")
+    prune.add_argument("--out", type=Path, default=Path("masks"), metavar="DIR", help="default: masks")
+    prune.add_argument("--seed", type=int, default=0, help="of random scores")
+    prune.add_argument("--format", default="safetensors", help="safetensors or pt: a file a level; levels: one packed")
+    prune.add_argument("--checkpoints", action="store_true", help="write each pruned checkpoint too")
+    prune.add_argument("--shrink", action="store_true", help="write each structured checkpoint in its smaller form")
+    prune.add_argument(
+        "--calibration",
+        metavar="SOURCE",
+        help="a task, whose training rows are used, a text such as wikitext2, or a text file",
+    )
+    prune.add_argument("--data-dir", type=Path, metavar="DIR", help="folder of the task, `hub` or `embedded`")
+    prune.add_argument("--calibration-rows", type=int, default=128, metavar="ROWS")
+    prune.add_argument("--calibration-tokens", type=int, default=2048, metavar="TOKENS", help="of a row, at most")
+    prune.add_argument("--sequential", action="store_true", help="prune block after block, as published")
+
+    validate = add_command(
+        commands,
+        "validate",
+        _validate,
+        "check a checkpoint against its mask; writes validation_report.json into the checkpoint",
+        "example:\n    tune-sparse validate ./pruned --masks masks/my-llama/masks_sparsity50_wanda.safetensors",
+    )
+    validate.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
+    validate.add_argument("--masks", type=Path, required=True, metavar="FILE")
+    validate.add_argument("--sparsity", type=float, help="the asked one; which level of a packed map")
+    validate.add_argument("--tolerance", type=float, default=1e-6, help="of a masked weight; default 1e-6")
+    validate.add_argument("--json", action="store_true", help="print the report as JSON")
+
+
+def _epilog() -> str:
+    return (
+        f"methods: {', '.join(METHODS)}\n\n"
+        "wanda, sparsegpt, gradient, taylor and owl need --calibration.\n\n"
+        "examples:\n    tune-sparse prune tiny-llama --methods unstructured structured random\n"
+        "    tune-sparse prune ./my-llama --methods wanda sparsegpt --sparsities 0.5 --calibration text.txt"
+    )
+
+
+def _prune(chosen: argparse.Namespace) -> int:
+    from tune_sparse.methods import method_named
+    from tune_sparse.prune import Request, run
+
+    calibrated = [name for name in chosen.methods if method_named(name).is_calibrated]
+    rows = calibration_rows(chosen) if calibrated and chosen.calibration else ()
+    request = Request(
+        model=chosen.model,
+        methods=chosen.methods,
+        sparsities=chosen.sparsities,
+        out=chosen.out,
+        seed=chosen.seed,
+        format=chosen.format,
+        checkpoints=chosen.checkpoints,
+        shrunk=chosen.shrink,
+        calibration={"source": chosen.calibration, "rows": len(rows), "tokens": chosen.calibration_tokens},
+        rows=rows,
+        sequential=chosen.sequential,
+    )
+    try:
+        run(request)
+    except OSError as error:
+        if not any(message in str(error) for message in DISK_FULL):
+            raise
+        raise InputError(
+            f"pruning needs room for what it writes, {chosen.out} ran full: {error}. Free some, or give another --out."
+        ) from error
+    return OK
+
+
+def calibration_rows(chosen: argparse.Namespace) -> Sequence[Encoded]:
+    """Rows of a task's training split, or pieces of a text file, as the model's tokens."""
+    from tune_sparse.calibration import checked_rows, text_rows
+    from tune_sparse.data import calibration_text, encode_training, load_splits
+    from tune_sparse.models import find_folder, load_tokenizer
+    from tune_sparse.sources import rows_folder
+
+    source, count, tokens = chosen.calibration, chosen.calibration_rows, chosen.calibration_tokens
+    if count < 1 or tokens < 2:
+        raise InputError(f"calibration needs a row of at least 2 tokens, got {count} rows of {tokens}. Raise them.")
+    tokenizer = load_tokenizer(find_folder(chosen.model))
+    if Path(source).is_file():
+        return text_rows(tokenizer, Path(source).read_text(encoding="utf-8"), count, tokens)
+    if source not in TASKS:
+        raise unknown_name("task or text file", source, TASKS)
+    task, folder = TASKS[source], rows_folder(chosen.data_dir, [source])
+    if isinstance(task, TextTask):
+        return text_rows(tokenizer, calibration_text(source, folder), count, tokens)
+    train = load_splits(task, folder, Protocol()).train[:count]
+    return checked_rows(encode_training(tokenizer, task, train, tokens, None), count)
+
+
+def _validate(chosen: argparse.Namespace) -> int:
+    from tune_sparse.checkpoints import open_checkpoint
+    from tune_sparse.mask_files import MaskFile, recorded_statistics, refuse_other_model
+    from tune_sparse.paths import write_json
+    from tune_sparse.validate import checkpoint_report
+
+    checkpoint = open_checkpoint(str(chosen.checkpoint))
+    masks = MaskFile(chosen.masks, chosen.sparsity)
+    refuse_other_model(masks, checkpoint.tensors, chosen.masks)
+    recorded = recorded_statistics(chosen.masks)
+    report = checkpoint_report(
+        checkpoint.tensors,
+        masks,
+        [matrix.name for matrix in checkpoint.prunable.matrices],
+        recorded.get("sparsity") if chosen.sparsity is None else chosen.sparsity,
+        recorded.get("mask_sha256"),
+        chosen.tolerance,
+    )
+    write_json(chosen.checkpoint / "validation_report.json", report)
+    if chosen.json:
+        print(json.dumps(report))
+    else:
+        verdict = "valid" if report["all_valid"] else f"{len(report['violations'])} violations"
+        print(f"{chosen.checkpoint}: {verdict}, sparsity {report['counted_sparsity']:.4f}")
+        print("".join(f"  {text}\n" for text in report["violations"]), end="")
+    return OK if report["all_valid"] else FAULT
