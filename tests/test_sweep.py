@@ -306,9 +306,9 @@ def test_a_cell_whose_loss_is_not_finite_fails_alone(llama: Path, tmp_path: Path
 
 def _position_that_random_prunes(weight: torch.Tensor, name: str) -> int:
     from tune_sparse.masks import keep_highest, pruned_count
-    from tune_sparse.scores import random
+    from tune_sparse.scores import Known, random
 
-    keep = keep_highest(random(weight, name, 0), pruned_count(weight.numel(), 0.5))
+    keep = keep_highest(random(weight, Known(name)), pruned_count(weight.numel(), 0.5))
     return int((~keep[0]).nonzero()[0])
 
 
