@@ -1,0 +1,267 @@
+"""Every way to compute with a masked weight is the formula, in its outputs and in its gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tune_sparse import masked_linear
+from tune_sparse.errors import InputError
+from tune_sparse.masked_linear import (
+    Csr,
+    DenseStored,
+    Plain,
+    Structured,
+    Way,
+    Workspace,
+    best_way,
+    choose_way,
+    effective_weight,
+    is_structured,
+)
+
+O, I, R, T = 11, 7, 3, 5
+ROWS, COLUMNS = torch.arange(O) % 3 != 1, torch.arange(I) % 4 != 2
+
+
+def draw(seed: int, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def scattered(rows: int = O, columns: int = I) -> Tensor:
+    return draw(9, rows, columns) > 0
+
+
+MASKS: dict[str, Tensor] = {
+    "elementwise": scattered(),
+    "rows": ROWS[:, None].expand(O, I).contiguous(),
+    "columns": COLUMNS.expand(O, I).contiguous(),
+    "rows and columns": ROWS[:, None] & COLUMNS,
+    "everything kept": torch.ones(O, I, dtype=torch.bool),
+    "one weight": torch.zeros(O, I, dtype=torch.bool).index_put((torch.tensor(4), torch.tensor(2)), torch.tensor(True)),
+}
+CASES = [
+    (way, mask)
+    for way in ("plain", "structured", "dense-stored", "csr")
+    for mask, keep in MASKS.items()
+    if (way != "structured" or is_structured(keep)) and (way != "plain" or mask == "everything kept")
+]
+
+
+def pruned(mask: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
+    """A weight with a kept weight that is exactly zero, wherever two are kept."""
+    weight = draw(1, *mask.shape, dtype=dtype) * mask
+    kept = mask.flatten().nonzero().flatten()
+    if len(kept) > 1:
+        weight.view(-1)[kept[1]] = 0
+    return weight
+
+
+def make(way: str, mask: Tensor, dtype: torch.dtype = torch.float64) -> tuple[Way, Tensor]:
+    weight = pruned(mask, dtype)
+    return (Plain() if way == "plain" else choose_way(weight, mask, Workspace(), way)), weight
+
+
+@pytest.fixture(autouse=True)
+def chunks_of_three_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(masked_linear, "CHUNK_BYTES", 3 * I * 8)
+
+
+def test_there_is_a_case_for_every_way() -> None:
+    assert {way for way, _ in CASES} == {way.name for way in (Plain, Structured, DenseStored, Csr)}
+    assert len(CASES) == 1 + 5 + 6 + 6
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("way", "mask"), CASES)
+def test_gradients_are_those_of_the_formula_in_float64(way: str, mask: str, bias: bool) -> None:
+    module, weight = make(way, MASKS[mask])
+    b = draw(5, O) if bias else None
+    x, A, B = draw(2, 2, T, I), draw(3, R, I), draw(4, O, R)
+    inputs = tuple(t.requires_grad_() for t in (x, A, B))
+
+    def formula(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        return F.linear(x, weight + 0.5 * (B @ A) * MASKS[mask], b)
+
+    def layer(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        return module(x, weight, b, A, B, 0.5)
+
+    torch.testing.assert_close(layer(*inputs), formula(*inputs))
+    assert torch.autograd.gradcheck(layer, inputs)
+    dY = draw(6, 2, T, O)
+    expected = torch.autograd.grad(formula(*inputs), inputs, dY)
+    torch.testing.assert_close(torch.autograd.grad(layer(*inputs), inputs, dY), expected)
+
+
+@pytest.mark.parametrize(("way", "mask"), CASES)
+def test_a_frozen_input_gets_no_gradient_and_the_adapters_the_same(way: str, mask: str) -> None:
+    module, weight = make(way, MASKS[mask])
+    A, B, dY = draw(3, R, I).requires_grad_(), draw(4, O, R).requires_grad_(), draw(6, T, O)
+    x = draw(2, T, I)
+    expected = torch.autograd.grad(F.linear(x, weight + 2 * (B @ A) * MASKS[mask]), (A, B), dY)
+    torch.testing.assert_close(torch.autograd.grad(module(x, weight, None, A, B, 2.0), (A, B), dY), expected)
+
+
+@pytest.mark.parametrize(("way", "mask"), CASES)
+def test_a_way_gives_back_its_mask(way: str, mask: str) -> None:
+    module, weight = make(way, MASKS[mask])
+    found = module.mask(weight)
+    if way == "plain":
+        assert found is None
+    else:
+        assert torch.equal(found, MASKS[mask])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("mask", MASKS)
+def test_dense_stored_computes_with_the_merged_weight_to_the_last_bit(mask: str, dtype: torch.dtype) -> None:
+    module, weight = make("dense-stored", MASKS[mask], dtype)
+    x, A, B = draw(2, T, I, dtype=dtype), draw(3, R, I).float(), draw(4, O, R).float()
+    merged = effective_weight(weight, A, B, 0.5, MASKS[mask])
+    assert torch.equal(module(x, weight, None, A, B, 0.5), F.linear(x, merged))
+    assert not merged[~MASKS[mask]].any()
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    st.sampled_from([torch.float32, torch.bfloat16]),
+    st.integers(1, 9),
+    st.integers(1, 9),
+    st.integers(0, 2**31),
+    st.floats(0.01, 100),
+)
+def test_the_effective_weight_keeps_zeros_and_is_the_formula(
+    dtype: torch.dtype, rows: int, columns: int, seed: int, scaling: float
+) -> None:
+    mask = draw(seed, rows, columns) > 0
+    weight = draw(seed + 1, rows, columns, dtype=dtype) * mask
+    A, B = (draw(seed + i, *shape).bfloat16().float() for i, shape in ((2, (R, columns)), (3, (rows, R))))
+    merged = effective_weight(weight, A, B, scaling, mask)
+    assert merged.dtype == dtype
+    assert not merged[~mask].any()
+    sB = (scaling * B).to(dtype).double()
+    torch.testing.assert_close(merged.double(), weight.double() + (sB @ A.double()) * mask, rtol=1e-2, atol=1e-2)
+
+
+def test_effective_weight_by_hand() -> None:
+    W, A, B = torch.tensor([[1.0, 0.0], [0.0, 4.0]]), torch.tensor([[1.0, -1.0]]), torch.tensor([[1.0], [2.0]])
+    assert effective_weight(W, A, B, 0.5).tolist() == [[1.5, -0.5], [1.0, 3.0]]
+    mask = torch.tensor([[True, False], [False, True]])
+    assert effective_weight(W, A, B, 0.5, mask).tolist() == [[1.5, 0.0], [0.0, 3.0]]
+    kept_zero = torch.tensor([[True, True], [False, True]])
+    assert effective_weight(W, A, B, 0.5, kept_zero).tolist() == [[1.5, -0.5], [0.0, 3.0]]
+
+
+def test_the_product_and_the_sum_are_not_rounded_in_between() -> None:
+    W = torch.ones(1, 1, dtype=torch.bfloat16)
+    half_and_a_little = torch.tensor([[2**-8, 2**-18]])
+    assert effective_weight(W, torch.ones(2, 1), half_and_a_little, 1.0).item() == 1 + 2**-7
+
+
+@pytest.mark.parametrize("way", ["dense-stored", "csr"])
+def test_a_layer_saves_its_input_and_nothing_of_the_size_of_the_weight(way: str) -> None:
+    mask = scattered(64, 32)
+    module, weight = make(way, mask, torch.float32)
+    x = draw(2, T, 32, dtype=torch.float32).requires_grad_()
+    A, B = draw(3, R, 32).float().requires_grad_(), draw(4, 64, R).float().requires_grad_()
+    known = {t.data_ptr() for t in (x, weight, A, B)}
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        module(x, weight, None, A, B, 1.0)
+    assert saved
+    assert all(t.data_ptr() in known for t in saved)
+
+
+def test_one_workspace_serves_layers_of_every_size_and_dtype() -> None:
+    workspace = Workspace()
+    small, large = torch.empty(2, 3), torch.empty(4, 3)
+    first = workspace.lend("weight", 2, small)
+    assert first.shape == (2, 3)
+    assert workspace.lend("weight", 2, small).data_ptr() == first.data_ptr()
+    grown = workspace.lend("weight", 4, large)
+    assert grown.shape == (4, 3)
+    assert workspace.lend("weight", 2, small).data_ptr() == grown.data_ptr()
+    assert workspace.lend("mask", 2, small).data_ptr() != grown.data_ptr()
+    assert workspace.lend("weight", 2, small.bfloat16()).dtype == torch.bfloat16
+
+
+def test_layers_that_share_a_workspace_do_not_disturb_each_other() -> None:
+    workspace = Workspace()
+    masks = [scattered(6, 6), scattered(9, 6), scattered(4, 9)]
+    weights = [pruned(mask) for mask in masks]
+    ways = [choose_way(w, m, workspace, "dense-stored") for w, m in zip(weights, masks, strict=True)]
+    factors = [(draw(i, 2, w.shape[1]), draw(i + 5, len(w), 2)) for i, w in enumerate(weights)]
+    leaves = [f.requires_grad_() for pair in factors for f in pair]
+
+    def network(layer: Callable[..., Tensor]) -> Tensor:
+        x = draw(8, T, 6)
+        for parts in zip(ways, weights, masks, factors, strict=True):
+            x = layer(x, *parts).tanh()
+        return x.sum()
+
+    ours = network(lambda x, way, W, M, f: way(x, W, None, *f, 0.5))
+    formula = network(lambda x, way, W, M, f: F.linear(x, W + 0.5 * (f[1] @ f[0]) * M))
+    torch.testing.assert_close(torch.autograd.grad(ours, leaves), torch.autograd.grad(formula, leaves))
+
+
+BIG = 2**9 + 1
+
+
+@pytest.mark.parametrize(
+    ("mask", "dtype", "expected"),
+    [
+        (MASKS["everything kept"], torch.float32, "plain"),
+        (MASKS["rows"], torch.float32, "structured"),
+        (MASKS["columns"], torch.bfloat16, "structured"),
+        (MASKS["rows and columns"], torch.bfloat16, "structured"),
+        (MASKS["elementwise"], torch.float32, "dense-stored"),
+        (MASKS["elementwise"], torch.bfloat16, "dense-stored"),
+        (torch.rand(BIG, BIG) > 0.9, torch.float32, "csr"),
+        (torch.rand(BIG, BIG) > 0.9, torch.bfloat16, "dense-stored"),
+        (torch.rand(BIG, BIG) > 0.8, torch.float32, "dense-stored"),
+    ],
+)
+def test_the_way_follows_from_mask_and_precision(mask: Tensor, dtype: torch.dtype, expected: str) -> None:
+    weight = torch.randn(mask.shape).to(dtype) * mask
+    assert best_way(weight, mask) == expected
+    assert choose_way(weight, mask, Workspace()).name == expected
+
+
+@pytest.mark.parametrize("asked", ["auto", "structured", "dense-stored", "csr"])
+def test_without_a_mask_every_way_is_plain_lora(asked: str) -> None:
+    assert choose_way(torch.ones(O, I), None, Workspace(), asked).name == "plain"
+
+
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"mask": torch.ones(O, I + 1, dtype=torch.bool)}, r"shape of its weight, \(11, 7\), got bool \(11, 8\)\. Give the"),
+    ({"mask": torch.ones(O, I)}, r"a mask must be bool .*, got float32 \(11, 7\)\."),
+    ({"mask": MASKS["rows"]}, r"is 0 where its mask is, got 28 other values there\. Give the pruned weight"),
+    ({"asked": "structured"}, r"'structured' needs masks of whole rows and columns, got another\. Choose 'auto'\."),
+    ({"asked": "csr", "dtype": torch.bfloat16}, r"'csr' computes in float32 on a CPU, got bfloat16 on cpu\. Choose"),
+]
+
+
+@pytest.mark.parametrize(("mistake", "message"), REFUSED, ids=lambda case: str(case)[:40])
+def test_what_cannot_be_computed_is_refused(mistake: dict[str, Any], message: str) -> None:
+    mask = mistake.get("mask", scattered())
+    weight = torch.ones(O, I, dtype=mistake.get("dtype", torch.float32))
+    weight *= scattered() if mask.shape == scattered().shape and mask is not MASKS["rows"] else 1
+    with pytest.raises(InputError, match=message):
+        choose_way(weight, mask, Workspace(), mistake.get("asked", "auto"))
+
+
+@pytest.mark.parametrize(("way", "mask"), [("structured", "rows and columns"), ("dense-stored", "elementwise")])
+def test_what_a_way_keeps_moves_with_the_model_and_is_not_saved(way: str, mask: str) -> None:
+    module, _ = make(way, MASKS[mask])
+    moved = module.to("meta")
+    assert all(buffer.is_meta for buffer in moved.buffers())
+    assert list(module.buffers())
+    assert module.state_dict() == {}
+    assert list(module.parameters()) == []

@@ -1,0 +1,269 @@
+"""y = (W + s(BA)⊙M) x for a frozen, pruned W: the effective weight, and four ways to compute with it.
+
+W: (O, I) and 0 wherever M is; A: (R, I) and B: (O, R) in float32, rounded to the precision of W where they are used;
+s = alpha / R; x: (..., I). A way is a module, so that what it keeps moves with the model, and none holds a parameter.
+
+| way | masks | what a step costs |
+| --- | --- | --- |
+| plain | none | two GEMMs, as LoRA |
+| structured | whole rows and columns | as plain, on what is left of W |
+| dense-stored | any | three GEMMs, and the weight built twice in a workspace that all layers share |
+| csr | any; float32 or more on a CPU | operations on the kept weights alone |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from tune_sparse.csr import Csr
+from tune_sparse.errors import InputError
+
+CHUNK_BYTES = 2**20
+"""A CPU masks a weight in chunks of rows that stay in its cache between two operations."""
+CSR_SPARSITY = 0.85
+CSR_WEIGHTS = 2**18
+"""From this sparsity and size on, CSR beats three dense GEMMs on a CPU (docs/lora.md)."""
+
+
+class Workspace:
+    """Room for one effective weight and one mask, lent to one layer at a time and grown to the largest."""
+
+    def __init__(self) -> None:
+        self._lent: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
+
+    def lend(self, use: str, rows: int, like: Tensor) -> Tensor:
+        """(rows, I) of the kind of `like`, holding anything."""
+        key, size = (use, like.dtype, like.device), rows * like.shape[1]
+        if key not in self._lent or self._lent[key].numel() < size:
+            self._lent[key] = like.new_empty(size)
+        return self._lent[key][:size].view(rows, like.shape[1])
+
+
+def effective_weight(weight: Tensor, A: Tensor, B: Tensor, scaling: float, mask: Tensor | None = None) -> Tensor:
+    """W + s(BA), or W + s(BA)⊙M with the mask that W was pruned with, in the dtype of W: (O, I).
+
+    The factors are rounded to that dtype once, their product and the sum are not rounded in between.
+    """
+    if mask is None:
+        return torch.addmm(weight, *_rounded(A, B, scaling, weight.dtype))
+    return DenseStored(weight, mask, Workspace()).effective_weight(weight, A, B, scaling)
+
+
+def _rounded(A: Tensor, B: Tensor, scaling: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """sB and A in `dtype`."""
+    return (scaling * B).to(dtype), A.to(dtype)
+
+
+class Plain(nn.Module):
+    """y = Wx + b + sB(Ax), as LoRA (Hu et al. 2021, arXiv:2106.09685, eq. 3)."""
+
+    name = "plain"
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float) -> Tensor:
+        B, A = _rounded(A, B, scaling, weight.dtype)
+        base = F.linear(x, weight, bias)
+        return torch.addmm(base.flatten(0, -2), F.linear(x, A).flatten(0, -2), B.T).view(base.shape)
+
+    def mask(self, weight: Tensor) -> Tensor | None:
+        return None
+
+
+class Structured(nn.Module):
+    """Plain LoRA on the rows and columns that are left: with M = r cᵀ, BA⊙M is (B[r])(A[:, c]) in its place.
+
+    The block of W that is left is copied, d (O, I) for a density d.
+    """
+
+    name = "structured"
+
+    def __init__(self, weight: Tensor, mask: Tensor) -> None:
+        super().__init__()
+        rows, columns = (mask.any(dim=dim).nonzero().flatten() for dim in (1, 0))
+        self.register_buffer("rows", None if len(rows) == len(mask) else rows, persistent=False)
+        self.register_buffer("columns", None if len(columns) == mask.shape[1] else columns, persistent=False)
+        self.register_buffer("block", weight[rows][:, columns].contiguous(), persistent=False)
+        self.plain = Plain()
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float) -> Tensor:
+        if self.columns is not None:
+            x, A = _Columns.apply(x, self.columns), A[:, self.columns]
+        if self.rows is None:
+            return self.plain(x, self.block, bias, A, B, scaling)
+        kept = self.plain(x, self.block, None, A, B[self.rows], scaling)
+        y = kept.new_zeros(*kept.shape[:-1], len(weight)).index_copy(-1, self.rows, kept)
+        return y if bias is None else y + bias
+
+    def mask(self, weight: Tensor) -> Tensor:
+        rows, columns = (
+            torch.ones(size, dtype=torch.bool, device=weight.device)
+            if kept is None
+            else torch.zeros(size, dtype=torch.bool, device=weight.device).index_fill(0, kept, True)
+            for kept, size in zip((self.rows, self.columns), weight.shape, strict=True)
+        )
+        return rows[:, None] & columns
+
+
+class _Columns(torch.autograd.Function):
+    """x[..., columns], whose gradient needs no addition since no column comes twice."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, columns: Tensor) -> Tensor:
+        ctx.save_for_backward(columns)
+        ctx.width = x.shape[-1]
+        return x.index_select(-1, columns)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        [columns] = ctx.saved_tensors
+        return gradient.new_zeros(*gradient.shape[:-1], ctx.width).index_copy_(-1, columns, gradient), None
+
+
+class DenseStored(nn.Module):
+    """y = W_eff x + b with W_eff = W + s(BA)⊙M as a dense matrix, which is what is merged: the same bits.
+
+    M is W != 0, and nothing of the size of W is kept: W_eff lies in the workspace only while it is used. Kept
+    weights that are exactly zero are remembered by their positions.
+    """
+
+    name = "dense-stored"
+
+    def __init__(self, weight: Tensor, mask: Tensor, workspace: Workspace) -> None:
+        super().__init__()
+        kept_zeros = (mask & (weight == 0)).flatten().nonzero().flatten()
+        self.register_buffer("kept_zeros", kept_zeros, persistent=False)
+        self.workspace = workspace
+        rows, width = weight.shape
+        size = rows if weight.is_cuda else max(1, CHUNK_BYTES // (width * weight.element_size()))
+        starts = range(0, rows, size)
+        cuts = torch.searchsorted(kept_zeros.cpu(), torch.tensor([*starts, rows]) * width).tolist()
+        self._chunks = [
+            (slice(start, min(start + size, rows)), slice(*cuts[i : i + 2])) for i, start in enumerate(starts)
+        ]
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float) -> Tensor:
+        return _DenseStored.apply(x, weight, bias, A, B, scaling, self)
+
+    def mask(self, weight: Tensor) -> Tensor:
+        return (weight != 0).flatten().index_fill(0, self.kept_zeros, True).view(weight.shape)
+
+    def effective_weight(self, weight: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
+        """W + s(BA)⊙M, in the workspace: (O, I)."""
+        B, A = _rounded(A, B, scaling, weight.dtype)
+        out = self.workspace.lend("weight", len(weight), weight)
+        for rows, keep in self._keeps(weight):
+            torch.addmm(weight[rows], B[rows], A, out=out[rows])
+            out[rows].mul_(keep)
+        return out
+
+    def weight_gradient(self, weight: Tensor, dY: Tensor, x: Tensor) -> Tensor:
+        """(dYᵀX)⊙M, in the workspace, where it takes the place of the effective weight: (O, I)."""
+        out = self.workspace.lend("weight", len(weight), weight)
+        torch.mm(dY.T, x, out=out)
+        for rows, keep in self._keeps(weight):
+            out[rows].mul_(keep)
+        return out
+
+    def _keeps(self, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """(rows, M of these rows as numbers). Multiplying by numbers of the same dtype is ten times faster than by
+        bools or `masked_fill_`."""
+        for rows, zeros in self._chunks:
+            chunk = weight[rows]
+            keep = torch.ne(chunk, 0, out=self.workspace.lend("mask", len(chunk), weight))
+            if zeros.start < zeros.stop:
+                keep.view(-1)[self.kept_zeros[zeros] - rows.start * weight.shape[1]] = 1
+            yield rows, keep
+
+
+class _DenseStored(torch.autograd.Function):
+    """With G = (dYᵀX)⊙M: dX = dY W_eff, dB = s G Aᵀ, dA = s Bᵀ G. Only x is saved; W_eff is built again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        A: Tensor,
+        B: Tensor,
+        scaling: float,
+        way: DenseStored,
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, A, B)
+        ctx.scaling, ctx.way = scaling, way
+        return F.linear(x, way.effective_weight(weight, A, B, scaling), bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dY: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, A, B = ctx.saved_tensors
+        dX = dY @ ctx.way.effective_weight(weight, A, B, ctx.scaling) if ctx.needs_input_grad[0] else None
+        G = ctx.way.weight_gradient(weight, dY.flatten(0, -2), x.flatten(0, -2))
+        sB, rounded_A = _rounded(A, B, ctx.scaling, weight.dtype)
+        dA, dB = sB.T @ G, ctx.scaling * (G @ rounded_A.T)
+        return dX, None, None, dA.to(A.dtype), dB.to(B.dtype), None, None
+
+
+Way = Plain | Structured | DenseStored | Csr
+
+
+def choose_way(weight: Tensor, mask: Tensor | None, workspace: Workspace, asked: str = "auto") -> Way:
+    """The way to compute with a pruned weight and its keep-mask, both (O, I); without a mask it is plain LoRA.
+
+    Raises `InputError` for a mask that the weight was not pruned with, and for a way that cannot compute this one.
+    """
+    if mask is None:
+        return Plain()
+    _refuse_unfit(weight, mask)
+    name = best_way(weight, mask) if asked == "auto" else asked
+    if name == "plain":
+        return Plain()
+    if name == "structured" and not is_structured(mask):
+        raise InputError("the way 'structured' needs masks of whole rows and columns, got another. Choose 'auto'.")
+    if name == "structured":
+        return Structured(weight, mask)
+    if name == "csr" and not _is_for_csr(weight):
+        raise InputError(
+            f"the way 'csr' computes in float32 on a CPU, got {str(weight.dtype)[6:]} on {weight.device.type}. "
+            "Choose 'auto', or set precision=float32."
+        )
+    return Csr(weight, mask) if name == "csr" else DenseStored(weight, mask, workspace)
+
+
+def best_way(weight: Tensor, mask: Tensor) -> str:
+    """The name of the fastest way, by what was measured (docs/lora.md)."""
+    if mask.all():
+        return "plain"
+    if is_structured(mask):
+        return "structured"
+    sparse = int(mask.sum()) <= (1 - CSR_SPARSITY) * mask.numel()
+    return "csr" if sparse and mask.numel() >= CSR_WEIGHTS and _is_for_csr(weight) else "dense-stored"
+
+
+def is_structured(mask: Tensor) -> bool:
+    """Whether a mask keeps whole rows and columns and drops whole ones: whether it is r cᵀ."""
+    return int(mask.sum()) == int(mask.any(dim=1).sum()) * int(mask.any(dim=0).sum())
+
+
+def _is_for_csr(weight: Tensor) -> bool:
+    return weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.float64)
+
+
+def _refuse_unfit(weight: Tensor, mask: Tensor) -> None:
+    if mask.shape != weight.shape or mask.dtype != torch.bool:
+        raise InputError(
+            f"a mask must be bool and have the shape of its weight, {tuple(weight.shape)}, got "
+            f"{str(mask.dtype)[6:]} {tuple(mask.shape)}. Give the mask that this weight was pruned with."
+        )
+    filled = int((~mask & (weight != 0)).sum())
+    if filled:
+        raise InputError(
+            f"a masked layer computes on a pruned weight, which is 0 where its mask is, got {filled} other values "
+            "there. Give the pruned weight, or the mask that it was pruned with."
+        )
