@@ -42,6 +42,8 @@ BROKEN_PROTOCOLS: list[tuple[dict[str, Any], str]] = [
     ({"warmup_steps": -1}, r"the warm-up must be shorter than the training of 200 steps, got -1\."),
     ({"steps": 2, "warmup_fraction": 0.9}, r"the warm-up must be shorter than the training of 2 steps, got 2\."),
     ({"loss_on": "answers"}, r"unknown loss_on 'answers'\. Did you mean 'answer'"),
+    ({"masked_way": "dense"}, r"unknown masked_way 'dense'\. Did you mean 'dense-stored'"),
+    ({"masked_way": "csr"}, r"masked_way csr computes in float32, got 'bfloat16'\. Set precision=float32"),
     ({"precision": "bfloat"}, r"unknown precision 'bfloat'\. Did you mean 'bfloat16'"),
 ]
 
@@ -61,6 +63,11 @@ BROKEN_SWEEPS: list[tuple[dict[str, Any], str]] = [
     ({"backend": "pytorch"}, r"unknown backend 'pytorch'\. Did you mean 'torch'"),
     ({"workers": 0}, r"workers must be at least 1, got 0\."),
     ({"gpus_per_trial": -0.5}, r"gpus_per_trial must be at least 0, got -0\.5\."),
+    ({"protocol": Protocol(masked_way="structured")}, r"the only method must be structured, got \('unstructured', "),
+    (
+        {"protocol": Protocol(masked_way="csr", precision="float32"), "gpus_per_trial": 1.0},
+        r"masked_way csr computes on a CPU, so gpus_per_trial must be 0, got 1\.0\. Set masked_way=auto\.",
+    ),
     ({"max_retries": -1}, r"max_retries must be at least 0, got -1\."),
 ]
 

@@ -27,7 +27,7 @@ from tune_sparse.masked_linear import (
     is_structured,
 )
 
-O, I, R, T = 11, 7, 3, 5
+O, I, R, T = 11, 7, 3, 5  # noqa: E741
 ROWS, COLUMNS = torch.arange(O) % 3 != 1, torch.arange(I) % 4 != 2
 
 
@@ -179,17 +179,43 @@ def test_a_layer_saves_its_input_and_nothing_of_the_size_of_the_weight(way: str)
     assert all(t.data_ptr() in known for t in saved)
 
 
-def test_one_workspace_serves_layers_of_every_size_and_dtype() -> None:
+def test_one_workspace_serves_matrices_of_every_size_and_dtype() -> None:
     workspace = Workspace()
     small, large = torch.empty(2, 3), torch.empty(4, 3)
-    first = workspace.lend("weight", 2, small)
+    first = workspace.lend("weight", small)
     assert first.shape == (2, 3)
-    assert workspace.lend("weight", 2, small).data_ptr() == first.data_ptr()
-    grown = workspace.lend("weight", 4, large)
+    assert workspace.lend("weight", small).data_ptr() == first.data_ptr()
+    grown = workspace.lend("weight", large)
     assert grown.shape == (4, 3)
-    assert workspace.lend("weight", 2, small).data_ptr() == grown.data_ptr()
-    assert workspace.lend("mask", 2, small).data_ptr() != grown.data_ptr()
-    assert workspace.lend("weight", 2, small.bfloat16()).dtype == torch.bfloat16
+    assert workspace.lend("weight", small).data_ptr() == grown.data_ptr()
+    assert workspace.lend("mask", small).data_ptr() != grown.data_ptr()
+    assert workspace.lend("weight", small, torch.bfloat16).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("has_instructions", [False, True])
+def test_a_bfloat16_product_is_rounded_once_whatever_the_cpu(
+    has_instructions: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(masked_linear, "_multiplies_bfloat16", lambda: has_instructions)
+    a, b = draw(1, 5, 7, dtype=torch.bfloat16), draw(2, 7, 3, dtype=torch.bfloat16)
+    product = Workspace().product_into(torch.empty(5, 3, dtype=torch.bfloat16), a, b)
+    torch.testing.assert_close(product, (a.double() @ b.double()).bfloat16(), rtol=2**-7, atol=0)
+
+
+@pytest.mark.parametrize("has_instructions", [False, True])
+def test_bfloat16_gradients_are_near_those_of_float64(has_instructions: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(masked_linear, "_multiplies_bfloat16", lambda: has_instructions)
+    mask = scattered(64, 48)
+    weight = pruned(mask, torch.bfloat16)
+    way = choose_way(weight, mask, Workspace(), "dense-stored")
+    x, A, B, dY = draw(2, T, 48).bfloat16(), draw(3, R, 48).bfloat16(), draw(4, 64, R).bfloat16(), draw(6, T, 64)
+    x, A, B = x.requires_grad_(), A.float().requires_grad_(), B.float().requires_grad_()
+    found = torch.autograd.grad(way(x, weight, None, A, B, 0.5), (x, A, B), dY.bfloat16())
+    assert [gradient.dtype for gradient in found] == [torch.bfloat16, torch.float32, torch.float32]
+    exact = tuple(t.detach().double().requires_grad_() for t in (x, A, B))
+    formula = F.linear(exact[0], weight.double() + 0.5 * (exact[2] @ exact[1]) * mask)
+    for ours, theirs in zip(found, torch.autograd.grad(formula, exact, dY), strict=True):
+        assert (ours.double() - theirs).norm() < 0.01 * theirs.norm()
 
 
 def test_layers_that_share_a_workspace_do_not_disturb_each_other() -> None:
@@ -240,7 +266,10 @@ def test_without_a_mask_every_way_is_plain_lora(asked: str) -> None:
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({"mask": torch.ones(O, I + 1, dtype=torch.bool)}, r"shape of its weight, \(11, 7\), got bool \(11, 8\)\. Give the"),
+    (
+        {"mask": torch.ones(O, I + 1, dtype=torch.bool)},
+        r"shape of its weight, \(11, 7\), got bool \(11, 8\)\. Give the",
+    ),
     ({"mask": torch.ones(O, I)}, r"a mask must be bool .*, got float32 \(11, 7\)\."),
     ({"mask": MASKS["rows"]}, r"is 0 where its mask is, got 28 other values there\. Give the pruned weight"),
     ({"asked": "structured"}, r"'structured' needs masks of whole rows and columns, got another\. Choose 'auto'\."),

@@ -21,12 +21,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trainables import dense, sparse_to_dense, sparse_to_sparse
 from trainables.deployed import Deployed
 from trainables.hardware import device, environment, peak_memory_bytes, reset_peak_memory
+from tune_sparse.adapter_files import save_adapter
 from tune_sparse.config import Cell
 from tune_sparse.cost import SEQUENCE_LENGTHS, inference_flops
 from tune_sparse.data import Encoded, encode_answers, load_splits
 from tune_sparse.errors import DISK_FULL, InputError, RunError
 from tune_sparse.evaluate import Scored, TestSet, encode_test, score
-from tune_sparse.lora import adapt_model, lost_fraction, save_adapter, sparse_lora_layers, updates
+from tune_sparse.lora import adapt_model, lost_fraction, sparse_lora_layers, updates
 from tune_sparse.masks import Masks, mask_sha256, masked, sparsity_of
 from tune_sparse.methods import make_masks
 from tune_sparse.models import Shape, check_checkpoint, load_model, load_tokenizer, prunable_weights, write_weights_into
@@ -197,7 +198,7 @@ def _stages(
 
     adapted = adapt_model(model, protocol, mode.update_masks(pruned.masks), cell.seed)
     training = yield from _train(run, adapted, rows, log)
-    save_adapter(adapted, folder / "adapter", cell.mode, pruned.checksum)
+    save_adapter(adapted, folder / "adapter", cell.mode, pruned.masks)
 
     deployed = mode.deploy(adapted, pruned.masks)
     rounded_away = _rounded_away(adapted, deployed, pruned)

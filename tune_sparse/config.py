@@ -20,6 +20,7 @@ MODES = ("dense", "sparse-to-dense", "sparse-to-sparse")
 BACKENDS = ("torch",)
 PRECISIONS = ("float32", "bfloat16")
 LOSSES = ("answer", "prompt-and-answer")
+MASKED_WAYS = ("auto", "structured", "dense-stored", "csr")
 EMBEDDED_ROWS = Path("embedded")
 """As a `data_dir`: rows come from the embedded generator. It is never a default, so that no model is trained on
 generated rows by oversight."""
@@ -55,6 +56,7 @@ class Protocol:
     lora_rank: int = option("rank R of the adapters", 16)
     lora_alpha: float = option("scaling s = alpha / R", 32.0)
     lora_dropout: float = option("dropout on the adapters' input", 0.0)
+    masked_way: str = option(f"how masked adapters compute: {', '.join(MASKED_WAYS)}", "auto")
     loss_on: str = option(f"which tokens are learned: {' or '.join(LOSSES)}", "answer")
     precision: str = option(f"of the weights: {' or '.join(PRECISIONS)}", "bfloat16")
     max_tokens: int = option("longer rows lose the start of their prompt", 2048)
@@ -99,6 +101,14 @@ class Protocol:
             raise unknown_name("loss_on", self.loss_on, LOSSES)
         if self.precision not in PRECISIONS:
             raise unknown_name("precision", self.precision, PRECISIONS)
+        if self.masked_way not in MASKED_WAYS:
+            raise unknown_name("masked_way", self.masked_way, MASKED_WAYS)
+        rule(
+            self.masked_way != "csr" or self.precision == "float32",
+            "masked_way csr computes in float32",
+            self.precision,
+            "Set precision=float32, or masked_way=auto.",
+        )
 
     @property
     def warmup(self) -> int:
@@ -172,6 +182,18 @@ class SweepConfig:
             raise unknown_name("backend", self.backend, BACKENDS)
         rule(self.workers is None or self.workers >= 1, "workers must be at least 1", self.workers, "Give 1 or more.")
         rule(self.gpus_per_trial >= 0, "gpus_per_trial must be at least 0", self.gpus_per_trial, "Give 0 or more.")
+        rule(
+            self.protocol.masked_way != "structured" or self.methods == ("structured",),
+            "masked_way structured computes masks of whole rows and columns, so the only method must be structured",
+            self.methods,
+            "Set masked_way=auto.",
+        )
+        rule(
+            self.protocol.masked_way != "csr" or self.gpus_per_trial == 0,
+            "masked_way csr computes on a CPU, so gpus_per_trial must be 0",
+            self.gpus_per_trial,
+            "Set masked_way=auto.",
+        )
         rule(self.max_retries >= 0, "max_retries must be at least 0", self.max_retries, "Give 0 or more.")
 
     @classmethod

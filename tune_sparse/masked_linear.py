@@ -14,6 +14,7 @@ s = alpha / R; x: (..., I). A way is a module, so that what it keeps moves with 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 import torch
@@ -32,19 +33,38 @@ CSR_WEIGHTS = 2**18
 
 
 class Workspace:
-    """Room for one effective weight and one mask, lent to one layer at a time and grown to the largest."""
+    """Room for matrices of the size of a weight, lent to one layer at a time and grown to the largest."""
 
     def __init__(self) -> None:
         self._lent: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
 
-    def lend(self, use: str, rows: int, like: Tensor) -> Tensor:
-        """(rows, I) of the kind of `like`, holding anything."""
-        key, size = (use, like.dtype, like.device), rows * like.shape[1]
-        if key not in self._lent or self._lent[key].numel() < size:
-            self._lent[key] = like.new_empty(size)
-        return self._lent[key][:size].view(rows, like.shape[1])
+    def lend(self, use: str, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """A matrix of the shape and kind of `like`, holding anything."""
+        key = (use, dtype or like.dtype, like.device)
+        if key not in self._lent or self._lent[key].numel() < like.numel():
+            self._lent[key] = like.new_empty(like.numel(), dtype=dtype)
+        return self._lent[key][: like.numel()].view(like.shape)
+
+    def product_into(self, out: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        """a b, rounded once to the dtype of `out`; through float32 where a CPU is faster in it."""
+        if not _is_faster_in_float32(out):
+            return torch.mm(a, b, out=out)
+        wide = (self.lend(use, t, torch.float32).copy_(t) for use, t in (("a", a), ("b", b)))
+        return out.copy_(torch.mm(*wide, out=self.lend("product", out, torch.float32)))
 
 
+def _is_faster_in_float32(matrix: Tensor) -> bool:
+    """A CPU without bfloat16 instructions multiplies bfloat16 matrices five times slower than float32 ones."""
+    return matrix.dtype == torch.bfloat16 and matrix.device.type == "cpu" and not _multiplies_bfloat16()
+
+
+@cache
+def _multiplies_bfloat16() -> bool:
+    found = torch.cpu.get_capabilities()
+    return found["architecture"] != "x86_64" or bool(found["avx512_bf16"] or found["amx_bf16"])
+
+
+@torch.no_grad()
 def effective_weight(weight: Tensor, A: Tensor, B: Tensor, scaling: float, mask: Tensor | None = None) -> Tensor:
     """W + s(BA), or W + s(BA)⊙M with the mask that W was pruned with, in the dtype of W: (O, I).
 
@@ -156,7 +176,7 @@ class DenseStored(nn.Module):
     def effective_weight(self, weight: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
         """W + s(BA)⊙M, in the workspace: (O, I)."""
         B, A = _rounded(A, B, scaling, weight.dtype)
-        out = self.workspace.lend("weight", len(weight), weight)
+        out = self.workspace.lend("weight", weight)
         for rows, keep in self._keeps(weight):
             torch.addmm(weight[rows], B[rows], A, out=out[rows])
             out[rows].mul_(keep)
@@ -164,8 +184,8 @@ class DenseStored(nn.Module):
 
     def weight_gradient(self, weight: Tensor, dY: Tensor, x: Tensor) -> Tensor:
         """(dYᵀX)⊙M, in the workspace, where it takes the place of the effective weight: (O, I)."""
-        out = self.workspace.lend("weight", len(weight), weight)
-        torch.mm(dY.T, x, out=out)
+        out = self.workspace.lend("weight", weight)
+        self.workspace.product_into(out, dY.T, x)
         for rows, keep in self._keeps(weight):
             out[rows].mul_(keep)
         return out
@@ -175,7 +195,7 @@ class DenseStored(nn.Module):
         bools or `masked_fill_`."""
         for rows, zeros in self._chunks:
             chunk = weight[rows]
-            keep = torch.ne(chunk, 0, out=self.workspace.lend("mask", len(chunk), weight))
+            keep = torch.ne(chunk, 0, out=self.workspace.lend("mask", chunk))
             if zeros.start < zeros.stop:
                 keep.view(-1)[self.kept_zeros[zeros] - rows.start * weight.shape[1]] = 1
             yield rows, keep
@@ -203,8 +223,12 @@ class _DenseStored(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dY: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, A, B = ctx.saved_tensors
-        dX = dY @ ctx.way.effective_weight(weight, A, B, ctx.scaling) if ctx.needs_input_grad[0] else None
-        G = ctx.way.weight_gradient(weight, dY.flatten(0, -2), x.flatten(0, -2))
+        way, dX, rows = ctx.way, None, dY.flatten(0, -2)
+        if ctx.needs_input_grad[0]:
+            dX = x.new_empty(x.shape)
+            W_eff = way.effective_weight(weight, A, B, ctx.scaling)
+            way.workspace.product_into(dX.view(-1, x.shape[-1]), rows, W_eff)
+        G = way.weight_gradient(weight, rows, x.flatten(0, -2))
         sB, rounded_A = _rounded(A, B, ctx.scaling, weight.dtype)
         dA, dB = sB.T @ G, ctx.scaling * (G @ rounded_A.T)
         return dX, None, None, dA.to(A.dtype), dB.to(B.dtype), None, None
