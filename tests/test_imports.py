@@ -22,7 +22,7 @@ CORE = [
     and file[:-3].replace("/", ".") not in PROGRAM | {"tune_sparse.__main__"}
 ]
 CORE_LIBRARIES = {
-    *("torch", "numpy", "safetensors", "tokenizers", "transformers", "peft", "huggingface_hub"),
+    *("torch", "numpy", "safetensors", "tokenizers", "transformers", "peft", "accelerate", "huggingface_hub"),
     *("yaml", "filelock", "psutil"),
 }
 RAY_FILES = {"trainables/cell.py", "tune_sparse/sweep.py", "tune_sparse/ray_callback.py"}

@@ -28,7 +28,7 @@ from tune_sparse.masked_linear import Workspace, choose_way, effective_weight
 from tune_sparse.masks import Masks, masked
 from tune_sparse.methods import make_masks
 from tune_sparse.models import PRUNED, check_checkpoint, load_model, prunable_weights, write_weights_into
-from tune_sparse.train import fit
+from tune_sparse.train import adamw, fit
 
 PROTOCOL = Protocol(
     steps=2, warmup_steps=0, global_batch=4, micro_batch=4, lora_rank=4, lora_alpha=8.0, precision="float32"
@@ -209,7 +209,7 @@ def test_training_moves_the_adapters_and_nothing_else(confined: bool, adapt: Ada
     before = {name: parameter.clone() for name, parameter in adapted.named_parameters()}
     rows = [Encoded(tuple(range(i, i + 10)), (i, i + 1)) for i in range(8)]
     parameters = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
-    list(fit(adapted.get_base_model(), parameters, rows, PROTOCOL, seed=0))
+    list(fit(adapted.get_base_model(), adamw(parameters, PROTOCOL), rows, PROTOCOL, seed=0))
     moved = {name for name, parameter in adapted.named_parameters() if not torch.equal(parameter, before[name])}
     assert moved == {name for name in before if ".lora_A." in name or ".lora_B." in name}
     assert len(moved) == 2 * 21

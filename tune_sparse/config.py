@@ -16,7 +16,8 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from tune_sparse.errors import InputError, unknown_name
 
-MODES = ("dense", "sparse-to-dense", "sparse-to-sparse")
+MODES = ("dense", "sparse-to-dense", "sparse-to-sparse", "masked-finetuning")
+LORA_SETTINGS = ("lora_rank", "lora_alpha", "lora_dropout", "masked_way")
 BACKENDS = ("torch",)
 PRECISIONS = ("float32", "bfloat16")
 LOSSES = ("answer", "prompt-and-answer")
@@ -58,6 +59,8 @@ class Protocol:
     lora_dropout: float = option("dropout on the adapters' input", 0.0)
     masked_way: str = option(f"how masked adapters compute: {', '.join(MASKED_WAYS)}", "auto")
     loss_on: str = option(f"which tokens are learned: {' or '.join(LOSSES)}", "answer")
+    packing: bool = option("rows share sequences of max_tokens, without attention from row to row", False)
+    activation_checkpointing: bool = option("activations are computed again in the backward, to save memory", False)
     precision: str = option(f"of the weights: {' or '.join(PRECISIONS)}", "bfloat16")
     max_tokens: int = option("longer rows lose the start of their prompt", 2048)
     max_new_tokens: int = option("limit of a generated answer", 256)
@@ -115,6 +118,11 @@ class Protocol:
         """Steps of linear warm-up."""
         return round(self.warmup_fraction * self.steps) if self.warmup_steps is None else self.warmup_steps
 
+    @property
+    def pack_to(self) -> int | None:
+        """Tokens of a packed sequence; None without packing."""
+        return self.max_tokens if self.packing else None
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -130,10 +138,11 @@ class Cell:
 
     @property
     def trained(self) -> Cell:
-        """The cell whose training serves this one: without zeros, every method and mode is the dense baseline."""
+        """The cell whose training serves this one: without zeros, every method and LoRA mode is the dense baseline."""
         if self.sparsity > 0 and self.mode != "dense":
             return self
-        return Cell(self.model, self.task, "none", 0.0, "dense", self.seed, self.backend)
+        mode = self.mode if self.mode == "masked-finetuning" else "dense"
+        return Cell(self.model, self.task, "none", 0.0, mode, self.seed, self.backend)
 
 
 @dataclass(frozen=True)
@@ -178,6 +187,14 @@ class SweepConfig:
             self.sparsities,
             "Leave it out: at sparsity 0 the sparse modes are the dense baseline.",
         )
+        for name in LORA_SETTINGS if "masked-finetuning" in self.modes else ():
+            value, default = getattr(self.protocol, name), getattr(Protocol, name)
+            rule(
+                value == default,
+                f"the mode masked-finetuning trains the weights themselves, so {name} must not be set with it",
+                value,
+                f"Leave it at {default}, or sweep the LoRA modes apart.",
+            )
         if self.backend not in BACKENDS:
             raise unknown_name("backend", self.backend, BACKENDS)
         rule(self.workers is None or self.workers >= 1, "workers must be at least 1", self.workers, "Give 1 or more.")
@@ -232,6 +249,8 @@ def _as_type(declared: Any, value: Any) -> Any:
         items = value.replace(",", " ").split() if isinstance(value, str) else value
         items = items if isinstance(items, list | tuple) else [items]
         return tuple(_as_type(get_args(declared)[0], item) for item in items)
+    if declared is bool:
+        return _as_bool(value)
     if isinstance(value, bool):
         raise TypeError("a yes or no is not a number")
     if declared is int and isinstance(value, float) and not value.is_integer():
@@ -242,3 +261,9 @@ def _as_type(declared: Any, value: Any) -> Any:
     if declared is float and not math.isfinite(result):
         raise ValueError("not finite")
     return result
+
+
+def _as_bool(value: Any) -> bool:
+    if str(value).lower() not in ("true", "false"):
+        raise ValueError("neither true nor false")
+    return str(value).lower() == "true"

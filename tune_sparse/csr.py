@@ -23,6 +23,8 @@ class Csr(nn.Module):
     """
 
     name = "csr"
+    values: Tensor
+    order: Tensor
 
     def __init__(self, weight: Tensor, mask: Tensor) -> None:
         super().__init__()

@@ -101,6 +101,9 @@ class Structured(nn.Module):
     """
 
     name = "structured"
+    rows: Tensor | None
+    columns: Tensor | None
+    block: Tensor
 
     def __init__(self, weight: Tensor, mask: Tensor) -> None:
         super().__init__()
@@ -153,6 +156,7 @@ class DenseStored(nn.Module):
     """
 
     name = "dense-stored"
+    kept_zeros: Tensor
 
     def __init__(self, weight: Tensor, mask: Tensor, workspace: Workspace) -> None:
         super().__init__()
