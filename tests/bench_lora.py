@@ -50,7 +50,7 @@ class Ours(nn.Module):
 
     def __init__(self, weight: Tensor, mask: Tensor | None, way: str) -> None:
         super().__init__()
-        self.weight, self.way = weight, choose_way(weight, mask, Workspace(), way)
+        self.weight, self.way = weight, choose_way(weight, mask, RANK, Workspace(), way)
         self.A = nn.Parameter(torch.randn(RANK, weight.shape[1], device=weight.device) / 64)
         self.B = nn.Parameter(torch.randn(weight.shape[0], RANK, device=weight.device) / 64)
 

@@ -101,7 +101,7 @@ def test_the_forward_is_the_formula(way: str, mask: Tensor | None, dropout: floa
     assert scaling == 2.0
     if mask is not None:
         layer.base_layer.weight.data *= mask
-        layer.way = choose_way(layer.base_layer.weight, mask, Workspace(), way)
+        layer.way = choose_way(layer.base_layer.weight, mask, 4, Workspace(), way)
     layer.base_layer.bias.data.copy_(draw(1, 8))
     B.data.copy_(draw(2, *B.shape))
     update = 2.0 * B @ A if mask is None else 2.0 * (B @ A) * mask

@@ -66,7 +66,7 @@ def pruned(mask: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
 
 def make(way: str, mask: Tensor, dtype: torch.dtype = torch.float64) -> tuple[Way, Tensor]:
     weight = pruned(mask, dtype)
-    return (Plain() if way == "plain" else choose_way(weight, mask, Workspace(), way)), weight
+    return (Plain() if way == "plain" else choose_way(weight, mask, R, Workspace(), way)), weight
 
 
 @pytest.fixture(autouse=True)
@@ -207,7 +207,7 @@ def test_bfloat16_gradients_are_near_those_of_float64(has_instructions: bool, mo
     monkeypatch.setattr(masked_linear, "_multiplies_bfloat16", lambda: has_instructions)
     mask = scattered(64, 48)
     weight = pruned(mask, torch.bfloat16)
-    way = choose_way(weight, mask, Workspace(), "dense-stored")
+    way = choose_way(weight, mask, R, Workspace(), "dense-stored")
     x, A, B, dY = draw(2, T, 48).bfloat16(), draw(3, R, 48).bfloat16(), draw(4, 64, R).bfloat16(), draw(6, T, 64)
     x, A, B = x.requires_grad_(), A.float().requires_grad_(), B.float().requires_grad_()
     found = torch.autograd.grad(way(x, weight, None, A, B, 0.5), (x, A, B), dY.bfloat16())
@@ -222,7 +222,7 @@ def test_layers_that_share_a_workspace_do_not_disturb_each_other() -> None:
     workspace = Workspace()
     masks = [scattered(6, 6), scattered(9, 6), scattered(4, 9)]
     weights = [pruned(mask) for mask in masks]
-    ways = [choose_way(w, m, workspace, "dense-stored") for w, m in zip(weights, masks, strict=True)]
+    ways = [choose_way(w, m, 2, workspace, "dense-stored") for w, m in zip(weights, masks, strict=True)]
     factors = [(draw(i, 2, w.shape[1]), draw(i + 5, len(w), 2)) for i, w in enumerate(weights)]
     leaves = [f.requires_grad_() for pair in factors for f in pair]
 
@@ -238,15 +238,23 @@ def test_layers_that_share_a_workspace_do_not_disturb_each_other() -> None:
 
 
 BIG = 2**9 + 1
+WIDE = 6 * R
+"""A square matrix of this width costs the same by its factors and by their product."""
+
+
+def kept_rows(count: int, width: int = WIDE + 8) -> Tensor:
+    return (torch.arange(width) < count)[:, None].expand(width, width)
 
 
 @pytest.mark.parametrize(
     ("mask", "dtype", "expected"),
     [
-        (MASKS["everything kept"], torch.float32, "plain"),
-        (MASKS["rows"], torch.float32, "structured"),
-        (MASKS["columns"], torch.bfloat16, "structured"),
-        (MASKS["rows and columns"], torch.bfloat16, "structured"),
+        (torch.ones(WIDE, WIDE, dtype=torch.bool), torch.float32, "plain"),
+        (torch.ones(WIDE, WIDE - 1, dtype=torch.bool), torch.float32, "dense-stored"),
+        (kept_rows(WIDE), torch.float32, "structured"),
+        (kept_rows(WIDE).T, torch.bfloat16, "structured"),
+        (kept_rows(WIDE) & kept_rows(WIDE).T, torch.float32, "structured"),
+        (kept_rows(WIDE // 2), torch.float32, "dense-stored"),
         (MASKS["elementwise"], torch.float32, "dense-stored"),
         (MASKS["elementwise"], torch.bfloat16, "dense-stored"),
         (torch.rand(BIG, BIG) > 0.9, torch.float32, "csr"),
@@ -254,15 +262,21 @@ BIG = 2**9 + 1
         (torch.rand(BIG, BIG) > 0.8, torch.float32, "dense-stored"),
     ],
 )
-def test_the_way_follows_from_mask_and_precision(mask: Tensor, dtype: torch.dtype, expected: str) -> None:
+def test_the_way_follows_from_mask_rank_and_precision(mask: Tensor, dtype: torch.dtype, expected: str) -> None:
     weight = torch.randn(mask.shape).to(dtype) * mask
-    assert best_way(weight, mask) == expected
-    assert choose_way(weight, mask, Workspace()).name == expected
+    assert best_way(weight, mask, R) == expected
+    assert choose_way(weight, mask, R, Workspace()).name == expected
 
 
 @pytest.mark.parametrize("asked", ["auto", "structured", "dense-stored", "csr"])
-def test_without_a_mask_every_way_is_plain_lora(asked: str) -> None:
-    assert choose_way(torch.ones(O, I), None, Workspace(), asked).name == "plain"
+@pytest.mark.parametrize(("width", "expected"), [(WIDE, "plain"), (WIDE - 1, "dense-stored")])
+def test_without_a_mask_the_cheaper_way_computes_everything(asked: str, width: int, expected: str) -> None:
+    weight = draw(1, width, width)
+    way = choose_way(weight, None, R, Workspace(), asked)
+    assert (way.name, way.mask(weight)) == (expected, None)
+    x, A, B = draw(2, T, width), draw(3, R, width).requires_grad_(), draw(4, width, R).requires_grad_()
+    torch.testing.assert_close(way(x, weight, None, A, B, 0.5), F.linear(x, weight + 0.5 * B @ A))
+    assert torch.autograd.gradcheck(lambda A, B: way(x, weight, None, A, B, 0.5), (A, B))
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
@@ -283,7 +297,7 @@ def test_what_cannot_be_computed_is_refused(mistake: dict[str, Any], message: st
     weight = torch.ones(O, I, dtype=mistake.get("dtype", torch.float32))
     weight *= scattered() if mask.shape == scattered().shape and mask is not MASKS["rows"] else 1
     with pytest.raises(InputError, match=message):
-        choose_way(weight, mask, Workspace(), mistake.get("asked", "auto"))
+        choose_way(weight, mask, R, Workspace(), mistake.get("asked", "auto"))
 
 
 @pytest.mark.parametrize(("way", "mask"), [("structured", "rows and columns"), ("dense-stored", "elementwise")])

@@ -59,7 +59,7 @@ class SparseLora(PeftLinear):
 
     def _update_of(self, x: Tensor) -> Tensor:
         A, B, scaling = self.factors()
-        if isinstance(self.way, Plain):
+        if self.keep_mask is None:
             return F.linear(F.linear(x, A.to(x.dtype)), (scaling * B).to(x.dtype))
         return F.linear(x, self.get_delta_weight(ADAPTER).to(x.dtype))
 
@@ -101,10 +101,11 @@ def inject(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
 
 
 def confine(adapted: PeftModel, masks: Masks | None, asked: str = "auto") -> None:
-    """Choose the way of every adapted layer, in place: confined to `masks`, or plain without them."""
+    """Choose the way of every adapted layer, in place: confined to `masks`, or to nothing without them."""
     workspace = Workspace()
     for name, layer in sparse_lora_layers(adapted):
-        layer.way = choose_way(layer.base_layer.weight, masks[name] if masks else None, workspace, asked)
+        rank, mask = layer.r[ADAPTER], masks[name] if masks else None
+        layer.way = choose_way(layer.base_layer.weight, mask, rank, workspace, asked)
 
 
 def ways(adapted: PeftModel) -> Counter[str]:

@@ -70,8 +70,6 @@ def effective_weight(weight: Tensor, A: Tensor, B: Tensor, scaling: float, mask:
 
     The factors are rounded to that dtype once, their product and the sum are not rounded in between.
     """
-    if mask is None:
-        return torch.addmm(weight, *_rounded(A, B, scaling, weight.dtype))
     return DenseStored(weight, mask, Workspace()).effective_weight(weight, A, B, scaling)
 
 
@@ -152,17 +150,18 @@ class DenseStored(nn.Module):
     """y = W_eff x + b with W_eff = W + s(BA)⊙M as a dense matrix, which is what is merged: the same bits.
 
     M is W != 0, and nothing of the size of W is kept: W_eff lies in the workspace only while it is used. Kept
-    weights that are exactly zero are remembered by their positions.
+    weights that are exactly zero are remembered by their positions. Without a mask W_eff = W + sBA.
     """
 
     name = "dense-stored"
     kept_zeros: Tensor
 
-    def __init__(self, weight: Tensor, mask: Tensor, workspace: Workspace) -> None:
+    def __init__(self, weight: Tensor, mask: Tensor | None, workspace: Workspace) -> None:
         super().__init__()
-        kept_zeros = (mask & (weight == 0)).flatten().nonzero().flatten()
+        self.is_masked, self.workspace = mask is not None, workspace
+        empty = torch.zeros(0, dtype=torch.long, device=weight.device)
+        kept_zeros = empty if mask is None else (mask & (weight == 0)).flatten().nonzero().flatten()
         self.register_buffer("kept_zeros", kept_zeros, persistent=False)
-        self.workspace = workspace
         rows, width = weight.shape
         size = rows if weight.is_cuda else max(1, CHUNK_BYTES // (width * weight.element_size()))
         starts = range(0, rows, size)
@@ -174,13 +173,17 @@ class DenseStored(nn.Module):
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float) -> Tensor:
         return _DenseStored.apply(x, weight, bias, A, B, scaling, self)
 
-    def mask(self, weight: Tensor) -> Tensor:
+    def mask(self, weight: Tensor) -> Tensor | None:
+        if not self.is_masked:
+            return None
         return (weight != 0).flatten().index_fill(0, self.kept_zeros, True).view(weight.shape)
 
     def effective_weight(self, weight: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
         """W + s(BA)⊙M, in the workspace: (O, I)."""
         B, A = _rounded(A, B, scaling, weight.dtype)
         out = self.workspace.lend("weight", weight)
+        if not self.is_masked:
+            return torch.addmm(weight, B, A, out=out)
         for rows, keep in self._keeps(weight):
             torch.addmm(weight[rows], B[rows], A, out=out[rows])
             out[rows].mul_(keep)
@@ -190,7 +193,7 @@ class DenseStored(nn.Module):
         """(dYᵀX)⊙M, in the workspace, where it takes the place of the effective weight: (O, I)."""
         out = self.workspace.lend("weight", weight)
         self.workspace.product_into(out, dY.T, x)
-        for rows, keep in self._keeps(weight):
+        for rows, keep in self._keeps(weight) if self.is_masked else ():
             out[rows].mul_(keep)
         return out
 
@@ -241,37 +244,43 @@ class _DenseStored(torch.autograd.Function):
 Way = Plain | Structured | DenseStored | Csr
 
 
-def choose_way(weight: Tensor, mask: Tensor | None, workspace: Workspace, asked: str = "auto") -> Way:
-    """The way to compute with a pruned weight and its keep-mask, both (O, I); without a mask it is plain LoRA.
+def choose_way(weight: Tensor, mask: Tensor | None, rank: int, workspace: Workspace, asked: str = "auto") -> Way:
+    """The way to compute with a pruned weight and its keep-mask, both (O, I).
 
-    Raises `InputError` for a mask that the weight was not pruned with, and for a way that cannot compute this one.
+    `asked` forces the way of a masked layer. Raises `InputError` for a mask that the weight was not pruned with, and
+    for a way that cannot compute this one.
     """
     if mask is None:
-        return Plain()
+        return Plain() if _pays_by_factors(len(weight), weight.shape[1], rank) else DenseStored(weight, None, workspace)
     _refuse_unfit(weight, mask)
-    name = best_way(weight, mask) if asked == "auto" else asked
-    if name == "plain":
-        return Plain()
+    name = best_way(weight, mask, rank) if asked == "auto" else asked
     if name == "structured" and not is_structured(mask):
         raise InputError("the way 'structured' needs masks of whole rows and columns, got another. Choose 'auto'.")
-    if name == "structured":
-        return Structured(weight, mask)
     if name == "csr" and not _is_for_csr(weight):
         raise InputError(
             f"the way 'csr' computes in float32 on a CPU, got {str(weight.dtype)[6:]} on {weight.device.type}. "
             "Choose 'auto', or set precision=float32."
         )
+    if name == "plain":
+        return Plain()
+    if name == "structured":
+        return Structured(weight, mask)
     return Csr(weight, mask) if name == "csr" else DenseStored(weight, mask, workspace)
 
 
-def best_way(weight: Tensor, mask: Tensor) -> str:
-    """The name of the fastest way, by what was measured (docs/lora.md)."""
-    if mask.all():
-        return "plain"
-    if is_structured(mask):
-        return "structured"
+def best_way(weight: Tensor, mask: Tensor, rank: int) -> str:
+    """The name of the fastest way for a masked layer, by what was counted and measured (docs/lora.md)."""
+    rows, columns = (int(mask.any(dim=dim).sum()) for dim in (1, 0))
+    if is_structured(mask) and _pays_by_factors(rows, columns, rank):
+        return "plain" if mask.all() else "structured"
     sparse = int(mask.sum()) <= (1 - CSR_SPARSITY) * mask.numel()
     return "csr" if sparse and mask.numel() >= CSR_WEIGHTS and _is_for_csr(weight) else "dense-stored"
+
+
+def _pays_by_factors(rows: int, columns: int, rank: int) -> bool:
+    """Whether B(Ax) is cheaper than (BA)x in training, forward and backward: 6 R (I + O) operations a token for the
+    factors against 2 I O for the gradient of their product."""
+    return rows * columns >= 3 * rank * (rows + columns)
 
 
 def is_structured(mask: Tensor) -> bool:
