@@ -173,7 +173,7 @@ def test_the_layers_of_a_model_share_one_workspace(adapt: Adapt) -> None:
     adapted(IDS).logits.sum().backward()
     [workspace] = {id(layer.way.workspace): layer.way.workspace for _, layer in sparse_lora_layers(adapted)}.values()
     largest = max(layer.base_layer.weight.numel() for _, layer in sparse_lora_layers(adapted))
-    assert {room.numel() for (use, *_), room in workspace._lent.items() if use == "weight"} == {largest}
+    assert [room.numel() for (use, *_), room in workspace._rooms.items() if use == "weight"] == [largest]
 
 
 @torch.no_grad()

@@ -13,7 +13,6 @@ s = alpha / R; x: (..., I). A way is a module, so that what it keeps moves with 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
@@ -36,14 +35,18 @@ class Workspace:
     """Room for matrices of the size of a weight, lent to one layer at a time and grown to the largest."""
 
     def __init__(self) -> None:
-        self._lent: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
+        self._rooms: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
+        self._lent: dict[tuple[str, torch.dtype, torch.device, torch.Size], Tensor] = {}
 
     def lend(self, use: str, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """A matrix of the shape and kind of `like`, holding anything."""
-        key = (use, dtype or like.dtype, like.device)
-        if key not in self._lent or self._lent[key].numel() < like.numel():
-            self._lent[key] = like.new_empty(like.numel(), dtype=dtype)
-        return self._lent[key][: like.numel()].view(like.shape)
+        room, shape = (use, dtype or like.dtype, like.device), like.shape
+        if (*room, shape) not in self._lent:
+            if room not in self._rooms or self._rooms[room].numel() < like.numel():
+                self._rooms[room] = like.new_empty(like.numel(), dtype=dtype)
+                self._lent = {key: lent for key, lent in self._lent.items() if key[:3] != room}
+            self._lent[(*room, shape)] = self._rooms[room][: like.numel()].view(shape)
+        return self._lent[(*room, shape)]
 
     def product_into(self, out: Tensor, a: Tensor, b: Tensor) -> Tensor:
         """a b, rounded once to the dtype of `out`; through float32 where a CPU is faster in it."""
@@ -163,12 +166,9 @@ class DenseStored(nn.Module):
         kept_zeros = empty if mask is None else (mask & (weight == 0)).flatten().nonzero().flatten()
         self.register_buffer("kept_zeros", kept_zeros, persistent=False)
         rows, width = weight.shape
-        size = rows if weight.is_cuda else max(1, CHUNK_BYTES // (width * weight.element_size()))
-        starts = range(0, rows, size)
-        cuts = torch.searchsorted(kept_zeros.cpu(), torch.tensor([*starts, rows]) * width).tolist()
-        self._chunks = [
-            (slice(start, min(start + size, rows)), slice(*cuts[i : i + 2])) for i, start in enumerate(starts)
-        ]
+        self._rows = rows if weight.is_cuda else max(1, CHUNK_BYTES // (width * weight.element_size()))
+        starts = torch.arange(0, rows + self._rows, self._rows)
+        self._cuts = torch.searchsorted(kept_zeros.cpu(), starts * width).tolist() if len(kept_zeros) else []
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float) -> Tensor:
         return _DenseStored.apply(x, weight, bias, A, B, scaling, self)
@@ -184,28 +184,30 @@ class DenseStored(nn.Module):
         out = self.workspace.lend("weight", weight)
         if not self.is_masked:
             return torch.addmm(weight, B, A, out=out)
-        for rows, keep in self._keeps(weight):
-            torch.addmm(weight[rows], B[rows], A, out=out[rows])
-            out[rows].mul_(keep)
+        for i, (to, chunk, rows) in enumerate(zip(*map(self._chunks, (out, weight, B)), strict=True)):
+            torch.addmm(chunk, rows, A, out=to).mul_(self._kept(i, chunk))
         return out
 
     def weight_gradient(self, weight: Tensor, dY: Tensor, x: Tensor) -> Tensor:
         """(dYᵀX)⊙M, in the workspace, where it takes the place of the effective weight: (O, I)."""
         out = self.workspace.lend("weight", weight)
         self.workspace.product_into(out, dY.T, x)
-        for rows, keep in self._keeps(weight) if self.is_masked else ():
-            out[rows].mul_(keep)
+        if self.is_masked:
+            for i, (to, chunk) in enumerate(zip(self._chunks(out), self._chunks(weight), strict=True)):
+                to.mul_(self._kept(i, chunk))
         return out
 
-    def _keeps(self, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """(rows, M of these rows as numbers). Multiplying by numbers of the same dtype is ten times faster than by
-        bools or `masked_fill_`."""
-        for rows, zeros in self._chunks:
-            chunk = weight[rows]
-            keep = torch.ne(chunk, 0, out=self.workspace.lend("mask", chunk))
-            if zeros.start < zeros.stop:
-                keep.view(-1)[self.kept_zeros[zeros] - rows.start * weight.shape[1]] = 1
-            yield rows, keep
+    def _chunks(self, matrix: Tensor) -> tuple[Tensor, ...]:
+        return matrix.split(self._rows) if len(matrix) > self._rows else (matrix,)
+
+    def _kept(self, i: int, chunk: Tensor) -> Tensor:
+        """The rows of M that are those of the i-th chunk of W, as numbers: to multiply by numbers of the same dtype is
+        ten times faster than by bools, or `masked_fill_`."""
+        keep = torch.ne(chunk, 0, out=self.workspace.lend("mask", chunk))
+        if self._cuts and self._cuts[i] < self._cuts[i + 1]:
+            places = self.kept_zeros[self._cuts[i] : self._cuts[i + 1]] - i * self._rows * chunk.shape[1]
+            keep.view(-1)[places] = 1
+        return keep
 
 
 class _DenseStored(torch.autograd.Function):
