@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -120,3 +120,41 @@ def write_boolq(data_dir: Path, train: int = 20, validation: int = 6) -> Path:
     write_jsonl(data_dir / "boolq" / "train.jsonl", boolq_rows(train, "train"))
     write_jsonl(data_dir / "boolq" / "validation.jsonl", boolq_rows(validation, "validation"))
     return data_dir
+
+
+SHORT = Protocol(
+    steps=4,
+    warmup_steps=0,
+    global_batch=4,
+    micro_batch=4,
+    learning_rate=1e-2,
+    final_learning_rate=1e-3,
+    precision="float32",
+    max_tokens=256,
+    max_new_tokens=4,
+    n_train=16,
+    n_selection=4,
+    n_test=8,
+    eval_every=2,
+)
+"""A protocol of a second or two on an embedded model."""
+
+
+def run_of_checkpoint(folder: Path, **changes: Any) -> Run:
+    """A run on a checkpoint and embedded rows; keywords change its cell or its protocol."""
+    from tune_sparse.data import load_splits
+    from tune_sparse.models import check_checkpoint
+    from tune_sparse.tasks import TASKS
+
+    cell = make_cell(mode="sparse-to-sparse")
+    own = {name: changes.pop(name) for name in list(changes) if name in vars(cell)}
+    cell, protocol = replace(cell, **own), replace(SHORT, **changes)
+    return Run(
+        cell=cell,
+        protocol=protocol,
+        model_path=str(folder),
+        data_dir=None,
+        model_fingerprint=check_checkpoint(str(folder)).fingerprint,
+        data_fingerprint=load_splits(TASKS[cell.task], None, protocol).fingerprint,
+        prompt_version=TASKS[cell.task].prompt_version,
+    )

@@ -3,7 +3,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
@@ -75,7 +75,7 @@ def trainable(adapted: PeftModel) -> list[nn.Parameter]:
     return [parameter for parameter in adapted.parameters() if parameter.requires_grad]
 
 
-def fitted(adapted: PeftModel, rows: list[Encoded], protocol: Protocol, seed: int = 0) -> Iterator[Step]:
+def fitted(adapted: PeftModel, rows: list[Encoded], protocol: Protocol, seed: int = 0) -> Generator[Step, None, None]:
     """The training of all adapters."""
     return fit(adapted.get_base_model(), adamw(trainable(adapted), protocol), rows, protocol, seed)
 
@@ -242,10 +242,31 @@ def test_the_optimizer_is_adamw_on_clipped_gradients(llama: Path) -> None:
     torch.testing.assert_close(trainable(adapted), parameters, atol=2e-4, rtol=1e-3)
 
 
-def test_the_model_is_left_in_evaluation_mode_after_each_step(adapted: PeftModel) -> None:
+@pytest.mark.parametrize("ends", ["done", "closed", "failed"])
+def test_the_model_is_in_training_mode_until_its_training_ends(ends: str, adapted: PeftModel) -> None:
     model = adapted.get_base_model()
-    for _ in fitted(adapted, ROWS, PROTOCOL):
-        assert not any(module.training for module in model.modules())
+    steps = fitted(adapted, ROWS, PROTOCOL)
+    for _ in range(2):
+        next(steps)
+        mean_loss(model, ROWS, PROTOCOL)
+        assert all(module.training for module in model.modules())
+    if ends == "done":
+        list(steps)
+    elif ends == "closed":
+        steps.close()
+    else:
+        trainable(adapted)[0].data.fill_(math.nan)
+        with pytest.raises(RunError):
+            next(steps)
+    assert not any(module.training for module in model.modules())
+
+
+def test_the_eval_loss_has_no_dropout(llama: Path) -> None:
+    model = load_model(llama, torch.float32, torch.device("cpu"))
+    adapted = adapt_model(model, changed(lora_dropout=0.5), None, seed=0)
+    nn.init.normal_(next(sparse_lora_layers(adapted))[1].factors()[1])
+    expected = mean_loss(model, ROWS, PROTOCOL)
+    assert mean_loss(model.train(), ROWS, PROTOCOL) == expected
 
 
 def test_a_loss_that_is_not_finite_names_its_step(adapted: PeftModel) -> None:

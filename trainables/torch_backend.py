@@ -34,7 +34,7 @@ from tune_sparse.models import Shape, check_checkpoint, load_model, load_tokeniz
 from tune_sparse.paths import write_json, write_lines, write_text
 from tune_sparse.result import Ledger, Record, Run, write_config
 from tune_sparse.tasks import task_named
-from tune_sparse.train import Step, mean_loss
+from tune_sparse.train import Step, accelerator_for, mean_loss
 from tune_sparse.validate import mask_violations, validation_report
 
 MODES = {
@@ -210,7 +210,8 @@ def _stages(
     deployed = trainee.deploy()
     rounded_away = _rounded_away(trainee, deployed, pruned)
     violations = trainee.violations(pruned.weights)
-    trained = _outputs(trainee.model, rows.train[: protocol.micro_batch])
+    with accelerator_for(trainee.mixed_precision).autocast():
+        trained = _outputs(trainee.model, rows.train[: protocol.micro_batch])
     is_exact, model = trainee.is_merged_exactly, trainee.plain_model()
     write_weights_into(model, deployed.trained)
     merged = _outputs(model, rows.train[: protocol.micro_batch])

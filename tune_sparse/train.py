@@ -76,13 +76,15 @@ def answer_loss(
 def mean_loss(
     model: PreTrainedModel, rows: Sequence[Encoded], protocol: Protocol, accelerator: Accelerator | None = None
 ) -> float:
-    """Mean cross-entropy over the learned tokens of `rows`. Raises `RunError` if it is not finite."""
-    summed, learned = 0.0, 0
+    """Mean cross-entropy over the learned tokens of `rows`, in evaluation mode. Raises `RunError` if not finite."""
+    summed, learned, was_training = 0.0, 0, model.training
+    model.eval()
     for start in range(0, len(rows), protocol.micro_batch):
         with accelerator.autocast() if accelerator else nullcontext():
             batch = rows[start : start + protocol.micro_batch]
             loss, count = answer_loss(model, batch, protocol.loss_on, protocol.pack_to)
         summed, learned = summed + float(loss), learned + count
+    model.train(was_training)
     mean = summed / learned
     if not math.isfinite(mean):
         raise RunError(f"the eval loss must stay finite, got {mean}. Lower learning_rate.")
@@ -120,23 +122,21 @@ def fit(
 ) -> Iterator[Step]:
     """Train the optimizer's parameters of `model` in place, one `Step` yielded after each optimizer step.
 
-    `done` steps were taken before, and their optimizer and random state restored. Raises `RunError` as soon as a loss
-    is not finite.
+    `done` steps were taken before, and their optimizer and random state restored. The model is in training mode until
+    the iterator ends. Raises `RunError` as soon as a loss is not finite.
     """
     accelerator = accelerator or accelerator_for()
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     if not done:
         torch.manual_seed(seed)
     last_good = "no good loss before"
-    with checkpointed_activations(model, protocol.activation_checkpointing):
+    with in_training(model, protocol.activation_checkpointing):
         for step, batch in enumerate(islice(batches(rows, protocol, seed), done, protocol.steps), start=done):
             start = time.perf_counter()
             rate = learning_rate_at(step, protocol)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            model.train()
             loss = _accumulate_gradients(model, batch, protocol, accelerator)
-            model.eval()
             if not math.isfinite(loss):
                 raise RunError(
                     f"the training loss must stay finite, got {loss} at step {step + 1} with learning rate {rate:g} "
@@ -151,15 +151,20 @@ def fit(
 
 
 @contextmanager
-def checkpointed_activations(model: PreTrainedModel, wanted: bool) -> Iterator[None]:
-    """Within the block a training keeps one activation a decoder block and computes the others again."""
-    if wanted:
+def in_training(model: PreTrainedModel, checkpoint_activations: bool) -> Iterator[None]:
+    """A model in training mode, and in evaluation mode after the block.
+
+    With checkpointing it keeps one activation a decoder block and computes the others again in the backward.
+    """
+    model.train()
+    if checkpoint_activations:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     try:
         yield
     finally:
-        if wanted:
+        if checkpoint_activations:
             model.gradient_checkpointing_disable()
+        model.eval()
 
 
 def _accumulate_gradients(
