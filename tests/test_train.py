@@ -282,3 +282,51 @@ def test_a_diverging_training_stops_at_the_first_bad_loss(adapted: PeftModel) ->
     assert math.isfinite(first)
     with pytest.raises(RunError, match=rf"got nan at step 2 with .* \(last good loss {first:.4g} at step 1\)\. Lower"):
         next(steps)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_computing_activations_again_changes_no_bit(dropout: float, llama: Path) -> None:
+    found = []
+    for again in (False, True):
+        protocol = changed(lora_dropout=dropout, activation_checkpointing=again, steps=3)
+        adapted = adapt_model(load_model(llama, torch.float32, torch.device("cpu")), protocol, None, seed=0)
+        losses = [step.loss for step in fitted(adapted, ROWS, protocol)]
+        found.append((losses, [parameter.detach() for parameter in trainable(adapted)]))
+        assert not adapted.get_base_model().is_activation_checkpointing
+    assert found[0][0] == found[1][0]
+    assert all(torch.equal(a, b) for a, b in zip(found[0][1], found[1][1], strict=True))
+
+
+def test_checkpointed_activations_are_not_kept(llama: Path) -> None:
+    kept = []
+    for again in (False, True):
+        adapted = adapted_model(llama)
+        sizes: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, s=sizes: s.append(t.numel()) or t, lambda t: t):
+            next(fitted(adapted, ROWS, changed(activation_checkpointing=again)))
+        kept.append(sum(sizes))
+    assert kept[1] < 0.2 * kept[0]
+
+
+def test_a_packed_training_learns_the_same(llama: Path) -> None:
+    plain, together = (
+        [step.loss for step in fitted(adapted_model(llama), ROWS, changed(packing=packing, max_tokens=200))]
+        for packing in (False, True)
+    )
+    assert together == pytest.approx(plain, rel=1e-3)
+
+
+def test_a_training_that_goes_on_takes_the_rows_that_are_left(llama: Path) -> None:
+    adapted = adapted_model(llama)
+    optimizer = adamw(trainable(adapted), PROTOCOL)
+    first = [step.step for step in itertools.islice(fit(adapted.get_base_model(), optimizer, ROWS, PROTOCOL, 0), 2)]
+    rest = list(fit(adapted.get_base_model(), optimizer, ROWS, PROTOCOL, 0, done=2))
+    assert first + [step.step for step in rest] == [1, 2, 3, 4, 5, 6]
+    assert [step.learning_rate for step in rest] == [learning_rate_at(step, PROTOCOL) for step in range(2, 6)]
+    whole = list(fitted(adapted_model(llama), ROWS, PROTOCOL))
+    assert [step.loss for step in rest] == [step.loss for step in whole[2:]]
+
+
+def test_a_worker_goes_from_one_precision_to_another() -> None:
+    for precision in ("no", "bf16", "no"):
+        assert accelerator_for(precision).mixed_precision == precision

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
 import torch
 from torch import Tensor
@@ -48,6 +49,7 @@ def restore_into(
     if not path.exists():
         return None
     try:
+        _refuse_changed(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
         found = state["identity"], [tuple(tensor.shape) for tensor in state["parameters"]]
         optimizer_state, so_far = state["optimizer"], state["so_far"]
@@ -62,6 +64,13 @@ def restore_into(
     if state["cuda_random"]:
         torch.cuda.set_rng_state_all(state["cuda_random"])
     return dict(so_far)
+
+
+def _refuse_changed(path: Path) -> None:
+    """torch writes a zip file with the checksum of every part, and does not look at them when it reads."""
+    with ZipFile(path) as parts:
+        if (changed := parts.testzip()) is not None:
+            raise ValueError(f"{changed} changed")
 
 
 class BrokenCheckpointError(Exception):

@@ -158,12 +158,12 @@ def in_training(model: PreTrainedModel, checkpoint_activations: bool) -> Iterato
     """
     model.train()
     if checkpoint_activations:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
     try:
         yield
     finally:
         if checkpoint_activations:
-            model.gradient_checkpointing_disable()
+            model.activation_checkpointing_disable()
         model.eval()
 
 
