@@ -51,6 +51,7 @@ class MaskedWeights:
     model: PreTrainedModel
     masks: Masks
     precision: torch.dtype
+    trains_factors: bool = False
 
     @property
     def mixed_precision(self) -> str:

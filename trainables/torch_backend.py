@@ -23,7 +23,7 @@ from trainables.hardware import device, environment, peak_memory_bytes, reset_pe
 from trainables.trainee import Trainee
 from trainables.training import train
 from tune_sparse.config import Cell
-from tune_sparse.cost import SEQUENCE_LENGTHS, inference_flops
+from tune_sparse.cost import SEQUENCE_LENGTHS, inference_flops, training_flops
 from tune_sparse.data import Encoded, encode_answers, load_splits
 from tune_sparse.errors import DISK_FULL, InputError, RunError
 from tune_sparse.evaluate import Scored, TestSet, encode_test, score
@@ -204,6 +204,8 @@ def _stages(
 
     trainee = MODES[cell.mode].begin(model, protocol, pruned.masks, cell.seed)
     log(trainee.described())
+    trained_rows = [(len(row.context) + len(row.continuation), len(row.continuation)) for row in rows.train]
+    flops = training_flops(pruned.masks, loaded.shape, trained_rows, protocol.lora_rank, trainee.trains_factors)
     training = yield from train(run, trainee, rows.train, rows.selection, ledger.checkpoint(run.run_id), log)
     trainee.save(folder)
 
@@ -246,6 +248,7 @@ def _stages(
         "eval_loss": mean_loss(model, rows.selection, protocol),
         "epochs": training.rows / len(rows.train),
         "update_rounded_away_fraction": rounded_away,
+        "train_step_flops": round(flops * protocol.global_batch / len(rows.train)),
         "inference_flops": {str(t): inference_flops(pruned.masks, loaded.shape, t) for t in SEQUENCE_LENGTHS},
     } | deployed.metrics
     measured = {

@@ -36,6 +36,10 @@ class Trainee(Interface):
     def is_merged_exactly(self) -> bool:
         """Whether the merged model computes the trained function to the last bit."""
 
+    @property
+    def trains_factors(self) -> bool:
+        """Whether an unmasked low-rank update is trained, for its cost."""
+
     def described(self) -> str:
         """How it is trained, for the log."""
 
@@ -77,6 +81,10 @@ class LoraTrainee:
     @property
     def is_merged_exactly(self) -> bool:
         return set(ways(self.adapted)) == {"dense-stored"}
+
+    @property
+    def trains_factors(self) -> bool:
+        return all(layer.keep_mask is None for _, layer in sparse_lora_layers(self.adapted))
 
     def described(self) -> str:
         return "adapted layers by way: " + ", ".join(f"{n} {way}" for way, n in ways(self.adapted).items())

@@ -13,7 +13,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from tune_sparse.cli import merging, results, sweep
+from tune_sparse.cli import merging, results, sweep, throughput
 from tune_sparse.cli.command import BAD_INPUT, FAULT
 from tune_sparse.errors import DISK_FULL, InputError
 
@@ -44,6 +44,6 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = root.add_subparsers(required=True, metavar="COMMAND")
-    for group in (sweep, results, merging):
+    for group in (sweep, results, merging, throughput):
         group.add_commands(commands)
     return root
