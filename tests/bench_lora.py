@@ -1,4 +1,4 @@
-"""What masked LoRA costs: `python tests/bench_lora.py` (tables, then one JSON line; five minutes on one core).
+"""What masked LoRA costs: `python tests/bench_lora.py` (tables, then one JSON line; ten minutes on one core).
 
 Process CPU seconds on one thread, medians over interleaved repeats after a warm-up, forward and backward, R = 16.
 
