@@ -64,11 +64,11 @@ def tiny_run(model: Path, data_dir: Path | None = None, **changes: Any) -> Run:
     )
 
 
-def finished(run: Run, ledger: Ledger, bench: Any) -> Record:
-    """The record of a run, once it has run."""
-    from trainables.torch_backend import run_cell
+def finished(run: Run, ledger: Ledger, bench: Any = None) -> Record:
+    """The record of a run, once it has run: on `bench`, or on one that has done nothing before."""
+    from trainables.torch_backend import Bench, run_cell
 
-    steps = run_cell(run, ledger, bench)
+    steps = run_cell(run, ledger, bench or Bench())
     while True:
         try:
             next(steps)

@@ -92,7 +92,7 @@ def test_an_adapter_changes_what_is_scored(llama: Path, run_id: str, evaluate: E
     chosen = ["--model", str(llama), "--tasks", "boolq", "--data-dir", "embedded"]
     status, error = evaluate(*chosen, "--adapter", str(adapter), *SMALL)
     assert status == BAD_INPUT
-    assert "was trained under a mask" in error
+    assert "belongs to the mask" in error
 
 
 @pytest.mark.parametrize(

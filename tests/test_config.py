@@ -50,6 +50,8 @@ BROKEN_PROTOCOLS: list[tuple[dict[str, Any], str]] = [
     ({"warmup_steps": -1}, r"the warm-up must be shorter than the training of 200 steps, got -1\."),
     ({"steps": 2, "warmup_fraction": 0.9}, r"the warm-up must be shorter than the training of 2 steps, got 2\."),
     ({"loss_on": "answers"}, r"unknown loss_on 'answers'\. Did you mean 'answer'"),
+    ({"masked_way": "dense"}, r"unknown masked_way 'dense'\. Did you mean 'dense-stored'"),
+    ({"masked_way": "csr"}, r"masked_way csr computes in float32, got 'bfloat16'\. Set precision=float32"),
     ({"precision": "bfloat"}, r"unknown precision 'bfloat'\. Did you mean 'bfloat16'"),
 ]
 
@@ -67,8 +69,25 @@ BROKEN_SWEEPS: list[tuple[dict[str, Any], str]] = [
     ({"modes": ("sparse-to-dence",)}, r"unknown mode 'sparse-to-dence'\. Did you mean 'sparse-to-dense'"),
     ({"modes": ("dense",), "sparsities": (0.0, 0.5)}, r"dense prunes nothing, so all sparsities must be 0 with it"),
     ({"backend": "pytorch"}, r"unknown backend 'pytorch'\. Did you mean 'torch'"),
+    *(
+        (
+            {"modes": ("sparse-to-sparse", "masked-finetuning"), "protocol": Protocol(**{name: value})},
+            rf"masked-finetuning trains the weights themselves, so {name} must not be set with it, got {value!r}\.",
+        )
+        for name, value in (
+            ("lora_rank", 8),
+            ("lora_alpha", 8.0),
+            ("lora_dropout", 0.1),
+            ("masked_way", "dense-stored"),
+        )
+    ),
     ({"workers": 0}, r"workers must be at least 1, got 0\."),
     ({"gpus_per_trial": -0.5}, r"gpus_per_trial must be at least 0, got -0\.5\."),
+    ({"protocol": Protocol(masked_way="structured")}, r"the only method must be structured, got \('unstructured', "),
+    (
+        {"protocol": Protocol(masked_way="csr", precision="float32"), "gpus_per_trial": 1.0},
+        r"masked_way csr computes on a CPU, so gpus_per_trial must be 0, got 1\.0\. Set masked_way=auto\.",
+    ),
     ({"max_retries": -1}, r"max_retries must be at least 0, got -1\."),
 ]
 
@@ -166,6 +185,8 @@ def test_whole_floats_are_integers_and_numbers_keep_their_declared_type() -> Non
 @pytest.mark.parametrize(
     ("name", "value"),
     [
+        ("packing", "perhaps"),
+        ("packing", 1),
         ("steps", "many"),
         ("steps", 2.5),
         ("steps", "none"),
@@ -193,6 +214,13 @@ def test_a_number_that_is_not_finite_is_refused_by_that_rule() -> None:
         SweepConfig.from_names({"models": "m", "learning_rate": "nan"})
 
 
+@pytest.mark.parametrize(("value", "expected"), [("true", True), ("False", False), (True, True), (False, False)])
+def test_a_yes_or_no_is_read_from_text_and_yaml(value: Any, expected: bool) -> None:
+    protocol = SweepConfig.from_names({"models": "m", "packing": value}).protocol
+    assert protocol.packing is expected
+    assert protocol.pack_to == (protocol.max_tokens if expected else None)
+
+
 def test_an_unknown_setting_offers_the_closest() -> None:
     with pytest.raises(InputError, match=r"unknown setting 'learning_rte'\. Did you mean 'learning_rate'"):
         SweepConfig.from_names({"models": "m", "learning_rte": 1e-3})
@@ -210,9 +238,10 @@ def test_a_sweep_without_models_is_refused(names: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_at_sparsity_zero_every_cell_is_served_by_the_dense_baseline(mode: str) -> None:
+def test_at_sparsity_zero_every_lora_cell_is_served_by_the_dense_baseline(mode: str) -> None:
     cell = make_cell(method="random", sparsity=0.0, mode=mode, seed=3)
-    assert cell.trained == Cell("tiny", "boolq", "none", 0.0, "dense", 3, "torch")
+    served_by = "masked-finetuning" if mode == "masked-finetuning" else "dense"
+    assert cell.trained == Cell("tiny", "boolq", "none", 0.0, served_by, 3, "torch")
 
 
 def test_a_dense_cell_is_served_by_the_dense_baseline_whatever_its_sparsity() -> None:

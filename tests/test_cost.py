@@ -9,10 +9,14 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
-from tune_sparse.cost import attended_pairs, inference_flops
+from tune_sparse.config import Protocol
+from tune_sparse.cost import attended_pairs, inference_flops, training_flops
+from tune_sparse.data import Encoded
+from tune_sparse.lora import adapt_model, ways
 from tune_sparse.masks import Masks
 from tune_sparse.models import Shape, check_checkpoint, load_model, prunable_weights
 from tune_sparse.pruning import make_masks
+from tune_sparse.train import answer_loss
 
 Dense = tuple[PreTrainedModel, Shape]
 
@@ -95,3 +99,31 @@ def test_a_sliding_window_makes_long_texts_cheaper() -> None:
     unlimited, limited = Shape(**sizes, sliding_window=None), Shape(**sizes, sliding_window=3)
     assert inference_flops(masks, unlimited, 3) == inference_flops(masks, limited, 3)
     assert inference_flops(masks, unlimited, 10) - inference_flops(masks, limited, 10) == 4 * 4 * (55 - 27)
+
+
+@pytest.mark.parametrize("trains_factors", [False, True])
+def test_training_flops_by_hand(trains_factors: bool, dense: Dense) -> None:
+    _, shape = dense
+    masks = masks_of(dense, "unstructured", 0.5)
+    kept = sum(int(mask.sum()) for mask in masks.values())
+    factors = 4 * 3 * (2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + 192))
+    pairs = attended_pairs(20, shape.sliding_window) + attended_pairs(50, shape.sliding_window)
+    expected = 70 * (4 * kept + (6 * factors if trains_factors else 2 * kept))
+    expected += 12 * pairs * 3 * 64 + 4 * 5 * 64 * shape.vocabulary
+    assert training_flops(masks, shape, [(20, 2), (50, 3)], 4, trains_factors) == expected
+
+
+def test_training_flops_of_plain_lora_are_those_that_torch_counts(dense: Dense) -> None:
+    model, shape = dense
+    masks = masks_of(dense, "none", 0.0)
+    adapted = adapt_model(model, Protocol(lora_rank=2, lora_alpha=4.0), None, seed=0)
+    assert set(ways(adapted)) == {"plain"}
+    for parameter in model.model.embed_tokens.parameters():  # or the first block needs no input gradient
+        parameter.requires_grad_(True)
+    with FlopCounterMode(display=False) as counter:
+        loss, learned = answer_loss(adapted.get_base_model(), [Encoded(tuple(range(1, 37)), (5, 6, 7, 8))])
+        loss.backward()
+    products = {torch.ops.aten.mm, torch.ops.aten.addmm}
+    counted = sum(flops for op, flops in counter.get_flop_counts()["Global"].items() if op in products)
+    attention = 12 * attended_pairs(40, shape.sliding_window) * 3 * 64
+    assert training_flops(masks, shape, [(40, learned)], 2, True) - attention == counted

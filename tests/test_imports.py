@@ -16,16 +16,8 @@ FILES = [path.relative_to(ROOT).as_posix() for folder in FOLDERS for path in sor
 PROGRAM = {
     f"tune_sparse.{name}"
     for name in (
-        "harness",
-        "scorecard",
-        "tracking",
-        "plan",
-        "prune",
-        "sweep",
-        "ray_callback",
-        "search",
-        "progress",
-        "cli",
+        *("plan", "sweep", "ray_callback", "progress", "tracking", "search", "cli"),
+        *("prune", "merge", "scorecard", "harness"),
     )
 }
 CORE = [
@@ -36,7 +28,7 @@ CORE = [
     and file[:-3].replace("/", ".") not in PROGRAM | {"tune_sparse.__main__"}
 ]
 CORE_LIBRARIES = {
-    *("torch", "numpy", "safetensors", "tokenizers", "transformers", "peft", "huggingface_hub"),
+    *("torch", "numpy", "safetensors", "tokenizers", "transformers", "peft", "accelerate", "huggingface_hub"),
     *("yaml", "filelock", "psutil", "pyarrow", "datasets"),
     "matplotlib",  # the histograms of masks
 }

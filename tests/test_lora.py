@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -19,17 +18,17 @@ from tune_sparse.data import Encoded
 from tune_sparse.lora import (
     SparseLora,
     adapt_model,
-    effective_weight,
     lost_fraction,
     merged_weights,
-    save_adapter,
     sparse_lora_layers,
     updates,
+    ways,
 )
+from tune_sparse.masked_linear import Workspace, choose_way, effective_weight
 from tune_sparse.masks import Masks, masked
 from tune_sparse.models import PRUNED, check_checkpoint, load_model, prunable_weights, write_weights_into
 from tune_sparse.pruning import make_masks
-from tune_sparse.train import fit
+from tune_sparse.train import adamw, fit
 
 PROTOCOL = Protocol(
     steps=2, warmup_steps=0, global_batch=4, micro_batch=4, lora_rank=4, lora_alpha=8.0, precision="float32"
@@ -82,31 +81,27 @@ def tiny(layers: int = 1, **changes: Any) -> LlamaForCausalLM:
     return LlamaForCausalLM(config).requires_grad_(False).eval()
 
 
-def test_effective_weight_by_hand() -> None:
-    W, A, B = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([[1.0, -1.0]]), torch.tensor([[1.0], [2.0]])
-    assert effective_weight(W, A, B, 0.5).tolist() == [[1.5, 1.5], [4.0, 3.0]]
-    mask = torch.tensor([[True, False], [False, True]])
-    assert effective_weight(W, A, B, 0.5, mask).tolist() == [[1.5, 2.0], [3.0, 3.0]]
-
-
-@pytest.mark.parametrize("mask", [None, draw(3, 5, 4) > 0], ids=["plain", "masked"])
-def test_effective_weight_passes_gradcheck(mask: Tensor | None) -> None:
-    W, A, B = (draw(seed, *shape).double() for seed, shape in enumerate([(5, 4), (2, 4), (5, 2)]))
-    factors = A.requires_grad_(), B.requires_grad_()
-    assert torch.autograd.gradcheck(lambda A, B: effective_weight(W, A, B, 0.5, mask), factors)
-
-
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-@pytest.mark.parametrize("mask", [None, draw(3, 8, 8) > 0], ids=["plain", "masked"])
-def test_the_forward_is_the_formula(mask: Tensor | None, dropout: float, training: bool) -> None:
+@pytest.mark.parametrize(
+    ("way", "mask"),
+    [
+        ("plain", None),
+        ("dense-stored", draw(3, 8, 8) > 0),
+        ("csr", draw(3, 8, 8) > 0),
+        ("structured", (draw(3, 8, 1) > 0).expand(8, 8)),
+    ],
+)
+def test_the_forward_is_the_formula(way: str, mask: Tensor | None, dropout: float, training: bool) -> None:
     model = tiny(attention_bias=True)
     protocol = Protocol(lora_rank=4, lora_alpha=8.0, lora_dropout=dropout)
     adapted = adapt_model(model, protocol, None, seed=0)
     layer = next(layer for name, layer in sparse_lora_layers(adapted) if "q_proj" in name)
     A, B, scaling = layer.factors()
     assert scaling == 2.0
-    layer.keep_mask = mask
+    if mask is not None:
+        layer.base_layer.weight.data *= mask
+        layer.way = choose_way(layer.base_layer.weight, mask, 4, Workspace(), way)
     layer.base_layer.bias.data.copy_(draw(1, 8))
     B.data.copy_(draw(2, *B.shape))
     update = 2.0 * B @ A if mask is None else 2.0 * (B @ A) * mask
@@ -147,17 +142,50 @@ def test_without_a_mask_the_outputs_are_those_of_stock_peft(adapt: Adapt) -> Non
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("confined", [False, True])
 @torch.no_grad()
-def test_the_merged_model_computes_the_trained_function_to_the_last_bit(
-    confined: bool, dtype: torch.dtype, adapt: Adapt
-) -> None:
-    adapted, _ = adapt(confined, dtype)
+def test_a_merged_masked_update_computes_the_trained_function_to_the_last_bit(dtype: torch.dtype, adapt: Adapt) -> None:
+    adapted, _ = adapt(True, dtype)
     trained, merged = adapted(IDS).logits, merged_weights(adapted)
     model = adapted.unload()
     assert not torch.equal(model(IDS).logits, trained)
     write_weights_into(model, merged)
     assert torch.equal(model(IDS).logits, trained)
+
+
+@torch.no_grad()
+def test_a_merged_plain_update_computes_the_trained_function_but_for_rounding(adapt: Adapt) -> None:
+    adapted, _ = adapt(confined=False)
+    trained, merged = adapted(IDS).logits, merged_weights(adapted)
+    model = adapted.unload()
+    write_weights_into(model, merged)
+    torch.testing.assert_close(model(IDS).logits, trained, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("way", "layers"), [("auto", {"dense-stored": 21}), ("csr", {"csr": 21})])
+def test_the_ways_are_chosen_or_forced_and_counted(way: str, layers: dict[str, int], adapt: Adapt) -> None:
+    adapted, _ = adapt(confined=True, masked_way=way)
+    assert ways(adapted) == layers
+    assert ways(adapt(confined=False, masked_way=way)[0]) == {"dense-stored": 12, "plain": 9}
+
+
+def test_the_layers_of_a_model_share_one_workspace(adapt: Adapt) -> None:
+    adapted, _ = adapt(confined=True)
+    adapted(IDS).logits.sum().backward()
+    [workspace] = {id(layer.way.workspace): layer.way.workspace for _, layer in sparse_lora_layers(adapted)}.values()
+    largest = max(layer.base_layer.weight.numel() for _, layer in sparse_lora_layers(adapted))
+    assert [room.numel() for (use, *_), room in workspace._rooms.items() if use == "weight"] == [largest]
+
+
+@torch.no_grad()
+def test_the_adapters_can_be_switched_off_and_merged_by_peft(adapt: Adapt) -> None:
+    adapted, masks = adapt(confined=True)
+    trained = adapted(IDS).logits
+    with adapted.disable_adapter():
+        assert not torch.allclose(adapted(IDS).logits, trained, atol=1e-3)
+    torch.testing.assert_close(adapted(IDS).logits, trained)
+    merged = adapted.merge_and_unload()
+    torch.testing.assert_close(merged(IDS).logits, trained, atol=1e-5, rtol=1e-5)
+    assert all(not weight[~masks[name]].any() for name, weight in prunable_weights(merged).items())
 
 
 def test_zeros_stay_zero_in_the_merge_of_a_confined_update(adapt: Adapt) -> None:
@@ -181,7 +209,7 @@ def test_training_moves_the_adapters_and_nothing_else(confined: bool, adapt: Ada
     before = {name: parameter.clone() for name, parameter in adapted.named_parameters()}
     rows = [Encoded(tuple(range(i, i + 10)), (i, i + 1)) for i in range(8)]
     parameters = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
-    list(fit(adapted.get_base_model(), parameters, rows, PROTOCOL, seed=0))
+    list(fit(adapted.get_base_model(), adamw(parameters, PROTOCOL), rows, PROTOCOL, seed=0))
     moved = {name for name, parameter in adapted.named_parameters() if not torch.equal(parameter, before[name])}
     assert moved == {name for name in before if ".lora_A." in name or ".lora_B." in name}
     assert len(moved) == 2 * 21
@@ -202,7 +230,7 @@ def test_the_masked_gradients_are_the_manual_ones(adapt: Adapt) -> None:
 def test_the_adapted_layers_are_the_prunable_ones(adapt: Adapt) -> None:
     adapted, masks = adapt(confined=True)
     assert [name for name, _ in sparse_lora_layers(adapted)] == list(masks)
-    assert all(layer.keep_mask is masks[name] for name, layer in sparse_lora_layers(adapted))
+    assert all(torch.equal(layer.keep_mask, masks[name]) for name, layer in sparse_lora_layers(adapted))
 
 
 def first_factors(model: PreTrainedModel, seed: int = 0) -> dict[str, tuple[Tensor, Tensor]]:
@@ -261,26 +289,3 @@ def test_an_update_too_small_for_bfloat16_is_lost() -> None:
     assert merged.tolist() == [[1.0, 1.0], [1 + 2**-6, 1 + 2**-6]]
     lost = lost_fraction({"w": B @ A}, {"w": merged.float() - W.float()})
     assert lost == 2**-20 / (2**-20 + 2**-12)
-
-
-def test_an_update_is_added_in_float32_and_rounded_once() -> None:
-    W = torch.ones(1, 1, dtype=torch.bfloat16)
-    just_above_half = torch.tensor([[2**-8 + 2**-18]])
-    assert effective_weight(W, torch.ones(1, 1), just_above_half, 1.0).item() == 1 + 2**-7
-
-
-def test_stock_peft_loads_the_adapter_of_a_plain_update(adapt: Adapt, tmp_path: Path) -> None:
-    adapted, _ = adapt(confined=False)
-    save_adapter(adapted, tmp_path / "adapter", "dense", "abc")
-    stock = PeftModel.from_pretrained(copy.deepcopy(adapted).unload(), str(tmp_path / "adapter")).eval()
-    with torch.no_grad():
-        torch.testing.assert_close(stock(IDS).logits, adapted(IDS).logits, atol=1e-5, rtol=1e-5)
-
-
-def test_a_saved_adapter_says_its_mode_and_mask(adapt: Adapt, tmp_path: Path) -> None:
-    adapted, _ = adapt(confined=True)
-    save_adapter(adapted, tmp_path / "adapter", "sparse-to-sparse", "abc")
-    marker = json.loads((tmp_path / "adapter" / "tune_sparse.json").read_text())
-    assert marker == {"mode": "sparse-to-sparse", "mask_sha256": "abc"}
-    files = {path.name for path in (tmp_path / "adapter").iterdir()}
-    assert files == {"adapter_config.json", "adapter_model.safetensors", "tune_sparse.json"}

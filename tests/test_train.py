@@ -3,6 +3,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,17 @@ from tune_sparse.data import Encoded
 from tune_sparse.errors import RunError
 from tune_sparse.lora import adapt_model, sparse_lora_layers
 from tune_sparse.models import load_model
-from tune_sparse.train import _accumulate_gradients, answer_loss, batches, fit, learning_rate_at, mean_loss
+from tune_sparse.train import (
+    Step,
+    _accumulate_gradients,
+    accelerator_for,
+    adamw,
+    answer_loss,
+    batches,
+    fit,
+    learning_rate_at,
+    mean_loss,
+)
 
 PROTOCOL = Protocol(
     steps=6,
@@ -62,6 +73,11 @@ def adapted_model(llama: Path) -> PeftModel:
 
 def trainable(adapted: PeftModel) -> list[nn.Parameter]:
     return [parameter for parameter in adapted.parameters() if parameter.requires_grad]
+
+
+def fitted(adapted: PeftModel, rows: list[Encoded], protocol: Protocol, seed: int = 0) -> Generator[Step, None, None]:
+    """The training of all adapters."""
+    return fit(adapted.get_base_model(), adamw(trainable(adapted), protocol), rows, protocol, seed)
 
 
 @pytest.mark.parametrize(
@@ -159,7 +175,7 @@ def test_the_micro_batch_does_not_change_the_gradients(loss_on: str, adapted: Pe
     found = []
     for micro_batch in (8, 2):
         protocol = changed(micro_batch=micro_batch, loss_on=loss_on)
-        loss = _accumulate_gradients(adapted.get_base_model(), rows, protocol)
+        loss = _accumulate_gradients(adapted.get_base_model(), rows, protocol, accelerator_for())
         found.append((loss, [parameter.grad.clone() for parameter in trainable(adapted)]))
         adapted.zero_grad()
     (whole_loss, whole), (parts_loss, parts) = found
@@ -170,7 +186,7 @@ def test_the_micro_batch_does_not_change_the_gradients(loss_on: str, adapted: Pe
 
 
 def test_the_loss_falls_on_a_few_rows(adapted: PeftModel) -> None:
-    steps = list(fit(adapted.get_base_model(), trainable(adapted), ROWS[:8], changed(steps=20), seed=0))
+    steps = list(fitted(adapted, ROWS[:8], changed(steps=20)))
     assert steps[-1].loss < 0.5 * steps[0].loss
     assert steps[0].loss == pytest.approx(mean_loss(load_base(adapted), ROWS[:8], PROTOCOL), rel=1e-5)
 
@@ -181,7 +197,7 @@ def load_base(adapted: PeftModel) -> PreTrainedModel:
 
 
 def test_a_step_says_what_it_did(adapted: PeftModel) -> None:
-    steps = list(fit(adapted.get_base_model(), trainable(adapted), ROWS[:8], PROTOCOL, seed=0))
+    steps = list(fitted(adapted, ROWS[:8], PROTOCOL))
     assert [step.step for step in steps] == [1, 2, 3, 4, 5, 6]
     assert [step.learning_rate for step in steps] == [learning_rate_at(step, PROTOCOL) for step in range(6)]
     assert {step.rows for step in steps} == {8}
@@ -196,7 +212,7 @@ def test_a_training_repeats_to_the_last_bit(dropout: float, llama: Path) -> None
         model = load_model(llama, torch.float32, torch.device("cpu"))
         adapted = adapt_model(model, changed(lora_dropout=dropout), None, seed=0)
         torch.manual_seed(noise)
-        losses = [step.loss for step in fit(adapted.get_base_model(), trainable(adapted), ROWS, PROTOCOL, seed=5)]
+        losses = [step.loss for step in fitted(adapted, ROWS, PROTOCOL, seed=5)]
         found.append((losses, [parameter.detach() for parameter in trainable(adapted)]))
     (first_losses, first), (second_losses, second) = found
     assert first_losses == second_losses
@@ -206,7 +222,7 @@ def test_a_training_repeats_to_the_last_bit(dropout: float, llama: Path) -> None
 def test_the_optimizer_is_adamw_on_clipped_gradients(llama: Path) -> None:
     protocol = changed(steps=4, global_batch=12, max_grad_norm=0.5, weight_decay=0.3)
     adapted = adapted_model(llama)
-    list(fit(adapted.get_base_model(), trainable(adapted), ROWS, protocol, seed=0))
+    list(fitted(adapted, ROWS, protocol))
 
     manual = adapted_model(llama)
     parameters = trainable(manual)
@@ -226,21 +242,94 @@ def test_the_optimizer_is_adamw_on_clipped_gradients(llama: Path) -> None:
     torch.testing.assert_close(trainable(adapted), parameters, atol=2e-4, rtol=1e-3)
 
 
-def test_the_model_is_left_in_evaluation_mode_after_each_step(adapted: PeftModel) -> None:
+@pytest.mark.parametrize("ends", ["done", "closed", "failed"])
+def test_the_model_is_in_training_mode_until_its_training_ends(ends: str, adapted: PeftModel) -> None:
     model = adapted.get_base_model()
-    for _ in fit(model, trainable(adapted), ROWS, PROTOCOL, seed=0):
-        assert not any(module.training for module in model.modules())
+    steps = fitted(adapted, ROWS, PROTOCOL)
+    for _ in range(2):
+        next(steps)
+        mean_loss(model, ROWS, PROTOCOL)
+        assert all(module.training for module in model.modules())
+    if ends == "done":
+        list(steps)
+    elif ends == "closed":
+        steps.close()
+    else:
+        trainable(adapted)[0].data.fill_(math.nan)
+        with pytest.raises(RunError):
+            next(steps)
+    assert not any(module.training for module in model.modules())
+
+
+def test_the_eval_loss_has_no_dropout(llama: Path) -> None:
+    model = load_model(llama, torch.float32, torch.device("cpu"))
+    adapted = adapt_model(model, changed(lora_dropout=0.5), None, seed=0)
+    nn.init.normal_(next(sparse_lora_layers(adapted))[1].factors()[1])
+    expected = mean_loss(model, ROWS, PROTOCOL)
+    assert mean_loss(model.train(), ROWS, PROTOCOL) == expected
 
 
 def test_a_loss_that_is_not_finite_names_its_step(adapted: PeftModel) -> None:
     next(sparse_lora_layers(adapted))[1].factors()[1].data.fill_(math.inf)
-    with pytest.raises(RunError, match=r"must stay finite, got nan at step 1\. Lower learning_rate\."):
-        list(fit(adapted.get_base_model(), trainable(adapted), ROWS, PROTOCOL, seed=0))
+    with pytest.raises(RunError, match=r"got nan at step 1 with learning rate 0\.01 \(no good loss before\)\. Lower"):
+        list(fitted(adapted, ROWS, PROTOCOL))
 
 
 def test_a_diverging_training_stops_at_the_first_bad_loss(adapted: PeftModel) -> None:
     protocol = changed(learning_rate=1e30, final_learning_rate=0.0)
-    steps = fit(adapted.get_base_model(), trainable(adapted), ROWS, protocol, seed=0)
-    assert math.isfinite(next(steps).loss)
-    with pytest.raises(RunError, match="got nan at step 2"):
+    steps = fitted(adapted, ROWS, protocol)
+    first = next(steps).loss
+    assert math.isfinite(first)
+    with pytest.raises(RunError, match=rf"got nan at step 2 with .* \(last good loss {first:.4g} at step 1\)\. Lower"):
         next(steps)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_computing_activations_again_changes_no_bit(dropout: float, llama: Path) -> None:
+    found = []
+    for again in (False, True):
+        protocol = changed(lora_dropout=dropout, activation_checkpointing=again, steps=3)
+        adapted = adapt_model(load_model(llama, torch.float32, torch.device("cpu")), protocol, None, seed=0)
+        losses = [step.loss for step in fitted(adapted, ROWS, protocol)]
+        found.append((losses, [parameter.detach() for parameter in trainable(adapted)]))
+        assert not adapted.get_base_model().is_activation_checkpointing
+    assert found[0][0] == found[1][0]
+    assert all(torch.equal(a, b) for a, b in zip(found[0][1], found[1][1], strict=True))
+
+
+def test_checkpointed_activations_are_not_kept(llama: Path) -> None:
+    kept = []
+    for again in (False, True):
+        adapted = adapted_model(llama)
+        sizes: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, s=sizes: s.append(t.numel()) or t, lambda t: t):
+            next(fitted(adapted, ROWS, changed(activation_checkpointing=again)))
+        kept.append(sum(sizes))
+    assert kept[1] < 0.2 * kept[0]
+
+
+def test_a_packed_training_learns_the_same(llama: Path) -> None:
+    plain, together = (
+        [
+            step.loss
+            for step in fitted(adapted_model(llama), ROWS, changed(packing=packing, max_tokens=200, max_new_tokens=1))
+        ]
+        for packing in (False, True)
+    )
+    assert together == pytest.approx(plain, rel=1e-3)
+
+
+def test_a_training_that_goes_on_takes_the_rows_that_are_left(llama: Path) -> None:
+    adapted = adapted_model(llama)
+    optimizer = adamw(trainable(adapted), PROTOCOL)
+    first = [step.step for step in itertools.islice(fit(adapted.get_base_model(), optimizer, ROWS, PROTOCOL, 0), 2)]
+    rest = list(fit(adapted.get_base_model(), optimizer, ROWS, PROTOCOL, 0, done=2))
+    assert first + [step.step for step in rest] == [1, 2, 3, 4, 5, 6]
+    assert [step.learning_rate for step in rest] == [learning_rate_at(step, PROTOCOL) for step in range(2, 6)]
+    whole = list(fitted(adapted_model(llama), ROWS, PROTOCOL))
+    assert [step.loss for step in rest] == [step.loss for step in whole[2:]]
+
+
+def test_a_worker_goes_from_one_precision_to_another() -> None:
+    for precision in ("no", "bf16", "no"):
+        assert accelerator_for(precision).mixed_precision == precision

@@ -1,14 +1,18 @@
 """Dense: (W + sBA)x is trained, W + sBA is deployed."""
 
 from peft import PeftModel
+from transformers import PreTrainedModel
 
 from trainables.deployed import Deployed
-from tune_sparse.lora import merged_weights
+from trainables.trainee import LoraTrainee
+from tune_sparse.config import Protocol
+from tune_sparse.lora import adapt_model, merged_weights
 from tune_sparse.masks import Masks
 
 
-def update_masks(masks: Masks) -> None:
+def begin(model: PreTrainedModel, protocol: Protocol, masks: Masks, seed: int) -> LoraTrainee:
     """The update reaches every weight."""
+    return LoraTrainee(adapt_model(model, protocol, None, seed), masks, "dense", deploy)
 
 
 def deploy(adapted: PeftModel, masks: Masks) -> Deployed:

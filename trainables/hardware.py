@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 
 PACKAGES = ("torch", "transformers", "peft", "ray", "numpy", "safetensors", "tokenizers")
 
 
 def device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """Where this process computes: the accelerator that Ray left visible, or the CPU."""
+    return PartialState().device
 
 
 @cache

@@ -1,48 +1,35 @@
-"""What was deployed, made again from its parts: a finished run, or a checkpoint with an adapter."""
+"""What a finished run deployed, made again from its base, its masks and what it trained."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from safetensors.torch import load_file
 
-from peft import PeftModel
-from transformers import PreTrainedModel
-
-from trainables.torch_backend import MODES, Bench, Loaded
+from trainables.torch_backend import Bench, Loaded
+from tune_sparse.adapter_files import merge_adapter_into
 from tune_sparse.errors import InputError
-from tune_sparse.lora import MARKER, load_adapter
-from tune_sparse.masks import Masks, mask_sha256
-from tune_sparse.models import prunable_weights, write_weights_into
-from tune_sparse.paths import read_json
+from tune_sparse.masks import Masks
+from tune_sparse.models import write_weights_into
 from tune_sparse.result import Ledger, Run
 
 
-def deployed_by(run: Run, ledger: Ledger, bench: Bench) -> Loaded:
-    """The model that a finished run deployed, lent by `bench` until it lends again."""
+def deployed_by(run: Run, ledger: Ledger, bench: Bench) -> tuple[Loaded, Masks]:
+    """The model that a finished run deployed, lent by `bench` until it lends again, and its masks.
+
+    Raises `InputError` for a base model that changed, or masks that do not come out as they were trained.
+    """
+    record, folder = ledger.record(run.run_id), ledger.run_folder(run.run_id)
+    assert record is not None
     loaded = bench.lend(run)
     pruned = bench.pruner.prune(run, loaded, bench.rows(run, loaded).train if run.is_calibrated else ())
-    write_weights_into(loaded.model, pruned.weights)
-    merge_adapter_into(loaded.model, ledger.run_folder(run.run_id) / "adapter", pruned.masks)
-    return loaded
-
-
-def merge_adapter_into(model: PreTrainedModel, folder: Path, masks: Masks | None = None) -> None:
-    """Merge an adapter as its mode deploys it; one of stock PEFT is merged as PEFT does.
-
-    masks: of the pruned weights; where they are not given, what is not zero is kept.
-    Raises `InputError` if the adapter was trained under another mask.
-    """
-    if not (folder / MARKER).is_file():
-        PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
-        return
-    marker, mode = read_json(folder / MARKER), MODES[read_json(folder / MARKER)["mode"]]
-    if masks is None:
-        masks = {name: weight != 0 for name, weight in prunable_weights(model).items()}
-    if mode is not MODES["dense"] and mask_sha256(masks) != marker["mask_sha256"]:
+    trained_with = record.metrics["mask_sha256"]
+    if pruned.checksum != trained_with:
         raise InputError(
-            f"the adapter {folder} was trained under a mask ({marker['mask_sha256'][:12]}) that this model does not "
-            f"have ({mask_sha256(masks)[:12]}). Give the pruned checkpoint, or name the run."
+            f"the mask of {run.run_id} must come out as it was trained, {trained_with[:12]}, got "
+            f"{pruned.checksum[:12]}. Rebuild it with the version of this program that ran it."
         )
-    adapted = load_adapter(model, folder, mode.update_masks(masks))
-    deployed = mode.deploy(adapted, masks)
-    adapted.unload()
-    write_weights_into(model, deployed.final or deployed.trained)
+    write_weights_into(loaded.model, pruned.weights)
+    if run.cell.mode == "masked-finetuning":
+        write_weights_into(loaded.model, load_file(folder / "weights" / "weights.safetensors"))
+    else:
+        merge_adapter_into(loaded.model, folder / "adapter", pruned.masks)
+    return loaded, pruned.masks

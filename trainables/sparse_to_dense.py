@@ -1,14 +1,18 @@
 """Sparse-to-dense: (W⊙M + sBA)x is trained, (W⊙M + sBA)⊙M is deployed: the last mask removes what filled the zeros."""
 
 from peft import PeftModel
+from transformers import PreTrainedModel
 
 from trainables.deployed import Deployed
-from tune_sparse.lora import lost_fraction, merged_weights, updates
+from trainables.trainee import LoraTrainee
+from tune_sparse.config import Protocol
+from tune_sparse.lora import adapt_model, lost_fraction, merged_weights, updates
 from tune_sparse.masks import Masks, masked
 
 
-def update_masks(masks: Masks) -> None:
+def begin(model: PreTrainedModel, protocol: Protocol, masks: Masks, seed: int) -> LoraTrainee:
     """The update reaches every weight, the pruned ones too."""
+    return LoraTrainee(adapt_model(model, protocol, None, seed), masks, "sparse-to-dense", deploy)
 
 
 def deploy(adapted: PeftModel, masks: Masks) -> Deployed:

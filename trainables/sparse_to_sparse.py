@@ -1,15 +1,18 @@
 """Sparse-to-sparse: (W⊙M + s(BA)⊙M)x is trained, and the same weight is deployed: the zeros stay zero."""
 
 from peft import PeftModel
+from transformers import PreTrainedModel
 
 from trainables.deployed import Deployed
-from tune_sparse.lora import merged_weights
+from trainables.trainee import LoraTrainee
+from tune_sparse.config import Protocol
+from tune_sparse.lora import adapt_model, merged_weights
 from tune_sparse.masks import Masks
 
 
-def update_masks(masks: Masks) -> Masks:
+def begin(model: PreTrainedModel, protocol: Protocol, masks: Masks, seed: int) -> LoraTrainee:
     """The update reaches only kept weights."""
-    return masks
+    return LoraTrainee(adapt_model(model, protocol, masks, seed), masks, "sparse-to-sparse", deploy)
 
 
 def deploy(adapted: PeftModel, masks: Masks) -> Deployed:

@@ -14,29 +14,35 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from trainables import dense, sparse_to_dense, sparse_to_sparse
+from trainables import dense, masked_finetuning, sparse_to_dense, sparse_to_sparse
 from trainables.deployed import Deployed
 from trainables.hardware import device, environment, peak_memory_bytes, reset_peak_memory
 from trainables.pruned import Pruned, Pruner
-from tune_sparse.cost import SEQUENCE_LENGTHS, inference_flops
+from trainables.trainee import Trainee
+from trainables.training import train
+from tune_sparse.cost import SEQUENCE_LENGTHS, inference_flops, training_flops
 from tune_sparse.data import Encoded, encode_training, fingerprint_of, load_splits
 from tune_sparse.errors import DISK_FULL, InputError, RunError
 from tune_sparse.evaluate import Scored, TestSet, encode_test, score
-from tune_sparse.lora import adapt_model, lost_fraction, save_adapter, sparse_lora_layers, updates
+from tune_sparse.lora import lost_fraction
 from tune_sparse.masks import sparsity_of
 from tune_sparse.models import Shape, check_checkpoint, load_model, load_tokenizer, prunable_weights, write_weights_into
 from tune_sparse.outcomes import Metrics, headline, write_outcomes
 from tune_sparse.paths import write_json, write_text
 from tune_sparse.result import Ledger, Record, Run, write_config
 from tune_sparse.tasks import tasks_named
-from tune_sparse.train import Step, fit, mean_loss
+from tune_sparse.train import Step, accelerator_for, mean_loss
 from tune_sparse.validate import validation_report
 
-MODES = {"dense": dense, "sparse-to-dense": sparse_to_dense, "sparse-to-sparse": sparse_to_sparse}
+MODES = {
+    "dense": dense,
+    "sparse-to-dense": sparse_to_dense,
+    "sparse-to-sparse": sparse_to_sparse,
+    "masked-finetuning": masked_finetuning,
+}
 
 INFRASTRUCTURE_ERRORS = (
     torch.OutOfMemoryError,
@@ -147,6 +153,7 @@ def run_cell(run: Run, ledger: Ledger, bench: Bench) -> Generator[Step, None, Re
                 record = Record(run.run_id, run.identity, "failed", environment=environment(), error=described)
         write_text(folder / "git_sha.txt", f"{environment()['git_sha'] or 'unknown'}\n")
         write_json(folder / "result.json", asdict(record))
+    ledger.checkpoint(run.run_id).unlink(missing_ok=True)
     return record
 
 
@@ -191,7 +198,7 @@ def _stages(
     run: Run, ledger: Ledger, bench: Bench, folder: Path, log: Log
 ) -> Generator[Step, None, tuple[dict[str, Any], dict[str, Any]]]:
     """Prune, train, merge, score and validate; returns (deterministic metrics, measured values)."""
-    cell, protocol, mode = run.cell, run.protocol, MODES[run.cell.mode]
+    cell, protocol = run.cell, run.protocol
     torch.set_num_threads(protocol.threads)
     reset_peak_memory()
     loaded = bench.lend(run)
@@ -209,18 +216,22 @@ def _stages(
     judged_by = headline(untuned)
     log(f"pruned to {sparsity_of(pruned.masks):.4f}, {judged_by} before tuning {untuned[judged_by]:.4f}")
 
-    adapted = adapt_model(model, protocol, mode.update_masks(pruned.masks), cell.seed)
-    training = yield from _train(run, adapted, rows, log)
-    save_adapter(adapted, folder / "adapter", cell.mode, pruned.checksum)
+    trainee = MODES[cell.mode].begin(model, protocol, pruned.masks, cell.seed)
+    log(trainee.described())
+    trained_rows = [(len(row.context) + len(row.continuation), len(row.continuation)) for row in rows.train]
+    flops = training_flops(pruned.masks, loaded.shape, trained_rows, protocol.lora_rank, trainee.trains_factors)
+    training = yield from train(run, trainee, rows.train, rows.selection, ledger.checkpoint(run.run_id), log)
+    trainee.save(folder)
 
-    deployed = mode.deploy(adapted, pruned.masks)
-    rounded_away = _rounded_away(adapted, deployed, pruned)
-    violations = _frozen_weight_violations(adapted, pruned)
-    unmerged = _outputs(adapted.get_base_model(), rows.train[: protocol.micro_batch])
-    model = adapted.unload()
+    deployed = trainee.deploy()
+    rounded_away = _rounded_away(trainee, deployed, pruned)
+    violations = trainee.violations(pruned.weights)
+    with accelerator_for(trainee.mixed_precision).autocast():
+        trained = _outputs(trainee.model, rows.train[: protocol.micro_batch])
+    is_exact, model = trainee.is_merged_exactly, trainee.plain_model()
     write_weights_into(model, deployed.trained)
-    if not torch.equal(unmerged, _outputs(model, rows.train[: protocol.micro_batch])):
-        violations.append("the merged model must compute exactly the trained function")
+    merged = _outputs(model, rows.train[: protocol.micro_batch])
+    violations += _merge_violations(trained, merged, is_exact)
 
     before_mask: Scored | None = None
     if deployed.final is not None:
@@ -250,6 +261,7 @@ def _stages(
             "eval_loss": mean_loss(model, rows.selection, protocol),
             "epochs": training.rows / len(rows.train),
             "update_rounded_away_fraction": rounded_away,
+            "train_step_flops": round(flops * protocol.global_batch / len(rows.train)),
             "inference_flops": {str(t): inference_flops(pruned.masks, loaded.shape, t) for t in SEQUENCE_LENGTHS},
         }
         | deployed.metrics
@@ -257,8 +269,7 @@ def _stages(
     measured = {
         "trial_seconds": log.seconds(),
         "train_seconds": training.seconds,
-        "train_samples_per_second": training.rows / training.seconds,
-        "train_tokens_per_second": training.tokens / training.seconds,
+        **training.rates(),
         "seconds_to_best_eval_loss": training.seconds_to_best_eval_loss,
         "inference_samples_per_second": len(scored.outcomes) / scoring_seconds,
         "compile_seconds": None,
@@ -277,56 +288,26 @@ def _untuned(run: Run, ledger: Ledger, compute: Callable[[], Scored]) -> Metrics
     return known["metrics"]
 
 
-@dataclass
-class Training:
-    """Totals of a training, filled as it goes."""
-
-    seconds: float = 0.0
-    rows: int = 0
-    tokens: int = 0
-    last_loss: float = math.nan
-    best_eval_loss: float = math.inf
-    seconds_to_best_eval_loss: float = 0.0
-
-    def add(self, step: Step) -> None:
-        self.seconds += step.seconds
-        self.rows += step.rows
-        self.tokens += step.tokens
-        self.last_loss = step.loss
-
-    def add_eval(self, loss: float) -> None:
-        if loss < self.best_eval_loss:
-            self.best_eval_loss, self.seconds_to_best_eval_loss = loss, self.seconds
-
-
-def _train(run: Run, adapted: PeftModel, rows: Rows, log: Log) -> Generator[Step, None, Training]:
-    """Train the adapters in place, with an eval loss every `eval_every` steps and at the end."""
-    protocol, model, training = run.protocol, adapted.get_base_model(), Training()
-    parameters = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
-    for step in fit(model, parameters, rows.train, protocol, run.cell.seed):
-        training.add(step)
-        log.metrics(step=step.step, train_loss=step.loss, learning_rate=step.learning_rate)
-        if step.step % protocol.eval_every == 0 or step.step == protocol.steps:
-            loss = mean_loss(model, rows.selection, protocol)
-            training.add_eval(loss)
-            log.metrics(step=step.step, eval_loss=loss)
-            log(f"step {step.step} of {protocol.steps}: train loss {step.loss:.4f}, eval loss {loss:.4f}")
-        yield step
-    return training
-
-
-def _rounded_away(adapted: PeftModel, deployed: Deployed, pruned: Pruned) -> float:
+def _rounded_away(trainee: Trainee, deployed: Deployed, pruned: Pruned) -> float:
     """The share of the update that adding it to the weights in their precision lost."""
     arrived = {name: weight.float() - pruned.weights[name].float() for name, weight in deployed.trained.items()}
-    return lost_fraction(updates(adapted), arrived)
+    return lost_fraction(trainee.updates(pruned.weights), arrived)
 
 
-def _frozen_weight_violations(adapted: PeftModel, pruned: Pruned) -> list[str]:
-    return [
-        f"{name}: the frozen weight must not change in training"
-        for name, layer in sparse_lora_layers(adapted)
-        if not torch.equal(layer.base_layer.weight, pruned.weights[name])
-    ]
+def _merge_violations(trained: Tensor, merged: Tensor, exactly: bool) -> list[str]:
+    """Whether two (tokens, vocabulary) logits are of one function: to the last bit, or but for rounding.
+
+    Plain LoRA adds what W and BA each make of x, the merged model multiplies by their rounded sum. Of the digits of
+    the precision, half must agree over all logits: |difference| <= sqrt(eps) |trained|.
+    """
+    if exactly:
+        same = torch.equal(trained, merged)
+        return [] if same else ["the merged model must compute exactly the trained function"]
+    lost = float((merged.float() - trained.float()).norm() / trained.float().norm())
+    limit = math.sqrt(torch.finfo(trained.dtype).eps)
+    if lost <= limit:
+        return []
+    return [f"the merged model must compute the trained function within {limit:.1g} of its logits, got {lost:.2g}"]
 
 
 @torch.no_grad()

@@ -16,10 +16,12 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from tune_sparse.errors import InputError, unknown_name
 
-MODES = ("dense", "sparse-to-dense", "sparse-to-sparse")
+MODES = ("dense", "sparse-to-dense", "sparse-to-sparse", "masked-finetuning")
+LORA_SETTINGS = ("lora_rank", "lora_alpha", "lora_dropout", "masked_way")
 BACKENDS = ("torch",)
 PRECISIONS = ("float32", "bfloat16")
 LOSSES = ("answer", "prompt-and-answer")
+MASKED_WAYS = ("auto", "structured", "dense-stored", "csr")
 CALIBRATIONS = ("task", "wikitext2")
 CALIBRATION_ORDERS = ("dense", "sequential")
 EMBEDDED_ROWS, HUB_ROWS = Path("embedded"), Path("hub")
@@ -68,7 +70,10 @@ class Protocol:
     lora_rank: int = option("rank R of the adapters", 16)
     lora_alpha: float = option("scaling s = alpha / R", 32.0)
     lora_dropout: float = option("dropout on the adapters' input", 0.0)
+    masked_way: str = option(f"how masked adapters compute: {', '.join(MASKED_WAYS)}", "auto")
     loss_on: str = option(f"which tokens are learned: {' or '.join(LOSSES)}", "answer")
+    packing: bool = option("rows share sequences of max_tokens, without attention from row to row", False)
+    activation_checkpointing: bool = option("activations are computed again in the backward, to save memory", False)
     precision: str = option(f"of the weights: {' or '.join(PRECISIONS)}", "bfloat16")
     max_tokens: int = option("longer rows, or longer than the model's context, lose the start of their prompt", 2048)
     max_new_tokens: int = option("limit of a generated answer", 256)
@@ -129,6 +134,14 @@ class Protocol:
             raise unknown_name("loss_on", self.loss_on, LOSSES)
         if self.precision not in PRECISIONS:
             raise unknown_name("precision", self.precision, PRECISIONS)
+        if self.masked_way not in MASKED_WAYS:
+            raise unknown_name("masked_way", self.masked_way, MASKED_WAYS)
+        rule(
+            self.masked_way != "csr" or self.precision == "float32",
+            "masked_way csr computes in float32",
+            self.precision,
+            "Set precision=float32, or masked_way=auto.",
+        )
         if self.calibration not in CALIBRATIONS:
             raise unknown_name("calibration", self.calibration, CALIBRATIONS)
         if self.calibration_order not in CALIBRATION_ORDERS:
@@ -147,6 +160,11 @@ class Protocol:
     def warmup(self) -> int:
         """Steps of linear warm-up."""
         return round(self.warmup_fraction * self.steps) if self.warmup_steps is None else self.warmup_steps
+
+    @property
+    def pack_to(self) -> int | None:
+        """Tokens of a packed sequence; None without packing."""
+        return self.max_tokens if self.packing else None
 
 
 SCORING = ("precision", "max_tokens", "max_new_tokens", "few_shot", "batch_tokens", "n_test", "threads")
@@ -168,10 +186,11 @@ class Cell:
 
     @property
     def trained(self) -> Cell:
-        """The cell whose training serves this one: without zeros, every method and mode is the dense baseline."""
+        """The cell whose training serves this one: without zeros, every method and LoRA mode is the dense baseline."""
         if self.sparsity > 0 and self.mode != "dense":
             return self
-        return Cell(self.model, self.task, "none", 0.0, "dense", self.seed, self.backend)
+        mode = self.mode if self.mode == "masked-finetuning" else "dense"
+        return Cell(self.model, self.task, "none", 0.0, mode, self.seed, self.backend)
 
 
 @dataclass(frozen=True)
@@ -210,10 +229,30 @@ class SweepConfig:
             self.sparsities,
             "Leave it out: at sparsity 0 the sparse modes are the dense baseline.",
         )
+        for name in LORA_SETTINGS if "masked-finetuning" in self.modes else ():
+            value, default = getattr(self.protocol, name), getattr(Protocol, name)
+            rule(
+                value == default,
+                f"the mode masked-finetuning trains the weights themselves, so {name} must not be set with it",
+                value,
+                f"Leave it at {default}, or sweep the LoRA modes apart.",
+            )
         if self.backend not in BACKENDS:
             raise unknown_name("backend", self.backend, BACKENDS)
         rule(self.workers is None or self.workers >= 1, "workers must be at least 1", self.workers, "Give 1 or more.")
         rule(self.gpus_per_trial >= 0, "gpus_per_trial must be at least 0", self.gpus_per_trial, "Give 0 or more.")
+        rule(
+            self.protocol.masked_way != "structured" or self.methods == ("structured",),
+            "masked_way structured computes masks of whole rows and columns, so the only method must be structured",
+            self.methods,
+            "Set masked_way=auto.",
+        )
+        rule(
+            self.protocol.masked_way != "csr" or self.gpus_per_trial == 0,
+            "masked_way csr computes on a CPU, so gpus_per_trial must be 0",
+            self.gpus_per_trial,
+            "Set masked_way=auto.",
+        )
         rule(self.max_retries >= 0, "max_retries must be at least 0", self.max_retries, "Give 0 or more.")
 
     @classmethod
@@ -252,6 +291,8 @@ def _as_type(declared: Any, value: Any) -> Any:
         items = value.replace(",", " ").split() if isinstance(value, str) else value
         items = items if isinstance(items, list | tuple) else [items]
         return tuple(_as_type(get_args(declared)[0], item) for item in items)
+    if declared is bool:
+        return _as_bool(value)
     if isinstance(value, bool):
         raise TypeError("a yes or no is not a number")
     if declared is int and isinstance(value, float) and not value.is_integer():
@@ -262,3 +303,9 @@ def _as_type(declared: Any, value: Any) -> Any:
     if declared is float and not math.isfinite(result):
         raise ValueError("not finite")
     return result
+
+
+def _as_bool(value: Any) -> bool:
+    if str(value).lower() not in ("true", "false"):
+        raise ValueError("neither true nor false")
+    return str(value).lower() == "true"

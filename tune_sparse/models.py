@@ -328,5 +328,7 @@ def prunable_weights(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def write_weights_into(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
     """Copy `weights` into the prunable matrices of a model."""
-    for name, own in weights_of(model).items():
+    matrices = weights_of(model)
+    assert matrices.keys() == weights.keys(), "a model with adapters has its matrices under other names"
+    for name, own in matrices.items():
         own.copy_(weights[name])

@@ -49,12 +49,14 @@ class Plan:
         return [run for run in self.runs.values() if is_missing(ledger.record(run.run_id), retry_failed)]
 
     def bytes_of(self, run: Run) -> int:
-        """What a run will write, roughly: mostly its adapter and its outcomes."""
+        """What a run will write, roughly: mostly what it trained and its outcomes."""
         shape = self.checkpoints[run.cell.model].shape
-        adapter = 4 * shape.adapter_weights(run.protocol.lora_rank)
+        trained = 4 * shape.adapter_weights(run.protocol.lora_rank)
+        if run.cell.mode == "masked-finetuning":
+            trained = shape.pruned_weights * (2 if run.protocol.precision == "bfloat16" else 4)
         generates = any(isinstance(task, AnswerTask) for task in tasks_named(run.cell.task))
         outcome = OUTCOME_BYTES + TOKEN_BYTES * (run.protocol.max_new_tokens if generates else 0)
-        return adapter + outcome * (run.protocol.n_test or 10_000) + RUN_BYTES
+        return trained + outcome * (run.protocol.n_test or 10_000) + RUN_BYTES
 
 
 def is_missing(record: Record | None, retry_failed: bool = False) -> bool:

@@ -4,6 +4,7 @@ A results folder holds
 
     sweeps/<sweep_id>.json          the cells that a sweep asked for, and the run that serves each
     runs/<run_id>/                  one training: config, result, validation, outcomes, adapter
+    checkpoints/<run_id>.pt         where a training stands that was not finished
     untuned/<id>.json, .parquet     metrics and outcomes of a pruned model before tuning, shared by the modes
     set_aside/                      earlier failures and discarded runs, with the reason
     holder.json                     who is writing, with a heartbeat
@@ -137,6 +138,10 @@ class Ledger:
 
     def run_folder(self, run_id: str) -> Path:
         return self.folder / "runs" / run_id
+
+    def checkpoint(self, run_id: str) -> Path:
+        """Where an unfinished training is kept; it outlives the run's hidden folder."""
+        return self.folder / "checkpoints" / f"{run_id}.pt"
 
     def record(self, run_id: str) -> Record | None:
         """How a run ended, or None if no readable record says so."""

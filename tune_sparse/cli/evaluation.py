@@ -103,13 +103,13 @@ def _checkpoint(chosen: argparse.Namespace) -> Subject:
         import torch
 
         from trainables.hardware import device
-        from trainables.rebuild import merge_adapter_into
+        from tune_sparse.adapter_files import last_mask_of, merge_adapter_into
         from tune_sparse.models import load_model, load_tokenizer
 
         torch.set_num_threads(protocol(0).threads)
         model = load_model(checkpoint.path, getattr(torch, protocol(0).precision), device())
         if chosen.adapter:
-            merge_adapter_into(model, chosen.adapter)
+            merge_adapter_into(model, chosen.adapter, last_mask_of(model, chosen.adapter))
         return model, load_tokenizer(checkpoint.path)
 
     return Subject(checkpoint.name, fingerprint, chosen.tasks, chosen.data_dir, protocol, lend, {})
@@ -137,7 +137,7 @@ def _run(chosen: argparse.Namespace) -> Subject:
         from trainables.torch_backend import Bench
 
         torch.set_num_threads(run.protocol.threads)
-        loaded = deployed_by(run, ledger, Bench())
+        loaded, _ = deployed_by(run, ledger, Bench())
         return loaded.model, loaded.tokenizer
 
     asks_the_same = not settings and not chosen.tasks and not chosen.data_dir

@@ -19,13 +19,13 @@ from tune_sparse.tasks import TASKS
 
 def add_commands(commands: Any) -> None:
     sweep = add_command(commands, "sweep", _sweep, "run a matrix of pruned trainings; again to resume", _sweep_epilog())
-    _add_sweep_options(sweep)
+    add_sweep_options(sweep)
     sweep.add_argument("--dry-run", action="store_true", help="show what would run, what is done, and the forecast")
     sweep.add_argument("--retry-failed", action="store_true", help="also run what failed for good")
     sweep.add_argument("--json", action="store_true", help="print the outcome as JSON")
 
     prepare = add_command(commands, "prepare", _prepare, "fetch or train what a sweep needs, to run offline later")
-    _add_sweep_options(prepare)
+    add_sweep_options(prepare)
 
 
 def _sweep_epilog() -> str:
@@ -37,7 +37,7 @@ def _sweep_epilog() -> str:
     )
 
 
-def _add_sweep_options(command: argparse.ArgumentParser) -> None:
+def add_sweep_options(command: argparse.ArgumentParser) -> None:
     """A flag for each field of `SweepConfig`, so that flags, YAML and Python have the same names."""
     command.add_argument("preset", nargs="?", default="embedded", metavar="PRESET", help="default: embedded")
     command.add_argument("--config", type=Path, metavar="FILE", help="YAML file with the names below; flags win")

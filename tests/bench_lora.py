@@ -1,0 +1,295 @@
+"""What masked LoRA costs: `python tests/bench_lora.py` (tables, then one JSON line; ten minutes on one core).
+
+Process CPU seconds on one thread, medians over interleaved repeats after a warm-up, forward and backward, R = 16.
+
+- SparsePEFT: y = xWᵀ + x(s(BA)⊙(W != 0))ᵀ, by plain autograd (Munoz et al. 2024, arXiv:2410.03750, section 3).
+- LoRA: the layer of the installed peft, adapters in the dtype of the weight.
+- ours: the way named in the table. Goals stand beside the ratios; on a GPU, `--device cuda` prints the same tables.
+
+With `--model 7b` a whole training step of a 7B-shaped model of random weights is measured instead (GPU only).
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora.layer import Linear as PeftLinear
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from tune_sparse.config import Protocol
+from tune_sparse.lora import adapt_model
+from tune_sparse.masked_linear import Workspace, choose_way
+from tune_sparse.models import PRUNED, prunable_weights, write_weights_into
+
+RANK, SCALING, WIDTH = 16, 2.0, 4096
+
+
+class SparsePeft(PeftLinear):
+    """SparsePEFT's layer: its dense product keeps a mask (one byte a weight) and an update (two) for the backward."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        A, B, weight = self.lora_A["default"].weight, self.lora_B["default"].weight, self.base_layer.weight
+        update = (B @ A) * self.scaling["default"]
+        update = update * (weight != 0)
+        y = self.base_layer(x)
+        return (y + F.linear(x.to(update.dtype), update)).to(y.dtype)
+
+
+class Ours(nn.Module):
+    """One of our ways with its factors."""
+
+    def __init__(self, weight: Tensor, mask: Tensor | None, way: str) -> None:
+        super().__init__()
+        self.weight, self.way = weight, choose_way(weight, mask, RANK, Workspace(), way)
+        self.A = nn.Parameter(torch.randn(RANK, weight.shape[1], device=weight.device) / 64)
+        self.B = nn.Parameter(torch.randn(weight.shape[0], RANK, device=weight.device) / 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.way(x, self.weight, None, self.A, self.B, SCALING)
+
+
+def peft_layer(kind: type[PeftLinear], weight: Tensor) -> PeftLinear:
+    """A peft layer on a frozen weight, its adapters in the same dtype."""
+    base = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    base.weight = nn.Parameter(weight, requires_grad=False)
+    layer = kind(base, "default", config=LoraConfig(r=RANK, lora_alpha=int(SCALING * RANK)), r=RANK, lora_alpha=32)
+    nn.init.normal_(layer.lora_B["default"].weight, std=1 / 64)
+    return layer.to(weight.device, weight.dtype)
+
+
+def seconds(contenders: dict[str, Callable[[], Any]], repeats: int, device: torch.device) -> dict[str, float]:
+    """The median of each, interleaved: what disturbs one disturbs all."""
+    clock = time.process_time if device.type == "cpu" else time.perf_counter
+    taken: dict[str, list[float]] = {name: [] for name in contenders}
+    for repeat in range(repeats + 1):
+        for name, run in contenders.items():
+            _wait(device)
+            start = clock()
+            run()
+            _wait(device)
+            if repeat:
+                taken[name].append(clock() - start)
+    return {name: statistics.median(values) for name, values in taken.items()}
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def step_of(layer: nn.Module, x: Tensor, dY: Tensor) -> Callable[[], None]:
+    """Forward and backward, the input's gradient too."""
+
+    def run() -> None:
+        layer(x).backward(dY)
+        x.grad = None
+        layer.zero_grad()
+
+    return run
+
+
+def pruned(dtype: torch.dtype, density: float, device: torch.device, structured: bool = False) -> tuple[Tensor, Tensor]:
+    """(weight, mask) of WIDTH x WIDTH; structured: whole rows."""
+    kept = torch.rand(WIDTH, 1 if structured else WIDTH, device=device) < density
+    mask = kept.expand(WIDTH, WIDTH).contiguous()
+    return (torch.randn(WIDTH, WIDTH, device=device) / 64 * mask).to(dtype), mask
+
+
+def layer_row(
+    dtype: torch.dtype, tokens: int, way: str, density: float, repeats: int, device: torch.device
+) -> dict[str, Any]:
+    weight, mask = pruned(dtype, density, device, structured=way == "structured")
+    x = torch.randn(tokens, WIDTH, device=device).to(dtype).requires_grad_()
+    dY = torch.randn(tokens, WIDTH, device=device).to(dtype)
+    layers = {
+        "sparse_peft": peft_layer(SparsePeft, weight),
+        "lora": peft_layer(PeftLinear, weight),
+        "ours": Ours(weight, mask, way),
+        "gemm": None,
+    }
+    contenders: dict[str, Callable[[], Any]] = {name: step_of(la, x, dY) for name, la in layers.items() if la}
+    contenders["gemm"] = lambda: F.linear(dY, weight)
+    taken = seconds(contenders, repeats, device)
+    return {"dtype": str(dtype)[6:], "tokens": tokens, "way": way, "density": density} | taken
+
+
+def print_layers(rows: list[dict[str, Any]], goals: dict[Any, tuple[float | None, float | None]]) -> None:
+    print(
+        f"\n{'way':13}{'dtype':9} density tokens | SparsePEFT   LoRA   ours   GEMM ms | / SparsePEFT goal | / LoRA goal"
+    )
+    for row in rows:
+        peft_goal, lora_goal = goals.get((row["way"], row["dtype"], row["tokens"]), (None, None))
+        if row["way"] == "structured":
+            lora_goal = 1.1 * row["density"] + 0.08
+        row |= {"of_sparse_peft": row["ours"] / row["sparse_peft"], "of_lora": row["ours"] / row["lora"]}
+        times = "".join(f"{1e3 * row[name]:7.0f}" for name in ("sparse_peft", "lora", "ours", "gemm"))
+        shown = [f"{goal:.2f}" if goal else "   -" for goal in (peft_goal, lora_goal)]
+        print(
+            f"{row['way']:13}{row['dtype']:9} {row['density']:7.2f} {row['tokens']:6} |   {times}    "
+            f"| {row['of_sparse_peft']:12.2f} {shown[0]} | {row['of_lora']:6.2f} {shown[1]}"
+        )
+
+
+LAYER_GOALS: dict[Any, tuple[float | None, float | None]] = {
+    ("dense-stored", "bfloat16", 128): (0.25, None),
+    ("dense-stored", "bfloat16", 512): (0.50, 1.9),
+    ("dense-stored", "bfloat16", 1024): (0.45, 1.6),
+    ("dense-stored", "float32", 512): (0.55, 1.9),
+    ("dense-stored", "float32", 1024): (0.55, 1.6),
+    **{("csr", "float32", tokens): (0.30, None) for tokens in (128, 512, 1024)},
+}
+
+
+def saved_bytes(layers: list[nn.Module], x: Tensor) -> int:
+    """What a forward pass through `layers` keeps for the backward, besides parameters; each storage once."""
+    known = {p.untyped_storage().data_ptr() for layer in layers for p in (*layer.parameters(), *layer.buffers())}
+    known |= {layer.weight.untyped_storage().data_ptr() for layer in layers if isinstance(layer, Ours)}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        for layer in layers:
+            x = layer(x)
+    return sum(kept.values())
+
+
+def memory(device: torch.device) -> dict[str, float]:
+    """MiB saved for backward by 12 layers of 2048 x 2048 in bfloat16 at 1,024 tokens."""
+    mask = torch.rand(2048, 2048, device=device) < 0.5
+    weights = [(torch.randn(2048, 2048, device=device) * mask).bfloat16() for _ in range(12)]
+    x = torch.randn(1024, 2048, device=device).bfloat16().requires_grad_()
+    found = {
+        "sparse_peft": saved_bytes([peft_layer(SparsePeft, w) for w in weights], x),
+        "lora": saved_bytes([peft_layer(PeftLinear, w) for w in weights], x),
+        "ours": saved_bytes([Ours(w, mask, "dense-stored") for w in weights], x),
+    }
+    return {name: size / 2**20 for name, size in found.items()}
+
+
+def small_llama(dtype: torch.dtype, device: torch.device, **changes: Any) -> tuple[LlamaForCausalLM, dict[str, Tensor]]:
+    """A pruned Llama of random weights, 4 layers and 1,024 wide unless changed, and its masks (half kept)."""
+    sizes = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 4, "num_attention_heads": 16}
+    config = LlamaConfig(**{**sizes, "vocab_size": 4096, "max_position_embeddings": 8192, **changes})
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    with torch.device(device):
+        model = LlamaForCausalLM(config).requires_grad_(False)
+    torch.set_default_dtype(before)
+    weights = prunable_weights(model)
+    masks = {name: torch.rand(w.shape, device=device) < 0.5 for name, w in weights.items()}
+    write_weights_into(model, {name: w * masks[name] for name, w in weights.items()})
+    return model, masks
+
+
+def peft_model(model: LlamaForCausalLM, kind: type[PeftLinear], fp32_adapters: bool) -> nn.Module:
+    config = LoraConfig(r=RANK, lora_alpha=32, target_modules=list(PRUNED), task_type="CAUSAL_LM")
+    config._register_custom_module({nn.Linear: kind})
+    return get_peft_model(model, config, autocast_adapter_dtype=fp32_adapters)
+
+
+def train_step(model: nn.Module, ids: Tensor) -> Callable[[], None]:
+    model.train()
+
+    def run() -> None:
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        model.zero_grad()
+
+    return run
+
+
+def whole_step(tokens: int, repeats: int, device: torch.device, **sizes: Any) -> dict[str, float]:
+    """Seconds of a training step in bfloat16, without the optimizer."""
+    ids = torch.randint(0, 4096, (1, tokens), device=device)
+    steps: dict[str, Callable[[], None]] = {}
+    for name, kind, fp32 in (
+        ("sparse_peft", SparsePeft, False),
+        ("sparse_peft_fp32_adapters", SparsePeft, True),
+        ("lora", PeftLinear, False),
+    ):
+        model, _ = small_llama(torch.bfloat16, device, **sizes)
+        steps[name] = train_step(peft_model(model, kind, fp32), ids)
+    model, masks = small_llama(torch.bfloat16, device, **sizes)
+    steps["ours"] = train_step(adapt_model(model, Protocol(lora_rank=RANK, lora_alpha=32.0), masks, seed=0), ids)
+    return seconds(steps, repeats, device)
+
+
+def seven_b(tokens: int, repeats: int, device: torch.device) -> list[dict[str, Any]]:
+    """Tokens per second and peak GiB of a 7B-shaped training step: sparse-to-sparse against dense LoRA."""
+    sizes = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
+    rows = []
+    for name in ("ours", "lora"):
+        model, masks = small_llama(torch.bfloat16, device, **sizes, vocab_size=32000)
+        ids = torch.randint(0, 32000, (1, tokens), device=device)
+        adapted: nn.Module = peft_model(model, PeftLinear, True)
+        if name == "ours":
+            adapted = adapt_model(model, Protocol(lora_rank=RANK, lora_alpha=32.0), masks, seed=0)
+        del model, masks
+        torch.cuda.reset_peak_memory_stats()
+        taken = seconds({name: train_step(adapted, ids)}, repeats, device)[name]
+        peak = torch.cuda.max_memory_allocated() / 2**30
+        rows.append({"model": name, "tokens": tokens, "tokens_per_second": tokens / taken, "peak_gib": peak})
+        del adapted
+        gc.collect()
+    return rows
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--device", default="cpu")
+    options.add_argument("--model", choices=["4x1024", "7b"], default="4x1024")
+    options.add_argument(
+        "--only", choices=["layers", "memory", "step"], nargs="+", default=["layers", "memory", "step"]
+    )
+    options.add_argument("--repeats", type=int, default=3)
+    chosen = options.parse_args()
+    torch.set_num_threads(1)
+    device, repeats = torch.device(chosen.device), chosen.repeats
+    if chosen.model == "7b":
+        rows = [row for tokens in (1024, 2048, 4096) for row in seven_b(tokens, repeats, device)]
+        for row in rows:
+            print(f"{row['model']:6} {row['tokens']:6} {row['tokens_per_second']:9.0f} /s {row['peak_gib']:7.1f} GiB")
+        print(json.dumps(rows))
+        return
+    figures: dict[str, Any] = {}
+    if "layers" in chosen.only:
+        bf16, fp32 = torch.bfloat16, torch.float32
+        cases = [(dtype, tokens, "dense-stored", 0.5) for dtype in (fp32, bf16) for tokens in (128, 512, 1024)]
+        cases += [(fp32, 512, "structured", 0.5), (fp32, 512, "structured", 0.2)]
+        cases += [(fp32, tokens, "csr", 0.1) for tokens in (128, 512, 1024) if device.type == "cpu"]
+        figures["layers"] = [layer_row(*case, repeats, device) for case in cases]
+        print_layers(figures["layers"], LAYER_GOALS)
+    if "memory" in chosen.only:
+        found = figures["saved_mib"] = memory(device)
+        print("\nMiB saved for backward, 12 layers of 2048 x 2048 in bfloat16, 1,024 tokens")
+        print("  ".join(f"{name} {mib:.1f}" for name, mib in found.items()), end="; ")
+        lora, peft = (found["ours"] / found[name] for name in ("lora", "sparse_peft"))
+        print(f"ours / LoRA {lora:.2f} (goal 1.05), / SparsePEFT {peft:.2f} (goal 0.30)")
+    if "step" in chosen.only:
+        print("\nforward and backward of a 4 x 1024 Llama in bfloat16, half of the weights kept, seconds")
+        figures["step"] = {}
+        for tokens in (512, 1024):
+            taken = figures["step"][tokens] = whole_step(tokens, repeats, device)
+            ratios = {name: taken["ours"] / value for name, value in taken.items() if name != "ours"}
+            print(f"{tokens} tokens: " + "  ".join(f"{name} {value:.2f}" for name, value in taken.items()))
+            print("  ours / " + ", ".join(f"{name} {value:.2f}" for name, value in ratios.items()))
+        print("  goals: 0.65 of SparsePEFT, 0.30 with its fp32 adapters, 1.35 of LoRA from 1,024 tokens on")
+    print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    main()

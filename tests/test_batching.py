@@ -1,0 +1,80 @@
+"""Packed rows are the rows: same tokens, same loss, no attention from row to row."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import PreTrainedModel
+
+from tune_sparse.batching import packed, padded
+from tune_sparse.data import Encoded
+from tune_sparse.models import load_model
+from tune_sparse.train import answer_loss
+
+ROWS = [Encoded((1, 2, 3), (4,)), Encoded((5,), (6, 7)), Encoded((), (8, 9))]
+
+
+def test_padding_by_hand() -> None:
+    batch = padded(ROWS, "answer")
+    assert batch.ids.tolist() == [[1, 2, 3, 4], [5, 6, 7, 0], [8, 9, 0, 0]]
+    assert batch.learned.int().tolist() == [[0, 0, 0, 1], [0, 1, 1, 0], [0, 1, 0, 0]]
+    assert batch.positions is None
+    assert padded(ROWS, "prompt-and-answer").learned.int().tolist() == [[0, 1, 1, 1], [0, 1, 1, 0], [0, 1, 0, 0]]
+
+
+def test_packing_by_hand() -> None:
+    batch = packed(ROWS, "answer", 6)
+    assert batch.ids.tolist() == [[1, 2, 3, 4, 8, 9], [5, 6, 7, 0, 0, 0]]
+    assert batch.learned.int().tolist() == [[0, 0, 0, 1, 0, 1], [0, 1, 1, 0, 0, 0]]
+    assert batch.positions.tolist() == [[0, 1, 2, 3, 0, 1], [0, 1, 2, 0, 0, 0]]
+
+
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(1, 9)), min_size=1, max_size=20), st.integers(18, 40))
+def test_packing_loses_no_token_and_stays_within_its_length(lengths: list[tuple[int, int]], pack_to: int) -> None:
+    rows = [Encoded(tuple(range(1, c + 1)), tuple(range(50, 50 + a))) for c, a in lengths]
+    together, apart = packed(rows, "answer", pack_to), padded(rows, "answer")
+    assert together.ids.shape[1] <= pack_to
+    assert together.learned.sum() == apart.learned.sum()
+    assert sorted(together.ids[together.learned].tolist()) == sorted(apart.ids[apart.learned].tolist())
+    assert sorted(together.ids[together.ids > 0].tolist()) == sorted(apart.ids[apart.ids > 0].tolist())
+
+
+@pytest.fixture(params=["llama", "mistral"])
+def model(request: pytest.FixtureRequest) -> PreTrainedModel:
+    return load_model(request.getfixturevalue(request.param), torch.float32, torch.device("cpu"))
+
+
+def long_rows() -> list[Encoded]:
+    """Rows longer than Mistral's window, too."""
+    rng = random.Random(0)
+    return [
+        Encoded(tuple(rng.randrange(1, 500) for _ in range(rng.randint(3, 70))), (rng.randrange(1, 500), 7))
+        for _ in range(9)
+    ]
+
+
+@pytest.mark.parametrize("loss_on", ["answer", "prompt-and-answer"])
+@torch.no_grad()
+def test_packing_does_not_change_the_loss(loss_on: str, model: PreTrainedModel) -> None:
+    rows = long_rows()
+    apart, count = answer_loss(model, rows, loss_on)
+    together, packed_count = answer_loss(model, rows, loss_on, pack_to=200)
+    assert packed_count == count
+    torch.testing.assert_close(together, apart, atol=1e-3, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_a_row_does_not_see_its_neighbour(model: PreTrainedModel) -> None:
+    first, second, other = long_rows()[:3]
+    behind_first = answer_loss(model, [first, second], pack_to=200)[0] - answer_loss(model, [first])[0]
+    behind_other = answer_loss(model, [other, second], pack_to=200)[0] - answer_loss(model, [other])[0]
+    torch.testing.assert_close(behind_first, behind_other, atol=1e-4, rtol=1e-4)
+
+
+def test_packing_computes_fewer_tokens() -> None:
+    rows = long_rows()
+    assert packed(rows, "answer", 120).ids.numel() < 0.8 * padded(rows, "answer").ids.numel()

@@ -1,0 +1,117 @@
+"""Full-weight training under a mask: W <- W⊙M and both moments after every step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from factories import TINY_PROTOCOL, finished, tiny_run
+from torch import Tensor
+
+from trainables import masked_finetuning, torch_backend
+from trainables.masked_finetuning import MaskedWeights, enforce_masks_after_steps
+from trainables.torch_backend import Bench
+from tune_sparse.config import Protocol, SweepConfig
+from tune_sparse.data import Encoded
+from tune_sparse.masks import Masks, masked
+from tune_sparse.models import check_checkpoint, load_model, prunable_weights, write_weights_into
+from tune_sparse.plan import plan_sweep
+from tune_sparse.pruning import make_masks
+from tune_sparse.result import Ledger
+from tune_sparse.train import accelerator_for, fit
+
+ROWS = [Encoded(tuple(range(i, i + 10)), (i, i + 1)) for i in range(8)]
+
+
+def test_the_mask_is_enforced_on_weight_and_moments_by_hand() -> None:
+    W, M = torch.tensor([1.0, 2.0, 0.0]).requires_grad_(), torch.tensor([True, True, False])
+    optimizer = torch.optim.AdamW([W], lr=0.1, betas=(0.9, 0.95), weight_decay=0.0)
+    enforce_masks_after_steps(optimizer, {W: M})
+    W.grad = torch.tensor([1.0, -1.0, 5.0])
+    optimizer.step()
+    torch.testing.assert_close(W.detach(), torch.tensor([0.9, 2.1, 0.0]))
+    torch.testing.assert_close(optimizer.state[W]["exp_avg"], torch.tensor([0.1, -0.1, 0.0]))
+    torch.testing.assert_close(optimizer.state[W]["exp_avg_sq"], torch.tensor([0.05, 0.05, 0.0]))
+
+
+def trainee(llama: Path, protocol: Protocol, method: str = "unstructured") -> tuple[MaskedWeights, dict[str, Tensor]]:
+    """(trainee, pruned weights)."""
+    model = load_model(llama, getattr(torch, protocol.precision), torch.device("cpu"))
+    weights = prunable_weights(model)
+    masks: Masks = make_masks(method, weights, check_checkpoint(str(llama)).shape, 0.5, seed=0)
+    pruned = masked(weights, masks)
+    write_weights_into(model, pruned)
+    return masked_finetuning.begin(model, protocol, masks, 0), pruned
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("method", ["unstructured", "structured"])
+def test_after_every_step_the_zeros_are_zero_and_kept_weights_move(method: str, precision: str, llama: Path) -> None:
+    protocol = Protocol(**vars(TINY_PROTOCOL) | {"precision": precision})
+    trained, pruned = trainee(llama, protocol, method)
+    optimizer = trained.optimizer(protocol)
+    steps = fit(trained.model, optimizer, ROWS, protocol, 0, accelerator=accelerator_for(trained.mixed_precision))
+    for _ in steps:
+        for weight, mask in zip(trained.parameters(), trained.masks.values(), strict=True):
+            assert weight.dtype == torch.float32
+            assert not weight[~mask].any()
+            assert not any(optimizer.state[weight][moment][~mask].any() for moment in ("exp_avg", "exp_avg_sq"))
+    assert trained.violations(pruned) == []
+    deployed = trained.deploy().trained
+    for name, weight in pruned.items():
+        assert deployed[name].dtype == getattr(torch, precision)
+        assert not deployed[name][~trained.masks[name]].any()
+        assert trained.updates(pruned)[name].any()
+        assert not torch.equal(deployed[name], weight)
+
+
+def test_nothing_but_the_pruned_layers_is_trained(llama: Path) -> None:
+    trained, _ = trainee(llama, TINY_PROTOCOL)
+    before = {name: parameter.clone() for name, parameter in trained.model.named_parameters()}
+    list(fit(trained.model, trained.optimizer(TINY_PROTOCOL), ROWS, TINY_PROTOCOL, 0))
+    moved = {name for name, parameter in trained.model.named_parameters() if not torch.equal(parameter, before[name])}
+    assert moved == set(trained.masks)
+
+
+def test_a_filled_zero_is_found(llama: Path) -> None:
+    trained, pruned = trainee(llama, TINY_PROTOCOL)
+    name, mask = next(iter(trained.masks.items()))
+    trained.parameters()[0].data[~mask] = 1.0
+    assert trained.violations(pruned) == [f"{name}: masked weights must stay 0 in training"]
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_the_model_is_given_back_as_it_was_lent(precision: str, llama: Path) -> None:
+    protocol = Protocol(**vars(TINY_PROTOCOL) | {"precision": precision})
+    trained, _ = trainee(llama, protocol)
+    model = trained.plain_model()
+    assert {parameter.dtype for parameter in model.parameters()} == {getattr(torch, precision)}
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_bench_serves_lora_after_masked_finetuning(precision: str, llama: Path, tmp_path: Path) -> None:
+    bench, lora = Bench(), tiny_run(llama, precision=precision)
+    weights = finished(tiny_run(llama, mode="masked-finetuning", precision=precision), Ledger(tmp_path), bench)
+    assert (weights.status, weights.error) == ("done", None)
+    alone = finished(lora, Ledger(tmp_path / "alone"), Bench())
+    assert finished(lora, Ledger(tmp_path), bench).metrics == alone.metrics
+    assert bench.loads == 1
+    assert weights.metrics["accuracy_before_tuning"] == alone.metrics["accuracy_before_tuning"]
+    assert (weights.metrics["update_rounded_away_fraction"] < 1e-9) == (precision == "float32")
+
+
+def test_without_zeros_it_is_a_training_of_its_own_that_all_methods_share(llama: Path, tmp_path: Path) -> None:
+    modes = ("sparse-to-sparse", "masked-finetuning")
+    names = {"models": (str(llama),), "tasks": ("boolq",), "modes": modes, "sparsities": (0.0,), "data_dir": "embedded"}
+    plan = plan_sweep(SweepConfig.from_names(names | {"results_dir": tmp_path}))
+    assert [run.cell.mode for run in plan.runs.values()] == ["dense", "masked-finetuning"]
+    lora, weights = plan.runs.values()
+    assert plan.bytes_of(weights) - plan.bytes_of(lora) == 2 * plan.checkpoints[
+        lora.cell.model
+    ].shape.pruned_weights - (4 * plan.checkpoints[lora.cell.model].shape.adapter_weights(16))
+
+
+def test_the_table_has_it() -> None:
+    assert torch_backend.MODES["masked-finetuning"] is masked_finetuning

@@ -1,0 +1,106 @@
+"""Masked finetuning: the pruned weights themselves are trained, W <- W⊙M after every optimizer step; W is deployed.
+
+The older form of sparse-to-sparse (Mocanu et al. 2018, arXiv:1707.04780, with a fixed mask), without LoRA.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from transformers import PreTrainedModel
+
+from trainables.deployed import Deployed
+from tune_sparse.architectures import matrices_of
+from tune_sparse.config import Protocol
+from tune_sparse.masks import Masks, mask_sha256
+from tune_sparse.paths import write_json
+from tune_sparse.train import adamw
+
+
+def begin(model: PreTrainedModel, protocol: Protocol, masks: Masks, seed: int) -> MaskedWeights:
+    """Train the prunable weights of `model`, in place, in float32 whatever the precision of the run."""
+    for weight in _matrices(model).values():
+        weight.data = weight.data.float()
+        weight.requires_grad_(True)
+    return MaskedWeights(model, masks, getattr(torch, protocol.precision))
+
+
+def _matrices(model: PreTrainedModel) -> dict[str, nn.Parameter]:
+    """{matrix: the model's own parameter}"""
+    return {matrix.name: model.get_parameter(matrix.name) for matrix in matrices_of(model)}
+
+
+def enforce_masks_after_steps(optimizer: Optimizer, masks: dict[Tensor, Tensor]) -> None:
+    """Every step of `optimizer` ends with W <- W⊙M, and the same for both moments: a masked weight that kept its
+    momentum would jump back with the next step."""
+
+    @torch.no_grad()
+    def enforce(optimizer: Optimizer, arguments: Any, keywords: Any) -> None:
+        for weight, mask in masks.items():
+            for tensor in (weight, optimizer.state[weight]["exp_avg"], optimizer.state[weight]["exp_avg_sq"]):
+                tensor.mul_(mask)
+
+    optimizer.register_step_post_hook(enforce)
+
+
+@dataclass(frozen=True)
+class MaskedWeights:
+    """The prunable weights of a model in training."""
+
+    model: PreTrainedModel
+    masks: Masks
+    precision: torch.dtype
+    trains_factors: bool = False
+
+    @property
+    def mixed_precision(self) -> str:
+        return "bf16" if self.precision == torch.bfloat16 else "no"
+
+    @property
+    def is_merged_exactly(self) -> bool:
+        """Not where training computes with float32 weights and deploys them rounded."""
+        return self.precision == torch.float32
+
+    def described(self) -> str:
+        return f"{len(self.masks)} matrices trained in float32, masked after every step"
+
+    def parameters(self) -> list[Tensor]:
+        return list(_matrices(self.model).values())
+
+    def optimizer(self, protocol: Protocol) -> Optimizer:
+        optimizer = adamw(self.parameters(), protocol)
+        enforce_masks_after_steps(optimizer, {w: self.masks[name] for name, w in _matrices(self.model).items()})
+        return optimizer
+
+    def updates(self, pruned: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: weight.detach() - pruned[name].float() for name, weight in _matrices(self.model).items()}
+
+    def deploy(self) -> Deployed:
+        trained = _matrices(self.model).items()
+        return Deployed({name: weight.detach().to(self.precision, copy=True) for name, weight in trained})
+
+    def save(self, folder: Path) -> None:
+        """The trained matrices in the precision of the run: there is no small adapter to keep."""
+        (folder / "weights").mkdir()
+        save_file(self.deploy().trained, folder / "weights" / "weights.safetensors", metadata={"format": "pt"})
+        marker = {"mode": "masked-finetuning", "mask_sha256": mask_sha256(self.masks)}
+        write_json(folder / "weights" / "tune_sparse.json", marker)
+
+    def violations(self, pruned: dict[str, Tensor]) -> list[str]:
+        return [
+            f"{name}: masked weights must stay 0 in training"
+            for name, weight in _matrices(self.model).items()
+            if weight[~self.masks[name]].any()
+        ]
+
+    def plain_model(self) -> PreTrainedModel:
+        for weight in _matrices(self.model).values():
+            weight.requires_grad_(False)
+            weight.data = weight.data.to(self.precision)
+        return self.model

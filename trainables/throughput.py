@@ -1,0 +1,52 @@
+"""How fast a cell trains, by batch size: a few steps of each, nothing of them kept."""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import dataclass, replace
+
+import torch
+
+from trainables.hardware import peak_memory_bytes, reset_peak_memory
+from trainables.torch_backend import MODES, Bench
+from trainables.training import WARM_UP_STEPS, Training
+from tune_sparse.models import write_weights_into
+from tune_sparse.result import Run
+from tune_sparse.train import accelerator_for, fit
+
+TIMED_STEPS = 5
+
+
+@dataclass(frozen=True)
+class Throughput:
+    """What was measured at one batch size; None where the memory did not suffice."""
+
+    batch_size: int
+    train_samples_per_second: float | None
+    train_tokens_per_second: float | None
+    peak_memory_bytes: int | None
+
+
+def measure(run: Run, bench: Bench, batch_size: int) -> Throughput:
+    """Train `TIMED_STEPS` steps of `batch_size` rows after the warm-up steps, as `run` would."""
+    steps = WARM_UP_STEPS + TIMED_STEPS
+    protocol = replace(run.protocol, micro_batch=batch_size, global_batch=batch_size, steps=steps, warmup_steps=0)
+    run = replace(run, protocol=protocol)
+    torch.set_num_threads(protocol.threads)
+    loaded = bench.lend(run)
+    rows = bench.rows(run, loaded)
+    pruned = bench.pruner.prune(run, loaded, rows.train)
+    write_weights_into(loaded.model, pruned.weights)
+    trainee = MODES[run.cell.mode].begin(loaded.model, protocol, pruned.masks, run.cell.seed)
+    accelerator, totals = accelerator_for(trainee.mixed_precision), Training()
+    gc.collect()
+    reset_peak_memory()
+    try:
+        optimizer = trainee.optimizer(protocol)
+        for step in fit(trainee.model, optimizer, rows.train, protocol, run.cell.seed, accelerator=accelerator):
+            totals.add(step, cold=step.step <= WARM_UP_STEPS)
+    except (torch.OutOfMemoryError, MemoryError):
+        bench.clear()
+        return Throughput(batch_size, None, None, None)
+    trainee.plain_model()
+    return Throughput(batch_size, peak_memory_bytes=peak_memory_bytes(), **totals.rates())

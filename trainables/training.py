@@ -1,0 +1,115 @@
+"""The training of one run: steps, eval losses, totals, and a checkpoint from which a killed one goes on."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Generator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+from typing import Protocol as Interface
+
+from trainables.trainee import Trainee
+from tune_sparse.checkpoint import BrokenCheckpointError, restore_into, save_checkpoint
+from tune_sparse.data import Encoded
+from tune_sparse.result import Run
+from tune_sparse.train import Step, accelerator_for, fit, mean_loss
+
+CHECKPOINT_SECONDS = 300.0
+"""A killed training loses at most so much of its work, and one that is shorter never writes a checkpoint."""
+WARM_UP_STEPS = 2
+"""The first steps allocate memory, choose kernels and fill caches: they are not in the rates."""
+
+
+@dataclass
+class Training:
+    """Totals of a training, filled as it goes."""
+
+    steps: int = 0
+    seconds: float = 0.0
+    rows: int = 0
+    tokens: int = 0
+    cold_seconds: float = 0.0
+    cold_rows: int = 0
+    cold_tokens: int = 0
+    """of the first `WARM_UP_STEPS` of this process"""
+    last_loss: float = math.nan
+    best_eval_loss: float = math.inf
+    seconds_to_best_eval_loss: float = 0.0
+
+    def add(self, step: Step, cold: bool) -> None:
+        self.steps = step.step
+        self.seconds += step.seconds
+        self.rows += step.rows
+        self.tokens += step.tokens
+        if cold:
+            self.cold_seconds += step.seconds
+            self.cold_rows += step.rows
+            self.cold_tokens += step.tokens
+        self.last_loss = step.loss
+
+    def add_eval(self, loss: float) -> None:
+        if loss < self.best_eval_loss:
+            self.best_eval_loss, self.seconds_to_best_eval_loss = loss, self.seconds
+
+    def rates(self) -> dict[str, float | None]:
+        """Training samples and tokens per second, warm-up steps left out; None if there was no other step."""
+        warm = self.seconds - self.cold_seconds
+        samples, tokens = self.rows - self.cold_rows, self.tokens - self.cold_tokens
+        return {
+            "train_samples_per_second": samples / warm if samples else None,
+            "train_tokens_per_second": tokens / warm if samples else None,
+        }
+
+
+class Log(Interface):
+    """The run's log: a line of text, or a line of metrics."""
+
+    def __call__(self, text: str) -> None: ...
+
+    def metrics(self, **values: float | int) -> None: ...
+
+
+def train(
+    run: Run, trainee: Trainee, rows: Sequence[Encoded], selection: Sequence[Encoded], checkpoint: Path, log: Log
+) -> Generator[Step, None, Training]:
+    """Train in place, with an eval loss every `eval_every` steps and at the end.
+
+    It goes on from `checkpoint` if that is one of this run; one that cannot be read whole is left alone, with a line
+    in the log, and the training begins anew.
+    """
+    protocol, training = run.protocol, Training()
+    optimizer, lines = trainee.optimizer(protocol), list[dict[str, Any]]()
+    try:
+        so_far = restore_into(checkpoint, run.identity, trainee.parameters(), optimizer)
+    except BrokenCheckpointError as error:
+        so_far = None
+        log(f"begins anew: {error}")
+    if so_far is not None:
+        training, lines = Training(**so_far["training"]), json.loads(so_far["lines"])
+        for line in lines:
+            log.metrics(**line)
+        log(f"goes on after step {training.steps} of a training that was cut short")
+
+    def note(**values: float | int) -> None:
+        lines.append(values)
+        log.metrics(**values)
+
+    saved, first = time.monotonic(), training.steps
+    accelerator = accelerator_for(trainee.mixed_precision)
+    for step in fit(trainee.model, optimizer, rows, protocol, run.cell.seed, training.steps, accelerator):
+        training.add(step, cold=step.step - first <= WARM_UP_STEPS)
+        note(step=step.step, train_loss=step.loss, learning_rate=step.learning_rate)
+        if step.step % protocol.eval_every == 0 or step.step == protocol.steps:
+            loss = mean_loss(trainee.model, selection, protocol, accelerator)
+            training.add_eval(loss)
+            note(step=step.step, eval_loss=loss)
+            log(f"step {step.step} of {protocol.steps}: train loss {step.loss:.4f}, eval loss {loss:.4f}")
+        if time.monotonic() - saved > CHECKPOINT_SECONDS and step.step < protocol.steps:
+            so_far = {"training": asdict(training), "lines": json.dumps(lines)}
+            save_checkpoint(checkpoint, run.identity, trainee.parameters(), optimizer, so_far)
+            saved = time.monotonic()
+        yield step
+    return training

@@ -1,0 +1,57 @@
+"""throughput."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+from typing import Any
+
+from tune_sparse.cli.command import OK, add_command
+from tune_sparse.cli.sweep import add_sweep_options, sweep_config
+from tune_sparse.errors import InputError
+
+
+def add_commands(commands: Any) -> None:
+    throughput = add_command(
+        commands,
+        "throughput",
+        _throughput,
+        "measure training samples and tokens per second and peak memory by batch size, in this process",
+        "example:\n    tune-sparse throughput --models tiny-llama --tasks boolq --sparsities 0.5 --batch-sizes 1 4 16",
+    )
+    add_sweep_options(throughput)
+    throughput.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 2, 4, 8, 16], metavar="ROWS")
+    throughput.add_argument("--json", action="store_true", help="print as JSON")
+
+
+def _throughput(chosen: argparse.Namespace) -> int:
+    config, sizes = sweep_config(chosen), chosen.batch_sizes
+    if min(sizes) < 1:
+        raise InputError(f"a batch size must be at least 1, got {min(sizes)}. Give larger numbers.")
+    from trainables.hardware import environment
+    from trainables.throughput import measure
+    from trainables.torch_backend import Bench
+    from tune_sparse.models import prepare_models
+    from tune_sparse.paths import write_json
+    from tune_sparse.plan import plan_sweep
+
+    prepare_models(config.models, report=print)
+    plan, bench = plan_sweep(config), Bench()
+    folder = config.results_dir / "throughput"
+    folder.mkdir(parents=True, exist_ok=True)
+    if not chosen.json:
+        print(f"{'rows':>5}{'samples/s':>11}{'tokens/s':>11}{'peak GB':>9}")
+    for run in plan.runs.values():
+        measured = [measure(run, bench, size) for size in sizes]
+        value = {"run_id": run.run_id, "by_batch_size": [asdict(m) for m in measured], "environment": environment()}
+        write_json(folder / f"{run.run_id}.json", value)
+        if chosen.json:
+            print(json.dumps(value))
+            continue
+        print(run.run_id)
+        for m in measured:
+            rates = (m.train_samples_per_second, m.train_tokens_per_second, (m.peak_memory_bytes or 0) / 1e9)
+            shown = "".join(f"{rate:{width}.1f}" for rate, width in zip(rates, (11, 11, 9), strict=True) if rate)
+            print(f"{m.batch_size:5}{shown or '   out of memory'}")
+    return OK
