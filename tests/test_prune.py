@@ -160,6 +160,13 @@ def test_a_text_file_calibrates_too(llama_folder: Path, tmp_path: Path) -> None:
     assert stats["calibration"] == {"source": str(text), "rows": 4, "tokens": 32, "sequential": False}
 
 
+def test_rows_are_no_longer_than_the_models_context(architecture_folders: dict[str, Path], tmp_path: Path) -> None:
+    """OPT's positions are a table of 128: a longer row would fall off it."""
+    (tmp_path / "text.txt").write_text("the cat is red and the dog is blue. " * 300)
+    text = ("--calibration", str(tmp_path / "text.txt"), "--calibration-rows", "3")
+    assert prune(architecture_folders["OPTForCausalLM"], tmp_path, "--methods", "wanda", *text) == OK
+
+
 def change(folder: Path, name: str, write: Callable[[torch.Tensor], Any]) -> None:
     path = open_checkpoint(str(folder)).tensors.paths[name]
     tensors = load_file(path)

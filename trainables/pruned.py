@@ -91,4 +91,5 @@ def calibration_rows(run: Run, loaded: Loaded, train: Sequence[Encoded]) -> list
     text = calibration_text(protocol.calibration, Path(run.data_dir) if run.data_dir else None)
     if sha256_of(text) != run.calibration_fingerprint:
         raise InputError(f"the text {protocol.calibration} must not change during a sweep. Start the sweep again.")
-    return text_rows(loaded.tokenizer, text, protocol.calibration_rows, protocol.calibration_tokens)
+    tokens = min(protocol.calibration_tokens, loaded.shape.context_tokens)
+    return text_rows(loaded.tokenizer, text, protocol.calibration_rows, tokens)

@@ -159,7 +159,8 @@ def _calibration_text(config: SweepConfig, data_dir: Path | None, checkpoints: I
     protocol = config.protocol
     text = calibration_text(protocol.calibration, data_dir)
     for checkpoint in checkpoints:
-        text_rows(load_tokenizer(checkpoint.path), text, protocol.calibration_rows, protocol.calibration_tokens)
+        tokens = min(protocol.calibration_tokens, checkpoint.shape.context_tokens)
+        text_rows(load_tokenizer(checkpoint.path), text, protocol.calibration_rows, tokens)
     return sha256_of(text)
 
 

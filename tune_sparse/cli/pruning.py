@@ -99,14 +99,16 @@ def _prune(chosen: argparse.Namespace) -> int:
 def calibration_rows(chosen: argparse.Namespace) -> Sequence[Encoded]:
     """Rows of a task's training split, or pieces of a text file, as the model's tokens."""
     from tune_sparse.calibration import checked_rows, text_rows
+    from tune_sparse.checkpoints import open_checkpoint
     from tune_sparse.data import calibration_text, encode_training, load_splits
-    from tune_sparse.models import find_folder, load_tokenizer
+    from tune_sparse.models import load_tokenizer
     from tune_sparse.sources import rows_folder
 
     source, count, tokens = chosen.calibration, chosen.calibration_rows, chosen.calibration_tokens
     if count < 1 or tokens < 2:
         raise InputError(f"calibration needs a row of at least 2 tokens, got {count} rows of {tokens}. Raise them.")
-    tokenizer = load_tokenizer(find_folder(chosen.model))
+    checkpoint = open_checkpoint(chosen.model)
+    tokenizer, tokens = load_tokenizer(checkpoint.path), min(tokens, checkpoint.shape.context_tokens)
     if Path(source).is_file():
         return text_rows(tokenizer, Path(source).read_text(encoding="utf-8"), count, tokens)
     if source not in TASKS:
