@@ -6,8 +6,12 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # As a trial computes. More threads than cores wait for each other, here and in every process that a test starts.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -97,3 +101,25 @@ def shared_data() -> Path:
     if not SHARED_DATA.is_dir():
         pytest.skip(f"no real rows at {SHARED_DATA}")
     return SHARED_DATA
+
+
+@pytest.fixture(scope="module", params=["llama", "mistral"])
+def folder(request: pytest.FixtureRequest) -> Path:
+    """Each of the two checkpoints; `model` and `tokenizer` are those of the same one."""
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> PreTrainedModel:
+    import torch
+
+    from tune_sparse.models import load_model
+
+    return load_model(folder, torch.float32, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    from tune_sparse.models import load_tokenizer
+
+    return load_tokenizer(folder)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,8 @@ from typing import Any
 from tune_sparse.config import Cell, Protocol
 from tune_sparse.paths import write_json, write_lines
 from tune_sparse.result import Ledger, Record, Run, SweepRecord, readable_id, write_config
+from tune_sparse.task import AnswerTask, PromptTask
+from tune_sparse.tasks import TASKS
 
 CELL = {
     "model": "tiny",
@@ -173,3 +177,41 @@ def write_boolq(data_dir: Path, train: int = 20, validation: int = 6) -> Path:
     write_jsonl(data_dir / "boolq" / "train.jsonl", boolq_rows(train, "train"))
     write_jsonl(data_dir / "boolq" / "validation.jsonl", boolq_rows(validation, "validation"))
     return data_dir
+
+
+def random_tokens(count: int, seed: int) -> tuple[int, ...]:
+    rng = random.Random(seed)
+    return tuple(rng.randrange(1, 500) for _ in range(count))
+
+
+@contextmanager
+def counted(module: Any, count: Callable[..., int]) -> Iterator[list[int]]:
+    """`count(arguments)` of every forward pass of a module."""
+    found: list[int] = []
+
+    def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        found.append(count(*args, **kwargs))
+
+    handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+    yield found
+    handle.remove()
+
+
+def rows_read(input_ids: Any, **others: object) -> int:
+    return len(input_ids)
+
+
+def tokens_read(input_ids: Any, **others: object) -> int:
+    return input_ids.numel()
+
+
+def prompt_task(name: str) -> PromptTask:
+    task = TASKS[name]
+    assert isinstance(task, PromptTask)
+    return task
+
+
+def answer_task(name: str) -> AnswerTask:
+    task = TASKS[name]
+    assert isinstance(task, AnswerTask)
+    return task

@@ -6,7 +6,6 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,28 +18,12 @@ from tune_sparse.data import Encoded, encode_pairs
 from tune_sparse.embedded import embedded_rows
 from tune_sparse.errors import InputError, RunError
 from tune_sparse.evaluate import Example, TestSet, encode_test, few_shot_prefixes, outcomes_of, score
-from tune_sparse.models import load_model, load_tokenizer
 from tune_sparse.outcomes import Outcome, metrics_of
 from tune_sparse.task import Row, Task
 from tune_sparse.tasks import TASKS
 
 PROTOCOL = Protocol(max_tokens=256, max_new_tokens=8, precision="float32", batch_tokens=1024)
 BOOLQ, HELLASWAG, GSM8K, TEXT = (TASKS[name] for name in ("boolq", "hellaswag", "gsm8k", "tinyshakespeare"))
-
-
-@pytest.fixture(scope="module", params=["llama", "mistral"])
-def folder(request: pytest.FixtureRequest) -> Path:
-    return request.getfixturevalue(request.param)
-
-
-@pytest.fixture(scope="module")
-def model(folder: Path) -> PreTrainedModel:
-    return load_model(folder, torch.float32, torch.device("cpu"))
-
-
-@pytest.fixture(scope="module")
-def tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    return load_tokenizer(folder)
 
 
 def rows_of(task: Task, count: int) -> list[Row]:

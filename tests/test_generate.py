@@ -1,40 +1,17 @@
 from __future__ import annotations
 
 import copy
-import random
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from factories import counted, random_tokens, rows_read, tokens_read
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tune_sparse.errors import RunError
 from tune_sparse.generate import CHECK_EVERY, SHRINK_BELOW, generate
-from tune_sparse.models import load_model, load_tokenizer
-
-
-@pytest.fixture(scope="module", params=["llama", "mistral"])
-def folder(request: pytest.FixtureRequest) -> Path:
-    return request.getfixturevalue(request.param)
-
-
-@pytest.fixture(scope="module")
-def model(folder: Path) -> PreTrainedModel:
-    return load_model(folder, torch.float32, torch.device("cpu"))
-
-
-@pytest.fixture(scope="module")
-def tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    return load_tokenizer(folder)
-
-
-def random_tokens(count: int, seed: int) -> tuple[int, ...]:
-    rng = random.Random(seed)
-    return tuple(rng.randrange(1, 500) for _ in range(count))
-
+from tune_sparse.models import load_model
 
 PROMPTS = [random_tokens(count, count) for count in (1, 5, 20, 31, 33, 40, 70, 71)]
 """On both sides of Mistral's window of 32; some cross it while they are answered."""
@@ -58,27 +35,6 @@ def greedy_texts(
         tokenizer.decode(greedy(model, prompt, count, tokenizer.eos_token_id), skip_special_tokens=True)
         for prompt in prompts
     ]
-
-
-@contextmanager
-def counted(module: nn.Module, count: Callable[..., int]) -> Iterator[list[int]]:
-    """`count(arguments)` of every forward pass."""
-    found: list[int] = []
-
-    def hook(module: nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, torch.Tensor]) -> None:
-        found.append(count(*args, **kwargs))
-
-    handle = module.register_forward_pre_hook(hook, with_kwargs=True)
-    yield found
-    handle.remove()
-
-
-def rows_read(input_ids: torch.Tensor, **others: object) -> int:
-    return len(input_ids)
-
-
-def tokens_read(input_ids: torch.Tensor, **others: object) -> int:
-    return input_ids.numel()
 
 
 def ending_at(tokenizer: PreTrainedTokenizerBase, token: int) -> PreTrainedTokenizerBase:

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from factories import answer_task, prompt_task
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -56,18 +57,6 @@ def llama_lent(llama: Path) -> Lent:
 @pytest.fixture(scope="module")
 def mistral_lent(mistral: Path) -> Lent:
     return lent(mistral)
-
-
-def prompt_task(name: str) -> PromptTask:
-    task = TASKS[name]
-    assert isinstance(task, PromptTask)
-    return task
-
-
-def answer_task(name: str) -> AnswerTask:
-    task = TASKS[name]
-    assert isinstance(task, AnswerTask)
-    return task
 
 
 def asked_by_the_harness(samples: Sequence[dict[str, Any]], count: int) -> list[list[tuple[str, str]]]:

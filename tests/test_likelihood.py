@@ -1,15 +1,12 @@
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
+from factories import counted, random_tokens, tokens_read
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
 from transformers import PreTrainedModel
 
 from tune_sparse import likelihood
@@ -29,16 +26,6 @@ from tune_sparse.models import load_model
 CPU = torch.device("cpu")
 TOLERANCE = 1e-4
 """Between orders of summation in fp32, summed over a continuation: the bound of the issue."""
-
-
-@pytest.fixture(scope="module", params=["llama", "mistral"])
-def model(request: pytest.FixtureRequest) -> PreTrainedModel:
-    return load_model(request.getfixturevalue(request.param), torch.float32, CPU)
-
-
-def random_tokens(count: int, seed: int) -> tuple[int, ...]:
-    rng = random.Random(seed)
-    return tuple(rng.randrange(1, 500) for _ in range(count))
 
 
 SHARED = random_tokens(50, 0)
@@ -66,23 +53,6 @@ def plain(model: PreTrainedModel, choice: Encoded) -> float:
     text = choice.context + choice.continuation
     log_probabilities = model(torch.tensor([text])).logits[0].double().log_softmax(-1)
     return sum(log_probabilities[i - 1, text[i]].item() for i in range(len(choice.context), len(text)))
-
-
-@contextmanager
-def counted(module: nn.Module, count: Callable[..., int]) -> Iterator[list[int]]:
-    """`count(arguments)` of every forward pass."""
-    found: list[int] = []
-
-    def hook(module: nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, torch.Tensor]) -> None:
-        found.append(count(*args, **kwargs))
-
-    handle = module.register_forward_pre_hook(hook, with_kwargs=True)
-    yield found
-    handle.remove()
-
-
-def tokens_read(input_ids: torch.Tensor, **others: object) -> int:
-    return input_ids.numel()
 
 
 @pytest.mark.parametrize("kind", QUESTIONS)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from factories import answer_task, prompt_task
 
 from tune_sparse.errors import InputError
 from tune_sparse.task import AnswerTask, ChoiceTask, PromptTask, Task, TextTask
@@ -106,18 +107,6 @@ TEXT_TASKS = [name for name, task in TASKS.items() if isinstance(task, TextTask)
 
 def row_of(name: str) -> dict[str, Any]:
     return dict(GOLDEN[name][0]) if name in GOLDEN else {"text": "A word after a word."}
-
-
-def prompt_task(name: str) -> PromptTask:
-    task = TASKS[name]
-    assert isinstance(task, PromptTask)
-    return task
-
-
-def answer_task(name: str) -> AnswerTask:
-    task = TASKS[name]
-    assert isinstance(task, AnswerTask)
-    return task
 
 
 def pairs_of(task: Task, row: dict[str, Any]) -> list[tuple[str, str]]:

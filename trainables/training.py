@@ -12,10 +12,10 @@ from typing import Any
 from typing import Protocol as Interface
 
 from trainables.trainee import Trainee
-from tune_sparse.checkpoint import BrokenCheckpointError, restore_into, save_checkpoint
 from tune_sparse.data import Encoded
 from tune_sparse.result import Run
 from tune_sparse.train import Step, accelerator_for, fit, mean_loss
+from tune_sparse.training_state import BrokenStateError, restore_into, save_training
 
 CHECKPOINT_SECONDS = 300.0
 """A killed training loses at most so much of its work, and one that is shorter never writes a checkpoint."""
@@ -84,7 +84,7 @@ def train(
     optimizer, lines = trainee.optimizer(protocol), list[dict[str, Any]]()
     try:
         so_far = restore_into(checkpoint, run.identity, trainee.parameters(), optimizer)
-    except BrokenCheckpointError as error:
+    except BrokenStateError as error:
         so_far = None
         log(f"begins anew: {error}")
     if so_far is not None:
@@ -109,7 +109,7 @@ def train(
             log(f"step {step.step} of {protocol.steps}: train loss {step.loss:.4f}, eval loss {loss:.4f}")
         if time.monotonic() - saved > CHECKPOINT_SECONDS and step.step < protocol.steps:
             so_far = {"training": asdict(training), "lines": json.dumps(lines)}
-            save_checkpoint(checkpoint, run.identity, trainee.parameters(), optimizer, so_far)
+            save_training(checkpoint, run.identity, trainee.parameters(), optimizer, so_far)
             saved = time.monotonic()
         yield step
     return training

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from tune_sparse.paths import aside
 
 
-def save_checkpoint(
+def save_training(
     path: Path, identity: str, parameters: Sequence[Tensor], optimizer: Optimizer, so_far: dict[str, Any]
 ) -> None:
     """Write parameters, optimizer and random state, and `so_far`, whatever plain values the caller goes on with.
@@ -43,7 +43,7 @@ def restore_into(
 ) -> dict[str, Any] | None:
     """Put a checkpoint into `parameters`, `optimizer` and the random state; returns `so_far`.
 
-    None, and nothing is changed, where there is no checkpoint of this training. Raises `BrokenCheckpointError` for one
+    None, and nothing is changed, where there is no checkpoint of this training. Raises `BrokenStateError` for one
     that cannot be read whole.
     """
     if not path.exists():
@@ -54,7 +54,7 @@ def restore_into(
         found = state["identity"], [tuple(tensor.shape) for tensor in state["parameters"]]
         optimizer_state, so_far = state["optimizer"], state["so_far"]
     except Exception as error:  # what torch raises on a broken file is not declared: pickle, zip, key, runtime, EOF
-        raise BrokenCheckpointError(f"{path} cannot be read whole ({type(error).__name__}: {error})") from error
+        raise BrokenStateError(f"{path} cannot be read whole ({type(error).__name__}: {error})") from error
     if found != (identity, [tuple(parameter.shape) for parameter in parameters]):
         return None
     for parameter, tensor in zip(parameters, state["parameters"], strict=True):
@@ -73,5 +73,5 @@ def _refuse_changed(path: Path) -> None:
             raise ValueError(f"{changed} changed")
 
 
-class BrokenCheckpointError(Exception):
+class BrokenStateError(Exception):
     """A checkpoint that was cut short or changed."""
