@@ -160,6 +160,15 @@ def test_a_text_file_calibrates_too(llama_folder: Path, tmp_path: Path) -> None:
     assert stats["calibration"] == {"source": str(text), "rows": 4, "tokens": 32, "sequential": False}
 
 
+def test_a_calibration_file_that_is_not_text_is_refused(
+    llama_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "text.bin").write_bytes(b"\xff\xfe\x00")
+    calibration = ("--calibration", str(tmp_path / "text.bin"))
+    assert prune(llama_folder, tmp_path, "--methods", "wanda", *calibration) == BAD_INPUT
+    assert "a calibration text must be UTF-8" in capsys.readouterr().err
+
+
 def test_rows_are_no_longer_than_the_models_context(architecture_folders: dict[str, Path], tmp_path: Path) -> None:
     """OPT's positions are a table of 128: a longer row would fall off it."""
     (tmp_path / "text.txt").write_text("the cat is red and the dog is blue. " * 300)

@@ -110,7 +110,7 @@ def calibration_rows(chosen: argparse.Namespace) -> Sequence[Encoded]:
     checkpoint = open_checkpoint(chosen.model)
     tokenizer, tokens = load_tokenizer(checkpoint.path), min(tokens, checkpoint.shape.context_tokens)
     if Path(source).is_file():
-        return text_rows(tokenizer, Path(source).read_text(encoding="utf-8"), count, tokens)
+        return text_rows(tokenizer, _read_text(Path(source)), count, tokens)
     if source not in TASKS:
         raise unknown_name("task or text file", source, TASKS)
     task, folder = TASKS[source], rows_folder(chosen.data_dir, [source])
@@ -118,6 +118,13 @@ def calibration_rows(chosen: argparse.Namespace) -> Sequence[Encoded]:
         return text_rows(tokenizer, calibration_text(source, folder), count, tokens)
     train = load_splits(task, folder, Protocol()).train[:count]
     return checked_rows(encode_training(tokenizer, task, train, tokens, None), count)
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"a calibration text must be UTF-8, {path} is not: {error}. Save it as UTF-8.") from error
 
 
 def _validate(chosen: argparse.Namespace) -> int:
