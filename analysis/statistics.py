@@ -8,7 +8,7 @@ measures it on simulated sweeps.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,7 +44,9 @@ def wilson(correct: float, count: int) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def paired_difference(before: Sequence[bool], after: Sequence[bool]) -> Estimate:
+def paired_difference(
+    before: Sequence[bool] | NDArray[np.bool_], after: Sequence[bool] | NDArray[np.bool_]
+) -> Estimate:
     """Accuracy of `after` minus that of `before` on the same examples: do these two models differ?
 
     p: McNemar's exact test of the examples that only one of them answers. Interval: Bonett & Price (2012), which is
@@ -61,7 +63,7 @@ def paired_difference(before: Sequence[bool], after: Sequence[bool]) -> Estimate
     return Estimate((won - lost) / count, centre - half, centre + half, float(p), "McNemar, exact")
 
 
-def paired_bootstrap(differences: Sequence[float], resamples: int = 2000) -> Estimate:
+def paired_bootstrap(differences: Sequence[float] | Floats, resamples: int = 2000) -> Estimate:
     """The mean of paired differences, for scores that are no yes or no: one value an example."""
     values = np.asarray(differences, float)
     if not np.ptp(values):
@@ -76,26 +78,28 @@ def paired_bootstrap(differences: Sequence[float], resamples: int = 2000) -> Est
     return Estimate(float(values.mean()), float(low), float(high), p, "paired bootstrap")
 
 
-def clustered_mean(values: Floats, units: Sequence[object], examples: Sequence[object], named: str) -> Estimate:
-    """The mean of `values`, where values of the same unit hang together and those of the same example too.
+def clustered_mean(
+    values: Floats, weights: Floats, units: Iterable[object], examples: Iterable[object], named: str
+) -> Estimate:
+    """The weighted mean of `values`, where those of the same unit hang together and those of the same example too.
 
     units: what the claim is to hold for besides these: base models, or cells of one base. The variance is that of
-    two-way clusters (Cameron, Gelbach & Miller 2011, eq. 2.8), whose share of common examples may only add to it;
-    t has one degree of freedom less than there are units.
+    two-way clusters (Cameron, Gelbach & Miller 2011, eq. 2.8), to which the common examples may only add; t has one
+    degree of freedom less than there are units. Of a single unit nothing is shown.
     """
     import statsmodels.api as sm
     from statsmodels.stats.sandwich_covariance import cov_cluster_2groups
 
     by_unit, by_example = (pd.factorize(pd.Series(list(names)))[0] for names in (units, examples))
-    df, mean = int(by_unit.max()), float(np.mean(values))
+    df, mean = int(by_unit.max()), float(np.average(values, weights=weights))
     test = f"two-way clustered by {named} and example, t with {df} df"
-    if df < 1 or not np.ptp(values):
-        return Estimate(mean, -math.inf if df < 1 else mean, math.inf if df < 1 else mean, 1.0, test)
-    fit = sm.OLS(values, np.ones(len(values))).fit()
+    if df < 1:
+        return Estimate(mean, -math.inf, math.inf, 1.0, test)
+    fit = sm.WLS(values, np.ones(len(values)), weights=weights).fit()
     both, alone, _ = (float(np.squeeze(v)) for v in cov_cluster_2groups(fit, by_unit, by_example))
-    stderr = math.sqrt(max(both, alone))
+    stderr = math.sqrt(max(both, alone, 0.0))
     half = float(stats.t.ppf(0.5 + LEVEL / 2, df)) * stderr
-    p = 2 * float(stats.t.sf(abs(mean) / stderr, df)) if stderr else float(mean == 0)
+    p = 2 * float(stats.t.sf(abs(mean) / stderr, df)) if stderr > 1e-12 else float(abs(mean) < 1e-12)
     return Estimate(mean, mean - half, mean + half, p, test)
 
 
