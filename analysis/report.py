@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from analysis.audit import Audit, audit
+from analysis.audit import audit
 from analysis.claims import as_markdown, headlines
 from analysis.comparisons import Points
 from analysis.evidence import read_results
@@ -77,13 +77,14 @@ def write_report(results_dirs: Sequence[Path], sweep_ids: Sequence[str] | None =
         (folder / name).unlink(missing_ok=True)
         if cells[column].notna().any():
             plot_over_sparsity(cells, column, folder / name)
-    said = [*_faults(found), *counts(cells), found.summary(), *headlines(claims), *highest_lines(performance)]
+    said = [
+        *found.lines(severities=["fault"]),
+        *counts(cells),
+        found.summary(),
+        *headlines(claims),
+        *highest_lines(performance),
+    ]
     return Report([*said, f"Tables, figures, findings and audit: {folder}"], len(found.faults))
-
-
-def _faults(found: Audit) -> list[str]:
-    """Before anything else is said."""
-    return [f"FAULT {finding.rule}: {finding.text}" for finding in found.faults]
 
 
 def _refuse_mixed_sweeps(cells: pd.DataFrame) -> None:
