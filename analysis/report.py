@@ -1,17 +1,33 @@
-"""The first report: tables, figures, and what they say in a few lines."""
+"""The report: the audit, tables, figures, findings, and what they say in a few lines."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pandas as pd
 
+from analysis.audit import audit
+from analysis.claims import as_markdown, headlines
+from analysis.comparisons import Points
+from analysis.evidence import read_results
+from analysis.findings import findings, seeds_said
+from analysis.latex import main_results
 from analysis.load import cells_table
 from analysis.plots import plot_over_sparsity
-from analysis.tables import PASS_MARK, SETTING, highest_passing_sparsity, sparsity_vs_performance
+from analysis.tables import (
+    PASS_MARK,
+    SETTING,
+    grouped_summary,
+    highest_passing_sparsity,
+    sparsity_vs_performance,
+    with_imported,
+    with_intervals,
+    with_notices,
+)
 from tune_sparse.errors import InputError
-from tune_sparse.paths import write_text
+from tune_sparse.paths import write_json, write_text
 
 FIGURES = {
     "sparsity_vs_accuracy.png": "accuracy",
@@ -20,12 +36,20 @@ FIGURES = {
 }
 
 
-def write_report(results_dirs: Sequence[Path], sweep_ids: Sequence[str] | None = None) -> list[str]:
-    """Write `analysis/` in the first results folder; returns the findings as lines.
+@dataclass(frozen=True)
+class Report:
+    """What was found, as lines to print, and how many faults the audit named."""
 
-    summary.csv has every cell, done or not; everything else is made of done cells alone. `sweep_ids` names the
-    sweeps to report on, all of them if None. Raises `InputError` if there is no sweep, or if sweeps of different
-    protocols, weights or rows would be mixed.
+    lines: list[str]
+    faults: int
+
+
+def write_report(results_dirs: Sequence[Path], sweep_ids: Sequence[str] | None = None) -> Report:
+    """Audit the folders and write `analysis/` in the first of them.
+
+    summary.csv has every cell, done or not, and what the audit says of its run; everything else is made of done cells
+    alone. `sweep_ids` names the sweeps to report on, all of them if None. Raises `InputError` if there is no sweep, or
+    if sweeps of different protocols, weights or rows would be mixed.
     """
     cells = cells_table(results_dirs, sweep_ids)
     if cells.empty:
@@ -35,14 +59,32 @@ def write_report(results_dirs: Sequence[Path], sweep_ids: Sequence[str] | None =
     _refuse_mixed_sweeps(cells)
     folder = results_dirs[0] / "analysis"
     folder.mkdir(exist_ok=True)
-    write_text(folder / "summary.csv", cells.to_csv(index=False))
+    results = read_results(results_dirs, sweep_ids)
+    found = audit(results)
+    cells = with_intervals(cells)
+    summary = with_notices(with_intervals(with_imported(cells, results.imported)), found)
+    points = Points(cells, {run_id: e.answers for run_id, e in results.by_run.items() if e.answers})
+    claims, tests = findings(points, results.imported)
     performance = sparsity_vs_performance(cells)
-    write_text(folder / "sparsity_vs_performance.csv", performance.to_csv(index=False))
+    tables = {"summary": summary, "sparsity_vs_performance": performance, "tests": tests}
+    for name, table in (tables | {"grouped_summary": grouped_summary(points)}).items():
+        write_text(folder / f"{name}.csv", table.to_csv(index=False))
+    write_text(folder / "main_results.tex", main_results(summary))
+    write_text(folder / "findings.md", as_markdown(claims, seeds_said(cells), found.summary()))
+    write_json(folder / "findings.json", [claim.as_json() for claim in claims])
+    write_json(folder / "audit.json", [asdict(finding) for finding in found.findings])
     for name, column in FIGURES.items():
         (folder / name).unlink(missing_ok=True)
         if cells[column].notna().any():
             plot_over_sparsity(cells, column, folder / name)
-    return [*counts(cells), *findings(performance), f"Tables and figures: {folder}"]
+    said = [
+        *found.lines(severities=["fault"]),
+        *counts(cells),
+        found.summary(),
+        *headlines(claims),
+        *highest_lines(performance),
+    ]
+    return Report([*said, f"Tables, figures, findings and audit: {folder}"], len(found.faults))
 
 
 def _refuse_mixed_sweeps(cells: pd.DataFrame) -> None:
@@ -65,7 +107,7 @@ def counts(cells: pd.DataFrame) -> list[str]:
     ]
 
 
-def findings(performance: pd.DataFrame) -> list[str]:
+def highest_lines(performance: pd.DataFrame) -> list[str]:
     """The highest sparsity that keeps each task within the pass mark of its dense baseline, by method and mode."""
     passing = highest_passing_sparsity(performance)
     if passing.empty:

@@ -71,8 +71,9 @@ def _status(chosen: argparse.Namespace) -> int:
 def _report(chosen: argparse.Namespace) -> int:
     from analysis.report import write_report
 
-    print("\n".join(write_report(existing_folders(chosen.results_dir), chosen.sweep)))
-    return OK
+    report = write_report(existing_folders(chosen.results_dir), chosen.sweep)
+    print("\n".join(report.lines))
+    return FAULT if report.faults else OK
 
 
 def _track(chosen: argparse.Namespace) -> int:
