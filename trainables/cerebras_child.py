@@ -194,7 +194,7 @@ def schedule_of(job, optimizer):
 
 
 def precision_of(job):
-    """Half precision where the protocol says so, and on a wafer, which has no other. The norm of gradients is clipped."""
+    """Half precision where the protocol says so, and on a wafer, which has no other; gradients are clipped."""
     is_mixed = job["precision"] != "float32" or job["target"] != "cpu"
     return MixedPrecision(enabled=is_mixed, fp16_type="bfloat16", max_gradient_norm=job["max_grad_norm"])
 
@@ -204,7 +204,7 @@ def write_rows(folder):
     target = folder / "hdf5"
     if not target.exists():
         tokens = load_file(folder / "tokens.safetensors")
-        partial = folder / (".hdf5.%d.partial" % os.getpid())
+        partial = folder / f".hdf5.{os.getpid()}.partial"
         partial.mkdir()
         rows, order = tokens["rows"].numpy(), tokens["order"].tolist()
         with h5py.File(str(partial / "rows.h5"), "w") as file:
@@ -258,16 +258,13 @@ def write_adapter(job, folder):
     steps = sum(1 for _ in (folder / "metrics.jsonl").open()) - 1
     if (folder / "stop").exists():
         return {"steps": steps, "stopped": True}
-    path = str(folder / "model_dir" / ("checkpoint_%d.mdl" % job["steps"]))
+    path = str(folder / "model_dir" / f"checkpoint_{job['steps']}.mdl")
     trained = cstorch.load(path, map_location="cpu")["model"]
     start = cstorch.load(str(folder / "start.mdl"), map_location="cpu")["model"]
-    adapter = {
-        n[len("model.") :]: torch.tensor(t.float().numpy())
-        for n, t in trained.items()
-        if n.endswith(("lora_A", "lora_B"))
-    }
+    factors = [name for name in trained if name.endswith(("lora_A", "lora_B"))]
+    adapter = {name[len("model.") :]: torch.tensor(trained[name].float().numpy()) for name in factors}
     save_file(adapter, str(folder / "adapter.safetensors"))
-    changed = [n for n, t in start.items() if not n.endswith(("lora_A", "lora_B")) and not torch.equal(trained[n], t)]
+    changed = [name for name in start if name not in factors and not torch.equal(trained[name], start[name])]
     zeros = {n: int((trained["model." + n] == 0).sum()) for n in job["sparsity_by_weight"]}
     return {"steps": steps, "changed": sorted(changed), "zeros": zeros}
 

@@ -12,7 +12,6 @@ from tune_sparse.cerebras.guard import Ended, Guarded
 from tune_sparse.config import CS3, Cerebras
 
 
-@ray.remote(num_cpus=0, resources={CS3: 1})
 class _Holder:
     """Runs where a CS-3 can be reached. When it goes, the guard ends the training and cancels its job."""
 
@@ -31,7 +30,9 @@ class Leased:
 
     def __init__(self, order: Order) -> None:
         self._order = order
-        self._holder = _Holder.remote(order)
+        # Outside of the trial's own resources, which it keeps all the while.
+        options = {"num_cpus": 0, "resources": {CS3: 1}, "scheduling_strategy": "DEFAULT"}
+        self._holder: Any = ray.remote(**options)(_Holder).remote(order)
         self._answer: Any = None
 
     def ended(self) -> Ended | None:

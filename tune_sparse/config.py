@@ -302,7 +302,7 @@ class SweepConfig:
                 value == default,
                 f"the backend cerebras needs {name} = {default}",
                 value,
-                "Leave it as it is by default.",
+                "Leave it alone.",
             )
         rule(
             self.cerebras.cerebras_target != "validate" or self.backend == ("cerebras",),

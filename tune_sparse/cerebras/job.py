@@ -170,7 +170,7 @@ def trained_adapters(folder: Path, head_dim: int) -> dict[str, tuple[Tensor, Ten
 
 
 def _named_adapters(start: Start) -> dict[str, Tensor]:
-    named = {}
+    named: dict[str, Tensor] = {}
     for weight, (A, B) in start.adapters.items():
         module, rows = cerebras_name(weight).removesuffix("weight"), interleaved(weight, B, start.head_dim)
         named |= {f"{module}lora_A": A.detach().cpu().contiguous(), f"{module}lora_B": rows.detach().cpu().contiguous()}

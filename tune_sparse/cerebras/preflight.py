@@ -1,4 +1,4 @@
-"""What is done once before a sweep trains on Cerebras: left-overs ended, models converted, each kind of model lowered."""
+"""What is done once before a sweep trains on Cerebras: left-overs ended, models converted, each kind lowered."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -90,7 +91,7 @@ def end_leftovers(ledger: Ledger, settings: Cerebras) -> Iterator[str]:
 
 
 def lower_all(config: SweepConfig, checkpoints: Sequence[Checkpoint], ledger: Ledger) -> Iterator[Lowering]:
-    """Lower each distinct (model, mode, precision) of a sweep once. Raises `RunError` that names what has no lowering."""
+    """Lower each distinct (model, mode, precision) of a sweep. Raises `RunError` that names what has no lowering."""
     environment, precision = find_environment(), config.protocol.precision
     for checkpoint in checkpoints:
         protocol = config.protocol.within(checkpoint.shape.context_tokens)
@@ -124,7 +125,7 @@ def lower(
     sparsity: float,
     protocol: Protocol,
     environment: SiteEnvironment,
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Lower one kind of model in `folder`; returns the child's report. shapes: of the pruned matrices, (O, I)."""
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "rows").mkdir(parents=True)
@@ -149,7 +150,7 @@ def lower(
         guarded.stop()
     if ended.returncode:
         raise failure_of(folder / "child.log", ended.returncode)
-    found: dict[str, float] = read_json(folder / "report.json")
+    found: dict[str, Any] = read_json(folder / "report.json")
     return found
 
 
