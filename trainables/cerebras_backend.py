@@ -118,6 +118,7 @@ class CerebrasTraining:
         report = read_json(folder / "report.json")
         _refuse_changed(report, run, pruned)
         _write_adapters_into(trainee, folder)
+        (folder / "adapter.safetensors").unlink()  # the run's own adapter is the one that stays
         log(f"trained by release {report['release']}: {sum(report['zeros'].values())} zeros stayed zero")
         if self.settings.cerebras_target != "csx":
             training.compile_seconds = None

@@ -26,7 +26,8 @@ from typing import IO, Any
 from tune_sparse.cerebras import appliance
 
 POLL_SECONDS = 0.1
-STOP_SECONDS = 10.0
+STOP_VARIABLE = "TUNE_SPARSE_CEREBRAS_STOP_SECONDS"
+STOP_SECONDS = float(os.environ.get(STOP_VARIABLE, "10"))
 """Between the stop file, SIGTERM and SIGKILL: time for the trainer to end its step."""
 WORKING_FILES = ("start.mdl", "model_dir", "masks.safetensors", "weights.safetensors", "adapter_start.safetensors")
 """What only a running training needs, as large as the model: gone when it has ended."""
@@ -66,18 +67,23 @@ class Guarded:
 
     def ended(self) -> Ended | None:
         """How the command ended, or None while it runs. Raises `ConnectionError` if its guard was killed."""
+        lost = not is_guarded(self.folder)  # asked first: what it wrote until then is found below
         found = read_ended(self.folder)
-        if found is None and not is_guarded(self.folder):
-            found = read_ended(self.folder)  # it may have ended between the two questions
-            if found is None:
-                raise ConnectionError(f"the guard of {self.folder.name} was lost, and its training with it")
+        if found is None and not lost:
+            return None
+        self._let_go()
+        if found is None:
+            raise ConnectionError(f"the guard of {self.folder.name} was lost, and its training with it")
         return found
 
     def stop(self) -> None:
         """Ask for the end, without waiting for it."""
         (self.folder / "stop").touch()
-        if self._process.stdin:
-            self._process.stdin.close()
+        self._let_go()
+
+    def _let_go(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
 
 
 def read_ended(folder: Path) -> Ended | None:
