@@ -224,7 +224,10 @@ sleep "$(cat "$folder/delay" 2>/dev/null || echo 0)"
 if [ -e "$folder/down" ]; then echo "rpc error: code = Unavailable" >&2; exit 1; fi
 case "$1 $2" in
   "get jobs") echo "NAME  AGE  PHASE  SYSTEMS  USER  LABELS"; cat "$folder/jobs" ;;
-  "cancel job") grep -v "^$3 " "$folder/jobs" > "$folder/left"; mv "$folder/left" "$folder/jobs"; echo "$3" >> "$folder/cancelled" ;;
+  "cancel job")
+    grep -v "^$3 " "$folder/jobs" > "$folder/left"
+    mv "$folder/left" "$folder/jobs"
+    echo "$3" >> "$folder/cancelled" ;;
   *) exit 2 ;;
 esac
 """

@@ -6,8 +6,8 @@ import os
 from pathlib import Path
 
 import pytest
-
 from factories import write_csctl
+
 from tune_sparse.cerebras import appliance
 
 MINE = "wsjob-aaa  2m  RUNNING  systemf0  me  name=x,tune_sparse=results-run1"

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-
 from factories import write_csctl
+
 from tune_sparse.cerebras import appliance, guard
 from tune_sparse.cerebras.guard import Ended, Guarded, is_guarded, read_ended
 

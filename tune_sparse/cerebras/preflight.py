@@ -97,7 +97,7 @@ def lower_all(config: SweepConfig, checkpoints: Sequence[Checkpoint], ledger: Le
         protocol = config.protocol.within(checkpoint.shape.context_tokens)
         converted = to_cerebras(checkpoint.path, checkpoint.fingerprint, environment)
         for mode in modes_of(config):
-            shapes = _matrix_shapes(checkpoint.path) if mode != "dense" else {}
+            shapes = matrix_shapes(checkpoint.path) if mode != "dense" else {}
             folder = ledger.folder / "cerebras" / f"lowering_{checkpoint.name}_{mode}_{precision}"
             report = lower(folder, converted.config, shapes, mode, max(config.sparsities), protocol, environment)
             yield Lowering(
@@ -180,6 +180,6 @@ def working_bytes(checkpoints: Sequence[Checkpoint], trainings_at_once: int) -> 
     return CHECKPOINT_BYTES * weights * trainings_at_once
 
 
-def _matrix_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+def matrix_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     weights = TensorFiles(weight_files(folder))
     return {n: s for n, s in weights.shapes.items() if any(n.endswith(f".{end}.weight") for end in NAMES)}
