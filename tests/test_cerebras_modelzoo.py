@@ -129,7 +129,7 @@ def test_the_converter_moves_rows_as_we_do_and_the_way_back_is_exact(
     (tmp_path / "back").mkdir()
     merged = replace(converted, checkpoint=tmp_path / "merged.mdl")
     to_hugging_face(merged, read_config(folder)["model_type"], tmp_path / "back", environment)
-    [path] = (tmp_path / "back").glob("*.safetensors")
+    [path] = (tmp_path / "back").rglob("*.safetensors")
     back = load_file(path)
     for name, weight in pruned.items():
         assert torch.equal(back[name], weight), name
