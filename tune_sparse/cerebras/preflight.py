@@ -157,20 +157,20 @@ def lower(
 def refuse_full(folder: Path, needed_bytes: int) -> None:
     """Raise `InputError` if the file system, or a quota on it, has no room for `needed_bytes`.
 
-    Free space says nothing of a quota: the room is asked for, and given back. File systems that cannot are passed over.
+    Free space says nothing of a quota: the room is asked for, and given back, where the file system knows how.
     """
-    probe = folder / ".room"
-    program = shutil.which("fallocate")
-    if program is None:
-        return
-    try:
-        asked = subprocess.run([program, "-l", str(needed_bytes), str(probe)], capture_output=True, text=True)
-    finally:
-        probe.unlink(missing_ok=True)
-    if any(message in asked.stderr for message in DISK_FULL):
+    problem = "No space left on device" if needed_bytes > shutil.disk_usage(folder).free else ""
+    program, probe = shutil.which("fallocate"), folder / ".room"
+    if not problem and program is not None:
+        try:
+            asked = subprocess.run([program, "-l", str(needed_bytes), str(probe)], capture_output=True, text=True)
+        finally:
+            probe.unlink(missing_ok=True)
+        problem = next((message for message in DISK_FULL if message in asked.stderr), "")
+    if problem:
         raise InputError(
-            f"trainings on Cerebras need {needed_bytes / 1e9:.1f} GB at a time in {folder}: "
-            f"{asked.stderr.strip().rpartition(': ')[2]}. Free some, or give another --results-dir."
+            f"trainings on Cerebras need {needed_bytes / 1e9:.2g} GB at a time in {folder}: {problem}. Free some, or "
+            "give another --results-dir."
         )
 
 

@@ -13,7 +13,6 @@ from typing import Any
 from search_spaces.matrix import PRESETS
 from tune_sparse.cli.command import FAULT, OK, add_command, settings_of
 from tune_sparse.config import HUB_ROWS, Cerebras, Protocol, SweepConfig
-from tune_sparse.embedded_models import EMBEDDED_MODELS
 from tune_sparse.errors import InputError, NotReadyError, RunError, unknown_name
 from tune_sparse.tasks import TASKS
 
@@ -114,6 +113,7 @@ def _sweep(chosen: argparse.Namespace) -> int:
 def _lower(config: SweepConfig, chosen: argparse.Namespace) -> int:
     """What the wafer's compiler front end says to each kind of model of a sweep; nothing is trained."""
     from tune_sparse.cerebras.preflight import lower_all
+    from tune_sparse.embedded_models import EMBEDDED_MODELS
     from tune_sparse.models import prepare_models
     from tune_sparse.plan import check_folder, plan_sweep
     from tune_sparse.result import Ledger
