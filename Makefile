@@ -6,10 +6,14 @@ PYTHON ?= python3.11
 VENV ?= .venv
 # Options for pip where torch is installed, such as the index of a CPU or a CUDA build (see the README).
 TORCH_OPTIONS ?=
+CEREBRAS_ENV ?= .venv-cerebras
+# cerebras_pytorch, what Model Zoo's Trainer imports, and what its checkpoint converter imports.
+CEREBRAS_PACKAGES := cerebras_pytorch transformers tokenizers pydantic requests Pillow torchvision slack-sdk \
+	safetensors h5py psutil pandas packaging pyyaml rich argcomplete datasets more-itertools
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: sweep smoke test test-slow lint types bench ui clean
+.PHONY: sweep smoke test test-slow test-cerebras cerebras-env lint types bench ui clean
 
 sweep: $(READY)
 	$(BIN)/tune-sparse prepare embedded
@@ -23,6 +27,15 @@ test: lint types
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m "slow"
+
+test-cerebras: $(READY)
+	$(BIN)/python -m pytest -m "cerebras or modelzoo"
+
+# The Cerebras environment, about 6 GB. Model Zoo is a checkout of your own: set MODELZOO to its src.
+cerebras-env: cluster/constraints-cerebras.txt
+	$(PYTHON) -m venv $(CEREBRAS_ENV)
+	$(CEREBRAS_ENV)/bin/pip install --quiet -c $< $(CEREBRAS_PACKAGES)
+	@echo "export CEREBRAS_VENV=$(abspath $(CEREBRAS_ENV))"
 
 lint: $(READY)
 	$(BIN)/ruff check .

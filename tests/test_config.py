@@ -8,7 +8,7 @@ import pytest
 import yaml
 from factories import make_cell
 
-from tune_sparse.config import MODES, Cell, Protocol, SweepConfig
+from tune_sparse.config import MODES, Cell, Cerebras, Protocol, SweepConfig
 from tune_sparse.errors import InputError
 
 AT_LEAST_ONE = (
@@ -68,7 +68,17 @@ BROKEN_SWEEPS: list[tuple[dict[str, Any], str]] = [
     ({"sparsities": (float("nan"),)}, r"in \[0, 1\), got nan\."),
     ({"modes": ("sparse-to-dence",)}, r"unknown mode 'sparse-to-dence'\. Did you mean 'sparse-to-dense'"),
     ({"modes": ("dense",), "sparsities": (0.0, 0.5)}, r"dense prunes nothing, so all sparsities must be 0 with it"),
-    ({"backend": "pytorch"}, r"unknown backend 'pytorch'\. Did you mean 'torch'"),
+    ({"backend": ("pytorch",)}, r"unknown backend 'pytorch'\. Did you mean 'torch'"),
+    ({"backend": ("torch", "torch")}, r"backend must not repeat a value"),
+    ({"backend": ("cerebras",), "modes": ("masked-finetuning",)}, r"cerebras trains adapters, so the mode masked-"),
+    (
+        {"backend": ("torch", "cerebras"), "protocol": Protocol(packing=True)},
+        r"the backend cerebras needs packing = False, got True\. Leave it alone\.",
+    ),
+    (
+        {"backend": ("torch", "cerebras"), "cerebras": Cerebras("validate")},
+        r"validate trains nothing, so the only backend must be cerebras",
+    ),
     *(
         (
             {"modes": ("sparse-to-sparse", "masked-finetuning"), "protocol": Protocol(**{name: value})},
@@ -262,6 +272,27 @@ def test_configurations_are_frozen(value: Any) -> None:
 
 
 def test_every_setting_says_what_it_is() -> None:
-    described = [f for f in (*fields(Protocol), *fields(SweepConfig)) if f.name != "protocol"]
-    assert len(described) == len(fields(Protocol)) + len(fields(SweepConfig)) - 1
+    every = (*fields(Protocol), *fields(SweepConfig), *fields(Cerebras))
+    described = [f for f in every if f.name not in ("protocol", "cerebras")]
+    assert len(described) == len(every) - 2
     assert all(f.metadata["help"] for f in described)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"cerebras_target": "cs3"}, r"unknown cerebras_target 'cs3'\. Did you mean 'csx'"),
+        ({"cs3": 0}, r"cs3 must be at least 1, got 0\."),
+        ({"num_csx": 0}, r"num_csx must be at least 1, got 0\."),
+        ({"train_timeout_seconds": 0.0}, r"train_timeout_seconds must be above 0 or none, got 0\.0\."),
+    ],
+)
+def test_broken_settings_of_cerebras_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        Cerebras(**changes)
+
+
+def test_settings_of_cerebras_have_flat_names() -> None:
+    config = SweepConfig.from_names({"models": "m", "backend": "torch cerebras", "cerebras_target": "cpu", "cs3": "2"})
+    assert config.backend == ("torch", "cerebras")
+    assert config.cerebras == Cerebras("cpu", cs3=2)

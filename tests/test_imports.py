@@ -32,7 +32,7 @@ CORE_LIBRARIES = {
     *("yaml", "filelock", "psutil", "pyarrow", "datasets"),
     "matplotlib",  # the histograms of masks
 }
-RAY_FILES = {"trainables/cell.py", "tune_sparse/sweep.py", "tune_sparse/ray_callback.py"}
+RAY_FILES = {"trainables/cell.py", "trainables/cs3.py", "tune_sparse/sweep.py", "tune_sparse/ray_callback.py"}
 
 
 def modules(file: str) -> Iterator[str]:

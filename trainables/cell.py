@@ -17,7 +17,8 @@ REPORT_SECONDS = 5.0
 
 
 class CellTrainable(tune.Trainable):
-    """Runs `config["trial"]`, which has a `run` (as a mapping) and the `results_dir` of its ledger.
+    """Runs `config["trial"]`, which has a `run` (as a mapping), the `results_dir` of its ledger and, for the backend
+    cerebras, the `cerebras` settings.
 
     A result reports step, steps and train_loss; the last one is `done` and has the run's status and accuracy.
     """
@@ -34,10 +35,12 @@ class CellTrainable(tune.Trainable):
         return True
 
     def _begin(self, config: Mapping[str, Any]) -> None:
+        from trainables.cs3 import on_cs3
         from trainables.torch_backend import run_cell
 
         run = Run.from_config(config["trial"]["run"])
-        self._steps = run_cell(run, Ledger(Path(config["trial"]["results_dir"])), self._bench)
+        stage = on_cs3(config["trial"]["cerebras"]) if run.cerebras else None
+        self._steps = run_cell(run, Ledger(Path(config["trial"]["results_dir"])), self._bench, stage)
         self._result: dict[str, Any] = {"run_id": run.run_id, "steps": run.protocol.steps, "step": 0}
 
     def step(self) -> dict[str, Any]:
@@ -45,7 +48,8 @@ class CellTrainable(tune.Trainable):
         try:
             while time.monotonic() < until:
                 step = next(self._steps)
-                self._result |= {"step": step.step, "train_loss": step.loss}
+                if step is not None:
+                    self._result |= {"step": step.step, "train_loss": step.loss}
         except StopIteration as stop:
             record = stop.value
             return self._result | {

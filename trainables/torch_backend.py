@@ -18,11 +18,13 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trainables import dense, masked_finetuning, sparse_to_dense, sparse_to_sparse
+from trainables.cerebras_backend import CerebrasTraining, confining_masks
 from trainables.deployed import Deployed
 from trainables.hardware import device, environment, peak_memory_bytes, reset_peak_memory
 from trainables.pruned import Pruned, Pruner
 from trainables.trainee import Trainee
-from trainables.training import train
+from trainables.training import Training, train
+from tune_sparse.config import Cerebras
 from tune_sparse.cost import SEQUENCE_LENGTHS, inference_flops, training_flops
 from tune_sparse.data import Encoded, encode_training, fingerprint_of, load_splits
 from tune_sparse.errors import DISK_FULL, InputError, RunError
@@ -133,8 +135,23 @@ def _load(run: Run, key: tuple[str, str]) -> Loaded:
     return Loaded(key, model, load_tokenizer(checkpoint.path), checkpoint.shape, pristine)
 
 
-def run_cell(run: Run, ledger: Ledger, bench: Bench) -> Generator[Step, None, Record]:
-    """Train and score one cell into the ledger, yielding each optimizer step.
+Stage = Callable[[Run, Trainee, Pruned, Rows, Ledger, "Log"], Generator[Step | None, None, Training]]
+"""Trains a trainee in place, wherever that is computed."""
+
+
+def train_here(
+    run: Run, trainee: Trainee, pruned: Pruned, rows: Rows, ledger: Ledger, log: Log
+) -> Generator[Step | None, None, Training]:
+    """The training stage of the backend torch."""
+    return (yield from train(run, trainee, rows.train, rows.selection, ledger.checkpoint(run.run_id), log))
+
+
+def run_cell(
+    run: Run, ledger: Ledger, bench: Bench, stage: Stage | None = None
+) -> Generator[Step | None, None, Record]:
+    """Train and score one cell into the ledger, yielding each optimizer step, and None while one is waited for.
+
+    stage: of the training; by default that of the cell's backend, on this machine.
 
     An error that would come again is recorded as a failed run; an infrastructure error is raised.
     """
@@ -142,19 +159,29 @@ def run_cell(run: Run, ledger: Ledger, bench: Bench) -> Generator[Step, None, Re
         write_config(folder, run)
         with closing(Log(folder)) as log:
             try:
-                metrics, measured = yield from _stages(run, ledger, bench, folder, log)
-                record = Record(run.run_id, run.identity, "done", metrics, measured, environment())
+                stage = stage or (CerebrasTraining(Cerebras(run.cerebras["target"])) if run.cerebras else train_here)
+                metrics, measured = yield from _stages(run, ledger, bench, folder, log, stage)
+                record = Record(run.run_id, run.identity, "done", metrics, measured, environment_of(run))
             except BaseException as error:
                 bench.clear()
                 if not isinstance(error, Exception) or is_infrastructure(error):
                     raise
                 log(f"failed: {error}")
                 described = describe_error(error, retryable=False)
-                record = Record(run.run_id, run.identity, "failed", environment=environment(), error=described)
+                record = Record(run.run_id, run.identity, "failed", environment=environment_of(run), error=described)
         write_text(folder / "git_sha.txt", f"{environment()['git_sha'] or 'unknown'}\n")
         write_json(folder / "result.json", asdict(record))
     ledger.checkpoint(run.run_id).unlink(missing_ok=True)
     return record
+
+
+def environment_of(run: Run) -> dict[str, Any]:
+    """Where a run was trained and scored; what trained it on Cerebras is not what scored it."""
+    here = environment()
+    if run.cerebras is None:
+        return here
+    trained = {"trained_on": f"cerebras {run.cerebras['target']} {run.cerebras['release']}"}
+    return here | trained | ({"hardware": "CS-3"} if run.cerebras["target"] == "csx" else {})
 
 
 def is_infrastructure(error: Exception) -> bool:
@@ -195,8 +222,8 @@ class Log:
 
 
 def _stages(
-    run: Run, ledger: Ledger, bench: Bench, folder: Path, log: Log
-) -> Generator[Step, None, tuple[dict[str, Any], dict[str, Any]]]:
+    run: Run, ledger: Ledger, bench: Bench, folder: Path, log: Log, stage: Stage
+) -> Generator[Step | None, None, tuple[dict[str, Any], dict[str, Any]]]:
     """Prune, train, merge, score and validate; returns (deterministic metrics, measured values)."""
     cell, protocol = run.cell, run.protocol
     torch.set_num_threads(protocol.threads)
@@ -216,11 +243,12 @@ def _stages(
     judged_by = headline(untuned)
     log(f"pruned to {sparsity_of(pruned.masks):.4f}, {judged_by} before tuning {untuned[judged_by]:.4f}")
 
-    trainee = MODES[cell.mode].begin(model, protocol, pruned.masks, cell.seed)
+    masks = confining_masks(run, pruned) if run.cerebras else pruned.masks
+    trainee = MODES[cell.mode].begin(model, protocol, masks, cell.seed)
     log(trainee.described())
     trained_rows = [(len(row.context) + len(row.continuation), len(row.continuation)) for row in rows.train]
     flops = training_flops(pruned.masks, loaded.shape, trained_rows, protocol.lora_rank, trainee.trains_factors)
-    training = yield from train(run, trainee, rows.train, rows.selection, ledger.checkpoint(run.run_id), log)
+    training = yield from stage(run, trainee, pruned, rows, ledger, log)
     trainee.save(folder)
 
     deployed = trainee.deploy()
@@ -273,7 +301,7 @@ def _stages(
         **training.rates(),
         "seconds_to_best_eval_loss": training.seconds_to_best_eval_loss,
         "inference_samples_per_second": len(scored.outcomes) / scoring_seconds,
-        "compile_seconds": None,
+        "compile_seconds": training.compile_seconds,
         "peak_memory_bytes": peak_memory_bytes(),
     }
     return metrics, measured

@@ -37,7 +37,9 @@ class Training:
     """of the first `WARM_UP_STEPS` of this process"""
     last_loss: float = math.nan
     best_eval_loss: float = math.inf
-    seconds_to_best_eval_loss: float = 0.0
+    seconds_to_best_eval_loss: float | None = None
+    compile_seconds: float | None = None
+    """until the end of the first step, where a compiler runs before it"""
 
     def add(self, step: Step, cold: bool) -> None:
         self.steps = step.step

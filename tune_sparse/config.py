@@ -18,7 +18,13 @@ from tune_sparse.errors import InputError, unknown_name
 
 MODES = ("dense", "sparse-to-dense", "sparse-to-sparse", "masked-finetuning")
 LORA_SETTINGS = ("lora_rank", "lora_alpha", "lora_dropout", "masked_way")
-BACKENDS = ("torch",)
+BACKENDS = ("torch", "cerebras")
+CS3 = "CS3"
+"""A Ray resource, held while a training runs: one for each CS-3 training at a time."""
+CS3_TRIAL = "CS3_TRIAL"
+"""A Ray resource that a trial of the backend cerebras holds from its start to its end, also while it prunes and scores.
+One more than there are CS3 keeps these busy, and other trials are never crowded out."""
+CEREBRAS_TARGETS = ("cpu", "validate", "csx")
 PRECISIONS = ("float32", "bfloat16")
 LOSSES = ("answer", "prompt-and-answer")
 MASKED_WAYS = ("auto", "structured", "dense-stored", "csr")
@@ -194,6 +200,30 @@ class Cell:
 
 
 @dataclass(frozen=True)
+class Cerebras:
+    """Where and how the backend cerebras trains. Of these, only the target changes numbers."""
+
+    cerebras_target: str = option("cpu to train there, validate to lower only, csx for CS-3 systems", "csx")
+    cs3: int = option("CS-3 trainings at once, where the sweep starts Ray itself", 1)
+    num_csx: int = option("CS-3 systems of one training", 1)
+    mount_dirs: tuple[str, ...] = option("folders that the appliance's nodes must see", ())
+    python_paths: tuple[str, ...] = option("where they find Python packages", ())
+    train_timeout_seconds: float | None = option("a training that takes longer is ended; none for no limit", None)
+
+    def __post_init__(self) -> None:
+        if self.cerebras_target not in CEREBRAS_TARGETS:
+            raise unknown_name("cerebras_target", self.cerebras_target, CEREBRAS_TARGETS)
+        for name in ("cs3", "num_csx"):
+            rule(getattr(self, name) >= 1, f"{name} must be at least 1", getattr(self, name), "Give a larger number.")
+        limit = self.train_timeout_seconds
+        rule(limit is None or limit > 0, "train_timeout_seconds must be above 0 or none", limit, "Give seconds.")
+
+
+UNTOUCHED_ON_CEREBRAS = ("lora_dropout", "masked_way", "packing", "activation_checkpointing")
+"""The settings of a `Protocol` that the backend cerebras has no way to honour."""
+
+
+@dataclass(frozen=True)
 class SweepConfig:
     """A sweep: the axes of its matrix, the protocol of its cells, and where it runs."""
 
@@ -205,8 +235,9 @@ class SweepConfig:
     )
     modes: tuple[str, ...] = option("training modes", ("sparse-to-dense", "sparse-to-sparse"))
     seeds: tuple[int, ...] = option("of the rows' order, the adapters and the random masks", (0,))
-    backend: str = option("where trials compute", "torch")
+    backend: tuple[str, ...] = option("where trials compute; with two, each cell on each", ("torch",))
     protocol: Protocol = field(default_factory=Protocol)
+    cerebras: Cerebras = field(default_factory=Cerebras)
     data_dir: Path | None = option("folder of tasks, `hub` to fetch them, `embedded` for generated rows", None)
     results_dir: Path = option("the ledger, MLflow and reports", Path("results"))
     workers: int | None = option("trials at once; none for one per core (or per GPU)", None)
@@ -215,7 +246,7 @@ class SweepConfig:
     tracking_uri: str | None = option("of MLflow; none for SQLite in the results folder", None)
 
     def __post_init__(self) -> None:
-        for axis in ("models", "tasks", "methods", "sparsities", "modes", "seeds"):
+        for axis in ("models", "tasks", "methods", "sparsities", "modes", "seeds", "backend"):
             values = getattr(self, axis)
             rule(len(values) > 0, f"{axis} must name at least one", values, f"Give --{axis}.")
             rule(len(set(values)) == len(values), f"{axis} must not repeat a value", values, "Remove the repeats.")
@@ -237,8 +268,11 @@ class SweepConfig:
                 value,
                 f"Leave it at {default}, or sweep the LoRA modes apart.",
             )
-        if self.backend not in BACKENDS:
-            raise unknown_name("backend", self.backend, BACKENDS)
+        for backend in self.backend:
+            if backend not in BACKENDS:
+                raise unknown_name("backend", backend, BACKENDS)
+        if "cerebras" in self.backend:
+            self._check_cerebras()
         rule(self.workers is None or self.workers >= 1, "workers must be at least 1", self.workers, "Give 1 or more.")
         rule(self.gpus_per_trial >= 0, "gpus_per_trial must be at least 0", self.gpus_per_trial, "Give 0 or more.")
         rule(
@@ -255,19 +289,41 @@ class SweepConfig:
         )
         rule(self.max_retries >= 0, "max_retries must be at least 0", self.max_retries, "Give 0 or more.")
 
+    def _check_cerebras(self) -> None:
+        rule(
+            "masked-finetuning" not in self.modes,
+            "the backend cerebras trains adapters, so the mode masked-finetuning must not be in modes",
+            self.modes,
+            "Leave it out, or sweep it with --backend torch.",
+        )
+        for name in UNTOUCHED_ON_CEREBRAS:
+            value, default = getattr(self.protocol, name), getattr(Protocol, name)
+            rule(
+                value == default,
+                f"the backend cerebras needs {name} = {default}",
+                value,
+                "Leave it alone.",
+            )
+        rule(
+            self.cerebras.cerebras_target != "validate" or self.backend == ("cerebras",),
+            "cerebras_target validate trains nothing, so the only backend must be cerebras",
+            self.backend,
+            "Give --backend cerebras alone.",
+        )
+
     @classmethod
     def from_names(cls, names: Mapping[str, Any]) -> SweepConfig:
         """A checked configuration from flat {name: value}, values as Python, YAML or text has them."""
-        known = {f.name for f in (*fields(cls), *fields(Protocol))} - {"protocol"}
+        known = {f.name for kind in (cls, Protocol, Cerebras) for f in fields(kind)} - {"protocol", "cerebras"}
         for name in names:
             if name not in known:
                 raise unknown_name("setting", name, known)
         rule(bool(names.get("models")), "a sweep needs models", names.get("models"), "Give --models or a preset.")
-        own, protocol = (
+        own, protocol, cerebras = (
             {f.name: converted(kind, f, names[f.name]) for f in fields(kind) if f.name in names}
-            for kind in (cls, Protocol)
+            for kind in (cls, Protocol, Cerebras)
         )
-        return cls(**own, protocol=Protocol(**protocol))
+        return cls(**own, protocol=Protocol(**protocol), cerebras=Cerebras(**cerebras))
 
 
 def converted(owner: type, at: Field[Any], value: Any) -> Any:

@@ -13,6 +13,8 @@ from typing import Any
 
 from search_spaces.matrix import cells as combinations
 from tune_sparse.calibration import text_rows
+from tune_sparse.cerebras.conversion import refuse_unconvertible
+from tune_sparse.cerebras.environment import cerebras_identity
 from tune_sparse.config import Cell, SweepConfig
 from tune_sparse.data import calibration_text, fingerprint_of, load_splits
 from tune_sparse.embedded_models import EMBEDDED_MODELS
@@ -78,8 +80,9 @@ def asked_cells(config: SweepConfig) -> list[Cell]:
         "method": config.methods,
         "sparsity": config.sparsities,
         "seed": config.seeds,
+        "backend": config.backend,
     }
-    return [Cell(**point, backend=config.backend) for point in combinations(axes)]
+    return [Cell(**point) for point in combinations(axes)]
 
 
 def distinct_trainings(config: SweepConfig) -> int:
@@ -97,10 +100,13 @@ def plan_sweep(config: SweepConfig) -> Plan:
     tasks = {name: tasks_named(name) for name in config.tasks}
     data_dir, data = rows_folder(config.data_dir, _all_rows(config)), check_rows(config)
     checkpoints = {short_name(model): check_checkpoint(model) for model in config.models}
+    cerebras = cerebras_identity(config.cerebras) if "cerebras" in config.backend else None
     model_paths = {short_name(model): _model_path(model) for model in config.models}
     for checkpoint in checkpoints.values():
         config.protocol.within(checkpoint.shape.context_tokens)
         _refuse_unreachable(config, checkpoint)
+        if cerebras:
+            refuse_unconvertible(checkpoint.path)
     text = _calibration_text(config, data_dir, checkpoints.values())
 
     def run_of(cell: Cell) -> Run:
@@ -114,6 +120,7 @@ def plan_sweep(config: SweepConfig) -> Plan:
             data_fingerprint=data[cell.task],
             prompt_version="+".join(str(task.prompt_version) for task in tasks[cell.task]),
             calibration_fingerprint=text,
+            cerebras=cerebras if cell.backend == "cerebras" else None,
         )
 
     runs: dict[str, Run] = {}

@@ -51,6 +51,8 @@ class Run:
     """of each task of a mixture"""
     calibration_fingerprint: str | None = None
     """SHA-256 of calibration text that is not the task's."""
+    cerebras: Mapping[str, str] | None = None
+    """target and release of what trains a cell of the backend cerebras"""
 
     @property
     def is_calibrated(self) -> bool:
@@ -80,6 +82,8 @@ class Run:
         places = {"model_path", "data_dir"}
         if not self.is_calibrated:
             places |= {"calibration_fingerprint"}
+        if self.cerebras is None:
+            places |= {"cerebras"}
         known = {name: value for name, value in asdict(self).items() if name not in places}
         if not self.is_calibrated:
             known["protocol"] = {k: v for k, v in known["protocol"].items() if k not in CALIBRATION_SETTINGS}

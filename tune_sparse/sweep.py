@@ -11,10 +11,12 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from tune_sparse.config import SweepConfig
+from tune_sparse.cerebras.environment import refuse_unreachable_cluster
+from tune_sparse.cerebras.preflight import prepare_cerebras, refuse_full, working_bytes
+from tune_sparse.config import CS3, CS3_TRIAL, SweepConfig
 from tune_sparse.embedded_models import EMBEDDED_MODELS
 from tune_sparse.errors import InputError
 from tune_sparse.holder import Holder
@@ -60,6 +62,8 @@ def run_sweep(config: SweepConfig, retry_failed: bool = False) -> Outcome:
     prepare_models([model for model in config.models if model in EMBEDDED_MODELS], report=logger.info)
     plan = plan_sweep(config)
     check_disk(plan, ledger, plan.missing(ledger, retry_failed))
+    if "cerebras" in config.backend:
+        check_cerebras(plan, ledger)
     started = time.perf_counter()
     with Holder(ledger.folder) as holder:
         ledger.remove_partial()
@@ -69,6 +73,8 @@ def run_sweep(config: SweepConfig, retry_failed: bool = False) -> Outcome:
         with BackgroundTracker(ledger, tracking_uri(config), plan.record.sweep_id) as tracker:
             stopped, workers = None, 1
             if missing:
+                if any(run.cerebras for run in missing):
+                    prepare_cerebras(config, list(plan.checkpoints.values()), ledger, report=logger.info)
                 stopped, workers = _tune(plan, ledger, missing, progress, tracker, holder)
                 if not holder.lost.is_set():
                     ledger.remove_partial()
@@ -87,6 +93,14 @@ def run_sweep(config: SweepConfig, retry_failed: bool = False) -> Outcome:
         seconds=seconds,
         utilisation=trial_seconds / (workers * seconds) if ran else None,
     )
+
+
+def check_cerebras(plan: Plan, ledger: Ledger) -> None:
+    """Raise `InputError` where nothing can be trained on Cerebras: no cluster, or no room for what trainings write."""
+    settings = plan.config.cerebras
+    if settings.cerebras_target == "csx":
+        refuse_unreachable_cluster()
+    refuse_full(ledger.folder, working_bytes(list(plan.checkpoints.values()), settings.cs3))
 
 
 def _keep_start(ledger: Ledger, record: SweepRecord) -> SweepRecord:
@@ -113,7 +127,7 @@ def _tune(
         # Ray takes the signals for itself when it starts, so ours come after it.
         with progress.shown(workers), stop_on_signals(stop):
             for _ in range(1 + plan.config.max_retries):
-                trials = [{"run": run.as_config(), "results_dir": str(ledger.folder.resolve())} for run in missing]
+                trials = [_trial(run, ledger, plan.config) for run in missing]
                 fit_trials(CellTrainable, trials, plan.config, workers, callback, stop)
                 missing = [run for run in missing if is_missing(ledger.record(run.run_id))]
                 if not missing or stop.reason:
@@ -124,6 +138,14 @@ def _tune(
         return stop.reason, workers
 
 
+def _trial(run: Run, ledger: Ledger, config: SweepConfig) -> dict[str, Any]:
+    """What a trial is given; `resources` are those it holds besides CPU and GPU."""
+    common = {"run": run.as_config(), "results_dir": str(ledger.folder.resolve())}
+    if run.cerebras is None:
+        return common
+    return common | {"cerebras": asdict(config.cerebras), "resources": {CS3_TRIAL: 1}}
+
+
 def fit_trials(
     trainable: type,
     trials: Sequence[dict[str, Any]],
@@ -132,17 +154,25 @@ def fit_trials(
     callback: Callback,
     stopper: Stopper | None = None,
 ) -> None:
-    """Run each of `trials` once on a warm worker, through one Tuner. Ray keeps nothing of it: the ledger does."""
+    """Run each of `trials` once on a warm worker, through one Tuner. Ray keeps nothing of it: the ledger does.
+
+    Where trials differ in their resources, these alone bound how many run: each kind fills its own.
+    """
     from ray import tune
 
-    resources = {"cpu": config.protocol.threads, "gpu": config.gpus_per_trial}
+    own = {"CPU": config.protocol.threads, "GPU": config.gpus_per_trial}
+    kinds = {tuple(sorted(trial.get("resources", {}).items())) for trial in trials}
+
+    def resources(chosen: dict[str, Any]) -> tune.PlacementGroupFactory:
+        return tune.PlacementGroupFactory([own | chosen["trial"].get("resources", {})])
+
     with tempfile.TemporaryDirectory(prefix="tune-sparse-") as scratch:
         tune.Tuner(
             tune.with_resources(trainable, resources),
             param_space={"trial": tune.grid_search(list(trials))},
             tune_config=tune.TuneConfig(
                 reuse_actors=True,
-                max_concurrent_trials=workers,
+                max_concurrent_trials=workers if len(kinds) == 1 else None,
                 trial_dirname_creator=lambda trial: trial.trial_id,
             ),
             run_config=tune.RunConfig(
@@ -177,6 +207,7 @@ def started_ray(config: SweepConfig, trials: int) -> Iterator[int]:
         ray.init(
             address="local",
             num_cpus=(config.workers or max(1, cores // threads)) * threads,
+            resources={CS3: config.cerebras.cs3, CS3_TRIAL: config.cerebras.cs3 + 1},
             include_dashboard=False,
             log_to_driver=False,
             logging_level=logging.ERROR,
@@ -194,6 +225,12 @@ def started_ray(config: SweepConfig, trials: int) -> Iterator[int]:
                 f"a trial needs {threads} CPU and {config.gpus_per_trial:g} GPU, Ray has {available.get('CPU', 0):g} "
                 f"CPU and {available.get('GPU', 0):g} GPU. Lower threads or gpus_per_trial, or add nodes."
             )
+        for name in (CS3, CS3_TRIAL) if "cerebras" in config.backend else ():
+            if available.get(name, 0) < 1:
+                raise InputError(
+                    f"the backend cerebras needs the Ray resource {name}, the cluster has none. Start a node with "
+                    f"`ray start --resources='{{\"{name}\": 1}}'`; docs/cerebras.md says which."
+                )
         yield min(workers, config.workers or workers)
     finally:
         ray.shutdown()

@@ -6,15 +6,18 @@ import argparse
 import json
 import logging
 import sys
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 from search_spaces.matrix import PRESETS
 from tune_sparse.cli.command import FAULT, OK, add_command, settings_of
-from tune_sparse.config import HUB_ROWS, Protocol, SweepConfig
-from tune_sparse.errors import InputError, NotReadyError, unknown_name
+from tune_sparse.config import HUB_ROWS, Cerebras, Protocol, SweepConfig
+from tune_sparse.errors import InputError, NotReadyError, RunError, unknown_name
 from tune_sparse.tasks import TASKS
+
+NESTED = ("protocol", "cerebras")
+"""Fields of `SweepConfig` that hold settings of their own."""
 
 
 def add_commands(commands: Any) -> None:
@@ -41,8 +44,8 @@ def add_sweep_options(command: argparse.ArgumentParser) -> None:
     """A flag for each field of `SweepConfig`, so that flags, YAML and Python have the same names."""
     command.add_argument("preset", nargs="?", default="embedded", metavar="PRESET", help="default: embedded")
     command.add_argument("--config", type=Path, metavar="FILE", help="YAML file with the names below; flags win")
-    for f in fields(SweepConfig):
-        if f.name != "protocol":
+    for f in (*fields(SweepConfig), *fields(Cerebras)):
+        if f.name not in NESTED:
             many = {"nargs": "+"} if "tuple" in str(f.type) else {}
             flag = "--" + f.name.replace("_", "-")
             command.add_argument(flag, metavar=f.name.rstrip("s").upper(), help=f.metadata["help"], **many)  # type: ignore[arg-type]
@@ -53,7 +56,8 @@ def sweep_config(chosen: argparse.Namespace) -> SweepConfig:
     """The preset, then the YAML file, then the flags, then --set: later ones win."""
     if chosen.preset not in PRESETS:
         raise unknown_name("preset", chosen.preset, PRESETS)
-    flags = {f.name: getattr(chosen, f.name) for f in fields(SweepConfig) if f.name != "protocol"}
+    own = (f.name for f in (*fields(SweepConfig), *fields(Cerebras)) if f.name not in NESTED)
+    flags = {name: getattr(chosen, name) for name in own}
     names = dict(PRESETS[chosen.preset]) | _yaml(chosen.config)
     names |= {name: value for name, value in flags.items() if value is not None}
     return SweepConfig.from_names(names | settings_of(chosen.set))
@@ -77,6 +81,8 @@ def _sweep(chosen: argparse.Namespace) -> int:
     config = sweep_config(chosen)
     if chosen.dry_run:
         return _dry_run(config, chosen)
+    if "cerebras" in config.backend and config.cerebras.cerebras_target == "validate":
+        return _lower(config, chosen)
     from analysis.report import write_report
     from tune_sparse.progress import duration
     from tune_sparse.sweep import run_sweep
@@ -102,6 +108,26 @@ def _sweep(chosen: argparse.Namespace) -> int:
             file=sys.stderr,
         )
     return OK if complete and not report.faults else FAULT
+
+
+def _lower(config: SweepConfig, chosen: argparse.Namespace) -> int:
+    """What the wafer's compiler front end says to each kind of model of a sweep; nothing is trained."""
+    from tune_sparse.cerebras.preflight import lower_all
+    from tune_sparse.embedded_models import EMBEDDED_MODELS
+    from tune_sparse.models import prepare_models
+    from tune_sparse.plan import check_folder, plan_sweep
+    from tune_sparse.result import Ledger
+
+    check_folder(config.results_dir)
+    prepare_models([model for model in config.models if model in EMBEDDED_MODELS], report=print)
+    plan = plan_sweep(config)
+    try:
+        for lowering in lower_all(config, list(plan.checkpoints.values()), Ledger(config.results_dir)):
+            print(json.dumps(asdict(lowering)) if chosen.json else lowering.described(), flush=True)
+    except (RunError, ConnectionError) as error:
+        print(f"tune-sparse: {error}", file=sys.stderr)
+        return FAULT
+    return OK
 
 
 def _dry_run(config: SweepConfig, chosen: argparse.Namespace) -> int:

@@ -1,0 +1,114 @@
+"""A stand-in for the site's Cerebras environment: a folder whose `bin/python` answers as the real one would.
+
+It probes as release 2.10.0, "converts" a checkpoint by pointing to it, and trains nothing: it reports the loss of the
+model that the job's files describe, then falling ones, and leaves an adapter. A file `fault` beside it makes it fail.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+BIN = """#!/bin/sh
+exec env PYTHONPATH="{root}" OMP_NUM_THREADS=1 "{python}" "{program}" "{faults}" "$@"
+"""
+STEP_SECONDS = 0.02
+
+
+def write_environment(folder: Path) -> Path:
+    """A stand-in virtual environment, and Model Zoo beside it; returns the folder of both, `venv` and `modelzoo`."""
+    binary = folder / "venv" / "bin" / "python"
+    binary.parent.mkdir(parents=True)
+    (folder / "modelzoo" / "cerebras" / "modelzoo").mkdir(parents=True)
+    root = Path(__file__).parents[1]
+    binary.write_text(BIN.format(root=root, python=sys.executable, program=__file__, faults=folder / "fault"))
+    binary.chmod(0o755)
+    return folder
+
+
+def main(fault: str, arguments: list[str]) -> None:
+    if arguments[:2] == ["-I", "-c"]:
+        print(json.dumps({"python": "3.11.0", "packages": dict.fromkeys(_packages(), "2.10.0")}))
+    elif arguments[:2] == ["-m", "cerebras.modelzoo.cli.main"]:
+        _convert(fault, Path(arguments[arguments.index("--output-dir") + 1]), Path(arguments[-1]))
+    else:
+        _train(fault, Path(arguments[-1]))
+
+
+def _packages() -> tuple[str, ...]:
+    from tune_sparse.cerebras.environment import NEEDED
+
+    return NEEDED
+
+
+def _convert(fault: str, output: Path, index: Path) -> None:
+    if fault == "converter":
+        sys.exit("ValueError: the converter cannot")
+    (output / "config.yaml").write_text(str((index.parent / "model.safetensors").resolve().parent))
+    (output / "model.mdl").touch()
+
+
+def _train(fault: str, folder: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    if fault == "unavailable":
+        sys.exit("StatusCode.UNAVAILABLE")
+    job, base = (json.loads((folder / name).read_text()) for name in ("job.json", "base.json"))
+    (folder / "start.mdl").touch()
+    loss = 9.9 if fault == "dense" else _first_loss(job, Path(base["config"]).read_text())
+    with (folder / "metrics.jsonl").open("a", buffering=1) as lines:
+        lines.write(json.dumps({"at": time.time(), "step": 0}) + "\n")
+        for step in range(1, job["steps"] + 1):
+            if (folder / "stop").exists():
+                return
+            if fault == "kill" and step == 3:
+                os.kill(os.getpid(), 9)
+            time.sleep(30 if fault == "hang" and step == 3 else STEP_SECONDS)
+            shown = float("nan") if fault == "nan" and step == 2 else loss / step
+            lines.write(json.dumps({"at": time.time(), "step": step, "loss": shown}) + "\n")
+    adapter = load_file(job["adapter"])
+    trained = {name: t if name.endswith("lora_A") else t + 0.01 for name, t in adapter.items()}
+    save_file(trained, folder / "adapter.safetensors")
+    masks = load_file(job["masks"])
+    shapes = job["shapes"]
+    zeros = {n: shapes[n][0] * shapes[n][1] - _bits(masks[n]) for n in job["sparsity_by_weight"]}
+    changed = ["model.lm_head.weight"] if fault == "changed" else []
+    report = {"seconds": 1.0, "release": "2.10.0", "peak_memory_bytes": 1, "steps": job["steps"]}
+    (folder / "report.json").write_text(json.dumps(report | {"changed": changed, "zeros": zeros}))
+
+
+def _bits(packed: object) -> int:
+    import numpy as np
+
+    return int(np.unpackbits(packed.numpy()).sum())  # type: ignore[attr-defined]
+
+
+def _first_loss(job: dict[str, object], model_folder: str) -> float:
+    """Of the pruned model on the rows of the first step, as the job's files say."""
+    import numpy as np
+    import torch
+    import torch.nn.functional as F
+    from safetensors.torch import load_file
+
+    from tune_sparse.cerebras.conversion import cerebras_name, separated
+    from tune_sparse.models import Shape, load_model, prunable_weights
+
+    model = load_model(Path(model_folder), torch.float32, torch.device("cpu"))
+    masks = load_file(job["masks"])  # type: ignore[arg-type]
+    head_dim = Shape.of(model.config).head_dim
+    for name, weight in prunable_weights(model).items():
+        bits = np.unpackbits(masks[cerebras_name(name)].numpy())[: weight.numel()]
+        weight.mul_(separated(name, torch.from_numpy(bits).view(weight.shape), head_dim))
+    tokens = load_file(Path(str(job["rows"])) / "tokens.safetensors")
+    ids, learned, labels = tokens["rows"][tokens["order"][: job["batch_size"]]].long().unbind(1)  # type: ignore[misc]
+    with torch.no_grad():
+        losses = F.cross_entropy(model(input_ids=ids).logits.transpose(1, 2), labels, reduction="none")
+    return float((losses * learned).sum() / learned.sum())
+
+
+if __name__ == "__main__":
+    path = Path(sys.argv[1])
+    main(path.read_text().strip() if path.exists() else "", sys.argv[2:])

@@ -1,0 +1,186 @@
+"""The training stage on Cerebras, with a stand-in for the site's environment: its files, its faults, its end."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from factories import finished, tiny_run
+from safetensors.torch import load_file
+from stand_in_cerebras import write_environment
+
+from tune_sparse.cerebras import guard
+from tune_sparse.cerebras.failures import ApplianceError
+from tune_sparse.cerebras.guard import is_guarded, read_ended
+from tune_sparse.cerebras.preflight import end_leftovers
+from tune_sparse.config import Cerebras
+from tune_sparse.result import Ledger, Record, Run
+
+ON_CPU = {"target": "cpu", "release": "2.10.0"}
+
+
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A stand-in environment, and a cache of its own."""
+    folder = write_environment(tmp_path / "site")
+    monkeypatch.setenv("CEREBRAS_VENV", str(folder / "venv"))
+    monkeypatch.setenv("MODELZOO", str(folder / "modelzoo"))
+    monkeypatch.setenv(guard.STOP_VARIABLE, "0.5")
+    return folder
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Ledger:
+    return Ledger(tmp_path / "results")
+
+
+def cerebras_run(model: Path, **changes: Any) -> Run:
+    return replace(tiny_run(model, backend="cerebras", **changes), cerebras=ON_CPU)
+
+
+def failed(record: Record) -> str:
+    assert record.status == "failed"
+    assert record.error is not None
+    return str(record.error["message"])
+
+
+def folder_of(ledger: Ledger, run: Run) -> Path:
+    return ledger.folder / "cerebras" / run.run_id
+
+
+def processes_of(folder: Path) -> list[int]:
+    return [p.pid for p in psutil.process_iter(["cmdline"]) if str(folder) in " ".join(p.info["cmdline"] or [])]
+
+
+@pytest.mark.parametrize("mode", ["dense", "sparse-to-dense", "sparse-to-sparse"])
+def test_a_cell_is_trained_merged_scored_and_validated(llama: Path, site: Path, ledger: Ledger, mode: str) -> None:
+    run = cerebras_run(llama, mode=mode, sparsity=0.0 if mode == "dense" else 0.5)
+    record = finished(run, ledger)
+    assert record.status == "done", record.error
+    assert record.environment["trained_on"] == "cerebras cpu 2.10.0"
+    folder = ledger.run_folder(run.run_id)
+    report = json.loads((folder / "validation_report.json").read_text())
+    assert report["all_valid"]
+    assert report["max_abs_at_masked"] in (0, None)
+    steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3, 4]
+    assert not {"start.mdl", "adapter.safetensors"} & {path.name for path in folder_of(ledger, run).iterdir()}
+
+
+def test_what_was_trained_there_is_what_is_kept_here(llama: Path, site: Path, ledger: Ledger) -> None:
+    run = cerebras_run(llama)
+    finished(run, ledger)
+    saved = load_file(ledger.run_folder(run.run_id) / "adapter" / "adapter_model.safetensors")
+    assert saved
+    for name, tensor in saved.items():
+        assert torch.equal(tensor, torch.full_like(tensor, 0.01)) or "lora_A" in name
+
+
+FAULTS = {
+    "converter": "ValueError: the converter cannot",
+    "dense": r"the model that trains on Cerebras must be the pruned one: .* got 9\.9",
+    "nan": "the training loss must stay finite, got nan at step 2",
+    "changed": r"must leave the base alone: model\.lm_head\.weight: the frozen weight must not change",
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_that_lasts_fails_the_run_and_nothing_takes_its_place(
+    llama: Path, site: Path, ledger: Ledger, fault: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("TUNE_SPARSE_CACHE", str(tmp_path / "cache"))
+    (site / "fault").write_text(fault)
+    run = cerebras_run(llama)
+    record = finished(run, ledger)
+    assert record.error is not None
+    assert not record.error["retryable"]
+    assert pytest.importorskip("re").search(FAULTS[fault], failed(record))
+    assert record.metrics == {}
+    assert "See /" in failed(record) or fault != "converter"
+
+
+@pytest.mark.parametrize(("fault", "said"), [("unavailable", "was unavailable"), ("kill", "killed by signal 9")])
+def test_a_fault_that_passes_is_raised_so_that_the_run_is_tried_again(
+    llama: Path, site: Path, ledger: Ledger, fault: str, said: str
+) -> None:
+    (site / "fault").write_text(fault)
+    run = cerebras_run(llama)
+    with pytest.raises(ApplianceError, match=f"{said}.*child.log"):
+        finished(run, ledger)
+    assert not is_guarded(folder_of(ledger, run))
+    (site / "fault").unlink()
+    assert finished(run, ledger).status == "done"
+
+
+def test_a_training_that_takes_too_long_fails_with_the_setting_to_raise(
+    llama: Path, site: Path, ledger: Ledger
+) -> None:
+    from trainables.cerebras_backend import CerebrasTraining
+    from trainables.torch_backend import Bench, run_cell
+
+    (site / "fault").write_text("hang")
+    run = cerebras_run(llama)
+    stage = CerebrasTraining(Cerebras("cpu", train_timeout_seconds=6))
+    steps = run_cell(run, ledger, Bench(), stage)
+    record = exhausted(steps)
+    assert "within train_timeout_seconds" in failed(record)
+    assert processes_of(folder_of(ledger, run)) == []
+
+
+def exhausted(steps: Iterator[Any]) -> Record:
+    while True:
+        try:
+            next(steps)
+        except StopIteration as stop:
+            return stop.value
+
+
+def test_a_stop_in_mid_run_returns_at_once_and_leaves_no_process(llama: Path, site: Path, ledger: Ledger) -> None:
+    from trainables.torch_backend import Bench, run_cell
+
+    (site / "fault").write_text("hang")
+    run = cerebras_run(llama)
+    steps = run_cell(run, ledger, Bench())
+    while (step := next(steps)) is None or step.step < 2:
+        pass
+    began = time.monotonic()
+    steps.close()
+    assert time.monotonic() - began < 3, "Ray gives a trial three seconds"
+    deadline = time.monotonic() + 20
+    while read_ended(folder_of(ledger, run)) is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    ended = read_ended(folder_of(ledger, run))
+    assert ended is not None
+    assert ended.why == "stopped"
+    assert not (folder_of(ledger, run) / "start.mdl").exists()
+    assert ledger.record(run.run_id) is None
+
+
+def test_the_next_start_ends_what_was_left_over(llama: Path, site: Path, ledger: Ledger) -> None:
+    from trainables.torch_backend import Bench, run_cell
+
+    (site / "fault").write_text("hang")
+    run = cerebras_run(llama)
+    steps = run_cell(run, ledger, Bench())
+    while next(steps) is None:
+        pass
+    assert is_guarded(folder_of(ledger, run))
+    assert list(end_leftovers(ledger, Cerebras("cpu"))) == []
+    assert not is_guarded(folder_of(ledger, run))
+    steps.close()
+
+
+def test_target_and_release_are_part_of_the_identity_of_cerebras_cells_alone(llama: Path) -> None:
+    run = cerebras_run(llama)
+    others = [replace(run, cerebras=ON_CPU | changed) for changed in ({"target": "csx"}, {"release": "2.9.0"})]
+    assert len({run.identity, *(other.identity for other in others)}) == 3
+    plain = tiny_run(llama)
+    assert "cerebras" not in plain._identified()
+    assert Run.from_config(run.as_config()) == run

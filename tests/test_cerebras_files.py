@@ -1,0 +1,210 @@
+"""What goes to the Cerebras environment and comes back: names, rows, bits, tokens, conversions, and where it is."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+from factories import TINY_PROTOCOL
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from stand_in_cerebras import write_environment
+
+from tune_sparse.cerebras import content_cache, environment, preflight
+from tune_sparse.cerebras.content_cache import cached
+from tune_sparse.cerebras.conversion import (
+    NAMES,
+    cerebras_name,
+    hugging_face_name,
+    interleaved,
+    refuse_unconvertible,
+    separated,
+    to_cerebras,
+)
+from tune_sparse.cerebras.doctor import examine
+from tune_sparse.cerebras.environment import find_environment
+from tune_sparse.cerebras.job import encoded_tokens, new_lines, packed_bits, rows_in_order, step_order
+from tune_sparse.cli import main
+from tune_sparse.data import Encoded
+from tune_sparse.errors import InputError, NotReadyError, RunError
+from tune_sparse.train import batches
+
+ROWS = [Encoded(tuple(range(1, 2 + n)), tuple(range(50, 52 + n % 3))) for n in range(6)]
+
+
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = write_environment(tmp_path / "site")
+    monkeypatch.setenv("CEREBRAS_VENV", str(folder / "venv"))
+    monkeypatch.setenv("MODELZOO", str(folder / "modelzoo"))
+    monkeypatch.setenv("TUNE_SPARSE_CACHE", str(tmp_path / "cache"))
+    return folder
+
+
+@pytest.mark.parametrize("module", NAMES)
+def test_names_go_there_and_back(module: str) -> None:
+    weight = f"model.layers.11.{module}.weight"
+    assert cerebras_name(weight).startswith("transformer_decoder.layers.11.")
+    assert hugging_face_name(cerebras_name(weight)) == weight
+
+
+def test_rotated_rows_are_interleaved_within_each_head() -> None:
+    rows = torch.arange(8)[:, None]  # two heads of four rows: halves 0 1 | 2 3
+    assert interleaved("q_proj.weight", rows, 4).flatten().tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
+    assert torch.equal(interleaved("v_proj.weight", rows, 4), rows)
+
+
+@given(heads=st.integers(1, 4), half=st.integers(1, 5))
+def test_rows_come_back_where_they_were(heads: int, half: int) -> None:
+    rows = torch.rand(heads * 2 * half, 3)
+    assert torch.equal(separated("k_proj.weight", interleaved("k_proj.weight", rows, 2 * half), 2 * half), rows)
+
+
+def test_masks_are_packed_the_first_weight_in_the_highest_bit() -> None:
+    mask = torch.tensor([[1, 0, 0, 0, 0], [0, 0, 1, 1, 0]], dtype=torch.bool)
+    assert packed_bits(mask).tolist() == [0b10000001, 0b10000000]
+
+
+def test_tokens_are_inputs_loss_mask_and_what_follows() -> None:
+    tokens = encoded_tokens([Encoded((5, 6), (7, 8)), Encoded((9,), (3,))], "answer")
+    assert tokens.dtype == torch.int32
+    assert tokens.tolist() == [[[5, 6, 7], [0, 1, 1], [6, 7, 8]], [[9, 3, 0], [1, 0, 0], [3, 0, 0]]]
+
+
+def test_rows_are_in_the_order_of_the_torch_backend(site: Path) -> None:
+    protocol = replace(TINY_PROTOCOL, steps=5)
+    expected = [row for batch in islice(batches(ROWS, protocol, 3), 5) for row in batch]
+    assert [ROWS[at] for at in step_order(ROWS, protocol, 3)] == expected
+    folder = rows_in_order(ROWS, protocol, 3)
+    written = load_file(folder / "tokens.safetensors")
+    assert torch.equal(written["rows"][written["order"]], encoded_tokens(ROWS, "answer")[step_order(ROWS, protocol, 3)])
+    assert rows_in_order(ROWS, protocol, 3) == folder, "written once"
+    assert rows_in_order(ROWS, protocol, 4) != folder
+
+
+def test_only_whole_lines_of_a_growing_file_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    assert new_lines(path, 0) == ([], 0)
+    path.write_text('{"step": 1}\n{"ste')
+    lines, at = new_lines(path, 0)
+    assert lines == [{"step": 1}]
+    path.write_text('{"step": 1}\n{"step": 2}\n')
+    assert new_lines(path, at)[0] == [{"step": 2}]
+
+
+def fill(size: int) -> object:
+    return lambda folder: (folder / "file").write_bytes(bytes(size))
+
+
+def test_the_least_recently_used_folders_go_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TUNE_SPARSE_CACHE", str(tmp_path))
+    monkeypatch.setenv(content_cache.LIMIT_VARIABLE, "250")
+    for age, name in ((30, "a"), (20, "b")):
+        os.utime(cached(name, fill(100)), (1e9 - age, 1e9 - age))  # type: ignore[arg-type]
+    cached("a", fill(100))  # type: ignore[arg-type]
+    cached("c", fill(100))  # type: ignore[arg-type]
+    assert sorted(path.name for path in (tmp_path / "cerebras").glob("[!.]*")) == ["a", "c"]
+
+
+def test_what_cannot_be_made_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TUNE_SPARSE_CACHE", str(tmp_path))
+
+    def fail(folder: Path) -> None:
+        (folder / "half").touch()
+        raise RunError("no")
+
+    with pytest.raises(RunError):
+        cached("a", fail)
+    assert not list((tmp_path / "cerebras").glob("[!.]*"))
+
+
+def test_a_model_is_converted_once_with_the_names_that_the_converter_knows(llama: Path, site: Path) -> None:
+    first = to_cerebras(llama, "f" * 64, find_environment())
+    (site / "fault").write_text("converter")
+    assert to_cerebras(llama, "f" * 64, find_environment()) == first
+    with pytest.raises(RunError, match="the converter cannot"):
+        to_cerebras(llama, "g" * 64, find_environment())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "mixtral"}, "trains llama and mistral models"),
+        ({"head_dim": 16}, r"needs head_dim = hidden_size / num_attention_heads = 8, .* has 16"),
+        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "needs no rope scaling"),
+        ({"attention_bias": True}, "needs no bias"),
+    ],
+)
+def test_a_model_that_would_compute_something_else_there_is_refused(
+    llama: Path, tmp_path: Path, change: dict[str, object], message: str
+) -> None:
+    refuse_unconvertible(llama)
+    config = json.loads((llama / "config.json").read_text()) | change
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=message):
+        refuse_unconvertible(tmp_path)
+
+
+def test_an_environment_is_asked_what_it_holds(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = find_environment()
+    assert (found.release, found.checkpoint_format) == ("2.10.0", "cs-2.9")
+    monkeypatch.setenv("RAY_ADDRESS", "somewhere")
+    variables = found.variables()
+    assert not [name for name in variables if name.startswith("RAY_")]
+    assert variables["PATH"].split(os.pathsep)[0] == str(site / "venv" / "bin")
+    assert variables["PYTHONPATH"] == str(site / "modelzoo")
+    older = replace(found, packages={**found.packages, "cerebras_pytorch": "2.6.0"})
+    assert older.checkpoint_format == "cs-2.5"
+
+
+@pytest.mark.parametrize("variable", ["CEREBRAS_VENV", "MODELZOO"])
+def test_an_environment_that_is_not_there_is_asked_for(
+    site: Path, monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    monkeypatch.setenv(variable, "/nowhere")
+    with pytest.raises(NotReadyError, match=f"{variable} must name a folder, /nowhere does not exist"):
+        find_environment()
+    monkeypatch.delenv(variable)
+    with pytest.raises(NotReadyError, match=f"needs {variable}, which is not set"):
+        find_environment()
+
+
+def test_doctor_shows_what_is_missing_and_its_fix(
+    site: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("tune_sparse.cerebras.doctor.CLUSTER_CONFIG", site / "no_config")
+    found = {finding.what: finding for finding in examine()}
+    assert found["environment"].is_well
+    assert not found["cluster"].is_well
+    assert "user node" in found["cluster"].fix
+    assert main(["doctor", "--cerebras"]) == 1
+    assert "MEND cluster: none" in capsys.readouterr().out
+    monkeypatch.delenv("MODELZOO")
+    assert not next(iter(examine())).is_well
+    assert main(["doctor"]) == 2
+
+
+def test_a_cluster_is_known_by_its_configuration(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "CLUSTER_CONFIG", site / "config_v2")
+    with pytest.raises(InputError, match="this machine knows none"):
+        environment.refuse_unreachable_cluster()
+    (site / "config_v2").touch()
+    environment.refuse_unreachable_cluster()
+
+
+def test_room_is_asked_for_before_it_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    preflight.refuse_full(tmp_path, 1000)
+    with pytest.raises(InputError, match=r"need 1e\+09 GB at a time in .*: No space left on device\. Free some"):
+        preflight.refuse_full(tmp_path, 10**18)
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "fallocate").write_text('#!/bin/sh\necho "fallocate: $3: Disk quota exceeded" >&2; exit 1\n')
+    (tmp_path / "fallocate").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    with pytest.raises(InputError, match="Disk quota exceeded"):
+        preflight.refuse_full(tmp_path, 1000)

@@ -1,0 +1,164 @@
+"""A guarded program ends with whoever wanted it, whatever happens to them: with real processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+from factories import write_csctl
+
+from tune_sparse.cerebras import appliance, guard
+from tune_sparse.cerebras.guard import Ended, Guarded, is_guarded, read_ended
+
+LABEL = "tune_sparse=results-run"
+JOB = "wsjob-abc  1m  RUNNING  systemf0  me  tune_sparse=results-run"
+SLEEPER = "import os, subprocess, sys, time; print(os.getpid(), flush=True); time.sleep(60)"
+STUBBORN = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); " + SLEEPER
+WITH_CHILD = (
+    "import os, subprocess, sys, time; c = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']); "
+    "print(c.pid, flush=True); time.sleep(60)"
+)
+
+
+def until(condition: Callable[[], bool], seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come to that"
+        time.sleep(0.02)
+
+
+def start(folder: Path, program: str, label: str | None = None, timeout_seconds: float | None = None) -> Guarded:
+    folder.mkdir(exist_ok=True)
+    return Guarded(folder, [sys.executable, "-c", program], dict(os.environ), label, timeout_seconds)
+
+
+def ending(guarded: Guarded) -> Ended:
+    until(lambda: guarded.ended() is not None)
+    found = guarded.ended()
+    assert found is not None
+    return found
+
+
+def child_of(folder: Path) -> int:
+    until(lambda: (folder / "child.log").exists() and (folder / "child.log").read_text().strip() != "")
+    return int((folder / "child.log").read_text().split()[0])
+
+
+def is_gone(pid: int) -> bool:
+    return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
+@pytest.fixture
+def csctl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = write_csctl(tmp_path / "bin", [JOB])
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+    return folder
+
+
+def test_a_program_that_ends_well_leaves_its_job_alone(tmp_path: Path, csctl: Path) -> None:
+    guarded = start(tmp_path / "job", "print('done')", LABEL)
+    assert ending(guarded) == Ended("ended", 0, appliance.Cancelled())
+    assert (tmp_path / "job" / "child.log").read_text() == "done\n"
+    assert (csctl / "jobs").read_text() == f"{JOB}\n"
+
+
+def test_a_program_that_fails_has_its_job_cancelled(tmp_path: Path, csctl: Path) -> None:
+    guarded = start(tmp_path / "job", "raise SystemExit(3)", LABEL)
+    assert ending(guarded) == Ended("ended", 3, appliance.Cancelled(("wsjob-abc",)))
+    assert (csctl / "jobs").read_text() == ""
+
+
+def test_a_killed_child_has_its_job_cancelled(tmp_path: Path, csctl: Path) -> None:
+    guarded = start(tmp_path / "job", SLEEPER, LABEL)
+    os.kill(child_of(tmp_path / "job"), signal.SIGKILL)
+    assert ending(guarded) == Ended("ended", -9, appliance.Cancelled(("wsjob-abc",)))
+
+
+def test_a_program_that_takes_too_long_is_ended(tmp_path: Path, csctl: Path, fast_end: None) -> None:
+    guarded = start(tmp_path / "job", SLEEPER, LABEL, timeout_seconds=0.5)
+    pid = child_of(tmp_path / "job")
+    assert ending(guarded).why == "timeout"
+    assert is_gone(pid)
+    assert (csctl / "cancelled").read_text() == "wsjob-abc\n"
+
+
+def test_a_stop_ends_a_program_that_ignores_sigterm(tmp_path: Path, fast_end: None) -> None:
+    guarded = start(tmp_path / "job", STUBBORN)
+    pid = child_of(tmp_path / "job")
+    guarded.stop()
+    assert ending(guarded) == Ended("stopped", -9, appliance.Cancelled())
+    assert is_gone(pid)
+
+
+def test_children_of_the_program_end_with_it(tmp_path: Path, fast_end: None) -> None:
+    guarded = start(tmp_path / "job", WITH_CHILD)
+    grandchild = child_of(tmp_path / "job")
+    guarded.stop()
+    ending(guarded)
+    until(lambda: is_gone(grandchild))
+
+
+def test_a_killed_starter_takes_program_and_job_with_it(tmp_path: Path, csctl: Path, fast_end: None) -> None:
+    job = tmp_path / "job"
+    code = (
+        "import sys; from pathlib import Path; sys.path.insert(0, 'tests');"
+        "from test_cerebras_guard import start, SLEEPER, LABEL; import time;"
+        f"kept = start(Path({str(job)!r}), SLEEPER, LABEL); time.sleep(60)"
+    )
+    starter = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[1])
+    pid = child_of(job)
+    starter.kill()
+    starter.wait()
+    until(lambda: read_ended(job) is not None)
+    assert read_ended(job) == Ended("abandoned", -15, appliance.Cancelled(("wsjob-abc",)))
+    assert is_gone(pid)
+    until(lambda: not is_guarded(job))
+
+
+def test_a_killed_guard_takes_the_program_with_it_and_is_noticed(tmp_path: Path) -> None:
+    guarded = start(tmp_path / "job", SLEEPER)
+    pid = child_of(tmp_path / "job")
+    os.kill(int((tmp_path / "job" / "guard.pid").read_text()), signal.SIGKILL)
+    until(lambda: is_gone(pid))
+    until(lambda: not is_guarded(tmp_path / "job"))
+    with pytest.raises(ConnectionError, match="the guard of job was lost"):
+        guarded.ended()
+
+
+def test_a_silent_controller_is_recorded_with_the_end(tmp_path: Path, csctl: Path) -> None:
+    (csctl / "down").touch()
+    guarded = start(tmp_path / "job", "raise SystemExit(1)", LABEL)
+    problem = ending(guarded).cancelled.problem
+    assert problem is not None
+    assert "code = Unavailable" in problem
+
+
+def test_large_files_go_with_the_program_and_the_adapter_stays(tmp_path: Path) -> None:
+    job = tmp_path / "job"
+    job.mkdir()
+    for name in ("start.mdl", "adapter.safetensors"):
+        (job / name).touch()
+    (job / "model_dir").mkdir()
+    ending(start(job, "pass"))
+    assert {"adapter.safetensors", "child.log"} <= {path.name for path in job.iterdir()}
+    assert not {"start.mdl", "model_dir"} & {path.name for path in job.iterdir()}
+
+
+def test_a_command_that_cannot_be_run_is_an_end(tmp_path: Path) -> None:
+    (tmp_path / "job").mkdir()
+    guarded = Guarded(tmp_path / "job", [str(tmp_path / "nothing")], {})
+    assert ending(guarded).returncode == 127
+    assert "nothing" in (tmp_path / "job" / "child.log").read_text()
+
+
+@pytest.fixture
+def fast_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The guard is another process: it reads the time between two signals from its environment's module."""
+    monkeypatch.setenv(guard.STOP_VARIABLE, "0.3")

@@ -1,0 +1,198 @@
+"""The real thing: Model Zoo's Trainer on the CPU backend, its converter, and the compiler's front end.
+
+Skipped unless CEREBRAS_VENV names an environment with cerebras_pytorch (`make cerebras-env`) and MODELZOO the `src` of
+a checkout of Model Zoo, which is not on PyPI.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from factories import finished, tiny_run
+
+from tune_sparse.cerebras.conversion import cerebras_name, interleaved, to_cerebras, to_hugging_face
+from tune_sparse.cerebras.environment import SiteEnvironment, find_environment
+from tune_sparse.cerebras.failures import failure_of
+from tune_sparse.cerebras.preflight import lower, matrix_shapes
+from tune_sparse.models import check_checkpoint, prunable_weights, read_config
+from tune_sparse.result import Ledger, Run
+from tune_sparse.tensor_files import TensorFiles, weight_files
+
+LOSS_TOLERANCE = 5e-3
+"""Relative, of 20 losses in float32. Model Zoo's AdamW adds epsilon before its bias correction, torch's after it."""
+
+
+@pytest.fixture(scope="module")
+def environment() -> SiteEnvironment:
+    for name in ("CEREBRAS_VENV", "MODELZOO"):
+        if not os.environ.get(name):
+            pytest.skip(f"{name} is not set: see docs/cerebras.md")
+    return find_environment()
+
+
+def run_there(environment: SiteEnvironment, code: str, *arguments: object) -> None:
+    command = [str(environment.python), "-c", code, *map(str, arguments)]
+    subprocess.run(command, env=environment.variables(), check=True, capture_output=True, timeout=300)
+
+
+READ_MDL = """
+import sys, torch, cerebras.pytorch as cstorch
+from safetensors.torch import save_file
+loaded = cstorch.load(sys.argv[1], map_location="cpu")["model"]
+save_file({name: torch.tensor(t.numpy()) for name, t in loaded.items()}, sys.argv[2])
+"""
+WRITE_MDL = """
+import sys, cerebras.pytorch as cstorch
+from safetensors.torch import load_file
+cstorch.save({"model": load_file(sys.argv[2])}, sys.argv[1])
+"""
+UNSUPPORTED = """
+import sys, torch, cerebras.pytorch as cstorch
+class Model(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(8, 8)
+    def forward(self, x):
+        return torch.linalg.svdvals(self.layer(x)).sum()
+backend = cstorch.backend("CSX", artifact_dir=sys.argv[1], validate_only=True)
+with backend.device:
+    model = Model()
+compiled = cstorch.compile(model, backend)
+def rows():
+    return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.randn(16, 8)), batch_size=8)
+@cstorch.trace
+def step(batch):
+    return compiled(batch[0])
+for batch in cstorch.utils.data.DataExecutor(cstorch.utils.data.DataLoader(rows), num_steps=1):
+    step(batch)
+"""
+
+
+def losses(ledger: Ledger, run: Run) -> torch.Tensor:
+    lines = (ledger.run_folder(run.run_id) / "metrics.jsonl").read_text().splitlines()
+    return torch.tensor([line["train_loss"] for line in map(json.loads, lines) if "train_loss" in line])
+
+
+@pytest.mark.modelzoo
+@pytest.mark.parametrize("mode", ["dense", "sparse-to-dense", "sparse-to-sparse"])
+def test_losses_are_those_of_the_torch_backend(
+    folder: Path, environment: SiteEnvironment, mode: str, tmp_path: Path
+) -> None:
+    """20 steps with the same tokens, loss masks, order, first adapters and rates."""
+    ledger, sparsity = Ledger(tmp_path), 0.0 if mode == "dense" else 0.5
+    here = tiny_run(folder, mode=mode, sparsity=sparsity, steps=20)
+    there = replace(
+        tiny_run(folder, mode=mode, sparsity=sparsity, steps=20, backend="cerebras"),
+        cerebras={"target": "cpu", "release": environment.release},
+    )
+    for run in (here, there):
+        record = finished(run, ledger)
+        assert record.status == "done", record.error
+    expected, found = losses(ledger, here), losses(ledger, there)
+    assert len(found) == 20
+    assert float(((found - expected) / expected).abs().max()) < LOSS_TOLERANCE
+    assert found[-4:].mean() < found[:4].mean()
+    report = json.loads((ledger.run_folder(there.run_id) / "validation_report.json").read_text())
+    assert report["all_valid"]
+    assert report["counted_sparsity"] == pytest.approx(sparsity, abs=0.01)
+
+
+@pytest.mark.modelzoo
+def test_the_converter_moves_rows_as_we_do_and_the_way_back_is_exact(
+    folder: Path, environment: SiteEnvironment, tmp_path: Path
+) -> None:
+    """Pruned weights keep every zero through Hugging Face -> Model Zoo -> Hugging Face, bit for bit, and weights that
+    are put under Model Zoo's names by us come back as they were."""
+    from safetensors.torch import load_file, save_file
+
+    checkpoint = check_checkpoint(str(folder))
+    converted = to_cerebras(checkpoint.path, checkpoint.fingerprint, environment)
+    run_there(environment, READ_MDL, converted.checkpoint, tmp_path / "cs.safetensors")
+    theirs = load_file(tmp_path / "cs.safetensors")
+    ours = TensorFiles(weight_files(folder))
+    pruned: dict[str, torch.Tensor] = {}
+    for name in matrix_shapes(folder):
+        assert torch.equal(interleaved(name, ours[name], checkpoint.shape.head_dim), theirs[cerebras_name(name)]), name
+        keep = torch.rand(ours[name].shape, generator=torch.Generator().manual_seed(len(name))) > 0.5
+        pruned[name] = ours[name] * keep
+        theirs[cerebras_name(name)] = interleaved(name, pruned[name], checkpoint.shape.head_dim).contiguous()
+
+    save_file(theirs, tmp_path / "merged.safetensors")
+    run_there(environment, WRITE_MDL, tmp_path / "merged.mdl", tmp_path / "merged.safetensors")
+    (tmp_path / "back").mkdir()
+    merged = replace(converted, checkpoint=tmp_path / "merged.mdl")
+    to_hugging_face(merged, read_config(folder)["model_type"], tmp_path / "back", environment)
+    [path] = (tmp_path / "back").rglob("*.safetensors")
+    back = load_file(path)
+    for name, weight in pruned.items():
+        assert torch.equal(back[name], weight), name
+        assert int((back[name] == 0).sum()) == int((weight == 0).sum()) > 0
+
+
+@pytest.mark.modelzoo
+@pytest.mark.parametrize("mode", ["dense", "sparse-to-dense", "sparse-to-sparse"])
+def test_each_mode_lowers_with_an_annotation_for_each_pruned_matrix(
+    llama: Path, environment: SiteEnvironment, mode: str, tmp_path: Path
+) -> None:
+    checkpoint = check_checkpoint(str(llama))
+    converted = to_cerebras(checkpoint.path, checkpoint.fingerprint, environment)
+    shapes = matrix_shapes(llama) if mode != "dense" else {}
+    protocol = tiny_run(llama).protocol
+    report = lower(tmp_path / "lowering", converted.config, shapes, mode, 0.5, protocol, environment)
+    assert report["cirh_files"] == 1
+    assert report["sparsity_annotations"] == len(shapes)
+
+
+@pytest.mark.modelzoo
+def test_without_a_cluster_a_csx_sweep_ends_before_it_trains(
+    llama: Path, environment: SiteEnvironment, tmp_path: Path
+) -> None:
+    command = [sys.executable, "-m", "tune_sparse", "sweep", "smoke", "--models", str(llama), "--backend", "cerebras"]
+    ran = subprocess.run(
+        [*command, "--results-dir", str(tmp_path / "results")], capture_output=True, text=True, timeout=240
+    )
+    assert ran.returncode == 2, ran.stderr
+    assert "training on a CS-3 needs a cluster, this machine knows none" in ran.stderr
+    assert "user node" in ran.stderr
+    assert not list((tmp_path / "results").glob("runs/*"))
+
+
+@pytest.mark.cerebras
+def test_an_operation_that_does_not_lower_is_named(environment: SiteEnvironment, tmp_path: Path) -> None:
+    with (tmp_path / "child.log").open("w") as log:
+        command = [str(environment.python), "-c", UNSUPPORTED, str(tmp_path)]
+        ran = subprocess.run(command, env=environment.variables(), stdout=log, stderr=log, cwd=tmp_path, timeout=300)
+    assert ran.returncode
+    error = failure_of(tmp_path / "child.log", ran.returncode)
+    assert "the compiler has no operation aten::_linalg_svd" in str(error)
+
+
+@pytest.mark.modelzoo
+def test_a_run_merges_to_the_weights_that_were_scored(
+    llama: Path, environment: SiteEnvironment, tmp_path: Path
+) -> None:
+    """`merge --run` of a cell that Cerebras trained is a checkpoint whose accuracy is the recorded one."""
+    from trainables.torch_backend import Bench
+    from tune_sparse.evaluate import score
+    from tune_sparse.merge import merge_run
+    from tune_sparse.models import load_model
+
+    ledger = Ledger(tmp_path / "results")
+    run = replace(tiny_run(llama, backend="cerebras"), cerebras={"target": "cpu", "release": environment.release})
+    record = finished(run, ledger)
+    merge_run(ledger, run.run_id, tmp_path / "merged")
+    bench = Bench()
+    loaded = bench.lend(run)
+    model = load_model(tmp_path / "merged", torch.float32, torch.device("cpu"))
+    scored = score(model, loaded.tokenizer, bench.rows(run, loaded).tests, run.protocol)
+    assert scored.metrics["accuracy"] == record.metrics["accuracy"]
+    assert all(
+        (weight == 0).float().mean() == pytest.approx(0.5, abs=0.01) for weight in prunable_weights(model).values()
+    )

@@ -1,0 +1,249 @@
+"""The training stage of a cell on Cerebras: written as files, run by the site's environment, read back and checked.
+
+What comes before and after, pruning, merging, scoring and validating, is that of every backend.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from typing import Protocol as Interface
+
+import torch
+
+from trainables.trainee import LoraTrainee, Trainee
+from trainables.training import WARM_UP_STEPS, Log, Training
+from tune_sparse.cerebras.appliance import label_of
+from tune_sparse.cerebras.conversion import cerebras_name, refuse_unconvertible, to_cerebras
+from tune_sparse.cerebras.environment import find_environment, refuse_unreachable_cluster
+from tune_sparse.cerebras.failures import ApplianceError, failure_of
+from tune_sparse.cerebras.guard import Ended, Guarded
+from tune_sparse.cerebras.job import CHILD, Start, new_lines, rows_in_order, trained_adapters, write_job
+from tune_sparse.config import Cerebras
+from tune_sparse.errors import RunError
+from tune_sparse.lora import sparse_lora_layers
+from tune_sparse.masks import Masks
+from tune_sparse.models import Shape, find_folder
+from tune_sparse.paths import read_json, write_json
+from tune_sparse.result import Ledger, Run, sha256_of
+from tune_sparse.tensor_files import TensorFiles, weight_files
+from tune_sparse.train import Step, batches, learning_rate_at, mean_loss
+
+if TYPE_CHECKING:
+    from trainables.pruned import Pruned
+    from trainables.torch_backend import Rows
+
+POLL_SECONDS = 0.1
+FIRST_LOSS_TOLERANCE = {"float32": 1e-3, "bfloat16": 3e-2}
+"""Of the pruned model's loss here, relative: the model that trains there must be that model. A dense checkpoint in its
+place, a rotary base that was lost, a mask on the wrong matrix would all show."""
+WAFER_TOLERANCE = 3e-2
+"""A wafer computes in half precision whatever the protocol says."""
+
+
+@dataclass(frozen=True)
+class Order:
+    """A training that is written in `folder`, to be begun where the Cerebras environment is."""
+
+    folder: Path
+    model_path: str
+    model_fingerprint: str
+    threads: int
+    settings: Cerebras
+    label: str | None
+    """of its appliance jobs; None where there is no appliance"""
+
+
+class Running(Interface):
+    """A training that was ordered."""
+
+    def ended(self) -> Ended | None:
+        """How it ended, or None while it waits or runs. Raises what kept it from beginning."""
+
+    def stop(self) -> None:
+        """Give back what it holds and ask for its end, without waiting."""
+
+
+Launch = Callable[[Order], Running]
+
+
+def begin(order: Order) -> Guarded:
+    """Begin a training on this machine. Raises `InputError` or `RunError` for what keeps it from beginning."""
+    environment = find_environment()
+    if order.settings.cerebras_target == "csx":
+        refuse_unreachable_cluster()
+    model = find_folder(order.model_path)
+    refuse_unconvertible(model)
+    converted = to_cerebras(model, order.model_fingerprint, environment)
+    base = {"config": str(converted.config), "checkpoint": str(converted.checkpoint)}
+    write_json(order.folder / "base.json", base)
+    command = [str(environment.python), str(CHILD), str(order.folder.resolve())]
+    limit = order.settings.train_timeout_seconds
+    return Guarded(order.folder, command, environment.variables(order.threads), order.label, limit)
+
+
+@dataclass(frozen=True)
+class CerebrasTraining:
+    """Trains a cell's adapters on Cerebras, and puts them into the trainee that scores them."""
+
+    settings: Cerebras
+    launch: Launch = begin
+
+    def __call__(
+        self, run: Run, trainee: Trainee, pruned: Pruned, rows: Rows, ledger: Ledger, log: Log
+    ) -> Generator[Step | None, None, Training]:
+        """Yields None while it waits. Raises `RunError` for what would come again, `ApplianceError` for the rest."""
+        assert isinstance(trainee, LoraTrainee), "the configuration refuses the other modes"
+        folder = job_folder(ledger, run.run_id)
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        label = label_of(results_label(ledger), run.identity) if self.settings.cerebras_target == "csx" else None
+        start = _start_of(run, trainee, pruned)
+        tokens = rows_in_order(rows.train, run.protocol, run.cell.seed)
+        write_job(folder, tokens, start, run.protocol, run.cell.seed, self.settings, [label] if label else [])
+        first = mean_loss(trainee.model, next(batches(rows.train, run.protocol, run.cell.seed)), run.protocol)
+        log(f"the training is written in {folder}, the pruned model's loss on the first rows is {first:.4f}")
+
+        order = Order(folder, run.model_path, run.model_fingerprint, run.protocol.threads, self.settings, label)
+        running = self.launch(order)
+        try:
+            training = yield from _followed(run, rows, folder, running, log, self._near(first, run.protocol.precision))
+        finally:
+            running.stop()
+        report = read_json(folder / "report.json")
+        _refuse_changed(report, run, pruned)
+        _write_adapters_into(trainee, folder)
+        (folder / "adapter.safetensors").unlink()  # the run's own adapter is the one that stays
+        log(f"trained by release {report['release']}: {sum(report['zeros'].values())} zeros stayed zero")
+        if self.settings.cerebras_target != "csx":
+            training.compile_seconds = None
+        return training
+
+    def _near(self, first: float, precision: str) -> Callable[[float], None]:
+        """Refuses a first loss that is not that of the pruned model."""
+        is_wafer = self.settings.cerebras_target == "csx"
+        tolerance = WAFER_TOLERANCE if is_wafer else FIRST_LOSS_TOLERANCE[precision]
+
+        def check(loss: float) -> None:
+            if not abs(loss - first) <= tolerance * first:
+                raise RunError(
+                    f"the model that trains on Cerebras must be the pruned one: its first loss must be {first:.5f} "
+                    f"within {tolerance:g} of it, got {loss:.5f}. Remove the conversion from the cache and try again."
+                )
+
+        return check
+
+
+def job_folder(ledger: Ledger, run_id: str) -> Path:
+    """Where a training is ordered and followed; its log stays there."""
+    return ledger.folder / "cerebras" / run_id
+
+
+def results_label(ledger: Ledger) -> str:
+    """Names the results folder in the labels of its jobs."""
+    return sha256_of(str(ledger.folder.resolve()))
+
+
+def confining_masks(run: Run, pruned: Pruned) -> Masks:
+    """What masks the update: there it is (W != 0), which leaves out a weight that is kept and happens to be 0."""
+    if run.cell.mode != "sparse-to-sparse":
+        return pruned.masks
+    return {name: mask & (pruned.weights[name] != 0) for name, mask in pruned.masks.items()}
+
+
+def _start_of(run: Run, trainee: LoraTrainee, pruned: Pruned) -> Start:
+    checkpoint = TensorFiles(weight_files(find_folder(run.model_path)))
+    updated = {
+        name: weight
+        for name, weight in pruned.weights.items()
+        if not torch.equal(weight.cpu(), (checkpoint[name].to(weight.dtype) * pruned.masks[name].cpu()))
+    }
+    layers = {name: layer.factors()[:2] for name, layer in sparse_lora_layers(trainee.adapted)}
+    return Start(pruned.masks, updated, layers, run.cell.mode == "sparse-to-sparse", _head_dim(trainee))
+
+
+def _followed(
+    run: Run, rows: Rows, folder: Path, running: Running, log: Log, check_first: Callable[[float], None]
+) -> Generator[Step | None, None, Training]:
+    """Each step as it is reported, until the training has ended well."""
+    training, protocol = Training(), run.protocol
+    upcoming = batches(rows.train, protocol, run.cell.seed)
+    before, read = math.nan, 0
+    while True:
+        ended = running.ended()  # asked first: what it wrote until then is read below
+        lines, read = new_lines(folder / "metrics.jsonl", read)
+        for line in lines:
+            if line["step"]:
+                batch = next(upcoming)
+                tokens = sum(len(row.context) + len(row.continuation) for row in batch)
+                rate = learning_rate_at(line["step"] - 1, protocol)
+                step = Step(line["step"], line["loss"], rate, len(batch), tokens, line["at"] - before)
+                _refuse_bad_loss(step)
+                if step.step == 1:
+                    check_first(step.loss)
+                    training.compile_seconds = step.seconds
+                training.add(step, cold=step.step <= WARM_UP_STEPS)
+                log.metrics(step=step.step, train_loss=step.loss, learning_rate=rate)
+                yield step
+            before = line["at"]
+        if ended is not None:
+            break
+        yield None
+        time.sleep(POLL_SECONDS)
+    if ended.why != "ended" or ended.returncode:
+        raise _failure(ended, folder, protocol.steps)
+    if training.steps != protocol.steps:
+        raise RunError(f"a training must report its {protocol.steps} steps, got {training.steps}. See {folder}")
+    return training
+
+
+def _refuse_bad_loss(step: Step) -> None:
+    if not math.isfinite(step.loss):
+        raise RunError(f"the training loss must stay finite, got {step.loss} at step {step.step}. Lower learning_rate.")
+
+
+def _failure(ended: Ended, folder: Path, steps: int) -> Exception:
+    log = folder / "child.log"
+    error: Exception
+    if ended.why == "timeout":
+        error = RunError(f"{steps} steps must end within train_timeout_seconds, they did not. Raise it. See {log}")
+    elif ended.why != "ended":
+        error = ApplianceError(f"the training was {ended.why}. See {log}")
+    else:
+        error = failure_of(log, ended.returncode)
+    if ended.cancelled.problem is None:
+        return error
+    jobs = f"a job may be left on the appliance: {ended.cancelled.problem}. Look with `csctl get jobs`"
+    return type(error)(f"{error}; {jobs}")
+
+
+def _refuse_changed(report: dict[str, Any], run: Run, pruned: Pruned) -> None:
+    """The frozen weights are what they were, and every zero is one still."""
+    found = [f"{name}: the frozen weight must not change in training" for name in report["changed"]]
+    for name, weight in pruned.weights.items():
+        wanted, counted = int((weight == 0).sum()), report["zeros"].get(cerebras_name(name))
+        if counted != wanted and (counted is not None or not pruned.masks[name].all()):
+            found.append(f"{name}: {wanted} weights must be 0 after the training, got {counted}")
+    if report["steps"] != run.protocol.steps:
+        found.append(f"{run.protocol.steps} steps must be trained, got {report['steps']}")
+    if found:
+        raise RunError("a training on Cerebras must leave the base alone: " + "; ".join(found))
+
+
+@torch.no_grad()
+def _write_adapters_into(trainee: LoraTrainee, folder: Path) -> None:
+    trained, layers = trained_adapters(folder, _head_dim(trainee)), dict(sparse_lora_layers(trainee.adapted))
+    if trained.keys() != layers.keys():
+        raise RunError(f"the trained adapter must have a lora_A and a lora_B for each matrix, see {folder}")
+    for name, layer in layers.items():
+        for own, factor in zip(layer.factors()[:2], trained[name], strict=True):
+            own.copy_(factor)
+
+
+def _head_dim(trainee: LoraTrainee) -> int:
+    return Shape.of(trainee.model.config).head_dim

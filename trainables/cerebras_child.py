@@ -1,0 +1,288 @@
+"""One training, or one lowering, with Cerebras Model Zoo: a program of the site's Cerebras environment.
+
+    python cerebras_child.py JOB_FOLDER
+
+It reads `job.json` of the folder and writes `metrics.jsonl` (a line a step), then `adapter.safetensors` and
+`report.json`. It imports nothing of tune_sparse, whose environment is another one; a backend exists once in a process.
+A file named `stop` in the folder ends the training before its next step.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import resource
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import cerebras.pytorch as cstorch
+import h5py
+import torch
+import torch.nn.functional as F
+import yaml
+from cerebras.appliance.cluster_config import ClusterConfig
+from cerebras.modelzoo.common.utils.model.lora import LoRA_Linear
+from cerebras.modelzoo.models.nlp.llama.model import LlamaModel
+from cerebras.modelzoo.models.nlp.mistral.model import MistralModel
+from cerebras.modelzoo.trainer import Trainer
+from cerebras.modelzoo.trainer.callbacks import Callback, Checkpoint, Logging, Lora, MixedPrecision, TrainingLoop
+from cerebras.modelzoo.trainer.loggers import Logger
+from safetensors.torch import load_file, save_file
+
+MODELS = {"llama": LlamaModel, "mistral": MistralModel}
+ADAMW_EPSILON = 1e-8
+"""of torch's AdamW"""
+REJECTED = ("norm_first", "use_ff_layer1_dropout")
+"""What the converter of release 2.10 writes and its models refuse."""
+
+
+class MaskedLoRALinear(LoRA_Linear):
+    """y = (W + s(BA)⊙(W != 0)) x + b: the update reaches only weights that are not 0."""
+
+    def forward(self, x):
+        update = (self.lora_B @ self.lora_A) * self.scaling
+        return F.linear(x, self.weight + update * (self.weight != 0).to(update.dtype), self.bias)
+
+
+class Adapters(Lora):
+    """LoRA layers in the decoder's linear layers, masked ones where the job says so."""
+
+    def __init__(self, job):
+        settings = {"r": job["rank"], "alpha": job["alpha"], "dropout": 0.0, "merge_weights": False}
+        super().__init__({**settings, "target_modules": ["TransformerDecoderLayer", "Linear"]})
+        self.is_masked = job["update_is_masked"]
+
+    def pre_setup(self, trainer):
+        super().pre_setup(trainer)
+        make = trainer.callbacks["model"].model
+
+        @functools.wraps(make)
+        def masked():
+            model = make()
+            for module in model.modules():
+                if type(module) is LoRA_Linear:
+                    module.__class__ = MaskedLoRALinear
+            return model
+
+        if self.is_masked:
+            trainer.callbacks["model"].model = masked
+
+
+class BaseSparsity(Callback):
+    """Static sparsity of the frozen weights, and of them alone: their zeros are annotated for the compiler.
+
+    Model Zoo's own callback would also mask the adapters, or refuse weights that no optimizer has.
+    """
+
+    def __init__(self, sparsity_by_weight):
+        self.sparsity_by_weight = sparsity_by_weight
+
+    def setup(self, trainer):
+        group = cstorch.sparse.Group()
+        for name, sparsity in self.sparsity_by_weight.items():
+            algorithm = cstorch.sparse.Static(sparsity=sparsity, init_method="from_zeros")
+            group.add(functools.partial(_is_named, "model." + name), algorithm)
+        trainer.model.apply(group)
+
+    def on_save_trainer_state(self, trainer, state_dict):
+        pass
+
+    def on_load_trainer_state(self, trainer, state_dict):
+        pass
+
+
+def _is_named(wanted, name, parameter):
+    return name == wanted
+
+
+class JsonLines(Logger):
+    """Each step's loss as a line of JSON, for the process that waits for it."""
+
+    def __init__(self, path):
+        self.stream = path.open("a", buffering=1)
+
+    def log_metrics(self, metrics, step):
+        values = {name: float(value) for name, value in metrics.items() if name == "loss" or "samples_per_sec" in name}
+        if "loss" in values:
+            self.write(step=step, **values)
+
+    def write(self, **values):
+        self.stream.write(json.dumps({"at": time.time(), **values}) + "\n")
+
+
+def main(folder):
+    job = {**json.loads((folder / "job.json").read_text()), **json.loads((folder / "base.json").read_text())}
+    rows = cstorch.utils.data.DataLoader(rows_of, write_rows(Path(job["rows"])), job["batch_size"])
+    trainer = trainer_of(job, folder)
+    start = None
+    if job["target"] != "validate":
+        trainer.early_exit.register((folder / "stop").exists)
+        start = str(folder / "start.mdl")
+        write_start(job, start)
+    started = time.time()
+    trainer.loggers[0].write(step=0)
+    trainer.fit(rows, ckpt_path=start)
+    report = {"seconds": time.time() - started, "release": cstorch.__version__}
+    report["peak_memory_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if job["target"] == "validate":
+        report.update(lowered(folder))
+    else:
+        report.update(write_adapter(job, folder))
+    write_json(folder / "report.json", report)
+
+
+def trainer_of(job, folder):
+    """Model Zoo's Trainer with the protocol of the job."""
+    config = yaml.safe_load(Path(job["config"]).read_text())["model"]
+    config = {name: value for name, value in config.items() if name not in REJECTED}
+    callbacks = [Adapters(job)]
+    if job["sparsity_by_weight"]:
+        callbacks.append(BaseSparsity(job["sparsity_by_weight"]))
+    return Trainer(
+        backend=backend_of(job, folder),
+        model_dir=str(folder / "model_dir"),
+        model=lambda: MODELS[config["name"]](dict(config)),
+        optimizer=functools.partial(optimizer_of, job),
+        schedulers=[functools.partial(schedule_of, job)],
+        precision=precision_of(job),
+        loop=TrainingLoop(num_steps=job["steps"], eval_frequency=None),
+        checkpoint=Checkpoint(steps=job["steps"], autoload_last_checkpoint=False),
+        logging=Logging(log_steps=1, log_level="INFO"),
+        callbacks=callbacks,
+        loggers=[JsonLines(folder / "metrics.jsonl")],
+        seed=job["seed"],
+    )
+
+
+def backend_of(job, folder):
+    if job["target"] == "cpu":
+        return cstorch.backend("CPU", artifact_dir=str(folder / "model_dir"))
+    if job["target"] == "validate":
+        return cstorch.backend("CSX", artifact_dir=str(folder / "model_dir"), validate_only=True)
+    asked = {name: job[name] for name in ("num_csx", "job_labels", "mount_dirs", "python_paths") if job[name]}
+    if job["timeout_seconds"]:
+        asked["job_time_sec"] = int(job["timeout_seconds"])  # the appliance ends the job, whatever becomes of us
+    cluster = ClusterConfig(**asked)
+    return cstorch.backend("CSX", artifact_dir=str(folder / "model_dir"), cluster_config=cluster)
+
+
+def optimizer_of(job, model):
+    """AdamW on the adapters."""
+    return cstorch.optim.AdamW(
+        [parameter for parameter in model.parameters() if parameter.requires_grad],
+        lr=job["learning_rate"],
+        betas=tuple(job["betas"]),
+        eps=ADAMW_EPSILON,
+        weight_decay=job["weight_decay"],
+        correct_bias=True,
+    )
+
+
+def schedule_of(job, optimizer):
+    """Linear warm-up, step i of w at (i + 1) / w of the peak, then a cosine that ends with the last step."""
+    peak, warmup = job["learning_rate"], job["warmup_steps"]
+    schedulers = cstorch.optim.lr_scheduler
+    fall = max(1, job["steps"] - 1 - warmup)
+    cosine = schedulers.CosineDecayLR(optimizer, peak, job["final_learning_rate"], fall)
+    if not warmup:
+        return cosine
+    rise = schedulers.LinearLR(optimizer, peak / warmup, peak * (warmup + 1) / warmup, warmup)
+    return schedulers.SequentialLR(optimizer, [rise, cosine], [warmup])
+
+
+def precision_of(job):
+    """Half precision where the protocol says so, and on a wafer, which has no other; gradients are clipped."""
+    is_mixed = job["precision"] != "float32" or job["target"] != "cpu"
+    return MixedPrecision(enabled=is_mixed, fp16_type="bfloat16", max_gradient_norm=job["max_grad_norm"])
+
+
+def write_rows(folder):
+    """The rows of every step as HDF5, (N, 3, T), once for all trainings on them; returns its folder."""
+    target = folder / "hdf5"
+    if not target.exists():
+        tokens = load_file(folder / "tokens.safetensors")
+        partial = folder / f".hdf5.{os.getpid()}.partial"
+        partial.mkdir()
+        rows, order = tokens["rows"].numpy(), tokens["order"].tolist()
+        with h5py.File(str(partial / "rows.h5"), "w") as file:
+            file.attrs["n_examples"] = len(order)
+            data = file.create_dataset("data", (len(order), *rows.shape[1:]), dtype="i4", chunks=(1, *rows.shape[1:]))
+            for start in range(0, len(order), 256):
+                data[start : start + 256] = rows[order[start : start + 256]]
+        try:
+            partial.rename(target)
+        except OSError:  # another training was faster
+            shutil.rmtree(str(partial))
+    return str(target)
+
+
+def rows_of(folder, batch_size):
+    """Model Zoo's own reader of HDF5, in the order of the file.
+
+    It runs on the appliance's input workers, which have Model Zoo and nothing of this file: all it needs is in it.
+    """
+    from cerebras.modelzoo.data.nlp.gpt.GptHDF5MapDataProcessor import GptHDF5MapDataProcessor
+
+    settings = {"data_processor": "GptHDF5MapDataProcessor", "data_dir": folder, "batch_size": batch_size}
+    return GptHDF5MapDataProcessor({**settings, "shuffle": False, "num_workers": 0}).create_dataloader()
+
+
+def write_start(job, path):
+    """The converted dense checkpoint, pruned, with the adapters that the training begins with."""
+    weights = dict(cstorch.load(job["checkpoint"], map_location="cpu")["model"])
+    weights.update(load_file(job["weights"]) if job["weights"] else {})
+    for name, keep in keep_masks(job).items():
+        weights[name] = weights[name] * keep
+        if name in job["sparsity_by_weight"]:
+            weights[name + "_mask"] = keep
+    weights.update(load_file(job["adapter"]))
+    cstorch.save({"model": {"model." + name: tensor for name, tensor in weights.items()}}, path)
+
+
+def keep_masks(job):
+    """{weight: which of its elements stay}, from packed bits."""
+    packed = load_file(job["masks"]) if job["masks"] else {}
+    return {name: unpacked(bits, job["shapes"][name]) for name, bits in packed.items()}
+
+
+def unpacked(bits, shape):
+    places = torch.arange(7, -1, -1, dtype=torch.uint8)
+    return ((bits[:, None] >> places) & 1).flatten()[: shape[0] * shape[1]].view(*shape).bool()
+
+
+def write_adapter(job, folder):
+    """Write what was trained; returns how many steps were, and which weights changed though they are frozen."""
+    steps = sum(1 for _ in (folder / "metrics.jsonl").open()) - 1
+    if (folder / "stop").exists():
+        return {"steps": steps, "stopped": True}
+    path = str(folder / "model_dir" / f"checkpoint_{job['steps']}.mdl")
+    trained = cstorch.load(path, map_location="cpu")["model"]
+    start = cstorch.load(str(folder / "start.mdl"), map_location="cpu")["model"]
+    factors = [name for name in trained if name.endswith(("lora_A", "lora_B"))]
+    adapter = {name[len("model.") :]: torch.tensor(trained[name].float().numpy()) for name in factors}
+    save_file(adapter, str(folder / "adapter.safetensors"))
+    changed = [name for name in start if name not in factors and not torch.equal(trained[name], start[name])]
+    zeros = {n: int((trained["model." + n] == 0).sum()) for n in job["sparsity_by_weight"]}
+    return {"steps": steps, "changed": sorted(changed), "zeros": zeros}
+
+
+def lowered(folder):
+    """What the compiler's front end made of the model."""
+    files = list((folder / "model_dir").rglob("cirh.mlir"))
+    text = "".join(path.read_text(errors="replace") for path in files)
+    return {"cirh_files": len(files), "cirh_bytes": len(text), "sparsity_annotations": text.count("cs.sparsity")}
+
+
+def write_json(path, value):
+    partial = path.with_name("." + path.name)
+    partial.write_text(json.dumps(value))
+    partial.replace(path)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
+    sys.stdout.flush()
+    os._exit(0)  # the appliance client's threads may not end by themselves

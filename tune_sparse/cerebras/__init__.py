@@ -1,0 +1,1 @@
+"""The site's Cerebras environment and appliance: found, asked, and given work. Nothing of it is imported here."""

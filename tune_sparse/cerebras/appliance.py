@@ -1,0 +1,76 @@
+"""The appliance's own queue of jobs, through its `csctl`."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+SECONDS = 20.0
+"""One question may take so long: a controller that is down must not hold a sweep."""
+TRIES = 2
+ENDED = {"SUCCEEDED", "FAILED", "CANCELLED"}
+LABEL = "tune_sparse"
+
+
+@dataclass(frozen=True)
+class Cancelled:
+    """What became of the jobs of a label."""
+
+    jobs: tuple[str, ...] = ()
+    problem: str | None = None
+    """Why it is not known that none is left, if it is not."""
+
+
+class AppliancesSilentError(Exception):
+    """`csctl` is missing, failed, or did not answer in time."""
+
+
+def label_of(results: str, run: str) -> str:
+    """The label that a run's jobs carry: at most 63 characters, as the appliance wants."""
+    return f"{LABEL}={results[:16]}-{run[:16]}"
+
+
+def jobs_with(label: str) -> list[str]:
+    """Names of the jobs, waiting or running, whose labels begin with `label`. Raises `AppliancesSilentError`."""
+    return [job for job, labels in _unfinished(_csctl(["get", "jobs"])) if any(x.startswith(label) for x in labels)]
+
+
+def cancel(label: str) -> Cancelled:
+    """Cancel the jobs whose labels begin with `label`. A controller that does not answer is asked once more."""
+    cancelled: list[str] = []
+    problem: str | None = None
+    for _ in range(TRIES):
+        try:
+            for job in jobs_with(label):
+                _csctl(["cancel", "job", job])
+                cancelled.append(job)
+            return Cancelled(tuple(dict.fromkeys(cancelled)))
+        except AppliancesSilentError as error:
+            problem = str(error)
+    return Cancelled(tuple(dict.fromkeys(cancelled)), problem)
+
+
+def _unfinished(table: str) -> list[tuple[str, list[str]]]:
+    """(job, its labels) of each line of `csctl get jobs`; columns differ from release to release."""
+    rows = (re.split(r"[\s,]+", line.strip()) for line in table.splitlines())
+    return [(row[0], row[1:]) for row in rows if row[0].startswith("wsjob-") and not ENDED & set(row)]
+
+
+def _csctl(arguments: Sequence[str]) -> str:
+    program = shutil.which("csctl")
+    if program is None:
+        raise AppliancesSilentError("csctl is not on PATH: it is on the user nodes of a CS-3")
+    asked = " ".join(["csctl", *arguments])
+    try:
+        answer = subprocess.run([program, *arguments], capture_output=True, text=True, timeout=SECONDS)
+    except subprocess.TimeoutExpired as error:
+        raise AppliancesSilentError(f"`{asked}` did not answer in {SECONDS:g} s") from error
+    except OSError as error:
+        raise AppliancesSilentError(f"`{asked}` cannot be run: {error}") from error
+    if answer.returncode:
+        said = (answer.stderr or answer.stdout).strip().splitlines()
+        raise AppliancesSilentError(f"`{asked}` failed with status {answer.returncode}: {said[-1] if said else ''}")
+    return answer.stdout

@@ -1,0 +1,178 @@
+"""Checkpoints between Hugging Face's format and Model Zoo's, through the converter of the site's release.
+
+| Hugging Face | Model Zoo |
+| --- | --- |
+| model.layers.N.self_attn.q_proj | transformer_decoder.layers.N.self_attn.proj_q_dense_layer |
+| model.layers.N.mlp.gate_proj | transformer_decoder.layers.N.ffn.ffn.0.linear_layer_for_glu |
+
+and so on. Model Zoo turns neighbouring pairs of a head's rows by the position, Hugging Face a row and the one half a
+head away: the converter interleaves the rows of q_proj and k_proj, and so must the rows of masks and of B be.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from tune_sparse.cerebras.content_cache import cached
+from tune_sparse.cerebras.environment import SiteEnvironment
+from tune_sparse.cerebras.failures import failure_of
+from tune_sparse.errors import InputError, RunError
+from tune_sparse.models import read_config
+from tune_sparse.paths import write_json
+from tune_sparse.tensor_files import INDEX, TensorFiles, weight_files
+
+MODEL_TYPES = ("llama", "mistral")
+"""Mixtral converts too, but Model Zoo's LoRA does not reach its experts, and sweeps do not train it yet."""
+CONVERSION_SECONDS = 7200
+NAMES = {
+    "self_attn.q_proj": "self_attn.proj_q_dense_layer",
+    "self_attn.k_proj": "self_attn.proj_k_dense_layer",
+    "self_attn.v_proj": "self_attn.proj_v_dense_layer",
+    "self_attn.o_proj": "self_attn.proj_output_dense_layer",
+    "mlp.gate_proj": "ffn.ffn.0.linear_layer_for_glu",
+    "mlp.up_proj": "ffn.ffn.0.linear_layer",
+    "mlp.down_proj": "ffn.ffn.1.linear_layer",
+}
+
+ROTATED = ("q_proj.weight", "k_proj.weight")
+
+
+@dataclass(frozen=True)
+class Converted:
+    """A checkpoint in Model Zoo's format."""
+
+    config: Path
+    checkpoint: Path
+
+
+def cerebras_name(weight: str) -> str:
+    """Of a prunable matrix: model.layers.0.mlp.up_proj.weight -> transformer_decoder.layers.0.ffn.ffn.0..."""
+    _, layers, number, *module, kind = weight.split(".")
+    return ".".join(("transformer_decoder", layers, number, NAMES[".".join(module)], kind))
+
+
+def hugging_face_name(weight: str) -> str:
+    """The inverse of `cerebras_name`."""
+    _, layers, number, *module, kind = weight.split(".")
+    back = {theirs: ours for ours, theirs in NAMES.items()}
+    return ".".join(("model", layers, number, back[".".join(module)], kind))
+
+
+def interleaved(weight: str, rows: Tensor, head_dim: int) -> Tensor:
+    """Rows (O, ...) of the matrix `weight`, or of its mask or its B, in the order of Model Zoo."""
+    if not weight.endswith(ROTATED):
+        return rows
+    return rows.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).reshape(rows.shape)
+
+
+def separated(weight: str, rows: Tensor, head_dim: int) -> Tensor:
+    """The inverse of `interleaved`."""
+    if not weight.endswith(ROTATED):
+        return rows
+    return rows.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).reshape(rows.shape)
+
+
+def refuse_unconvertible(folder: Path) -> None:
+    """Raise `InputError` for a model that Model Zoo would compute differently, or not at all."""
+    config = read_config(folder)
+    if config.get("model_type") not in MODEL_TYPES:
+        raise InputError(
+            f"the backend cerebras trains {' and '.join(MODEL_TYPES)} models, {folder} is {config.get('model_type')!r}."
+        )
+    heads, hidden = config["num_attention_heads"], config["hidden_size"]
+    rules = {
+        f"head_dim = hidden_size / num_attention_heads = {hidden // heads}": (
+            config.get("head_dim") in (None, hidden // heads),
+            config.get("head_dim"),
+        ),
+        "no rope scaling": (not _rope(config).get("rope_scaling"), _rope(config).get("rope_scaling")),
+        "no bias in attention and mlp": (not (config.get("attention_bias") or config.get("mlp_bias")), "one"),
+    }
+    for wanted, (holds, found) in rules.items():
+        if not holds:
+            raise InputError(f"the backend cerebras needs {wanted}, {folder} has {found}. Use --backend torch.")
+
+
+def to_cerebras(folder: Path, fingerprint: str, environment: SiteEnvironment) -> Converted:
+    """A Hugging Face checkpoint in Model Zoo's format, converted once for each content and format.
+
+    Raises `RunError` if the converter fails: nothing else is ever trained in its place.
+    """
+    target = environment.checkpoint_format
+
+    def convert(partial: Path) -> None:
+        source = partial / "source"
+        kind = _write_source(folder, source)
+        _convert(environment, kind, ["hf", target], source / "config.json", source / INDEX, partial, [])
+        shutil.rmtree(source)
+
+    return _converted_in(cached(f"{fingerprint[:32]}-{target}", convert))
+
+
+def to_hugging_face(converted: Converted, model_type: str, output: Path, environment: SiteEnvironment) -> None:
+    """Write a checkpoint of Model Zoo's format as a Hugging Face one, into a folder that exists."""
+    formats = [environment.checkpoint_format, "hf"]
+    export = ["--export-safetensors"]
+    _convert(environment, model_type, formats, converted.config, converted.checkpoint, output, export)
+
+
+def _converted_in(folder: Path) -> Converted:
+    configs, checkpoints = list(folder.glob("*.yaml")), list(folder.glob("*.mdl"))
+    if len(configs) != 1 or len(checkpoints) != 1:
+        raise RunError(f"a conversion must be one .yaml and one .mdl, {folder} has other files. Remove it.")
+    return Converted(configs[0], checkpoints[0])
+
+
+def _convert(
+    environment: SiteEnvironment,
+    model_type: str,
+    formats: Sequence[str],
+    config: Path,
+    checkpoint: Path,
+    output: Path,
+    extra: Sequence[str],
+) -> None:
+    command = [environment.python, "-m", "cerebras.modelzoo.cli.main", "checkpoint", "convert", "--model", model_type]
+    command += ["--src-fmt", formats[0], "--tgt-fmt", formats[1], "--config", config, "--output-dir", output]
+    log = output.with_name(f"{output.name}.log")
+    with log.open("w") as stream:
+        done = subprocess.run(
+            [*map(str, command), *extra, str(checkpoint)],
+            env=environment.variables(),
+            stdin=subprocess.DEVNULL,
+            stdout=stream,
+            stderr=stream,
+            timeout=CONVERSION_SECONDS,
+        )
+    if done.returncode:
+        raise failure_of(log, done.returncode)
+    log.unlink()
+
+
+def _write_source(folder: Path, source: Path) -> str:
+    """What the converter can read: an index, and a config with the names of transformers 4. Returns the model type."""
+    source.mkdir()
+    config = read_config(folder)
+    write_json(source / "config.json", {**config, **_rope(config)})
+    weights = TensorFiles(weight_files(folder))
+    for path in set(weights.paths.values()):
+        (source / path.name).symlink_to(path.resolve())
+    weight_map = {name: path.name for name, path in weights.paths.items()}
+    write_json(source / INDEX, {"metadata": {"total_size": 0}, "weight_map": weight_map})
+    return str(config["model_type"])
+
+
+def _rope(config: dict[str, Any]) -> dict[str, Any]:
+    """transformers 5 writes `rope_parameters`, which the converter would ignore without a word."""
+    rope = config.get("rope_parameters")
+    if rope is None:
+        return {"rope_theta": config.get("rope_theta", 10_000.0), "rope_scaling": config.get("rope_scaling")}
+    is_plain = rope.get("rope_type", "default") == "default"
+    return {"rope_theta": rope["rope_theta"], "rope_scaling": None if is_plain else rope}

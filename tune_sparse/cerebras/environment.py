@@ -1,0 +1,127 @@
+"""The site's Cerebras environment: where it is, what it holds, how a program is run in it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from tune_sparse.config import Cerebras
+from tune_sparse.errors import InputError, NotReadyError
+
+CLUSTER_CONFIG = Path("/opt/cerebras/config_v2")
+"""On a CS-3 user node: the address of the appliance."""
+RELEASES = ("2.6", "2.7", "2.8", "2.9", "2.10")
+"""Those whose Model Zoo was read; only 2.10 was run."""
+NEEDED = ("cerebras_pytorch", "torch", "transformers", "h5py", "safetensors")
+PROBE_SECONDS = 60
+PROBE = """
+import importlib.metadata as m, json, sys
+found = {}
+for name in %r:
+    try: found[name] = m.version(name)
+    except m.PackageNotFoundError: found[name] = None
+print(json.dumps({"python": sys.version.split()[0], "packages": found}))
+"""
+
+
+@dataclass(frozen=True)
+class SiteEnvironment:
+    """A virtual environment with cerebras_pytorch, and a checkout of Model Zoo."""
+
+    venv: Path
+    modelzoo: Path
+    """what PYTHONPATH needs: the checkout's `src`"""
+    python_version: str
+    packages: Mapping[str, str]
+
+    @property
+    def release(self) -> str:
+        return self.packages["cerebras_pytorch"]
+
+    @property
+    def python(self) -> Path:
+        return self.venv / "bin" / "python"
+
+    @property
+    def checkpoint_format(self) -> str:
+        """The newest that the release's converter reads and writes for Llama and Mistral."""
+        return "cs-2.9" if _major_minor(self.release) >= (2, 9) else "cs-2.5"
+
+    def variables(self, threads: int = 1) -> dict[str, str]:
+        """For a program in this environment. Ray's variables, and our own packages, are none of its business."""
+        own = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "PYTHON"))}
+        path = f"{self.venv / 'bin'}{os.pathsep}{own.get('PATH', '')}"  # torch-cirh-opt is found there
+        return own | {"PATH": path, "PYTHONPATH": str(self.modelzoo), "OMP_NUM_THREADS": str(threads)}
+
+
+def find_environment() -> SiteEnvironment:
+    """What CEREBRAS_VENV and MODELZOO name, asked what it holds. Raises `NotReadyError` for what is missing."""
+    venv, modelzoo = _folder_of("CEREBRAS_VENV"), _folder_of("MODELZOO")
+    if not (modelzoo / "cerebras" / "modelzoo").is_dir() and (modelzoo / "src" / "cerebras").is_dir():
+        modelzoo = modelzoo / "src"
+    if not (modelzoo / "cerebras" / "modelzoo").is_dir():
+        raise NotReadyError(
+            f"MODELZOO must name a checkout of Cerebras Model Zoo, {modelzoo} has no cerebras/modelzoo. Give its `src`."
+        )
+    python_version, packages = probed(venv)
+    missing = [name for name in NEEDED if not packages[name]]
+    if missing:
+        raise NotReadyError(
+            f"the Cerebras environment {venv} lacks {', '.join(missing)}. Install them there, with the pins of "
+            "cluster/constraints-cerebras.txt if it is yours to change."
+        )
+    found = SiteEnvironment(venv, modelzoo, python_version, {name: str(packages[name]) for name in NEEDED})
+    if not any(found.release == known or found.release.startswith(f"{known}.") for known in RELEASES):
+        raise InputError(f"the Cerebras release must be one of {', '.join(RELEASES)}, {venv} has {found.release}.")
+    return found
+
+
+def _folder_of(variable: str) -> Path:
+    value = os.environ.get(variable)
+    if not value:
+        raise NotReadyError(
+            f"the backend cerebras needs {variable}, which is not set. Set CEREBRAS_VENV to the site's virtual "
+            "environment and MODELZOO to the `src` of a checkout of Model Zoo; `tune-sparse doctor --cerebras` helps."
+        )
+    folder = Path(value).expanduser().resolve()
+    if not folder.is_dir():
+        raise NotReadyError(f"{variable} must name a folder, {folder} does not exist. Mend it.")
+    return folder
+
+
+@cache
+def probed(venv: Path) -> tuple[str, dict[str, str | None]]:
+    """(version of Python, {package: version or None}) of a virtual environment, without importing any of them."""
+    python = venv / "bin" / "python"
+    try:
+        asked = subprocess.run(
+            [python, "-I", "-c", PROBE % (NEEDED,)], capture_output=True, text=True, check=True, timeout=PROBE_SECONDS
+        )
+        found = json.loads(asked.stdout)
+    except (OSError, subprocess.SubprocessError, ValueError) as error:
+        raise NotReadyError(f"CEREBRAS_VENV must be a virtual environment, {python} does not run: {error}.") from error
+    return found["python"], found["packages"]
+
+
+def cerebras_identity(settings: Cerebras) -> dict[str, str]:
+    """What of the Cerebras side changes a result."""
+    return {"target": settings.cerebras_target, "release": find_environment().release}
+
+
+def refuse_unreachable_cluster() -> None:
+    """Raise `InputError` where no appliance is known, before anything is trained."""
+    if not CLUSTER_CONFIG.exists():
+        raise InputError(
+            f"training on a CS-3 needs a cluster, this machine knows none: {CLUSTER_CONFIG} does not exist. Start the "
+            "sweep on a user node of the CS-3, or set --cerebras-target cpu (trains on the CPU) or validate (lowers)."
+        )
+
+
+def _major_minor(release: str) -> tuple[int, int]:
+    major, minor, *_ = release.split(".")
+    return int(major), int(minor)

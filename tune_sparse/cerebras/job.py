@@ -1,0 +1,177 @@
+"""A training as the files that a program in the Cerebras environment reads, and the files that it leaves.
+
+job.json              the protocol, and the places of
+base.json             the converted checkpoint, dense, and of
+masks.safetensors     keep-masks, eight weights a byte
+weights.safetensors   matrices whose kept weights are not those of the checkpoint (a method that updates weights)
+adapter_start.safetensors   A (R, I) and B (O, R) that the training begins with
+start.mdl, model_dir/ what it works with, gone when it has ended
+metrics.jsonl         a line a step
+adapter.safetensors   A and B as trained
+report.json           seconds, steps, and whether the frozen weights are what they were
+child.log             what it said
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from tune_sparse.batching import padded
+from tune_sparse.cerebras.content_cache import cached
+from tune_sparse.cerebras.conversion import cerebras_name, hugging_face_name, interleaved, separated
+from tune_sparse.config import Cerebras, Protocol
+from tune_sparse.data import Encoded
+from tune_sparse.masks import Masks
+from tune_sparse.paths import write_json
+from tune_sparse.train import batches
+
+CHILD = Path(__file__).parents[2] / "trainables" / "cerebras_child.py"
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a training begins with. Matrices are named as in the Hugging Face checkpoint."""
+
+    masks: Masks
+    """bool, (O, I)"""
+    updated: Mapping[str, Tensor]
+    """matrices whose weights are not those of the checkpoint where they are kept: (O, I)"""
+    adapters: Mapping[str, tuple[Tensor, Tensor]]
+    """A: (R, I), B: (O, R)"""
+    update_is_masked: bool
+    head_dim: int
+
+
+def write_job(
+    folder: Path,
+    rows: Path,
+    start: Start,
+    protocol: Protocol,
+    seed: int,
+    settings: Cerebras,
+    job_labels: Sequence[str],
+) -> None:
+    """Write a training into an empty folder."""
+    masks = {cerebras_name(n): packed_bits(interleaved(n, m.cpu(), start.head_dim)) for n, m in start.masks.items()}
+    save_file(masks, folder / "masks.safetensors")
+    updated = {cerebras_name(n): interleaved(n, w.cpu(), start.head_dim).contiguous() for n, w in start.updated.items()}
+    if updated:
+        save_file(updated, folder / "weights.safetensors")
+    save_file(_named_adapters(start), folder / "adapter_start.safetensors")
+    places = {
+        "rows": str(rows.resolve()),
+        "masks": str((folder / "masks.safetensors").resolve()),
+        "weights": str((folder / "weights.safetensors").resolve()) if updated else None,
+        "adapter": str((folder / "adapter_start.safetensors").resolve()),
+        "shapes": {cerebras_name(name): list(mask.shape) for name, mask in start.masks.items()},
+    }
+    sparsities = {cerebras_name(name): 1 - float(mask.sum()) / mask.numel() for name, mask in start.masks.items()}
+    trained = {
+        "update_is_masked": start.update_is_masked,
+        "sparsity_by_weight": {name: sparsity for name, sparsity in sparsities.items() if sparsity},
+    }
+    job = places | trained | protocol_of(protocol, seed) | appliance_of(settings, job_labels)
+    write_json(folder / "job.json", job)
+
+
+def protocol_of(protocol: Protocol, seed: int) -> dict[str, Any]:
+    return {
+        "steps": protocol.steps,
+        "batch_size": protocol.global_batch,
+        "rank": protocol.lora_rank,
+        "alpha": protocol.lora_alpha,
+        "learning_rate": protocol.learning_rate,
+        "final_learning_rate": protocol.final_learning_rate,
+        "warmup_steps": protocol.warmup,
+        "betas": [protocol.beta1, protocol.beta2],
+        "weight_decay": protocol.weight_decay,
+        "max_grad_norm": protocol.max_grad_norm,
+        "precision": protocol.precision,
+        "seed": seed,
+    }
+
+
+def appliance_of(settings: Cerebras, job_labels: Sequence[str]) -> dict[str, Any]:
+    return {
+        "target": settings.cerebras_target,
+        "num_csx": settings.num_csx,
+        "mount_dirs": list(settings.mount_dirs),
+        "python_paths": list(settings.python_paths),
+        "timeout_seconds": settings.train_timeout_seconds,
+        "job_labels": list(job_labels),
+    }
+
+
+def packed_bits(mask: Tensor) -> Tensor:
+    """Eight elements a byte, the first one in the highest bit; the last byte is filled with zeros."""
+    flat = mask.flatten().to(torch.uint8)
+    flat = torch.cat([flat, flat.new_zeros(-len(flat) % 8)]).view(-1, 8)
+    return (flat << torch.arange(7, -1, -1, dtype=torch.uint8)).sum(1, dtype=torch.uint8)
+
+
+def rows_in_order(rows: Sequence[Encoded], protocol: Protocol, seed: int) -> Path:
+    """A folder of the cache with the rows of every step, in the order in which the torch backend trains on them.
+
+    `tokens.safetensors` has each row once and the order; the child makes of it the HDF5 file that Model Zoo reads.
+    """
+    tokens = encoded_tokens(rows, protocol.loss_on)
+    order = step_order(rows, protocol, seed)
+    content = hashlib.sha256(tokens.numpy().tobytes() + repr((tuple(tokens.shape), order)).encode()).hexdigest()
+
+    def write(folder: Path) -> None:
+        save_file({"rows": tokens, "order": torch.tensor(order)}, folder / "tokens.safetensors")
+
+    return cached(f"rows-{content[:32]}", write)
+
+
+def encoded_tokens(rows: Sequence[Encoded], loss_on: str) -> Tensor:
+    """(N, 3, T) int32: input ids, loss mask, and the ids that follow; T is the longest row, without its last token."""
+    batch = padded(rows, loss_on)
+    inputs, labels, learned = batch.ids[:, :-1], batch.ids[:, 1:], batch.learned[:, 1:]
+    return torch.stack([inputs, learned.long(), labels], dim=1).to(torch.int32)
+
+
+def step_order(rows: Sequence[Encoded], protocol: Protocol, seed: int) -> list[int]:
+    """Positions in `rows` of every row of every step: those of `tune_sparse.train.batches`."""
+    position = {id(row): at for at, row in enumerate(rows)}
+    steps = batches(rows, protocol, seed)
+    return [position[id(row)] for _ in range(protocol.steps) for row in next(steps)]
+
+
+def new_lines(path: Path, after: int) -> tuple[list[dict[str, Any]], int]:
+    """Whole lines of a growing file of JSON from the byte `after` on, and where they end."""
+    if not path.exists():
+        return [], after
+    with path.open("rb") as stream:
+        stream.seek(after)
+        whole = stream.read().rpartition(b"\n")
+    return [json.loads(line) for line in whole[0].splitlines()], after + len(whole[0]) + len(whole[1])
+
+
+def trained_adapters(folder: Path, head_dim: int) -> dict[str, tuple[Tensor, Tensor]]:
+    """A (R, I) and B (O, R) as trained, by the matrices' names in the Hugging Face checkpoint."""
+    tensors = load_file(folder / "adapter.safetensors")
+    found = {}
+    for name in tensors:
+        if name.endswith("lora_A"):
+            module = name.removesuffix("lora_A")
+            weight = hugging_face_name(f"{module}weight")
+            found[weight] = (tensors[name], separated(weight, tensors[f"{module}lora_B"], head_dim))
+    return found
+
+
+def _named_adapters(start: Start) -> dict[str, Tensor]:
+    named: dict[str, Tensor] = {}
+    for weight, (A, B) in start.adapters.items():
+        module, rows = cerebras_name(weight).removesuffix("weight"), interleaved(weight, B, start.head_dim)
+        named |= {f"{module}lora_A": A.detach().cpu().contiguous(), f"{module}lora_B": rows.detach().cpu().contiguous()}
+    return named

@@ -1,0 +1,185 @@
+"""What is done once before a sweep trains on Cerebras: left-overs ended, models converted, each kind lowered."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from tune_sparse.cerebras import appliance
+from tune_sparse.cerebras.conversion import NAMES, cerebras_name, to_cerebras
+from tune_sparse.cerebras.environment import SiteEnvironment, find_environment, refuse_unreachable_cluster
+from tune_sparse.cerebras.failures import failure_of
+from tune_sparse.cerebras.guard import STOP_SECONDS, Guarded, is_guarded, remove_working_files
+from tune_sparse.cerebras.job import CHILD, appliance_of, protocol_of
+from tune_sparse.config import Cerebras, Protocol, SweepConfig
+from tune_sparse.errors import DISK_FULL, InputError
+from tune_sparse.models import Checkpoint
+from tune_sparse.paths import read_json, write_json
+from tune_sparse.result import Ledger, sha256_of
+from tune_sparse.tensor_files import TensorFiles, weight_files
+
+POLL_SECONDS = 0.2
+CHECKPOINT_BYTES = 8
+"""Of each weight while a training runs: float32 where it begins, and in its last checkpoint."""
+
+
+@dataclass(frozen=True)
+class Lowering:
+    """What the compiler's front end made of one kind of model."""
+
+    model: str
+    mode: str
+    precision: str
+    seconds: float
+    peak_memory_bytes: int
+    sparsity_annotations: int
+    sparse_matrices: int
+
+    def described(self) -> str:
+        return (
+            f"{self.model} {self.mode} {self.precision}: lowered in {self.seconds:.0f} s with "
+            f"{self.peak_memory_bytes / 1e9:.1f} GB, {self.sparsity_annotations} sparsity annotations for "
+            f"{self.sparse_matrices} pruned matrices"
+        )
+
+
+def prepare_cerebras(
+    config: SweepConfig, checkpoints: Sequence[Checkpoint], ledger: Ledger, report: Callable[[str], None]
+) -> None:
+    """Make a results folder, whose holder the caller is, and its models ready to train on Cerebras.
+
+    Before a csx sweep each kind of model is lowered once. Raises `InputError` or `RunError` for what would stop every
+    trial.
+    """
+    environment = find_environment()
+    for problem in end_leftovers(ledger, config.cerebras):
+        report(problem)
+    for checkpoint in checkpoints:
+        to_cerebras(checkpoint.path, checkpoint.fingerprint, environment)
+    if config.cerebras.cerebras_target == "csx":
+        refuse_unreachable_cluster()
+        for lowering in lower_all(config, checkpoints, ledger):
+            report(lowering.described())
+
+
+def end_leftovers(ledger: Ledger, settings: Cerebras) -> Iterator[str]:
+    """End what an earlier sweep of this results folder left: trainings, their large files, and jobs on the appliance.
+
+    Yields what could not be made sure of.
+    """
+    folders = [path for path in (ledger.folder / "cerebras").glob("*") if path.is_dir()]
+    for folder in folders:
+        (folder / "stop").touch()
+    deadline = time.monotonic() + 3 * STOP_SECONDS
+    while any(is_guarded(folder) for folder in folders) and time.monotonic() < deadline:
+        time.sleep(POLL_SECONDS)
+    for folder in folders:
+        remove_working_files(folder)
+    if settings.cerebras_target == "csx":
+        label = appliance.label_of(sha256_of(str(ledger.folder.resolve())), "")
+        problem = appliance.cancel(label).problem
+        if problem:
+            yield f"jobs of an earlier sweep may be left on the appliance: {problem}"
+
+
+def lower_all(config: SweepConfig, checkpoints: Sequence[Checkpoint], ledger: Ledger) -> Iterator[Lowering]:
+    """Lower each distinct (model, mode, precision) of a sweep. Raises `RunError` that names what has no lowering."""
+    environment, precision = find_environment(), config.protocol.precision
+    for checkpoint in checkpoints:
+        protocol = config.protocol.within(checkpoint.shape.context_tokens)
+        converted = to_cerebras(checkpoint.path, checkpoint.fingerprint, environment)
+        for mode in modes_of(config):
+            shapes = matrix_shapes(checkpoint.path) if mode != "dense" else {}
+            folder = ledger.folder / "cerebras" / f"lowering_{checkpoint.name}_{mode}_{precision}"
+            report = lower(folder, converted.config, shapes, mode, max(config.sparsities), protocol, environment)
+            yield Lowering(
+                checkpoint.name,
+                mode,
+                precision,
+                report["seconds"],
+                report["peak_memory_bytes"],
+                report["sparsity_annotations"],
+                len(shapes),
+            )
+
+
+def modes_of(config: SweepConfig) -> list[str]:
+    """The modes that are trained: at sparsity 0 every mode is the dense one."""
+    sparse = [mode for mode in config.modes if mode != "dense"] if any(config.sparsities) else []
+    return (["dense"] if 0 in config.sparsities or "dense" in config.modes else []) + sparse
+
+
+def lower(
+    folder: Path,
+    model_config: Path,
+    shapes: dict[str, tuple[int, ...]],
+    mode: str,
+    sparsity: float,
+    protocol: Protocol,
+    environment: SiteEnvironment,
+) -> dict[str, Any]:
+    """Lower one kind of model in `folder`; returns the child's report. shapes: of the pruned matrices, (O, I)."""
+    shutil.rmtree(folder, ignore_errors=True)
+    (folder / "rows").mkdir(parents=True)
+    rows = torch.zeros(1, 3, protocol.max_tokens - 1, dtype=torch.int32)
+    order = torch.zeros(protocol.global_batch, dtype=torch.long)
+    save_file({"rows": rows, "order": order}, folder / "rows" / "tokens.safetensors")
+    kind = {
+        "update_is_masked": mode == "sparse-to-sparse",
+        "sparsity_by_weight": {cerebras_name(name): sparsity for name in shapes},
+        "rows": str((folder / "rows").resolve()),
+    }
+    one_step = {"steps": 1, "warmup_steps": 0}
+    job = kind | protocol_of(protocol, 0) | one_step | appliance_of(Cerebras(cerebras_target="validate"), [])
+    write_json(folder / "job.json", job)
+    write_json(folder / "base.json", {"config": str(model_config)})
+    command = [str(environment.python), str(CHILD), str(folder.resolve())]
+    guarded = Guarded(folder, command, environment.variables(protocol.threads))
+    try:
+        while (ended := guarded.ended()) is None:
+            time.sleep(POLL_SECONDS)
+    finally:
+        guarded.stop()
+    if ended.returncode:
+        raise failure_of(folder / "child.log", ended.returncode)
+    found: dict[str, Any] = read_json(folder / "report.json")
+    return found
+
+
+def refuse_full(folder: Path, needed_bytes: int) -> None:
+    """Raise `InputError` if the file system, or a quota on it, has no room for `needed_bytes`.
+
+    Free space says nothing of a quota: the room is asked for, and given back, where the file system knows how.
+    """
+    problem = "No space left on device" if needed_bytes > shutil.disk_usage(folder).free else ""
+    program, probe = shutil.which("fallocate"), folder / ".room"
+    if not problem and program is not None:
+        try:
+            asked = subprocess.run([program, "-l", str(needed_bytes), str(probe)], capture_output=True, text=True)
+        finally:
+            probe.unlink(missing_ok=True)
+        problem = next((message for message in DISK_FULL if message in asked.stderr), "")
+    if problem:
+        raise InputError(
+            f"trainings on Cerebras need {needed_bytes / 1e9:.2g} GB at a time in {folder}: {problem}. Free some, or "
+            "give another --results-dir."
+        )
+
+
+def working_bytes(checkpoints: Sequence[Checkpoint], trainings_at_once: int) -> int:
+    """What trainings write while they run, at most: two checkpoints of the largest model each."""
+    weights = max(c.shape.pruned_weights + 2 * c.shape.vocabulary * c.shape.hidden for c in checkpoints)
+    return CHECKPOINT_BYTES * weights * trainings_at_once
+
+
+def matrix_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    weights = TensorFiles(weight_files(folder))
+    return {n: s for n, s in weights.shapes.items() if any(n.endswith(f".{end}.weight") for end in NAMES)}
