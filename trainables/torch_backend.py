@@ -216,7 +216,8 @@ def _stages(
     judged_by = headline(untuned)
     log(f"pruned to {sparsity_of(pruned.masks):.4f}, {judged_by} before tuning {untuned[judged_by]:.4f}")
 
-    trainee = MODES[cell.mode].begin(model, protocol, pruned.masks, cell.seed)
+    adapted = {"modules": run.super_adapter.space.modules} if run.super_adapter else {}
+    trainee = MODES[cell.mode].begin(model, protocol, pruned.masks, cell.seed, **adapted)
     log(trainee.described())
     trained_rows = [(len(row.context) + len(row.continuation), len(row.continuation)) for row in rows.train]
     flops = training_flops(pruned.masks, loaded.shape, trained_rows, protocol.lora_rank, trainee.trains_factors)
@@ -229,7 +230,7 @@ def _stages(
     with accelerator_for(trainee.mixed_precision).autocast():
         trained = _outputs(trainee.model, rows.train[: protocol.micro_batch])
     is_exact, model = trainee.is_merged_exactly, trainee.plain_model()
-    write_weights_into(model, deployed.trained)
+    write_weights_into(model, pruned.weights | deployed.trained)
     merged = _outputs(model, rows.train[: protocol.micro_batch])
     violations += _merge_violations(trained, merged, is_exact)
 
@@ -237,7 +238,7 @@ def _stages(
     if deployed.final is not None:
         before_mask = score(model, tokenizer, rows.tests, protocol)
         write_outcomes(folder / "examples_before_merge.parquet", before_mask.outcomes)
-        write_weights_into(model, deployed.final)
+        write_weights_into(model, pruned.weights | deployed.final)
     scoring_started = time.perf_counter()
     scored = score(model, tokenizer, rows.tests, protocol)
     scoring_seconds = time.perf_counter() - scoring_started
