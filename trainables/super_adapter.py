@@ -31,7 +31,9 @@ class SampledSlices:
         """Once before each step: a rank that were drawn in the forward would be drawn again where activation
         checkpointing computes it again."""
         space = self.super_adapter.space
-        set_ranks_into(self.trainee.adapted, space, space.drawn(self.layers, step, self.seed, self.super_adapter.sampling))
+        set_ranks_into(
+            self.trainee.adapted, space, space.drawn(self.layers, step, self.seed, self.super_adapter.sampling)
+        )
 
     def widen_into(self) -> None:
         space = self.super_adapter.space
