@@ -222,9 +222,11 @@ class DiarySearch(Searcher):
 
     def is_beaten(self, trial_id: str, marks: str) -> bool:
         """Whether a running candidate that has answered so much can stop."""
-        ranks = self._running[trial_id].ranks
+        return self._beater(self._running[trial_id].ranks, marks) is not None
+
+    def _beater(self, ranks: Ranks, marks: str) -> str | None:
         self._race.enter(key_of(ranks), self._cost(ranks), Marks.of(marks))
-        return self._is_racing and self._race.beaten_by(key_of(ranks)) is not None
+        return self._race.beaten_by(key_of(ranks)) if self._is_racing else None
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """The scheduler has seen it."""
@@ -233,8 +235,9 @@ class DiarySearch(Searcher):
         suggestion = self._running.pop(trial_id, None)
         if suggestion is None or error or not result:
             return  # stopped from outside, or its worker was lost: the next start of the search takes it up
-        key = key_of(suggestion.ranks)
-        beater = None if result["error"] or not self._is_racing else self._race.beaten_by(key)
+        beater = None
+        if result["error"] is None and not Marks.of(result["marks"]).is_complete:
+            beater = self._beater(suggestion.ranks, result["marks"])
         known = self._judged(suggestion.ranks, result["marks"], result["error"], beater)
         if known["state"] != "open":
             self._tell(suggestion, known, Marks.of(result["marks"]).count)
