@@ -12,9 +12,10 @@ from dataclasses import dataclass, field
 from functools import cache
 from math import comb, sqrt
 
-LEVEL = 0.01
-"""A candidate stops when another is more accurate with at most this p-value: a candidate is compared often."""
-STAGES = (0.05, 0.1, 0.2, 0.4, 1.0)
+LEVEL_OF_FRONT, LEVEL_OF_BEST = 0.1, 0.15
+"""A candidate stops when another is more accurate with at most this p-value; the first where costs count too, since
+each member of a front is wanted. They are of single comparisons, chosen by what they cost and lose: docs/search.md."""
+STAGES = (0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0)
 """The fractions of the examples that are answered after each stage."""
 WARM_UP = 8
 """So many candidates answer everything; on what they disagree is asked first from then on."""
@@ -106,12 +107,15 @@ class Race:
     n: int
     minimises_cost: bool
     """Whether a cheaper candidate is spared by a better one that costs more."""
-    level: float = LEVEL
     costs: dict[str, float] = field(default_factory=dict)
     marks: dict[str, Marks] = field(default_factory=dict)
 
     def enter(self, key: str, cost: float, marks: Marks) -> None:
         self.costs[key], self.marks[key] = cost, marks
+
+    @property
+    def level(self) -> float:
+        return LEVEL_OF_FRONT if self.minimises_cost else LEVEL_OF_BEST
 
     def beaten_by(self, key: str) -> str | None:
         """A candidate that costs no more, where costs count, and is significantly more accurate; the one that has
@@ -142,14 +146,14 @@ class Race:
         return front
 
     def winner(self) -> str:
-        """The cheapest of the front whose accuracy is within one paired standard error of the best (the rule of
-        Breiman et al. 1984, section 3.4.3); without costs the most accurate, of equal ones the cheapest."""
+        """The cheapest of the front whose accuracy is within one paired standard error of the best, that of McNemar's
+        test (the rule of Breiman et al. 1984, section 3.4.3); without costs the most accurate."""
         front = self.front()
         best = front[-1]
         if not self.minimises_cost:
             return best
-        marks = self.marks
-        return next(k for k in front if k == best or difference_interval(marks[best], marks[k], z=1.0)[1] <= 0)
+        counts = {key: won(self.marks[best], self.marks[key]) for key in front}
+        return next(key for key, (wins, losses) in counts.items() if (wins - losses) ** 2 <= wins + losses)
 
 
 def hypervolume(points: Collection[tuple[float, float]], reference: tuple[float, float]) -> float:

@@ -6,9 +6,7 @@ W: (O, I) pruned, A: (R, I), B: (O, R), M: (O, I). The slice of rank r is B[:, :
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -109,7 +107,7 @@ class Slices:
         for name, layer in self.layers.items():
             rank, module = self.space.rank_of(name, ranks), name.removesuffix(".weight")
             if rank:
-                sliced[module] = (rank, alpha_for(layer.scaling, rank))
+                sliced[module] = (rank, layer.scaling * rank)
                 tensors[f"base_model.model.{module}.lora_A.weight"] = layer.A[:rank].contiguous()
                 tensors[f"base_model.model.{module}.lora_B.weight"] = layer.B[:, :rank].contiguous()
         save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
@@ -123,15 +121,3 @@ class Slices:
         )
         written.save_pretrained(str(folder))
         write_json(folder / MARKER, vars(self.marker))
-
-
-def alpha_for(scaling: float, rank: int) -> float:
-    """The alpha with alpha / rank == scaling, to the last bit."""
-    alpha = scaling * rank
-    near = (alpha, math.nextafter(alpha, math.inf), math.nextafter(alpha, 0.0))
-    return next((a for a in near if a / rank == scaling), alpha)
-
-
-def adapted_sizes(sizes: Mapping[str, tuple[int, int]], space: Space) -> dict[str, tuple[int, int]]:
-    """Those of `sizes`, {matrix: (O, I)}, that the space adapts."""
-    return {name: size for name, size in sizes.items() if name.split(".")[-2] in space.modules}
