@@ -11,7 +11,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -279,8 +279,7 @@ def _prove(
     front, winner = race.front(), by_key[race.winner()].ranks
     maximal = plan.parameters(space.maximal(layers))
     chosen = {"winner": winner, "heuristic": space.heuristic(layers)}
-    for name, ranks in chosen.items():
-        _finish(plan, ledger, name, ranks, folder, workers)
+    _finish(plan, ledger, chosen, folder, workers)
     plain = plan.plain_run(plan.parameters(winner))
     stopped = _train(plain, ledger, plan.config.sweep, workers, report)
     if stopped:
@@ -327,25 +326,25 @@ def _on_test(outcomes: Sequence[Outcome], maximal: Sequence[Outcome], parameters
     }
 
 
-def _finish(plan: SearchPlan, ledger: Ledger, name: str, ranks: Ranks, folder: Path, workers: int) -> None:
-    """Let a worker write, merge, validate and score a slice in `folder/name`, unless that was done before."""
+def _finish(plan: SearchPlan, ledger: Ledger, chosen: Mapping[str, Ranks], folder: Path, workers: int) -> None:
+    """Let workers write, merge, validate and score slices in `folder/<name>`, unless that was done before."""
     from ray import tune
 
     from trainables.candidate import CandidateTrainable
 
-    done = folder / name / "result.json"
-    if done.exists() and read_json(done)["ranks"] == ranks:
-        return
-    shutil.rmtree(folder / name, ignore_errors=True)
-    trial = {
-        "run": plan.run.as_config(),
-        "results_dir": str(ledger.folder.resolve()),
-        "ranks": ranks,
-        "stages": [],
-        "folder": str((folder / name).resolve()),
-    }
-    fit_trials(CandidateTrainable, [trial], plan.config.sweep, workers, tune.Callback())
-    if not done.exists():
-        raise RunError(
-            f"a slice must pass its validation, the {name} of {plan.search_id} did not. See {folder / name}."
-        )
+    left = {name: ranks for name, ranks in chosen.items() if not _is_finished(folder / name, ranks)}
+    trials = []
+    for name, ranks in left.items():
+        shutil.rmtree(folder / name, ignore_errors=True)
+        places = {"results_dir": str(ledger.folder.resolve()), "folder": str((folder / name).resolve())}
+        trials.append({"run": plan.run.as_config(), "ranks": ranks, "stages": [], **places})
+    if trials:
+        fit_trials(CandidateTrainable, trials, plan.config.sweep, min(workers, len(trials)), tune.Callback())
+    for name, ranks in left.items():
+        if not _is_finished(folder / name, ranks):
+            raise RunError(f"a slice must pass its validation, the {name} in {folder} did not. See its report there.")
+
+
+def _is_finished(folder: Path, ranks: Ranks) -> bool:
+    done = folder / "result.json"
+    return done.exists() and read_json(done)["ranks"] == ranks
