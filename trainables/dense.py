@@ -1,5 +1,7 @@
 """Dense: (W + sBA)x is trained, W + sBA is deployed."""
 
+from collections.abc import Sequence
+
 from peft import PeftModel
 from transformers import PreTrainedModel
 
@@ -8,11 +10,14 @@ from trainables.trainee import LoraTrainee
 from tune_sparse.config import Protocol
 from tune_sparse.lora import adapt_model, merged_weights
 from tune_sparse.masks import Masks
+from tune_sparse.models import PRUNED
 
 
-def begin(model: PreTrainedModel, protocol: Protocol, masks: Masks, seed: int) -> LoraTrainee:
+def begin(
+    model: PreTrainedModel, protocol: Protocol, masks: Masks, seed: int, modules: Sequence[str] = PRUNED
+) -> LoraTrainee:
     """The update reaches every weight."""
-    return LoraTrainee(adapt_model(model, protocol, None, seed), masks, "dense", deploy)
+    return LoraTrainee(adapt_model(model, protocol, None, seed, modules), masks, "dense", deploy)
 
 
 def deploy(adapted: PeftModel, masks: Masks) -> Deployed:

@@ -17,7 +17,18 @@ def deployed_by(run: Run, ledger: Ledger, bench: Bench) -> tuple[Loaded, Masks]:
 
     Raises `InputError` for a base model that changed, or masks that do not come out as they were trained.
     """
-    record, folder = ledger.record(run.run_id), ledger.run_folder(run.run_id)
+    loaded, masks = pruned_by(run, ledger, bench)
+    folder = ledger.run_folder(run.run_id)
+    if run.cell.mode == "masked-finetuning":
+        write_weights_into(loaded.model, load_file(folder / "weights" / "weights.safetensors"))
+    else:
+        merge_adapter_into(loaded.model, folder / "adapter", masks)
+    return loaded, masks
+
+
+def pruned_by(run: Run, ledger: Ledger, bench: Bench) -> tuple[Loaded, Masks]:
+    """The pruned model that a finished run trained on, and its masks. Raises as `deployed_by`."""
+    record = ledger.record(run.run_id)
     assert record is not None
     loaded = bench.lend(run)
     pruned = bench.pruner.prune(run, loaded, bench.rows(run, loaded).train if run.is_calibrated else ())
@@ -28,8 +39,4 @@ def deployed_by(run: Run, ledger: Ledger, bench: Bench) -> tuple[Loaded, Masks]:
             f"{pruned.checksum[:12]}. Rebuild it with the version of this program that ran it."
         )
     write_weights_into(loaded.model, pruned.weights)
-    if run.cell.mode == "masked-finetuning":
-        write_weights_into(loaded.model, load_file(folder / "weights" / "weights.safetensors"))
-    else:
-        merge_adapter_into(loaded.model, folder / "adapter", pruned.masks)
     return loaded, pruned.masks

@@ -1,5 +1,7 @@
 """Sparse-to-dense: (W⊙M + sBA)x is trained, (W⊙M + sBA)⊙M is deployed: the last mask removes what filled the zeros."""
 
+from collections.abc import Sequence
+
 from peft import PeftModel
 from transformers import PreTrainedModel
 
@@ -8,11 +10,14 @@ from trainables.trainee import LoraTrainee
 from tune_sparse.config import Protocol
 from tune_sparse.lora import adapt_model, lost_fraction, merged_weights, updates
 from tune_sparse.masks import Masks, masked
+from tune_sparse.models import PRUNED
 
 
-def begin(model: PreTrainedModel, protocol: Protocol, masks: Masks, seed: int) -> LoraTrainee:
+def begin(
+    model: PreTrainedModel, protocol: Protocol, masks: Masks, seed: int, modules: Sequence[str] = PRUNED
+) -> LoraTrainee:
     """The update reaches every weight, the pruned ones too."""
-    return LoraTrainee(adapt_model(model, protocol, None, seed), masks, "sparse-to-dense", deploy)
+    return LoraTrainee(adapt_model(model, protocol, None, seed, modules), masks, "sparse-to-dense", deploy)
 
 
 def deploy(adapted: PeftModel, masks: Masks) -> Deployed:

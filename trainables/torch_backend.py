@@ -244,7 +244,8 @@ def _stages(
     log(f"pruned to {sparsity_of(pruned.masks):.4f}, {judged_by} before tuning {untuned[judged_by]:.4f}")
 
     masks = confining_masks(run, pruned) if run.cerebras else pruned.masks
-    trainee = MODES[cell.mode].begin(model, protocol, masks, cell.seed)
+    adapted = {"modules": run.super_adapter.space.modules} if run.super_adapter else {}
+    trainee = MODES[cell.mode].begin(model, protocol, masks, cell.seed, **adapted)
     log(trainee.described())
     trained_rows = [(len(row.context) + len(row.continuation), len(row.continuation)) for row in rows.train]
     flops = training_flops(pruned.masks, loaded.shape, trained_rows, protocol.lora_rank, trainee.trains_factors)
@@ -257,7 +258,7 @@ def _stages(
     with accelerator_for(trainee.mixed_precision).autocast():
         trained = _outputs(trainee.model, rows.train[: protocol.micro_batch])
     is_exact, model = trainee.is_merged_exactly, trainee.plain_model()
-    write_weights_into(model, deployed.trained)
+    write_weights_into(model, pruned.weights | deployed.trained)
     merged = _outputs(model, rows.train[: protocol.micro_batch])
     violations += _merge_violations(trained, merged, is_exact)
 
@@ -265,7 +266,7 @@ def _stages(
     if deployed.final is not None:
         before_mask = score(model, tokenizer, rows.tests, protocol)
         write_outcomes(folder / "examples_before_merge.parquet", before_mask.outcomes)
-        write_weights_into(model, deployed.final)
+        write_weights_into(model, pruned.weights | deployed.final)
     scoring_started = time.perf_counter()
     scored = score(model, tokenizer, rows.tests, protocol)
     scoring_seconds = time.perf_counter() - scoring_started

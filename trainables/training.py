@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 from typing import Protocol as Interface
 
+from trainables.super_adapter import SampledSlices
 from trainables.trainee import Trainee
 from tune_sparse.data import Encoded
 from tune_sparse.result import Run
@@ -99,9 +100,13 @@ def train(
         lines.append(values)
         log.metrics(**values)
 
+    slices = SampledSlices.of(run, trainee)
     saved, first = time.monotonic(), training.steps
     accelerator = accelerator_for(trainee.mixed_precision)
-    for step in fit(trainee.model, optimizer, rows, protocol, run.cell.seed, training.steps, accelerator):
+    seed, draw_into = run.cell.seed, slices.draw_into if slices else None
+    for step in fit(trainee.model, optimizer, rows, protocol, seed, training.steps, accelerator, draw_into):
+        if slices:
+            slices.widen_into()
         training.add(step, cold=step.step - first <= WARM_UP_STEPS)
         note(step=step.step, train_loss=step.loss, learning_rate=step.learning_rate)
         if step.step % protocol.eval_every == 0 or step.step == protocol.steps:

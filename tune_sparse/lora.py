@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch.nn.functional as F
@@ -35,6 +35,8 @@ class SparseLora(PeftLinear):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.way: Way = Plain()
+        self.active_rank: int | None = None
+        """Only so many rows of A and columns of B compute, s unchanged: a slice. None for all."""
 
     @property
     def keep_mask(self) -> Tensor | None:
@@ -42,8 +44,10 @@ class SparseLora(PeftLinear):
         return self.way.mask(self.base_layer.weight)
 
     def factors(self) -> tuple[Tensor, Tensor, float]:
-        """A, B and s."""
-        return self.lora_A[ADAPTER].weight, self.lora_B[ADAPTER].weight, self.scaling[ADAPTER]
+        """A, B and s, of the active slice."""
+        A, B, scaling = self.lora_A[ADAPTER].weight, self.lora_B[ADAPTER].weight, self.scaling[ADAPTER]
+        rank = self.active_rank
+        return (A, B, scaling) if rank is None else (A[:rank], B[:, :rank], scaling)
 
     def merged_weight(self) -> Tensor:
         """The weight that this layer computes with: (O, I)."""
@@ -70,8 +74,15 @@ class SparseLora(PeftLinear):
         return update if mask is None else update * mask
 
 
-def adapt_model(model: PreTrainedModel, protocol: Protocol, update_masks: Masks | None, seed: int) -> PeftModel:
-    """Put adapters into the prunable layers of `model`, in place; `update_masks` confines their update.
+def adapt_model(
+    model: PreTrainedModel,
+    protocol: Protocol,
+    update_masks: Masks | None,
+    seed: int,
+    modules: Sequence[str] = PRUNED,
+) -> PeftModel:
+    """Put adapters into `modules` of `model`, in place, by default all that are pruned; `update_masks` confines their
+    update.
 
     B starts at zero and A uniform in ±1/sqrt(I) (Hu et al. 2021, arXiv:2106.09685, and PEFT), from `seed` and the
     layer's name alone. PEFT's own initialisation depends on the layers that came before.
@@ -80,7 +91,7 @@ def adapt_model(model: PreTrainedModel, protocol: Protocol, update_masks: Masks 
         r=protocol.lora_rank,
         lora_alpha=protocol.lora_alpha,
         lora_dropout=protocol.lora_dropout,
-        target_modules=list(PRUNED),
+        target_modules=list(modules),
         task_type="CAUSAL_LM",
     )
     adapted = inject(model, config)

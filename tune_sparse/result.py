@@ -22,7 +22,7 @@ import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,6 +30,7 @@ from tune_sparse.config import CALIBRATION_SETTINGS, SCORING, Cell, Protocol
 from tune_sparse.methods import METHODS
 from tune_sparse.outcomes import Outcome, write_outcomes
 from tune_sparse.paths import aside, read_json, write_json, write_text
+from tune_sparse.space import SuperAdapter
 
 NUMERICS_VERSION = 2
 """Raised by hand when trained numbers would change."""
@@ -53,6 +54,8 @@ class Run:
     """SHA-256 of calibration text that is not the task's."""
     cerebras: Mapping[str, str] | None = None
     """target and release of what trains a cell of the backend cerebras"""
+    super_adapter: SuperAdapter | None = None
+    """The space that its adapters are sampled from in training; None for a cell of the matrix."""
 
     @property
     def is_calibrated(self) -> bool:
@@ -65,7 +68,8 @@ class Run:
 
     @property
     def run_id(self) -> str:
-        return readable_id(self.cell, self.identity)
+        kind = f"super-{self.cell.mode}" if self.super_adapter else self.cell.mode
+        return readable_id(replace(self.cell, mode=kind), self.identity)
 
     @property
     def untuned_id(self) -> str:
@@ -82,20 +86,23 @@ class Run:
         places = {"model_path", "data_dir"}
         if not self.is_calibrated:
             places |= {"calibration_fingerprint"}
-        if self.cerebras is None:
-            places |= {"cerebras"}
+        places |= {name for name in ("cerebras", "super_adapter") if getattr(self, name) is None}
         known = {name: value for name, value in asdict(self).items() if name not in places}
         if not self.is_calibrated:
             known["protocol"] = {k: v for k, v in known["protocol"].items() if k not in CALIBRATION_SETTINGS}
         return known | {"numerics_version": NUMERICS_VERSION}
 
     def as_config(self) -> dict[str, Any]:
-        """What `config.yaml` and a trial hold."""
-        return asdict(self)
+        """What `config.yaml` and a trial hold, in the plain types that both keep."""
+        plain: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        return plain
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Run:
-        return cls(**{**config, "cell": Cell(**config["cell"]), "protocol": Protocol(**config["protocol"])})
+        own = {"cell": Cell(**config["cell"]), "protocol": Protocol(**config["protocol"])}
+        if config.get("super_adapter"):
+            own["super_adapter"] = SuperAdapter.from_config(config["super_adapter"])
+        return cls(**{**config, **own})
 
 
 def sha256_of(value: Any) -> str:

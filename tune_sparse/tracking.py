@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tune_sparse.config import SweepConfig
+from tune_sparse.paths import read_json
 from tune_sparse.result import Ledger, Record, SweepRecord, sha256_of
 
 logger = logging.getLogger(__name__)
@@ -23,6 +24,7 @@ logger = logging.getLogger(__name__)
 EXPERIMENT = "tune-sparse"
 SWEEP_TAG = "tune_sparse.sweep_id"
 RUN_TAG = "tune_sparse.run_id"
+SEARCH_TAG = "tune_sparse.search_id"
 COMPLETE_TAG = "tune_sparse.complete"
 """What was logged in full: a hash of the record. Without it a run was cut off in the middle of logging."""
 ARTIFACTS = ("config.yaml", "sparse_config.json", "result.json", "validation_report.json", "train.log")
@@ -66,7 +68,7 @@ class Tracker:
         while True:
             page = self._client.search_runs([self._experiment], max_results=1000, page_token=token)
             for run in page:
-                for tag in (SWEEP_TAG, RUN_TAG):
+                for tag in (SWEEP_TAG, RUN_TAG, SEARCH_TAG):
                     if tag in run.data.tags:
                         self._runs[tag, run.data.tags[tag]] = run
             token = page.token
@@ -129,6 +131,46 @@ class Tracker:
         self._runs[key] = self._client.get_run(id_)
         return True
 
+    def track_search(self, folder: Path) -> bool:
+        """The parent run of a finished search with its result and pictures, and a child for each candidate.
+
+        A search whose result has changed is replaced. Returns whether it has a result.
+        """
+        if not (folder / "result.json").exists():
+            return False
+        config, found = read_json(folder / "config.json"), read_json(folder / "result.json")
+        key, complete = (SEARCH_TAG, folder.name), sha256_of(found)
+        known = self._runs.get(key)
+        if known is not None and known.data.tags.get(COMPLETE_TAG) == complete:
+            return True
+        if known is not None:
+            mine = f"tags.`mlflow.parentRunId` = '{known.info.run_id}'"
+            for child in self._client.search_runs([self._experiment], mine, max_results=10_000):
+                self._client.delete_run(child.info.run_id)
+            self._client.delete_run(known.info.run_id)
+        started, tags = int(config["started"] * 1000), {SEARCH_TAG: folder.name}
+        parent = self._client.create_run(self._experiment, started, tags, f"search {folder.name}")
+        id_ = parent.info.run_id
+        described = {name: value for name, value in config.items() if not isinstance(value, dict | list)}
+        self._log_params(id_, described)
+        self._log_metrics(id_, [(name, value, 0) for name, value in _flat(found)], started)
+        for path in sorted([*folder.glob("*.json"), *folder.glob("*.csv"), *folder.glob("*.png")]):
+            self._client.log_artifact(id_, str(path))
+        for path in sorted((folder / "trials").glob("*.json")):
+            self._track_candidate(read_json(path), id_, started)
+        self._client.set_tag(id_, COMPLETE_TAG, complete)
+        self._client.set_terminated(id_)
+        self._runs[key] = self._client.get_run(id_)
+        return True
+
+    def _track_candidate(self, trial: dict[str, Any], parent: str, started: int) -> None:
+        tags = {"mlflow.parentRunId": parent, "state": str(trial["state"])}
+        id_ = self._client.create_run(self._experiment, started, tags, f"candidate {trial['number']}").info.run_id
+        self._log_params(id_, trial["ranks"])
+        measured = {name: trial[name] for name in ("accuracy", "cost", "examples") if trial[name] is not None}
+        self._log_metrics(id_, [(name, value, 0) for name, value in _flat(measured)], started)
+        self._client.set_terminated(id_, "FAILED" if trial["state"] == "failed" else "FINISHED")
+
     def _log_params(self, run_id: str, params: dict[str, Any]) -> None:
         from mlflow.entities import Param
 
@@ -184,7 +226,26 @@ def track_ledger(ledger: Ledger, uri: str) -> int:
         for run_id in _runs_of(sweep):
             if run_id not in tracked and tracker.track_run(run_id, parent):
                 tracked.add(run_id)
+    for folder in sorted((ledger.folder / "searches").glob("*")):
+        tracker.track_search(folder)
     return len(tracked)
+
+
+def track_search(ledger: Ledger, uri: str, search_id: str) -> None:
+    """Bring MLflow up to date with one search. A store that is down is reported: `tune-sparse track` fills it later."""
+    try:
+        Tracker(ledger, uri).track_search(ledger.folder / "searches" / search_id)
+    except Exception as error:
+        _warn_of(uri, error)
+
+
+def _warn_of(uri: str, error: Exception) -> None:
+    logger.warning(
+        "MLflow at %s is not up to date (%s: %s). The ledger is; `tune-sparse track` fills MLflow later.",
+        uri,
+        type(error).__name__,
+        str(error).partition("\n")[0],
+    )
 
 
 class BackgroundTracker:
@@ -221,9 +282,4 @@ class BackgroundTracker:
             for run_id in _runs_of(sweep):
                 tracker.track_run(run_id, parent)
         except Exception as error:
-            logger.warning(
-                "MLflow at %s is not up to date (%s: %s). The ledger is; `tune-sparse track` fills MLflow later.",
-                self._uri,
-                type(error).__name__,
-                str(error).partition("\n")[0],
-            )
+            _warn_of(self._uri, error)

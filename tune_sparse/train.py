@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
@@ -119,9 +119,11 @@ def fit(
     seed: int,
     done: int = 0,
     accelerator: Accelerator | None = None,
+    before_step: Callable[[int], None] | None = None,
 ) -> Iterator[Step]:
     """Train the optimizer's parameters of `model` in place, one `Step` yielded after each optimizer step.
 
+    `before_step` is told each step's number, from 0, before its first forward pass.
     `done` steps were taken before, and their optimizer and random state restored. The model is in training mode until
     the iterator ends. Raises `RunError` as soon as a loss is not finite.
     """
@@ -133,6 +135,8 @@ def fit(
     with in_training(model, protocol.activation_checkpointing):
         for step, batch in enumerate(islice(batches(rows, protocol, seed), done, protocol.steps), start=done):
             start = time.perf_counter()
+            if before_step:
+                before_step(step)
             rate = learning_rate_at(step, protocol)
             for group in optimizer.param_groups:
                 group["lr"] = rate

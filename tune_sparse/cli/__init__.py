@@ -15,7 +15,17 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from tune_sparse.cli import auditing, doctor, evaluation, merging, pruning, results, sweep, throughput
+from tune_sparse.cli import (
+    auditing,
+    doctor,
+    evaluation,
+    merging,
+    pruning,
+    results,
+    searching,
+    sweep,
+    throughput,
+)
 from tune_sparse.cli.command import BAD_INPUT, FAULT
 from tune_sparse.errors import DISK_FULL, InputError
 
@@ -48,6 +58,6 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = root.add_subparsers(required=True, metavar="COMMAND")
-    for group in (sweep, pruning, evaluation, merging, throughput, results, auditing, doctor):
+    for group in (sweep, searching, pruning, evaluation, merging, throughput, results, auditing, doctor):
         group.add_commands(commands)
     return root

@@ -1,0 +1,78 @@
+"""What a finished search found: its findings as lines, its pictures, and searches side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from tune_sparse.paths import read_json, write_text
+
+COLUMNS = ("name", "accuracy", "parameters", "parameters_fraction", "difference_from_maximal", "low", "high")
+
+
+def read_search(results_dir: Path, search_id: str) -> dict[str, Any]:
+    """Config, result and suggestions of a finished search."""
+    folder = results_dir / "searches" / search_id
+    trials = [read_json(path) for path in sorted((folder / "trials").glob("*.json"))]
+    return {"config": read_json(folder / "config.json"), "result": read_json(folder / "result.json"), "trials": trials}
+
+
+def write_search_report(results_dir: Path, search_id: str) -> list[str]:
+    """Write `test.csv` and the pictures of a finished search into its folder; returns the findings as lines."""
+    from analysis.search_plots import draw_search
+
+    found = read_search(results_dir, search_id)
+    folder = results_dir / "searches" / search_id
+    table = on_test(found)
+    write_text(folder / "test.csv", table.to_csv(index=False))
+    draw_search(found, folder)
+    return [*findings(found, table), f"Adapter: {folder / 'winner' / 'adapter'}", f"Pictures: {folder}"]
+
+
+def on_test(found: dict[str, Any]) -> pd.DataFrame:
+    """A row each for the winner, the heuristic, the maximal and the plain LoRA, on test rows."""
+    maximal = found["config"]["maximal_parameters"]
+    rows = [
+        (
+            name,
+            row["accuracy"],
+            row["parameters"],
+            row["parameters"] / maximal,
+            row["difference_from_maximal"],
+            *row["interval_95"],
+        )
+        for name, row in found["result"]["test"].items()
+    ]
+    return pd.DataFrame(rows, columns=list(COLUMNS))
+
+
+def findings(found: dict[str, Any], table: pd.DataFrame) -> list[str]:
+    config, result = found["config"], found["result"]
+    head = (
+        f"{config['model']}, {config['task']}, {config['method']} at {config['sparsity']:g}, {config['mode']}: "
+        f"{result['candidates']} candidates by {config['sampler']}, {result['stopped_early']} stopped early, "
+        f"{result['answered_fraction']:.0%} of the selection rows answered; {len(result['front'])} on the front."
+    )
+    rows = [
+        f"  {row.name:10} {row.parameters_fraction:5.0%} of the parameters, test accuracy {row.accuracy:.3f}, "
+        f"{row.difference_from_maximal:+.3f} against the maximal [{row.low:+.3f}, {row.high:+.3f}]"
+        for row in table.itertuples()
+    ]
+    return [head, *rows]
+
+
+def compare(results_dir: Path, search_ids: Sequence[str]) -> list[str]:
+    """Write `analysis/searches.csv`, one row a search and adapter; returns its lines."""
+    tables = []
+    for search_id in search_ids:
+        found = read_search(results_dir, search_id)
+        own = {name: found["config"][name] for name in ("model", "task", "method", "sparsity", "mode", "sampler")}
+        tables.append(on_test(found).assign(search_id=search_id, **own))
+    table = pd.concat(tables)
+    path = results_dir / "analysis" / "searches.csv"
+    path.parent.mkdir(exist_ok=True)
+    write_text(path, table.to_csv(index=False))
+    return [f"Comparison: {path}"]

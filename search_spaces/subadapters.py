@@ -1,0 +1,50 @@
+"""Spaces of LoRA sub-adapters: groups of modules that share a rank in every layer, and the ranks to choose from.
+
+A preset maps names of `tune_sparse.space.Group` to its modules and ranks. The super-adapter's own rank is the
+protocol's `lora_rank`; a group without a choice keeps its only rank in every layer.
+"""
+
+from typing import Any
+
+QKV = ("q_proj", "k_proj", "v_proj")
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # Shears (Munoz et al. 2024, arXiv:2404.10934)
+    "shears": {
+        "qkv": {"modules": QKV, "ranks": (32, 24, 16)},
+        "up": {"modules": ("up_proj",), "ranks": (32, 24, 16)},
+        "down": {"modules": ("down_proj",), "ranks": (32, 24, 16)},
+    },
+    # SQFT (Munoz et al. 2024, arXiv:2410.03750): only the attention is searched
+    "sqft": {
+        "qkv": {"modules": QKV, "ranks": (32, 28, 24, 20, 16)},
+        "up": {"modules": ("up_proj",), "ranks": (32,)},
+        "down": {"modules": ("down_proj",), "ranks": (32,)},
+    },
+    # Our reading of Phoenix (doi 10.1145/3731599.3767395), whose text we could not read: every linear layer of a
+    # block has an adapter, and the ranks are those of Shears.
+    "phoenix": {
+        "qkv": {"modules": QKV, "ranks": (32, 24, 16)},
+        "o": {"modules": ("o_proj",), "ranks": (32, 24, 16)},
+        "gate": {"modules": ("gate_proj",), "ranks": (32, 24, 16)},
+        "up": {"modules": ("up_proj",), "ranks": (32, 24, 16)},
+        "down": {"modules": ("down_proj",), "ranks": (32, 24, 16)},
+    },
+    # The embedded models keep most of their accuracy at small ranks, so their space reaches lower.
+    "embedded": {
+        "qkv": {"modules": QKV, "ranks": (32, 16, 8, 4)},
+        "up": {"modules": ("up_proj",), "ranks": (32, 16, 8, 4)},
+        "down": {"modules": ("down_proj",), "ranks": (32, 16, 8, 4)},
+    },
+    # As embedded, and a rank of 0 drops the adapters of a group in a layer.
+    "wide": {
+        "qkv": {"modules": QKV, "ranks": (32, 16, 8, 4, 0)},
+        "up": {"modules": ("up_proj",), "ranks": (32, 16, 8, 4, 0)},
+        "down": {"modules": ("down_proj",), "ranks": (32, 16, 8, 4, 0)},
+    },
+}
+
+PROTOCOL = {"lora_rank": 32, "lora_alpha": 64.0}
+"""Of a super-adapter: s = 2 at every active rank."""
+EMBEDDED_PROTOCOL = {"n_selection": 400, "calibration_rows": 32}
+"""Accuracies of candidates differ by points: so many rows tell them apart."""

@@ -1,0 +1,40 @@
+"""The training of a super-adapter: every optimizer step trains a slice of its own, everything else sees all of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from trainables.trainee import LoraTrainee, Trainee
+from tune_sparse.result import Run
+from tune_sparse.space import SuperAdapter
+from tune_sparse.subadapter import layers_of, set_ranks_into
+
+
+@dataclass(frozen=True)
+class SampledSlices:
+    """The slices that a training activates in its trainee, in place."""
+
+    trainee: LoraTrainee
+    super_adapter: SuperAdapter
+    seed: int
+    layers: int
+
+    @classmethod
+    def of(cls, run: Run, trainee: Trainee) -> SampledSlices | None:
+        """None for a run that trains no super-adapter."""
+        if run.super_adapter is None:
+            return None
+        assert isinstance(trainee, LoraTrainee), "a mode without adapters trains no super-adapter"
+        return cls(trainee, run.super_adapter, run.cell.seed, layers_of(trainee.adapted))
+
+    def draw_into(self, step: int) -> None:
+        """Once before each step: a rank that were drawn in the forward would be drawn again where activation
+        checkpointing computes it again."""
+        space = self.super_adapter.space
+        set_ranks_into(
+            self.trainee.adapted, space, space.drawn(self.layers, step, self.seed, self.super_adapter.sampling)
+        )
+
+    def widen_into(self) -> None:
+        space = self.super_adapter.space
+        set_ranks_into(self.trainee.adapted, space, space.maximal(self.layers))

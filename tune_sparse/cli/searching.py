@@ -1,0 +1,188 @@
+"""search."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from search_spaces import subadapters
+from search_spaces.matrix import PRESETS
+from tune_sparse.cli.command import DEFAULT_RESULTS, FAULT, OK, add_command, settings_of
+from tune_sparse.errors import InputError, RunError, unknown_name
+
+if TYPE_CHECKING:
+    from tune_sparse.search_config import SearchConfig
+
+EXAMPLE = """examples:
+    tune-sparse search --task gsm8k --method wanda --sparsity 0.7
+    tune-sparse search --all-tasks --sparsity 0.7 --trials 50 --sampler tpe
+    tune-sparse search matrix --task gsm8k --model ./my-llama --data-dir ./rows --space shears --trials 200
+
+A space file, for --space, maps groups to modules and ranks, the largest first; 0 drops the adapter:
+    qkv: {modules: [q_proj, k_proj, v_proj], ranks: [32, 16, 8]}
+    down: {modules: [down_proj], ranks: [32, 16, 0]}"""
+
+
+def add_commands(commands: Any) -> None:
+    search = add_command(commands, "search", _search, "search the best sub-adapter of a super-adapter", EXAMPLE)
+    search.add_argument("preset", nargs="?", default="embedded", metavar="PRESET", help="of the sweep; its protocol")
+    tasks = search.add_mutually_exclusive_group()
+    tasks.add_argument("--task", help="default: the preset's first")
+    tasks.add_argument("--all-tasks", action="store_true", help="one search for each task of the preset, compared")
+    search.add_argument("--model", help="default: the preset's first")
+    search.add_argument("--method", default="wanda", help="pruning method (default wanda)")
+    search.add_argument("--sparsity", type=float, default=0.5, help="fraction of zeros (default 0.5)")
+    search.add_argument("--mode", default="sparse-to-sparse", help="of the training (default sparse-to-sparse)")
+    search.add_argument("--seed", type=int, default=0, help="of the training and the sampler (default 0)")
+    search.add_argument("--space", help=f"a YAML file, or of {', '.join(subadapters.PRESETS)}")
+    search.add_argument("--sampling", default="uniform", help="of ranks in training: uniform or sandwich")
+    search.add_argument("--sampler", default="nsga2", help="nsga2 (default), tpe, hill-climbing or random")
+    search.add_argument("--trials", type=int, default=100, help="different candidates to score (default 100)")
+    search.add_argument(
+        "--objectives",
+        nargs="+",
+        default=["accuracy", "parameters"],
+        metavar="NAME",
+        help="accuracy, and parameters (default) or inference_flops",
+    )
+    search.add_argument("--no-racing", action="store_true", help="every candidate answers all selection rows")
+    search.add_argument("--in-order", action="store_true", help="one candidate at a time: repeats exactly")
+    search.add_argument("--data-dir", help="folder of tasks, `hub` or `embedded`; default: the preset's")
+    search.add_argument("--results-dir", type=Path, default=DEFAULT_RESULTS)
+    search.add_argument("--workers", type=int, help="candidates at once; default: one per core, or per GPU")
+    search.add_argument("--gpus-per-trial", type=float, help="GPUs, or a fraction of one, that a worker holds")
+    search.add_argument("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="of the protocol")
+    search.add_argument("--dry-run", action="store_true", help="check everything and show what would be searched")
+    search.add_argument("--json", action="store_true", help="print the outcome as JSON")
+
+
+def search_config(chosen: argparse.Namespace, task: str | None = None) -> SearchConfig:
+    """The preset with what a search adds, then the flags, then --set: later ones win."""
+    from tune_sparse.config import SweepConfig
+    from tune_sparse.search_config import SearchConfig
+
+    if chosen.preset not in PRESETS:
+        raise unknown_name("preset", chosen.preset, PRESETS)
+    preset: dict[str, Any] = PRESETS[chosen.preset] | subadapters.PROTOCOL
+    is_embedded = preset.get("data_dir") == "embedded"
+    if is_embedded:
+        preset |= subadapters.EMBEDDED_PROTOCOL
+    flags = {
+        "models": chosen.model or preset["models"][0],
+        "tasks": task or chosen.task or tasks_of(chosen.preset)[0],
+        "methods": chosen.method,
+        "sparsities": chosen.sparsity,
+        "modes": chosen.mode,
+        "seeds": chosen.seed,
+        "results_dir": chosen.results_dir,
+    }
+    others = {name: getattr(chosen, name) for name in ("data_dir", "workers", "gpus_per_trial")}
+    flags |= {name: value for name, value in others.items() if value is not None}
+    name = chosen.space or ("embedded" if is_embedded else "shears")
+    return SearchConfig(
+        sweep=SweepConfig.from_names(preset | flags | settings_of(chosen.set)),
+        space=space_named(name),
+        space_name=name,
+        sampling=chosen.sampling,
+        sampler=chosen.sampler,
+        trials=chosen.trials,
+        objectives=tuple(chosen.objectives),
+        is_racing=not chosen.no_racing,
+        in_order=chosen.in_order,
+    )
+
+
+def tasks_of(preset: str) -> tuple[str, ...]:
+    from tune_sparse.config import SweepConfig
+
+    return tuple(PRESETS[preset].get("tasks", SweepConfig.__dataclass_fields__["tasks"].default))
+
+
+def space_named(name: str) -> Any:
+    """A preset, or what a YAML file says."""
+    from tune_sparse.space import Space
+
+    if name in subadapters.PRESETS:
+        return Space.of(subadapters.PRESETS[name])
+    path = Path(name)
+    if not path.is_file():
+        raise unknown_name("space", name, subadapters.PRESETS)
+    import yaml
+
+    try:
+        return Space.of(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"--space must be a readable YAML file: {error}. Mend it.") from error
+
+
+def _search(chosen: argparse.Namespace) -> int:
+    if chosen.preset not in PRESETS:
+        raise unknown_name("preset", chosen.preset, PRESETS)
+    tasks = tasks_of(chosen.preset) if chosen.all_tasks else (None,)
+    configs = [search_config(chosen, task) for task in tasks]
+    if chosen.dry_run:
+        return _dry_run(configs, chosen.json)
+    from analysis.search_report import compare, write_search_report
+    from tune_sparse.result import Ledger
+    from tune_sparse.search import run_search
+    from tune_sparse.tracking import track_search, tracking_uri
+
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("tune_sparse").setLevel(logging.INFO)
+    found = []
+    for config in configs:
+        try:
+            found.append(run_search(config))
+        except RunError as error:
+            print(f"tune-sparse: {error}", file=sys.stderr)
+            return FAULT
+        if found[-1].get("stopped"):
+            print(f"tune-sparse: {found[-1]['stopped']}. The same command goes on.", file=sys.stderr)
+            return FAULT
+        lines = write_search_report(config.sweep.results_dir, found[-1]["search_id"])
+        track_search(Ledger(config.sweep.results_dir), tracking_uri(config.sweep), found[-1]["search_id"])
+        if not chosen.json:
+            print("\n".join(lines))
+    if len(found) > 1:
+        lines = compare(chosen.results_dir, [one["search_id"] for one in found])
+        if not chosen.json:
+            print("\n".join(lines))
+    if chosen.json:
+        print(json.dumps(found if chosen.all_tasks else found[0]))
+    return OK
+
+
+def _dry_run(configs: list[SearchConfig], as_json: bool) -> int:
+    from tune_sparse.errors import NotReadyError
+    from tune_sparse.result import Ledger
+    from tune_sparse.search import plan_search, selection_rows
+
+    values, lines = list[dict[str, Any]](), []
+    for config in configs:
+        try:
+            plan = plan_search(config)
+        except NotReadyError as error:
+            values.append({"task": config.sweep.tasks[0], "not_ready": str(error)})
+            lines.append(f"{config.sweep.tasks[0]}: not ready to run: {error}")
+            continue
+        ranks = plan.space.dimensions(plan.shape.layers)
+        is_trained = Ledger(config.sweep.results_dir).is_done(plan.run.run_id)
+        value = {
+            "search_id": plan.search_id,
+            "super_adapter_run": plan.run.run_id,
+            "super_adapter_is_trained": is_trained,
+            "dimensions": len(ranks),
+            "trials": config.trials,
+            "selection_rows": selection_rows(plan),
+        }
+        values.append(value)
+        lines.append(
+            f"{plan.search_id}: {config.trials} candidates of {len(ranks)} dimensions on {value['selection_rows']} "
+            f"selection rows, slices of {plan.run.run_id} ({'trained' if is_trained else 'to be trained'})"
+        )
+    print(json.dumps(values) if as_json else "\n".join(lines))
+    return OK

@@ -1,0 +1,166 @@
+"""Racing: candidates answer the same examples in stages, and one that is beaten beyond doubt stops. Pure.
+
+Whether one is better is asked on the examples that both answered: of those on which they differ, each is right on half
+if they are equally good (McNemar's exact test: McNemar 1947, Psychometrika 12, p. 153).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from math import comb, sqrt
+
+LEVEL_OF_FRONT, LEVEL_OF_BEST = 0.1, 0.15
+"""A candidate stops when another is more accurate with at most this p-value; the first where costs count too, since
+each member of a front is wanted. They are of single comparisons, chosen by what they cost and lose: docs/search.md."""
+STAGES = (0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0)
+"""The fractions of the examples that are answered after each stage."""
+WARM_UP = 8
+"""So many candidates answer everything; on what they disagree is asked first from then on."""
+
+
+@dataclass(frozen=True)
+class Marks:
+    """Which of n examples were answered, and which of them rightly, as bits."""
+
+    n: int
+    known: int = 0
+    right: int = 0
+
+    @classmethod
+    def of(cls, text: str) -> Marks:
+        """From one character an example: 1 right, 0 wrong, - not answered."""
+        bits = [sum(1 << i for i, c in enumerate(text) if c in chosen) for chosen in ("01", "1")]
+        return cls(len(text), *bits)
+
+    def __str__(self) -> str:
+        return "".join("-" if not self.knows(i) else str(self.right >> i & 1) for i in range(self.n))
+
+    def knows(self, i: int) -> bool:
+        return bool(self.known >> i & 1)
+
+    def adding(self, correct: Iterable[tuple[int, bool]]) -> Marks:
+        known, right = self.known, self.right
+        for i, is_right in correct:
+            known |= 1 << i
+            right = right | 1 << i if is_right else right & ~(1 << i)
+        return Marks(self.n, known, right)
+
+    @property
+    def count(self) -> int:
+        return self.known.bit_count()
+
+    @property
+    def is_complete(self) -> bool:
+        return self.count == self.n
+
+    @property
+    def accuracy(self) -> float:
+        """Of the answered examples, of which there is at least one."""
+        return self.right.bit_count() / self.count
+
+
+def won(a: Marks, b: Marks) -> tuple[int, int]:
+    """On how many examples that both answered only a, and only b, is right."""
+    both = a.known & b.known
+    return (a.right & ~b.right & both).bit_count(), (b.right & ~a.right & both).bit_count()
+
+
+@cache
+def p_value(wins: int, losses: int) -> float:
+    """How likely at least so many wins are, if win and loss were equally likely: one-sided McNemar, exact."""
+    n = wins + losses
+    return sum(comb(n, k) for k in range(wins, n + 1)) / 2**n
+
+
+def difference_interval(a: Marks, b: Marks, z: float = 1.96) -> tuple[float, float, float]:
+    """The accuracy of a less that of b, with its paired interval of `z` standard errors (Newcombe 1998, Statist. Med.
+    17, p. 2635, the simple asymptotic method without continuity correction)."""
+    n = (a.known & b.known).bit_count()
+    wins, losses = won(a, b)
+    mean = (wins - losses) / n
+    margin = z * sqrt(wins + losses - (wins - losses) ** 2 / n) / n
+    return mean, mean - margin, mean + margin
+
+
+def asked_first(answered: Sequence[Marks], n: int, seed: int) -> list[int]:
+    """All examples, those first on which the complete candidates `answered` are most divided; shuffled among equals."""
+    order = list(range(n))
+    random.Random(seed).shuffle(order)
+    rights = [sum(m.right >> i & 1 for m in answered) for i in range(n)]
+    return sorted(order, key=lambda i: -rights[i] * (len(answered) - rights[i]))
+
+
+def stages_of(order: Sequence[int], fractions: Sequence[float] = STAGES) -> list[list[int]]:
+    """`order` cut where the fractions say; no stage is empty."""
+    ends = [round(fraction * len(order)) for fraction in fractions]
+    cuts = zip([0, *ends], ends, strict=False)
+    return [list(order[start:end]) for start, end in cuts if end > start]
+
+
+@dataclass
+class Race:
+    """The candidates of a search: their costs and what they answered so far."""
+
+    n: int
+    minimises_cost: bool
+    """Whether a cheaper candidate is spared by a better one that costs more."""
+    costs: dict[str, float] = field(default_factory=dict)
+    marks: dict[str, Marks] = field(default_factory=dict)
+
+    def enter(self, key: str, cost: float, marks: Marks) -> None:
+        self.costs[key], self.marks[key] = cost, marks
+
+    @property
+    def level(self) -> float:
+        return LEVEL_OF_FRONT if self.minimises_cost else LEVEL_OF_BEST
+
+    def beaten_by(self, key: str) -> str | None:
+        """A candidate that costs no more, where costs count, and is significantly more accurate; the one that has
+        answered most."""
+        mine, cost = self.marks[key], self.costs[key]
+        rivals = [k for k in self.marks if k != key and (not self.minimises_cost or self.costs[k] <= cost)]
+        better = [k for k in rivals if p_value(*won(self.marks[k], mine)) <= self.level]
+        return max(better, key=lambda k: (self.marks[k].count, self.marks[k].accuracy), default=None)
+
+    def estimate(self, key: str, beater: str | None) -> float:
+        """The accuracy on all examples: counted, or that of the beater less what was lost to it, which is taken for
+        all that would be lost: the examples left are those that divide candidates least."""
+        mine = self.marks[key]
+        if beater is None or mine.is_complete:
+            return mine.accuracy
+        wins, losses = won(self.marks[beater], mine)
+        return self.marks[beater].accuracy - (wins - losses) / self.n
+
+    def complete(self) -> list[str]:
+        return [key for key, marks in self.marks.items() if marks.is_complete]
+
+    def front(self) -> list[str]:
+        """The complete candidates that no other is at least as accurate and cheap as, the cheapest first."""
+        front: list[str] = []
+        for key in sorted(self.complete(), key=lambda k: (self.costs[k], -self.marks[k].accuracy, k)):
+            if not front or self.marks[key].accuracy > self.marks[front[-1]].accuracy:
+                front.append(key)
+        return front
+
+    def winner(self) -> str:
+        """The cheapest of the front whose accuracy is within one paired standard error of the best, that of McNemar's
+        test (the rule of Breiman et al. 1984, section 3.4.3); without costs the most accurate."""
+        front = self.front()
+        best = front[-1]
+        if not self.minimises_cost:
+            return best
+        counts = {key: won(self.marks[best], self.marks[key]) for key in front}
+        return next(key for key, (wins, losses) in counts.items() if (wins - losses) ** 2 <= wins + losses)
+
+
+def hypervolume(points: Collection[tuple[float, float]], reference: tuple[float, float]) -> float:
+    """The area that (accuracy, cost) points dominate, down to the reference accuracy and cost."""
+    area, lowest_accuracy = 0.0, reference[0]
+    for accuracy, cost in sorted(points, key=lambda point: point[1]):
+        if accuracy > lowest_accuracy and cost < reference[1]:
+            area += (accuracy - lowest_accuracy) * (reference[1] - cost)
+            lowest_accuracy = accuracy
+    return area
