@@ -224,6 +224,7 @@ sleep "$(cat "$folder/delay" 2>/dev/null || echo 0)"
 if [ -e "$folder/down" ]; then echo "rpc error: code = Unavailable" >&2; exit 1; fi
 case "$1 $2" in
   "get jobs") echo "NAME  AGE  PHASE  SYSTEMS  USER  LABELS"; cat "$folder/jobs" ;;
+  "version ") echo "cluster server 2.9.1"; echo "csctl 2.9.1" ;;
   "cancel job")
     grep -v "^$3 " "$folder/jobs" > "$folder/left"
     mv "$folder/left" "$folder/jobs"

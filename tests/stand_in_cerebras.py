@@ -56,6 +56,8 @@ def _train(fault: str, folder: Path) -> None:
 
     if fault == "unavailable":
         sys.exit("StatusCode.UNAVAILABLE")
+    if fault == "disk":
+        sys.exit("OSError: [Errno 122] Disk quota exceeded")
     job, base = (json.loads((folder / name).read_text()) for name in ("job.json", "base.json"))
     (folder / "start.mdl").touch()
     loss = 9.9 if fault == "dense" else _first_loss(job, Path(base["config"]).read_text())

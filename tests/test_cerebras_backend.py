@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -17,7 +18,7 @@ from safetensors.torch import load_file
 from stand_in_cerebras import write_environment
 
 from tune_sparse.cerebras import guard
-from tune_sparse.cerebras.failures import ApplianceError
+from tune_sparse.cerebras.failures import ApplianceError, DiskFullError
 from tune_sparse.cerebras.guard import is_guarded, read_ended
 from tune_sparse.cerebras.preflight import end_leftovers
 from tune_sparse.config import Cerebras
@@ -101,7 +102,7 @@ def test_a_fault_that_lasts_fails_the_run_and_nothing_takes_its_place(
     record = finished(run, ledger)
     assert record.error is not None
     assert not record.error["retryable"]
-    assert pytest.importorskip("re").search(FAULTS[fault], failed(record))
+    assert re.search(FAULTS[fault], failed(record))
     assert record.metrics == {}
     assert "See /" in failed(record) or fault != "converter"
 
@@ -117,6 +118,15 @@ def test_a_fault_that_passes_is_raised_so_that_the_run_is_tried_again(
     assert not is_guarded(folder_of(ledger, run))
     (site / "fault").unlink()
     assert finished(run, ledger).status == "done"
+
+
+def test_a_full_disk_is_raised_in_the_words_that_stop_a_sweep(llama: Path, site: Path, ledger: Ledger) -> None:
+    (site / "fault").write_text("disk")
+    run = cerebras_run(llama)
+    with pytest.raises(DiskFullError, match=r"Disk quota exceeded\. Free some"):
+        finished(run, ledger)
+    assert not is_guarded(folder_of(ledger, run))
+    assert not (folder_of(ledger, run) / "start.mdl").exists()
 
 
 def test_a_training_that_takes_too_long_fails_with_the_setting_to_raise(

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from factories import TINY_PROTOCOL
+from factories import TINY_PROTOCOL, write_csctl
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -188,6 +188,15 @@ def test_doctor_shows_what_is_missing_and_its_fix(
     monkeypatch.delenv("MODELZOO")
     assert not next(iter(examine())).is_well
     assert main(["doctor"]) == 2
+
+
+def test_doctor_compares_the_environment_with_the_cluster(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_csctl(site / "bin")
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+    found = {finding.what: finding for finding in examine()}
+    assert found["csctl"].is_well
+    assert not found["cluster's release"].is_well
+    assert found["cluster's release"].found == "2.9.1, 2.9.1; the environment is 2.10.0"
 
 
 def test_a_cluster_is_known_by_its_configuration(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:

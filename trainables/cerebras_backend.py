@@ -18,7 +18,7 @@ import torch
 
 from trainables.trainee import LoraTrainee, Trainee
 from trainables.training import WARM_UP_STEPS, Log, Training
-from tune_sparse.cerebras.appliance import label_of
+from tune_sparse.cerebras.appliance import label_of, name_of
 from tune_sparse.cerebras.conversion import cerebras_name, refuse_unconvertible, to_cerebras
 from tune_sparse.cerebras.environment import find_environment, refuse_unreachable_cluster
 from tune_sparse.cerebras.failures import ApplianceError, failure_of
@@ -105,7 +105,15 @@ class CerebrasTraining:
         label = label_of(results_label(ledger), run.identity) if self.settings.cerebras_target == "csx" else None
         start = _start_of(run, trainee, pruned)
         tokens = rows_in_order(rows.train, run.protocol, run.cell.seed)
-        write_job(folder, tokens, start, run.protocol, run.cell.seed, self.settings, [label] if label else [])
+        write_job(
+            folder,
+            tokens,
+            start,
+            run.protocol,
+            run.cell.seed,
+            self.settings,
+            [label, name_of(run.run_id)] if label else [],
+        )
         first = mean_loss(trainee.model, next(batches(rows.train, run.protocol, run.cell.seed)), run.protocol)
         log(f"the training is written in {folder}, the pruned model's loss on the first rows is {first:.4f}")
 

@@ -33,6 +33,11 @@ def label_of(results: str, run: str) -> str:
     return f"{LABEL}={results[:16]}-{run[:16]}"
 
 
+def name_of(run_id: str) -> str:
+    """A label for people: the end of a run's name, which has its hash."""
+    return f"name={run_id[-58:].strip('._-')}"
+
+
 def jobs_with(label: str) -> list[str]:
     """Names of the jobs, waiting or running, whose labels begin with `label`. Raises `AppliancesSilentError`."""
     return [job for job, labels in _unfinished(_csctl(["get", "jobs"])) if any(x.startswith(label) for x in labels)]
@@ -51,6 +56,11 @@ def cancel(label: str) -> Cancelled:
         except AppliancesSilentError as error:
             problem = str(error)
     return Cancelled(tuple(dict.fromkeys(cancelled)), problem)
+
+
+def versions() -> list[str]:
+    """Every version that `csctl version` names: of the cluster's servers and of itself."""
+    return re.findall(r"\b\d+\.\d+(?:\.\d+)*\b", _csctl(["version"]))
 
 
 def _unfinished(table: str) -> list[tuple[str, list[str]]]:

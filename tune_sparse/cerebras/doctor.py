@@ -59,6 +59,7 @@ def _environment(environment: SiteEnvironment) -> Iterator[Finding]:
     compiler = environment.venv / "bin" / "torch-cirh-opt"
     fix = "" if compiler.exists() else "Install cerebras_pytorch again: --cerebras-target validate needs it."
     yield Finding("compiler front end", compiler.exists(), str(compiler), fix)
+    yield _same_release(environment.release)
 
 
 def _zoo_release(modelzoo: Path) -> str | None:
@@ -84,6 +85,18 @@ def _controller() -> Finding:
     except appliance.AppliancesSilentError as error:
         return Finding("csctl", False, str(error), "Without it a job that is left over cannot be cancelled.")
     return Finding("csctl", True, f"answers; {len(waiting)} unfinished jobs of this program")
+
+
+def _same_release(release: str) -> Finding:
+    """Of the client and the cluster, where `csctl` says one."""
+    try:
+        said = appliance.versions()
+    except appliance.AppliancesSilentError as error:
+        return Finding("cluster's release", True, f"not known: {error}")
+    ours = ".".join(release.split(".")[:2])
+    is_same = not said or any(version.startswith(f"{ours}.") or version == ours for version in said)
+    fix = "" if is_same else "Set CEREBRAS_VENV to the environment of the cluster's release."
+    return Finding("cluster's release", is_same, f"{', '.join(said) or 'not said'}; the environment is {release}", fix)
 
 
 def _disk() -> Iterator[Finding]:
