@@ -61,6 +61,7 @@ def config(llama: Path, folder: Path, **changes: Any) -> SearchConfig:
     return SearchConfig(**{"sweep": SweepConfig.from_names(names | changes), "space": Space.of(GROUPS)} | own)
 
 
+@pytest.mark.slow
 def test_a_search_ends_with_a_proved_winner_and_starting_it_again_scores_nothing(
     llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
