@@ -8,28 +8,25 @@ from pathlib import Path
 import pandas as pd
 
 from analysis.load import cells_table
-from analysis.plots import plot_over_sparsity
+from analysis.page import Audited
+from analysis.presentation import present
 from analysis.tables import PASS_MARK, SETTING, highest_passing_sparsity, sparsity_vs_performance
-from tune_sparse.errors import InputError
+from tune_sparse.errors import InputError, NotReadyError
 from tune_sparse.paths import write_text
 
-FIGURES = {
-    "sparsity_vs_accuracy.png": "accuracy",
-    "sparsity_vs_perplexity.png": "perplexity",
-    "sparsity_vs_loss.png": "eval_loss",
-}
 
-
-def write_report(results_dirs: Sequence[Path], sweep_ids: Sequence[str] | None = None) -> list[str]:
+def write_report(
+    results_dirs: Sequence[Path], sweep_ids: Sequence[str] | None = None, baselines: Sequence[Path] = ()
+) -> list[str]:
     """Write `analysis/` in the first results folder; returns the findings as lines.
 
     summary.csv has every cell, done or not; everything else is made of done cells alone. `sweep_ids` names the
-    sweeps to report on, all of them if None. Raises `InputError` if there is no sweep, or if sweeps of different
-    protocols, weights or rows would be mixed.
+    sweeps to report on, all of them if None. Raises `NotReadyError` if there is no sweep, `InputError` if
+    sweeps of different protocols, weights or rows would be mixed.
     """
     cells = cells_table(results_dirs, sweep_ids)
     if cells.empty:
-        raise InputError(
+        raise NotReadyError(
             f"a report needs a sweep, {', '.join(map(str, results_dirs))} has none. Run `tune-sparse sweep` first."
         )
     _refuse_mixed_sweeps(cells)
@@ -38,11 +35,17 @@ def write_report(results_dirs: Sequence[Path], sweep_ids: Sequence[str] | None =
     write_text(folder / "summary.csv", cells.to_csv(index=False))
     performance = sparsity_vs_performance(cells)
     write_text(folder / "sparsity_vs_performance.csv", performance.to_csv(index=False))
-    for name, column in FIGURES.items():
-        (folder / name).unlink(missing_ok=True)
-        if cells[column].notna().any():
-            plot_over_sparsity(cells, column, folder / name)
-    return [*counts(cells), *findings(performance), f"Tables and figures: {folder}"]
+    page = present(
+        folder,
+        results_dirs,
+        cells,
+        counts(cells)[0],
+        highest_passing_sparsity(performance),
+        PASS_MARK,
+        Audited("notice", "Not audited."),
+        published_files=baselines,
+    )
+    return [*counts(cells), *findings(performance), f"Tables and figures: {folder}", f"To read: {page}"]
 
 
 def _refuse_mixed_sweeps(cells: pd.DataFrame) -> None:

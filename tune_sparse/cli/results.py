@@ -11,7 +11,7 @@ from typing import Any
 
 from tune_sparse.cli.browser import has_desktop, open_when_served
 from tune_sparse.cli.command import DEFAULT_RESULTS, FAULT, OK, add_command, add_results_dirs, existing_folders
-from tune_sparse.errors import unknown_name
+from tune_sparse.errors import NotReadyError, unknown_name
 
 
 def add_commands(commands: Any) -> None:
@@ -24,6 +24,16 @@ def add_commands(commands: Any) -> None:
     report.add_argument(
         "--sweep", nargs="+", metavar="ID", help="only these sweeps (names under sweeps/); default: all"
     )
+
+    report.add_argument(
+        "--baselines",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="CSV",
+        help="published numbers to compare with, besides the built-in ones (docs/baselines.md)",
+    )
+    report.add_argument("--bundle", type=Path, metavar="DIR", help="a new folder for all that a paper's artifact needs")
 
     track = add_command(commands, "track", _track, "fill or rebuild MLflow from the ledger")
     add_results_dirs(track)
@@ -77,9 +87,20 @@ def _status(chosen: argparse.Namespace) -> int:
 
 
 def _report(chosen: argparse.Namespace) -> int:
+    from analysis.bundle import refuse_bundle, write_bundle
     from analysis.report import write_report
 
-    print("\n".join(write_report(existing_folders(chosen.results_dir), chosen.sweep)))
+    folders = existing_folders(chosen.results_dir)
+    if chosen.bundle:
+        refuse_bundle(chosen.bundle)
+    try:
+        lines = write_report(folders, chosen.sweep, chosen.baselines)
+    except NotReadyError as error:
+        print(f"tune-sparse: {error}", file=sys.stderr)
+        return FAULT
+    print("\n".join(lines))
+    if chosen.bundle:
+        print(f"{write_bundle(folders, chosen.bundle)} files for publication: {chosen.bundle}")
     return OK
 
 
