@@ -135,15 +135,15 @@ def mode_difference(cells: pd.DataFrame, runs: Runs) -> Figure | None:
     done = cells[cells["accuracy"].notna() & (cells["sparsity"] > 0)]
     keys = ["backend", "model", "task", "method", "sparsity", "seed"]
     first, second = (
-        done[done["mode"] == mode].set_index(keys)[["accuracy", "accuracy_stderr"]]
-        for mode in ("sparse-to-sparse", "sparse-to-dense")
+        done[done["mode"] == mode].set_index(keys)[["run_id", "accuracy"]]
+        for mode in ("sparse-to-dense", "sparse-to-sparse")
     )
-    pairs = first.join(second, rsuffix="_masked_after", how="inner").reset_index()
+    pairs = first.join(second, rsuffix="_masked", how="inner").reset_index()
     if pairs.empty:
         return None
-    pairs["difference"] = pairs["accuracy"] - pairs["accuracy_masked_after"]
-    # Of independent examples; both modes answer the same ones, so the true error is smaller.
-    pairs["error"] = np.hypot(pairs["accuracy_stderr"], pairs["accuracy_stderr_masked_after"])
+    found = [runs.difference(a, b) for a, b in zip(pairs["run_id"], pairs["run_id_masked"], strict=True)]
+    pairs["difference"] = pairs["accuracy_masked"] - pairs["accuracy"]
+    pairs["low"], pairs["high"] = ([getattr(e, end) if e else np.nan for e in found] for end in ("low", "high"))
     models, tasks = sorted(pairs["model"].unique()), list(dict.fromkeys(pairs["task"]))
     colours = colours_of(done["method"])
     figure, axes = panels(len(models), len(tasks), sharex=True, sharey=True)
@@ -153,17 +153,18 @@ def mode_difference(cells: pd.DataFrame, runs: Runs) -> Figure | None:
             axis.axhline(0, color="black", lw=0.8)
             panel = pairs[(pairs["model"] == model) & (pairs["task"] == task)]
             for method, curve in panel.groupby("method", sort=False):
-                means = curve.groupby("sparsity")[["difference", "error"]].mean()
+                means = curve.groupby("sparsity")[["difference", "low", "high"]].mean()
                 axis.plot(means.index, means["difference"], marker="o", ms=3, lw=1.2, color=colours[method])
-                low, high = (means["difference"] + sign * means["error"] for sign in (-1, 1))
-                axis.fill_between(means.index, low, high, color=colours[method], alpha=0.13, lw=0)
+                axis.fill_between(means.index, means["low"], means["high"], color=colours[method], alpha=0.13, lw=0)
             axis.set_title(f"{model}, {task}")
             axis.grid(alpha=0.2)
         axes[i][0].set_ylabel("sparse-to-sparse accuracy\nminus sparse-to-dense")
     for axis in axes[-1]:
         axis.set_xlabel(SPARSITY)
     handles = [Line2D([], [], color=colour, lw=3, label=str(method)) for method, colour in colours.items()]
-    legend_below(figure, [*handles, Line2D([], [], color="0.4", alpha=0.3, lw=6, label="± 1 standard error at most")])
+    legend_below(
+        figure, [*handles, Line2D([], [], color="0.4", alpha=0.3, lw=6, label="95% interval, paired examples")]
+    )
     return figure
 
 

@@ -4,27 +4,27 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
-from analysis.rounding import UNKNOWN, rounded
+from analysis.rounding import UNKNOWN, rounded, with_interval
+from analysis.runs import Runs
 
 KEYS = ["model", "task", "method", "sparsity", "mode", "seed"]
 BACKENDS = ("torch", "cerebras")
-Z_95 = 1.96
 
 
-def hardware_pairs(cells: pd.DataFrame) -> pd.DataFrame:
+def hardware_pairs(cells: pd.DataFrame, runs: Runs) -> pd.DataFrame:
     """One row a cell that both backends finished: `KEYS`, each column of the summary as name_torch and name_cerebras.
 
-    `difference` is cerebras minus torch, `half_interval` its 95% interval taken as of independent examples: both
-    answer the same ones, so the true interval is narrower.
+    `difference`, `low` and `high` are of the accuracy of cerebras minus that of torch on the same examples; missing
+    where these are not the same.
     """
     done = cells[(cells["status"] == "done") & cells["shared_with"].isna()]
     one, other = (done[done["backend"] == backend].set_index(KEYS) for backend in BACKENDS)
     pairs = one.join(other, lsuffix="_torch", rsuffix="_cerebras", how="inner").reset_index()
-    pairs["difference"] = pairs["accuracy_cerebras"] - pairs["accuracy_torch"]
-    pairs["half_interval"] = Z_95 * np.hypot(pairs["accuracy_stderr_torch"], pairs["accuracy_stderr_cerebras"])
+    found = [runs.difference(a, b) for a, b in zip(pairs["run_id_torch"], pairs["run_id_cerebras"], strict=True)]
+    for name, part in (("difference", "value"), ("low", "low"), ("high", "high")):
+        pairs[name] = [getattr(estimate, part) if estimate else float("nan") for estimate in found]
     return pairs
 
 
@@ -39,14 +39,13 @@ def _row(pair: dict[str, Any]) -> dict[str, Any]:
         column: " / ".join(rounded(pair[f"train_{column}_per_second_{name}"]) for name in BACKENDS)
         for column in ("samples", "tokens")
     }
-    half = pair["half_interval"]
     compile_seconds = [pair[f"compile_seconds_{name}"] for name in BACKENDS]
     return {
         **{name: pair[name] for name in KEYS},
         "sparsity": f"{pair['sparsity']:g}",
         **{name: rounded(pair[f"accuracy_{name}"], errors[name]) for name in BACKENDS},
         **{f"{name}_run": pair[f"run_id_{name}"] for name in BACKENDS},
-        "difference": f"{rounded(pair['difference'], half / 2)} ± {rounded(half, half / 2)}",
+        "difference": with_interval(pair["difference"], pair["low"], pair["high"]),
         **rates,
         "compile": " / ".join(rounded(seconds) if pd.notna(seconds) else UNKNOWN for seconds in compile_seconds),
     }

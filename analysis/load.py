@@ -100,6 +100,6 @@ def _row(cell: dict[str, Any], record: Record | None) -> dict[str, Any]:
         row["error"] = f"{record.error['class']}: {record.error['message']}"
     if record.status == "done":
         found = record.metrics | record.measured | record.environment
-        found |= {"inference_flops": record.metrics["inference_flops"][FLOPS_TOKENS]}
+        found |= {"inference_flops": record.metrics.get("inference_flops", {}).get(FLOPS_TOKENS)}
         row |= {name: found[name] for name in COLUMNS if name in found}
     return row

@@ -11,15 +11,19 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from string import Formatter
 from typing import Any
 
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from analysis.audit import RULES, Audit, Finding
 from analysis.baselines.comparison import Comparison, summarised
-from analysis.rounding import UNKNOWN, rounded
+from analysis.claims import QUESTIONS, Claim
+from analysis.rounding import UNKNOWN, rounded, with_interval
 from analysis.runs import relative_link
+from analysis.tables import PASS_MARK
 
 TEMPLATES = Path(__file__).parent / "templates"
 DIGITS = 6
@@ -36,6 +40,16 @@ class Said:
     about: str
     parts: Sequence[tuple[str, tuple[str, ...]]]
     test: str | None = None
+
+
+def said(claim: Claim) -> Said:
+    """A claim with its numbers set apart."""
+    parts: list[tuple[str, tuple[str, ...]]] = []
+    for words, name, _, _ in Formatter().parse(claim.template):
+        parts.append((words, ()))
+        if name is not None:
+            parts.append((claim.numbers[name].shown, claim.numbers[name].run_ids))
+    return Said(claim.question, claim.about, parts, claim.test)
 
 
 class Traces:
@@ -73,25 +87,26 @@ class Audited:
     state: str
     """sound, notice or fault"""
     headline: str
-    groups: Sequence[Mapping[str, Any]] = ()
-    """severity, rule, count, more, findings"""
+    groups: Sequence[Mapping[str, Any]]
+    """rule, severity, meaning, findings, and how many more there are"""
 
 
-def grouped_findings(findings: Iterable[Any]) -> list[dict[str, Any]]:
-    """Findings of the audit (rule, severity, text, run_ids) by rule, long lists cut."""
-    by_rule: dict[tuple[str, str], list[Any]] = defaultdict(list)
-    for finding in findings:
-        by_rule[finding.severity, finding.rule].append(finding)
-    return [
+def audited(found: Audit) -> Audited:
+    by_rule: dict[str, list[Finding]] = defaultdict(list)
+    for finding in found.findings:
+        by_rule[finding.rule].append(finding)
+    groups = [
         {
-            "severity": severity,
             "rule": rule,
-            "count": len(found),
-            "findings": found[:FINDINGS_A_RULE],
-            "more": max(0, len(found) - FINDINGS_A_RULE),
+            "severity": RULES[rule].severity,
+            "meaning": RULES[rule].meaning,
+            "findings": findings[:FINDINGS_A_RULE],
+            "more": max(0, len(findings) - FINDINGS_A_RULE),
         }
-        for (severity, rule), found in by_rule.items()
+        for rule, findings in by_rule.items()
     ]
+    state = "fault" if found.faults else "notice" if groups else "sound"
+    return Audited(state, found.summary(), groups)
 
 
 @dataclass(frozen=True)
@@ -105,9 +120,10 @@ class Content:
     """of results, the first the page's own"""
     audited: Audited
     findings: Sequence[Said]
+    seeds: str
+    """what can be said with so many seeds"""
     passing: pd.DataFrame
     """as `highest_passing_sparsity`"""
-    pass_mark: float
     comparisons: Sequence[Comparison] = ()
     hardware: Sequence[Mapping[str, Any]] = ()
     figures: Mapping[str, str] = field(default_factory=dict)
@@ -126,10 +142,11 @@ def page_of(content: Content, path: Path) -> str:
         title="tune-sparse: how sparse, and still good?",
         counts=content.counts,
         audit=content.audited,
-        findings=content.findings,
+        questions=_by_question(content.findings),
+        seeds=content.seeds,
         passing=rows,
         passing_columns=columns,
-        pass_mark=f"{content.pass_mark:.0%}",
+        pass_mark=f"{PASS_MARK:.0%}",
         published=_published(content.comparisons),
         hardware=content.hardware,
         figures=[_figure(path.parent, name, caption) for name, caption in content.figures.items()],
@@ -137,6 +154,14 @@ def page_of(content: Content, path: Path) -> str:
         script=Markup((TEMPLATES / "page.js").read_text("utf-8")),
         data=lambda: embedded(_data(content, path) | {"traces": traces.as_ranges()}),
     )
+
+
+def _by_question(findings: Sequence[Said]) -> list[tuple[str, list[tuple[str, list[Said]]]]]:
+    """Each question with what was found, by what it is about; what holds everywhere comes first, as the claims do."""
+    listed: dict[str, dict[str, list[Said]]] = {}
+    for finding in findings:
+        listed.setdefault(finding.question, {}).setdefault(finding.about, []).append(finding)
+    return [(f"{question}: {QUESTIONS[question]}", list(abouts.items())) for question, abouts in listed.items()]
 
 
 def embedded(value: Any) -> Markup:
@@ -223,8 +248,8 @@ def _published(comparisons: Sequence[Comparison]) -> dict[str, Any]:
 def published_row(comparison: Comparison) -> dict[str, Any]:
     """A comparison in words and rounded numbers; each published number as its source prints it."""
     published = comparison.published
-    stderr = comparison.half_interval / 2 if comparison.half_interval else None
-    interval = f" ± {rounded(comparison.half_interval, stderr)}" if comparison.half_interval else ""
+    low, high = comparison.low, comparison.high
+    stderr = (high - low) / 4 if high is not None and low is not None else None
     return {
         "source": published.source,
         "address": published.address,
@@ -236,7 +261,7 @@ def published_row(comparison: Comparison) -> dict[str, Any]:
         "metric": published.metric.replace("_", " "),
         "theirs": UNKNOWN if published.value is None else f"{published.value:.6g}",
         "ours": rounded(comparison.value, stderr),
-        "difference": rounded(comparison.difference, stderr) + interval,
+        "difference": with_interval(comparison.difference, low, high),
         "described": comparison.described,
         "reason": comparison.reason or "",
         "run_ids": comparison.run_ids,

@@ -1,28 +1,56 @@
-"""The first report: tables, figures, and what they say in a few lines."""
+"""The report: the audit, tables, figures, findings, and what they say in a few lines."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pandas as pd
 
+from analysis.audit import Audit, audit
+from analysis.baselines.published import load_published
+from analysis.claims import as_markdown, headlines
+from analysis.comparisons import Points
+from analysis.evidence import read_results
+from analysis.findings import findings, seeds_said
+from analysis.latex import main_results
 from analysis.load import cells_table
-from analysis.page import Audited
+from analysis.page import Content, audited, said
 from analysis.presentation import present
-from analysis.tables import PASS_MARK, SETTING, highest_passing_sparsity, sparsity_vs_performance
+from analysis.runs import runs_of
+from analysis.tables import (
+    PASS_MARK,
+    SETTING,
+    grouped_summary,
+    highest_passing_sparsity,
+    sparsity_vs_performance,
+    with_imported,
+    with_intervals,
+    with_notices,
+)
 from tune_sparse.errors import InputError, NotReadyError
-from tune_sparse.paths import write_text
+from tune_sparse.paths import write_json, write_text
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was found, as lines to print, how many faults the audit named, and how many cells are done."""
+
+    lines: list[str]
+    faults: int
+    done: int
 
 
 def write_report(
     results_dirs: Sequence[Path], sweep_ids: Sequence[str] | None = None, baselines: Sequence[Path] = ()
-) -> list[str]:
-    """Write `analysis/` in the first results folder; returns the findings as lines.
+) -> Report:
+    """Audit the folders and write `analysis/` in the first of them.
 
-    summary.csv has every cell, done or not; everything else is made of done cells alone. `sweep_ids` names the
-    sweeps to report on, all of them if None. Raises `NotReadyError` if there is no sweep, `InputError` if
-    sweeps of different protocols, weights or rows would be mixed.
+    summary.csv has every cell, done or not, and what the audit says of its run; everything else is made of done cells
+    alone. `sweep_ids` names the sweeps to report on, all of them if None; `baselines` are files of published numbers.
+    Raises `NotReadyError` if there is no sweep, `InputError` if sweeps of different protocols, weights or rows would be
+    mixed, or a file of published numbers breaks a rule.
     """
     cells = cells_table(results_dirs, sweep_ids)
     if cells.empty:
@@ -30,22 +58,41 @@ def write_report(
             f"a report needs a sweep, {', '.join(map(str, results_dirs))} has none. Run `tune-sparse sweep` first."
         )
     _refuse_mixed_sweeps(cells)
+    published = load_published(baselines, set(cells["model"]))
     folder = results_dirs[0] / "analysis"
     folder.mkdir(exist_ok=True)
-    write_text(folder / "summary.csv", cells.to_csv(index=False))
+    results = read_results(results_dirs, sweep_ids)
+    found = audit(results)
+    cells = with_intervals(cells)
+    summary = with_notices(with_intervals(with_imported(cells, results.imported)), found)
+    points = Points(cells, {run_id: e.answers for run_id, e in results.by_run.items() if e.answers})
+    claims, tests = findings(points, results.imported)
     performance = sparsity_vs_performance(cells)
-    write_text(folder / "sparsity_vs_performance.csv", performance.to_csv(index=False))
-    page = present(
-        folder,
-        results_dirs,
-        cells,
-        counts(cells)[0],
-        highest_passing_sparsity(performance),
-        PASS_MARK,
-        Audited("notice", "Not audited."),
-        published_files=baselines,
+    tables = {"summary": summary, "sparsity_vs_performance": performance, "tests": tests}
+    for name, table in (tables | {"grouped_summary": grouped_summary(points)}).items():
+        write_text(folder / f"{name}.csv", table.to_csv(index=False))
+    write_text(folder / "main_results.tex", main_results(summary))
+    write_text(folder / "findings.md", as_markdown(claims, seeds_said(cells), found.summary()))
+    write_json(folder / "findings.json", [claim.as_json() for claim in claims])
+    write_json(folder / "audit.json", [asdict(finding) for finding in found.findings])
+    content = Content(
+        counts=counts(cells)[0],
+        cells=summary,
+        folders=results_dirs,
+        audited=audited(found),
+        findings=[said(claim) for claim in claims],
+        seeds=seeds_said(cells),
+        passing=highest_passing_sparsity(performance),
     )
-    return [*counts(cells), *findings(performance), f"Tables and figures: {folder}", f"To read: {page}"]
+    page = present(folder, content, runs_of(results_dirs, points.answers), published)
+    lines = [*_faults(found), *counts(cells), found.summary(), *headlines(claims), *highest_lines(performance)]
+    lines += [f"Tables, figures, findings and audit: {folder}", f"To read: {page}"]
+    return Report(lines, len(found.faults), int((cells["status"] == "done").sum()))
+
+
+def _faults(found: Audit) -> list[str]:
+    """Before anything else is said."""
+    return [f"FAULT {finding.rule}: {finding.text}" for finding in found.faults]
 
 
 def _refuse_mixed_sweeps(cells: pd.DataFrame) -> None:
@@ -68,7 +115,7 @@ def counts(cells: pd.DataFrame) -> list[str]:
     ]
 
 
-def findings(performance: pd.DataFrame) -> list[str]:
+def highest_lines(performance: pd.DataFrame) -> list[str]:
     """The highest sparsity that keeps each task within the pass mark of its dense baseline, by method and mode."""
     passing = highest_passing_sparsity(performance)
     if passing.empty:

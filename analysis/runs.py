@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from analysis.comparisons import paired_difference_of
+from analysis.evidence import Answers
+from analysis.statistics import Estimate
 from tune_sparse.paths import read_json
 from tune_sparse.result import Ledger, Record
 
@@ -17,6 +22,8 @@ class Runs:
     """The runs of several results folders, each found in the first folder that finished it."""
 
     folders: tuple[Path, ...]
+    answers: Mapping[str, Answers] = field(default_factory=dict)
+    """{run_id: what its model answered}"""
 
     def folder_of(self, run_id: str) -> Path | None:
         """Of a done run, else of one that any folder has."""
@@ -36,6 +43,13 @@ class Runs:
         kept = read_json(path).get("kept_by_matrix") if path and path.is_file() else None
         return {name: (int(left), int(size)) for name, (left, size) in (kept or {}).items()}
 
+    def difference(self, left: str, right: str) -> Estimate | None:
+        """The accuracy of run `right` minus that of `left`, of what both answered; None if it was not the same."""
+        a, b = self.answers.get(left), self.answers.get(right)
+        if a is None or b is None or not np.array_equal(a.ids, b.ids):
+            return None
+        return paired_difference_of(self.answers, left, right)
+
     def throughputs(self) -> Iterator[dict[str, Any]]:
         """What `tune-sparse throughput` measured: run_id, by_batch_size, environment."""
         for folder in self.folders:
@@ -48,5 +62,5 @@ def relative_link(path: Path, page: Path) -> str:
     return Path(os.path.relpath(path.resolve(), page.parent.resolve())).as_posix()
 
 
-def runs_of(folders: Sequence[Path]) -> Runs:
-    return Runs(tuple(folders))
+def runs_of(folders: Sequence[Path], answers: Mapping[str, Answers] | None = None) -> Runs:
+    return Runs(tuple(folders), answers or {})

@@ -12,7 +12,6 @@ from torch.nn.utils import prune
 from tune_sparse.architectures import architecture_named
 from tune_sparse.errors import InputError
 from tune_sparse.masks import (
-    TOLERANCE,
     keep_highest,
     kept_lines,
     line_mask,
@@ -22,6 +21,7 @@ from tune_sparse.masks import (
     sparsity_of,
     structured_counts,
 )
+from tune_sparse.methods import TOLERANCE
 from tune_sparse.models import Shape
 
 

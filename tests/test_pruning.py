@@ -16,8 +16,8 @@ from tune_sparse.calibration import ModelBlocks, Statistics
 from tune_sparse.checkpoints import open_checkpoint
 from tune_sparse.data import Encoded
 from tune_sparse.errors import InputError
-from tune_sparse.masks import TOLERANCE, Masks, keep_highest, mask_sha256, masked, pruned_count, sparsity_of
-from tune_sparse.methods import GROUPS, METHODS
+from tune_sparse.masks import Masks, keep_highest, mask_sha256, masked, pruned_count, sparsity_of
+from tune_sparse.methods import GROUPS, METHODS, TOLERANCE
 from tune_sparse.models import PRUNED, Shape, check_checkpoint, load_model, prunable_weights, write_weights_into
 from tune_sparse.pruning import (
     Prunable,

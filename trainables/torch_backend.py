@@ -35,7 +35,7 @@ from tune_sparse.paths import write_json, write_text
 from tune_sparse.result import Ledger, Record, Run, write_config
 from tune_sparse.tasks import tasks_named
 from tune_sparse.train import Step, accelerator_for, mean_loss
-from tune_sparse.validate import validation_report
+from tune_sparse.validate import validation_report, weights_sha256
 
 MODES = {
     "dense": dense,
@@ -257,6 +257,7 @@ def _stages(
             "by_task": scored.by_task if len(scored.by_task) > 1 else None,
             "counted_sparsity": report["counted_sparsity"],
             "mask_sha256": pruned.checksum,
+            "weights_sha256": weights_sha256(prunable_weights(model)),
             "train_loss": training.last_loss,
             "eval_loss": mean_loss(model, rows.selection, protocol),
             "epochs": training.rows / len(rows.train),

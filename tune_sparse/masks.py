@@ -11,13 +11,11 @@ from torch import Tensor
 
 from tune_sparse.architectures import Matrix
 from tune_sparse.errors import InputError
+from tune_sparse.methods import TOLERANCE
 from tune_sparse.models import Shape
 
 Masks = dict[str, Tensor]
 """{checkpoint tensor name: keep-mask in the checkpoint's layout, bool}"""
-
-TOLERANCE = 0.01
-"""How far the achieved sparsity may be from the asked one."""
 
 
 def keep_highest(scores: Tensor, pruned: int) -> Tensor:

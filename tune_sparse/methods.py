@@ -17,6 +17,8 @@ ALLOCATIONS = ("uniform", "global", "owl")
 GROUPS = {"2:4": (2, 4), "4:8": (4, 8)}
 """{pattern: (weights kept, of so many neighbours in a row)}"""
 PATTERNS = ("element-wise", "structured", *GROUPS)
+TOLERANCE = 0.01
+"""How far the achieved sparsity may be from the asked one."""
 OWN_NAMES = {
     ("magnitude", "uniform", "element-wise"): "unstructured",
     ("magnitude", "uniform", "structured"): "structured",

@@ -21,7 +21,7 @@ import re
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -219,8 +219,11 @@ class Ledger:
         write_json(self.folder / "sweeps" / f"{sweep.sweep_id}.json", asdict(sweep))
 
     def sweeps(self) -> list[SweepRecord]:
-        """Every sweep that was started here, the oldest first."""
-        found = [SweepRecord(**read_json(path)) for path in (self.folder / "sweeps").glob("*.json")]
+        """Every sweep that was started here and whose record can be read, the oldest first."""
+        found = []
+        for path in (self.folder / "sweeps").glob("*.json"):
+            with suppress(json.JSONDecodeError, TypeError, UnicodeDecodeError):
+                found.append(SweepRecord(**read_json(path)))
         return sorted(found, key=lambda sweep: (sweep.started, sweep.sweep_id))
 
 

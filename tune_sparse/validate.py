@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,7 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tune_sparse.masks import TOLERANCE, Masks, mask_sha256, sparsity_of
+from tune_sparse.masks import Masks, mask_sha256, sparsity_of
+from tune_sparse.methods import TOLERANCE
+
+
+def weights_sha256(weights: Mapping[str, Tensor]) -> str:
+    """A checksum over names, shapes and bits, matrix by matrix in the order of their names."""
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        weight = weights[name].detach().cpu().contiguous()
+        digest.update(f"{name}{tuple(weight.shape)}".encode())
+        digest.update(weight.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def mask_violations(masks: Masks, sparsity: float) -> list[str]:

@@ -10,9 +10,9 @@ from typing import Any
 import pandas as pd
 
 from analysis.baselines.published import METRICS, Published
+from analysis.statistics import against_published
 from tune_sparse.result import Ledger
 
-CONFIDENCE_Z = 1.96
 SAME_SPARSITY = 0.005
 NOT_AVAILABLE = "not available"
 
@@ -21,8 +21,8 @@ NOT_AVAILABLE = "not available"
 class Comparison:
     """A published number and the setting of ours that stands beside it, or why none does.
 
-    `difference` is ours minus theirs. Its 95% interval takes both for means of as many examples as ours has; of a
-    perplexity, and where the number of examples is not known, there is none.
+    `difference` is ours minus theirs, from `low` to `high` at 95% (`statistics.against_published`); a perplexity has no
+    interval.
     """
 
     published: Published
@@ -30,7 +30,8 @@ class Comparison:
     """why nothing is compared; None where something is"""
     value: float | None = None
     difference: float | None = None
-    half_interval: float | None = None
+    low: float | None = None
+    high: float | None = None
     described: str = ""
     """method and mode of ours, and of how many settings it is the best"""
     run_ids: tuple[str, ...] = ()
@@ -61,13 +62,11 @@ def _compared(row: Published, done: pd.DataFrame) -> Comparison:
     if reason:
         return Comparison(row, reason)
     assert row.value is not None
-    value, stderr, examples, described, run_ids = _nearest(row, found)
-    half = None
-    if row.metric.startswith("accuracy") and pd.notna(examples) and examples > 0:
-        theirs = row.value * (1 - row.value) / examples
-        ours = stderr**2 if pd.notna(stderr) else value * (1 - value) / examples
-        half = CONFIDENCE_Z * (theirs + ours) ** 0.5
-    return Comparison(row, None, value, value - row.value, half, described, run_ids)
+    value, examples, described, run_ids = _nearest(row, found)
+    if not row.metric.startswith("accuracy") or not examples > 0:
+        return Comparison(row, None, value, value - row.value, None, None, described, run_ids)
+    e = against_published(value, int(examples), row.value)
+    return Comparison(row, None, value, e.value, e.low, e.high, described, run_ids)
 
 
 def _same_setting(row: Published, done: pd.DataFrame) -> tuple[pd.DataFrame, str | None]:
@@ -98,22 +97,20 @@ def _same_setting(row: Published, done: pd.DataFrame) -> tuple[pd.DataFrame, str
     return done, f"no finished run of ours at sparsity {row.sparsity:g}" if done.empty else None
 
 
-def _nearest(row: Published, found: pd.DataFrame) -> tuple[float, float, float, str, tuple[str, ...]]:
+def _nearest(row: Published, found: pd.DataFrame) -> tuple[float, float, str, tuple[str, ...]]:
     """The mean over seeds of the setting with their method and mode where we have it, of the best one otherwise."""
     for column, wanted in (("method", row.method), ("mode", row.mode)):
         same = found[found[column] == wanted]
         found = found if same.empty else same
-    stderr = "accuracy_stderr" if row.metric == "accuracy" else "perplexity_stderr"
     settings = found.groupby(["method", "mode"], sort=True)
-    means = settings[[row.metric, stderr, "n_examples"]].mean()
+    means = settings[[row.metric, "n_examples"]].mean()
     best: Any = means[row.metric].idxmin() if row.metric.startswith("perplexity") else means[row.metric].idxmax()
     chosen = means.loc[best]
     rivals = found["run_id"].nunique() > found["seed"].nunique()
     label = ", ".join(best) if row.sparsity else "dense"
     runs = tuple(dict.fromkeys(settings.get_group(best)["run_id"]))
     described = label + (f", the best of {len(means)}" if rivals else "")
-    deviation = chosen[stderr] if row.metric == "accuracy" else float("nan")
-    return float(chosen[row.metric]), float(deviation), float(chosen["n_examples"]), described, runs
+    return float(chosen[row.metric]), float(chosen["n_examples"]), described, runs
 
 
 def summarised(comparisons: Sequence[Comparison]) -> str:

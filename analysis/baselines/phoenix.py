@@ -5,16 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from analysis.baselines.comparison import NOT_AVAILABLE, Comparison
-from analysis.rounding import rounded
+from analysis.latex import escape
+from analysis.rounding import rounded, with_interval
 
 SOURCE = "Phoenix"
 NOT_COMPARABLE = "not comparable"
-SPECIAL = {
-    **{character: f"\\{character}" for character in "&%$#_{}"},
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "\\": r"\textbackslash{}",
-}
 HEAD = r"""% Made by `tune-sparse report` from published numbers and finished runs.
 \begin{tabular}{llllll}
 \toprule
@@ -27,12 +22,7 @@ FOOT = "\\bottomrule\n\\end{tabular}\n"
 def phoenix_table(comparisons: Sequence[Comparison]) -> str:
     """A line for each accuracy of the paper; why nothing is compared stands in the last column."""
     chosen = [c for c in comparisons if c.published.source == SOURCE]
-    return HEAD + "".join(f"{' & '.join(map(escaped, _fields(c)))} \\\\\n" for c in chosen) + FOOT
-
-
-def escaped(text: str) -> str:
-    """Text as LaTeX prints it."""
-    return "".join(SPECIAL.get(character, character) for character in text)
+    return HEAD + "".join(f"{' & '.join(map(escape, _fields(c)))} \\\\\n" for c in chosen) + FOOT
 
 
 def _fields(comparison: Comparison) -> tuple[str, ...]:
@@ -44,7 +34,5 @@ def _fields(comparison: Comparison) -> tuple[str, ...]:
         return (*setting, "--", NOT_AVAILABLE)
     if comparison.reason:
         return (*setting, "--", f"{NOT_COMPARABLE}: {comparison.reason}")
-    half = comparison.half_interval
-    stderr = half / 2 if half else None
-    interval = f" +/- {rounded(half, stderr)}" if half else ""
-    return (*setting, rounded(comparison.value, stderr), rounded(comparison.difference, stderr) + interval)
+    difference = with_interval(comparison.difference, comparison.low, comparison.high)
+    return (*setting, rounded(comparison.value), difference)

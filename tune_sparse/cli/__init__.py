@@ -15,7 +15,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from tune_sparse.cli import evaluation, merging, pruning, results, sweep, throughput
+from tune_sparse.cli import auditing, evaluation, merging, pruning, results, sweep, throughput
 from tune_sparse.cli.command import BAD_INPUT, FAULT
 from tune_sparse.errors import DISK_FULL, InputError
 
@@ -48,6 +48,6 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = root.add_subparsers(required=True, metavar="COMMAND")
-    for group in (sweep, pruning, evaluation, merging, throughput, results):
+    for group in (sweep, pruning, evaluation, merging, throughput, results, auditing):
         group.add_commands(commands)
     return root

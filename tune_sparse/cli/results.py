@@ -94,14 +94,14 @@ def _report(chosen: argparse.Namespace) -> int:
     if chosen.bundle:
         refuse_bundle(chosen.bundle)
     try:
-        lines = write_report(folders, chosen.sweep, chosen.baselines)
+        report = write_report(folders, chosen.sweep, chosen.baselines)
     except NotReadyError as error:
         print(f"tune-sparse: {error}", file=sys.stderr)
         return FAULT
-    print("\n".join(lines))
+    print("\n".join(report.lines))
     if chosen.bundle:
         print(f"{write_bundle(folders, chosen.bundle)} files for publication: {chosen.bundle}")
-    return OK
+    return OK if report.done and not report.faults else FAULT
 
 
 def _track(chosen: argparse.Namespace) -> int:

@@ -88,9 +88,9 @@ def _sweep(chosen: argparse.Namespace) -> int:
     report = write_report([config.results_dir], [outcome.plan.record.sweep_id])
     if chosen.json:
         values = {name: getattr(outcome, name) for name in ("ran", "done", "failed", "left", "seconds", "utilisation")}
-        print(json.dumps(values))
-        return OK if complete else FAULT
-    print("\n".join(report))
+        print(json.dumps(values | {"faults": report.faults}))
+        return OK if complete and not report.faults else FAULT
+    print("\n".join(report.lines))
     used = f", utilisation {outcome.utilisation:.2f}" if outcome.utilisation is not None else ""
     print(f"{outcome.ran} trainings in {duration(outcome.seconds)}{used}.")
     print(f"Look at them with `tune-sparse ui --results-dir {config.results_dir}`.")
@@ -101,7 +101,7 @@ def _sweep(chosen: argparse.Namespace) -> int:
             "The same command resumes; `tune-sparse status` has the reasons.",
             file=sys.stderr,
         )
-    return OK if complete else FAULT
+    return OK if complete and not report.faults else FAULT
 
 
 def _dry_run(config: SweepConfig, chosen: argparse.Namespace) -> int:

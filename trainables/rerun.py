@@ -1,0 +1,103 @@
+"""A finished run made once more from nothing, and compared with its record."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trainables.hardware import environment
+from trainables.torch_backend import Bench, run_cell
+from tune_sparse.errors import InputError
+from tune_sparse.outcomes import Outcome, read_outcomes
+from tune_sparse.result import Ledger, Record, Run
+
+LOSS_TOLERANCE = 0.02
+"""Relative, of a number that other hardware or other versions computed: sums are rounded otherwise, and training
+carries that on."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A run and its repetition: every metric that differs, as `name: recorded, repeated`."""
+
+    is_exact: bool
+    """Whether the same bits were demanded: on a CPU of the same name, with the same versions."""
+    differences: tuple[str, ...]
+    examples: int
+    answered_otherwise: int
+    not_recorded: tuple[str, ...]
+    """metrics that this version records and the earlier one did not"""
+
+
+def rerun(run: Run, ledger: Ledger) -> Comparison:
+    """Prune, train, deploy and score `run` again in a scratch folder, and compare. The ledger is only read.
+
+    Raises `InputError` where the run cannot be repeated here: other weights or rows, or a training that fails.
+    """
+    recorded = ledger.record(run.run_id)
+    assert recorded is not None
+    with tempfile.TemporaryDirectory(prefix="tune-sparse-rerun-") as scratch:
+        again = Ledger(Path(scratch))
+        repeated = _finished(run, again)
+        if repeated.error:
+            raise InputError(f"{run.run_id} cannot be repeated here: {repeated.error['message']}")
+        before, after = (read_outcomes(place.run_folder(run.run_id) / "examples.parquet") for place in (ledger, again))
+    return compared(recorded, repeated, before, after, same_bits(recorded.environment))
+
+
+def _finished(run: Run, ledger: Ledger) -> Record:
+    steps = run_cell(run, ledger, Bench())
+    while True:
+        try:
+            next(steps)
+        except StopIteration as stop:
+            return stop.value
+
+
+def same_bits(recorded: Mapping[str, Any]) -> bool:
+    """Whether this machine must give the bits that were recorded there."""
+    here = environment()
+    return not torch.cuda.is_available() and all(recorded.get(name) == here[name] for name in ("hardware", "packages"))
+
+
+def compared(
+    recorded: Record, repeated: Record, before: list[Outcome], after: list[Outcome], is_exact: bool
+) -> Comparison:
+    """Exactly: every bit of every metric and every outcome. Otherwise accuracies within one standard error and other
+    numbers within `LOSS_TOLERANCE`; checksums and rounding losses are then not compared."""
+    left, right = dict(_flat(recorded.metrics)), dict(_flat(repeated.metrics))
+    stderr = recorded.metrics.get("accuracy_stderr") or 0.0
+    differences = [
+        f"{name}: {left[name]}, {right.get(name)}"
+        for name in left
+        if not (left[name] == right.get(name) or (not is_exact and _close(name, left[name], right.get(name), stderr)))
+    ]
+    asked = {(o.task, o.id): o for o in before}
+    otherwise = sum(asked.get((o.task, o.id)) != o for o in after) + len(asked.keys() - {(o.task, o.id) for o in after})
+    if is_exact and otherwise:
+        differences.append(f"outcomes: {otherwise} of {len(before)} examples")
+    return Comparison(is_exact, tuple(differences), len(before), otherwise, tuple(right.keys() - left.keys()))
+
+
+def _close(name: str, before: Any, after: Any, stderr: float) -> bool:
+    if name.endswith("_sha256") or name == "update_rounded_away_fraction":
+        return True
+    if not isinstance(before, int | float) or not isinstance(after, int | float):
+        return False
+    if "accuracy" in name or name in ("f1", "most_frequent_fraction"):
+        return abs(before - after) <= stderr
+    return math.isclose(before, after, rel_tol=LOSS_TOLERANCE)
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
