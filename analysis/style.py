@@ -80,7 +80,7 @@ def write_numbers_into(axis: Axes, values: Any, text_of: Any, size: float) -> No
 def save(figure: Figure, path: Path) -> None:
     """As PNG at `path` and, for print, as PDF beside it; each whole or not at all."""
     figure.draw_without_rendering()
-    figure.set_layout_engine("none")  # laid out once, not again for each file
+    figure.set_layout_engine(None)  # laid out once, not again for each file
     for suffix in (".png", ".pdf"):
         partial = aside(path.with_suffix(suffix))
         # without the date, the same figure is the same file

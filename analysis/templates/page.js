@@ -13,8 +13,10 @@ const cells = Array.from({ length: data.count }, (_, i) => {
 });
 const place = new Map(cells.map((cell, i) => [cell, i]));
 const FILTERS = ["backend", "model", "task", "method", "mode", "status"].filter((name) => data.columns[name]);
-const SHOWN = ["run_id", ...FILTERS, "sparsity", "seed", "accuracy", "perplexity", "accuracy_before_tuning", "eval_loss",
-  "train_samples_per_second", "notices", "error"].filter((name) => data.columns[name] && cells.some((c) => c[name] != null));
+const CONSTANT = new Set(names.filter((name) => new Set(cells.map((c) => c[name])).size < 2));
+const SHOWN = ["run_id", ...[...FILTERS, "seed"].filter((name) => !CONSTANT.has(name)), "sparsity", "accuracy", "perplexity",
+  "notices", "accuracy_before_tuning", "eval_loss", "train_samples_per_second", "error"]
+  .filter((name) => data.columns[name] && cells.some((c) => c[name] != null));
 const METRICS = [["accuracy", "accuracy (fraction right)"], ["perplexity", "perplexity (per token)"],
   ["eval_loss", "eval loss (nats per token)"], ["train_samples_per_second", "training rate (samples/s)"],
   ["inference_flops", "inference FLOPs at 2,048 tokens"]].filter(([name]) => cells.some((c) => c[name] != null));
@@ -238,7 +240,7 @@ function fill() {
   const found = matching();
   const rows = found.slice(0, limit).map((cell) => {
     const row = element("tr", { class: "cell", tabindex: 0 });
-    for (const name of SHOWN) row.append(element("td", name === "error" ? { class: "error" } : {},
+    for (const name of SHOWN) row.append(element("td", { class: name },
       name === "run_id" ? fileLink(cell, "result.json", cell.run_id) : number(cell[name], errorOf(cell, name))));
     const toggle = () => {
       if (row.nextSibling?.classList.contains("detail")) row.nextSibling.remove(); else row.after(detail(cell));
