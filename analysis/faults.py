@@ -21,8 +21,9 @@ from tune_sparse.tasks import tasks_named
 
 Found = Iterator[tuple[str, list[str]]]
 
+TEST_ROWS = ("n_test", "few_shot")
 HARMLESS = {
-    *("n_test", "few_shot", "max_new_tokens", "batch_tokens", "eval_every"),
+    *(*TEST_ROWS, "max_new_tokens", "batch_tokens", "eval_every"),
     *("threads", "micro_batch", "masked_way", "activation_checkpointing"),
 }
 """Settings that may leave every bit of a training as it is."""
@@ -278,13 +279,14 @@ def grouped_cells(cells: Iterable[dict[str, Any]], name: str) -> dict[Any, list[
 
 def differing(first: Run, second: Run) -> list[str]:
     """Names of the settings that two runs differ in, besides those that may leave every bit as it is."""
-    names = []
     left, right = _settings(first), _settings(second)
-    for name in left:
-        unused = name in CALIBRATION_SETTINGS and not (first.is_calibrated or second.is_calibrated)
-        if name not in HARMLESS and not unused and left[name] != right[name]:
-            names.append(name)
-    return names
+    harmless = set(HARMLESS)
+    if not (first.is_calibrated or second.is_calibrated):
+        harmless |= set(CALIBRATION_SETTINGS)
+    names = [name for name in left if left[name] != right[name]]
+    if any(name in TEST_ROWS for name in names):  # the fingerprint is of test rows too
+        harmless |= {"data_fingerprint"}
+    return [name for name in names if name not in harmless]
 
 
 def _settings(run: Run) -> dict[str, Any]:

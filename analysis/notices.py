@@ -46,7 +46,7 @@ def same_answers(results: Results) -> Found:
         answered = [e for e in runs if e.answers is not None and e.answers.scores.any()]
         alike = grouped(answered, lambda e: e.answers.predictions_sha256 if e.answers else None)
         for same in alike.values():
-            if len(same) > 1:
+            if len({e.record.identity for e in same}) > 1:
                 accuracy = same[0].record.metrics.get("accuracy", float("nan"))
                 yield (
                     f"{model}, {task}: {len(same)} runs predict the same everywhere (accuracy {accuracy:.3f})",

@@ -1,0 +1,139 @@
+"""Makers of ledgers in which the audit finds nothing, and of one fault at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from factories import sweep_of
+
+from tune_sparse.config import Cell, Protocol
+from tune_sparse.data import Splits, fingerprint_of, load_splits
+from tune_sparse.outcomes import Outcome, metrics_of, write_outcomes
+from tune_sparse.paths import read_json, write_json, write_lines
+from tune_sparse.result import Ledger, Record, Run, write_config
+from tune_sparse.task import PromptTask
+from tune_sparse.tasks import TASKS
+
+PROTOCOL = Protocol(
+    steps=12, warmup_steps=0, global_batch=8, micro_batch=8, n_train=40, n_selection=8, n_test=400, eval_every=12
+)
+METHODS = ("unstructured", "random")
+MODES = ("sparse-to-dense", "sparse-to-sparse")
+SPARSITIES = (0.0, 0.3, 0.6)
+MATRICES = ("model.layers.0.self_attn.q_proj.weight", "model.layers.0.mlp.up_proj.weight")
+
+
+@cache
+def splits(protocol: Protocol, task: str = "boolq") -> Splits:
+    return load_splits(TASKS[task], None, protocol)
+
+
+def sound_run(cell: Cell, protocol: Protocol = PROTOCOL, **changes: Any) -> Run:
+    fields = {
+        "protocol": protocol,
+        "model_path": "/models/tiny",
+        "data_dir": None,
+        "model_fingerprint": hashlib.sha256(cell.model.encode()).hexdigest(),
+        "data_fingerprint": fingerprint_of([splits(protocol, cell.task)]),
+        "prompt_version": "1",
+    }
+    return Run(cell=cell, **fields | changes)
+
+
+def cells_of(methods: Iterable[str] = METHODS, sparsities: Iterable[float] = SPARSITIES, **changes: Any) -> list[Cell]:
+    base = {"model": "tiny", "task": "boolq", "seed": 0, "backend": "torch"} | changes
+    return [Cell(method=m, sparsity=s, mode=mode, **base) for m in methods for s in sparsities for mode in MODES]
+
+
+def outcomes_of(run: Run, accuracy: float, salt: str = "", answers: Mapping[str, str] | None = None) -> list[Outcome]:
+    """Of the run's test rows, by its identity or `salt`: right as likely as `accuracy`, or as `answers` says."""
+    rng, task = random.Random(salt or run.identity), TASKS[run.cell.task]
+    assert isinstance(task, PromptTask)
+    found = []
+    for row in splits(run.protocol, run.cell.task).test:
+        name, gold = task.question_id(row), str(task.gold(row))
+        right = rng.random() < accuracy
+        predicted = answers[name] if answers else (gold if right else str(1 - int(gold)))
+        likelihoods = (-rng.random(), -1 - rng.random())
+        found.append(Outcome(task.name, name, gold, predicted, predicted == gold, log_likelihoods=likelihoods))
+    return found
+
+
+def write_sound(
+    ledger: Ledger,
+    run: Run,
+    accuracy: float | None = None,
+    answers: Mapping[str, str] | None = None,
+    kept: Mapping[str, float] | None = None,
+    **metrics: Any,
+) -> Path:
+    """A whole finished run. kept: the share of each matrix that its mask keeps; 1 - sparsity if not given."""
+    cell, name = run.cell, "-".join(map(str, asdict(run.cell).values()))
+    outcomes = outcomes_of(run, 0.95 - 0.3 * cell.sparsity if accuracy is None else accuracy, answers=answers)
+    untuned = outcomes_of(run, 0.8 - 0.3 * cell.sparsity, f"untuned{run.untuned_id}")
+    chance, shares = 0.5, kept or dict.fromkeys(MATRICES, 1 - cell.sparsity)
+    kept_by_matrix = {matrix: [round(1000 * share), 1000] for matrix, share in shares.items()}
+    counted = 1 - sum(k for k, _ in kept_by_matrix.values()) / (1000 * len(kept_by_matrix))
+    mask = hashlib.sha256(f"{cell.method} {cell.sparsity}".encode()).hexdigest()
+    losses = [hashlib.sha256(f"{name}{step}".encode()).digest()[0] / 256 + 0.01 for step in range(run.protocol.steps)]
+    recorded = {
+        **metrics_of(outcomes, chance, None),
+        "accuracy_before_tuning": metrics_of(untuned, chance, None)["accuracy"],
+        "accuracy_before_merge": None,
+        "counted_sparsity": counted,
+        "mask_sha256": mask,
+        "weights_sha256": hashlib.sha256(name.encode()).hexdigest(),
+        "train_loss": losses[-1],
+        "eval_loss": 0.5,
+        "inference_flops": {"2048": 2_000},
+    }
+    if cell.mode == "sparse-to-dense":
+        recorded["update_removed_fraction"] = 0.25
+    measured = {"trial_seconds": 3.0, "train_seconds": 2.0, "train_samples_per_second": 128.0}
+    measured |= {"peak_memory_bytes": 2**20, "train_tokens_per_second": 4096.0}
+    environment = {"hardware": "abacus", "host": "here", "packages": {"torch": "2.13"}, "git_sha": "c" * 40}
+    record = Record(run.run_id, run.identity, "done", recorded | metrics, measured, environment)
+    if not (ledger.folder / "untuned" / f"{run.untuned_id}.json").exists():
+        ledger.write_untuned(run.untuned_id, {"metrics": {}, "run_id": run.run_id}, untuned)
+    with ledger.writing(run.run_id) as folder:
+        write_config(folder, run)
+        described = {"mask_sha256": mask, "counted_sparsity": counted}
+        write_json(folder / "sparse_config.json", described | {"kept_by_matrix": kept_by_matrix})
+        zeros = {matrix: [of - k, of] for matrix, (k, of) in kept_by_matrix.items()}
+        report = {"all_valid": True, "violations": [], "max_abs_at_masked": 0.0, "zeros_by_matrix": zeros}
+        write_json(folder / "validation_report.json", report | described)
+        write_lines(folder / "metrics.jsonl", [{"step": i, "train_loss": loss} for i, loss in enumerate(losses, 1)])
+        write_outcomes(folder / "examples.parquet", outcomes)
+        write_json(folder / "result.json", asdict(record))
+    return ledger.run_folder(run.run_id)
+
+
+def sound_ledger(folder: Path, cells: Iterable[Cell] | None = None, protocol: Protocol = PROTOCOL) -> Ledger:
+    """A sweep of `cells`, every run of it finished."""
+    ledger, asked = Ledger(folder), list(cells or cells_of())
+    runs = {cell: sound_run(cell.trained, protocol) for cell in asked}
+    sweep = sweep_of(asked)
+    owners: dict[str, str] = {}
+    rows = []
+    for cell, row in zip(asked, sweep.cells, strict=True):
+        owner = owners.setdefault(runs[cell].run_id, row["cell_id"])
+        shared = None if owner == row["cell_id"] else owner
+        rows.append({**row, "run_id": runs[cell].run_id, "shared_with": shared})
+    ledger.write_sweep(replace(sweep, cells=tuple(rows)))
+    for run in {run.run_id: run for run in runs.values()}.values():
+        write_sound(ledger, run)
+    return ledger
+
+
+def edit(path: Path, **changes: Any) -> None:
+    """Change values of a JSON file; a mapping is changed within."""
+    content = read_json(path)
+    for name, value in changes.items():
+        content[name] = content[name] | value if isinstance(value, dict) else value
+    write_json(path, content)

@@ -1,0 +1,378 @@
+"""Every rule of the audit finds the fault that is planted for it, and only that rule speaks."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from sound import PROTOCOL, cells_of, edit, outcomes_of, sound_ledger, sound_run, splits, write_sound
+
+from analysis.audit import RULES, Audit, audit_folders
+from analysis.imported import Imported
+from tune_sparse.cli import main
+from tune_sparse.cli.command import BAD_INPUT, FAULT, OK
+from tune_sparse.config import Cell
+from tune_sparse.outcomes import write_outcomes
+from tune_sparse.paths import write_json
+from tune_sparse.result import Ledger
+from tune_sparse.task import PromptTask
+from tune_sparse.tasks import TASKS
+
+A_CELL = Cell("tiny", "boolq", "unstructured", 0.3, "sparse-to-dense", 0, "torch")
+A_RUN = sound_run(A_CELL)
+ANOTHER = sound_run(replace(A_CELL, mode="sparse-to-sparse"))
+DOCS = Path(__file__).parents[1] / "docs" / "audit.md"
+
+
+@pytest.fixture(scope="module")
+def pattern(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return sound_ledger(tmp_path_factory.mktemp("sound") / "results").folder
+
+
+@pytest.fixture
+def ledger(pattern: Path, tmp_path: Path) -> Ledger:
+    """Nine runs of twelve cells without a fault, to plant one in."""
+    return Ledger(Path(shutil.copytree(pattern, tmp_path / "results")))
+
+
+def folder_of(ledger: Ledger, run: object = A_RUN) -> Path:
+    return ledger.run_folder(run.run_id)  # type: ignore[attr-defined]
+
+
+def rewritten(ledger: Ledger, **changes: object) -> None:
+    shutil.rmtree(folder_of(ledger))
+    write_sound(ledger, A_RUN, **changes)  # type: ignore[arg-type]
+
+
+def unreadable(ledger: Ledger) -> None:
+    (ledger.folder / "runs" / "notes").mkdir()
+
+
+def identity(ledger: Ledger) -> None:
+    path = folder_of(ledger) / "config.yaml"
+    path.write_text(path.read_text().replace("learning_rate: 0.0003", "learning_rate: 0.0004"))
+
+
+def checksum(ledger: Ledger) -> None:
+    edit(folder_of(ledger) / "validation_report.json", mask_sha256="f" * 64)
+
+
+def twins(ledger: Ledger) -> None:
+    shutil.copy(folder_of(ledger, ANOTHER) / "metrics.jsonl", folder_of(ledger))
+    last = json.loads((folder_of(ledger) / "metrics.jsonl").read_text().splitlines()[-1])
+    edit(folder_of(ledger) / "result.json", metrics={"train_loss": last["train_loss"]})
+
+
+def no_effect(ledger: Ledger) -> None:
+    edit(folder_of(ledger) / "result.json", metrics={"update_removed_fraction": 0.0})
+
+
+def off_target(ledger: Ledger) -> None:
+    edit(folder_of(ledger) / "result.json", metrics={"counted_sparsity": 0.28})
+
+
+def zeros_lost(ledger: Ledger) -> None:
+    zeros = {"model.layers.0.mlp.up_proj.weight": [299, 1000]}
+    edit(folder_of(ledger) / "validation_report.json", zeros_by_matrix=zeros)
+
+
+def mixed_versions(ledger: Ledger) -> None:
+    edit(folder_of(ledger) / "result.json", environment={"git_sha": "d" * 40})
+
+
+def overlap(ledger: Ledger) -> None:
+    task = TASKS["boolq"]
+    assert isinstance(task, PromptTask)
+    outcomes = outcomes_of(A_RUN, 0.86)
+    outcomes[7] = replace(outcomes[7], id=task.question_id(splits(PROTOCOL).train[3]))
+    write_outcomes(folder_of(ledger) / "examples.parquet", outcomes)
+
+
+def counted_twice(ledger: Ledger) -> None:
+    [path] = (ledger.folder / "sweeps").glob("*.json")
+    edit(path, cells=[cell | {"shared_with": None} for cell in json.loads(path.read_text())["cells"]])
+
+
+def no_run(ledger: Ledger) -> None:
+    edit(folder_of(ledger) / "result.json", metrics={"accuracy": 0.99})
+
+
+def conflict(ledger: Ledger) -> None:
+    other = ledger.folder.parent / "other"
+    shutil.copytree(folder_of(ledger), other / "runs" / A_RUN.run_id)
+    edit(other / "runs" / A_RUN.run_id / "result.json", metrics={"eval_loss": 0.25})
+
+
+def at_chance(ledger: Ledger) -> None:
+    rewritten(ledger, accuracy=0.45)
+
+
+def one_answer(ledger: Ledger) -> None:
+    """The commonest answer nearly always, and right where it is not given."""
+    golds = {o.id: str(o.gold) for o in outcomes_of(A_RUN, 1.0)}
+    usual, _ = Counter(golds.values()).most_common(1)[0]
+    others = [name for name, gold in golds.items() if gold != usual][:12]
+    rewritten(ledger, answers=dict.fromkeys(golds, usual) | {name: golds[name] for name in others})
+
+
+def same_answers(ledger: Ledger) -> None:
+    rewritten(ledger, answers={o.id: str(o.predicted) for o in outcomes_of(ANOTHER, 0.86)})
+
+
+def modes_coincide(ledger: Ledger) -> None:
+    kept = {"model.layers.0.self_attn.q_proj.weight": 1.0, "model.layers.0.mlp.up_proj.weight": 0.8}
+    for mode in ("sparse-to-dense", "sparse-to-sparse"):
+        run = sound_run(replace(A_CELL, method="structured", sparsity=0.1, mode=mode))
+        write_sound(ledger, run, kept=kept, weights_sha256="e" * 64)
+
+
+def few_examples(ledger: Ledger) -> None:
+    shutil.rmtree(ledger.folder)
+    sound_ledger(ledger.folder, protocol=replace(PROTOCOL, n_test=200))
+
+
+def few_steps(ledger: Ledger) -> None:
+    shutil.rmtree(ledger.folder)
+    sound_ledger(ledger.folder, protocol=replace(PROTOCOL, steps=6, eval_every=6))
+
+
+def missing(ledger: Ledger) -> None:
+    shutil.rmtree(folder_of(ledger))
+
+
+def hardware(ledger: Ledger) -> None:
+    edit(folder_of(ledger) / "result.json", environment={"hardware": "slide rule"})
+
+
+def uncommitted(ledger: Ledger) -> None:
+    for path in ledger.folder.glob("runs/*/result.json"):
+        edit(path, environment={"git_sha": "c" * 40 + "-dirty"})
+
+
+def unchecked(ledger: Ledger) -> None:
+    path = folder_of(ledger) / "result.json"
+    content = json.loads(path.read_text())
+    del content["metrics"]["weights_sha256"]
+    write_json(path, content)
+
+
+def imported(ledger: Ledger) -> None:
+    (ledger.folder / "imported").mkdir()
+    record = Imported("tiny", "boolq", 0.93, "our earlier study")
+    write_json(ledger.folder / "imported" / "one.json", vars(record))
+
+
+PLANTED: dict[str, Callable[[Ledger], None]] = {
+    "unreadable": unreadable,
+    "identity": identity,
+    "checksum": checksum,
+    "twins": twins,
+    "no-effect": no_effect,
+    "off-target": off_target,
+    "zeros-lost": zeros_lost,
+    "mixed-versions": mixed_versions,
+    "overlap": overlap,
+    "counted-twice": counted_twice,
+    "no-run": no_run,
+    "conflict": conflict,
+    "at-chance": at_chance,
+    "one-answer": one_answer,
+    "same-answers": same_answers,
+    "modes-coincide": modes_coincide,
+    "few-examples": few_examples,
+    "few-steps": few_steps,
+    "missing": missing,
+    "hardware": hardware,
+    "uncommitted": uncommitted,
+    "unchecked": unchecked,
+    "imported": imported,
+}
+
+
+def audited(ledger: Ledger) -> Audit:
+    other = ledger.folder.parent / "other"
+    return audit_folders([ledger.folder, other] if other.exists() else [ledger.folder])
+
+
+def test_every_rule_has_a_planted_fault_and_a_page() -> None:
+    assert set(PLANTED) == set(RULES)
+    described = re.findall(r"^### `([a-z-]+)`", DOCS.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    assert described == list(RULES)
+
+
+def test_a_sound_ledger_has_no_finding(ledger: Ledger) -> None:
+    found = audited(ledger)
+    assert found.findings == ()
+    assert found.runs == 9
+    assert found.summary() == "Audit of 9 runs: no fault; no notice."
+
+
+@pytest.mark.parametrize("rule", PLANTED)
+def test_a_planted_fault_is_found_by_its_rule_alone(rule: str, ledger: Ledger) -> None:
+    PLANTED[rule](ledger)
+    found = audited(ledger)
+    assert {finding.rule for finding in found.findings} == {rule}
+    assert bool(found.faults) == (RULES[rule].severity == "fault")
+    for finding in found.findings:
+        assert finding.text
+        assert finding.run_ids
+
+
+def said(ledger: Ledger) -> str:
+    return "\n".join(audited(ledger).lines(most=100))
+
+
+def test_equal_weights_of_different_settings_are_twins(ledger: Ledger) -> None:
+    for run in (A_RUN, sound_run(replace(A_CELL, method="random"))):
+        edit(folder_of(ledger, run) / "result.json", metrics={"weights_sha256": "e" * 64})
+    assert re.search(r"fault twins.*\n  .* differ in method, and to the last bit not in their weights", said(ledger))
+
+
+def test_equal_scores_of_different_settings_are_twins(ledger: Ledger) -> None:
+    shutil.copy(folder_of(ledger, ANOTHER) / "examples.parquet", folder_of(ledger))
+    assert "differ in mode, and to the last bit not in their scores" in said(ledger)
+
+
+def test_equal_losses_under_another_limit_of_test_rows_are_no_twins(ledger: Ledger) -> None:
+    run = sound_run(A_CELL, replace(PROTOCOL, n_test=390))
+    write_sound(ledger, run)
+    shutil.copy(folder_of(ledger) / "metrics.jsonl", folder_of(ledger, run))
+    assert "twins" not in {finding.rule for finding in audited(ledger).findings}
+
+
+def test_structured_modes_that_lost_heads_must_differ(ledger: Ledger) -> None:
+    kept = {"model.layers.0.self_attn.q_proj.weight": 0.9, "model.layers.0.mlp.up_proj.weight": 0.9}
+    for mode in ("sparse-to-dense", "sparse-to-sparse"):
+        run = sound_run(replace(A_CELL, method="structured", sparsity=0.1, mode=mode))
+        write_sound(ledger, run, kept=kept, weights_sha256="e" * 64)
+    assert {finding.rule for finding in audited(ledger).findings} == {"twins"}
+
+
+def test_one_mask_for_two_methods_had_no_effect(ledger: Ledger) -> None:
+    mask = json.loads((folder_of(ledger) / "result.json").read_text())["metrics"]["mask_sha256"]
+    for mode in ("sparse-to-dense", "sparse-to-sparse"):
+        folder = folder_of(ledger, sound_run(replace(A_CELL, method="random", mode=mode)))
+        edit(folder / "result.json", metrics={"mask_sha256": mask})
+        for name in ("sparse_config.json", "validation_report.json"):
+            edit(folder / name, mask_sha256=mask)
+    assert "have one and the same mask" in said(ledger)
+
+
+def test_a_training_that_changed_no_score_had_no_effect(ledger: Ledger) -> None:
+    untuned = ledger.folder / "untuned" / f"{A_RUN.untuned_id}.parquet"
+    shutil.copy(untuned, folder_of(ledger) / "examples.parquet")
+    assert "every score is the one before tuning, to the last bit" in said(ledger)
+
+
+def test_a_mask_that_changed_no_score_had_no_effect(ledger: Ledger) -> None:
+    dense = sound_run(A_CELL.trained.__class__("tiny", "boolq", "none", 0.0, "dense", 0, "torch"))
+    files = [ledger.folder / "untuned" / f"{run.untuned_id}.parquet" for run in (dense, A_RUN)]
+    shutil.copy(*files)
+    assert "before tuning every score is the unpruned model's" in said(ledger)
+
+
+def test_a_cell_that_points_to_another_cells_run_has_no_run(ledger: Ledger) -> None:
+    [path] = (ledger.folder / "sweeps").glob("*.json")
+    cells = json.loads(path.read_text())["cells"]
+    [cell] = [c for c in cells if c["run_id"] == ANOTHER.run_id]
+    cell |= {"run_id": A_RUN.run_id, "shared_with": cells[0]["cell_id"]}
+    edit(path, cells=cells)
+    assert "which is a run of another cell" in said(ledger)
+
+
+def test_a_copied_run_folder_is_counted_twice(ledger: Ledger) -> None:
+    shutil.copytree(folder_of(ledger), ledger.folder / "runs" / "copy")
+    assert {finding.rule for finding in audited(ledger).findings} == {"counted-twice"}
+
+
+def test_losses_that_end_early_are_no_run(ledger: Ledger) -> None:
+    path = folder_of(ledger) / "metrics.jsonl"
+    path.write_text("\n".join(path.read_text().splitlines()[:-2]))
+    assert "12 steps were asked, metrics.jsonl has the losses of 10" in said(ledger)
+
+
+def test_a_backend_of_tests_is_foreign(ledger: Ledger) -> None:
+    write_sound(ledger, sound_run(replace(A_CELL, backend="fake")))
+    assert "the backend 'fake' is none of torch" in said(ledger)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("result.json", "", "JSONDecodeError"),
+        ("result.json", '{"run_id": "x", "identity"', "JSONDecodeError"),
+        ("result.json", '{"loss": 3}', "unexpected keyword argument 'loss'"),
+        ("result.json", "[]", "TypeError"),
+        ("config.yaml", "a: [", "ParserError"),
+        ("config.yaml", "cell: {}", "TypeError"),
+        ("sparse_config.json", "{}", "it has no mask_sha256, counted_sparsity, kept_by_matrix"),
+        ("validation_report.json", '{"all_valid": true}', "foreign, or of an older format"),
+        ("metrics.jsonl", "{", "JSONDecodeError"),
+        ("examples.parquet", "PAR1", "ArrowInvalid"),
+    ],
+)
+def test_a_broken_file_is_listed_and_the_rest_analysed(
+    name: str, content: str, reason: str, ledger: Ledger, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder_of(ledger) / name).write_text(content)
+    assert main(["audit", "--results-dir", str(ledger.folder)]) == FAULT
+    printed = capsys.readouterr().out
+    assert re.search(rf"fault unreadable.*\n  {re.escape(str(folder_of(ledger)))}: .*{re.escape(reason)}", printed)
+    assert "Audit of 8 runs: 1 unreadable" in printed
+
+
+def test_a_broken_sweep_record_is_listed(ledger: Ledger) -> None:
+    (ledger.folder / "sweeps" / "half.json").write_text("{")
+    assert [finding.rule for finding in audited(ledger).findings] == ["unreadable"]
+
+
+def test_rows_that_are_gone_are_a_notice(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "results")
+    write_sound(ledger, replace(A_RUN, data_dir="/no/such/rows"))
+    assert "the rows of boolq are not here any more (/no/such/rows)" in said(ledger)
+
+
+def test_notices_mark_a_run(ledger: Ledger) -> None:
+    hardware(ledger)
+    no_run(ledger)
+    found = audited(ledger)
+    assert found.notices_of(A_RUN.run_id) == "NO-RUN hardware"
+    assert found.notices_of("another") == ""
+
+
+def test_the_command_prints_json_and_says_by_its_status_whether_there_is_a_fault(
+    ledger: Ledger, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["audit", "--results-dir", str(ledger.folder), "--json"]
+    hardware(ledger)
+    assert main(arguments) == OK
+    no_run(ledger)
+    capsys.readouterr()
+    assert main(arguments) == FAULT
+    findings = json.loads(capsys.readouterr().out)["findings"]
+    assert [(f["rule"], f["severity"]) for f in findings] == [("no-run", "fault"), ("hardware", "notice")]
+    assert findings[0]["run_ids"] == [A_RUN.run_id]
+
+
+def test_only_the_named_sweeps_are_audited(ledger: Ledger, capsys: pytest.CaptureFixture[str]) -> None:
+    write_sound(ledger, sound_run(replace(A_CELL, sparsity=0.9), model_fingerprint="0" * 64))
+    [path] = (ledger.folder / "sweeps").glob("*.json")
+    assert main(["audit", "--results-dir", str(ledger.folder), "--sweep", path.stem]) == OK
+    assert "Audit of 9 runs" in capsys.readouterr().out
+    assert main(["audit", "--results-dir", str(ledger.folder)]) == FAULT
+    assert main(["audit", "--results-dir", str(ledger.folder), "--sweep", "swep"]) == BAD_INPUT
+    assert "unknown sweep 'swep'. Did you mean 'sweep1000'?" in capsys.readouterr().err
+
+
+def test_a_folder_that_is_not_there_is_bad_input(tmp_path: Path) -> None:
+    assert main(["audit", "--results-dir", str(tmp_path / "none")]) == BAD_INPUT
+
+
+def test_the_matrix_of_the_fixture_is_whole() -> None:
+    assert len(cells_of()) == 12

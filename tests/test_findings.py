@@ -1,0 +1,270 @@
+"""Findings: what is claimed is carried by a test, and every number leads to its runs."""
+
+from __future__ import annotations
+
+import json
+import re
+import string
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from sound import cells_of, outcomes_of, sound_ledger, sound_run, write_sound
+
+from analysis.claims import QUESTIONS, Claim, as_markdown, headlines, number
+from analysis.comparisons import ALL_BASES, NAIVE_WARNING, Points, compare, turned
+from analysis.evidence import read_results
+from analysis.findings import findings, seeds_said
+from analysis.imported import Imported
+from analysis.load import cells_table
+from analysis.report import write_report
+from analysis.statistics import wilson
+from tune_sparse.config import Cell
+from tune_sparse.result import Ledger
+
+TASKS = ("boolq", "hellaswag")
+
+
+def written(folder: Path, accuracy: dict[str, float], drop: float = 0.3) -> Ledger:
+    """Two bases, two methods, two modes: the accuracy of a mode less `drop` times the sparsity."""
+    cells = [
+        cell for model in ("tiny", "other") for cell in cells_of(sparsities=(0.0, 0.3, 0.5, 0.6, 0.9), model=model)
+    ]
+    ledger = Ledger(folder)
+    sound_ledger(folder, cells)
+    for cell in {cell.trained for cell in cells if cell.sparsity}:
+        run = sound_run(cell)
+        for path in sorted(ledger.run_folder(run.run_id).rglob("*"), reverse=True):
+            path.unlink()
+        ledger.run_folder(run.run_id).rmdir()
+        write_sound(ledger, run, accuracy=accuracy[cell.mode] - drop * cell.sparsity)
+    return ledger
+
+
+@pytest.fixture(scope="module")
+def apart(tmp_path_factory: pytest.TempPathFactory) -> Ledger:
+    """Sparse-to-sparse is better by a fifth."""
+    return written(tmp_path_factory.mktemp("apart"), {"sparse-to-dense": 0.75, "sparse-to-sparse": 0.95})
+
+
+@pytest.fixture(scope="module")
+def alike(tmp_path_factory: pytest.TempPathFactory) -> Ledger:
+    return written(tmp_path_factory.mktemp("alike"), {"sparse-to-dense": 0.85, "sparse-to-sparse": 0.85})
+
+
+def points_of(ledger: Ledger) -> Points:
+    results = read_results([ledger.folder])
+    answers = {run: e.answers for run, e in results.by_run.items() if e.answers}
+    return Points(cells_table([ledger.folder]), answers)
+
+
+def claims_of(ledger: Ledger, *imported: Imported) -> list[Claim]:
+    return findings(points_of(ledger), imported)[0]
+
+
+def texts(claims: list[Claim], question: str, about: str = "") -> str:
+    return "\n".join(c.text for c in claims if c.question == question and about in c.about)
+
+
+@pytest.mark.parametrize("name", ["apart", "alike"])
+def test_every_number_of_a_claim_is_one_of_its_numbers_and_has_runs(name: str, request: pytest.FixtureRequest) -> None:
+    ledger: Ledger = request.getfixturevalue(name)
+    runs = {path.name for path in (ledger.folder / "runs").iterdir()}
+    claims = claims_of(ledger)
+    assert {claim.question for claim in claims} == set(QUESTIONS)
+    for claim in claims:
+        fields = {field for _, field, _, _ in string.Formatter().parse(claim.template) if field}
+        assert fields <= set(claim.numbers)
+        words = "".join(literal for literal, *_ in string.Formatter().parse(claim.template))
+        written_out = re.sub(r"within (an imported dense baseline|\d+%)|\d+% up to|of 2%|CS-3", "", words)
+        assert not re.search(r"\d", written_out), claim.template
+        for shown in claim.numbers.values():
+            assert shown.run_ids
+            assert set(shown.run_ids) <= runs
+        assert set(claim.run_ids) <= runs
+
+
+def test_a_mean_is_that_of_the_runs_behind_it(apart: Ledger) -> None:
+    cells = cells_table([apart.folder]).set_index("run_id")
+    [claim] = [c for c in claims_of(apart) if c.question == "RQ2" and c.about == ALL_BASES and "mean0" in c.numbers]
+    mean = claim.numbers["mean0"]
+    assert mean.value == pytest.approx(cells.loc[list(mean.run_ids), "accuracy"].mean())
+    assert len(mean.run_ids) == 16
+
+
+def test_a_difference_that_is_there_is_claimed_in_its_direction(apart: Ledger) -> None:
+    claims = claims_of(apart)
+    for about in ("torch, tiny, boolq", "torch, other, boolq"):
+        assert "Sparse-to-sparse is better than sparse-to-dense by +0." in texts(claims, "RQ3", about)
+    assert "worse in 0" in texts(claims, "RQ3", ALL_BASES)
+
+
+def test_no_difference_is_claimed_where_there_is_none(alike: Ledger) -> None:
+    claims = claims_of(alike)
+    for about in ("torch, tiny, boolq", "torch, other, boolq"):
+        assert "No difference can be shown between the modes" in texts(claims, "RQ3", about)
+        assert "No difference can be shown between" in texts(claims, "RQ2", about)
+        assert "is better than" not in texts(claims, "RQ2", about)
+
+
+def test_two_bases_cannot_carry_a_general_claim_easily(alike: Ledger) -> None:
+    assert "is better than" not in texts(claims_of(alike), "RQ2", ALL_BASES)
+
+
+def test_one_backend_says_nothing_of_backends(alike: Ledger) -> None:
+    assert texts(claims_of(alike), "RQ4") == (
+        "One backend only (torch, on abacus): nothing can be said of the CS-3 against GPUs."
+    )
+
+
+def test_two_backends_are_compared_cell_by_cell(alike: Ledger) -> None:
+    points = points_of(alike)
+    other = points.pruned.assign(backend="cerebras", run_id=points.pruned["run_id"] + "+")
+    answers = {**points.answers, **{f"{run}+": points.answers[run] for run in points.pruned["run_id"]}}
+    both = Points(pd.concat([points.pruned, other]), answers)
+    said = texts(findings(both)[0], "RQ4")
+    assert "Of 32 cells that ran on two backends, 0 are shown to differ in accuracy." in said
+    assert "cerebras 128, torch 128" in said
+
+
+def test_curves_are_followed_against_dense_on_the_same_examples(apart: Ledger) -> None:
+    said = texts(claims_of(apart), "RQ1", "torch, tiny, boolq")
+    assert re.search(r"random, sparse-to-sparse: within 2% up to \S+ \(shown up to \S+\), 5% up to", said)
+    assert re.search(r"Half of the weights gone: \d of 4 runs are within 10% of dense, \d within 5%\.", said)
+    assert re.search(r"Nine tenths gone: \d of 4 runs are above chance and the largest class \(0\.\d+\)", said)
+    assert "No earlier dense result was imported" in said
+
+
+def test_nothing_is_shown_beyond_what_the_accuracies_reach(apart: Ledger) -> None:
+    reaches = [c.numbers for c in claims_of(apart) if "reach2" in c.numbers]
+    assert len(reaches) == 8
+    for numbers in reaches:
+        assert numbers["reach2"].value <= numbers["reach5"].value <= numbers["reach10"].value
+        for mark in ("2", "5", "10"):
+            assert numbers[f"shown{mark}"].value <= numbers[f"reach{mark}"].value
+
+
+def test_a_break_is_where_a_fall_is_shown(tmp_path: Path) -> None:
+    cells = cells_of(methods=("random",), sparsities=(0.0, 0.3, 0.6))
+    ledger = Ledger(tmp_path)
+    ledger = sound_ledger(tmp_path, [cell for cell in cells if cell.sparsity < 0.6])
+    for mode in ("sparse-to-dense", "sparse-to-sparse"):
+        write_sound(ledger, sound_run(Cell("tiny", "boolq", "random", 0.6, mode, 0, "torch")), accuracy=0.6)
+    sweep = ledger.sweeps()[0]
+    runs = [sound_run(cell.trained).run_id for cell in cells]
+    rows = [
+        {**sweep.cells[0], **vars(c), "cell_id": f"c{i}", "run_id": r}
+        for i, (c, r) in enumerate(zip(cells, runs, strict=True))
+    ]
+    ledger.write_sweep(replace(sweep, cells=tuple(rows)))
+    said = texts(claims_of(ledger), "RQ1")
+    assert said.count("breaks between 0.3 and 0.6, where accuracy falls most") == 2
+    assert "breaks between 0 and 0.3" not in said
+
+
+def test_an_imported_baseline_is_measured_against(alike: Ledger) -> None:
+    dense = cells_table([alike.folder]).query("sparsity == 0 and model == 'tiny'")["accuracy"].iloc[0]
+    near = Imported("tiny", "boolq", round(dense, 3), "lab {A}", 400)
+    far = Imported("tiny", "boolq", dense - 0.2, "lab B")
+    said = texts(claims_of(alike, near, far), "RQ1", "torch, tiny, boolq")
+    assert "passes the mark of 2% within the imported baseline" in said
+    assert "(lab {A}) and cannot be told from it" in said
+    assert "(lab B) and differs from it: +0.200" in said
+    assert "No earlier dense result" not in said
+    assert "No earlier dense result" in texts(claims_of(alike, near), "RQ1", "torch, other, boolq")
+
+
+def test_the_naive_test_is_shown_with_its_warning_and_never_carries_a_claim(apart: Ledger) -> None:
+    tests = compare(points_of(apart), "mode")
+    naive = [test for test in tests if test.warning]
+    assert [test.warning for test in naive] == [NAIVE_WARNING]
+    assert naive[0].p_corrected < 0.001
+    assert not naive[0].is_shown
+    assert not any("paired t" in str(claim.test) for claim in claims_of(apart))
+
+
+def test_shared_dense_runs_are_in_no_pair(apart: Ledger) -> None:
+    points = points_of(apart)
+    assert len(points.dense) == 2
+    assert set(points.dense["run_id"]).isdisjoint(points.pruned["run_id"])
+    pairs = points.pairs("mode", "sparse-to-dense", "sparse-to-sparse")
+    assert len(pairs) == 16
+    assert (pairs["sparsity"] > 0).all()
+
+
+def test_runs_that_answered_other_questions_are_not_compared(apart: Ledger) -> None:
+    points = points_of(apart)
+    odd = points.pruned["run_id"].iloc[0]
+    asked = points.answers[odd]
+    answers = {**points.answers, odd: replace(asked, ids=np.array([f"x{i}" for i in asked.ids], object))}
+    fewer = Points(cells_table([apart.folder]), answers)
+    assert len(fewer.pruned) == len(points.pruned) - 1
+    assert odd not in set(fewer.pruned["run_id"])
+
+
+def test_turning_a_test_turns_its_numbers(apart: Ledger) -> None:
+    test = compare(points_of(apart), "mode")[0]
+    back = turned(test, test.left)
+    assert (back.left, back.right) == (test.right, test.left)
+    assert (back.estimate.value, back.estimate.low) == (-test.estimate.value, -test.estimate.high)
+    assert turned(test, test.right) is test
+
+
+def test_a_method_with_a_colon_in_its_name_can_be_spoken_of(apart: Ledger) -> None:
+    cells = cells_table([apart.folder]).replace({"method": {"random": "wanda-2:4"}})
+    claims, _ = findings(Points(cells, points_of(apart).answers))
+    assert "wanda-2:4" in texts(claims, "RQ2")
+
+
+def test_one_method_and_one_mode_are_said_to_be_one(apart: Ledger) -> None:
+    cells = cells_table([apart.folder])
+    only = cells[(cells["method"] == "random") & (cells["mode"] == "sparse-to-dense")]
+    claims, _ = findings(Points(only, points_of(apart).answers))
+    assert texts(claims, "RQ2") == "One method only: there is nothing to compare."
+    assert "No two cells differ in these modes alone" in texts(claims, "RQ3")
+
+
+def test_nothing_finished_says_nothing(apart: Ledger) -> None:
+    cells = cells_table([apart.folder]).assign(status="missing")
+    claims, tests = findings(Points(cells, {}))
+    assert tests.empty
+    assert all(not claim.numbers for claim in claims)
+
+
+def test_the_report_writes_what_it_claims(apart: Ledger) -> None:
+    report = write_report([apart.folder])
+    folder = apart.folder / "analysis"
+    assert report.faults == 0
+    assert [line.split(":")[0] for line in report.lines if line.startswith("RQ")] == list(QUESTIONS)
+    page, data = (folder / "findings.md").read_text(), json.loads((folder / "findings.json").read_text())
+    assert all(claim["text"] in page for claim in data)
+    assert seeds_said(cells_table([apart.folder])) in page
+    tests = pd.read_csv(folder / "tests.csv")
+    assert {"RQ2", "RQ3"} == set(tests["question"])
+    assert (tests["p_corrected"] >= tests["p"] - 1e-12).all()
+    summary = pd.read_csv(folder / "summary.csv")
+    row = summary[summary["sparsity"] == 0.3].iloc[0]
+    low, high = wilson(row["accuracy"] * 400, 400)
+    assert (row["accuracy_low"], row["accuracy_high"]) == (pytest.approx(low), pytest.approx(high))
+    grouped = pd.read_csv(folder / "grouped_summary.csv")
+    assert len(grouped) == 8
+    assert (grouped["cells"] == 4).all()
+    assert ((grouped["low"] < grouped["mean_score"]) & (grouped["mean_score"] < grouped["high"])).all()
+    assert json.loads((folder / "audit.json").read_text()) == []
+
+
+def test_headlines_are_the_first_claim_of_each_question() -> None:
+    claims = [
+        Claim("RQ2", "x", "a {n}", {"n": number(1, ["r"], ".0f")}),
+        Claim("RQ2", "x", "b"),
+        Claim("RQ1", "x", "c"),
+    ]
+    assert headlines(claims) == ["RQ1: c", "RQ2: a 1"]
+    assert "- a 1\n- b" in as_markdown(claims, "seeds", "audit")
+
+
+def test_outcomes_of_the_fixture_repeat() -> None:
+    run = sound_run(Cell("tiny", "boolq", "random", 0.3, "sparse-to-dense", 0, "torch"))
+    assert outcomes_of(run, 0.5) == outcomes_of(run, 0.5)
