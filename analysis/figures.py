@@ -255,6 +255,27 @@ def _measured_setting(value: dict[str, Any], known: pd.DataFrame) -> tuple[str, 
     return str(row["backend"]), *pruned, str(row["mode"]), str(row["task"])
 
 
+def sub_adapter_fronts(cells: pd.DataFrame, runs: Runs) -> Figure | None:
+    """Accuracy on selection rows over the share of the maximal sub-adapter's weights, of what no other beats in both."""
+    found = list(runs.searches())
+    if not found:
+        return None
+    bases = list(dict.fromkeys((asked["model"], asked["task"]) for asked, _ in found))
+    figure, axes = panels(1, len(bases), (4.2, 3.0), sharey=True)
+    for axis, base in zip(axes[0], bases, strict=True):
+        same = [(asked, front) for asked, front in found if (asked["model"], asked["task"]) == base]
+        for colour, (asked, front) in zip(COLOURS * 9, same, strict=False):
+            points = sorted((point["parameters_fraction"], point["accuracy"]) for point in front)
+            named = f"{asked['method']} {asked['sparsity']:g}, {asked['sampler']}"
+            axis.plot(*zip(*points, strict=True), "-o", ms=3, lw=1.2, color=colour, label=named)
+        axis.set_xlabel("adapter weights (fraction of the maximal)")
+        axis.set_title(", ".join(base))
+        axis.grid(alpha=0.2)
+        axis.legend(fontsize=7, frameon=False)
+    axes[0][0].set_ylabel(LABELS["accuracy"])
+    return figure
+
+
 def _over_sparsity(column: str) -> Draw:
     return lambda cells, runs: plot_over_sparsity(cells, column)
 
@@ -282,4 +303,5 @@ FIGURES: dict[str, Shown] = {
     ),
     "per_layer_sparsity": Shown("Counted sparsity of every matrix of every layer.", per_layer_sparsity),
     "throughput_vs_batch_size": Shown("Training rate over batch size.", throughput_vs_batch_size),
+    "sub_adapter_fronts": Shown("The fronts of the sub-adapter searches, on selection rows.", sub_adapter_fronts),
 }

@@ -56,6 +56,12 @@ class Runs:
             for path in sorted((folder / "throughput").glob("*.json")):
                 yield read_json(path)
 
+    def searches(self) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]]]]:
+        """(what was asked, the front) of each finished sub-adapter search."""
+        for folder in self.folders:
+            for path in sorted((folder / "searches").glob("*/result.json")):
+                yield read_json(path.with_name("config.json")), read_json(path)["front"]
+
 
 def relative_link(path: Path, page: Path) -> str:
     """The address of `path` in a page, so that both may move together."""
