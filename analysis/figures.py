@@ -53,7 +53,7 @@ def method_comparison_heatmap(cells: pd.DataFrame, runs: Runs) -> Figure | None:
     )
     settings = list(dict.fromkeys(zip(done["method"], done["mode"], strict=True)))
     levels = sorted(done["sparsity"].unique())
-    size = (max(2.4, 0.36 * len(levels) + 0.4), max(1.2, 0.24 * len(settings) + 0.5))
+    size = (max(3.2, 0.36 * len(levels) + 0.4), max(1.2, 0.24 * len(settings) + 0.5))
     figure, axes = panels(len(models), len(tasks), size, sharex=True, sharey=True)
     for i, model in enumerate(models):
         for j, task in enumerate(tasks):
@@ -134,15 +134,14 @@ def mode_difference(cells: pd.DataFrame, runs: Runs) -> Figure | None:
     """Accuracy trained under the mask minus accuracy masked after training, over sparsity."""
     done = cells[cells["accuracy"].notna() & (cells["sparsity"] > 0)]
     keys = ["backend", "model", "task", "method", "sparsity", "seed"]
-    first, second = (
-        done[done["mode"] == mode].set_index(keys)[["run_id", "accuracy"]]
-        for mode in ("sparse-to-dense", "sparse-to-sparse")
+    after, under = (
+        done.loc[done["mode"] == mode, [*keys, "run_id", "accuracy"]] for mode in ("sparse-to-dense", "sparse-to-sparse")
     )
-    pairs = first.join(second, rsuffix="_masked", how="inner").reset_index()
+    pairs = pd.merge(after, under, on=keys, suffixes=("_after", "_under"))
     if pairs.empty:
         return None
-    found = [runs.difference(a, b) for a, b in zip(pairs["run_id"], pairs["run_id_masked"], strict=True)]
-    pairs["difference"] = pairs["accuracy_masked"] - pairs["accuracy"]
+    found = [runs.difference(a, b) for a, b in zip(pairs["run_id_after"], pairs["run_id_under"], strict=True)]
+    pairs["difference"] = pairs["accuracy_under"] - pairs["accuracy_after"]
     pairs["low"], pairs["high"] = ([getattr(e, end) if e else np.nan for e in found] for end in ("low", "high"))
     models, tasks = sorted(pairs["model"].unique()), list(dict.fromkeys(pairs["task"]))
     colours = colours_of(done["method"])

@@ -20,8 +20,8 @@ def hardware_pairs(cells: pd.DataFrame, runs: Runs) -> pd.DataFrame:
     where these are not the same.
     """
     done = cells[(cells["status"] == "done") & cells["shared_with"].isna()]
-    one, other = (done[done["backend"] == backend].set_index(KEYS) for backend in BACKENDS)
-    pairs = one.join(other, lsuffix="_torch", rsuffix="_cerebras", how="inner").reset_index()
+    one, other = (done[done["backend"] == backend] for backend in BACKENDS)
+    pairs = pd.merge(one, other, on=KEYS, suffixes=("_torch", "_cerebras"))
     found = [runs.difference(a, b) for a, b in zip(pairs["run_id_torch"], pairs["run_id_cerebras"], strict=True)]
     for name, part in (("difference", "value"), ("low", "low"), ("high", "high")):
         pairs[name] = [getattr(estimate, part) if estimate else float("nan") for estimate in found]
