@@ -124,13 +124,19 @@ class Points:
             answers = self.answers[same["run_id_left"].iloc[0]]
             values.append(self.differences(same).mean(axis=0))
             weights.append(answers.weights)
-            bases += [base] * len(answers.ids)
+            bases += [base[1:]] * len(answers.ids)  # two backends do not make two base models
             examples += list(zip(answers.tasks, answers.ids, strict=True))
         return clustered_mean(np.concatenate(values), np.concatenate(weights), bases, examples, "base model and task")
 
     def accuracies(self, pairs: pd.DataFrame) -> pd.DataFrame:
         """Without texts: their scores are likelihoods, which do not average with accuracies."""
-        return pairs[[bool(np.isin(self.answers[run].scores, (0.0, 1.0)).all()) for run in pairs["run_id_left"]]]
+        is_accuracy = [bool(np.isin(self.answers[run].scores, (0.0, 1.0)).all()) for run in pairs["run_id_left"]]
+        return pairs[np.array(is_accuracy, bool)]
+
+
+def bases_of(pairs: pd.DataFrame) -> int:
+    """How many base models and tasks; backends do not multiply them."""
+    return len(pairs[["model", "task"]].drop_duplicates())
 
 
 def paired_difference_of(answers: Mapping[str, Answers], left: str, right: str) -> Estimate:
@@ -152,7 +158,7 @@ def compare(points: Points, axis: str) -> list[Test]:
         (", ".join(map(str, base)), a, b, same) for a, b, pairs in couples for base, same in pairs.groupby(BASE)
     ]
     everywhere = [(ALL_BASES, a, b, points.accuracies(pairs)) for a, b, pairs in couples]
-    everywhere = [asked for asked in everywhere if asked[3][BASE].drop_duplicates().shape[0] > 1]
+    everywhere = [asked for asked in everywhere if bases_of(asked[3]) > 1]
     return [
         *corrected_tests(everywhere, points.over_bases),
         *corrected_tests(in_bases, points.over_base),

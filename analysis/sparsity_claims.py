@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.claims import Claim, Number, escaped, interval, number, of_estimate
-from analysis.comparisons import ALL_BASES, BASE, Points, corrected_tests, paired_difference_of
+from analysis.comparisons import ALL_BASES, BASE, Points, bases_of, corrected_tests, paired_difference_of
 from analysis.imported import Imported
 from analysis.statistics import against_published, holm, wilson
 from analysis.tables import PASS_MARKS
@@ -37,7 +37,7 @@ def _loss_claims(points: Points, sparsity: float) -> Iterator[Claim]:
     """What one sparsity costs on the whole, by method."""
     pairs = points.accuracies(points.to_dense(sparsity))
     asked = [(ALL_BASES, "dense", method, same) for method, same in pairs.groupby("method", sort=True)]
-    tests = corrected_tests([a for a in asked if a[3][BASE].drop_duplicates().shape[0] > 1], points.over_bases)
+    tests = corrected_tests([a for a in asked if bases_of(a[3]) > 1], points.over_bases)
     if not tests:
         return
     parts, numbers = [], {"sparsity": number(sparsity, pairs["run_id_right"], "g")}

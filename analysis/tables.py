@@ -68,8 +68,8 @@ def with_imported(cells: pd.DataFrame, imported: Sequence[Imported]) -> pd.DataF
         return cells
     kind = {"backend": "imported", "status": "imported", "method": "none", "mode": "dense", "sparsity": 0.0}
     rows = [asdict(record) | kind | {"cell_id": record.record_id, "run_id": record.record_id} for record in imported]
-    added = pd.DataFrame(rows).drop(columns="source").reindex(columns=cells.columns)
-    return pd.concat([cells, added.astype(cells.dtypes)], ignore_index=True)
+    added = pd.DataFrame(rows).reindex(columns=cells.columns)
+    return pd.concat([cells.astype({"seed": "Int64"}), added.astype({"seed": "Int64"})], ignore_index=True)
 
 
 def with_notices(cells: pd.DataFrame, found: Audit) -> pd.DataFrame:

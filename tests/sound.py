@@ -80,7 +80,8 @@ def write_sound(
     chance, shares = 0.5, kept or dict.fromkeys(MATRICES, 1 - cell.sparsity)
     kept_by_matrix = {matrix: [round(1000 * share), 1000] for matrix, share in shares.items()}
     counted = 1 - sum(k for k, _ in kept_by_matrix.values()) / (1000 * len(kept_by_matrix))
-    mask = hashlib.sha256(f"{cell.method} {cell.sparsity}".encode()).hexdigest()
+    seed = cell.seed if cell.method == "random" else None
+    mask = hashlib.sha256(f"{cell.method} {cell.sparsity} {seed}".encode()).hexdigest()
     losses = [hashlib.sha256(f"{name}{step}".encode()).digest()[0] / 256 + 0.01 for step in range(run.protocol.steps)]
     recorded = {
         **metrics_of(outcomes, chance, None),

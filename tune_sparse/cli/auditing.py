@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tune_sparse.cli.command import DEFAULT_RESULTS, FAULT, OK, add_command, add_results_dirs, existing_folders
-from tune_sparse.errors import unknown_name
+from tune_sparse.errors import InputError, unknown_name
 
 AUDIT_EXAMPLE = """examples:
     tune-sparse audit
@@ -69,7 +69,13 @@ def _rerun(chosen: argparse.Namespace) -> int:
     runs = [path.name for path in (folder / "runs").glob("[!.]*") if ledger.is_done(path.name)]
     if chosen.run not in runs:
         raise unknown_name("finished run", chosen.run, runs)
-    found = rerun(ledger.run(chosen.run), ledger)
+    run = ledger.run(chosen.run)
+    if run.run_id != chosen.run:
+        raise InputError(
+            f"the settings of {chosen.run} must be those of its record, they are of {run.run_id}. "
+            "`tune-sparse audit` says more."
+        )
+    found = rerun(run, ledger)
     if chosen.json:
         print(json.dumps({"run": chosen.run} | asdict(found)))
     else:
