@@ -53,8 +53,9 @@ def method_comparison_heatmap(cells: pd.DataFrame, runs: Runs) -> Figure | None:
     )
     settings = list(dict.fromkeys(zip(done["method"], done["mode"], strict=True)))
     levels = sorted(done["sparsity"].unique())
-    size = (max(3.2, 0.36 * len(levels) + 0.4), max(1.2, 0.24 * len(settings) + 0.5))
-    figure, axes = panels(len(models), len(tasks), size, sharex=True, sharey=True)
+    names = [", ".join(setting) for setting in settings]
+    size = (max(2.4, 0.36 * len(levels) + 0.4), max(1.2, 0.24 * len(settings) + 0.5))
+    figure, axes = panels(len(models), len(tasks), size, names, sharex=True, sharey=True)
     for i, model in enumerate(models):
         for j, task in enumerate(tasks):
             rows = pd.MultiIndex.from_tuples([(model, task, *setting) for setting in settings], names=table.index.names)
@@ -67,7 +68,7 @@ def method_comparison_heatmap(cells: pd.DataFrame, runs: Runs) -> Figure | None:
             write_numbers_into(axes[i][j], values, partial(rounded, stderr=largest), 6.5)
             axes[i][j].set_title(f"{model}, {task}")
             axes[i][j].set_xticks(range(len(levels)), [f"{level:g}" for level in levels])
-            axes[i][j].set_yticks(range(len(settings)), [", ".join(setting) for setting in settings])
+            axes[i][j].set_yticks(range(len(settings)), names)
             axes[i][j].spines[:].set_visible(False)
     for axis in axes[-1]:
         axis.set_xlabel(SPARSITY)
@@ -135,7 +136,8 @@ def mode_difference(cells: pd.DataFrame, runs: Runs) -> Figure | None:
     done = cells[cells["accuracy"].notna() & (cells["sparsity"] > 0)]
     keys = ["backend", "model", "task", "method", "sparsity", "seed"]
     after, under = (
-        done.loc[done["mode"] == mode, [*keys, "run_id", "accuracy"]] for mode in ("sparse-to-dense", "sparse-to-sparse")
+        done.loc[done["mode"] == mode, [*keys, "run_id", "accuracy"]]
+        for mode in ("sparse-to-dense", "sparse-to-sparse")
     )
     pairs = pd.merge(after, under, on=keys, suffixes=("_after", "_under"))
     if pairs.empty:
@@ -255,7 +257,7 @@ def _measured_setting(value: dict[str, Any], known: pd.DataFrame) -> tuple[str, 
 
 
 def sub_adapter_fronts(cells: pd.DataFrame, runs: Runs) -> Figure | None:
-    """Accuracy on selection rows over the share of the maximal sub-adapter's weights, of what no other beats in both."""
+    """Accuracy on selection rows over adapter weights, of the sub-adapters that no other beats in both."""
     found = list(runs.searches())
     if not found:
         return None

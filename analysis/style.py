@@ -32,6 +32,7 @@ LABELS = {
 SCREEN_DPI = 150
 PANEL_INCHES = (3.4, 2.5)
 LEGEND_INCHES = 0.9
+LETTER_INCHES = 0.07
 
 plt.rcParams.update(
     {
@@ -55,15 +56,19 @@ def colours_of(names: Iterable[Any]) -> dict[Any, str]:
     return dict(zip(dict.fromkeys(names), COLOURS * 9, strict=False))
 
 
-def panels(rows: int, columns: int, size: Sequence[float] = PANEL_INCHES, **options: Any) -> tuple[Figure, Any]:
-    """A figure of (rows, columns) axes with room for a legend below."""
-    width, height = columns * size[0], rows * size[1] + LEGEND_INCHES
+def panels(
+    rows: int, columns: int, size: Sequence[float] = PANEL_INCHES, labels: Iterable[str] = (), **options: Any
+) -> tuple[Figure, Any]:
+    """A figure of (rows, columns) axes with room for a legend below, and for long `labels` on the left."""
+    room = LETTER_INCHES * max(map(len, labels), default=0)
+    width, height = columns * size[0] + room, rows * size[1] + LEGEND_INCHES
     return plt.subplots(rows, columns, figsize=(width, height), squeeze=False, layout="constrained", **options)
 
 
 def legend_below(figure: Figure, handles: Sequence[Any]) -> None:
     width_inches = figure.get_size_inches()[0]
-    columns = max(1, min(len(handles), int(width_inches // 1.7)))
+    longest_inches = 0.7 + LETTER_INCHES * max(len(handle.get_label()) for handle in handles)
+    columns = max(1, min(len(handles), int(width_inches // longest_inches)))
     figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -80,7 +81,7 @@ def test_a_figure_has_units_and_titles_that_do_not_overlap(name: str, cells: pd.
     assert any(axis.get_xlabel() for axis in panels)
     assert any(axis.get_ylabel() for axis in figure.axes)
     boxes = [text.get_window_extent() for axis in panels for text in axis.get_xticklabels() if text.get_text()]
-    for first, second in zip(boxes, boxes[1:], strict=False):
+    for first, second in pairwise(boxes):
         assert not first.overlaps(second) or abs(first.y0 - second.y0) > 5, name
     for text in [axis.title for axis in panels] + [axis.xaxis.label for axis in panels]:
         box = text.get_window_extent()
@@ -124,8 +125,8 @@ def test_the_mode_difference_is_of_pairs_at_the_same_sparsity(cells: pd.DataFram
     [axis] = drawn("mode_difference", cells, runs).axes
     rows = cells.set_index(["method", "mode", "sparsity"])["accuracy"]
     curve = next(line for line in axis.lines if len(line.get_xdata()) == 2 and line.get_marker() == "o")  # type: ignore[arg-type]
-    wanted = [rows["unstructured", "sparse-to-sparse", s] - rows["unstructured", "sparse-to-dense", s] for s in (0.3, 0.6)]
-    assert list(curve.get_ydata()) == pytest.approx(wanted)  # type: ignore[arg-type]
+    under, after = (rows["unstructured", mode].loc[[0.3, 0.6]] for mode in ("sparse-to-sparse", "sparse-to-dense"))
+    assert list(curve.get_ydata()) == pytest.approx(list(under - after))  # type: ignore[arg-type]
 
 
 def test_layers_show_counted_sparsity(cells: pd.DataFrame, runs: Runs) -> None:
