@@ -101,15 +101,15 @@ class Audit:
             f"Audit of {self.runs} runs: {faults or 'no fault'}; {'notices: ' + notices if notices else 'no notice'}."
         )
 
-    def lines(self, most: int = 5) -> list[str]:
+    def lines(self, most: int = 5, severities: Sequence[Severity] = ("fault", "notice")) -> list[str]:
         """A heading for each rule that found something, and its first `most` findings."""
         lines = []
-        for rule, known in RULES.items():
-            found = [finding for finding in self.findings if finding.rule == rule]
+        for name, rule in RULES.items():
+            found = [finding for finding in self.findings if finding.rule == name and rule.severity in severities]
             if found:
-                lines.append(f"{known.severity} {rule}: {known.meaning}")
-                lines += [f"  {finding.text}" for finding in found[:most]]
-                lines += [f"  and {len(found) - most} more" for _ in range(len(found) > most)]
+                lines += [f"{rule.severity} {name}: {rule.meaning}", *(f"  {finding.text}" for finding in found[:most])]
+            if len(found) > most:
+                lines.append(f"  and {len(found) - most} more")
         return lines
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from analysis.audit import Audit, audit
+from analysis.audit import audit
 from analysis.baselines.published import load_published
 from analysis.claims import as_markdown, headlines
 from analysis.comparisons import Points
@@ -85,14 +85,10 @@ def write_report(
         passing=highest_passing_sparsity(performance),
     )
     page = present(folder, content, runs_of(results_dirs, points.answers), published)
-    lines = [*_faults(found), *counts(cells), found.summary(), *headlines(claims), *highest_lines(performance)]
+    said_first = [*found.lines(severities=["fault"]), *counts(cells), found.summary()]
+    lines = [*said_first, *headlines(claims), *highest_lines(performance)]
     lines += [f"Tables, figures, findings and audit: {folder}", f"To read: {page}"]
     return Report(lines, len(found.faults), int((cells["status"] == "done").sum()))
-
-
-def _faults(found: Audit) -> list[str]:
-    """Before anything else is said."""
-    return [f"FAULT {finding.rule}: {finding.text}" for finding in found.faults]
 
 
 def _refuse_mixed_sweeps(cells: pd.DataFrame) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -11,10 +12,13 @@ import pandas as pd
 import pytest
 from factories import done_record, failed_record, make_cell, make_run, sweep_of, write_run
 from PIL import Image
+from sound import cells_of, edit, sound_ledger
 
 from analysis.load import COLUMNS, cells_table
 from analysis.report import counts, write_report
 from analysis.tables import highest_passing_sparsity, sparsity_vs_performance
+from tune_sparse.cli import main
+from tune_sparse.cli.command import FAULT
 from tune_sparse.config import Cell, Protocol
 from tune_sparse.errors import InputError
 from tune_sparse.result import Ledger
@@ -229,7 +233,7 @@ def test_a_text_is_drawn_by_its_perplexity(ledger: Ledger) -> None:
         record = done_record(make_run(cell), **metrics)
         kept = {name: value for name, value in record.metrics.items() if not name.startswith("accuracy")}
         write_run(ledger, make_run(cell), replace(record, metrics=kept))
-    lines = write_report([ledger.folder])
+    lines = write_report([ledger.folder]).lines
     assert "  tiny, wikitext2 (dense perplexity 10.000):" in lines
     assert "    unstructured   sparse-to-dense 0.5, sparse-to-sparse 0.5" in lines
     figures = {path.name for path in (ledger.folder / "analysis").glob("*.png")}
@@ -253,25 +257,37 @@ def test_a_dense_baseline_near_chance_is_not_kept_at_any_sparsity(dense: float) 
     assert table["highest_sparsity"].isna().all()
 
 
-@pytest.mark.usefixtures("mixed")
-def test_a_report_has_tables_figures_and_lines(ledger: Ledger) -> None:
-    lines = write_report([ledger.folder])
-    folder = ledger.folder / "analysis"
-    assert lines == [
+REPORT_FILES = {
+    *("summary.csv", "grouped_summary.csv", "sparsity_vs_performance.csv", "tests.csv", "main_results.tex"),
+    *("findings.md", "findings.json", "audit.json", "sparsity_vs_accuracy.png", "sparsity_vs_loss.png"),
+}
+
+
+def test_a_report_has_tables_figures_and_lines(tmp_path: Path) -> None:
+    """Of six cells: two that share a run, two done, one failed, one missing."""
+    cells = cells_of(methods=("unstructured",), sparsities=(0.0, 0.3))
+    ledger = sound_ledger(tmp_path, cells)
+    lost = cells_of(methods=("unstructured",), sparsities=(0.9,))
+    rows = [{**vars(cell), "cell_id": f"lost{i}", "run_id": make_run(cell).run_id} for i, cell in enumerate(lost)]
+    [sweep] = ledger.sweeps()
+    ledger.write_sweep(replace(sweep, cells=(*sweep.cells, *({**sweep.cells[0], **row} for row in rows))))
+    ledger.write_record(make_run(lost[0]), failed_record(make_run(lost[0])))
+    report, folder = write_report([tmp_path]), tmp_path / "analysis"
+    said = [line for line in report.lines if not line.startswith("RQ")]
+    assert len(report.lines) - len(said) == 4
+    assert said == [
         "6 cells: 4 done, 1 failed, 1 missing; 3 distinct runs, 1 cells point to the run they share.",
+        "Audit of 3 runs: no fault; notices: 2 missing.",
         "Highest sparsity with accuracy, or perplexity, within 10% of the dense baseline:",
-        "  tiny, boolq (dense accuracy 0.900):",
-        "    unstructured   sparse-to-dense 0, sparse-to-sparse 0",
-        f"Tables and figures: {folder}",
+        f"  tiny, boolq (dense accuracy {dense_accuracy(folder):.3f}):",
+        "    unstructured   sparse-to-dense 0, sparse-to-sparse 0.3",
+        f"Tables, figures, findings and audit: {folder}",
     ]
-    assert {path.name for path in folder.iterdir()} == {
-        "summary.csv",
-        "sparsity_vs_performance.csv",
-        "sparsity_vs_accuracy.png",
-        "sparsity_vs_loss.png",
-    }
-    assert (folder / "summary.csv").read_text().splitlines()[0] == SUMMARY
-    assert len(pd.read_csv(folder / "summary.csv")) == 6
+    assert {path.name for path in folder.iterdir()} == REPORT_FILES
+    header = (folder / "summary.csv").read_text().splitlines()[0]
+    assert header == f"{SUMMARY},accuracy_low,accuracy_high,notices"
+    summary = pd.read_csv(folder / "summary.csv")
+    assert summary["notices"].fillna("").tolist() == [""] * 4 + ["missing"] * 2
     performance = pd.read_csv(folder / "sparsity_vs_performance.csv")
     assert (len(performance), performance["seeds_done"].sum()) == (6, 4)
     for name in ("sparsity_vs_accuracy.png", "sparsity_vs_loss.png"):
@@ -280,11 +296,41 @@ def test_a_report_has_tables_figures_and_lines(ledger: Ledger) -> None:
             assert min(image.size) > 100
 
 
+def dense_accuracy(folder: Path) -> float:
+    return pd.read_csv(folder / "summary.csv").query("sparsity == 0")["accuracy"].iloc[0]
+
+
+def test_a_report_says_faults_first_and_keeps_what_is_faulty(tmp_path: Path) -> None:
+    ledger = sound_ledger(tmp_path, cells_of(methods=("unstructured",), sparsities=(0.0, 0.3)))
+    [run_id] = {cell["run_id"] for cell in ledger.sweeps()[0].cells if cell["mode"] == "sparse-to-dense"} - {
+        cell["run_id"] for cell in ledger.sweeps()[0].cells if cell["sparsity"] == 0
+    }
+    edit(ledger.run_folder(run_id) / "result.json", metrics={"accuracy": 0.99})
+    report = write_report([tmp_path])
+    assert report.faults == 1
+    assert report.lines[0] == "fault no-run: a number that no run stands behind"
+    assert report.lines[1].startswith(f"  {run_id}: the recorded accuracy is 0.99")
+    summary = pd.read_csv(tmp_path / "analysis" / "summary.csv").set_index("run_id")
+    assert (summary.loc[run_id, "accuracy"], summary.loc[run_id, "notices"]) == (0.99, "NO-RUN")
+    assert re.search(r"99\.0\\,\(1\.\d\)\\textdaggerdbl", (tmp_path / "analysis" / "main_results.tex").read_text())
+    assert main(["report", "--results-dir", str(tmp_path)]) == FAULT
+
+
+def test_a_broken_record_is_a_missing_cell_and_the_rest_is_reported(tmp_path: Path) -> None:
+    ledger = sound_ledger(tmp_path, cells_of(methods=("unstructured",), sparsities=(0.0, 0.3)))
+    run_id = ledger.sweeps()[0].cells[-1]["run_id"]
+    (ledger.run_folder(run_id) / "result.json").write_text('{"run_id"')
+    (tmp_path / "sweeps" / "half.json").write_text("{")
+    report = write_report([tmp_path])
+    assert report.faults == 2
+    assert "4 cells: 3 done, 1 missing; 2 distinct runs, 1 cells point to the run they share." in report.lines
+
+
 def test_a_report_of_nothing_but_failures_has_no_figures(ledger: Ledger) -> None:
     run = make_run()
     ledger.write_sweep(sweep_of([run.cell]))
     write_run(ledger, run, failed_record(run))
-    lines = write_report([ledger.folder])
+    lines = write_report([ledger.folder]).lines
     assert lines[0].startswith("1 cells: 1 failed; 0 distinct runs")
     assert not list((ledger.folder / "analysis").glob("*.png"))
 
@@ -304,8 +350,8 @@ def test_a_report_is_written_into_the_first_of_several_folders(tmp_path: Path) -
         cells = matrix([sparsity])
         Ledger(tmp_path / name).write_sweep(sweep_of(cells))
         write_done(Ledger(tmp_path / name), cells)
-    lines = write_report([tmp_path / "one", tmp_path / "two"])
-    assert lines[0].startswith("4 cells: 4 done")
+    lines = write_report([tmp_path / "one", tmp_path / "two"]).lines
+    assert any(line.startswith("4 cells: 4 done") for line in lines)
     assert not (tmp_path / "two" / "analysis").exists()
 
 

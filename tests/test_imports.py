@@ -96,6 +96,10 @@ def test_only_the_harness_imports_lm_eval() -> None:
     assert importers("lm_eval") == {"tune_sparse/harness.py"}
 
 
+def test_only_statistics_imports_scipy_and_statsmodels() -> None:
+    assert importers("scipy") == importers("statsmodels") == {"analysis/statistics.py"}
+
+
 def test_optuna_is_not_imported_yet() -> None:
     assert importers("optuna") == set()
 

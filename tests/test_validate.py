@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tune_sparse.masks import Masks, keep_highest, mask_sha256, masked
-from tune_sparse.validate import mask_violations, validation_report
+from tune_sparse.validate import mask_violations, validation_report, weights_sha256
 
 
 @pytest.fixture
@@ -34,6 +34,18 @@ def test_a_clean_model_passes(weights: dict[str, Tensor], masks: Masks) -> None:
         "counted_sparsity": 0.5,
         "zeros_by_matrix": {"a": [50, 100], "b": [50, 100]},
     }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_checksum_of_weights_tells_every_bit_name_and_shape(weights: dict[str, Tensor], dtype: torch.dtype) -> None:
+    weights = {name: weight.to(dtype) for name, weight in weights.items()}
+    known = weights_sha256(weights)
+    assert weights_sha256(dict(reversed(weights.items()))) == known
+    changed = {name: weight.clone() for name, weight in weights.items()}
+    changed["b"].view(torch.uint8)[3, 3] ^= 1
+    renamed = {"a": weights["a"], "c": weights["b"]}
+    reshaped = {name: weight.view(5, 20) for name, weight in weights.items()}
+    assert len({known, *(weights_sha256(other) for other in (changed, renamed, reshaped))}) == 4
 
 
 def masked_position(mask: Tensor) -> tuple[int, ...]:
