@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import islice, product
 from pathlib import Path
 
@@ -36,8 +37,6 @@ def cells() -> Iterator[Cell]:
 
 def one(count: int) -> None:
     """Time the report on a ledger of `count` cells; prints one JSON line."""
-    from dataclasses import replace
-
     with tempfile.TemporaryDirectory() as folder:
         ledger = sound_ledger(Path(folder) / "results", islice(cells(), count), replace(PROTOCOL, n_test=200))
         wall, cpu = time.perf_counter(), time.process_time()
@@ -67,9 +66,7 @@ def main() -> None:
         f, goal = found[-1], GOALS.get(count)
         goals = f"{goal[0]:g} s, {goal[1] / 1e9:g} GB" if goal else "none"
         shown = (f["cpu_seconds"], f["wall_seconds"], f["peak_bytes"] / 1e9, f["page_bytes"] / 1e6)
-        print(
-            f"{count:7}" + "".join(f"{v:{w}.{d}f}" for v, w, d in zip(shown, (8, 8, 7, 9), (1, 1, 2, 1))) + f"  {goals}"
-        )
+        print(f"{count:7}{shown[0]:8.1f}{shown[1]:8.1f}{shown[2]:7.2f}{shown[3]:9.1f}  {goals}")
     print(json.dumps({"report": found}))
     return None
 
