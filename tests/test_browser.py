@@ -116,7 +116,8 @@ def free_port() -> int:
 
 
 @pytest.mark.slow
-def test_mlflow_shows_phoenix_and_sqft_beside_our_runs(ledger: Ledger, browser: Browser) -> None:
+def test_mlflow_shows_phoenix_and_sqft_beside_our_runs(ledger: Ledger, tmp_path: Path) -> None:
+    """In a window that is wide enough: MLflow draws only the columns that are seen."""
     uri, port = default_uri(ledger.folder), free_port()
     track_ledger(ledger, uri)
     chosen = [run for run in as_runs(load_published()) if "Phoenix" in run.name or "SQFT" in run.name]
