@@ -237,11 +237,11 @@ def throughput_vs_batch_size(cells: pd.DataFrame, runs: Runs) -> Figure | None:
             axis.plot(rows, rates, marker=marks[setting], ms=4, lw=1.2, color=colours[setting])
         axis.set_xscale("log", base=2)
         axis.xaxis.set_major_formatter("{x:g}")
-        axis.set_ylim(bottom=0)
         axis.set_xlabel("batch size (rows)")
         axis.set_title(model)
         axis.grid(alpha=0.2)
     axes[0][0].set_ylabel(LABELS["train_tokens_per_second"])
+    axes[0][0].set_ylim(bottom=0)  # of all panels, once all are drawn: it also ends the search for their top
     handles = [
         Line2D([], [], color=colours[setting], marker=marks[setting], ms=4, label=", ".join(setting))
         for setting in settings

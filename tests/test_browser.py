@@ -125,7 +125,8 @@ def test_mlflow_shows_phoenix_and_sqft_beside_our_runs(ledger: Ledger, tmp_path:
     page = comparison_page(uri)
     assert page is not None
     server = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri, "--port", str(port)]
-    with subprocess.Popen([*server, "--workers", "1"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+    serving = subprocess.Popen([*server, "--workers", "1"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    with Browser(tmp_path, width=4000) as browser, serving as process:
         try:
             for _ in range(240):
                 with socket.socket() as probe:

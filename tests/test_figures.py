@@ -123,7 +123,7 @@ def test_the_heatmap_shows_each_cell_once(cells: pd.DataFrame, runs: Runs) -> No
 
 def test_the_mode_difference_is_of_pairs_at_the_same_sparsity(cells: pd.DataFrame, runs: Runs) -> None:
     [axis] = drawn("mode_difference", cells, runs).axes
-    rows = cells.set_index(["method", "mode", "sparsity"])["accuracy"]
+    rows = cells.set_index(["method", "mode", "sparsity"])["accuracy"].sort_index()
     curve = next(line for line in axis.lines if len(line.get_xdata()) == 2 and line.get_marker() == "o")  # type: ignore[arg-type]
     under, after = (rows["unstructured", mode].loc[[0.3, 0.6]] for mode in ("sparse-to-sparse", "sparse-to-dense"))
     assert list(curve.get_ydata()) == pytest.approx(list(under - after))  # type: ignore[arg-type]
@@ -141,6 +141,16 @@ def test_a_batch_size_that_did_not_fit_has_no_point(cells: pd.DataFrame, runs: R
     [line] = axis.lines
     assert list(line.get_xdata()) == [1, 2, 4]  # type: ignore[arg-type]
     assert axis.get_ylabel() == LABELS["train_tokens_per_second"]
+
+
+def test_panels_of_different_rates_all_fit(cells: pd.DataFrame, ledger: Ledger, tmp_path: Path) -> None:
+    fast = cells.iloc[-1:].assign(model="fast", run_id="fast")
+    (tmp_path / "throughput").mkdir()
+    points = [{"batch_size": size, "train_tokens_per_second": 1e5 * size} for size in (1, 2)]
+    write_json(tmp_path / "throughput" / "fast.json", {"run_id": "fast", "by_batch_size": points})
+    figure = drawn("throughput_vs_batch_size", pd.concat([cells, fast]), runs_of([ledger.folder, tmp_path]))
+    assert [axis.get_title() for axis in figure.axes] == ["fast", "tiny"]
+    assert all(axis.get_ylim()[0] == 0 and axis.get_ylim()[1] > 2e5 for axis in figure.axes)
 
 
 def test_a_front_goes_from_the_smallest_adapter_to_the_largest(cells: pd.DataFrame, runs: Runs) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
+from factories import failed_record, make_run, sweep_of
 from sound import cells_of, sound_ledger
 
 from analysis.bundle import citation, write_bundle
@@ -159,8 +160,17 @@ def test_an_empty_folder_is_said_with_status_1_and_nothing_is_drawn(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["report", "--results-dir", str(tmp_path)]) == 1
-    assert "a report needs a sweep" in capsys.readouterr().err
+    assert f"a report needs a sweep, {tmp_path} has none. Run `tune-sparse sweep` first." in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_sweep_without_a_finished_run_has_status_1_and_no_figure(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path)
+    ledger.write_sweep(sweep_of([make_run().cell]))
+    ledger.write_record(make_run(), failed_record(make_run()))
+    assert main(["report", "--results-dir", str(tmp_path)]) == 1
+    assert not list((tmp_path / "analysis").glob("*.png"))
+    assert "1 failed; 0 distinct runs" in (tmp_path / "analysis" / "report.html").read_text("utf-8")
 
 
 def test_wrong_published_numbers_stop_the_report_before_it_writes(
