@@ -130,8 +130,11 @@ class Points:
 
     def accuracies(self, pairs: pd.DataFrame) -> pd.DataFrame:
         """Without texts: their scores are likelihoods, which do not average with accuracies."""
-        is_accuracy = [bool(np.isin(self.answers[run].scores, (0.0, 1.0)).all()) for run in pairs["run_id_left"]]
-        return pairs[np.array(is_accuracy, bool)]
+        return pairs[np.array([self.is_accuracy(run) for run in pairs["run_id_left"]], bool)]
+
+    def is_accuracy(self, run_id: str) -> bool:
+        """Whether a run's scores are right or wrong answers, not log-likelihoods of a text."""
+        return bool(np.isin(self.answers[run_id].scores, (0.0, 1.0)).all())
 
 
 def bases_of(pairs: pd.DataFrame) -> int:

@@ -12,7 +12,7 @@ from analysis.imported import Imported
 from analysis.sparsity_claims import sparsity_claims
 from analysis.statistics import anova, repeated_measures, said_by_seeds
 
-MEASURED = "{difference} accuracy ({low} to {high}, {p}, {cells} pairs of cells)"
+MEASURED = "{{difference}} {unit} ({{low}} to {{high}}, {{p}}, {{cells}} pairs of cells)"
 LORA_MODES = ("sparse-to-dense", "sparse-to-sparse")
 
 
@@ -108,11 +108,13 @@ def _mode_claims(points: Points, tests: Sequence[Test], single: Sequence[Test]) 
     if not asked:
         yield Claim("RQ3", ALL_BASES, "No two cells differ in these modes alone: there is nothing to compare.")
     for test in (turned(t, LORA_MODES[1]) for t in asked):
+        unit = "accuracy" if points.is_accuracy(test.run_ids[0]) else "log-likelihood a token"
+        measured = MEASURED.format(unit=unit)
         if test.is_shown:
             better = "better" if test.estimate.value > 0 else "worse"
-            template = f"Sparse-to-sparse is {better} than sparse-to-dense by {MEASURED}."
+            template = f"Sparse-to-sparse is {better} than sparse-to-dense by {measured}."
         else:
-            template = f"No difference can be shown between the modes: {MEASURED}."
+            template = f"No difference can be shown between the modes: {measured}."
         yield Claim("RQ3", test.about, template, interval(test), f"{test.estimate.test}, Holm")
     if single:
         runs = [run for t in single for run in t.run_ids]

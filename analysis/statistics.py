@@ -70,7 +70,7 @@ def paired_bootstrap(differences: Sequence[float] | Floats, resamples: int = 200
         value = float(values[0])
         return Estimate(value, value, value, 1.0 if value == 0 else 0.0, "paired bootstrap")
     drawn = stats.bootstrap(
-        (values,), np.mean, n_resamples=resamples, confidence_level=LEVEL, method="percentile", rng=0
+        (values,), np.mean, n_resamples=resamples, confidence_level=LEVEL, method="percentile", batch=100, rng=0
     )
     at_or_below = np.mean(drawn.bootstrap_distribution <= 0), np.mean(drawn.bootstrap_distribution >= 0)
     p = min(1.0, max(2 * float(min(at_or_below)), 1 / resamples))

@@ -221,6 +221,19 @@ def test_a_method_with_a_colon_in_its_name_can_be_spoken_of(apart: Ledger) -> No
     assert "wanda-2:4" in texts(claims, "RQ2")
 
 
+def test_texts_are_compared_by_their_likelihoods_and_not_averaged_with_accuracies(apart: Ledger) -> None:
+    cells, answers = cells_table([apart.folder]), dict(points_of(apart).answers)
+    of_text = cells["model"] == "other"
+    cells.loc[of_text, "accuracy"] = None
+    for run in set(cells.loc[of_text, "run_id"]):
+        answers[run] = replace(answers[run], scores=answers[run].scores - 2.5)
+    claims, _ = findings(Points(cells, answers))
+    assert re.search(r"by \+0\.\d+ log-likelihood a token", texts(claims, "RQ3", "torch, other, boolq"))
+    assert re.search(r"by \+0\.\d+ accuracy", texts(claims, "RQ3", "torch, tiny, boolq"))
+    assert "better than sparse-to-dense" not in texts(claims, "RQ3", ALL_BASES)
+    assert texts(claims, "RQ1", "torch, other, boolq") == ""
+
+
 def test_one_method_and_one_mode_are_said_to_be_one(apart: Ledger) -> None:
     cells = cells_table([apart.folder])
     only = cells[(cells["method"] == "random") & (cells["mode"] == "sparse-to-dense")]
