@@ -1,6 +1,6 @@
 # make sweep   the full embedded matrix: 360 cells, about ten minutes on two cores
 # make test    what CI runs: lint, format, types, tests
-# make ui      MLflow on the results
+# make ui      MLflow on the results, published numbers beside them
 
 PYTHON ?= python3.11
 VENV ?= .venv
@@ -48,6 +48,7 @@ bench: $(READY)
 	for bench in tests/bench_*.py; do $(BIN)/python $$bench || exit 1; done
 
 ui: $(READY)
+	$(BIN)/tune-sparse track --baselines
 	$(BIN)/tune-sparse ui
 
 $(READY): pyproject.toml cluster/constraints.txt

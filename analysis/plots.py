@@ -2,84 +2,76 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from analysis.load import COLUMNS
-from tune_sparse.paths import aside
+from analysis.style import LABELS, MARKERS, SPARSITY, STYLES, colours_of, legend_below, panels
 
-# Okabe & Ito (2008): told apart by colour-blind readers, and in grey by their brightness.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-STYLES = {"sparse-to-dense": "-", "sparse-to-sparse": "--", "dense": ":"}
-MARKERS = {"sparse-to-dense": "o", "sparse-to-sparse": "s", "dense": "^"}
+DENSE: dict[str, Any] = {"color": "black", "lw": 0.9, "ls": (0, (6, 2, 1, 2))}
+CHANCE: dict[str, Any] = {"color": "0.55", "lw": 0.9}
+UNTUNED: dict[str, Any] = {"ls": ":", "lw": 1.1}
 
 
-def plot_over_sparsity(cells: pd.DataFrame, column: str, path: Path) -> None:
-    """Draw `column` of the cells that have it over sparsity into a PNG file.
+def plot_over_sparsity(cells: pd.DataFrame, column: str) -> Figure | None:
+    """`column` over sparsity, of the cells that have it; None if none has.
 
-    Points are means over seeds. Bands are one standard error of a cell's examples, thin dotted lines the pruned
-    models before tuning, and grey lines the chance level, for what has them.
+    Points are means over seeds. Bands are one standard error of a cell's examples, dotted lines the pruned models
+    before tuning, the black line the dense baseline, grey lines the chance level, for what has them.
     """
     done = cells[cells[column].notna()]
+    if done.empty:
+        return None
     models, tasks = sorted(done["model"].unique()), list(dict.fromkeys(done["task"]))
-    colours: dict[Any, str] = dict(zip(dict.fromkeys(done["method"]), COLOURS * 9, strict=False))
-    figure, axes = plt.subplots(
-        len(models),
-        len(tasks),
-        figsize=(3.6 * len(tasks), 2.7 * len(models) + 0.7),
-        squeeze=False,
-        sharex=True,
-        sharey="row" if column == "accuracy" else False,
-        layout="constrained",
-    )
+    colours = colours_of(done["method"])
+    shared = "row" if column == "accuracy" else False
+    figure, axes = panels(len(models), len(tasks), sharex=True, sharey=shared)
     for i, model in enumerate(models):
         for j, task in enumerate(tasks):
             panel = done[(done["model"] == model) & (done["task"] == task)]
             _draw_panel(axes[i][j], panel, column, colours)
-            axes[i][j].set_title(f"{model}, {task}", fontsize=9)
-        axes[i][0].set_ylabel(column.replace("_", " "))
+            axes[i][j].set_title(f"{model}, {task}")
+        axes[i][0].set_ylabel(LABELS[column])
     for axis in axes[-1]:
-        axis.set_xlabel("sparsity (fraction of zeros)")
-    figure.legend(handles=_legend(colours, done, column), loc="outside lower center", ncols=4, fontsize=8)
-    partial = aside(path)
-    figure.savefig(partial, dpi=150, format="png")
-    partial.replace(path)
-    plt.close(figure)
+        axis.set_xlabel(SPARSITY)
+    legend_below(figure, _legend(colours, done, column))
+    return figure
+
+
+def method_lines(axis: Axes, panel: pd.DataFrame, colours: dict[Any, str], x: str, y: str) -> None:
+    """A line with marks for each method and mode, through the means over seeds, with a band where errors are known."""
+    errors = _stderr(y)
+    for (method, mode), curve in panel.groupby(["method", "mode"], sort=False):
+        means = curve.groupby("sparsity")[list(dict.fromkeys([x, y, *errors]))].mean()
+        means = means if x == "sparsity" else means.sort_values(x)
+        along = means.get(x, means.index)
+        style, colour = str(mode), colours[method]
+        axis.plot(along, means[y], STYLES[style], marker=MARKERS[style], ms=3, lw=1.2, color=colour)
+        for name in errors:
+            axis.fill_between(along, means[y] - means[name], means[y] + means[name], color=colour, alpha=0.13, lw=0)
 
 
 def _draw_panel(axis: Axes, panel: pd.DataFrame, column: str, colours: dict[Any, str]) -> None:
-    for (method, mode), curve in panel.groupby(["method", "mode"], sort=False):
-        means = curve.groupby("sparsity")[[column, *_stderr(column)]].mean().reset_index()
-        axis.plot(
-            means["sparsity"],
-            means[column],
-            STYLES[str(mode)],
-            marker=MARKERS[str(mode)],
-            ms=3,
-            lw=1.3,
-            color=colours[str(method)],
-        )
-        for name in _stderr(column):
-            low, high = (means[column] + sign * means[name] for sign in (-1, 1))
-            axis.fill_between(means["sparsity"], low, high, color=colours[str(method)], alpha=0.12, lw=0)
+    method_lines(axis, panel, colours, "sparsity", column)
     if f"{column}_before_tuning" in panel:
         for method, curve in panel.groupby("method", sort=False):
             untuned = curve.groupby("sparsity")[f"{column}_before_tuning"].mean()
-            axis.plot(untuned.index, untuned, ":", lw=1, color=colours[str(method)])
+            axis.plot(untuned.index, untuned, color=colours[method], **UNTUNED)
+    dense = panel.loc[panel["sparsity"] == 0, column]
+    if len(dense):
+        axis.axhline(dense.mean(), zorder=0, **DENSE)
     if column == "perplexity":
         axis.set_yscale("log")
     if column == "accuracy":
-        axis.axhline(panel["chance_accuracy"].iloc[0], color="0.6", lw=0.8) if len(panel) else None
+        if panel["chance_accuracy"].notna().any():
+            axis.axhline(panel["chance_accuracy"].iloc[0], zorder=0, **CHANCE)
         axis.set_ylim(-0.03, 1.03)
+    if column.endswith("per_second"):
+        axis.set_ylim(bottom=0)
     axis.grid(alpha=0.2)
 
 
@@ -88,14 +80,23 @@ def _stderr(column: str) -> list[str]:
     return [name for name in COLUMNS if name == f"{column}_stderr"]
 
 
-def _legend(colours: dict[Any, str], done: pd.DataFrame, column: str) -> list[Line2D]:
-    handles = [Line2D([], [], color=colour, lw=3, label=method) for method, colour in colours.items()]
-    handles += [
-        Line2D([], [], color="0.2", ls=STYLES[str(mode)], marker=MARKERS[str(mode)], ms=3, label=mode)
+def method_handles(colours: dict[Any, str], done: pd.DataFrame) -> list[Line2D]:
+    """Legend entries of methods by colour and modes by style."""
+    handles = [Line2D([], [], color=colour, lw=3, label=str(method)) for method, colour in colours.items()]
+    return handles + [
+        Line2D([], [], color="0.2", ls=STYLES[str(mode)], marker=MARKERS[str(mode)], ms=3, label=str(mode))
         for mode in dict.fromkeys(done["mode"])
     ]
+
+
+def _legend(colours: dict[Any, str], done: pd.DataFrame, column: str) -> list[Line2D]:
+    handles = method_handles(colours, done)
     if f"{column}_before_tuning" in done:
-        handles.append(Line2D([], [], color="0.2", ls=":", lw=1, label="before tuning"))
+        handles.append(Line2D([], [], color="0.2", label="before tuning", **UNTUNED))
+    if (done["sparsity"] == 0).any():
+        handles.append(Line2D([], [], label="dense baseline", **DENSE))
     if column == "accuracy":
-        handles.append(Line2D([], [], color="0.6", lw=0.8, label="chance"))
+        handles.append(Line2D([], [], label="chance", **CHANCE))
+    if _stderr(column):
+        handles.append(Line2D([], [], color="0.4", alpha=0.3, lw=6, label="± 1 standard error"))
     return handles

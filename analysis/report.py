@@ -9,13 +9,16 @@ from pathlib import Path
 import pandas as pd
 
 from analysis.audit import audit
+from analysis.baselines.published import load_published
 from analysis.claims import as_markdown, headlines
 from analysis.comparisons import Points
 from analysis.evidence import read_results
 from analysis.findings import findings, seeds_said
 from analysis.latex import main_results
 from analysis.load import cells_table
-from analysis.plots import plot_over_sparsity
+from analysis.page import Content, audited, said
+from analysis.presentation import present
+from analysis.runs import runs_of
 from analysis.tables import (
     PASS_MARK,
     SETTING,
@@ -26,37 +29,36 @@ from analysis.tables import (
     with_intervals,
     with_notices,
 )
-from tune_sparse.errors import InputError
+from tune_sparse.errors import InputError, NotReadyError
 from tune_sparse.paths import write_json, write_text
-
-FIGURES = {
-    "sparsity_vs_accuracy.png": "accuracy",
-    "sparsity_vs_perplexity.png": "perplexity",
-    "sparsity_vs_loss.png": "eval_loss",
-}
 
 
 @dataclass(frozen=True)
 class Report:
-    """What was found, as lines to print, and how many faults the audit named."""
+    """What was found, as lines to print, how many faults the audit named, and how many cells are done."""
 
     lines: list[str]
     faults: int
+    done: int
 
 
-def write_report(results_dirs: Sequence[Path], sweep_ids: Sequence[str] | None = None) -> Report:
+def write_report(
+    results_dirs: Sequence[Path], sweep_ids: Sequence[str] | None = None, baselines: Sequence[Path] = ()
+) -> Report:
     """Audit the folders and write `analysis/` in the first of them.
 
     summary.csv has every cell, done or not, and what the audit says of its run; everything else is made of done cells
-    alone. `sweep_ids` names the sweeps to report on, all of them if None. Raises `InputError` if there is no sweep, or
-    if sweeps of different protocols, weights or rows would be mixed.
+    alone. `sweep_ids` names the sweeps to report on, all of them if None; `baselines` are files of published numbers.
+    Raises `NotReadyError` if there is no sweep, `InputError` if sweeps of different protocols, weights or rows would be
+    mixed, or a file of published numbers breaks a rule.
     """
     cells = cells_table(results_dirs, sweep_ids)
     if cells.empty:
-        raise InputError(
+        raise NotReadyError(
             f"a report needs a sweep, {', '.join(map(str, results_dirs))} has none. Run `tune-sparse sweep` first."
         )
     _refuse_mixed_sweeps(cells)
+    published = load_published(baselines, set(cells["model"]))
     folder = results_dirs[0] / "analysis"
     folder.mkdir(exist_ok=True)
     results = read_results(results_dirs, sweep_ids)
@@ -73,18 +75,20 @@ def write_report(results_dirs: Sequence[Path], sweep_ids: Sequence[str] | None =
     write_text(folder / "findings.md", as_markdown(claims, seeds_said(cells), found.summary()))
     write_json(folder / "findings.json", [claim.as_json() for claim in claims])
     write_json(folder / "audit.json", [asdict(finding) for finding in found.findings])
-    for name, column in FIGURES.items():
-        (folder / name).unlink(missing_ok=True)
-        if cells[column].notna().any():
-            plot_over_sparsity(cells, column, folder / name)
-    said = [
-        *found.lines(severities=["fault"]),
-        *counts(cells),
-        found.summary(),
-        *headlines(claims),
-        *highest_lines(performance),
-    ]
-    return Report([*said, f"Tables, figures, findings and audit: {folder}"], len(found.faults))
+    content = Content(
+        counts=counts(cells)[0],
+        cells=summary,
+        folders=results_dirs,
+        audited=audited(found),
+        findings=[said(claim) for claim in claims],
+        seeds=seeds_said(cells),
+        passing=highest_passing_sparsity(performance),
+    )
+    page = present(folder, content, runs_of(results_dirs, points.answers), published)
+    said_first = [*found.lines(severities=["fault"]), *counts(cells), found.summary()]
+    lines = [*said_first, *headlines(claims), *highest_lines(performance)]
+    lines += [f"Tables, figures, findings and audit: {folder}", f"To read: {page}"]
+    return Report(lines, len(found.faults), int((cells["status"] == "done").sum()))
 
 
 def _refuse_mixed_sweeps(cells: pd.DataFrame) -> None:

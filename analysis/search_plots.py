@@ -14,7 +14,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
-from analysis.plots import COLOURS
+from analysis.style import COLOURS
 from tune_sparse.paths import aside
 
 Found = Mapping[str, Any]

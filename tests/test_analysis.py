@@ -14,6 +14,7 @@ from factories import done_record, failed_record, make_cell, make_run, sweep_of,
 from PIL import Image
 from sound import cells_of, edit, sound_ledger
 
+from analysis.figures import FIGURES
 from analysis.load import COLUMNS, cells_table
 from analysis.report import counts, write_report
 from analysis.tables import highest_passing_sparsity, sparsity_vs_performance
@@ -45,6 +46,13 @@ def write_done(ledger: Ledger, cells: Iterable[Cell], **run_changes: Any) -> Non
     for cell in {cell.trained for cell in cells}:
         run = make_run(cell, **run_changes)
         write_run(ledger, run, done_record(run, accuracy=0.9 - cell.sparsity / 2))
+
+
+@pytest.fixture(autouse=True)
+def few_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """tests/test_figures.py draws the others."""
+    drawn = {name: FIGURES[name] for name in ("sparsity_vs_accuracy", "sparsity_vs_perplexity", "sparsity_vs_loss")}
+    monkeypatch.setattr("analysis.presentation.FIGURES", drawn)
 
 
 @pytest.fixture
@@ -258,6 +266,8 @@ def test_a_dense_baseline_near_chance_is_not_kept_at_any_sparsity(dense: float) 
 
 
 REPORT_FILES = {
+    *("report.html", "published_comparison.csv", "phoenix_comparison.tex"),
+    *("sparsity_vs_accuracy.pdf", "sparsity_vs_loss.pdf"),
     *("summary.csv", "grouped_summary.csv", "sparsity_vs_performance.csv", "tests.csv", "main_results.tex"),
     *("findings.md", "findings.json", "audit.json", "sparsity_vs_accuracy.png", "sparsity_vs_loss.png"),
 }
@@ -282,6 +292,7 @@ def test_a_report_has_tables_figures_and_lines(tmp_path: Path) -> None:
         f"  tiny, boolq (dense accuracy {dense_accuracy(folder):.3f}):",
         "    unstructured   sparse-to-dense 0, sparse-to-sparse 0.3",
         f"Tables, figures, findings and audit: {folder}",
+        f"To read: {folder / 'report.html'}",
     ]
     assert {path.name for path in folder.iterdir()} == REPORT_FILES
     header = (folder / "summary.csv").read_text().splitlines()[0]

@@ -336,11 +336,6 @@ def test_a_results_folder_that_is_missing_is_refused(
     assert said == f"tune-sparse: a results folder must exist, {absent} does not. Run `tune-sparse sweep` first.\n"
 
 
-def test_a_report_on_an_empty_folder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["report", "--results-dir", str(tmp_path)]) == BAD_INPUT
-    assert f"a report needs a sweep, {tmp_path} has none. Run `tune-sparse sweep` first." in capsys.readouterr().err
-
-
 def test_discarding_an_unknown_run_offers_the_closest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "runs" / "torch_tiny_boolq").mkdir(parents=True)
     assert main(["discard", "torch_tiny_bolq", "--reason", "r", "--results-dir", str(tmp_path)]) == BAD_INPUT

@@ -16,7 +16,7 @@ FILES = [path.relative_to(ROOT).as_posix() for folder in FOLDERS for path in sor
 PROGRAM = {
     f"tune_sparse.{name}"
     for name in (
-        *("plan", "sweep", "ray_callback", "progress", "tracking", "search", "cli"),
+        *("plan", "sweep", "ray_callback", "progress", "tracking", "tracking_baselines", "search", "cli"),
         *("prune", "merge", "scorecard", "harness", "searchers"),
     )
 }
@@ -92,7 +92,7 @@ def test_only_the_ray_glue_imports_ray() -> None:
 
 
 def test_only_tracking_imports_mlflow() -> None:
-    assert importers("mlflow") == {"tune_sparse/tracking.py"}
+    assert importers("mlflow") == {"tune_sparse/tracking.py", "tune_sparse/tracking_baselines.py"}
 
 
 def test_only_the_harness_imports_lm_eval() -> None:

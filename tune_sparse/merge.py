@@ -16,6 +16,7 @@ from trainables.torch_backend import Bench
 from tune_sparse.adapter_files import last_mask_of, merge_adapter_into, read_marker
 from tune_sparse.errors import InputError, RunError, unknown_name
 from tune_sparse.masks import Masks, mask_sha256, sparsity_of
+from tune_sparse.model_card import model_card
 from tune_sparse.models import (
     TOKENIZER_SETTINGS,
     TOKENIZERS,
@@ -23,8 +24,8 @@ from tune_sparse.models import (
     load_model,
     prunable_weights,
 )
-from tune_sparse.paths import aside, write_json
-from tune_sparse.result import Ledger
+from tune_sparse.paths import aside, write_json, write_text
+from tune_sparse.result import Ledger, Record, Run
 from tune_sparse.validate import validation_report
 
 COPIED = (*TOKENIZERS, *TOKENIZER_SETTINGS, "generation_config.json", "chat_template.jinja")
@@ -40,6 +41,8 @@ class Merged:
     base: Path
     origin: dict[str, Any]
     """mode, and where base and adapter came from"""
+    run: Run | None = None
+    record: Record | None = None
 
 
 def merge_run(ledger: Ledger, run_id: str, output: Path) -> dict[str, Any]:
@@ -59,7 +62,7 @@ def merge_run(ledger: Ledger, run_id: str, output: Path) -> dict[str, Any]:
     run = ledger.run(run_id)
     loaded, masks = deployed_by(run, ledger, Bench())
     origin = {"mode": run.cell.mode, "run_id": run_id, "base": run.model_path}
-    return _write(Merged(loaded.model, masks, check_checkpoint(run.model_path).path, origin), output)
+    return _write(Merged(loaded.model, masks, check_checkpoint(run.model_path).path, origin, run, record), output)
 
 
 def merge_adapter(base: str, adapter: Path, output: Path, keep_zeros: bool = False) -> dict[str, Any]:
@@ -100,6 +103,7 @@ def _write(merged: Merged, output: Path) -> dict[str, Any]:
         write_json(partial / "validation_report.json", report)
         known = {"mask_sha256": report["mask_sha256"], "counted_sparsity": report["counted_sparsity"]}
         write_json(partial / "tune_sparse_merge.json", merged.origin | known)
+        write_text(partial / "README.md", model_card(merged.origin, report, merged.run, merged.record))
         partial.rename(output)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

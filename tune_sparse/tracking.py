@@ -42,16 +42,32 @@ def default_uri(results_dir: Path) -> str:
     return f"sqlite:///{results_dir.resolve() / 'mlflow.db'}"
 
 
+def client_of(uri: str) -> Any:
+    """A client of one store that says nothing while it makes its tables."""
+    from mlflow import MlflowClient
+
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
+    return MlflowClient(tracking_uri=uri)
+
+
+def every_run(client: Any, experiment: str) -> list[Any]:
+    """The runs of an experiment that are not deleted."""
+    runs, token = [], None
+    while True:
+        page = client.search_runs([experiment], max_results=1000, page_token=token)
+        runs += page
+        token = page.token
+        if not token:
+            return runs
+
+
 class Tracker:
     """Writes finished runs of one ledger to one MLflow store. What is already there in full is left alone."""
 
     def __init__(self, ledger: Ledger, uri: str) -> None:
-        from mlflow import MlflowClient
-
-        logging.getLogger("alembic").setLevel(logging.WARNING)
-        logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
         self._ledger = ledger
-        self._client = MlflowClient(tracking_uri=uri)
+        self._client = client_of(uri)
         self._experiment = self._experiment_id()
         self._runs: dict[tuple[str, str], Any] = {}
         self._read_existing()
@@ -64,16 +80,10 @@ class Tracker:
         return str(self._client.create_experiment(EXPERIMENT, artifact_location=artifacts.as_uri()))
 
     def _read_existing(self) -> None:
-        token = None
-        while True:
-            page = self._client.search_runs([self._experiment], max_results=1000, page_token=token)
-            for run in page:
-                for tag in (SWEEP_TAG, RUN_TAG, SEARCH_TAG):
-                    if tag in run.data.tags:
-                        self._runs[tag, run.data.tags[tag]] = run
-            token = page.token
-            if not token:
-                return
+        for run in every_run(self._client, self._experiment):
+            for tag in (SWEEP_TAG, RUN_TAG, SEARCH_TAG):
+                if tag in run.data.tags:
+                    self._runs[tag, run.data.tags[tag]] = run
 
     def track_sweep(self, sweep: SweepRecord) -> str:
         """The parent run of a sweep, made if missing; returns its MLflow id."""

@@ -9,8 +9,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from tune_sparse.cli.browser import has_desktop, open_when_served
 from tune_sparse.cli.command import DEFAULT_RESULTS, FAULT, OK, add_command, add_results_dirs, existing_folders
-from tune_sparse.errors import unknown_name
+from tune_sparse.errors import NotReadyError, unknown_name
 
 
 def add_commands(commands: Any) -> None:
@@ -24,9 +25,26 @@ def add_commands(commands: Any) -> None:
         "--sweep", nargs="+", metavar="ID", help="only these sweeps (names under sweeps/); default: all"
     )
 
+    report.add_argument(
+        "--baselines",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="CSV",
+        help="published numbers to compare with, besides the built-in ones (docs/baselines.md)",
+    )
+    report.add_argument("--bundle", type=Path, metavar="DIR", help="a new folder for all that a paper's artifact needs")
+
     track = add_command(commands, "track", _track, "fill or rebuild MLflow from the ledger")
     add_results_dirs(track)
     track.add_argument("--tracking-uri", help="of MLflow; SQLite in the first results folder if not given")
+    track.add_argument(
+        "--baselines",
+        type=Path,
+        nargs="*",
+        metavar="CSV",
+        help="import published numbers too: the built-in ones, and those of these files (docs/baselines.md)",
+    )
 
     ui = add_command(commands, "ui", _ui, "open MLflow on the tracked results")
     ui.add_argument("--results-dir", type=Path, default=DEFAULT_RESULTS)
@@ -69,11 +87,21 @@ def _status(chosen: argparse.Namespace) -> int:
 
 
 def _report(chosen: argparse.Namespace) -> int:
+    from analysis.bundle import refuse_bundle, write_bundle
     from analysis.report import write_report
 
-    report = write_report(existing_folders(chosen.results_dir), chosen.sweep)
+    folders = existing_folders(chosen.results_dir)
+    if chosen.bundle:
+        refuse_bundle(chosen.bundle)
+    try:
+        report = write_report(folders, chosen.sweep, chosen.baselines)
+    except NotReadyError as error:
+        print(f"tune-sparse: {error}", file=sys.stderr)
+        return FAULT
     print("\n".join(report.lines))
-    return FAULT if report.faults else OK
+    if chosen.bundle:
+        print(f"{write_bundle(folders, chosen.bundle)} files for publication: {chosen.bundle}")
+    return OK if report.done and not report.faults else FAULT
 
 
 def _track(chosen: argparse.Namespace) -> int:
@@ -82,20 +110,49 @@ def _track(chosen: argparse.Namespace) -> int:
 
     folders = existing_folders(chosen.results_dir)
     uri = chosen.tracking_uri or default_uri(folders[0])
+    published = _published(folders, chosen.baselines)
     for folder in folders:
         print(f"{track_ledger(Ledger(folder), uri)} runs of {folder} are in {uri}")
+    if published is not None:
+        from tune_sparse.tracking_baselines import track_published
+
+        print(f"{track_published(published, uri)} published runs are in {uri}, in an experiment of their own")
     return OK
+
+
+def _published(folders: list[Path], files: list[Path] | None) -> list[Any] | None:
+    """The published runs to import, checked before anything is tracked."""
+    if files is None:
+        return None
+    from analysis.baselines.published import as_runs, load_published
+    from tune_sparse.result import Ledger
+
+    models = {cell["model"] for folder in folders for sweep in Ledger(folder).sweeps() for cell in sweep.cells}
+    return as_runs(load_published(files, models))
 
 
 def _ui(chosen: argparse.Namespace) -> int:
     import subprocess
 
     from tune_sparse.tracking import default_uri
+    from tune_sparse.tracking_baselines import comparison_page
 
     [folder] = existing_folders([chosen.results_dir])
-    print(f"MLflow on {folder}: http://127.0.0.1:{chosen.port} (Ctrl-C ends it)", flush=True)
+    page, address = comparison_page(default_uri(folder)), f"http://127.0.0.1:{chosen.port}"
+    print(f"MLflow on {folder}: {address} (Ctrl-C ends it)", flush=True)
+    if page:
+        print(f"our best {page.ours} runs beside {page.published} published: {address}/{page.address}", flush=True)
+    if page and not page.published:
+        print("`tune-sparse track --baselines` imports published numbers to stand beside them", flush=True)
     server = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", default_uri(folder)]
-    return subprocess.call([*server, "--port", str(chosen.port)])
+    with subprocess.Popen([*server, "--port", str(chosen.port)]) as process:
+        try:
+            if has_desktop():
+                open_when_served(f"{address}/{page.address if page else ''}", address, process)
+            return process.wait()
+        except KeyboardInterrupt:
+            process.terminate()
+            raise
 
 
 def _discard(chosen: argparse.Namespace) -> int:
