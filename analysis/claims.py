@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,7 +21,8 @@ QUESTIONS = {
 class Number:
     """A number as it is shown, and the runs that it was computed from."""
 
-    value: float
+    value: float | None
+    """None where it was not measured, such as a rate of too few steps"""
     shown: str
     run_ids: tuple[str, ...]
 
@@ -53,7 +55,8 @@ class Claim:
 
 
 def number(value: float, run_ids: Iterable[str], form: str = ".3f") -> Number:
-    return Number(float(value), format(value, form), tuple(dict.fromkeys(run_ids)))
+    runs = tuple(dict.fromkeys(run_ids))
+    return Number(None, "unknown", runs) if math.isnan(value) else Number(float(value), format(value, form), runs)
 
 
 def interval(test: Test, form: str = "+.3f") -> dict[str, Number]:

@@ -112,14 +112,16 @@ def counts(cells: pd.DataFrame) -> list[str]:
 
 
 def highest_lines(performance: pd.DataFrame) -> list[str]:
-    """The highest sparsity that keeps each task within the pass mark of its dense baseline, by method and mode."""
+    """The highest sparsity that keeps each task within the pass mark of its dense baseline, by method and mode;
+    of each backend where there are several."""
     passing = highest_passing_sparsity(performance)
     if passing.empty:
         return []
     lines = [f"Highest sparsity with accuracy, or perplexity, within {PASS_MARK:.0%} of the dense baseline:"]
-    for (model, task), rows in passing.groupby(["model", "task"], sort=False):
-        first = rows.iloc[0]
-        lines.append(f"  {model}, {task} (dense {first['metric']} {first['dense']:.3f}):")
+    several = passing["backend"].nunique() > 1
+    for (backend, model, task), rows in passing.groupby(["backend", "model", "task"], sort=False):
+        first, on = rows.iloc[0], f" on {backend}" if several else ""
+        lines.append(f"  {model}, {task}{on} (dense {first['metric']} {first['dense']:.3f}):")
         for method, by_mode in rows.groupby("method", sort=False):
             reached = zip(by_mode["mode"], by_mode["highest_sparsity"], strict=True)
             modes = ", ".join(f"{mode} {_or_none(highest)}" for mode, highest in reached)

@@ -16,6 +16,7 @@ from matplotlib.axes import Axes
 
 from analysis.style import COLOURS
 from tune_sparse.paths import aside
+from tune_sparse.search_config import FLOPS_TOKENS
 
 Found = Mapping[str, Any]
 
@@ -53,7 +54,7 @@ def draw_front(axis: Axes, found: Found) -> None:
 
 def _share(trial: Mapping[str, Any], found: Found) -> float:
     maximal = max(p["parameters"] / p["parameters_fraction"] for p in found["result"]["front"])
-    per_parameter = 4096 if "inference_flops" in found["config"]["objectives"] else 1
+    per_parameter = 2 * FLOPS_TOKENS if "inference_flops" in found["config"]["objectives"] else 1
     return float(trial["cost"] / per_parameter / maximal)
 
 

@@ -1,8 +1,15 @@
-"""What a candidate costs besides its evaluation: `python tests/bench_search.py` (a table, then one JSON line).
+"""What a candidate costs besides its evaluation, and what racing saves: `python tests/bench_search.py [RESULTS ...]`
+(a table, then one JSON line). Trains a small super-adapter first.
 
+- score_fraction: CPU seconds to score a candidate in a warm worker (switch, answers, marks), over those of the
+  evaluation alone; median of 9 pairs. Goal: at most 1.05.
+- worker_mb: resident memory of that worker after 20 and after 300 candidates. Goal: the same.
 - switch_fraction: seconds to give a 7B-shaped layer (4096 x 4096, R = 32, masked) another rank, over those of its
   product with the tokens of an evaluation. Goal: under 0.01.
 - suggest: milliseconds a suggestion at 100 dimensions, mean of the last 20 of 500, each sampler. Goal: at most 20.
+- racing: only with results folders of `tune-sparse search --no-racing --trials 300`. Their candidates race again, on
+  what they answered: the share of the answers that were asked, whether the winner is the one of all answers, and how
+  many points less accurate the best is. Goals: 1/3 and the same winner, or 1/5 and 0.25 points.
 """
 
 from __future__ import annotations
@@ -10,17 +17,33 @@ from __future__ import annotations
 import json
 import random
 import statistics
+import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
+import psutil
 import torch
 import torch.nn.functional as F
 
+from search_spaces import subadapters
+from search_spaces.matrix import PRESETS
+from trainables.slice_scorer import SliceScorer
+from trainables.torch_backend import Bench, run_cell
+from tune_sparse.candidates import Candidate
+from tune_sparse.config import SweepConfig
+from tune_sparse.evaluate import outcomes_of
 from tune_sparse.masked_linear import DenseStored, Workspace
-from tune_sparse.search_config import SAMPLERS
+from tune_sparse.paths import read_json
+from tune_sparse.racing import WARM_UP, Marks, Race, asked_first, stages_of
+from tune_sparse.result import Ledger
+from tune_sparse.search import plan_search
+from tune_sparse.search_config import SAMPLERS, SearchConfig
 from tune_sparse.searchers import searcher_named
-from tune_sparse.space import Group, Space
-from tune_sparse.subadapter import Layer
+from tune_sparse.space import Group, Ranks, Space
+from tune_sparse.subadapter import Layer, layers_of
 
 TOKENS = 20_000
 """Of an evaluation: 200 questions of 100 tokens."""
@@ -59,11 +82,98 @@ def suggest_ms(sampler: str, trials: int = 500, last: int = 20) -> float:
     return 1000 * statistics.fmean(found[-last:])
 
 
+def warm_worker(results_dir: Path) -> SliceScorer:
+    """With a super-adapter of a few steps: what it says does not matter here."""
+    few = {"models": "tiny-llama", "tasks": "boolq", "methods": "wanda", "sparsities": 0.7, "modes": "sparse-to-sparse"}
+    few |= {"steps": 2, "warmup_fraction": 0.0, "n_test": 10, "results_dir": results_dir}
+    preset = PRESETS["embedded"] | subadapters.PROTOCOL | subadapters.EMBEDDED_PROTOCOL
+    space = Space.of(subadapters.PRESETS["embedded"])
+    run, ledger = plan_search(SearchConfig(SweepConfig.from_names(preset | few), space)).run, Ledger(results_dir)
+    for _ in run_cell(run, ledger, Bench()):
+        pass
+    return SliceScorer.of(run, ledger)
+
+
+def candidates_of(scorer: SliceScorer, count: int) -> list[Ranks]:
+    space, layers = scorer.slices.space, layers_of(scorer.slices.model)
+    return [space.drawn(layers, number, 0, "uniform") for number in range(count)]
+
+
+def score(scorer: SliceScorer, ranks: Ranks, examples: Sequence[int]) -> Marks:
+    nothing = Marks(len(scorer.tests.examples))
+    return nothing.adding(scorer.answers(ranks, examples, nothing))
+
+
+def score_fraction(scorer: SliceScorer) -> float:
+    everything, found = range(len(scorer.tests.examples)), []
+    for ranks in candidates_of(scorer, 9):
+        start = time.process_time()
+        score(scorer, ranks, everything)
+        scored = time.process_time()
+        for _ in outcomes_of(scorer.slices.model, scorer.tokenizer, scorer.tests, scorer.protocol):
+            pass
+        found.append((scored - start) / (time.process_time() - scored))
+    return statistics.median(found)
+
+
+def worker_mb(scorer: SliceScorer) -> tuple[float, float]:
+    resident = []
+    for ranks in candidates_of(scorer, 300):
+        score(scorer, ranks, range(10))
+        resident.append(psutil.Process().memory_info().rss / 1e6)
+    return resident[19], resident[-1]
+
+
+def raced(answered: Sequence[tuple[Marks, float]], minimises_cost: bool) -> dict[str, Any]:
+    """How candidates race, in their order: (what they answered in full, their cost)."""
+    n, asked, stages = answered[0][0].n, 0, [list(range(answered[0][0].n))]
+    race, full = Race(n, minimises_cost), Race(n, minimises_cost)
+    for key, (marks, cost) in enumerate(answered):
+        full.enter(str(key), cost, marks)
+        if key == WARM_UP:
+            stages = stages_of(asked_first([marks for marks, _ in answered[:WARM_UP]], n, 0))
+        mine = Marks(n)
+        for stage in stages:
+            mine = mine.adding((i, bool(marks.right >> i & 1)) for i in stage)
+            race.enter(str(key), cost, mine)
+            if not mine.is_complete and race.beaten_by(str(key)) is not None:
+                break
+        asked += mine.count
+    best, found = (max(r.marks[key].accuracy for key in r.complete()) for r in (full, race))
+    return {
+        "candidates": len(answered),
+        "asked_fraction": asked / n / len(answered),
+        "same_winner": race.winner() == full.winner(),
+        "regret_points": 100 * (best - found),
+    }
+
+
+def racing(results_dirs: Sequence[Path]) -> dict[str, Any]:
+    """{super-adapter: {objectives: how its candidates race}} for those that answered everything."""
+    found = {}
+    for folder in (folder for results in results_dirs for folder in sorted((results / "candidates").iterdir())):
+        known = [Candidate(**read_json(path)) for path in sorted(folder.glob("*.json"))]
+        answered = [(Marks.of(c.marks), float(c.parameters)) for c in known if c.error is None]
+        answered = [(marks, cost) for marks, cost in answered if marks.is_complete]
+        if len(answered) > WARM_UP:
+            kinds = {"accuracy parameters": True, "accuracy": False}
+            found[folder.name] = {name: raced(answered, costs) for name, costs in kinds.items()}
+    return found
+
+
 def main() -> None:
     torch.set_num_threads(1)
-    values = {"switch_fraction": switch_fraction()} | {f"suggest_ms_{name}": suggest_ms(name) for name in SAMPLERS}
+    with tempfile.TemporaryDirectory() as folder:
+        scorer = warm_worker(Path(folder))
+        values: dict[str, Any] = {"score_fraction": score_fraction(scorer)}
+        values["worker_mb_20"], values["worker_mb_300"] = worker_mb(scorer)
+    values |= {"switch_fraction": switch_fraction()} | {f"suggest_ms_{name}": suggest_ms(name) for name in SAMPLERS}
     for name, value in values.items():
         print(f"{name:26}{value:10.4f}")
+    values["racing"] = racing([Path(name) for name in sys.argv[1:]])
+    for name, by_objectives in values["racing"].items():
+        for objectives, race in by_objectives.items():
+            print(name, objectives, *(f"{key} {value:.3g}" for key, value in race.items()))
     print(json.dumps(values))
 
 

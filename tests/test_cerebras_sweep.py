@@ -55,6 +55,7 @@ def span(ledger: Ledger, run_id: str) -> tuple[float, float]:
     return ended - record.measured["trial_seconds"], ended
 
 
+@pytest.mark.slow
 def test_both_kinds_run_at_once_into_one_ledger_under_one_parent(llama: Path, site: Path, tmp_path: Path) -> None:
     results = tmp_path / "results"
     process = started(llama, results, "--backend", "torch", "cerebras", "--cs3", "2", "--workers", "2")

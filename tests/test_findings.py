@@ -249,6 +249,15 @@ def test_nothing_finished_says_nothing(apart: Ledger) -> None:
     assert all(not claim.numbers for claim in claims)
 
 
+def test_what_was_not_measured_is_unknown(apart: Ledger) -> None:
+    cells = cells_table([apart.folder]).assign(train_samples_per_second=float("nan"))
+    claims, _ = findings(Points(cells, points_of(apart).answers))
+    [cost] = [claim for claim in claims if claim.about == "cost on torch"]
+    assert cost.numbers["rate0"].value is None
+    assert "sparse-to-dense unknown samples a second" in cost.text
+    json.dumps([claim.as_json() for claim in claims], allow_nan=False)
+
+
 def test_the_report_writes_what_it_claims(apart: Ledger) -> None:
     report = write_report([apart.folder])
     folder = apart.folder / "analysis"

@@ -186,6 +186,7 @@ def test_the_plain_lora_has_the_size_that_is_asked_and_the_same_scaling(llama: P
         ({"objectives": ("parameters",)}, "objectives are accuracy, and at most one cost"),
         ({"trials": 0}, "trials must be at least 1, got 0"),
         ({"modes": "masked-finetuning", "lora_rank": 16}, "masked-finetuning trains none"),
+        ({"backend": "cerebras"}, "its backend must be torch"),
         ({"tasks": "boolq gsm8k"}, "a search adapts one cell, so tasks must name one"),
         ({"workers": 999}, "this machine holds [0-9]+, got 999 workers"),
         ({"lora_rank": 2}, "no rank of a space may be above the super-adapter's, 2"),

@@ -248,7 +248,10 @@ def _stages(
     trainee = MODES[cell.mode].begin(model, protocol, masks, cell.seed, **adapted)
     log(trainee.described())
     trained_rows = [(len(row.context) + len(row.continuation), len(row.continuation)) for row in rows.train]
-    flops = training_flops(pruned.masks, loaded.shape, trained_rows, protocol.lora_rank, trainee.trains_factors)
+    step_flops: int | None = None  # of a super-adapter unknown: its steps train slices of different sizes
+    if run.super_adapter is None:
+        flops = training_flops(pruned.masks, loaded.shape, trained_rows, protocol.lora_rank, trainee.trains_factors)
+        step_flops = round(flops * protocol.global_batch / len(rows.train))
     training = yield from stage(run, trainee, pruned, rows, ledger, log)
     trainee.save(folder)
 
@@ -291,7 +294,7 @@ def _stages(
             "eval_loss": mean_loss(model, rows.selection, protocol),
             "epochs": training.rows / len(rows.train),
             "update_rounded_away_fraction": rounded_away,
-            "train_step_flops": round(flops * protocol.global_batch / len(rows.train)),
+            "train_step_flops": step_flops,
             "inference_flops": {str(t): inference_flops(pruned.masks, loaded.shape, t) for t in SEQUENCE_LENGTHS},
         }
         | deployed.metrics

@@ -29,15 +29,13 @@ from tune_sparse.paths import read_json, write_json
 from tune_sparse.plan import check_folder, check_names, plan_sweep
 from tune_sparse.racing import Marks, Race, difference_interval
 from tune_sparse.result import Ledger, Run, sha256_of
-from tune_sparse.search_config import SearchConfig
+from tune_sparse.search_config import FLOPS_TOKENS, SearchConfig
 from tune_sparse.space import Ranks, Space, SuperAdapter, refuse_unfit
 from tune_sparse.sweep import fit_trials, started_ray, stop_on_signals
 from tune_sparse.tasks import tasks_named
 
 logger = logging.getLogger(__name__)
 
-FLOPS_TOKENS = 2048
-"""The sequence length of the objective `inference_flops`."""
 COPIES = 3
 """Of a model in a worker: as it came, pruned, and as a slice makes it."""
 

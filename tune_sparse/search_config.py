@@ -12,6 +12,8 @@ from tune_sparse.space import SAMPLINGS, Space, SuperAdapter
 SAMPLERS = ("nsga2", "tpe", "hill-climbing", "random")
 OBJECTIVES = ("accuracy", "parameters", "inference_flops")
 COST_OBJECTIVES = OBJECTIVES[1:]
+FLOPS_TOKENS = 2048
+"""The sequence length of the objective `inference_flops`."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,12 @@ class SearchConfig:
             raise InputError(
                 "a search slices adapters, and the mode masked-finetuning trains none. Choose sparse-to-sparse."
             )
+        rule(
+            self.sweep.backend == ("torch",),
+            "a search slices adapters where it scores them, so its backend must be torch",
+            self.sweep.backend,
+            "Leave it out.",
+        )
         if self.sampler not in SAMPLERS:
             raise unknown_name("sampler", self.sampler, SAMPLERS)
         if self.sampling not in SAMPLINGS:
