@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -101,13 +102,43 @@ def test_a_killed_worker_and_a_stop_leave_no_child_and_the_rest_runs_next_time(
     until(lambda: not any(is_guarded(folder) for folder in folders))
     assert not [p for p in psutil.process_iter(["cmdline"]) if str(results) in " ".join(p.info["cmdline"] or [])]
     assert not list(results.glob("cerebras/*/start.mdl"))
-    statuses = [json.loads(path.read_text())["status"] for path in results.glob("runs/*/result.json")]
-    assert sorted(statuses) == ["failed", "interrupted"]
+    assert _statuses(results) == ["failed", "interrupted"]
 
     (site / "fault").unlink()
     process = started(llama, results, "--backend", "cerebras", "--cs3", "2", "--workers", "2")
     out, err = process.communicate(timeout=PATIENCE_SECONDS)
     assert process.returncode == 0, out + err
+
+
+@pytest.mark.slow
+def test_a_full_disk_stops_the_sweep_and_leaves_nothing_that_runs(llama: Path, site: Path, small_disk: Path) -> None:
+    results = small_disk / "results"
+    (site / "fault").write_text("hang")
+    process = started(llama, results, "--backend", "cerebras", "--cs3", "2", "--workers", "2")
+    until(lambda: len(list(results.glob("cerebras/*/start.mdl"))) == 2)
+    folders, ballast = list(results.glob("cerebras/*")), small_disk / "ballast"
+    with suppress(OSError), ballast.open("wb", buffering=0) as stream:
+        while True:
+            stream.write(bytes(1 << 16))
+    for child in [p for p in psutil.process_iter() if "stand_in_cerebras" in _command(p)]:
+        child.kill()  # as one that cannot write ends
+    out, err = process.communicate(timeout=PATIENCE_SECONDS)
+    assert process.returncode == 1, out + err
+    assert "No space left on device" in err.splitlines()[-1]
+    until(lambda: not any(is_guarded(folder) for folder in folders))
+    assert "done" not in _statuses(results)
+
+    ballast.unlink()
+    (site / "fault").unlink()
+    process = started(llama, results, "--backend", "cerebras", "--cs3", "2", "--workers", "2")
+    out, err = process.communicate(timeout=PATIENCE_SECONDS)
+    assert process.returncode == 0, out + err
+    assert _statuses(results) == ["done", "done"]
+
+
+def _statuses(results: Path) -> list[str]:
+    """Of every run, in order."""
+    return sorted(json.loads(path.read_text())["status"] for path in results.glob("runs/[!.]*/result.json"))
 
 
 def _command(process: psutil.Process) -> str:

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -235,17 +235,6 @@ def test_a_killed_worker_costs_one_retry(smoke: list[str], tmp_path: Path) -> No
     out, err = process.communicate(timeout=PATIENCE_SECONDS)
     assert process.returncode == 0, out + err
     assert set(cells_table([driver.results])["status"]) == {"done"}
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 60 MB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=60m", "tmpfs", folder], capture_output=True).returncode:
-        pytest.skip("a small disk needs the right to mount one")
-    yield folder
-    subprocess.run(["umount", "--lazy", folder], check=True)
 
 
 def test_a_full_disk_stops_the_sweep_with_its_reason_and_the_rest_runs_next_time(
