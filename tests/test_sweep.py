@@ -172,6 +172,7 @@ def test_the_same_command_again_runs_nothing(finished: Driver) -> None:
     assert before == {run_id: finished.ledger.record(run_id) for run_id in finished.done()}
 
 
+@pytest.mark.slow
 def test_one_worker_and_another_order_give_the_same_bits(finished: Driver, llama: Path, tmp_path: Path) -> None:
     reversed_axes = ["--methods", "random", "structured", "--tasks", "gsm8k", "--workers", "1"]
     other = Driver(["smoke", "--models", str(llama), *reversed_axes], tmp_path / "results")
