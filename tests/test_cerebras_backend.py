@@ -15,9 +15,7 @@ import pytest
 import torch
 from factories import finished, tiny_run
 from safetensors.torch import load_file
-from stand_in_cerebras import write_environment
 
-from tune_sparse.cerebras import guard
 from tune_sparse.cerebras.failures import ApplianceError, DiskFullError
 from tune_sparse.cerebras.guard import is_guarded, read_ended
 from tune_sparse.cerebras.preflight import end_leftovers
@@ -25,16 +23,6 @@ from tune_sparse.config import Cerebras
 from tune_sparse.result import Ledger, Record, Run
 
 ON_CPU = {"target": "cpu", "release": "2.10.0"}
-
-
-@pytest.fixture
-def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A stand-in environment, and a cache of its own."""
-    folder = write_environment(tmp_path / "site")
-    monkeypatch.setenv("CEREBRAS_VENV", str(folder / "venv"))
-    monkeypatch.setenv("MODELZOO", str(folder / "modelzoo"))
-    monkeypatch.setenv(guard.STOP_VARIABLE, "0.5")
-    return folder
 
 
 @pytest.fixture

@@ -15,24 +15,13 @@ from pathlib import Path
 import psutil
 import pytest
 from mlflow import MlflowClient
-from stand_in_cerebras import write_environment
 
-from tune_sparse.cerebras import guard
 from tune_sparse.cerebras.guard import is_guarded
 from tune_sparse.result import Ledger
 from tune_sparse.tracking import EXPERIMENT, RUN_TAG, SWEEP_TAG, default_uri
 
 PATIENCE_SECONDS = 240
 FEW = ["--tasks", "boolq", "--methods", "unstructured", "--sparsities", "0.5", "--set", "steps=12", "n_test=20"]
-
-
-@pytest.fixture
-def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    folder = write_environment(tmp_path / "site")
-    monkeypatch.setenv("CEREBRAS_VENV", str(folder / "venv"))
-    monkeypatch.setenv("MODELZOO", str(folder / "modelzoo"))
-    monkeypatch.setenv(guard.STOP_VARIABLE, "0.5")
-    return folder
 
 
 def started(model: Path, results: Path, *arguments: str) -> subprocess.Popen[str]:

@@ -245,7 +245,7 @@ def test_a_super_adapter_is_another_run_and_other_runs_keep_their_names() -> Non
 
 def test_a_super_adapter_of_another_mask_is_refused(trained: Trained) -> None:
     if trained.run.cell.mode == "dense":
-        pytest.skip("no mask")
+        pytest.skip("the mode dense has no mask")
     adapter = trained.ledger.run_folder(trained.run.run_id) / "adapter"
     assert read_marker(adapter) is not None
     model: PreTrainedModel = load_model(Path(trained.run.model_path), torch.float32, torch.device("cpu"))
