@@ -54,9 +54,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     # 24 of them, 14 trainings
     "smoke": EMBEDDED | {"models": ("tiny-llama",), "tasks": ("boolq", "gsm8k"), "sparsities": (0.0, 0.5)},
     # 360 cells at 7B
-    "matrix": {"models": (LLAMA_7B, MISTRAL_7B_V01), "gpus_per_trial": 1.0},
-    "mixtral": {"models": (MIXTRAL_8X7B,), "gpus_per_trial": 1.0},
-    "phoenix": {"models": (LLAMA_3_8B, MISTRAL_7B_V03), "tasks": PHOENIX_TASKS, "gpus_per_trial": 1.0},
+    "matrix": {"models": (LLAMA_7B, MISTRAL_7B_V01), "gpus_per_trial": None},
+    "mixtral": {"models": (MIXTRAL_8X7B,), "gpus_per_trial": None},
+    "phoenix": {"models": (LLAMA_3_8B, MISTRAL_7B_V03), "tasks": PHOENIX_TASKS, "gpus_per_trial": None},
 }
 PRESETS |= {f"{name}-pilot": axes | {"sparsities": PILOT_SPARSITIES} for name, axes in PRESETS.items()}
 PRESETS["pilot"] = PRESETS["embedded-pilot"]

@@ -25,9 +25,10 @@ from ray import tune
 
 from search_spaces.matrix import PRESETS
 from tune_sparse.config import SweepConfig
+from tune_sparse.dispatcher import Dispatcher
 from tune_sparse.plan import plan_sweep
 from tune_sparse.result import Ledger
-from tune_sparse.sweep import fit_trials, started_ray
+from tune_sparse.sweep import capacity, fit_trials, started_ray
 
 TRIALS = 100
 
@@ -62,8 +63,9 @@ def trial_overhead_seconds() -> float:
     """Seconds that a warm worker spends on a trial which does nothing."""
     config = SweepConfig.from_names(PRESETS["embedded"] | {"workers": 2})
     clock = Clock()
-    with started_ray(config, TRIALS) as workers:
-        fit_trials(Nothing, [{"number": i} for i in range(TRIALS)], config, workers, clock)
+    trials = [{"number": i, "resources": {"CPU": 1}} for i in range(TRIALS)]
+    with started_ray(config) as workers:
+        fit_trials(Nothing, Dispatcher({"torch": trials}, dict, capacity), clock)
     warm = clock.ended[len(clock.ended) // 4 :]
     return workers * (warm[-1] - warm[0]) / (len(warm) - 1)
 

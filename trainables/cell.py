@@ -17,8 +17,8 @@ REPORT_SECONDS = 5.0
 
 
 class CellTrainable(tune.Trainable):
-    """Runs `config["trial"]`, which has a `run` (as a mapping), the `results_dir` of its ledger and, for the backend
-    cerebras, the `cerebras` settings.
+    """Runs `config["trial"]`, which has a `run` (as a mapping), the `results_dir` of its ledger, the `resources` it
+    holds and, for the backend cerebras, the `cerebras` settings.
 
     A result reports step, steps and train_loss; the last one is `done` and has the run's status and accuracy.
     """
@@ -36,8 +36,10 @@ class CellTrainable(tune.Trainable):
 
     def _begin(self, config: Mapping[str, Any]) -> None:
         from trainables.cs3 import on_cs3
+        from trainables.hardware import keep_within
         from trainables.torch_backend import run_cell
 
+        keep_within(config["trial"]["resources"].get("GPU", 0))
         run = Run.from_config(config["trial"]["run"])
         stage = on_cs3(config["trial"]["cerebras"]) if run.cerebras else None
         self._steps = run_cell(run, Ledger(Path(config["trial"]["results_dir"])), self._bench, stage)

@@ -76,3 +76,14 @@ def peak_memory_bytes() -> int | None:
         return None
     fields = dict(line.split(":", 1) for line in status.read_text().splitlines() if ":" in line)
     return int(fields["VmHWM"].split()[0]) * 1024
+
+
+def gpu_memory_bytes() -> int | None:
+    """Of the GPU that this process computes on; None on a CPU."""
+    return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
+
+
+def keep_within(gpu_fraction: float) -> None:
+    """Let this process run out of memory before it takes what belongs to another on the same GPU."""
+    if torch.cuda.is_available() and gpu_fraction:
+        torch.cuda.set_per_process_memory_fraction(gpu_fraction)

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trainables import dense, masked_finetuning, sparse_to_dense, sparse_to_sparse
 from trainables.cerebras_backend import CerebrasTraining, confining_masks
 from trainables.deployed import Deployed
-from trainables.hardware import device, environment, peak_memory_bytes, reset_peak_memory
+from trainables.hardware import device, environment, gpu_memory_bytes, peak_memory_bytes, reset_peak_memory
 from trainables.pruned import Pruned, Pruner
 from trainables.trainee import Trainee
 from trainables.training import Training, train
@@ -307,6 +307,7 @@ def _stages(
         "inference_samples_per_second": len(scored.outcomes) / scoring_seconds,
         "compile_seconds": training.compile_seconds,
         "peak_memory_bytes": peak_memory_bytes(),
+        "gpu_memory_bytes": gpu_memory_bytes(),
     }
     return metrics, measured
 

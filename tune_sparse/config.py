@@ -19,6 +19,8 @@ from tune_sparse.errors import InputError, unknown_name
 MODES = ("dense", "sparse-to-dense", "sparse-to-sparse", "masked-finetuning")
 LORA_SETTINGS = ("lora_rank", "lora_alpha", "lora_dropout", "masked_way")
 BACKENDS = ("torch", "cerebras")
+BOTH, SPLIT = "both", "split"
+"""As `backend`: each cell on each, or whole (model, task) blocks on one or the other."""
 CS3 = "CS3"
 """A Ray resource, held while a training runs: one for each CS-3 training at a time."""
 CS3_TRIAL = "CS3_TRIAL"
@@ -209,6 +211,8 @@ class Cerebras:
     mount_dirs: tuple[str, ...] = option("folders that the appliance's nodes must see", ())
     python_paths: tuple[str, ...] = option("where they find Python packages", ())
     train_timeout_seconds: float | None = option("a training that takes longer is ended; none for no limit", None)
+    scoring_gpus: float = option("GPU, or a fraction of it, that a trial holds to prune and score", 0.0)
+    cerebras_share: float = option("of the (model, task) blocks, what `--backend split` trains on Cerebras", 0.5)
 
     def __post_init__(self) -> None:
         if self.cerebras_target not in CEREBRAS_TARGETS:
@@ -217,6 +221,11 @@ class Cerebras:
             rule(getattr(self, name) >= 1, f"{name} must be at least 1", getattr(self, name), "Give a larger number.")
         limit = self.train_timeout_seconds
         rule(limit is None or limit > 0, "train_timeout_seconds must be above 0 or none", limit, "Give seconds.")
+        rule(0 <= self.scoring_gpus <= 1, "scoring_gpus must be in [0, 1]", self.scoring_gpus, "Give 1, or a fraction.")
+        share = self.cerebras_share
+        rule(
+            0 < share < 1, "cerebras_share must be in (0, 1)", share, "Give a fraction, or --backend cerebras or torch."
+        )
 
 
 UNTOUCHED_ON_CEREBRAS = ("lora_dropout", "masked_way", "packing", "activation_checkpointing")
@@ -235,13 +244,15 @@ class SweepConfig:
     )
     modes: tuple[str, ...] = option("training modes", ("sparse-to-dense", "sparse-to-sparse"))
     seeds: tuple[int, ...] = option("of the rows' order, the adapters and the random masks", (0,))
-    backend: tuple[str, ...] = option("where trials compute; with two, each cell on each", ("torch",))
+    backend: tuple[str, ...] = option(
+        "where trials compute: torch, cerebras, both (each cell on each) or split (whole model-task blocks)", ("torch",)
+    )
     protocol: Protocol = field(default_factory=Protocol)
     cerebras: Cerebras = field(default_factory=Cerebras)
     data_dir: Path | None = option("folder of tasks, `hub` to fetch them, `embedded` for generated rows", None)
     results_dir: Path = option("the ledger, MLflow and reports", Path("results"))
     workers: int | None = option("trials at once; none for one per core (or per GPU)", None)
-    gpus_per_trial: float = option("GPUs, or a fraction of one, that a trial holds", 0.0)
+    gpus_per_trial: float | None = option("GPU, or a fraction of it, that a trial holds; none to pack by memory", 0.0)
     max_retries: int = option("new tries of a trial after an infrastructure error", 2)
     tracking_uri: str | None = option("of MLflow; none for SQLite in the results folder", None)
 
@@ -268,13 +279,14 @@ class SweepConfig:
                 value,
                 f"Leave it at {default}, or sweep the LoRA modes apart.",
             )
-        for backend in self.backend:
+        for backend in self.backend if self.backend != (SPLIT,) else ():
             if backend not in BACKENDS:
-                raise unknown_name("backend", backend, BACKENDS)
-        if "cerebras" in self.backend:
+                raise unknown_name("backend", backend, (*BACKENDS, BOTH, SPLIT))
+        if "cerebras" in self.backends:
             self._check_cerebras()
         rule(self.workers is None or self.workers >= 1, "workers must be at least 1", self.workers, "Give 1 or more.")
-        rule(self.gpus_per_trial >= 0, "gpus_per_trial must be at least 0", self.gpus_per_trial, "Give 0 or more.")
+        gpus = self.gpus_per_trial
+        rule(gpus is None or 0 <= gpus <= 1, "gpus_per_trial must be in [0, 1] or none", gpus, "Give 1, or a fraction.")
         rule(
             self.protocol.masked_way != "structured" or self.methods == ("structured",),
             "masked_way structured computes masks of whole rows and columns, so the only method must be structured",
@@ -288,6 +300,11 @@ class SweepConfig:
             "Set masked_way=auto.",
         )
         rule(self.max_retries >= 0, "max_retries must be at least 0", self.max_retries, "Give 0 or more.")
+
+    @property
+    def backends(self) -> tuple[str, ...]:
+        """Every backend that a cell may be of."""
+        return BACKENDS if self.backend == (SPLIT,) else self.backend
 
     def _check_cerebras(self) -> None:
         rule(
@@ -305,7 +322,7 @@ class SweepConfig:
                 "Leave it alone.",
             )
         rule(
-            self.cerebras.cerebras_target != "validate" or self.backend == ("cerebras",),
+            self.cerebras.cerebras_target != "validate" or self.backends == ("cerebras",),
             "cerebras_target validate trains nothing, so the only backend must be cerebras",
             self.backend,
             "Give --backend cerebras alone.",
@@ -323,6 +340,8 @@ class SweepConfig:
             {f.name: converted(kind, f, names[f.name]) for f in fields(kind) if f.name in names}
             for kind in (cls, Protocol, Cerebras)
         )
+        if own.get("backend") == (BOTH,):
+            own["backend"] = BACKENDS
         return cls(**own, protocol=Protocol(**protocol), cerebras=Cerebras(**cerebras))
 
 

@@ -1,10 +1,12 @@
 """What a user did wrong, said so that it can be mended; and what a run did wrong."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
+from typing import Any
 
 DISK_FULL = ("No space left on device", "Disk quota exceeded")
 """What the system says, whatever class of error a library makes of it."""
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "running low on memory")
 
 
 class InputError(ValueError):
@@ -25,3 +27,9 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> InputError:
     close = get_close_matches(str(name), known, n=3, cutoff=0.5)
     hint = f" Did you mean {' or '.join(repr(c) for c in close)}?" if close else ""
     return InputError(f"unknown {kind} {name!r}.{hint} Known: {', '.join(known)}.")
+
+
+def is_out_of_memory(error: Mapping[str, Any]) -> bool:
+    """Whether a recorded error (class, message) is of a process that had too little memory."""
+    memory_classes = ("OutOfMemoryError", "MemoryError")
+    return error["class"] in memory_classes or any(text in error["message"].lower() for text in OUT_OF_MEMORY)

@@ -8,6 +8,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from search_spaces.matrix import cells as combinations
 from tune_sparse.calibration import text_rows
 from tune_sparse.cerebras.conversion import refuse_unconvertible
 from tune_sparse.cerebras.environment import cerebras_identity
-from tune_sparse.config import Cell, SweepConfig
+from tune_sparse.config import SPLIT, Cell, SweepConfig
 from tune_sparse.data import calibration_text, fingerprint_of, load_splits
 from tune_sparse.embedded_models import EMBEDDED_MODELS
 from tune_sparse.errors import InputError
@@ -73,6 +74,7 @@ def is_missing(record: Record | None, retry_failed: bool = False) -> bool:
 def asked_cells(config: SweepConfig) -> list[Cell]:
     """Every cell of the matrix, ordered so that a worker rarely changes model or task, and so that two workers
     rarely need the same accuracy before tuning at once."""
+    split = split_blocks(config) if config.backend == (SPLIT,) else {}
     axes = {
         "model": config.models,
         "task": config.tasks,
@@ -82,7 +84,15 @@ def asked_cells(config: SweepConfig) -> list[Cell]:
         "seed": config.seeds,
         "backend": config.backend,
     }
-    return [Cell(**point) for point in combinations(axes)]
+    cells = [Cell(**point) for point in combinations(axes)]
+    return [replace(cell, backend=split.get((cell.model, cell.task), cell.backend)) for cell in cells]
+
+
+def split_blocks(config: SweepConfig) -> dict[tuple[str, str], str]:
+    """{(model, task): backend} of `--backend split`: every method and mode of a model and task on the same hardware,
+    the share of Cerebras spread evenly over models and tasks."""
+    share, blocks = config.cerebras.cerebras_share, product(config.models, config.tasks)
+    return {block: "cerebras" if int((n + 1) * share) > int(n * share) else "torch" for n, block in enumerate(blocks)}
 
 
 def distinct_trainings(config: SweepConfig) -> int:
@@ -100,7 +110,7 @@ def plan_sweep(config: SweepConfig) -> Plan:
     tasks = {name: tasks_named(name) for name in config.tasks}
     data_dir, data = rows_folder(config.data_dir, _all_rows(config)), check_rows(config)
     checkpoints = {short_name(model): check_checkpoint(model) for model in config.models}
-    cerebras = cerebras_identity(config.cerebras) if "cerebras" in config.backend else None
+    cerebras = cerebras_identity(config.cerebras) if "cerebras" in config.backends else None
     model_paths = {short_name(model): _model_path(model) for model in config.models}
     for checkpoint in checkpoints.values():
         config.protocol.within(checkpoint.shape.context_tokens)
@@ -252,6 +262,33 @@ class Forecast:
     disk_bytes: int
     unmeasured: int
     """Runs without a measured one to go by."""
+
+
+def longest_first(plan: Plan, ledger: Ledger, runs: Sequence[Run]) -> list[Run]:
+    """`runs` by the time that each is expected to take, so that no long one is left to run alone at the end.
+
+    Runs of one backend, model, task and mode stay together, and rarely let a worker change its model. Where some of
+    these have no measured run to go by, the larger model counts as the longer.
+    """
+    kinds: dict[tuple[str, ...], list[float]] = {_kind(run): [] for run in runs}
+    for run in plan.runs.values():
+        record = ledger.record(run.run_id)
+        if record and record.status == "done":
+            kinds.setdefault(_kind(run), []).append(record.measured["trial_seconds"])
+    is_measured = all(kinds.values())
+
+    def expected(run: Run) -> float:
+        return (
+            statistics.median(kinds[_kind(run)])
+            if is_measured
+            else plan.checkpoints[run.cell.model].shape.pruned_weights
+        )
+
+    return sorted(runs, key=expected, reverse=True)
+
+
+def _kind(run: Run) -> tuple[str, ...]:
+    return run.cell.backend, run.cell.model, run.cell.task, run.cell.mode
 
 
 def forecast(plan: Plan, ledger: Ledger, missing: Sequence[Run]) -> Forecast:

@@ -75,11 +75,12 @@ class Progress:
         elif time.monotonic() - self._last_line >= LINE_SECONDS or self.ended_count == self.total:
             self._say(f"{self.ended_count}/{self.total} trainings, {self._note()}")
 
-    def again(self, count: int) -> None:
-        """`count` runs that ended in an infrastructure error run once more."""
-        self.ended_count -= count
-        self.failed -= count
-        self._say(f"trying {count} again")
+    def again(self, record: Record) -> None:
+        """A run that ended in an infrastructure error will run once more."""
+        assert record.error is not None
+        self._say(f"to be tried again: {record.run_id}: {record.error['class']}: {record.error['message']}")
+        if self._bars is not None and record.run_id in self._running:
+            self._bars.remove_task(self._running.pop(record.run_id))
 
     def _note(self) -> str:
         rate = (time.monotonic() - self._started) / self._ended_here

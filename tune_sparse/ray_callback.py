@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any
 
 from ray import tune
 
-from tune_sparse.errors import DISK_FULL
+from cluster.resources import Placement
+from tune_sparse.errors import DISK_FULL, is_out_of_memory
 from tune_sparse.holder import Holder
 from tune_sparse.progress import Progress
 from tune_sparse.result import Ledger, Record, Run
@@ -37,7 +39,10 @@ class Stop(tune.Stopper):
 
 
 class LedgerCallback(tune.Callback):
-    """Shows and tracks each run as it ends, and records the runs that a worker could not record itself."""
+    """Shows and tracks each run as it ends, and records the runs that a worker could not record itself.
+
+    again: is given a run whose infrastructure failed, at most `max_retries` times.
+    """
 
     def __init__(
         self,
@@ -47,10 +52,15 @@ class LedgerCallback(tune.Callback):
         tracker: BackgroundTracker,
         holder: Holder,
         stop: Stop,
+        placement: Placement,
+        again: Callable[[Run], None],
+        max_retries: int,
     ) -> None:
         self._ledger, self._runs, self._progress = ledger, runs, progress
         self._tracker, self._holder, self._stop = tracker, holder, stop
+        self._placement, self._again, self._max_retries = placement, again, max_retries
         self._started: set[str] = set()
+        self._retries: Counter[str] = Counter()
 
     def __getstate__(self) -> dict[str, Any]:
         """Nothing, as for `Stop`."""
@@ -70,25 +80,40 @@ class LedgerCallback(tune.Callback):
         self._progress.reported(result["run_id"], result["step"], result["steps"])
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        run_id = _run_id(trial)
-        record = self._ledger.record(run_id)
+        record = self._ledger.record(_run_id(trial))
         if record is not None:
-            self._progress.ended(record)
-            self._tracker.add(run_id)
+            self._placement.learn(self._runs[record.run_id], record)
+            self._end(record)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Record what the worker could not: it was lost, or it could not write."""
         run = self._runs[_run_id(trial)]
-        record = Record(run.run_id, run.identity, "failed", error=_described(trial.get_pickled_error()))
-        assert record.error is not None
+        if self._ledger.is_done(run.run_id):  # it was lost after its last word, or went on where it was cut off
+            self._end(self._ledger.record(run.run_id))
+            return
+        error = _described(trial.get_pickled_error())
+        record = Record(run.run_id, run.identity, "failed", error=error)
         try:
             self._ledger.write_record(run, record)
-        except OSError as error:
-            self._stop.because(f"the results folder can no longer be written: {error}")
-        if any(message in record.error["message"] for message in DISK_FULL):
-            self._stop.because(f"the results folder can no longer be written: {record.error['message']}")
+        except OSError as broken:
+            self._stop.because(f"the results folder can no longer be written: {broken}")
+        if any(message in error["message"] for message in DISK_FULL):
+            self._stop.because(f"the results folder can no longer be written: {error['message']}")
+        if not self._stop.reason and self._may_try_again(run, error):
+            self._retries[run.run_id] += 1
+            self._progress.again(record)
+            self._again(run)
+        else:
+            self._end(record)
+
+    def _may_try_again(self, run: Run, error: Mapping[str, Any]) -> bool:
+        """Out of memory with a node for itself is final, whatever is left of the retries."""
+        has_more = not is_out_of_memory(error) or self._placement.give_more(run)
+        return has_more and self._retries[run.run_id] < self._max_retries
+
+    def _end(self, record: Record) -> None:
         self._progress.ended(record)
-        self._tracker.add(run.run_id)
+        self._tracker.add(record.run_id)
 
     def record_unfinished(self) -> None:
         """Record as interrupted what was started and has no record."""

@@ -18,6 +18,7 @@ from typing import Any
 
 import psutil
 
+from cluster.resources import Placement
 from tune_sparse.candidates import Candidates, Diary, key_of
 from tune_sparse.config import SweepConfig
 from tune_sparse.embedded_models import EMBEDDED_MODELS
@@ -31,7 +32,7 @@ from tune_sparse.racing import Marks, Race, difference_interval
 from tune_sparse.result import Ledger, Run, sha256_of
 from tune_sparse.search_config import FLOPS_TOKENS, SearchConfig
 from tune_sparse.space import Ranks, Space, SuperAdapter, refuse_unfit
-from tune_sparse.sweep import fit_trials, started_ray, stop_on_signals
+from tune_sparse.sweep import capacity, fit_trials, nodes, started_ray, stop_on_signals
 from tune_sparse.tasks import tasks_named
 
 logger = logging.getLogger(__name__)
@@ -112,7 +113,7 @@ def matrix_sizes(shape: Shape) -> dict[str, tuple[int, int]]:
 
 
 def _refuse_too_many_workers(sweep: SweepConfig, shape: Shape) -> None:
-    if sweep.workers is None or "RAY_ADDRESS" in os.environ or sweep.gpus_per_trial:
+    if sweep.workers is None or "RAY_ADDRESS" in os.environ or sweep.gpus_per_trial != 0:
         return
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     each = COPIES * shape.pruned_weights * (2 if sweep.protocol.precision == "bfloat16" else 4)
@@ -141,8 +142,9 @@ def run_search(config: SearchConfig, report: Callable[[str], None] = logger.info
         ledger.remove_partial()
         diary, candidates = Diary(folder), Candidates(ledger.folder, plan.run.run_id)
         write_json(folder / "config.json", described(plan))
-        with started_ray(config.sweep, config.trials) as workers:
-            stopped = _train(plan.run, ledger, config.sweep, workers, report)
+        with started_ray(config.sweep) as workers:
+            Placement(config.sweep, nodes).refuse_unplaceable([plan.run])
+            stopped = _train(plan.run, ledger, config.sweep, report)
             race = None
             if not stopped:
                 race, stopped = _race(plan, ledger, diary, candidates, 1 if config.in_order else workers, report)
@@ -173,20 +175,23 @@ def described(plan: SearchPlan) -> dict[str, Any]:
     }
 
 
-def _train(run: Run, ledger: Ledger, sweep: SweepConfig, workers: int, report: Callable[[str], None]) -> str | None:
+def _train(run: Run, ledger: Ledger, sweep: SweepConfig, report: Callable[[str], None]) -> str | None:
     """Train what is not in the ledger yet; returns why it was stopped, if it was."""
     if ledger.is_done(run.run_id):
         return None
     from ray import tune
 
     from trainables.cell import CellTrainable
+    from tune_sparse.dispatcher import Dispatcher
     from tune_sparse.ray_callback import Stop
 
     stop = Stop()
     report(f"training {run.run_id}")
-    trial = {"run": run.as_config(), "results_dir": str(ledger.folder.resolve())}
+    trial = _held(run, sweep) | {"run": run.as_config(), "results_dir": str(ledger.folder.resolve())}
     with stop_on_signals(stop):
-        fit_trials(CellTrainable, [trial], sweep, workers, tune.Callback(), stop)
+        fit_trials(
+            CellTrainable, Dispatcher({"super-adapter": [trial]}, dict, capacity, stop=stop), tune.Callback(), stop
+        )
     record = ledger.record(run.run_id)
     if record is not None and record.status == "done":
         return None
@@ -195,6 +200,11 @@ def _train(run: Run, ledger: Ledger, sweep: SweepConfig, workers: int, report: C
     error = record.error if record else None
     why = f"{error['class']}: {error['message']}" if error else "its worker ended unexpectedly"
     raise RunError(f"a search needs its trainings, {run.run_id} failed ({why}). Mend the cause and start it again.")
+
+
+def _held(run: Run, sweep: SweepConfig) -> dict[str, Any]:
+    """The resources of each trial of a search."""
+    return {"resources": Placement(sweep, nodes).resources(run)}
 
 
 def _race(
@@ -213,6 +223,7 @@ def _race(
     from tune_sparse.searchers import DiarySearch, RacingScheduler, SearchCallback, searcher_named
 
     config, layers, seed = plan.config, plan.shape.layers, plan.run.cell.seed
+    held = _held(plan.run, config.sweep)["resources"]
     places = {"run": plan.run.as_config(), "results_dir": str(ledger.folder.resolve())}
     race = Race(selection_rows(plan), config.minimises_cost)
     search = DiarySearch(
@@ -227,10 +238,9 @@ def _race(
         config.is_racing,
     )
     stop = Stop()
-    resources = {"cpu": config.sweep.protocol.threads, "gpu": config.sweep.gpus_per_trial}
     with tempfile.TemporaryDirectory(prefix="tune-sparse-") as scratch, stop_on_signals(stop):
         tune.Tuner(
-            tune.with_resources(CandidateTrainable, resources),
+            tune.with_resources(CandidateTrainable, tune.PlacementGroupFactory([held])),
             tune_config=tune.TuneConfig(
                 search_alg=search,
                 scheduler=RacingScheduler(search),
@@ -279,7 +289,7 @@ def _prove(
     chosen = {"winner": winner, "heuristic": space.heuristic(layers)}
     _finish(plan, ledger, chosen, folder, workers)
     plain = plan.plain_run(plan.parameters(winner))
-    stopped = _train(plain, ledger, plan.config.sweep, workers, report)
+    stopped = _train(plain, ledger, plan.config.sweep, report)
     if stopped:
         raise RunError(f"a search must not be {stopped} before its end. Start it again: it goes on.")
     scored = {name: read_outcomes(folder / name / "examples.parquet") for name in chosen}
@@ -329,15 +339,18 @@ def _finish(plan: SearchPlan, ledger: Ledger, chosen: Mapping[str, Ranks], folde
     from ray import tune
 
     from trainables.candidate import CandidateTrainable
+    from tune_sparse.dispatcher import Dispatcher
 
     left = {name: ranks for name, ranks in chosen.items() if not _is_finished(folder / name, ranks)}
     trials = []
     for name, ranks in left.items():
         shutil.rmtree(folder / name, ignore_errors=True)
         places = {"results_dir": str(ledger.folder.resolve()), "folder": str((folder / name).resolve())}
-        trials.append({"run": plan.run.as_config(), "ranks": ranks, "stages": [], **places})
+        trials.append(
+            _held(plan.run, plan.config.sweep) | {"run": plan.run.as_config(), "ranks": ranks, "stages": []} | places
+        )
     if trials:
-        fit_trials(CandidateTrainable, trials, plan.config.sweep, min(workers, len(trials)), tune.Callback())
+        fit_trials(CandidateTrainable, Dispatcher({"slices": trials}, dict, capacity, workers), tune.Callback())
     for name, ranks in left.items():
         if not _is_finished(folder / name, ranks):
             raise RunError(f"a slice must pass its validation, the {name} in {folder} did not. See its report there.")

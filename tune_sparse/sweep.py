@@ -14,14 +14,22 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from cluster.resources import Placement
 from tune_sparse.cerebras.environment import refuse_unreachable_cluster
 from tune_sparse.cerebras.preflight import prepare_cerebras, refuse_full, working_bytes
 from tune_sparse.config import CS3, CS3_TRIAL, SweepConfig
 from tune_sparse.embedded_models import EMBEDDED_MODELS
-from tune_sparse.errors import InputError
 from tune_sparse.holder import Holder
 from tune_sparse.models import prepare_models
-from tune_sparse.plan import Plan, check_disk, check_folder, check_names, check_rows, is_missing, plan_sweep
+from tune_sparse.plan import (
+    Plan,
+    check_disk,
+    check_folder,
+    check_names,
+    check_rows,
+    longest_first,
+    plan_sweep,
+)
 from tune_sparse.progress import Progress
 from tune_sparse.result import Ledger, Run, SweepRecord
 from tune_sparse.tracking import BackgroundTracker, tracking_uri
@@ -29,9 +37,13 @@ from tune_sparse.tracking import BackgroundTracker, tracking_uri
 if TYPE_CHECKING:
     from ray.tune import Callback, Stopper
 
+    from tune_sparse.dispatcher import Dispatcher
     from tune_sparse.ray_callback import Stop
 
 logger = logging.getLogger(__name__)
+
+SCARCEST_FIRST = ("cerebras", "torch")
+"""Backends in the order in which they are offered what is free."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +74,7 @@ def run_sweep(config: SweepConfig, retry_failed: bool = False) -> Outcome:
     prepare_models([model for model in config.models if model in EMBEDDED_MODELS], report=logger.info)
     plan = plan_sweep(config)
     check_disk(plan, ledger, plan.missing(ledger, retry_failed))
-    if "cerebras" in config.backend:
+    if "cerebras" in config.backends:
         check_cerebras(plan, ledger)
     started = time.perf_counter()
     with Holder(ledger.folder) as holder:
@@ -118,61 +130,63 @@ def _tune(
     holder: Holder,
 ) -> tuple[str | None, int]:
     """Run `missing` through one Tuner; returns (why it ended early, if it did; workers)."""
-    with started_ray(plan.config, len(missing)) as workers:
+    config = plan.config
+    with started_ray(config) as workers:
         from trainables.cell import CellTrainable
+        from tune_sparse.dispatcher import Dispatcher
         from tune_sparse.ray_callback import LedgerCallback, Stop
 
-        stop = Stop()
-        callback = LedgerCallback(ledger, {run.run_id: run for run in missing}, progress, tracker, holder, stop)
+        placement, stop = Placement(config, nodes), Stop()
+        for run in plan.runs.values():
+            placement.learn(run, ledger.record(run.run_id))
+        placement.refuse_unplaceable(missing)
+
+        def trial_of(run: Run) -> dict[str, Any]:
+            trial = {"run": run.as_config(), "results_dir": str(ledger.folder.resolve())}
+            settings = {"cerebras": asdict(config.cerebras)} if run.cerebras else {}
+            return trial | settings | {"resources": placement.resources(run)}
+
+        waiting = longest_first(plan, ledger, missing)
+        lanes = {name: [run for run in waiting if run.cell.backend == name] for name in SCARCEST_FIRST}
+        dispatcher = Dispatcher(lanes, trial_of, capacity, _limit(config), stop)
+        callback = LedgerCallback(
+            ledger,
+            {run.run_id: run for run in missing},
+            progress,
+            tracker,
+            holder,
+            stop,
+            placement,
+            again=lambda run: dispatcher.again(run.cell.backend, run),
+            max_retries=config.max_retries,
+        )
         # Ray takes the signals for itself when it starts, so ours come after it.
         with progress.shown(workers), stop_on_signals(stop):
-            for _ in range(1 + plan.config.max_retries):
-                trials = [_trial(run, ledger, plan.config) for run in missing]
-                fit_trials(CellTrainable, trials, plan.config, workers, callback, stop)
-                missing = [run for run in missing if is_missing(ledger.record(run.run_id))]
-                if not missing or stop.reason:
-                    break
-                progress.again(len(missing))
+            fit_trials(CellTrainable, dispatcher, callback, stop)
         if not holder.lost.is_set():
             callback.record_unfinished()
         return stop.reason, workers
 
 
-def _trial(run: Run, ledger: Ledger, config: SweepConfig) -> dict[str, Any]:
-    """What a trial is given; `resources` are those it holds besides CPU and GPU."""
-    common = {"run": run.as_config(), "results_dir": str(ledger.folder.resolve())}
-    if run.cerebras is None:
-        return common
-    return common | {"cerebras": asdict(config.cerebras), "resources": {CS3_TRIAL: 1}}
+def _limit(config: SweepConfig) -> int | None:
+    """Trials at once, where resources alone would allow more: Ray on this machine has room for `workers` only."""
+    return config.workers if "RAY_ADDRESS" in os.environ else None
 
 
-def fit_trials(
-    trainable: type,
-    trials: Sequence[dict[str, Any]],
-    config: SweepConfig,
-    workers: int,
-    callback: Callback,
-    stopper: Stopper | None = None,
-) -> None:
-    """Run each of `trials` once on a warm worker, through one Tuner. Ray keeps nothing of it: the ledger does.
-
-    Where trials differ in their resources, these alone bound how many run: each kind fills its own.
-    """
+def fit_trials(trainable: type, dispatcher: Dispatcher, callback: Callback, stopper: Stopper | None = None) -> None:
+    """Run what `dispatcher` hands out on warm workers, through one Tuner. Ray keeps nothing of it: the ledger does."""
     from ray import tune
 
-    own = {"CPU": config.protocol.threads, "GPU": config.gpus_per_trial}
-    kinds = {tuple(sorted(trial.get("resources", {}).items())) for trial in trials}
-
-    def resources(chosen: dict[str, Any]) -> tune.PlacementGroupFactory:
-        return tune.PlacementGroupFactory([own | chosen["trial"].get("resources", {})])
+    def resources(config: dict[str, Any]) -> tune.PlacementGroupFactory:
+        return tune.PlacementGroupFactory([config["trial"]["resources"]])
 
     with tempfile.TemporaryDirectory(prefix="tune-sparse-") as scratch:
         tune.Tuner(
             tune.with_resources(trainable, resources),
-            param_space={"trial": tune.grid_search(list(trials))},
             tune_config=tune.TuneConfig(
+                search_alg=dispatcher,
+                num_samples=-1,
                 reuse_actors=True,
-                max_concurrent_trials=workers if len(kinds) == 1 else None,
                 trial_dirname_creator=lambda trial: trial.trial_id,
             ),
             run_config=tune.RunConfig(
@@ -185,12 +199,26 @@ def fit_trials(
         ).fit()
 
 
+def nodes() -> list[dict[str, float]]:
+    """The resources of each node of the Ray cluster that is alive."""
+    import ray
+
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def capacity() -> dict[str, float]:
+    """The resources of the whole Ray cluster."""
+    import ray
+
+    return dict(ray.cluster_resources())
+
+
 @contextmanager
-def started_ray(config: SweepConfig, trials: int) -> Iterator[int]:
+def started_ray(config: SweepConfig) -> Iterator[int]:
     """Ray on this machine, or on the cluster that RAY_ADDRESS names; yields how many trials run at once."""
-    # Our own progress, our own ledger, no trial held back behind others.
+    # Our own progress, our own ledger; the searcher alone says how many trials there are at once.
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
-    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(trials + 1)
+    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(sys.maxsize)
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
     # A trial that asks for no GPU must see none: it would compute there unasked.
@@ -216,21 +244,11 @@ def started_ray(config: SweepConfig, trials: int) -> Iterator[int]:
     else:
         ray.init(log_to_driver=False, logging_level=logging.ERROR)
     try:
-        available = ray.cluster_resources()
+        available = capacity()
         workers = int(available.get("CPU", 0) // threads)
-        if config.gpus_per_trial:
-            workers = min(workers, int(available.get("GPU", 0) / config.gpus_per_trial))
-        if workers < 1:
-            raise InputError(
-                f"a trial needs {threads} CPU and {config.gpus_per_trial:g} GPU, Ray has {available.get('CPU', 0):g} "
-                f"CPU and {available.get('GPU', 0):g} GPU. Lower threads or gpus_per_trial, or add nodes."
-            )
-        for name in (CS3, CS3_TRIAL) if "cerebras" in config.backend else ():
-            if available.get(name, 0) < 1:
-                raise InputError(
-                    f"the backend cerebras needs the Ray resource {name}, the cluster has none. Start a node with "
-                    f"`ray start --resources='{{\"{name}\": 1}}'`; docs/cerebras.md says which."
-                )
+        gpus = 1.0 if config.gpus_per_trial is None else config.gpus_per_trial
+        if gpus:
+            workers = min(workers, int(available.get("GPU", 0) / gpus))
         yield min(workers, config.workers or workers)
     finally:
         ray.shutdown()

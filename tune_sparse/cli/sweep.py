@@ -81,7 +81,7 @@ def _sweep(chosen: argparse.Namespace) -> int:
     config = sweep_config(chosen)
     if chosen.dry_run:
         return _dry_run(config, chosen)
-    if "cerebras" in config.backend and config.cerebras.cerebras_target == "validate":
+    if "cerebras" in config.backends and config.cerebras.cerebras_target == "validate":
         return _lower(config, chosen)
     from analysis.report import write_report
     from tune_sparse.progress import duration
