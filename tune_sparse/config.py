@@ -223,9 +223,7 @@ class Cerebras:
         rule(limit is None or limit > 0, "train_timeout_seconds must be above 0 or none", limit, "Give seconds.")
         rule(0 <= self.scoring_gpus <= 1, "scoring_gpus must be in [0, 1]", self.scoring_gpus, "Give 1, or a fraction.")
         share = self.cerebras_share
-        rule(
-            0 < share < 1, "cerebras_share must be in (0, 1)", share, "Give a fraction, or --backend cerebras or torch."
-        )
+        rule(0 < share < 1, "cerebras_share must be in (0, 1)", share, "Give a fraction, or another --backend.")
 
 
 UNTOUCHED_ON_CEREBRAS = ("lora_dropout", "masked_way", "packing", "activation_checkpointing")

@@ -278,11 +278,8 @@ def longest_first(plan: Plan, ledger: Ledger, runs: Sequence[Run]) -> list[Run]:
     is_measured = all(kinds.values())
 
     def expected(run: Run) -> float:
-        return (
-            statistics.median(kinds[_kind(run)])
-            if is_measured
-            else plan.checkpoints[run.cell.model].shape.pruned_weights
-        )
+        shape = plan.checkpoints[run.cell.model].shape
+        return statistics.median(kinds[_kind(run)]) if is_measured else shape.pruned_weights
 
     return sorted(runs, key=expected, reverse=True)
 

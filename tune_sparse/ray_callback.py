@@ -88,8 +88,9 @@ class LedgerCallback(tune.Callback):
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Record what the worker could not: it was lost, or it could not write."""
         run = self._runs[_run_id(trial)]
-        if self._ledger.is_done(run.run_id):  # it was lost after its last word, or went on where it was cut off
-            self._end(self._ledger.record(run.run_id))
+        earlier = self._ledger.record(run.run_id)
+        if earlier is not None and earlier.status == "done":  # it was lost after it had written its last file
+            self._end(earlier)
             return
         error = _described(trial.get_pickled_error())
         record = Record(run.run_id, run.identity, "failed", error=error)

@@ -187,11 +187,9 @@ def _train(run: Run, ledger: Ledger, sweep: SweepConfig, report: Callable[[str],
 
     stop = Stop()
     report(f"training {run.run_id}")
-    trial = _held(run, sweep) | {"run": run.as_config(), "results_dir": str(ledger.folder.resolve())}
+    trial = _common(run, ledger, sweep)
     with stop_on_signals(stop):
-        fit_trials(
-            CellTrainable, Dispatcher({"super-adapter": [trial]}, dict, capacity, stop=stop), tune.Callback(), stop
-        )
+        fit_trials(CellTrainable, Dispatcher({"training": [trial]}, dict, capacity, stop=stop), tune.Callback(), stop)
     record = ledger.record(run.run_id)
     if record is not None and record.status == "done":
         return None
@@ -202,9 +200,10 @@ def _train(run: Run, ledger: Ledger, sweep: SweepConfig, report: Callable[[str],
     raise RunError(f"a search needs its trainings, {run.run_id} failed ({why}). Mend the cause and start it again.")
 
 
-def _held(run: Run, sweep: SweepConfig) -> dict[str, Any]:
-    """The resources of each trial of a search."""
-    return {"resources": Placement(sweep, nodes).resources(run)}
+def _common(run: Run, ledger: Ledger, sweep: SweepConfig) -> dict[str, Any]:
+    """What every trial of a search is given."""
+    held = Placement(sweep, nodes).resources(run)
+    return {"run": run.as_config(), "results_dir": str(ledger.folder.resolve()), "resources": held}
 
 
 def _race(
@@ -223,8 +222,7 @@ def _race(
     from tune_sparse.searchers import DiarySearch, RacingScheduler, SearchCallback, searcher_named
 
     config, layers, seed = plan.config, plan.shape.layers, plan.run.cell.seed
-    held = _held(plan.run, config.sweep)["resources"]
-    places = {"run": plan.run.as_config(), "results_dir": str(ledger.folder.resolve())}
+    common = _common(plan.run, ledger, config.sweep)
     race = Race(selection_rows(plan), config.minimises_cost)
     search = DiarySearch(
         searcher_named(config.sampler, plan.space, layers, seed, config.objectives),
@@ -232,7 +230,7 @@ def _race(
         candidates,
         race,
         plan.cost,
-        lambda ranks, stages: {"trial": places | {"ranks": ranks, "stages": stages}},
+        lambda ranks, stages: {"trial": common | {"ranks": ranks, "stages": stages}},
         config.trials,
         seed,
         config.is_racing,
@@ -240,7 +238,7 @@ def _race(
     stop = Stop()
     with tempfile.TemporaryDirectory(prefix="tune-sparse-") as scratch, stop_on_signals(stop):
         tune.Tuner(
-            tune.with_resources(CandidateTrainable, tune.PlacementGroupFactory([held])),
+            tune.with_resources(CandidateTrainable, tune.PlacementGroupFactory([common["resources"]])),
             tune_config=tune.TuneConfig(
                 search_alg=search,
                 scheduler=RacingScheduler(search),
@@ -345,10 +343,8 @@ def _finish(plan: SearchPlan, ledger: Ledger, chosen: Mapping[str, Ranks], folde
     trials = []
     for name, ranks in left.items():
         shutil.rmtree(folder / name, ignore_errors=True)
-        places = {"results_dir": str(ledger.folder.resolve()), "folder": str((folder / name).resolve())}
-        trials.append(
-            _held(plan.run, plan.config.sweep) | {"run": plan.run.as_config(), "ranks": ranks, "stages": []} | places
-        )
+        own = {"ranks": ranks, "stages": [], "folder": str((folder / name).resolve())}
+        trials.append(_common(plan.run, ledger, plan.config.sweep) | own)
     if trials:
         fit_trials(CandidateTrainable, Dispatcher({"slices": trials}, dict, capacity, workers), tune.Callback())
     for name, ranks in left.items():
