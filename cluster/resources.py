@@ -22,6 +22,9 @@ MEMORY_MARGIN = 1.2
 CONTEXT_BYTES = 1 << 30
 """What a process takes of a GPU before it allocates anything."""
 
+MOST_TOGETHER = 8
+"""Trials on one GPU: more of them wait for each other's computing."""
+
 Resources = dict[str, float]
 
 
@@ -99,11 +102,11 @@ def needed_fraction(measured: Mapping[str, Any]) -> float | None:
 
 
 def gpu_share(needed: float) -> float:
-    """1/k for the largest k such that k trials fit one GPU; Ray counts in ten-thousandths.
+    """1/k for the largest k such that k trials fit one GPU, at most 8; Ray counts in ten-thousandths.
 
     A trial computes on one GPU: one that needs more takes all of it, and fails there.
     """
-    return 1.0 if needed > 0.5 else int(10_000 / int(1 / needed)) / 10_000
+    return int(10_000 / max(1, min(int(1 / needed), MOST_TOGETHER))) / 10_000
 
 
 def described(resources: Mapping[str, float]) -> str:

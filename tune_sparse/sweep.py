@@ -170,7 +170,7 @@ def _tune(
 
 def _limit(config: SweepConfig) -> int | None:
     """Trials at once, where resources alone would allow more: Ray on this machine has room for `workers` only."""
-    return config.workers if "RAY_ADDRESS" in os.environ else None
+    return config.workers if "RAY_ADDRESS" in os.environ and len(config.backends) == 1 else None
 
 
 def fit_trials(trainable: type, dispatcher: Dispatcher, callback: Callback, stopper: Stopper | None = None) -> None:
@@ -180,6 +180,7 @@ def fit_trials(trainable: type, dispatcher: Dispatcher, callback: Callback, stop
     def resources(config: dict[str, Any]) -> tune.PlacementGroupFactory:
         return tune.PlacementGroupFactory([config["trial"]["resources"]])
 
+    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(sys.maxsize)  # the dispatcher alone says how many there are
     with tempfile.TemporaryDirectory(prefix="tune-sparse-") as scratch:
         tune.Tuner(
             tune.with_resources(trainable, resources),
@@ -216,9 +217,8 @@ def capacity() -> dict[str, float]:
 @contextmanager
 def started_ray(config: SweepConfig) -> Iterator[int]:
     """Ray on this machine, or on the cluster that RAY_ADDRESS names; yields how many trials run at once."""
-    # Our own progress, our own ledger; the searcher alone says how many trials there are at once.
+    # Our own progress, our own ledger.
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
-    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(sys.maxsize)
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
     # A trial that asks for no GPU must see none: it would compute there unasked.
