@@ -1,11 +1,11 @@
-"""A cluster's scheduling and a large matrix: `python tests/bench_cluster.py` (a table, then one JSON line; ten minutes).
+"""A cluster's scheduling and a large matrix: `python tests/bench_cluster.py` (a table, one JSON line; ten minutes).
 
 - trial_seconds: of a warm worker and a trial that does nothing, median of the first 1,000 of 10,000 through the Tuner
   of a real sweep on two workers: workers x gap between two ends. Goal: at most 50 ms.
 - driver_mb: most resident memory of the driver at the end of the 10,000. Goal: under 1,500.
 - makespan: an emulated cluster (two CS3 tokens, four GPU tokens), trials of known length in the worst order: all of
-  the CS3 cells first, the shortest first. Ideal, the larger of (longest trial, sum / tokens) over both kinds, divided by
-  the time from the first start to the last end. Goal: at least 0.9. `in_order` is the same without `longest_first`.
+  the CS3 cells first, the shortest first. Ideal, the larger of (longest trial, sum / tokens) over both kinds, divided
+  by the time from the first start to the last end. Goal: at least 0.9. `in_order` is without `longest_first`.
 - idle: the share of that time in which a token of a kind was free while cells of its kind were left.
 - plan, missing, status: of 10,080 cells that are done. Goals: a resume (plan + missing) 30 s, status 5 s.
 """

@@ -278,8 +278,9 @@ def longest_first(plan: Plan, ledger: Ledger, runs: Sequence[Run]) -> list[Run]:
     is_measured = all(kinds.values())
 
     def expected(run: Run) -> float:
-        shape = plan.checkpoints[run.cell.model].shape
-        return statistics.median(kinds[_kind(run)]) if is_measured else shape.pruned_weights
+        if is_measured:
+            return statistics.median(kinds[_kind(run)])
+        return plan.checkpoints[run.cell.model].shape.pruned_weights
 
     return sorted(runs, key=expected, reverse=True)
 

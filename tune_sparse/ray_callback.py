@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
-from ray import tune
+from ray import cloudpickle, tune
 
 from cluster.resources import Placement
 from tune_sparse.errors import DISK_FULL, is_out_of_memory
@@ -92,7 +93,7 @@ class LedgerCallback(tune.Callback):
         if earlier is not None and earlier.status == "done":  # it was lost after it had written its last file
             self._end(earlier)
             return
-        error = _described(trial.get_pickled_error())
+        error = _described(_error_of(trial))
         record = Record(run.run_id, run.identity, "failed", error=error)
         try:
             self._ledger.write_record(run, record)
@@ -123,6 +124,12 @@ class LedgerCallback(tune.Callback):
                 run = self._runs[run_id]
                 with suppress(OSError):  # without a record it is missing, which means the same
                     self._ledger.write_record(run, Record(run_id, run.identity, "interrupted"))
+
+
+def _error_of(trial: Any) -> Exception | None:
+    """What Ray wrote down at the driver; `get_pickled_error` looks for it where Ray has not copied it yet."""
+    file = trial.pickled_error_file
+    return cloudpickle.loads(Path(file).read_bytes()) if file else None
 
 
 def _described(error: Exception | None) -> dict[str, Any]:
