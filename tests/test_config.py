@@ -70,6 +70,8 @@ BROKEN_SWEEPS: list[tuple[dict[str, Any], str]] = [
     ({"modes": ("dense",), "sparsities": (0.0, 0.5)}, r"dense prunes nothing, so all sparsities must be 0 with it"),
     ({"backend": ("pytorch",)}, r"unknown backend 'pytorch'\. Did you mean 'torch'"),
     ({"backend": ("torch", "torch")}, r"backend must not repeat a value"),
+    ({"backend": ("torch", "split")}, r"both and split name every backend, so nothing goes with them, got"),
+    ({"backend": ("split",), "modes": ("masked-finetuning",)}, r"cerebras trains adapters, so the mode masked-"),
     ({"backend": ("cerebras",), "modes": ("masked-finetuning",)}, r"cerebras trains adapters, so the mode masked-"),
     (
         {"backend": ("torch", "cerebras"), "protocol": Protocol(packing=True)},
@@ -92,7 +94,8 @@ BROKEN_SWEEPS: list[tuple[dict[str, Any], str]] = [
         )
     ),
     ({"workers": 0}, r"workers must be at least 1, got 0\."),
-    ({"gpus_per_trial": -0.5}, r"gpus_per_trial must be at least 0, got -0\.5\."),
+    ({"gpus_per_trial": -0.5}, r"gpus_per_trial must be in \[0, 1\] or none, got -0\.5\."),
+    ({"gpus_per_trial": 2.0}, r"gpus_per_trial must be in \[0, 1\] or none, got 2\.0\."),
     ({"protocol": Protocol(masked_way="structured")}, r"the only method must be structured, got \('unstructured', "),
     (
         {"protocol": Protocol(masked_way="csr", precision="float32"), "gpus_per_trial": 1.0},
@@ -281,6 +284,8 @@ def test_every_setting_says_what_it_is() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"cerebras_share": 1.0}, r"cerebras_share must be in \(0, 1\), got 1\.0\."),
+        ({"scoring_gpus": 2.0}, r"scoring_gpus must be in \[0, 1\], got 2\.0\."),
         ({"cerebras_target": "cs3"}, r"unknown cerebras_target 'cs3'\. Did you mean 'csx'"),
         ({"cs3": 0}, r"cs3 must be at least 1, got 0\."),
         ({"num_csx": 0}, r"num_csx must be at least 1, got 0\."),

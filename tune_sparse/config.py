@@ -277,6 +277,8 @@ class SweepConfig:
                 value,
                 f"Leave it at {default}, or sweep the LoRA modes apart.",
             )
+        alone = len(self.backend) == 1 or not {BOTH, SPLIT} & set(self.backend)
+        rule(alone, f"{BOTH} and {SPLIT} name every backend, so nothing goes with them", self.backend, "Give one.")
         for backend in self.backend if self.backend != (SPLIT,) else ():
             if backend not in BACKENDS:
                 raise unknown_name("backend", backend, (*BACKENDS, BOTH, SPLIT))
