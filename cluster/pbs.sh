@@ -7,7 +7,7 @@
 #PBS -l place=scatter
 #PBS -l walltime=03:00:00
 #PBS -l filesystems=home:eagle
-#PBS -q prod
+#PBS -q preemptable
 #PBS -r y
 #PBS -k doe
 #PBS -j oe
