@@ -9,7 +9,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -50,9 +50,10 @@ class Outcome:
     """Sum of trial seconds over (workers x wall seconds), or None if nothing ran."""
 
 
-def run_sweep(config: SweepConfig, retry_failed: bool = False) -> Outcome:
+def run_sweep(config: SweepConfig, retry_failed: bool = False, only: Collection[str] | None = None) -> Outcome:
     """Plan a sweep, run what is missing through Ray Tune, and track it. Starting it again resumes it.
 
+    only: ids of the runs to run now; by default all that are missing.
     Raises `InputError` before any trial starts if anything is wrong with the input.
     """
     ledger = Ledger(config.results_dir)
@@ -68,7 +69,7 @@ def run_sweep(config: SweepConfig, retry_failed: bool = False) -> Outcome:
     with Holder(ledger.folder) as holder:
         ledger.remove_partial()
         ledger.write_sweep(_keep_start(ledger, plan.record))
-        missing = plan.missing(ledger, retry_failed)
+        missing = [run for run in plan.missing(ledger, retry_failed) if only is None or run.run_id in only]
         progress = Progress(len(plan.runs), len(plan.runs) - len(missing))
         with BackgroundTracker(ledger, tracking_uri(config), plan.record.sweep_id) as tracker:
             stopped, workers = None, 1

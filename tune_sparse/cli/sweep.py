@@ -131,7 +131,8 @@ def _lower(config: SweepConfig, chosen: argparse.Namespace) -> int:
 
 
 def _dry_run(config: SweepConfig, chosen: argparse.Namespace) -> int:
-    from tune_sparse.plan import asked_cells, check_names, distinct_trainings, forecast, plan_sweep
+    from tune_sparse.forecast import forecast
+    from tune_sparse.plan import asked_cells, check_names, distinct_trainings, plan_sweep
     from tune_sparse.progress import duration
     from tune_sparse.result import Ledger
 
