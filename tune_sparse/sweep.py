@@ -119,7 +119,7 @@ def _tune(
     holder: Holder,
 ) -> tuple[str | None, int]:
     """Run `missing` through one Tuner; returns (why it ended early, if it did; workers)."""
-    with started_ray(plan.config, len(missing)) as workers:
+    with started_ray(plan.config, len(missing)) as workers, gathered(ledger, holder.token, missing):
         from trainables.cell import CellTrainable
         from tune_sparse.ray_callback import LedgerCallback, Stop
 
@@ -128,7 +128,7 @@ def _tune(
         # Ray takes the signals for itself when it starts, so ours come after it.
         with progress.shown(workers), stop_on_signals(stop):
             for _ in range(1 + plan.config.max_retries):
-                trials = [_trial(run, ledger, plan.config) for run in missing]
+                trials = [_trial(run, ledger, plan.config, holder.token) for run in missing]
                 fit_trials(CellTrainable, trials, plan.config, workers, callback, stop)
                 missing = [run for run in missing if is_missing(ledger.record(run.run_id))]
                 if not missing or stop.reason:
@@ -139,9 +139,24 @@ def _tune(
         return stop.reason, workers
 
 
-def _trial(run: Run, ledger: Ledger, config: SweepConfig) -> dict[str, Any]:
+@contextmanager
+def gathered(ledger: Ledger, token: str, missing: Sequence[Run]) -> Iterator[None]:
+    """Runs of nodes that do not see the results folder arrive there. Raises `InputError` where they could not."""
+    if "RAY_ADDRESS" not in os.environ:
+        yield
+        return
+    from trainables.courier import open_desk, refuse_unseen
+
+    folder = ledger.folder.resolve()
+    if any(run.cerebras for run in missing):
+        refuse_unseen(folder, token, "the backend cerebras needs", lambda held: bool({CS3, CS3_TRIAL} & held.keys()))
+    with open_desk(folder, token):
+        yield
+
+
+def _trial(run: Run, ledger: Ledger, config: SweepConfig, token: str) -> dict[str, Any]:
     """What a trial is given; `resources` are those it holds besides CPU and GPU."""
-    common = {"run": run.as_config(), "results_dir": str(ledger.folder.resolve())}
+    common = {"run": run.as_config(), "results_dir": str(ledger.folder.resolve()), "token": token}
     if run.cerebras is None:
         return common
     return common | {"cerebras": asdict(config.cerebras), "resources": {CS3_TRIAL: 1}}
