@@ -7,11 +7,14 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 from factories import done_record, finished, make_run, tiny_run, write_run
+from ray_head import PATIENCE_SECONDS, Head, blind_node, ray_head, wait_until
 
 from trainables import courier
 from trainables.courier import Desk, LedgerAway, ledger_here, open_desk, own_folder, pieces_of
@@ -206,3 +209,113 @@ class TestLedgerAway:
     def test_a_desk_that_does_not_see_the_folder_refuses(self, local_ray: None, tmp_path: Path) -> None:
         with pytest.raises(InputError, match=f"does not see {tmp_path}"), open_desk(tmp_path, "token"):
             raise AssertionError("it was opened")
+
+
+@dataclass
+class Site:
+    """A cluster whose second node does not see the results folder."""
+
+    head: Head
+    results: Path
+    cache: Path
+    """of the second node"""
+    sweep: list[str]
+
+    def start(self, *arguments: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "tune_sparse", *self.sweep, "--results-dir", str(self.results), *arguments]
+        environment = self.head.driver_environment
+        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    def run(self, *arguments: str) -> tuple[int, str]:
+        process = self.start(*arguments)
+        out, err = process.communicate(timeout=PATIENCE_SECONDS)
+        return process.returncode, out + err
+
+    def sending(self) -> list[Path]:
+        """Finished runs that lie on the second node."""
+        return list(self.cache.glob("away/*/workers/*/runs/[!.]*"))
+
+
+FEW = ["--tasks", "boolq", "--methods", "random"]
+
+
+@pytest.fixture(params=[0])
+def site(request: pytest.FixtureRequest, llama: Path, tmp_path: Path) -> Iterator[Site]:
+    """The parameter: how many trials the driver's own node runs at once. All others run on the second node."""
+    results, cache = tmp_path / "results", tmp_path / "cache"
+    results.mkdir()
+    with ray_head(num_cpus=request.param) as head, blind_node(head, results, cache, 2 - request.param):
+        yield Site(head, results, cache, ["sweep", "smoke", "--models", str(llama), *FEW])
+
+
+def tree(results: Path) -> set[str]:
+    """Every file of runs and of pruned models."""
+    kinds = (results / "runs", results / "untuned")
+    return {path.relative_to(results).as_posix() for kind in kinds for path in kind.rglob("*")}
+
+
+def records(results: Path) -> dict[str, Any]:
+    ledger = Ledger(results)
+    found = {path.name: ledger.record(path.name) for path in (results / "runs").iterdir()}
+    return {name: (record.identity, record.status, record.metrics) for name, record in found.items() if record}
+
+
+def processes(name: str) -> list[psutil.Process]:
+    """Actors of Ray with `name` in their titles, which we started."""
+    mine = psutil.Process().children(recursive=True)
+    return [process for process in mine if name in " ".join(process.cmdline())]
+
+
+@pytest.mark.slow
+class TestCluster:
+    @pytest.mark.parametrize("site", [0, 1], indirect=True, ids=["driver-computes-nothing", "driver-computes-too"])
+    def test_a_sweep_without_shared_storage_ends_as_one_with_it(self, site: Site, tmp_path: Path) -> None:
+        status, printed = site.run()
+        assert status == 0, printed
+        shared = tmp_path / "shared"
+        alone = subprocess.run(
+            [sys.executable, "-m", "tune_sparse", *site.sweep, "--results-dir", shared], capture_output=True, text=True
+        )
+        assert alone.returncode == 0, alone.stdout + alone.stderr
+        assert len(records(shared)) == 3
+        assert records(site.results) == records(shared)
+        assert tree(site.results) == tree(shared)
+        assert list(site.cache.glob("away/*/workers")), "some runs were trained where the folder is not seen"
+        assert list(site.cache.glob("away/*/workers/*")) == []
+
+    @pytest.mark.parametrize("who", ["worker", "driver"])
+    def test_what_is_killed_while_a_run_is_sent_leaves_nothing_and_the_run_runs_again(
+        self, site: Site, who: str
+    ) -> None:
+        process = site.start("--sparsities", "0.5")
+        wait_until(lambda: len(list((site.results / "runs").glob(".*.partial"))) == 2)
+        [desk] = processes("ray::Desk")
+        desk.suspend()
+        wait_until(lambda: len(site.sending()) == 2)
+        assert records(site.results) == {}
+        if who == "worker":
+            for worker in processes("ray::CellTrainable"):
+                worker.kill()
+            desk.resume()
+        else:
+            process.kill()
+        out, err = process.communicate(timeout=PATIENCE_SECONDS)
+        if who == "worker":
+            assert process.returncode == 0, out + err
+            assert "trying 2 again" in err
+        else:
+            assert records(site.results) == {}
+            desk.resume()
+            status, printed = site.run("--sparsities", "0.5")
+            assert status == 0, printed
+        assert [status for _, status, _ in records(site.results).values()] == ["done"] * 2
+        assert list(site.results.glob("*/.*.partial")) == []
+        assert site.sending() == []
+
+    def test_a_search_is_refused_before_it_starts(self, site: Site, llama: Path) -> None:
+        site.sweep = ["search", "--model", str(llama), "--task", "boolq", "--trials", "2", "--data-dir", "embedded"]
+        status, printed = site.run()
+        assert status == 2
+        assert f"a search needs a results folder that all its nodes see, {site.results} is not seen by" in printed
+        assert "Traceback" not in printed
+        assert not (site.results / "runs").exists()
