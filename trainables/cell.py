@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import ray
 from ray import tune
 
 from tune_sparse.result import Run
@@ -42,7 +43,8 @@ class CellTrainable(tune.Trainable):
         trial = config["trial"]
         run = Run.from_config(trial["run"])
         stage = on_cs3(trial["cerebras"]) if run.cerebras else None
-        self._steps = run_cell(run, ledger_here(Path(trial["results_dir"]), trial["token"]), self._bench, stage)
+        ledger = ledger_here(Path(trial["results_dir"]), trial["token"])
+        self._steps = run_cell(run, ledger, self._bench, stage, ray.get_runtime_context().get_assigned_resources())
         self._result: dict[str, Any] = {"run_id": run.run_id, "steps": run.protocol.steps, "step": 0}
 
     def step(self) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import json
 import math
 import time
 import traceback
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -144,11 +144,12 @@ def train_here(
 
 
 def run_cell(
-    run: Run, ledger: Ledger, bench: Bench, stage: Stage | None = None
+    run: Run, ledger: Ledger, bench: Bench, stage: Stage | None = None, held: Mapping[str, float] | None = None
 ) -> Generator[Step | None, None, Record]:
     """Train and score one cell into the ledger, yielding each optimizer step, and None while one is waited for.
 
     stage: of the training; by default that of the cell's backend, on this machine.
+    held: what the trial holds of Ray's resources, to be recorded.
 
     An error that would come again is recorded as a failed run; an infrastructure error is raised.
     """
@@ -158,6 +159,7 @@ def run_cell(
             try:
                 stage = stage or (CerebrasTraining(Cerebras(run.cerebras["target"])) if run.cerebras else train_here)
                 metrics, measured = yield from _stages(run, ledger, bench, folder, log, stage)
+                measured |= {"held": dict(held)} if held else {}
                 record = Record(run.run_id, run.identity, "done", metrics, measured, environment_of(run))
             except BaseException as error:
                 bench.clear()
