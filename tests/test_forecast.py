@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -135,12 +137,13 @@ def test_a_pilot_without_a_dry_run_is_refused(capsys: pytest.CaptureFixture[str]
     assert "--pilot runs a few cells for a forecast, so it goes with --dry-run" in capsys.readouterr().err
 
 
-def test_a_pilot_runs_one_cell_of_each_kind_and_wastes_none(
-    llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_pilot_runs_one_cell_of_each_kind_and_wastes_none(llama: Path, tmp_path: Path) -> None:
     command = ["sweep", "smoke", "--models", str(llama), "--tasks", "boolq", "--results-dir", str(tmp_path), "--json"]
-    assert main([*command, "--dry-run", "--pilot"]) == 0
-    planned = json.loads(capsys.readouterr().out)
+    ended = subprocess.run(
+        [sys.executable, "-m", "tune_sparse", *command, "--dry-run", "--pilot"], capture_output=True, text=True
+    )
+    assert ended.returncode == 0, ended.stderr
+    planned = json.loads(ended.stdout)
     assert planned["done"] == 1
     assert len(planned["missing"]) == 6
     assert planned["forecast"]["unmeasured"] == {}
