@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,10 +19,12 @@ from factories import done_record, finished, make_run, tiny_run, write_run
 from ray_head import PATIENCE_SECONDS, Head, blind_node, ray_head, wait_until
 
 from trainables import courier
-from trainables.courier import Desk, LedgerAway, ledger_here, open_desk, own_folder, pieces_of
+from trainables.courier import Desk, LedgerAway, ledger_here, open_desk, own_folder, pieces_of, refuse_unseen
+from tune_sparse.config import CS3
 from tune_sparse.errors import InputError
 from tune_sparse.holder import Holder
 from tune_sparse.result import Ledger
+from tune_sparse.sweep import gathered
 
 RUN = make_run()
 
@@ -116,7 +120,8 @@ def test_what_a_killed_process_left_on_its_node_goes_and_a_living_ones_stays(tmp
 def local_ray() -> Iterator[None]:
     import ray
 
-    ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False, configure_logging=False)
+    quiet = {"include_dashboard": False, "log_to_driver": False, "configure_logging": False}
+    ray.init(address="local", num_cpus=1, resources={CS3: 1}, **quiet)
     yield
     ray.shutdown()
 
@@ -198,9 +203,9 @@ class TestLedgerAway:
         assert again.checkpoint("other").read_bytes() == b"steps"
 
     def test_a_driver_that_is_gone_is_an_infrastructure_error(self, away: LedgerAway) -> None:
-        courier.ray.kill(away._desk)
+        courier.ray.kill(away._desk)  # it may answer for a moment
         with pytest.raises(ConnectionError, match=r"must reach the driver of its sweep, .+ lost it"):
-            away.untuned("id")
+            wait_until(lambda: away.untuned("id") is not None)
 
     def test_without_a_desk_and_without_the_folder_it_says_so(self, held: Holder, local_ray: None) -> None:
         with pytest.raises(ConnectionError, match=r"does not see .+elsewhere and finds none"):
@@ -209,6 +214,29 @@ class TestLedgerAway:
     def test_a_desk_that_does_not_see_the_folder_refuses(self, local_ray: None, tmp_path: Path) -> None:
         with pytest.raises(InputError, match=f"does not see {tmp_path}"), open_desk(tmp_path, "token"):
             raise AssertionError("it was opened")
+
+
+class TestRefusal:
+    """Before anything is trained, of what needs a folder that nodes see."""
+
+    def test_nodes_that_matter_must_see_the_folder(self, held: Holder, local_ray: None, tmp_path: Path) -> None:
+        refuse_unseen(held.path.parent, held.token, "a search needs", lambda resources: True)
+        refuse_unseen(tmp_path / "elsewhere", held.token, "a search needs", lambda resources: "GPU" in resources)
+        with pytest.raises(InputError, match=r"a search needs a results folder that all its nodes see, .+ is not"):
+            refuse_unseen(tmp_path / "elsewhere", held.token, "a search needs", lambda resources: CS3 in resources)
+
+    def test_the_backend_cerebras_needs_it_on_the_nodes_of_the_cs3(
+        self, held: Holder, local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("RAY_ADDRESS", "this one")
+        on_cerebras = make_run(cerebras={"target": "cpu", "release": "2.10.0"})
+        with gathered(Ledger(held.path.parent), held.token, [RUN, on_cerebras]):
+            pass
+        with (
+            pytest.raises(InputError, match="the backend cerebras needs a results folder that all its nodes see"),
+            gathered(Ledger(tmp_path), held.token, [RUN, on_cerebras]),
+        ):
+            raise AssertionError("it began")
 
 
 @dataclass
@@ -319,3 +347,20 @@ class TestCluster:
         assert f"a search needs a results folder that all its nodes see, {site.results} is not seen by" in printed
         assert "Traceback" not in printed
         assert not (site.results / "runs").exists()
+
+    def test_a_node_without_the_model_refuses_the_run_before_it_trains(self, llama: Path, tmp_path: Path) -> None:
+        model = tmp_path / "model"
+        shutil.copytree(llama, model)
+        few = ["--models", str(model), *FEW, "--sparsities", "0", "--max-retries", "0"]
+        with ray_head(num_cpus=0) as head, blind_node(head, model, tmp_path / "cache", 1):
+            site = Site(head, tmp_path / "results", tmp_path / "cache", ["sweep", "smoke", *few])
+            status, printed = site.run()
+        assert status == 1
+        said = f"a run needs the model {model}, on every node; {socket.gethostname()} says: "
+        assert said in printed
+        [run_id] = records(site.results)
+        record = Ledger(site.results).record(run_id)
+        assert record is not None
+        assert record.error is not None
+        assert (record.error["class"], record.error["retryable"]) == ("NotReadyError", True)
+        assert said in record.error["message"]
