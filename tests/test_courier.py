@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -259,6 +260,11 @@ class Site:
         out, err = process.communicate(timeout=PATIENCE_SECONDS)
         return process.returncode, out + err
 
+    def training(self) -> list[Path]:
+        """Losses of runs that are trained on the second node."""
+        curves = self.cache.glob("away/*/workers/*/runs/.*/metrics.jsonl")
+        return [path for path in curves if path.stat().st_size]
+
     def sending(self) -> list[Path]:
         """Finished runs that lie on the second node."""
         return list(self.cache.glob("away/*/workers/*/runs/[!.]*"))
@@ -289,9 +295,9 @@ def records(results: Path) -> dict[str, Any]:
 
 
 def processes(name: str) -> list[psutil.Process]:
-    """Actors of Ray with `name` in their titles, which we started."""
+    """Actors of our Ray with `name` in their titles."""
     mine = psutil.Process().children(recursive=True)
-    return [process for process in mine if name in " ".join(process.cmdline())]
+    return [process for process in mine if re.match(f"ray::.*{name}", " ".join(process.cmdline()))]
 
 
 @pytest.mark.slow
@@ -315,14 +321,16 @@ class TestCluster:
     def test_what_is_killed_while_a_run_is_sent_leaves_nothing_and_the_run_runs_again(
         self, site: Site, who: str
     ) -> None:
-        process = site.start("--sparsities", "0.5")
-        wait_until(lambda: len(list((site.results / "runs").glob(".*.partial"))) == 2)
-        [desk] = processes("ray::Desk")
+        few = ["--sparsities", "0.5", "--set", "steps=300"]
+        process = site.start(*few)
+        wait_until(lambda: len(site.training()) == 2)  # they ask no more until they send
+        [desk] = processes("Desk")
         desk.suspend()
         wait_until(lambda: len(site.sending()) == 2)
         assert records(site.results) == {}
+        assert len(list((site.results / "runs").glob(".*.partial"))) == 2
         if who == "worker":
-            for worker in processes("ray::CellTrainable"):
+            for worker in processes("Trainable"):
                 worker.kill()
             desk.resume()
         else:
@@ -334,7 +342,7 @@ class TestCluster:
         else:
             assert records(site.results) == {}
             desk.resume()
-            status, printed = site.run("--sparsities", "0.5")
+            status, printed = site.run(*few)
             assert status == 0, printed
         assert [status for _, status, _ in records(site.results).values()] == ["done"] * 2
         assert list(site.results.glob("*/.*.partial")) == []
