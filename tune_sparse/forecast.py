@@ -58,7 +58,7 @@ class Forecast:
 
     def lines(self) -> list[str]:
         """For people."""
-        bound = f" ({self.bounded} of the runs at most: none of their model and mode was measured)"
+        bound = f", a bound for {self.bounded} of the runs: none of their model and mode was measured"
         lines = [f"Disk: about {self.disk_bytes / 1e6:.0f} MB" + (bound if self.bounded else "")]
         if self.by_group:
             lines.append(f"Time of {sum(self.by_group.values())} of {self.runs} runs: {self._time()}")

@@ -69,8 +69,10 @@ def run_sweep(config: SweepConfig, retry_failed: bool = False, only: Collection[
     with Holder(ledger.folder) as holder:
         ledger.remove_partial()
         ledger.write_sweep(_keep_start(ledger, plan.record))
-        missing = [run for run in plan.missing(ledger, retry_failed) if only is None or run.run_id in only]
-        progress = Progress(len(plan.runs), len(plan.runs) - len(missing))
+        left = plan.missing(ledger, retry_failed)
+        missing = [run for run in left if only is None or run.run_id in only]
+        done_before = len(plan.runs) - len(left)
+        progress = Progress(done_before + len(missing), done_before)
         with BackgroundTracker(ledger, tracking_uri(config), plan.record.sweep_id) as tracker:
             stopped, workers = None, 1
             if missing:
