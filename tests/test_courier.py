@@ -367,7 +367,7 @@ class TestCluster:
             status, printed = site.run()
         assert status == 1
         said = f"a run needs the model {model}, on every node; {socket.gethostname()} says: "
-        assert said in printed
+        assert said in printed, printed
         [run_id] = records(site.results)
         record = Ledger(site.results).record(run_id)
         assert record is not None

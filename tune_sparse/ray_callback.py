@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
-from ray import tune
+from ray import cloudpickle, tune
 
 from tune_sparse.errors import DISK_FULL
 from tune_sparse.holder import Holder
@@ -79,7 +80,7 @@ class LedgerCallback(tune.Callback):
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Record what the worker could not: it was lost, or it could not write."""
         run = self._runs[_run_id(trial)]
-        record = Record(run.run_id, run.identity, "failed", error=_described(trial.get_pickled_error()))
+        record = Record(run.run_id, run.identity, "failed", error=_described(_error_of(trial)))
         assert record.error is not None
         try:
             self._ledger.write_record(run, record)
@@ -97,6 +98,12 @@ class LedgerCallback(tune.Callback):
                 run = self._runs[run_id]
                 with suppress(OSError):  # without a record it is missing, which means the same
                     self._ledger.write_record(run, Record(run_id, run.identity, "interrupted"))
+
+
+def _error_of(trial: Any) -> Exception | None:
+    """What a trial ended in: Ray's own getter looks in a storage to which nothing was written yet."""
+    path = trial.pickled_error_file
+    return cloudpickle.loads(Path(path).read_bytes()) if path and Path(path).exists() else None
 
 
 def _described(error: Exception | None) -> dict[str, Any]:
