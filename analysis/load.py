@@ -10,6 +10,7 @@ import pandas as pd
 
 from tune_sparse.errors import unknown_name
 from tune_sparse.result import Ledger, Record
+from tune_sparse.united import PREFERENCE
 
 COLUMNS = (
     "cell_id",
@@ -52,7 +53,6 @@ COLUMNS = (
     "error",
 )
 NUMBERS = ["sparsity", "counted_sparsity", *COLUMNS[COLUMNS.index("accuracy") : COLUMNS.index("hardware")]]
-PREFERENCE = ("done", "failed", "interrupted", "missing")
 FLOPS_TOKENS = "2048"
 """The sequence length of the column `inference_flops`."""
 

@@ -37,7 +37,8 @@ from ray import tune
 from search_spaces.matrix import PRESETS
 from tune_sparse.config import SweepConfig
 from tune_sparse.dispatcher import Dispatcher
-from tune_sparse.plan import longest_first, plan_sweep
+from tune_sparse.forecast import longest_first
+from tune_sparse.plan import plan_sweep
 from tune_sparse.result import Ledger, Run
 from tune_sparse.sweep import capacity, fit_trials, started_ray
 

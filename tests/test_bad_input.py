@@ -373,8 +373,8 @@ def test_a_sound_sweep_can_be_planned_and_writes_nothing(
     assert main([*sound, "--dry-run", "--json"]) == OK
     planned = json.loads(capsys.readouterr().out)
     assert (planned["cells"], planned["trainings"], planned["done"], len(planned["missing"])) == (60, 55, 0, 55)
-    assert planned["device_seconds"] is None
-    assert planned["disk_bytes"] > 0
+    assert list(planned["forecast"]["unmeasured"].values()) == [55]
+    assert planned["forecast"]["disk_bytes"] > 0
     assert not (tmp_path / "results").exists()
 
 

@@ -16,7 +16,8 @@ FILES = [path.relative_to(ROOT).as_posix() for folder in FOLDERS for path in sor
 PROGRAM = {
     f"tune_sparse.{name}"
     for name in (
-        *("plan", "sweep", "dispatcher", "ray_callback", "progress", "tracking", "tracking_baselines", "search", "cli"),
+        *("plan", "forecast", "sweep", "dispatcher", "ray_callback", "progress"),
+        *("tracking", "tracking_baselines", "search", "cli"),
         *("prune", "merge", "scorecard", "harness", "searchers"),
     )
 }
@@ -33,14 +34,9 @@ CORE_LIBRARIES = {
     "matplotlib",  # the histograms of masks
 }
 RAY_FILES = {
-    *("trainables/cell.py", "trainables/candidate.py", "trainables/cs3.py", "cluster/nodes.py"),
-    *(
-        "tune_sparse/sweep.py",
-        "tune_sparse/dispatcher.py",
-        "tune_sparse/ray_callback.py",
-        "tune_sparse/search.py",
-        "tune_sparse/searchers.py",
-    ),
+    *("trainables/cell.py", "trainables/candidate.py", "trainables/cs3.py", "trainables/courier.py"),
+    *("cluster/nodes.py", "tune_sparse/sweep.py", "tune_sparse/dispatcher.py", "tune_sparse/ray_callback.py"),
+    *("tune_sparse/search.py", "tune_sparse/searchers.py"),
 }
 
 

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from search_spaces.matrix import PRESETS
 from tune_sparse.config import BACKENDS, Cerebras, SweepConfig
+from tune_sparse.forecast import longest_first
 from tune_sparse.models import Checkpoint, Shape
-from tune_sparse.plan import Plan, asked_cells, longest_first, split_blocks
+from tune_sparse.plan import Plan, asked_cells, split_blocks
 from tune_sparse.result import Ledger, Run, SweepRecord
 
 

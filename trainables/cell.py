@@ -10,15 +10,15 @@ from typing import Any
 
 from ray import tune
 
-from tune_sparse.result import Ledger, Run
+from tune_sparse.result import Run
 
 REPORT_SECONDS = 5.0
 """A training reports at least so often, which is also how fast it can be stopped; scoring is not interrupted."""
 
 
 class CellTrainable(tune.Trainable):
-    """Runs `config["trial"]`, which has a `run` (as a mapping), the `results_dir` of its ledger, the `resources` it
-    holds and, for the backend cerebras, the `cerebras` settings.
+    """Runs `config["trial"]`, which has a `run` (as a mapping), the `results_dir` of its ledger, the `token` with which
+    the driver holds it, the `resources` it holds and, for the backend cerebras, the `cerebras` settings.
 
     A result reports step, steps and train_loss; the last one is `done` and has the run's status and accuracy.
     """
@@ -35,14 +35,17 @@ class CellTrainable(tune.Trainable):
         return True
 
     def _begin(self, config: Mapping[str, Any]) -> None:
+        from trainables.courier import ledger_here
         from trainables.cs3 import on_cs3
         from trainables.hardware import keep_within
         from trainables.torch_backend import run_cell
 
-        keep_within(config["trial"]["resources"].get("GPU", 0))
-        run = Run.from_config(config["trial"]["run"])
-        stage = on_cs3(config["trial"]["cerebras"]) if run.cerebras else None
-        self._steps = run_cell(run, Ledger(Path(config["trial"]["results_dir"])), self._bench, stage)
+        trial = config["trial"]
+        keep_within(trial["resources"].get("GPU", 0))
+        run = Run.from_config(trial["run"])
+        stage = on_cs3(trial["cerebras"]) if run.cerebras else None
+        ledger = ledger_here(Path(trial["results_dir"]), trial["token"])
+        self._steps = run_cell(run, ledger, self._bench, stage, trial["resources"])
         self._result: dict[str, Any] = {"run_id": run.run_id, "steps": run.protocol.steps, "step": 0}
 
     def step(self) -> dict[str, Any]:

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from trainables.inputs import calibration_text_of
 from tune_sparse.calibration import ModelBlocks, Statistics, checked_rows, text_rows
-from tune_sparse.data import Encoded, calibration_text
-from tune_sparse.errors import InputError, RunError
+from tune_sparse.data import Encoded
+from tune_sparse.errors import RunError
 from tune_sparse.masks import Masks, mask_sha256, masked, sparsity_of
 from tune_sparse.methods import method_named
 from tune_sparse.pruning import NO_STATISTICS, Prunable, make_masks, measured, prune_walking, walks
-from tune_sparse.result import Run, sha256_of
+from tune_sparse.result import Run
 from tune_sparse.validate import mask_violations
 
 if TYPE_CHECKING:
@@ -88,8 +88,5 @@ def calibration_rows(run: Run, loaded: Loaded, train: Sequence[Encoded]) -> list
     protocol = run.protocol
     if protocol.calibration == "task":
         return checked_rows(train, protocol.calibration_rows)
-    text = calibration_text(protocol.calibration, Path(run.data_dir) if run.data_dir else None)
-    if sha256_of(text) != run.calibration_fingerprint:
-        raise InputError(f"the text {protocol.calibration} must not change during a sweep. Start the sweep again.")
     tokens = min(protocol.calibration_tokens, loaded.shape.context_tokens)
-    return text_rows(loaded.tokenizer, text, protocol.calibration_rows, tokens)
+    return text_rows(loaded.tokenizer, calibration_text_of(run), protocol.calibration_rows, tokens)

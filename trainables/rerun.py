@@ -13,7 +13,7 @@ import torch
 
 from trainables.hardware import environment
 from trainables.torch_backend import Bench, run_cell
-from tune_sparse.errors import InputError
+from tune_sparse.errors import InputError, NotReadyError
 from tune_sparse.outcomes import Outcome, read_outcomes
 from tune_sparse.result import Ledger, Record, Run
 
@@ -44,7 +44,10 @@ def rerun(run: Run, ledger: Ledger) -> Comparison:
     assert recorded is not None
     with tempfile.TemporaryDirectory(prefix="tune-sparse-rerun-") as scratch:
         again = Ledger(Path(scratch))
-        repeated = _finished(run, again)
+        try:
+            repeated = _finished(run, again)
+        except NotReadyError as error:
+            raise InputError(f"{run.run_id} cannot be repeated here: {error}") from error
         if repeated.error:
             raise InputError(f"{run.run_id} cannot be repeated here: {repeated.error['message']}")
         before, after = (read_outcomes(place.run_folder(run.run_id) / "examples.parquet") for place in (ledger, again))

@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from trainables.inputs import splits_of
 from trainables.rebuild import pruned_by
 from trainables.torch_backend import Bench
 from tune_sparse.adapter_files import merge_adapter_into, read_marker
 from tune_sparse.config import Protocol
-from tune_sparse.data import fingerprint_of, load_splits
-from tune_sparse.errors import InputError, RunError
+from tune_sparse.errors import RunError
 from tune_sparse.evaluate import Scored, TestSet, encode_test, outcomes_of, score
 from tune_sparse.masks import Masks, mask_sha256, sparsity_of
 from tune_sparse.models import prunable_weights
@@ -52,9 +52,7 @@ class SliceScorer:
         assert marker is not None, "a super-adapter is ours, so it has a marker"
         slices = Slices.of(loaded.model, folder, run.super_adapter.space, masks, marker)
         task, protocol = task_named(run.cell.task), run.protocol.within(loaded.shape.context_tokens)
-        splits = load_splits(task, Path(run.data_dir) if run.data_dir else None, protocol)
-        if fingerprint_of([splits]) != run.data_fingerprint:
-            raise InputError(f"the rows of {run.cell.task} must not change during a search. Start the search again.")
+        [splits] = splits_of(run, protocol)
         tests = encode_test(loaded.tokenizer, task, splits.selection, protocol, splits.examples)
         return cls(run, slices, loaded.tokenizer, masks, tests, protocol)
 
@@ -90,7 +88,7 @@ class SliceScorer:
         write_json(folder / "validation_report.json", report)
         if not report["all_valid"]:
             raise RunError("a sub-adapter must pass its validation: " + "; ".join(report["violations"]))
-        splits = load_splits(self.tests.task, Path(self.run.data_dir) if self.run.data_dir else None, self.protocol)
+        [splits] = splits_of(self.run, self.protocol)
         tests = encode_test(self.tokenizer, self.tests.task, splits.test, self.protocol, splits.examples)
         scored = score(self.slices.model, self.tokenizer, [tests], self.protocol)
         write_outcomes(folder / "examples.parquet", scored.outcomes)

@@ -7,7 +7,7 @@ import json
 import math
 import time
 import traceback
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,17 +21,18 @@ from trainables import dense, masked_finetuning, sparse_to_dense, sparse_to_spar
 from trainables.cerebras_backend import CerebrasTraining, confining_masks
 from trainables.deployed import Deployed
 from trainables.hardware import device, environment, gpu_memory_bytes, peak_memory_bytes, reset_peak_memory
+from trainables.inputs import checkpoint_of, splits_of
 from trainables.pruned import Pruned, Pruner
 from trainables.trainee import Trainee
 from trainables.training import Training, train
 from tune_sparse.config import Cerebras
 from tune_sparse.cost import SEQUENCE_LENGTHS, inference_flops, training_flops
-from tune_sparse.data import Encoded, encode_training, fingerprint_of, load_splits
-from tune_sparse.errors import DISK_FULL, InputError, RunError
+from tune_sparse.data import Encoded, encode_training
+from tune_sparse.errors import DISK_FULL, NotReadyError, RunError
 from tune_sparse.evaluate import Scored, TestSet, encode_test, score
 from tune_sparse.lora import lost_fraction
 from tune_sparse.masks import sparsity_of
-from tune_sparse.models import Shape, check_checkpoint, load_model, load_tokenizer, prunable_weights, write_weights_into
+from tune_sparse.models import Shape, load_model, load_tokenizer, prunable_weights, write_weights_into
 from tune_sparse.outcomes import Metrics, headline, write_outcomes
 from tune_sparse.paths import write_json, write_text
 from tune_sparse.result import Ledger, Record, Run, write_config
@@ -52,6 +53,7 @@ INFRASTRUCTURE_ERRORS = (
     MemoryError,
     ConnectionError,
     TimeoutError,
+    NotReadyError,  # of this node: another one may have the model or the rows
 )
 # safetensors and torch's CPU allocator give their own classes to what the system said.
 INFRASTRUCTURE_MESSAGES = (*DISK_FULL, "Stale file handle", "Input/output error", "DefaultCPUAllocator")
@@ -111,10 +113,7 @@ class Bench:
 
 def _encode(run: Run, loaded: Loaded) -> Rows:
     tokenizer, protocol = loaded.tokenizer, run.protocol.within(loaded.shape.context_tokens)
-    tasks = tasks_named(run.cell.task)
-    splits = [load_splits(task, Path(run.data_dir) if run.data_dir else None, protocol) for task in tasks]
-    if fingerprint_of(splits) != run.data_fingerprint:
-        raise InputError(f"the rows of {run.cell.task} must not change during a sweep. Start the sweep again.")
+    tasks, splits = tasks_named(run.cell.task), splits_of(run, protocol)
     train, selection = [], []
     for task, split in zip(tasks, splits, strict=True):
         train += encode_training(tokenizer, task, split.train, protocol.max_tokens, protocol.n_train)
@@ -127,9 +126,7 @@ def _encode(run: Run, loaded: Loaded) -> Rows:
 
 
 def _load(run: Run, key: tuple[str, str]) -> Loaded:
-    checkpoint = check_checkpoint(run.model_path)
-    if checkpoint.fingerprint != run.model_fingerprint:
-        raise InputError(f"{run.model_path} must not change during a sweep, and it did. Start the sweep again.")
+    checkpoint = checkpoint_of(run)
     model = load_model(checkpoint.path, getattr(torch, run.protocol.precision), device())
     pristine = {name: weight.clone() for name, weight in prunable_weights(model).items()}
     return Loaded(key, model, load_tokenizer(checkpoint.path), checkpoint.shape, pristine)
@@ -147,11 +144,12 @@ def train_here(
 
 
 def run_cell(
-    run: Run, ledger: Ledger, bench: Bench, stage: Stage | None = None
+    run: Run, ledger: Ledger, bench: Bench, stage: Stage | None = None, held: Mapping[str, float] | None = None
 ) -> Generator[Step | None, None, Record]:
     """Train and score one cell into the ledger, yielding each optimizer step, and None while one is waited for.
 
     stage: of the training; by default that of the cell's backend, on this machine.
+    held: what the trial holds of Ray's resources, to be recorded.
 
     An error that would come again is recorded as a failed run; an infrastructure error is raised.
     """
@@ -161,6 +159,7 @@ def run_cell(
             try:
                 stage = stage or (CerebrasTraining(Cerebras(run.cerebras["target"])) if run.cerebras else train_here)
                 metrics, measured = yield from _stages(run, ledger, bench, folder, log, stage)
+                measured |= {"held": dict(held)} if held else {}
                 record = Record(run.run_id, run.identity, "done", metrics, measured, environment_of(run))
             except BaseException as error:
                 bench.clear()

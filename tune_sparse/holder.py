@@ -36,9 +36,11 @@ class Holder:
         self.path = folder / "holder.json"
         self.lost = threading.Event()
         """Set when somebody else took over, because this process was suspended for too long."""
+        self.token = uuid.uuid4().hex
+        """Whoever finds it in `holder.json` sees the folder that this process holds."""
         self._released = threading.Event()
         self._me = {
-            "token": uuid.uuid4().hex,
+            "token": self.token,
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "started": psutil.Process().create_time(),
@@ -67,8 +69,7 @@ class Holder:
         write_json(self.path, self._me | {"heartbeat": time.time()})
 
     def _is_mine(self) -> bool:
-        current = _read(self.path)
-        return current is not None and current["token"] == self._me["token"]
+        return is_held_with(self.path.parent, self.token)
 
     def _keep_alive(self) -> None:
         last = time.monotonic()
@@ -84,6 +85,12 @@ class Holder:
                 if time.monotonic() - last > STALE_SECONDS:
                     self.lost.set()
                     return
+
+
+def is_held_with(folder: Path, token: str) -> bool:
+    """Whether this process sees the very folder that is held with `token`, at the same place."""
+    current = _read(folder / "holder.json")
+    return current is not None and current["token"] == token
 
 
 def living_holder(folder: Path) -> dict[str, Any] | None:

@@ -1,9 +1,8 @@
-"""A plan: the whole matrix checked before anything runs, each cell with the run that serves it, and the forecast."""
+"""A plan: the whole matrix checked before anything runs, each cell with the run that serves it."""
 
 from __future__ import annotations
 
 import shutil
-import statistics
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
@@ -251,53 +250,3 @@ def check_disk(plan: Plan, ledger: Ledger, missing: Sequence[Run]) -> None:
             f"a sweep needs room for what it writes, about {needed / 1e9:.2f} GB, {ledger.folder} has "
             f"{free / 1e9:.2f} GB. Free some, or give another --results-dir."
         )
-
-
-@dataclass(frozen=True)
-class Forecast:
-    """What the missing runs will take, from measured runs of the same model and task."""
-
-    seconds: float | None
-    """Device-seconds, or None while some model and task have no measured run."""
-    disk_bytes: int
-    unmeasured: int
-    """Runs without a measured one to go by."""
-
-
-def longest_first(plan: Plan, ledger: Ledger, runs: Sequence[Run]) -> list[Run]:
-    """`runs` by the time that each is expected to take, so that no long one is left to run alone at the end.
-
-    Runs of one backend, model, task and mode stay together, and rarely let a worker change its model. Where some of
-    these have no measured run to go by, the larger model counts as the longer.
-    """
-    kinds: dict[tuple[str, ...], list[float]] = {_kind(run): [] for run in runs}
-    for run in plan.runs.values():
-        record = ledger.record(run.run_id)
-        if record and record.status == "done":
-            kinds.setdefault(_kind(run), []).append(record.measured["trial_seconds"])
-    is_measured = all(kinds.values())
-
-    def expected(run: Run) -> float:
-        if is_measured:
-            return statistics.median(kinds[_kind(run)])
-        return plan.checkpoints[run.cell.model].shape.pruned_weights
-
-    return sorted(runs, key=expected, reverse=True)
-
-
-def _kind(run: Run) -> tuple[str, ...]:
-    return run.cell.backend, run.cell.model, run.cell.task, run.cell.mode
-
-
-def forecast(plan: Plan, ledger: Ledger, missing: Sequence[Run]) -> Forecast:
-    """Device-seconds as the median of done runs of the same model, task and protocol in this folder."""
-    measured: dict[tuple[str, str], list[float]] = {}
-    for run in plan.runs.values():
-        record = ledger.record(run.run_id)
-        if record and record.status == "done":
-            measured.setdefault((run.cell.model, run.cell.task), []).append(record.measured["trial_seconds"])
-    known = [
-        statistics.median(measured[key]) for run in missing if (key := (run.cell.model, run.cell.task)) in measured
-    ]
-    unmeasured = len(missing) - len(known)
-    return Forecast(None if unmeasured else sum(known), sum(plan.bytes_of(run) for run in missing), unmeasured)

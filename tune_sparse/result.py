@@ -225,6 +225,10 @@ class Ledger:
         write_outcomes(self.folder / "untuned" / f"{untuned_id}.parquet", outcomes)
         write_json(self.folder / "untuned" / f"{untuned_id}.json", value)
 
+    def searches(self) -> list[Path]:
+        """The folder of every search that was started here."""
+        return sorted((self.folder / "searches").glob("*"))
+
     def write_sweep(self, sweep: SweepRecord) -> None:
         (self.folder / "sweeps").mkdir(parents=True, exist_ok=True)
         write_json(self.folder / "sweeps" / f"{sweep.sweep_id}.json", asdict(sweep))

@@ -138,23 +138,32 @@ def run_search(config: SearchConfig, report: Callable[[str], None] = logger.info
     plan = plan_search(config)
     folder = ledger.folder / "searches" / plan.search_id
     started = time.perf_counter()
-    with Holder(ledger.folder):
+    with Holder(ledger.folder) as holder:
         ledger.remove_partial()
         diary, candidates = Diary(folder), Candidates(ledger.folder, plan.run.run_id)
         write_json(folder / "config.json", described(plan))
         with started_ray(config.sweep) as workers:
             Placement(config.sweep, nodes).refuse_unplaceable([plan.run])
-            stopped = _train(plan.run, ledger, config.sweep, report)
+            refuse_unshared(ledger, holder.token)
+            stopped = _train(plan.run, ledger, config.sweep, holder.token, report)
             race = None
             if not stopped:
                 race, stopped = _race(plan, ledger, diary, candidates, 1 if config.in_order else workers, report)
             if not stopped and race is not None:
-                found = _prove(plan, ledger, race, diary, folder, workers, report)
+                found = _prove(plan, ledger, race, diary, folder, workers, holder.token, report)
     if stopped or race is None:
         return {"search_id": plan.search_id, "folder": str(folder), "stopped": stopped}
     found |= {"search_id": plan.search_id, "folder": str(folder), "seconds": time.perf_counter() - started}
     write_json(folder / "result.json", found)
     return found
+
+
+def refuse_unshared(ledger: Ledger, token: str) -> None:
+    """Raise `InputError` where a node does not see the results folder: slices are cut from the super-adapter there."""
+    if "RAY_ADDRESS" in os.environ:
+        from trainables.courier import refuse_unseen
+
+        refuse_unseen(ledger.folder.resolve(), token, "a search needs", lambda resources: True)
 
 
 def described(plan: SearchPlan) -> dict[str, Any]:
@@ -175,7 +184,7 @@ def described(plan: SearchPlan) -> dict[str, Any]:
     }
 
 
-def _train(run: Run, ledger: Ledger, sweep: SweepConfig, report: Callable[[str], None]) -> str | None:
+def _train(run: Run, ledger: Ledger, sweep: SweepConfig, token: str, report: Callable[[str], None]) -> str | None:
     """Train what is not in the ledger yet; returns why it was stopped, if it was."""
     if ledger.is_done(run.run_id):
         return None
@@ -187,7 +196,7 @@ def _train(run: Run, ledger: Ledger, sweep: SweepConfig, report: Callable[[str],
 
     stop = Stop()
     report(f"training {run.run_id}")
-    trial = _common(run, ledger, sweep)
+    trial = _common(run, ledger, sweep) | {"token": token}
     with stop_on_signals(stop):
         fit_trials(CellTrainable, Dispatcher({"training": [trial]}, dict, capacity, stop=stop), tune.Callback(), stop)
     record = ledger.record(run.run_id)
@@ -277,6 +286,7 @@ def _prove(
     diary: Diary,
     folder: Path,
     workers: int,
+    token: str,
     report: Callable[[str], None],
 ) -> dict[str, Any]:
     """Write and score on test rows the winner and the heuristic, beside the maximal and a plain LoRA of that size."""
@@ -287,7 +297,7 @@ def _prove(
     chosen = {"winner": winner, "heuristic": space.heuristic(layers)}
     _finish(plan, ledger, chosen, folder, workers)
     plain = plan.plain_run(plan.parameters(winner))
-    stopped = _train(plain, ledger, plan.config.sweep, report)
+    stopped = _train(plain, ledger, plan.config.sweep, token, report)
     if stopped:
         raise RunError(f"a search must not be {stopped} before its end. Start it again: it goes on.")
     scored = {name: read_outcomes(folder / name / "examples.parquet") for name in chosen}

@@ -9,7 +9,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ from tune_sparse.cerebras.environment import refuse_unreachable_cluster
 from tune_sparse.cerebras.preflight import prepare_cerebras, refuse_full, working_bytes
 from tune_sparse.config import CS3, CS3_TRIAL, SweepConfig
 from tune_sparse.embedded_models import EMBEDDED_MODELS
+from tune_sparse.forecast import longest_first
 from tune_sparse.holder import Holder
 from tune_sparse.models import prepare_models
 from tune_sparse.plan import (
@@ -27,7 +28,6 @@ from tune_sparse.plan import (
     check_folder,
     check_names,
     check_rows,
-    longest_first,
     plan_sweep,
 )
 from tune_sparse.progress import Progress
@@ -62,9 +62,10 @@ class Outcome:
     """Sum of trial seconds over (workers x wall seconds), or None if nothing ran."""
 
 
-def run_sweep(config: SweepConfig, retry_failed: bool = False) -> Outcome:
+def run_sweep(config: SweepConfig, retry_failed: bool = False, only: Collection[str] | None = None) -> Outcome:
     """Plan a sweep, run what is missing through Ray Tune, and track it. Starting it again resumes it.
 
+    only: ids of the runs to run now; by default all that are missing.
     Raises `InputError` before any trial starts if anything is wrong with the input.
     """
     ledger = Ledger(config.results_dir)
@@ -80,8 +81,10 @@ def run_sweep(config: SweepConfig, retry_failed: bool = False) -> Outcome:
     with Holder(ledger.folder) as holder:
         ledger.remove_partial()
         ledger.write_sweep(_keep_start(ledger, plan.record))
-        missing = plan.missing(ledger, retry_failed)
-        progress = Progress(len(plan.runs), len(plan.runs) - len(missing))
+        left = plan.missing(ledger, retry_failed)
+        missing = [run for run in left if only is None or run.run_id in only]
+        done_before = len(plan.runs) - len(left)
+        progress = Progress(done_before + len(missing), done_before)
         with BackgroundTracker(ledger, tracking_uri(config), plan.record.sweep_id) as tracker:
             stopped, workers = None, 1
             if missing:
@@ -131,7 +134,7 @@ def _tune(
 ) -> tuple[str | None, int]:
     """Run `missing` through one Tuner; returns (why it ended early, if it did; workers)."""
     config = plan.config
-    with started_ray(config) as workers:
+    with started_ray(config) as workers, gathered(ledger, holder.token, missing):
         from trainables.cell import CellTrainable
         from tune_sparse.dispatcher import Dispatcher
         from tune_sparse.ray_callback import LedgerCallback, Stop
@@ -142,7 +145,7 @@ def _tune(
         placement.refuse_unplaceable(missing)
 
         def trial_of(run: Run) -> dict[str, Any]:
-            trial = {"run": run.as_config(), "results_dir": str(ledger.folder.resolve())}
+            trial = {"run": run.as_config(), "results_dir": str(ledger.folder.resolve()), "token": holder.token}
             settings = {"cerebras": asdict(config.cerebras)} if run.cerebras else {}
             return trial | settings | {"resources": placement.resources(run)}
 
@@ -171,6 +174,21 @@ def _tune(
 def _limit(config: SweepConfig) -> int | None:
     """Trials at once, where resources alone would allow more: Ray on this machine has room for `workers` only."""
     return config.workers if "RAY_ADDRESS" in os.environ and len(config.backends) == 1 else None
+
+
+@contextmanager
+def gathered(ledger: Ledger, token: str, missing: Sequence[Run]) -> Iterator[None]:
+    """Runs of nodes that do not see the results folder arrive there. Raises `InputError` where they could not."""
+    if "RAY_ADDRESS" not in os.environ:
+        yield
+        return
+    from trainables.courier import open_desk, refuse_unseen
+
+    folder = ledger.folder.resolve()
+    if any(run.cerebras for run in missing):
+        refuse_unseen(folder, token, "the backend cerebras needs", lambda held: bool({CS3, CS3_TRIAL} & held.keys()))
+    with open_desk(folder, token):
+        yield
 
 
 def fit_trials(trainable: type, dispatcher: Dispatcher, callback: Callback, stopper: Stopper | None = None) -> None:

@@ -236,7 +236,7 @@ def track_ledger(ledger: Ledger, uri: str) -> int:
         for run_id in _runs_of(sweep):
             if run_id not in tracked and tracker.track_run(run_id, parent):
                 tracked.add(run_id)
-    for folder in sorted((ledger.folder / "searches").glob("*")):
+    for folder in ledger.searches():
         tracker.track_search(folder)
     return len(tracked)
 

@@ -61,6 +61,7 @@ def _status(chosen: argparse.Namespace) -> int:
     from tune_sparse.holder import living_holder
     from tune_sparse.progress import duration
     from tune_sparse.result import Ledger
+    from tune_sparse.united import UnitedLedger
 
     folders = existing_folders(chosen.results_dir)
     cells = cells_table(folders)
@@ -71,7 +72,8 @@ def _status(chosen: argparse.Namespace) -> int:
     counts, failed = cells["status"].value_counts(), runs[runs["status"] == "failed"]
     left = int((~runs["status"].isin(["done", "failed"])).sum())
     done = runs.loc[runs["status"] == "done", "run_id"]
-    seconds = [r.measured["trial_seconds"] for ledger in ledgers for run_id in done if (r := ledger.record(run_id))]
+    united = UnitedLedger(folders)
+    seconds = [r.measured["trial_seconds"] for run_id in done if (r := united.record(run_id))]
     eta = left * statistics.median(seconds) / len(running) if running and seconds else None
     if chosen.json:
         reasons = dict(zip(failed["run_id"], failed["error"], strict=True))
@@ -105,14 +107,14 @@ def _report(chosen: argparse.Namespace) -> int:
 
 
 def _track(chosen: argparse.Namespace) -> int:
-    from tune_sparse.result import Ledger
     from tune_sparse.tracking import default_uri, track_ledger
+    from tune_sparse.united import UnitedLedger
 
     folders = existing_folders(chosen.results_dir)
     uri = chosen.tracking_uri or default_uri(folders[0])
     published = _published(folders, chosen.baselines)
-    for folder in folders:
-        print(f"{track_ledger(Ledger(folder), uri)} runs of {folder} are in {uri}")
+    tracked = track_ledger(UnitedLedger(folders), uri)
+    print(f"{tracked} runs of {', '.join(map(str, folders))} are in {uri}")
     if published is not None:
         from tune_sparse.tracking_baselines import track_published
 

@@ -24,6 +24,9 @@ def add_commands(commands: Any) -> None:
     sweep = add_command(commands, "sweep", _sweep, "run a matrix of pruned trainings; again to resume", _sweep_epilog())
     add_sweep_options(sweep)
     sweep.add_argument("--dry-run", action="store_true", help="show what would run, what is done, and the forecast")
+    sweep.add_argument(
+        "--pilot", action="store_true", help="with --dry-run: first run one cell of what has none measured"
+    )
     sweep.add_argument("--retry-failed", action="store_true", help="also run what failed for good")
     sweep.add_argument("--json", action="store_true", help="print the outcome as JSON")
 
@@ -79,7 +82,13 @@ def _yaml(path: Path | None) -> dict[str, Any]:
 
 def _sweep(chosen: argparse.Namespace) -> int:
     config = sweep_config(chosen)
+    if chosen.pilot and not chosen.dry_run:
+        raise InputError("--pilot runs a few cells for a forecast, so it goes with --dry-run. Add it.")
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("tune_sparse").setLevel(logging.INFO)
     if chosen.dry_run:
+        if chosen.pilot:
+            _run_pilots(config, chosen)
         return _dry_run(config, chosen)
     if "cerebras" in config.backends and config.cerebras.cerebras_target == "validate":
         return _lower(config, chosen)
@@ -87,8 +96,6 @@ def _sweep(chosen: argparse.Namespace) -> int:
     from tune_sparse.progress import duration
     from tune_sparse.sweep import run_sweep
 
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    logging.getLogger("tune_sparse").setLevel(logging.INFO)
     outcome = run_sweep(config, chosen.retry_failed)
     complete = outcome.done == len(outcome.plan.runs)
     report = write_report([config.results_dir], [outcome.plan.record.sweep_id])
@@ -131,8 +138,8 @@ def _lower(config: SweepConfig, chosen: argparse.Namespace) -> int:
 
 
 def _dry_run(config: SweepConfig, chosen: argparse.Namespace) -> int:
-    from tune_sparse.plan import asked_cells, check_names, distinct_trainings, forecast, plan_sweep
-    from tune_sparse.progress import duration
+    from tune_sparse.forecast import forecast
+    from tune_sparse.plan import asked_cells, check_names, distinct_trainings, plan_sweep
     from tune_sparse.result import Ledger
 
     check_names(config)
@@ -150,18 +157,31 @@ def _dry_run(config: SweepConfig, chosen: argparse.Namespace) -> int:
         values |= {
             "done": sum(ledger.is_done(run_id) for run_id in plan.runs),
             "missing": [run.run_id for run in missing],
-            "device_seconds": expected.seconds,
-            "disk_bytes": expected.disk_bytes,
+            "forecast": asdict(expected),
         }
         lines += [f"{values['done']} done, {len(missing)} would run:", *(f"  {run.run_id}" for run in missing)]
-        time = (
-            f"no forecast of time for {expected.unmeasured} of them: no run of their model and task was measured here"
-            if expected.seconds is None
-            else f"about {duration(expected.seconds)} of device time"
-        )
-        lines.append(f"Forecast: {time}; at most {expected.disk_bytes / 1e6:.0f} MB of disk.")
+        lines += expected.lines()
     print(json.dumps(values) if chosen.json else "\n".join(lines))
     return OK
+
+
+def _run_pilots(config: SweepConfig, chosen: argparse.Namespace) -> None:
+    """Run what a forecast lacks. Their failures are said, and recorded as those of every run."""
+    from tune_sparse.embedded_models import EMBEDDED_MODELS
+    from tune_sparse.forecast import pilots
+    from tune_sparse.models import prepare_models
+    from tune_sparse.plan import check_names, plan_sweep
+    from tune_sparse.result import Ledger
+    from tune_sparse.sweep import run_sweep
+
+    check_names(config)
+    prepare_models(
+        [model for model in config.models if model in EMBEDDED_MODELS], report=logging.getLogger(__name__).info
+    )
+    plan, ledger = plan_sweep(config), Ledger(config.results_dir)
+    lacking = pilots(plan, ledger, plan.missing(ledger, chosen.retry_failed))
+    if lacking:
+        run_sweep(config, chosen.retry_failed, only={run.run_id for run in lacking})
 
 
 def _prepare(chosen: argparse.Namespace) -> int:

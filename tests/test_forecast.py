@@ -1,0 +1,154 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from factories import done_record, make_cell, make_run, write_run
+
+from tune_sparse.cli import main
+from tune_sparse.config import Cerebras, SweepConfig
+from tune_sparse.forecast import Medians, Spent, forecast, pilots, spent_by, trials_at_once
+from tune_sparse.plan import Plan, plan_sweep
+from tune_sparse.result import Ledger, Run
+
+FEW = {"sparsities": "0 0.5", "methods": "random", "data_dir": "embedded", "precision": "float32", "workers": 2}
+SMALL = {"n_train": 32, "n_selection": 4, "n_test": 8}
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Ledger:
+    return Ledger(tmp_path / "results")
+
+
+@pytest.fixture(scope="module")
+def plan(llama: Path, mistral: Path) -> Plan:
+    """Of two models and two tasks: dense, sparse-to-dense and sparse-to-sparse each."""
+    models = f"{llama} {mistral}"
+    return plan_sweep(SweepConfig.from_names({"models": models, "tasks": "boolq gsm8k"} | FEW | SMALL))
+
+
+def run_of(plan: Plan, model: str, task: str, mode: str) -> Run:
+    [run] = (r for r in plan.runs.values() if model in r.cell.model and (r.cell.task, r.cell.mode) == (task, mode))
+    return run
+
+
+def measure(ledger: Ledger, run: Run, seconds: float, **measured: Any) -> None:
+    record = done_record(run)
+    write_run(ledger, run, replace(record, measured=record.measured | {"trial_seconds": seconds} | measured))
+
+
+def spent(seconds: float) -> Spent:
+    return Spent(seconds, seconds, 0.0, 0.0, 0.0, 10.0)
+
+
+def test_without_measurements_time_is_unknown_and_disk_a_bound(plan: Plan, ledger: Ledger) -> None:
+    found = forecast(plan, ledger, plan.missing(ledger))
+    assert found.runs == found.bounded == 12
+    assert sorted(found.unmeasured.values()) == [3, 3, 3, 3]
+    assert (found.cpu_seconds, found.wall_seconds) == (0, None)
+    assert found.disk_bytes == sum(plan.bytes_of(run) for run in plan.runs.values())
+
+
+def test_each_run_takes_the_median_of_the_finest_group_that_was_measured(plan: Plan, ledger: Ledger) -> None:
+    """Of one model, boolq's dense run took 10 s and its sparse-to-dense one 30 s."""
+    measure(ledger, run_of(plan, "llama", "boolq", "dense"), 10.0, held={"CPU": 2.0})
+    measure(ledger, run_of(plan, "llama", "boolq", "sparse-to-dense"), 30.0, held={"CPU": 2.0, "GPU": 0.5})
+    found = forecast(plan, ledger, plan.missing(ledger))
+    assert found.by_group == {"backend, model, task": 1, "backend, model": 3}
+    assert found.cpu_seconds == 4 * 2 * 20
+    assert found.gpu_seconds == 4 * (0 + 15) / 2
+    assert found.wall_seconds == 4 * 20 / 2
+    assert list(found.unmeasured.values()) == [3, 3], "the other model says nothing of this one"
+
+
+def test_the_disk_of_a_run_is_that_of_its_mode(plan: Plan, ledger: Ledger) -> None:
+    run = run_of(plan, "llama", "boolq", "dense")
+    measure(ledger, run, 1.0)
+    folder = ledger.run_folder(run.run_id)
+    (folder / "adapter").mkdir()
+    (folder / "adapter" / "weights").write_bytes(bytes(10_000))
+    written = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    other = run_of(plan, "llama", "gsm8k", "dense")
+    assert forecast(plan, ledger, [other]).disk_bytes == written > 10_000
+    sparse = run_of(plan, "llama", "boolq", "sparse-to-dense")
+    found = forecast(plan, ledger, [sparse])
+    assert (found.disk_bytes, found.bounded) == (plan.bytes_of(sparse), 1)
+
+
+def test_medians_of_nothing_and_of_an_even_number() -> None:
+    cell = make_cell()
+    groups = (("model", "task"), ("model",))
+    assert Medians([], groups).of(cell) == ((), None)
+    medians = Medians([(cell, spent(1.0)), (cell, spent(4.0)), (make_cell(task="gsm8k"), spent(100.0))], groups)
+    assert medians.of(cell) == (("model", "task"), spent(2.5))
+    assert medians.of(make_cell(task="hellaswag")) == (("model",), spent(4.0))
+    assert medians.of(make_cell(model="other")) == ((), None)
+
+
+def test_what_a_cs3_did_is_counted_apart(tmp_path: Path) -> None:
+    config = SweepConfig.from_names({"models": "m", "backend": "cerebras", "num_csx": 2})
+    run = make_run(make_cell(backend="cerebras"), cerebras={"target": "csx", "release": "2.9.0"})
+    record = done_record(run)
+    measured = {"trial_seconds": 900.0, "train_seconds": 600.0, "compile_seconds": 500.0, "held": {"CPU": 1.0}}
+    found = spent_by(run, replace(record, measured=record.measured | measured), tmp_path, config)
+    assert (found.cpu_seconds, found.cs3_seconds, found.compile_seconds) == (900, 1200, 1000)
+    on_cpu = spent_by(replace(run, cerebras={"target": "cpu", "release": "2.9.0"}), record, tmp_path, config)
+    assert (on_cpu.cs3_seconds, on_cpu.compile_seconds) == (0, 0)
+
+
+def test_how_many_trials_run_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    few = SweepConfig.from_names({"models": "m", "workers": 3})
+    assert trials_at_once(few, "torch") == 3
+    one_for_each = SweepConfig.from_names({"models": "m", "threads": 100_000})
+    assert trials_at_once(one_for_each, "torch") == 1
+    assert trials_at_once(replace(few, cerebras=Cerebras(cs3=2)), "cerebras") == 3
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    assert trials_at_once(one_for_each, "torch") is None
+    assert trials_at_once(few, "cerebras") is None
+
+
+def test_pilots_are_missing_runs_of_what_has_no_measured_one(plan: Plan, ledger: Ledger) -> None:
+    assert len(pilots(plan, ledger, plan.missing(ledger))) == 4
+    measure(ledger, run_of(plan, "llama", "boolq", "dense"), 1.0)
+    chosen = pilots(plan, ledger, plan.missing(ledger))
+    assert len({(run.cell.model, run.cell.task) for run in chosen}) == len(chosen) == 3
+    assert {run.run_id for run in chosen} <= {run.run_id for run in plan.missing(ledger)}
+    assert pilots(plan, ledger, []) == []
+
+
+def test_the_lines_say_what_is_known_and_what_is_not(plan: Plan, ledger: Ledger) -> None:
+    measure(ledger, run_of(plan, "llama", "boolq", "dense"), 3600.0, held={"CPU": 2.0})
+    found = forecast(plan, ledger, plan.missing(ledger))
+    lines = "\n".join(found.lines())
+    assert "Time of 5 of 11 runs: 10 CPU-hours; 2.5 h on the clock" in lines
+    assert "  2 as the median of measured runs of the same backend, model, task" in lines
+    assert "gsm8k was measured here: its 3 missing runs have no forecast of time (--pilot measures one)" in lines
+    found = replace(found, cs3_seconds=7200.0, compile_seconds=3600.0)
+    assert "10 CPU-hours, 2 CS-3-hours (60 min of them compiling)" in "\n".join(found.lines())
+
+
+def test_a_pilot_without_a_dry_run_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sweep", "smoke", "--pilot"]) == 2
+    assert "--pilot runs a few cells for a forecast, so it goes with --dry-run" in capsys.readouterr().err
+
+
+def test_a_pilot_runs_one_cell_of_each_kind_and_wastes_none(llama: Path, tmp_path: Path) -> None:
+    command = ["sweep", "smoke", "--models", str(llama), "--tasks", "boolq", "--results-dir", str(tmp_path), "--json"]
+    ended = subprocess.run(
+        [sys.executable, "-m", "tune_sparse", *command, "--dry-run", "--pilot"], capture_output=True, text=True
+    )
+    assert ended.returncode == 0, ended.stderr
+    planned = json.loads(ended.stdout)
+    assert planned["done"] == 1
+    assert len(planned["missing"]) == 6
+    assert planned["forecast"]["unmeasured"] == {}
+    [pilot] = (tmp_path / "runs").glob("[!.]*")
+    held = Ledger(tmp_path).record(pilot.name).measured["held"]  # type: ignore[union-attr]
+    assert held == {"CPU": 1.0}
+    assert planned["forecast"]["cpu_seconds"] > 0
+    assert planned["forecast"]["wall_seconds"] > 0

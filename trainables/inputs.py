@@ -1,0 +1,64 @@
+"""A run's model and rows as this node has them: those that were planned, or a refusal before anything is trained."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tune_sparse.config import Protocol
+from tune_sparse.data import Splits, calibration_text, fingerprint_of, load_splits
+from tune_sparse.errors import InputError, NotReadyError
+from tune_sparse.models import Checkpoint, check_checkpoint
+from tune_sparse.result import Run, sha256_of
+from tune_sparse.tasks import tasks_named
+
+
+def checkpoint_of(run: Run) -> Checkpoint:
+    """The model, its files read once for each node. Raises `NotReadyError`, as the others here do."""
+    what = f"the model {run.model_path}"
+    with _needed(what):
+        checkpoint = check_checkpoint(run.model_path)
+    _refuse_other(what, run.model_fingerprint, checkpoint.fingerprint)
+    return checkpoint
+
+
+def splits_of(run: Run, protocol: Protocol) -> list[Splits]:
+    """The rows of the task, or of each task of a mixture."""
+    what = f"the rows of {run.cell.task} in {run.data_dir}"
+    with _needed(what):
+        splits = [load_splits(task, _data_dir(run), protocol) for task in tasks_named(run.cell.task)]
+    _refuse_other(what, run.data_fingerprint, fingerprint_of(splits))
+    return splits
+
+
+def calibration_text_of(run: Run) -> str:
+    """The text that scores are calibrated on."""
+    what = f"the text {run.protocol.calibration} in {run.data_dir}"
+    with _needed(what):
+        text = calibration_text(run.protocol.calibration, _data_dir(run))
+    assert run.calibration_fingerprint is not None
+    _refuse_other(what, run.calibration_fingerprint, sha256_of(text))
+    return text
+
+
+def _data_dir(run: Run) -> Path | None:
+    return Path(run.data_dir) if run.data_dir else None
+
+
+@contextmanager
+def _needed(what: str) -> Iterator[None]:
+    """What is wrong with an input here was not wrong where the sweep was planned."""
+    try:
+        yield
+    except InputError as error:
+        raise NotReadyError(f"a run needs {what}, on every node; {socket.gethostname()} says: {error}") from error
+
+
+def _refuse_other(what: str, planned: str, found: str) -> None:
+    if found != planned:
+        raise NotReadyError(
+            f"a run needs {what} as it was planned, {planned[:12]}, on every node; {socket.gethostname()} has "
+            f"{found[:12]}. Copy it there, or start the sweep again."
+        )
