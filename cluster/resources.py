@@ -53,6 +53,7 @@ class Placement:
             held["GPU"] = gpu_share(self._needed.get(_kind(run), 1.0))
         else:
             held["GPU"] = self._config.gpus_per_trial
+        held = {name: amount for name, amount in held.items() if amount}
         return self._whole_node(held) if run.run_id in self._alone else held
 
     def learn(self, run: Run, record: Record | None) -> None:
@@ -87,7 +88,8 @@ class Placement:
 
     def _whole_node(self, held: Resources) -> Resources:
         fitting = [node["CPU"] for node in self._nodes() if fits(held, node)]
-        return held | {"CPU": max(fitting, default=held["CPU"]), "GPU": 1.0 if held["GPU"] else 0.0}
+        whole_gpu = {"GPU": 1.0} if "GPU" in held else {}
+        return held | {"CPU": max(fitting, default=held["CPU"])} | whole_gpu
 
 
 def _kind(run: Run) -> tuple[str, str, str]:

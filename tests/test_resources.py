@@ -30,7 +30,7 @@ def with_memory(run: Run, peak: int, total: int | None) -> Record:
 
 
 def test_a_trial_holds_its_threads_and_what_was_set() -> None:
-    assert placement(LAPTOP).resources(TORCH) == {"CPU": 1, "GPU": 0.0}
+    assert placement(LAPTOP).resources(TORCH) == {"CPU": 1}
     assert placement(GPU_NODE, gpus_per_trial=0.25).resources(TORCH) == {"CPU": 1, "GPU": 0.25}
 
 
@@ -81,7 +81,7 @@ def test_a_trial_that_ran_out_of_memory_has_the_largest_node_for_itself_once() -
 def test_alone_stays_where_its_hardware_is() -> None:
     crowded = placement({"CPU": 64, "GPU": 4}, CS3_NODE)
     crowded.give_more(CEREBRAS)
-    assert crowded.resources(CEREBRAS) == {"CPU": 8, "CS3_TRIAL": 1, "GPU": 0.0}
+    assert crowded.resources(CEREBRAS) == {"CPU": 8, "CS3_TRIAL": 1}
 
 
 @pytest.mark.parametrize(

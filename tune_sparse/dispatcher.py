@@ -55,6 +55,10 @@ class Dispatcher(Searcher):
         self._seen: Mapping[str, float] = {}
         self._looked, self._said = float("-inf"), False
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing: Ray saves what it would restore an experiment from, and ours is never restored."""
+        return {}
+
     def suggest(self, trial_id: str) -> Any:
         if self._stop.reason or not (self._live or any(self._lanes.values())):
             return Searcher.FINISHED
