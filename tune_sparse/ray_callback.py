@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
-from ray import tune
+from ray import cloudpickle, tune
 
 from tune_sparse.errors import DISK_FULL
+from tune_sparse.hang import Hang, take_hang
 from tune_sparse.holder import Holder
 from tune_sparse.progress import Progress
 from tune_sparse.result import Ledger, Record, Run
@@ -79,7 +81,8 @@ class LedgerCallback(tune.Callback):
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Record what the worker could not: it was lost, or it could not write."""
         run = self._runs[_run_id(trial)]
-        record = Record(run.run_id, run.identity, "failed", error=_described(trial.get_pickled_error()))
+        hang = take_hang(self._ledger.hang(run.run_id))
+        record = Record(run.run_id, run.identity, "failed", error=_described(_error_of(trial), hang))
         assert record.error is not None
         try:
             self._ledger.write_record(run, record)
@@ -99,8 +102,17 @@ class LedgerCallback(tune.Callback):
                     self._ledger.write_record(run, Record(run_id, run.identity, "interrupted"))
 
 
-def _described(error: Exception | None) -> dict[str, Any]:
-    """An error that a worker raised, or that Ray found when the worker was gone."""
+def _error_of(trial: Any) -> Exception | None:
+    """What a trial ended in: Ray's own getter looks in a storage to which nothing was written yet."""
+    path = trial.pickled_error_file
+    return cloudpickle.loads(Path(path).read_bytes()) if path and Path(path).exists() else None
+
+
+def _described(error: Exception | None, hang: Hang | None = None) -> dict[str, Any]:
+    """An error that a worker raised, or that Ray found when the worker was gone, or why it went."""
+    if hang is not None:
+        message = f"no progress for {hang.allowed}, in {hang.where}"
+        return {"class": "Hang", "message": message, "traceback": hang.traceback, "retryable": True}
     lines = [line for line in str(error).splitlines() if line.strip()] if error else []
     cause = getattr(error, "cause", None) or error
     return {

@@ -140,7 +140,8 @@ def _tune(
 
 def _trial(run: Run, ledger: Ledger, config: SweepConfig) -> dict[str, Any]:
     """What a trial is given; `resources` are those it holds besides CPU and GPU."""
-    common = {"run": run.as_config(), "results_dir": str(ledger.folder.resolve())}
+    places = {"run": run.as_config(), "results_dir": str(ledger.folder.resolve())}
+    common = places | {"hang_seconds": config.hang_seconds}
     if run.cerebras is None:
         return common
     return common | {"cerebras": asdict(config.cerebras), "resources": {CS3_TRIAL: 1}}
@@ -181,6 +182,8 @@ def fit_trials(
                 verbose=0,
                 callbacks=[callback],
                 stop=stopper,
+                # A worker on another host would look for this host's scratch folder, and fail.
+                checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
             ),
         ).fit()
 
