@@ -29,6 +29,7 @@ from tune_sparse.cost import SEQUENCE_LENGTHS, inference_flops, training_flops
 from tune_sparse.data import Encoded, encode_training, fingerprint_of, load_splits
 from tune_sparse.errors import DISK_FULL, InputError, RunError
 from tune_sparse.evaluate import Scored, TestSet, encode_test, score
+from tune_sparse.hang import progress
 from tune_sparse.lora import lost_fraction
 from tune_sparse.masks import sparsity_of
 from tune_sparse.models import Shape, check_checkpoint, load_model, load_tokenizer, prunable_weights, write_weights_into
@@ -208,6 +209,7 @@ class Log:
         self._metrics = (folder / "metrics.jsonl").open("w", buffering=1)
 
     def __call__(self, text: str) -> None:
+        progress()
         self._log.write(f"{self.seconds():9.3f} {text}\n")
 
     def metrics(self, **values: float | int) -> None:

@@ -184,7 +184,7 @@ def _train(run: Run, ledger: Ledger, sweep: SweepConfig, workers: int, report: C
 
     stop = Stop()
     report(f"training {run.run_id}")
-    trial = {"run": run.as_config(), "results_dir": str(ledger.folder.resolve())}
+    trial = _common(run, ledger, sweep)
     with stop_on_signals(stop):
         fit_trials(CellTrainable, [trial], sweep, workers, tune.Callback(), stop)
     record = ledger.record(run.run_id)
@@ -195,6 +195,12 @@ def _train(run: Run, ledger: Ledger, sweep: SweepConfig, workers: int, report: C
     error = record.error if record else None
     why = f"{error['class']}: {error['message']}" if error else "its worker ended unexpectedly"
     raise RunError(f"a search needs its trainings, {run.run_id} failed ({why}). Mend the cause and start it again.")
+
+
+def _common(run: Run, ledger: Ledger, sweep: SweepConfig) -> dict[str, Any]:
+    """What every trial is given."""
+    places = {"run": run.as_config(), "results_dir": str(ledger.folder.resolve())}
+    return places | {"hang_seconds": sweep.hang_seconds}
 
 
 def _race(
@@ -213,15 +219,14 @@ def _race(
     from tune_sparse.searchers import DiarySearch, RacingScheduler, SearchCallback, searcher_named
 
     config, layers, seed = plan.config, plan.shape.layers, plan.run.cell.seed
-    places = {"run": plan.run.as_config(), "results_dir": str(ledger.folder.resolve())}
-    race = Race(selection_rows(plan), config.minimises_cost)
+    common, race = _common(plan.run, ledger, config.sweep), Race(selection_rows(plan), config.minimises_cost)
     search = DiarySearch(
         searcher_named(config.sampler, plan.space, layers, seed, config.objectives),
         diary,
         candidates,
         race,
         plan.cost,
-        lambda ranks, stages: {"trial": places | {"ranks": ranks, "stages": stages}},
+        lambda ranks, stages: {"trial": common | {"ranks": ranks, "stages": stages}},
         config.trials,
         seed,
         config.is_racing,
@@ -246,6 +251,7 @@ def _race(
                 callbacks=[SearchCallback(diary, config.trials, stop, report)],
                 failure_config=tune.FailureConfig(max_failures=config.sweep.max_retries),
                 stop=stop,
+                checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # as in `fit_trials`
             ),
         ).fit()
     if not race.complete() and not stop.reason:
@@ -331,11 +337,11 @@ def _finish(plan: SearchPlan, ledger: Ledger, chosen: Mapping[str, Ranks], folde
     from trainables.candidate import CandidateTrainable
 
     left = {name: ranks for name, ranks in chosen.items() if not _is_finished(folder / name, ranks)}
+    common = _common(plan.run, ledger, plan.config.sweep)
     trials = []
     for name, ranks in left.items():
         shutil.rmtree(folder / name, ignore_errors=True)
-        places = {"results_dir": str(ledger.folder.resolve()), "folder": str((folder / name).resolve())}
-        trials.append({"run": plan.run.as_config(), "ranks": ranks, "stages": [], **places})
+        trials.append(common | {"ranks": ranks, "stages": [], "folder": str((folder / name).resolve())})
     if trials:
         fit_trials(CandidateTrainable, trials, plan.config.sweep, min(workers, len(trials)), tune.Callback())
     for name, ranks in left.items():
