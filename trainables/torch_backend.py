@@ -318,8 +318,10 @@ def _untuned(run: Run, ledger: Ledger, compute: Callable[[], Scored]) -> Metrics
     known = ledger.untuned(run.untuned_id)
     if known is None:
         scored = compute()
-        known = {"metrics": scored.metrics, "run_id": run.run_id, "environment": environment()}
-        ledger.write_untuned(run.untuned_id, known, scored.outcomes)
+        own = {"metrics": scored.metrics, "run_id": run.run_id, "environment": environment()}
+        ledger.write_untuned(run.untuned_id, own, scored.outcomes)
+        known = ledger.untuned(run.untuned_id)  # another worker may have been faster
+        assert known is not None
     return known["metrics"]
 
 
