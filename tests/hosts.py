@@ -23,7 +23,7 @@ import pytest
 
 RAY = str(Path(sys.executable).with_name("ray"))
 PORT = 6379
-TOOLS = ("ip", "nsenter", "unshare", "mount")
+TOOLS = ("ip", "nsenter", "unshare")
 # The first process of a host: it reaps what others leave, as init does.
 INIT = 'hostname "$1"; mount -t tmpfs tmpfs "$2"; echo up; while sleep 1; do :; done'
 
@@ -37,29 +37,49 @@ class Host:
     network: str
     cable: str
     switch: str
-    init: psutil.Process
     environment: Mapping[str, str]
     scratch: Path
+    init: subprocess.Popen[str] | None = None
     started: list[subprocess.Popen[str]] = field(default_factory=list)
+
+    def boot(self) -> None:
+        """Nothing runs on it and its scratch folder is empty."""
+        apart = ["unshare", "--uts", "--mount", "--pid", "--fork", "--mount-proc", "--kill-child"]
+        command = ["ip", "netns", "exec", self.network, *apart, "sh", "-c", INIT, "init", self.name, str(self.scratch)]
+        self.init = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        assert self.init.stdout is not None
+        assert self.init.stdout.readline() == "up\n"
+        self.mend()
+
+    def _first(self) -> psutil.Process:
+        assert self.init is not None
+        [first] = psutil.Process(self.init.pid).children()
+        return first
 
     def start(self, command: Sequence[str], output: IO[str] | int = subprocess.DEVNULL) -> subprocess.Popen[str]:
         """Run a command on this host; what it prints goes to `output`."""
-        entered = ["nsenter", f"--target={self.init.pid}", "--net", "--uts", "--mount", "--pid", "--", *command]
+        entered = ["nsenter", f"--target={self._first().pid}", "--net", "--uts", "--mount", "--pid", "--", *command]
         process = subprocess.Popen(entered, env=self.environment, stdout=output, stderr=output, text=True)
         self.started.append(process)
         return process
 
     def processes(self) -> list[psutil.Process]:
-        """All that run on it, besides init."""
-        ours = os.readlink(f"/proc/{self.init.pid}/ns/net")
-        return [p for p in psutil.process_iter() if p != self.init and _network_of(p) == ours]
+        """All that run on it."""
+        ours = os.readlink(f"/proc/{self._first().pid}/ns/net")
+        return [process for process in psutil.process_iter() if _network_of(process) == ours]
 
     def kill(self) -> None:
-        """As if its power failed: the kernel kills all processes of a space whose first one is gone."""
-        with suppress(psutil.NoSuchProcess):
-            self.init.kill()
-        for process in self.started:
+        """As if its power failed: it falls silent. The kernel kills all processes of a space whose first is gone."""
+        if self.init is None:
+            return
+        self.cut()
+        with suppress(psutil.NoSuchProcess, ValueError):
+            self._first().kill()
+        for process in (self.init, *self.started):
             process.wait()
+        assert self.init.stdout is not None
+        self.init.stdout.close()
+        self.init, self.started = None, []
 
     def cut(self) -> None:
         """Its cable leads nowhere."""
@@ -80,8 +100,8 @@ class Cluster:
     def head(self) -> Host:
         return self.hosts["head"]
 
-    def start_ray(self, name: str) -> None:
-        """Returns at once."""
+    def start_ray(self, name: str) -> subprocess.Popen[str]:
+        """Returns at once; the process lasts as long as Ray does."""
         host = self.hosts[name]
         options = ["--disable-usage-stats", "--block", f"--node-ip-address={host.address}"]
         if name == "head":
@@ -90,7 +110,7 @@ class Cluster:
         else:
             options += [f"--address={self.address}", "--num-cpus=1"]
         with (self.logs / f"{name}.log").open("a") as log:
-            host.start([RAY, "start", "--object-store-memory=100000000", *options], log)
+            return host.start([RAY, "start", "--object-store-memory=100000000", *options], log)
 
     @property
     def address(self) -> str:
@@ -147,29 +167,10 @@ def _host(
         _ip("-n", network, "addr", "add", f"{address}/24", "dev", "eth0")
         for device in ("lo", "eth0"):
             _ip("-n", network, "link", "set", device, "up")
-        init = _booted(stack, name, network, scratch)
-        own = {**environment, "TMPDIR": str(scratch)}
-        host = Host(name, address, network, cable, switch, init, own, scratch)
+        host = Host(name, address, network, cable, switch, {**environment, "TMPDIR": str(scratch)}, scratch)
         stack.callback(host.kill)
+        host.boot()
         yield host
-
-
-def _booted(stack: ExitStack, name: str, network: str, scratch: Path) -> psutil.Process:
-    apart = ["unshare", "--uts", "--mount", "--pid", "--fork", "--mount-proc", "--kill-child"]
-    command = ["ip", "netns", "exec", network, *apart, "sh", "-c", INIT, "init", name, str(scratch)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    stack.callback(_ended, process)
-    assert process.stdout is not None
-    assert process.stdout.readline() == "up\n"
-    [init] = psutil.Process(process.pid).children()
-    return init
-
-
-def _ended(process: subprocess.Popen[str]) -> None:
-    process.kill()
-    process.wait()
-    assert process.stdout is not None
-    process.stdout.close()
 
 
 def _space(stack: ExitStack, name: str) -> None:

@@ -3,8 +3,8 @@
 from collections.abc import Iterable
 from difflib import get_close_matches
 
-DISK_FULL = ("No space left on device", "Disk quota exceeded")
-"""What the system says, whatever class of error a library makes of it."""
+DISK_FULL = ("No space left on device", "Disk quota exceeded", "Read-only file system")
+"""What the system says where nothing more can be written, whatever class of error a library makes of it."""
 
 
 class InputError(ValueError):

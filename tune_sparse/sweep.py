@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from cluster.nodes import refuse_silent_head
 from tune_sparse.cerebras.environment import refuse_unreachable_cluster
 from tune_sparse.cerebras.preflight import prepare_cerebras, refuse_full, working_bytes
 from tune_sparse.config import CS3, CS3_TRIAL, SweepConfig
@@ -217,6 +218,7 @@ def started_ray(config: SweepConfig, trials: int) -> Iterator[int]:
             configure_logging=False,
         )
     else:
+        refuse_silent_head(os.environ["RAY_ADDRESS"])
         ray.init(log_to_driver=False, logging_level=logging.ERROR)
     try:
         available = ray.cluster_resources()
