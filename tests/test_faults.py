@@ -280,7 +280,6 @@ def test_a_disk_that_turns_read_only_stops_the_sweep_and_the_rest_runs_once_it_i
     sweep = Sweep(llama, breaking_disk / "results")
     process = subprocess.Popen(sweep.command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     kept = sweep.wait_for_middle()
-    os.sync()
     device = subprocess.check_output(["findmnt", "-no", "SOURCE", breaking_disk], text=True).strip()
     Path("/sys/fs/ext4", Path(device).name, "trigger_fs_error").write_text("1")
     started = time.monotonic()

@@ -230,6 +230,16 @@ def test_a_writer_whose_folder_was_removed_leaves_no_half_run(ledger: Ledger) ->
     assert list((ledger.folder / "runs").iterdir()) == []
 
 
+def test_a_run_is_on_the_disk_before_it_has_its_name(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    flushed = []
+    monkeypatch.setattr("os.fsync", lambda descriptor: flushed.append(Path(f"/proc/self/fd/{descriptor}").resolve()))
+    folder = write_run(ledger, make_run(), done_record(make_run()))
+    *within, partial, runs = flushed
+    assert {path.relative_to(partial) for path in within} == {path.relative_to(folder) for path in folder.rglob("*")}
+    assert partial != folder
+    assert runs == folder.parent
+
+
 def test_a_folder_without_a_record_is_dropped(ledger: Ledger) -> None:
     with ledger.writing("run") as folder:
         (folder / "train.log").write_text("began")

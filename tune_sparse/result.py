@@ -30,7 +30,7 @@ from typing import Any, Literal
 from tune_sparse.config import CALIBRATION_SETTINGS, SCORING, Cell, Protocol
 from tune_sparse.methods import METHODS
 from tune_sparse.outcomes import Outcome, write_outcomes
-from tune_sparse.paths import aside, read_json, write_json, write_text
+from tune_sparse.paths import aside, flush, read_json, write_json, write_text
 from tune_sparse.space import SuperAdapter
 
 NUMERICS_VERSION = 2
@@ -184,7 +184,9 @@ class Ledger:
         try:
             yield partial
             if (partial / "result.json").exists():
+                flush(*partial.rglob("*"), partial)
                 self._name(partial, run_id)
+                flush(partial.parent)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 
