@@ -17,6 +17,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from factories import done_record, make_cell, make_run, write_run
 from hosts import Cluster, Host, cluster
 from patience import PATIENCE_SECONDS, wait_until
 
@@ -274,14 +275,35 @@ def _mounted(image: Path, folder: Path) -> bool:
     return subprocess.run(["mount", *options], capture_output=True).returncode == 0
 
 
+def break_disk(folder: Path) -> None:
+    device = subprocess.check_output(["findmnt", "-no", "SOURCE", folder], text=True).strip()
+    Path("/sys/fs/ext4", Path(device).name, "trigger_fs_error").write_text("1")
+
+
+def mend_disk(folder: Path, image: Path) -> None:
+    subprocess.run(["umount", folder], check=True)
+    subprocess.run(["e2fsck", "-fy", image], capture_output=True)
+    assert _mounted(image, folder)
+
+
+def test_what_is_done_outlives_a_disk_that_breaks_in_the_next_moment(breaking_disk: Path, tmp_path: Path) -> None:
+    ledger, runs = Ledger(breaking_disk / "results"), [make_run(make_cell(seed=seed)) for seed in range(5)]
+    for run in runs:
+        write_run(ledger, run, done_record(run))
+    break_disk(breaking_disk)
+    with pytest.raises(OSError, match="Read-only file system"):
+        write_run(ledger, make_run(), done_record(make_run()))
+    mend_disk(breaking_disk, tmp_path / "image")
+    assert all(ledger.record(run.run_id) == done_record(run) for run in runs)
+
+
 def test_a_disk_that_turns_read_only_stops_the_sweep_and_the_rest_runs_once_it_is_mended(
     llama: Path, breaking_disk: Path, undisturbed: Sweep, tmp_path: Path
 ) -> None:
     sweep = Sweep(llama, breaking_disk / "results")
     process = subprocess.Popen(sweep.command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     kept = sweep.wait_for_middle()
-    device = subprocess.check_output(["findmnt", "-no", "SOURCE", breaking_disk], text=True).strip()
-    Path("/sys/fs/ext4", Path(device).name, "trigger_fs_error").write_text("1")
+    break_disk(breaking_disk)
     started = time.monotonic()
     out, err = process.communicate(timeout=PATIENCE_SECONDS)
     print(f"read-only disk: the sweep ended after {time.monotonic() - started:.1f} s")
@@ -289,9 +311,7 @@ def test_a_disk_that_turns_read_only_stops_the_sweep_and_the_rest_runs_once_it_i
     assert "Read-only file system" in err.splitlines()[-1]
     assert "Traceback" not in err
 
-    subprocess.run(["umount", breaking_disk], check=True)
-    subprocess.run(["e2fsck", "-fy", tmp_path / "image"], capture_output=True)
-    assert _mounted(tmp_path / "image", breaking_disk)
+    mend_disk(breaking_disk, tmp_path / "image")
     ended = subprocess.run(sweep.command, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert_undisturbed(sweep, kept, undisturbed)

@@ -107,7 +107,7 @@ def refuse_if_held(folder: Path) -> None:
     seen = _read(path)
     if seen is None:
         return
-    living = seen if _is_here(seen) and _runs_here(seen) else None if _is_here(seen) else _beating(path, seen)
+    living = _living(path, seen)
     if living is not None:
         raise _held(folder, living)
     with _lock(path):
@@ -138,8 +138,11 @@ def _is_here(holder: dict[str, Any]) -> bool:
     return bool(holder["host"] == socket.gethostname())
 
 
-def _beating(path: Path, seen: dict[str, Any]) -> dict[str, Any] | None:
-    """Who holds a folder once its record has changed, or None if that was silent for `STALE_SECONDS` or is gone."""
+def _living(path: Path, seen: dict[str, Any]) -> dict[str, Any] | None:
+    """Who holds a folder, or None if that is dead or gone: of this machine by its processes, of another one by whether
+    its record changes within `STALE_SECONDS`."""
+    if _is_here(seen):
+        return seen if _runs_here(seen) else None
     logger.info(
         "%s is held by process %s on %s; waiting up to %g s to see whether it is alive",
         *(path.parent, seen["pid"], seen["host"], STALE_SECONDS),
