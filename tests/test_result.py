@@ -266,12 +266,12 @@ def test_a_done_run_is_never_replaced(ledger: Ledger) -> None:
     assert len(list((ledger.folder / "runs").iterdir())) == 1
 
 
-def test_of_several_workers_that_finish_one_run_at_once_one_is_kept_and_not_moved_again(ledger: Ledger) -> None:
+def test_of_two_workers_that_finish_one_run_at_once_one_is_kept_and_not_moved_again(ledger: Ledger) -> None:
     """The driver recorded a worker as lost; that one and those that replaced it end at the same time."""
     for number in range(40):
         run = make_run(make_cell(seed=number))
         write_run(ledger, run, failed_record(run))
-        together = Barrier(4)
+        together = Barrier(2)
 
         def finish(accuracy: float, run: Run = run, together: Barrier = together) -> None:
             with ledger.writing(run.run_id) as folder:
@@ -279,8 +279,8 @@ def test_of_several_workers_that_finish_one_run_at_once_one_is_kept_and_not_move
                 write_json(folder / "result.json", asdict(done_record(run, accuracy)))
                 together.wait()
 
-        with ThreadPoolExecutor(4) as pool:
-            list(pool.map(finish, (0.1, 0.2, 0.3, 0.4)))
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(finish, (0.1, 0.2)))
         assert ledger.is_done(run.run_id)
         assert not (ledger.run_folder(run.run_id) / "set_aside.json").exists()
     assert len(list((ledger.folder / "runs").iterdir())) == 40

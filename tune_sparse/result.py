@@ -190,7 +190,7 @@ class Ledger:
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 
-    def _name(self, partial: Path, run_id: str) -> None:
+    def _name(self, folder: Path, run_id: str) -> None:
         """Give a run its name unless a finished one has it. A worker that was cut off may do this at the same time as
         the one that replaced it: only one can rename a folder to a name that is free."""
         final = self.run_folder(run_id)
@@ -198,16 +198,15 @@ class Ledger:
             with suppress(FileNotFoundError):  # the other one was faster
                 if final.exists():
                     earlier = self.set_aside(run_id, "tried again")
-                    if _is_done(earlier):  # it was finished since we looked
-                        (earlier / "set_aside.json").unlink()
-                        earlier.rename(final)
-                        return
+                    if _is_done(earlier):  # it was finished since we looked, so it goes back
+                        folder = earlier
             try:
-                partial.rename(final)
+                folder.rename(final)
             except OSError as error:
                 if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                     raise
             else:
+                (final / "set_aside.json").unlink(missing_ok=True)
                 return
 
     def write_record(self, run: Run, record: Record) -> None:
