@@ -25,6 +25,15 @@ def wait_for_nodes(count: int, seconds: float) -> None:
     )
 
 
+def refuse_silent_head(address: str) -> None:
+    """Raise `InputError` where nobody listens at a `HOST:PORT`; Ray itself would try for minutes."""
+    if address.rpartition(":")[2].isdigit() and not _is_listening(address.removeprefix("ray://")):
+        raise InputError(
+            f"RAY_ADDRESS must be that of a Ray head that runs, at {address} nobody answers. Start Ray there, mend the "
+            "address, or unset it to compute on this machine."
+        )
+
+
 def _is_listening(address: str) -> bool:
     """Asked first, since Ray itself tries for minutes."""
     host, _, port = address.rpartition(":")

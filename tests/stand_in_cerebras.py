@@ -62,7 +62,7 @@ def _train(fault: str, folder: Path) -> None:
     (folder / "start.mdl").touch()
     loss = 9.9 if fault == "dense" else _first_loss(job, Path(base["config"]).read_text())
     with (folder / "metrics.jsonl").open("a", buffering=1) as lines:
-        lines.write(json.dumps({"at": time.time(), "step": 0}) + "\n")
+        lines.write(json.dumps({"at": time.monotonic(), "step": 0}) + "\n")
         for step in range(1, job["steps"] + 1):
             if (folder / "stop").exists():
                 return
@@ -70,7 +70,7 @@ def _train(fault: str, folder: Path) -> None:
                 os.kill(os.getpid(), 9)
             time.sleep(30 if fault == "hang" and step == 3 else STEP_SECONDS)
             shown = float("nan") if fault == "nan" and step == 2 else _falling(loss, step, job)
-            lines.write(json.dumps({"at": time.time(), "step": step, "loss": shown}) + "\n")
+            lines.write(json.dumps({"at": time.monotonic(), "step": step, "loss": shown}) + "\n")
     adapter = load_file(job["adapter"])
     update = 0.01 if job["update_is_masked"] else 0.02  # as trainings of two modes end in two places
     trained = {name: t if name.endswith("lora_A") else t + update for name, t in adapter.items()}

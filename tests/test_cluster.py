@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,9 @@ from typing import Any
 import pytest
 import yaml
 
+from cluster.nodes import refuse_silent_head
 from tune_sparse.cli import parser
+from tune_sparse.errors import InputError
 
 ROOT = Path(__file__).parents[1]
 CLUSTER = ROOT / "cluster"
@@ -153,3 +156,15 @@ def test_a_node_that_does_not_join_is_said(tmp_path: Path) -> None:
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
     assert ended.returncode == 1
     assert "the allocation needs 2 Ray nodes, 0 joined in 0.1 s" in ended.stderr
+
+
+def test_a_head_where_nobody_listens_is_refused_at_once() -> None:
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{closed.getsockname()[1]}"
+        for written in (address, f"ray://{address}"):
+            with pytest.raises(InputError, match=f"a Ray head that runs, at {written} nobody answers"):
+                refuse_silent_head(written)
+        closed.listen()
+        refuse_silent_head(address)
+    refuse_silent_head("auto")

@@ -102,6 +102,7 @@ BROKEN_SWEEPS: list[tuple[dict[str, Any], str]] = [
         r"masked_way csr computes on a CPU, so gpus_per_trial must be 0, got 1\.0\. Set masked_way=auto\.",
     ),
     ({"max_retries": -1}, r"max_retries must be at least 0, got -1\."),
+    ({"hang_seconds": 0.0}, r"hang_seconds must be above 0 or none, got 0\.0\."),
 ]
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from tune_sparse import holder
 from tune_sparse.errors import InputError
-from tune_sparse.holder import STALE_SECONDS, Holder
+from tune_sparse.holder import STALE_SECONDS, Holder, refuse_if_held, shown_holder
 from tune_sparse.paths import read_json, write_json
 
 HOLD = """
@@ -95,16 +95,77 @@ def test_an_error_in_the_block_releases_the_folder(tmp_path: Path) -> None:
     assert not (tmp_path / "holder.json").exists()
 
 
-def test_a_remote_holder_with_a_fresh_heartbeat_is_respected(tmp_path: Path) -> None:
-    write_holder(tmp_path, heartbeat=time.time() - STALE_SECONDS + 30)
-    with pytest.raises(InputError, match=r"held by process 1 on elsewhere \(sweep\)"):
+ELSEWHERE = """
+import socket, sys, time
+from pathlib import Path
+real, off = time.time, float(sys.argv[2])
+time.time = lambda: real() + off
+socket.gethostname = lambda: "elsewhere"
+from tune_sparse import holder
+holder.HEARTBEAT_SECONDS = 0.1
+with holder.Holder(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+CLOCKS = pytest.mark.parametrize("off_seconds", [-3600, 0, 3600])
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(holder, "STALE_SECONDS", 2.0)
+    monkeypatch.setattr(holder, "POLL_SECONDS", 0.05)
+
+
+@CLOCKS
+def test_a_live_holder_on_a_machine_with_another_clock_is_respected_and_a_dead_one_is_not(
+    tmp_path: Path, impatient: None, off_seconds: int
+) -> None:
+    command = [sys.executable, "-c", ELSEWHERE, str(tmp_path), str(off_seconds)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(InputError, match=f"held by process {other.pid} on elsewhere"):
+            enter(tmp_path)
+        other.kill()
+    started = time.monotonic()
+    with Holder(tmp_path):
+        assert read_json(tmp_path / "holder.json")["host"] == socket.gethostname()
+    assert time.monotonic() - started >= 2.0
+
+
+def test_what_a_dead_holder_left_is_waited_for_once(tmp_path: Path, impatient: None) -> None:
+    write_holder(tmp_path)
+    refuse_if_held(tmp_path)
+    started = time.monotonic()
+    enter(tmp_path)
+    assert time.monotonic() - started < 1
+
+
+def test_a_holder_that_goes_while_it_is_watched_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_holder(tmp_path)
+    monkeypatch.setattr(holder.time, "sleep", lambda seconds: (tmp_path / "holder.json").unlink())
+    enter(tmp_path)
+
+
+def test_setting_the_clock_of_this_machine_ends_no_holder(
+    tmp_path: Path, other: subprocess.Popen[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the kernel says of the start of the machine moves with its clock, and of a process with it."""
+    booted = holder.psutil.boot_time()
+    monkeypatch.setattr("psutil.boot_time", lambda: booted + 600)
+    monkeypatch.setattr("psutil._pslinux.boot_time", lambda: booted + 600)
+    with pytest.raises(InputError, match=f"held by process {other.pid} "):
         enter(tmp_path)
 
 
-def test_a_silent_remote_holder_is_taken_over(tmp_path: Path) -> None:
+def test_who_is_shown_is_asked_at_once(tmp_path: Path) -> None:
+    assert shown_holder(tmp_path) is None
+    write_holder(tmp_path, heartbeat=time.time() - STALE_SECONDS + 30)
+    shown = shown_holder(tmp_path)
+    assert shown is not None
+    assert shown["host"] == "elsewhere"
     write_holder(tmp_path, heartbeat=time.time() - STALE_SECONDS - 1)
-    with Holder(tmp_path):
-        assert read_json(tmp_path / "holder.json")["host"] == socket.gethostname()
+    assert shown_holder(tmp_path) is None
 
 
 @pytest.mark.parametrize("content", ["", "{", "null", "[]", '{"pid": 1}'])

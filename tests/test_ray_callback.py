@@ -7,20 +7,23 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import ray
 from factories import make_cell, make_run
-from ray import tune
+from ray import cloudpickle, tune
+from ray.exceptions import RayTaskError
 
 from cluster.resources import Placement
 from tune_sparse.config import SweepConfig
 from tune_sparse.dispatcher import Dispatcher
 from tune_sparse.errors import is_out_of_memory
+from tune_sparse.hang import Hang
 from tune_sparse.holder import Holder
 from tune_sparse.progress import Progress
-from tune_sparse.ray_callback import LedgerCallback, Stop
+from tune_sparse.ray_callback import LedgerCallback, Stop, _described, _error_of
 from tune_sparse.result import Ledger, Record, Run
 from tune_sparse.sweep import capacity, fit_trials, nodes
 from tune_sparse.tracking import BackgroundTracker, default_uri
@@ -169,3 +172,25 @@ def test_a_full_disk_stops_the_sweep_and_nothing_is_tried_again(tmp_path: Path) 
 )
 def test_out_of_memory_has_many_names(error: dict[str, str], crowded: bool) -> None:
     assert is_out_of_memory(error) == crowded
+
+
+def test_the_error_of_a_trial_is_the_one_that_its_worker_raised(tmp_path: Path) -> None:
+    path = tmp_path / "error.pkl"
+    raised = RayTaskError("step", "Traceback ...\nOSError: No space left on device", OSError("No space left on device"))
+    path.write_bytes(cloudpickle.dumps(raised))
+    error = _described(_error_of(SimpleNamespace(pickled_error_file=str(path))))
+    assert error["class"] == "OSError"
+    assert error["message"] == "OSError: No space left on device"
+    assert "OSError: No space left on device" in error["traceback"]
+    assert error["retryable"]
+
+
+def test_a_trial_without_an_error_lost_its_worker(tmp_path: Path) -> None:
+    for nowhere in (None, str(tmp_path / "error.pkl")):
+        assert _described(_error_of(SimpleNamespace(pickled_error_file=nowhere)))["class"] == "WorkerLost"
+
+
+def test_a_worker_that_hung_says_for_how_long_and_where() -> None:
+    error = _described(RuntimeError("The actor died"), Hang("0:30:00", "matmul (x.py:7)", "Thread 0x1 ..."))
+    assert error["message"] == "no progress for 0:30:00, in matmul (x.py:7)"
+    assert (error["class"], error["traceback"], error["retryable"]) == ("Hang", "Thread 0x1 ...", True)

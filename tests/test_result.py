@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, fields, replace
 from pathlib import Path
+from threading import Barrier
 from typing import Any
 
 import pytest
@@ -12,7 +14,7 @@ from tune_sparse import result
 from tune_sparse.config import SCORING, Protocol
 from tune_sparse.outcomes import Outcome, read_outcomes
 from tune_sparse.paths import aside, read_json, write_json
-from tune_sparse.result import Ledger, Record, Run
+from tune_sparse.result import Ledger, Record, Run, write_config
 
 OTHER_PROTOCOL: dict[str, Any] = {
     "steps": 100,
@@ -228,6 +230,16 @@ def test_a_writer_whose_folder_was_removed_leaves_no_half_run(ledger: Ledger) ->
     assert list((ledger.folder / "runs").iterdir()) == []
 
 
+def test_a_run_is_on_the_disk_before_it_has_its_name(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    flushed = []
+    monkeypatch.setattr("os.fsync", lambda descriptor: flushed.append(Path(f"/proc/self/fd/{descriptor}").resolve()))
+    folder = write_run(ledger, make_run(), done_record(make_run()))
+    *within, partial, runs = flushed
+    assert {path.relative_to(partial) for path in within} == {path.relative_to(folder) for path in folder.rglob("*")}
+    assert partial != folder
+    assert runs == folder.parent
+
+
 def test_a_folder_without_a_record_is_dropped(ledger: Ledger) -> None:
     with ledger.writing("run") as folder:
         (folder / "train.log").write_text("began")
@@ -252,6 +264,64 @@ def test_a_done_run_is_never_replaced(ledger: Ledger) -> None:
     assert ledger.record(run.run_id) == done_record(run, accuracy=0.9)
     assert not (ledger.folder / "set_aside").exists()
     assert len(list((ledger.folder / "runs").iterdir())) == 1
+
+
+def test_of_two_workers_that_finish_one_run_at_once_one_is_kept_and_not_moved_again(ledger: Ledger) -> None:
+    """The driver recorded a worker as lost; that one and those that replaced it end at the same time."""
+    for number in range(40):
+        run = make_run(make_cell(seed=number))
+        write_run(ledger, run, failed_record(run))
+        together = Barrier(2)
+
+        def finish(accuracy: float, run: Run = run, together: Barrier = together) -> None:
+            with ledger.writing(run.run_id) as folder:
+                write_config(folder, run)
+                write_json(folder / "result.json", asdict(done_record(run, accuracy)))
+                together.wait()
+
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(finish, (0.1, 0.2)))
+        assert ledger.is_done(run.run_id)
+        assert not (ledger.run_folder(run.run_id) / "set_aside.json").exists()
+    assert len(list((ledger.folder / "runs").iterdir())) == 40
+    kept = [read_json(path)["status"] for path in (ledger.folder / "set_aside").glob("*/result.json")]
+    assert kept == ["failed"] * 40
+
+
+def test_a_run_that_was_finished_since_one_looked_goes_back(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run()
+    write_run(ledger, run, failed_record(run))
+    slow = Ledger(ledger.folder)
+    set_aside = slow.set_aside
+
+    def too_late(run_id: str, reason: str) -> Path:
+        write_run(ledger, run, done_record(run, accuracy=0.9))
+        return set_aside(run_id, reason)
+
+    monkeypatch.setattr(slow, "set_aside", too_late)
+    write_run(slow, run, done_record(run, accuracy=0.1))
+    assert ledger.record(run.run_id) == done_record(run, accuracy=0.9)
+    assert not (ledger.run_folder(run.run_id) / "set_aside.json").exists()
+    assert len(list((ledger.folder / "set_aside").iterdir())) == 1
+
+
+def test_the_first_accuracy_before_tuning_stays(ledger: Ledger) -> None:
+    first, second = ([Outcome("boolq", "a", correct=correct)] for correct in (True, False))
+    ledger.write_untuned("u", {"accuracy": 1.0}, first)
+    ledger.write_untuned("u", {"accuracy": 0.0}, second)
+    assert ledger.untuned("u") == {"accuracy": 1.0}
+    assert read_outcomes(ledger.folder / "untuned" / "u.parquet") == first
+
+
+def test_a_checkpoint_that_was_saved_after_its_run_was_done_goes_with_what_is_left(ledger: Ledger) -> None:
+    done, going = make_run(), make_run(make_cell(seed=1))
+    write_run(ledger, done, done_record(done))
+    ledger.checkpoint(done.run_id).parent.mkdir()
+    for run in (done, going):
+        ledger.checkpoint(run.run_id).touch()
+    ledger.remove_partial()
+    assert not ledger.checkpoint(done.run_id).exists()
+    assert ledger.checkpoint(going.run_id).exists()
 
 
 @pytest.mark.parametrize(

@@ -3,9 +3,11 @@ holds the super-adapter, and a candidate is a slice of it."""
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +15,15 @@ from ray import tune
 
 from tune_sparse.candidates import Candidate, Candidates
 from tune_sparse.errors import InputError
+from tune_sparse.hang import watched
 from tune_sparse.racing import Marks
 from tune_sparse.result import Ledger, Run
 
 
 class CandidateTrainable(tune.Trainable):
     """Scores `config["trial"]`: the `run` of a super-adapter, the `results_dir` of its ledger, `ranks`, and `stages`
-    of examples. A result has the marks so far; the last one is `done`.
+    of examples. A result has the marks so far; the last one is `done`. A worker ends after `hang_seconds`
+    without progress.
 
     With a `folder`, the candidate is instead finished there: written, merged, validated and scored on test rows.
     """
@@ -39,6 +43,8 @@ class CandidateTrainable(tune.Trainable):
         if self._scorer is None or self._scorer.run.run_id != run.run_id:
             self._scorer = SliceScorer.of(run, Ledger(results_dir))
         self._trial, self._stages = trial, list(trial["stages"])
+        dump = Ledger(results_dir).hang(f"{run.run_id}.{os.getpid()}")
+        self._watched = partial(watched, dump, trial["hang_seconds"])
         self._candidates = Candidates(results_dir, run.run_id)
         ranks = trial["ranks"]
         known = self._candidates.read(ranks)
@@ -48,6 +54,10 @@ class CandidateTrainable(tune.Trainable):
         self._candidate = known
 
     def step(self) -> dict[str, Any]:
+        with self._watched():
+            return self._stage()
+
+    def _stage(self) -> dict[str, Any]:
         if self._trial.get("folder"):
             self._scorer.finish(self._trial["ranks"], Path(self._trial["folder"]))
             return {"done": True}

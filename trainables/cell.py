@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ray import tune
 
+from tune_sparse.hang import progress, watched
 from tune_sparse.result import Run
 
 REPORT_SECONDS = 5.0
@@ -18,7 +20,8 @@ REPORT_SECONDS = 5.0
 
 class CellTrainable(tune.Trainable):
     """Runs `config["trial"]`, which has a `run` (as a mapping), the `results_dir` of its ledger, the `token` with which
-    the driver holds it, the `resources` it holds and, for the backend cerebras, the `cerebras` settings.
+    the driver holds it, the `resources` that the trial holds, the `hang_seconds` after which a step without progress
+    ends the worker and, for the backend cerebras, the `cerebras` settings.
 
     A result reports step, steps and train_loss; the last one is `done` and has the run's status and accuracy.
     """
@@ -46,15 +49,18 @@ class CellTrainable(tune.Trainable):
         stage = on_cs3(trial["cerebras"]) if run.cerebras else None
         ledger = ledger_here(Path(trial["results_dir"]), trial["token"])
         self._steps = run_cell(run, ledger, self._bench, stage, trial["resources"])
+        self._watched = partial(watched, ledger.hang(run.run_id), trial["hang_seconds"])
         self._result: dict[str, Any] = {"run_id": run.run_id, "steps": run.protocol.steps, "step": 0}
 
     def step(self) -> dict[str, Any]:
         until = time.monotonic() + REPORT_SECONDS
         try:
-            while time.monotonic() < until:
-                step = next(self._steps)
-                if step is not None:
-                    self._result |= {"step": step.step, "train_loss": step.loss}
+            with self._watched():
+                while time.monotonic() < until:
+                    step = next(self._steps)
+                    progress()
+                    if step is not None:
+                        self._result |= {"step": step.step, "train_loss": step.loss}
         except StopIteration as stop:
             record = stop.value
             return self._result | {

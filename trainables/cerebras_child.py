@@ -110,7 +110,7 @@ class JsonLines(Logger):
             self.write(step=step, **values)
 
     def write(self, **values):
-        self.stream.write(json.dumps({"at": time.time(), **values}) + "\n")
+        self.stream.write(json.dumps({"at": time.monotonic(), **values}) + "\n")
 
 
 def main(folder):
@@ -122,10 +122,10 @@ def main(folder):
         trainer.early_exit.register((folder / "stop").exists)
         start = str(folder / "start.mdl")
         write_start(job, start)
-    started = time.time()
+    started = time.monotonic()
     trainer.loggers[0].write(step=0)
     trainer.fit(rows, ckpt_path=start)
-    report = {"seconds": time.time() - started, "release": cstorch.__version__}
+    report = {"seconds": time.monotonic() - started, "release": cstorch.__version__}
     report["peak_memory_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if job["target"] == "validate":
         report.update(lowered(folder))

@@ -30,6 +30,7 @@ from tune_sparse.cost import SEQUENCE_LENGTHS, inference_flops, training_flops
 from tune_sparse.data import Encoded, encode_training
 from tune_sparse.errors import DISK_FULL, NotReadyError, RunError
 from tune_sparse.evaluate import Scored, TestSet, encode_test, score
+from tune_sparse.hang import progress
 from tune_sparse.lora import lost_fraction
 from tune_sparse.masks import sparsity_of
 from tune_sparse.models import Shape, load_model, load_tokenizer, prunable_weights, write_weights_into
@@ -207,6 +208,7 @@ class Log:
         self._metrics = (folder / "metrics.jsonl").open("w", buffering=1)
 
     def __call__(self, text: str) -> None:
+        progress()
         self._log.write(f"{self.seconds():9.3f} {text}\n")
 
     def metrics(self, **values: float | int) -> None:
@@ -316,8 +318,10 @@ def _untuned(run: Run, ledger: Ledger, compute: Callable[[], Scored]) -> Metrics
     known = ledger.untuned(run.untuned_id)
     if known is None:
         scored = compute()
-        known = {"metrics": scored.metrics, "run_id": run.run_id, "environment": environment()}
-        ledger.write_untuned(run.untuned_id, known, scored.outcomes)
+        own = {"metrics": scored.metrics, "run_id": run.run_id, "environment": environment()}
+        ledger.write_untuned(run.untuned_id, own, scored.outcomes)
+        known = ledger.untuned(run.untuned_id)  # another worker may have been faster
+        assert known is not None
     return known["metrics"]
 
 

@@ -19,6 +19,7 @@ from tune_sparse.architectures import Matrix, blocks_of, matrices_of, unfused, w
 from tune_sparse.bits import is_finite
 from tune_sparse.data import Encoded
 from tune_sparse.errors import InputError
+from tune_sparse.hang import progress
 
 Source = tuple[int, int | None, str]
 """What a matrix reads, see `Matrix.source`."""
@@ -177,6 +178,7 @@ def walk(
 
 
 def _run(block: nn.Module, hidden: Tensor, others: Others) -> Tensor:
+    progress()
     output = block(hidden, *others[0], **others[1])
     return output[0] if isinstance(output, tuple) else output
 
@@ -243,6 +245,7 @@ def gradient_sums(model: Any, rows: Sequence[Encoded], matrices: Sequence[Matrix
         with torch.enable_grad():
             for row in rows:
                 row_loss(model, row).backward()
+                progress()
     finally:
         for hook in hooks:
             hook.remove()

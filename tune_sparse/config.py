@@ -252,6 +252,7 @@ class SweepConfig:
     workers: int | None = option("trials at once; none for one per core (or per GPU)", None)
     gpus_per_trial: float | None = option("GPU, or a fraction of it, that a trial holds; none to pack by memory", 0.0)
     max_retries: int = option("new tries of a trial after an infrastructure error", 2)
+    hang_seconds: float | None = option("a trial without progress for so long is tried again; none to wait", 1800.0)
     tracking_uri: str | None = option("of MLflow; none for SQLite in the results folder", None)
 
     def __post_init__(self) -> None:
@@ -299,6 +300,8 @@ class SweepConfig:
             self.gpus_per_trial,
             "Set masked_way=auto.",
         )
+        limit = self.hang_seconds
+        rule(limit is None or limit > 0, "hang_seconds must be above 0 or none", limit, "Give seconds.")
         rule(self.max_retries >= 0, "max_retries must be at least 0", self.max_retries, "Give 0 or more.")
 
     @property

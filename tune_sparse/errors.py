@@ -4,8 +4,8 @@ from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from typing import Any
 
-DISK_FULL = ("No space left on device", "Disk quota exceeded")
-"""What the system says, whatever class of error a library makes of it."""
+DISK_FULL = ("No space left on device", "Disk quota exceeded", "Read-only file system")
+"""What the system says where nothing more can be written, whatever class of error a library makes of it."""
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "running low on memory")
 
 

@@ -1,7 +1,12 @@
-"""One sweep at a time writes to a results folder."""
+"""One sweep at a time writes to a results folder.
+
+Whether a holder on another machine is alive is seen by its heartbeat changing: what two clocks say is never compared,
+except to show it.
+"""
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import sys
@@ -17,10 +22,12 @@ from filelock import FileLock
 from tune_sparse.errors import InputError
 from tune_sparse.paths import read_json, write_json
 
+logger = logging.getLogger(__name__)
+
 HEARTBEAT_SECONDS = 10.0
 STALE_SECONDS = 90.0
-"""A holder on another machine that has been silent for so long is dead."""
-
+"""A holder on another machine that has been silent for so long is dead. A network disk may show an old file for 60."""
+POLL_SECONDS = 0.5
 
 FIELDS = {"token", "host", "pid", "started", "command", "heartbeat"}
 
@@ -29,7 +36,7 @@ class Holder:
     """The right to write to a results folder: `with Holder(folder): ...`.
 
     Kept as `holder.json` with a heartbeat; a dead holder's right is taken over. Raises `InputError` if a live
-    process holds it.
+    process holds it, and may need `STALE_SECONDS` to see that one on another machine is dead.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -43,14 +50,16 @@ class Holder:
             "token": self.token,
             "host": socket.gethostname(),
             "pid": os.getpid(),
-            "started": psutil.Process().create_time(),
+            "started": _started(os.getpid()),
             "command": " ".join(sys.argv),
         }
         self._thread = threading.Thread(target=self._keep_alive, name="holder-heartbeat", daemon=True)
 
     def __enter__(self) -> Holder:
-        with self._lock():
-            refuse_if_held(self.path.parent)
+        refuse_if_held(self.path.parent)
+        with _lock(self.path):
+            if (faster := _read(self.path)) is not None:
+                raise _held(self.path.parent, faster)
             self._beat()
         self._thread.start()
         return self
@@ -58,12 +67,9 @@ class Holder:
     def __exit__(self, *_: object) -> None:
         self._released.set()
         self._thread.join()
-        with self._lock():
+        with _lock(self.path):
             if self._is_mine():
                 self.path.unlink()
-
-    def _lock(self) -> FileLock:
-        return FileLock(self.path.with_name(".holder.lock"))
 
     def _beat(self) -> None:
         write_json(self.path, self._me | {"heartbeat": time.time()})
@@ -75,7 +81,7 @@ class Holder:
         last = time.monotonic()
         while not self._released.wait(HEARTBEAT_SECONDS):
             try:
-                with self._lock():
+                with _lock(self.path):
                     if not self._is_mine():
                         self.lost.set()
                         return
@@ -93,20 +99,38 @@ def is_held_with(folder: Path, token: str) -> bool:
     return current is not None and current["token"] == token
 
 
-def living_holder(folder: Path) -> dict[str, Any] | None:
-    """Who writes to a results folder now: host, pid, command; None if nobody does."""
+def shown_holder(folder: Path) -> dict[str, Any] | None:
+    """Who seems to write to a results folder: host, pid, command. At once, so by the clocks of both machines."""
     holder = _read(folder / "holder.json")
-    return holder if holder is not None and _is_alive(holder) else None
+    if holder is None:
+        return None
+    seems = _runs_here(holder) if _is_here(holder) else time.time() - holder["heartbeat"] < STALE_SECONDS
+    return holder if seems else None
 
 
 def refuse_if_held(folder: Path) -> None:
-    """Raise `InputError` that says who holds the folder, if somebody alive does."""
-    holder = living_holder(folder)
-    if holder is not None:
-        raise InputError(
-            f"one sweep at a time writes to a results folder: {folder} is held by process {holder['pid']} on "
-            f"{holder['host']} ({holder['command']}). Wait for it, stop it, or give another --results-dir."
-        )
+    """Raise `InputError` that says who holds the folder, if somebody alive does. What a dead holder left is removed."""
+    path = folder / "holder.json"
+    seen = _read(path)
+    if seen is None:
+        return
+    living = _living(path, seen)
+    if living is not None:
+        raise _held(folder, living)
+    with _lock(path):
+        if _read(path) == seen:
+            path.unlink()
+
+
+def _held(folder: Path, holder: dict[str, Any]) -> InputError:
+    return InputError(
+        f"one sweep at a time writes to a results folder: {folder} is held by process {holder['pid']} on "
+        f"{holder['host']} ({holder['command']}). Wait for it, stop it, or give another --results-dir."
+    )
+
+
+def _lock(path: Path) -> FileLock:
+    return FileLock(path.with_name(".holder.lock"))
 
 
 def _read(path: Path) -> dict[str, Any] | None:
@@ -117,12 +141,38 @@ def _read(path: Path) -> dict[str, Any] | None:
     return holder if isinstance(holder, dict) and holder.keys() >= FIELDS else None
 
 
-def _is_alive(holder: dict[str, Any]) -> bool:
-    if holder["host"] != socket.gethostname():
-        return time.time() - holder["heartbeat"] < STALE_SECONDS
+def _is_here(holder: dict[str, Any]) -> bool:
+    return bool(holder["host"] == socket.gethostname())
+
+
+def _living(path: Path, seen: dict[str, Any]) -> dict[str, Any] | None:
+    """Who holds a folder, or None if that is dead or gone: of this machine by its processes, of another one by whether
+    its record changes within `STALE_SECONDS`."""
+    if _is_here(seen):
+        return seen if _runs_here(seen) else None
+    logger.info(
+        "%s is held by process %s on %s; waiting up to %g s to see whether it is alive",
+        *(path.parent, seen["pid"], seen["host"], STALE_SECONDS),
+    )
+    until = time.monotonic() + STALE_SECONDS
+    while time.monotonic() < until:
+        time.sleep(POLL_SECONDS)
+        current = _read(path)
+        if current != seen:
+            return current
+    return None
+
+
+def _runs_here(holder: dict[str, Any]) -> bool:
     try:
         process = psutil.Process(holder["pid"])
-        same = abs(process.create_time() - holder["started"]) < 1
+        same = abs(_started(holder["pid"]) - holder["started"]) < 1
         return same and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
+
+
+def _started(pid: int) -> float:
+    """Seconds from the start of this machine to that of a process: setting the clock does not change them."""
+    booted = psutil.boot_time()
+    return psutil.Process(pid).create_time() - booted

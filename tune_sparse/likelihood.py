@@ -17,6 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from tune_sparse.data import Encoded
+from tune_sparse.hang import progress
 
 LOGITS_BYTES = 2**27
 """Of the fp32 logits that are held at once."""
@@ -121,6 +122,7 @@ def log_likelihoods(
     of_tree: dict[int, list[float]] = {}
     for batch in batches_by_length([len(tree.tokens) for _, tree in owned], batch_tokens, ALIKE):
         values = _read(model, [owned[k][1] for k in batch])
+        progress()
         of_tree |= dict(zip(batch, values, strict=True))
     result: list[list[float]] = [[] for _ in questions]
     for k, (i, _) in enumerate(owned):

@@ -19,6 +19,7 @@ from tune_sparse.architectures import Matrix, architecture_named
 from tune_sparse.calibration import Blocks, Inputs, Source, Statistics, gradient_sums, walk
 from tune_sparse.data import Encoded
 from tune_sparse.errors import InputError
+from tune_sparse.hang import progress
 from tune_sparse.levels import group_level_map, level_map, row_level_map
 from tune_sparse.masks import Masks, group_parts, keep_highest, kept_lines, line_mask, structured_counts
 from tune_sparse.methods import GROUPS, Method, method_named
@@ -137,6 +138,7 @@ class Job:
 
     def scores(self, matrix: Matrix, statistics: Statistics) -> Tensor:
         """Importance of each weight, in the checkpoint's layout; up to the sign, which `level_map` ignores."""
+        progress()
         if self.method.score == "magnitude" and self.method.pattern not in GROUPS:
             return self.model.weights[matrix.name]
         weight = matrix.oriented(self.model.weights[matrix.name])
@@ -176,6 +178,7 @@ class Job:
 
         @cache
         def at(level: int) -> tuple[Tensor, Tensor]:
+            progress()
             new, keep = sparsegpt(
                 matrix.oriented(weight),
                 factor,

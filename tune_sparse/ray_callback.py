@@ -12,6 +12,7 @@ from ray import cloudpickle, tune
 
 from cluster.resources import Placement
 from tune_sparse.errors import DISK_FULL, is_out_of_memory
+from tune_sparse.hang import Hang, take_hang
 from tune_sparse.holder import Holder
 from tune_sparse.progress import Progress
 from tune_sparse.result import Ledger, Record, Run
@@ -93,7 +94,7 @@ class LedgerCallback(tune.Callback):
         if earlier is not None and earlier.status == "done":  # it was lost after it had written its last file
             self._end(earlier)
             return
-        error = _described(_error_of(trial))
+        error = _described(_error_of(trial), take_hang(self._ledger.hang(run.run_id)))
         record = Record(run.run_id, run.identity, "failed", error=error)
         try:
             self._ledger.write_record(run, record)
@@ -127,13 +128,16 @@ class LedgerCallback(tune.Callback):
 
 
 def _error_of(trial: Any) -> Exception | None:
-    """What Ray wrote down at the driver; `get_pickled_error` looks for it where Ray has not copied it yet."""
-    file = trial.pickled_error_file
-    return cloudpickle.loads(Path(file).read_bytes()) if file else None
+    """What a trial ended in: Ray's own getter looks in a storage to which nothing was written yet."""
+    path = trial.pickled_error_file
+    return cloudpickle.loads(Path(path).read_bytes()) if path and Path(path).exists() else None
 
 
-def _described(error: Exception | None) -> dict[str, Any]:
-    """An error that a worker raised, or that Ray found when the worker was gone."""
+def _described(error: Exception | None, hang: Hang | None = None) -> dict[str, Any]:
+    """An error that a worker raised, or that Ray found when the worker was gone, or why it went."""
+    if hang is not None:
+        message = f"no progress for {hang.allowed}, in {hang.where}"
+        return {"class": "Hang", "message": message, "traceback": hang.traceback, "retryable": True}
     lines = [line for line in str(error).splitlines() if line.strip()] if error else []
     cause = getattr(error, "cause", None) or error
     return {

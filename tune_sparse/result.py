@@ -15,6 +15,7 @@ is whole or absent. A run is done only if its `result.json` parses and says so.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import re
@@ -29,7 +30,7 @@ from typing import Any, Literal
 from tune_sparse.config import CALIBRATION_SETTINGS, SCORING, Cell, Protocol
 from tune_sparse.methods import METHODS
 from tune_sparse.outcomes import Outcome, write_outcomes
-from tune_sparse.paths import aside, read_json, write_json, write_text
+from tune_sparse.paths import aside, flush, read_json, write_json, write_text
 from tune_sparse.space import SuperAdapter
 
 NUMERICS_VERSION = 2
@@ -154,12 +155,13 @@ class Ledger:
         """Where an unfinished training is kept; it outlives the run's hidden folder."""
         return self.folder / "checkpoints" / f"{run_id}.pt"
 
+    def hang(self, run_id: str) -> Path:
+        """Where a worker that made no progress says where it stood; what is left of others goes as partial files go."""
+        return self.folder / "checkpoints" / f".{run_id}.hang.partial"
+
     def record(self, run_id: str) -> Record | None:
         """How a run ended, or None if no readable record says so."""
-        try:
-            return Record(**read_json(self.run_folder(run_id) / "result.json"))
-        except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError, TypeError, UnicodeDecodeError):
-            return None
+        return _record_in(self.run_folder(run_id))
 
     def run(self, run_id: str) -> Run:
         """The settings of a recorded run."""
@@ -168,8 +170,7 @@ class Ledger:
         return Run.from_config(yaml.safe_load((self.run_folder(run_id) / "config.yaml").read_text("utf-8")))
 
     def is_done(self, run_id: str) -> bool:
-        record = self.record(run_id)
-        return record is not None and record.status == "done"
+        return _is_done(self.run_folder(run_id))
 
     @contextmanager
     def writing(self, run_id: str) -> Iterator[Path]:
@@ -178,18 +179,35 @@ class Ledger:
         A folder that is already there is set aside, unless it is done: then the new one is dropped, since the
         same run was finished by someone else meanwhile. A folder without a record is dropped too.
         """
-        final = self.run_folder(run_id)
-        partial = aside(final)
+        partial = aside(self.run_folder(run_id))
         partial.mkdir(parents=True)
         try:
             yield partial
-            if self.is_done(run_id) or not (partial / "result.json").exists():
-                return
-            if final.exists():
-                self.set_aside(run_id, "tried again")
-            partial.rename(final)
+            if (partial / "result.json").exists():
+                flush(*partial.rglob("*"), partial)
+                self._name(partial, run_id)
+                flush(partial.parent)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
+
+    def _name(self, folder: Path, run_id: str) -> None:
+        """Give a run its name unless a finished one has it. A worker that was cut off may do this at the same time as
+        the one that replaced it: only one can rename a folder to a name that is free."""
+        final = self.run_folder(run_id)
+        while not self.is_done(run_id):
+            with suppress(FileNotFoundError):  # the other one was faster
+                if final.exists():
+                    earlier = self.set_aside(run_id, "tried again")
+                    if _is_done(earlier):  # it was finished since we looked, so it goes back
+                        folder = earlier
+            try:
+                folder.rename(final)
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
+            else:
+                (final / "set_aside.json").unlink(missing_ok=True)
+                return
 
     def write_record(self, run: Run, record: Record) -> None:
         """A run folder that holds only how the run ended: for runs that did not get further."""
@@ -213,6 +231,9 @@ class Ledger:
 
     def remove_partial(self) -> None:
         """Remove what killed writers left. Only the holder of the folder may."""
+        for path in (self.folder / "checkpoints").glob("[!.]*.pt"):
+            if self.is_done(path.stem):  # saved by a worker that did not know that it was replaced
+                path.unlink()
         for path in (*self.folder.glob(".*.partial"), *self.folder.glob("*/.*.partial")):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
@@ -221,6 +242,9 @@ class Ledger:
         return read_json(path) if path.exists() else None
 
     def write_untuned(self, untuned_id: str, value: dict[str, Any], outcomes: Iterable[Outcome]) -> None:
+        """Unless another worker did, whose metrics its runs may have copied by now."""
+        if self.untuned(untuned_id) is not None:
+            return
         (self.folder / "untuned").mkdir(parents=True, exist_ok=True)
         write_outcomes(self.folder / "untuned" / f"{untuned_id}.parquet", outcomes)
         write_json(self.folder / "untuned" / f"{untuned_id}.json", value)
@@ -240,6 +264,18 @@ class Ledger:
             with suppress(json.JSONDecodeError, TypeError, UnicodeDecodeError):
                 found.append(SweepRecord(**read_json(path)))
         return sorted(found, key=lambda sweep: (sweep.started, sweep.sweep_id))
+
+
+def _record_in(folder: Path) -> Record | None:
+    try:
+        return Record(**read_json(folder / "result.json"))
+    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError, TypeError, UnicodeDecodeError):
+        return None
+
+
+def _is_done(folder: Path) -> bool:
+    record = _record_in(folder)
+    return record is not None and record.status == "done"
 
 
 def write_config(folder: Path, run: Run) -> None:

@@ -211,8 +211,8 @@ def _train(run: Run, ledger: Ledger, sweep: SweepConfig, token: str, report: Cal
 
 def _common(run: Run, ledger: Ledger, sweep: SweepConfig) -> dict[str, Any]:
     """What every trial of a search is given."""
-    held = Placement(sweep, nodes).resources(run)
-    return {"run": run.as_config(), "results_dir": str(ledger.folder.resolve()), "resources": held}
+    places = {"run": run.as_config(), "results_dir": str(ledger.folder.resolve())}
+    return places | {"hang_seconds": sweep.hang_seconds, "resources": Placement(sweep, nodes).resources(run)}
 
 
 def _race(
@@ -231,8 +231,7 @@ def _race(
     from tune_sparse.searchers import DiarySearch, RacingScheduler, SearchCallback, searcher_named
 
     config, layers, seed = plan.config, plan.shape.layers, plan.run.cell.seed
-    common = _common(plan.run, ledger, config.sweep)
-    race = Race(selection_rows(plan), config.minimises_cost)
+    common, race = _common(plan.run, ledger, config.sweep), Race(selection_rows(plan), config.minimises_cost)
     search = DiarySearch(
         searcher_named(config.sampler, plan.space, layers, seed, config.objectives),
         diary,
@@ -263,6 +262,7 @@ def _race(
                 callbacks=[SearchCallback(diary, config.trials, stop, report)],
                 failure_config=tune.FailureConfig(max_failures=config.sweep.max_retries),
                 stop=stop,
+                checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # as in `fit_trials`
             ),
         ).fit()
     if not race.complete() and not stop.reason:
@@ -350,11 +350,11 @@ def _finish(plan: SearchPlan, ledger: Ledger, chosen: Mapping[str, Ranks], folde
     from tune_sparse.dispatcher import Dispatcher
 
     left = {name: ranks for name, ranks in chosen.items() if not _is_finished(folder / name, ranks)}
+    common = _common(plan.run, ledger, plan.config.sweep)
     trials = []
     for name, ranks in left.items():
         shutil.rmtree(folder / name, ignore_errors=True)
-        own = {"ranks": ranks, "stages": [], "folder": str((folder / name).resolve())}
-        trials.append(_common(plan.run, ledger, plan.config.sweep) | own)
+        trials.append(common | {"ranks": ranks, "stages": [], "folder": str((folder / name).resolve())})
     if trials:
         fit_trials(CandidateTrainable, Dispatcher({"slices": trials}, dict, capacity, workers), tune.Callback())
     for name, ranks in left.items():

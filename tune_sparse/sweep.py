@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from cluster.nodes import refuse_silent_head
 from cluster.resources import Placement
 from tune_sparse.cerebras.environment import refuse_unreachable_cluster
 from tune_sparse.cerebras.preflight import prepare_cerebras, refuse_full, working_bytes
@@ -145,9 +146,14 @@ def _tune(
         placement.refuse_unplaceable(missing)
 
         def trial_of(run: Run) -> dict[str, Any]:
-            trial = {"run": run.as_config(), "results_dir": str(ledger.folder.resolve()), "token": holder.token}
-            settings = {"cerebras": asdict(config.cerebras)} if run.cerebras else {}
-            return trial | settings | {"resources": placement.resources(run)}
+            trial = {
+                "run": run.as_config(),
+                "results_dir": str(ledger.folder.resolve()),
+                "token": holder.token,
+                "hang_seconds": config.hang_seconds,
+                "resources": placement.resources(run),
+            }
+            return trial | ({"cerebras": asdict(config.cerebras)} if run.cerebras else {})
 
         waiting = longest_first(plan, ledger, missing)
         lanes = {name: [run for run in waiting if run.cell.backend == name] for name in SCARCEST_FIRST}
@@ -214,6 +220,8 @@ def fit_trials(trainable: type, dispatcher: Dispatcher, callback: Callback, stop
                 verbose=0,
                 callbacks=[callback],
                 stop=stopper,
+                # A worker on another host would look for this host's scratch folder, and fail.
+                checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
             ),
         ).fit()
 
@@ -260,6 +268,7 @@ def started_ray(config: SweepConfig) -> Iterator[int]:
             configure_logging=False,
         )
     else:
+        refuse_silent_head(os.environ["RAY_ADDRESS"])
         ray.init(log_to_driver=False, logging_level=logging.ERROR)
     try:
         available = capacity()

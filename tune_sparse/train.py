@@ -21,6 +21,7 @@ from tune_sparse.config import Protocol
 from tune_sparse.cross_entropy import summed_cross_entropy
 from tune_sparse.data import Encoded
 from tune_sparse.errors import RunError
+from tune_sparse.hang import progress
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,7 @@ def mean_loss(
         with accelerator.autocast() if accelerator else nullcontext():
             batch = rows[start : start + protocol.micro_batch]
             loss, count = answer_loss(model, batch, protocol.loss_on, protocol.pack_to)
+        progress()
         summed, learned = summed + float(loss), learned + count
     model.train(was_training)
     mean = summed / learned
@@ -185,5 +187,6 @@ def _accumulate_gradients(
         with accelerator.autocast():
             loss, _ = answer_loss(model, rows, protocol.loss_on, protocol.pack_to)
         accelerator.backward(loss / learned)
+        progress()
         total += loss.item()
     return total / learned

@@ -58,7 +58,7 @@ def add_commands(commands: Any) -> None:
 
 def _status(chosen: argparse.Namespace) -> int:
     from analysis.load import cells_table
-    from tune_sparse.holder import living_holder
+    from tune_sparse.holder import shown_holder
     from tune_sparse.progress import duration
     from tune_sparse.result import Ledger
     from tune_sparse.united import UnitedLedger
@@ -66,7 +66,7 @@ def _status(chosen: argparse.Namespace) -> int:
     folders = existing_folders(chosen.results_dir)
     cells = cells_table(folders)
     ledgers = [Ledger(folder) for folder in folders]
-    running = {run_id for ledger in ledgers if living_holder(ledger.folder) for run_id in ledger.running()}
+    running = {run_id for ledger in ledgers if shown_holder(ledger.folder) for run_id in ledger.running()}
     cells.loc[cells["run_id"].isin(running) & (cells["status"] != "done"), "status"] = "running"
     runs = cells.drop_duplicates("run_id")
     counts, failed = cells["status"].value_counts(), runs[runs["status"] == "failed"]
