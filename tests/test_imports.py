@@ -16,8 +16,8 @@ FILES = [path.relative_to(ROOT).as_posix() for folder in FOLDERS for path in sor
 PROGRAM = {
     f"tune_sparse.{name}"
     for name in (
-        *("plan", "sweep", "ray_callback", "progress", "tracking", "tracking_baselines", "search", "cli"),
-        *("prune", "merge", "scorecard", "harness", "searchers"),
+        *("plan", "sweep", "ray_callback", "progress", "tracking", "tracking_thread", "tracking_baselines"),
+        *("search", "cli", "prune", "merge", "scorecard", "harness", "searchers"),
     )
 }
 CORE = [

@@ -14,6 +14,7 @@ from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
+from tune_sparse.address import check_address
 from tune_sparse.errors import InputError, unknown_name
 
 MODES = ("dense", "sparse-to-dense", "sparse-to-sparse", "masked-finetuning")
@@ -243,7 +244,7 @@ class SweepConfig:
     workers: int | None = option("trials at once; none for one per core (or per GPU)", None)
     gpus_per_trial: float = option("GPUs, or a fraction of one, that a trial holds", 0.0)
     max_retries: int = option("new tries of a trial after an infrastructure error", 2)
-    tracking_uri: str | None = option("of MLflow; none for SQLite in the results folder", None)
+    tracking_uri: str | None = option("of MLflow; none for MLFLOW_TRACKING_URI, or SQLite in the results folder", None)
 
     def __post_init__(self) -> None:
         for axis in ("models", "tasks", "methods", "sparsities", "modes", "seeds", "backend"):
@@ -288,6 +289,7 @@ class SweepConfig:
             "Set masked_way=auto.",
         )
         rule(self.max_retries >= 0, "max_retries must be at least 0", self.max_retries, "Give 0 or more.")
+        check_address("tracking_uri", self.tracking_uri or "")
 
     def _check_cerebras(self) -> None:
         rule(

@@ -12,7 +12,7 @@ from tune_sparse.errors import DISK_FULL
 from tune_sparse.holder import Holder
 from tune_sparse.progress import Progress
 from tune_sparse.result import Ledger, Record, Run
-from tune_sparse.tracking import BackgroundTracker
+from tune_sparse.tracking_thread import BackgroundTracker
 
 
 class Stop(tune.Stopper):

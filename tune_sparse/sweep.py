@@ -24,7 +24,8 @@ from tune_sparse.models import prepare_models
 from tune_sparse.plan import Plan, check_disk, check_folder, check_names, check_rows, is_missing, plan_sweep
 from tune_sparse.progress import Progress
 from tune_sparse.result import Ledger, Run, SweepRecord
-from tune_sparse.tracking import BackgroundTracker, tracking_uri
+from tune_sparse.tracking import tracking_uri
+from tune_sparse.tracking_thread import BackgroundTracker, track_sweep
 
 if TYPE_CHECKING:
     from ray.tune import Callback, Stopper
@@ -67,10 +68,11 @@ def run_sweep(config: SweepConfig, retry_failed: bool = False) -> Outcome:
     started = time.perf_counter()
     with Holder(ledger.folder) as holder:
         ledger.remove_partial()
-        ledger.write_sweep(_keep_start(ledger, plan.record))
+        record = _keep_start(ledger, plan.record)
+        ledger.write_sweep(record)
         missing = plan.missing(ledger, retry_failed)
         progress = Progress(len(plan.runs), len(plan.runs) - len(missing))
-        with BackgroundTracker(ledger, tracking_uri(config), plan.record.sweep_id) as tracker:
+        with track_sweep(ledger, tracking_uri(config), record) as tracker:
             stopped, workers = None, 1
             if missing:
                 if any(run.cerebras for run in missing):

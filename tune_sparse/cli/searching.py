@@ -129,7 +129,8 @@ def _search(chosen: argparse.Namespace) -> int:
     from analysis.search_report import compare, write_search_report
     from tune_sparse.result import Ledger
     from tune_sparse.search import run_search
-    from tune_sparse.tracking import track_search, tracking_uri
+    from tune_sparse.tracking import tracking_uri
+    from tune_sparse.tracking_thread import track_search
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("tune_sparse").setLevel(logging.INFO)
