@@ -33,7 +33,8 @@ CORE_LIBRARIES = {
     "matplotlib",  # the histograms of masks
 }
 RAY_FILES = {
-    *("trainables/cell.py", "trainables/candidate.py", "trainables/cs3.py", "cluster/nodes.py"),
+    *("trainables/cell.py", "trainables/candidate.py", "trainables/cs3.py"),
+    *("cluster/nodes.py", "cluster/doctor.py"),
     *("tune_sparse/sweep.py", "tune_sparse/ray_callback.py", "tune_sparse/search.py", "tune_sparse/searchers.py"),
 }
 

@@ -2,92 +2,24 @@
 
 from __future__ import annotations
 
-import os
 import re
 import secrets
-import signal
-import socket
-import subprocess
-import sys
-import tempfile
-import time
 from collections.abc import Iterator
-from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import pytest
+from ray_head import Head, ray_head, wait_until
 
 from tune_sparse.result import Ledger
 
 pytestmark = pytest.mark.slow
-PATIENCE_SECONDS = 240
-RAY = str(Path(sys.executable).with_name("ray"))
-
-
-def free_ports(count: int) -> list[int]:
-    with ExitStack() as held:
-        sockets = [held.enter_context(socket.socket()) for _ in range(count)]
-        for opened in sockets:
-            opened.bind(("127.0.0.1", 0))
-        return [opened.getsockname()[1] for opened in sockets]
-
-
-@dataclass
-class Head:
-    """A Ray head with a job server, and the environment of those who may use it."""
-
-    address: str
-    environment: dict[str, str]
-
-    def ray(self, *arguments: str, token: str | None = None) -> subprocess.CompletedProcess[str]:
-        environment = self.environment | ({"RAY_AUTH_TOKEN": token} if token else {})
-        command = [RAY, "job", arguments[0], "--address", self.address, *arguments[1:]]
-        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE_SECONDS)
-
-    def submit(self, sweep: list[str], *options: str) -> subprocess.CompletedProcess[str]:
-        return self.ray("submit", *options, "--", "tune-sparse", "sweep", *sweep)
 
 
 @pytest.fixture(scope="module")
 def head() -> Iterator[Head]:
-    port, dashboard, agent = free_ports(3)
-    environment = os.environ | {
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN": secrets.token_hex(32),
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-    }
-    with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp") as folder:  # Ray's sockets need a short path
-        options = {
-            "node-ip-address": "127.0.0.1",
-            "port": port,
-            "dashboard-host": "127.0.0.1",
-            "dashboard-port": dashboard,
-            "dashboard-agent-listen-port": agent,
-            "num-cpus": 2,
-            "temp-dir": folder,
-        }
-        command = [RAY, "start", "--head", "--block", *(f"--{name}={value}" for name, value in options.items())]
-        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        started = Head(f"http://127.0.0.1:{dashboard}", environment)
-        try:
-            wait_until(lambda: started.ray("list").returncode == 0)
-            yield started
-        finally:
-            children = psutil.Process(process.pid).children(recursive=True)
-            process.send_signal(signal.SIGTERM)
-            _, alive = psutil.wait_procs([*children, psutil.Process(process.pid)], timeout=30)
-            for left in alive:
-                left.kill()
-            process.wait()
-
-
-def wait_until(condition) -> None:  # type: ignore[no-untyped-def]
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while not condition():
-        assert time.monotonic() < deadline, "it did not get there"
-        time.sleep(0.2)
+    with ray_head() as started:
+        yield started
 
 
 def metrics_in(results: Path) -> dict[str, dict[str, object]]:

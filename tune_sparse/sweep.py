@@ -56,7 +56,7 @@ def run_sweep(config: SweepConfig, retry_failed: bool = False) -> Outcome:
 
     Raises `InputError` before any trial starts if anything is wrong with the input.
     """
-    ledger = Ledger(config.results_dir)
+    ledger, uri = Ledger(config.results_dir), tracking_uri(config)
     check_names(config)
     check_rows(config)
     check_folder(ledger.folder)
@@ -72,7 +72,7 @@ def run_sweep(config: SweepConfig, retry_failed: bool = False) -> Outcome:
         ledger.write_sweep(record)
         missing = plan.missing(ledger, retry_failed)
         progress = Progress(len(plan.runs), len(plan.runs) - len(missing))
-        with track_sweep(ledger, tracking_uri(config), record) as tracker:
+        with track_sweep(ledger, uri, record) as tracker:
             stopped, workers = None, 1
             if missing:
                 if any(run.cerebras for run in missing):

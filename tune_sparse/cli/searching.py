@@ -135,6 +135,7 @@ def _search(chosen: argparse.Namespace) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("tune_sparse").setLevel(logging.INFO)
     found = []
+    uri = tracking_uri(configs[0].sweep)
     for config in configs:
         try:
             found.append(run_search(config))
@@ -145,7 +146,7 @@ def _search(chosen: argparse.Namespace) -> int:
             print(f"tune-sparse: {found[-1]['stopped']}. The same command goes on.", file=sys.stderr)
             return FAULT
         lines = write_search_report(config.sweep.results_dir, found[-1]["search_id"])
-        track_search(Ledger(config.sweep.results_dir), tracking_uri(config.sweep), found[-1]["search_id"])
+        track_search(Ledger(config.sweep.results_dir), uri, found[-1]["search_id"])
         if not chosen.json:
             print("\n".join(lines))
     if len(found) > 1:
