@@ -18,6 +18,7 @@ import pytest
 from ray_head import free_ports, wait_until
 
 UNPRIVILEGED = "nobody"
+START_SECONDS = 600
 
 
 def end(process: subprocess.Popen[bytes], number: int = signal.SIGTERM) -> None:
@@ -88,7 +89,7 @@ class MlflowServer:
         environment = os.environ | settings | {"MLFLOW_BACKEND_STORE_URI": self.database}
         with (self.folder / "log").open("ab") as log:
             self.process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=self.folder)
-        wait_until(self._answers)
+        wait_until(self._answers, START_SECONDS)
 
     def _answers(self) -> bool:
         assert self.process is not None

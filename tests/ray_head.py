@@ -29,11 +29,11 @@ def free_ports(count: int) -> list[int]:
         return [opened.getsockname()[1] for opened in sockets]
 
 
-def wait_until(condition: Callable[[], object], poll_seconds: float = 0.2) -> None:
-    deadline = time.monotonic() + PATIENCE_SECONDS
+def wait_until(condition: Callable[[], object], patience_seconds: float = PATIENCE_SECONDS) -> None:
+    deadline = time.monotonic() + patience_seconds
     while not condition():
         assert time.monotonic() < deadline, "it did not get there"
-        time.sleep(poll_seconds)
+        time.sleep(0.2)
 
 
 @dataclass

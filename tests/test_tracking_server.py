@@ -10,9 +10,10 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 from typing import Any
 
 import psutil
@@ -29,7 +30,9 @@ from tune_sparse.tracking_entries import RUN_TAG, SWEEP_TAG
 from tune_sparse.tracking_thread import track_sweep
 
 pytestmark = pytest.mark.slow
-RUNS_OF_A_WRITER = 40
+RUNS_OF_A_WRITER = 200
+"""More than it gets to write before the faults are over."""
+PATIENCE_SECONDS = 900
 FILES = ("config.yaml", "result.json", "sparse_config.json", "train.log", "validation_report.json")
 
 
@@ -67,7 +70,7 @@ def assert_shows(client: MlflowClient, ledgers: list[Ledger], tmp_path: Path) ->
     runs = everything(client)
     parents = {run.data.tags[SWEEP_TAG]: run for run in runs if SWEEP_TAG in run.data.tags}
     sweeps = [(ledger, sweep) for ledger in ledgers for sweep in ledger.sweeps()]
-    owner = {cell["run_id"]: (ledger, sweep) for ledger, sweep in sweeps for cell in sweep.cells}
+    owner = {c["run_id"]: (at, sweep) for at, sweep in sweeps for c in sweep.cells if at.record(c["run_id"])}
     times = Counter(run.data.tags.get(RUN_TAG) or run.data.tags[SWEEP_TAG] for run in runs)
     assert times == dict.fromkeys([*owner, *(sweep.sweep_id for _, sweep in sweeps)], 1)
     assert {run.info.status for run in runs} <= {"FINISHED", "FAILED"}
@@ -99,50 +102,60 @@ def small_ledger(folder: Path, seeds: range) -> Ledger:
     return ledger
 
 
-def write_slowly(ledger: Ledger, uri: str, writers: int) -> None:
+def write_until(ledger: Ledger, uri: str, writers: int, over: Event) -> None:
     """A sweep whose runs end one after the other, tracked by so many at once."""
     [sweep] = ledger.sweeps()
-    trackers = [track_sweep(ledger, uri, sweep) for _ in range(writers)]
-    for tracker in trackers:
-        tracker.__enter__()
-    for number, cell in enumerate(sweep.cells):
-        run = make_run(make_cell(seed=cell["seed"]))
-        write_run(ledger, run, failed_record(run, "e" * 20_000) if number % 7 == 3 else done_record(run))
-        for tracker in trackers:
-            tracker.add(run.run_id)
-        time.sleep(1)
-    for tracker in trackers:
-        tracker.__exit__()
+    with ExitStack() as tracking:
+        trackers = [tracking.enter_context(track_sweep(ledger, uri, sweep)) for _ in range(writers)]
+        for number, cell in enumerate(sweep.cells):
+            run = make_run(make_cell(seed=cell["seed"]))
+            write_run(ledger, run, failed_record(run, "e" * 20_000) if number % 7 == 3 else done_record(run))
+            for tracker in trackers:
+                tracker.add(run.run_id)
+            if over.wait(1):
+                return
 
 
 def test_four_writers_and_a_server_and_a_database_that_are_killed(
     database: Postgres, server: MlflowServer, llama: Path, tmp_path: Path
 ) -> None:
-    ledgers = [small_ledger(tmp_path / str(n), range(100 * n, 100 * n + RUNS_OF_A_WRITER)) for n in (1, 2)]
+    ledgers = [small_ledger(tmp_path / str(n), range(1000 * n, 1000 * n + RUNS_OF_A_WRITER)) for n in (1, 2)]
+    over = Event()
     threads = [
-        Thread(target=write_slowly, args=(ledger, server.uri, writers))
+        Thread(target=write_until, args=(ledger, server.uri, writers, over))
         for ledger, writers in zip(ledgers, (1, 2), strict=True)
     ]
-    live = Ledger(tmp_path / "live")
-    arguments = ["smoke", "--models", str(llama), "--set", "steps=400", "--tracking-uri", server.uri]
+    live, client = Ledger(tmp_path / "live"), MlflowClient(server.uri)
+    arguments = ["smoke", "--models", str(llama), "--seeds", "0", "1", "2", "--tracking-uri", server.uri]
     command = [sys.executable, "-m", "tune_sparse", "sweep", *arguments, "--results-dir", str(live.folder)]
+
+    def ended() -> set[str]:
+        return {path.name for path in (live.folder / "runs").glob("[!.]*")}
+
+    def is_live_tracked() -> bool:
+        return client.get_experiment_by_name(EXPERIMENT) is not None and any(
+            run.data.tags.get(RUN_TAG) in ended() for run in everything(client)
+        )
+
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as sweep:
-        for thread in threads:
-            thread.start()
-        client = MlflowClient(server.uri)
-        wait_until(lambda: client.get_experiment_by_name(EXPERIMENT) and len(everything(client)) > 20)
-        server.kill()
-        time.sleep(3)
-        server.start()
-        wait_until(lambda: len(list((live.folder / "runs").glob("[!.]*"))) >= 2)
-        database.kill()
-        time.sleep(3)
-        database.start()
-        assert sweep.poll() is None, "the sweep ended before the faults did"
-        said, _ = sweep.communicate(timeout=400)
+        try:
+            wait_until(ended, PATIENCE_SECONDS)
+            for thread in threads:
+                thread.start()
+            wait_until(is_live_tracked, PATIENCE_SECONDS)
+            server.kill()
+            time.sleep(2)
+            server.start()
+            database.kill()
+            time.sleep(2)
+            database.start()
+            assert sweep.poll() is None, "the sweep ended before the faults did"
+        finally:
+            over.set()
+        said, _ = sweep.communicate(timeout=PATIENCE_SECONDS)
     for thread in threads:
         thread.join()
-    assert sweep.returncode == 0, said
+    assert sweep.returncode in (0, 1), said  # 1 where the audit finds a fault in so small a model
     assert "is not up to date" not in said
     assert_shows(client, [*ledgers, live], tmp_path / "files")
 
