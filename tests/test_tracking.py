@@ -291,6 +291,27 @@ def test_what_belongs_to_other_ledgers_is_left_alone(fresh: tuple[Ledger, Store]
     assert theirs < {found.info.run_id for found in store.runs()}
 
 
+def test_a_run_whose_record_is_gone_goes_whatever_logged_it(fresh: tuple[Ledger, Store]) -> None:
+    ledger, store = fresh
+    track_ledger(ledger, store.uri)
+    store.client.delete_tag(store.of(DONE).info.run_id, RECORD_TAG)
+    ledger.set_aside(DONE.run_id, "to be repeated")
+    track_ledger(ledger, store.uri)
+    assert DONE.run_id not in {run.data.tags.get(RUN_TAG) for run in store.runs()}
+
+
+def test_orphans_of_other_ledgers_are_left_alone(fresh: tuple[Ledger, Store]) -> None:
+    ledger, store = fresh
+    track_ledger(ledger, store.uri)
+    experiment = store.client.get_experiment_by_name(EXPERIMENT).experiment_id
+    tags = {RUN_TAG: "theirs", "mlflow.parentRunId": "0" * 32}
+    theirs = store.client.create_run(experiment, tags=tags).info.run_id
+    tracker = Tracker(ledger, store.uri)
+    tracker.fill_ledger()
+    assert tracker.settle()
+    assert store.client.get_run(theirs).info.lifecycle_stage == "active"
+
+
 def test_candidates_go_with_their_search(fresh: tuple[Ledger, Store]) -> None:
     ledger, store = fresh
     folder = ledger.folder / "searches" / "one"

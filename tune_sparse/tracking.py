@@ -204,7 +204,7 @@ class Tracker:
             self._has_written = True
 
     def _log(self, entry: Entry, parent: str | None = None, children: Iterable[Entry] = ()) -> str:
-        """A new run of MLflow, ended when all of it is there; returns its id. Each call is a commit: they are few."""
+        """A new run of MLflow, ended when all of it is there; returns its id. Calls are commits: few."""
         from mlflow.entities import Metric, Param
 
         started, ended = (int(1000 * at) if at else None for at in (entry.started, entry.ended))
@@ -228,7 +228,7 @@ class Tracker:
             self._read()
         kept, gone = dict[Key, Shown | None](), list[Shown]()
         for key, record in self._wanted.items():
-            good = [one for one in self._shown[key] if one.is_whole and one.record == record]
+            good = [one for one in self._shown[key] if one.is_whole and record and one.record == record]
             kept[key] = min(good, key=lambda one: one.id_, default=None)
             gone += [one for one in self._shown[key] if one != kept[key]]
         for one in gone:
@@ -243,12 +243,12 @@ class Tracker:
         return not (gone or orphans or lost)
 
     def _orphans(self, gone: list[Shown]) -> list[Shown]:
-        """What is shown below a run that was removed."""
+        """What of ours is shown below a run that was removed."""
         left = {one for all_ in self._shown.values() for one in all_} - set(gone)
-        known = {one.id_ for one in left}
-        unknown = {one.parent for one in left if one.parent} - known
+        ours = [one for one in left if one.key[0] == CANDIDATE_TAG or one.key in self._wanted]
+        unknown = {one.parent for one in ours if one.parent} - {one.id_ for one in left}
         removed = {parent for parent in unknown if not self._is_there(parent)}
-        return [one for one in left if one.parent in removed]
+        return [one for one in ours if one.parent in removed]
 
     def _is_there(self, run_id: str) -> bool:
         """Asked of what was made while the runs were read."""
@@ -270,5 +270,5 @@ def track_ledger(ledger: Ledger, uri: str) -> int:
     refuse_silent(uri)
     try:
         return Tracker(ledger, uri).fill(Tracker.fill_ledger)
-    except MlflowException as error:
+    except (MlflowException, ImportError) as error:  # a database needs its driver
         raise ConnectionError(str(error).partition("\n")[0]) from error
