@@ -86,8 +86,9 @@ def assert_shows(client: MlflowClient, ledgers: list[Ledger], tmp_path: Path) ->
         if (folder / "metrics.jsonl").exists():
             points = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
             curve = client.get_metric_history(run.info.run_id, "step_train_loss")
-            logged = [(p["step"], p["train_loss"]) for p in points if "train_loss" in p]
-            assert sorted((m.step, m.value) for m in curve) == pytest.approx(logged)
+            logged = {p["step"]: p["train_loss"] for p in points if "train_loss" in p}
+            assert len(curve) == len(logged)
+            assert {m.step: m.value for m in curve} == pytest.approx(logged)
         arrived = Path(client.download_artifacts(run.info.run_id, "", str(tmp_path)))
         present = [name for name in FILES if (folder / name).exists()]
         assert sorted(path.name for path in arrived.iterdir()) == present
