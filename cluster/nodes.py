@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-import socket
 import sys
 import time
 
+from tune_sparse.address import refuse_silent
 from tune_sparse.errors import InputError
 
 POLL_SECONDS = 1.0
@@ -27,7 +27,7 @@ def wait_for_nodes(count: int, seconds: float) -> None:
 
 def refuse_silent_head(address: str) -> None:
     """Raise `InputError` where nobody listens at a `HOST:PORT`; Ray itself would try for minutes."""
-    if address.rpartition(":")[2].isdigit() and not _is_listening(address.removeprefix("ray://")):
+    if not _is_listening(address):
         raise InputError(
             f"RAY_ADDRESS must be that of a Ray head that runs, at {address} nobody answers. Start Ray there, mend the "
             "address, or unset it to compute on this machine."
@@ -35,10 +35,8 @@ def refuse_silent_head(address: str) -> None:
 
 
 def _is_listening(address: str) -> bool:
-    """Asked first, since Ray itself tries for minutes."""
-    host, _, port = address.rpartition(":")
     try:
-        socket.create_connection((host, int(port)), timeout=POLL_SECONDS).close()
+        refuse_silent(address)
     except OSError:
         return False
     return True

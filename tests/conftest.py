@@ -149,3 +149,13 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("MODELZOO", str(folder / "modelzoo"))
     monkeypatch.setenv(guard.STOP_VARIABLE, "0.5")
     return folder
+
+
+@pytest.fixture(scope="session")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The database of an MLflow that tracks nothing yet: to copy, since making one takes seconds."""
+    from tune_sparse.tracking import client_of, default_uri
+
+    folder = tmp_path_factory.mktemp("mlflow")
+    client_of(default_uri(folder)).search_experiments()
+    return folder / "mlflow.db"

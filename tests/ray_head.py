@@ -30,6 +30,8 @@ class Head:
     """of the job server"""
     environment: dict[str, str]
     gcs: str
+    """of the cluster: RAY_ADDRESS"""
+    process: psutil.Process
 
     def ray(self, *arguments: str, token: str | None = None) -> subprocess.CompletedProcess[str]:
         environment = self.environment | ({"RAY_AUTH_TOKEN": token} if token else {})
@@ -39,6 +41,9 @@ class Head:
     def submit(self, sweep: list[str], *options: str) -> subprocess.CompletedProcess[str]:
         return self.ray("submit", *options, "--", "tune-sparse", "sweep", *sweep)
 
+    def processes(self) -> list[psutil.Process]:
+        return [*self.process.children(recursive=True), self.process]
+
     @property
     def driver_environment(self) -> dict[str, str]:
         """Of a command that joins this cluster."""
@@ -46,12 +51,14 @@ class Head:
 
 
 @contextmanager
-def ray_head(num_cpus: int = 2) -> Iterator[Head]:
+def ray_head(num_cpus: int = 2, **environment: str) -> Iterator[Head]:
+    """Its processes, and the jobs that they start, see `environment`."""
     port, dashboard, agent = free_ports(3)
-    environment = os.environ | {
+    everything = os.environ | {
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        **environment,
     }
     with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp") as folder:  # Ray's sockets need a short path
         options = {
@@ -64,8 +71,8 @@ def ray_head(num_cpus: int = 2) -> Iterator[Head]:
             "temp-dir": folder,
         }
         command = [RAY, "start", "--head", "--block", *(f"--{name}={value}" for name, value in options.items())]
-        with _running(command, environment):
-            started = Head(f"http://127.0.0.1:{dashboard}", environment, f"127.0.0.1:{port}")
+        with _running(command, everything) as process:
+            started = Head(f"http://127.0.0.1:{dashboard}", everything, f"127.0.0.1:{port}", process)
             wait_until(lambda: started.ray("list").returncode == 0)
             yield started
 
@@ -113,8 +120,8 @@ def free_ports(count: int) -> list[int]:
         return [opened.getsockname()[1] for opened in sockets]
 
 
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + PATIENCE_SECONDS
+def wait_until(condition: Callable[[], object], patience_seconds: float = PATIENCE_SECONDS) -> None:
+    deadline = time.monotonic() + patience_seconds
     while not condition():
         assert time.monotonic() < deadline, "it did not get there"
         time.sleep(0.2)

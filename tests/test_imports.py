@@ -17,7 +17,7 @@ PROGRAM = {
     f"tune_sparse.{name}"
     for name in (
         *("plan", "forecast", "sweep", "dispatcher", "ray_callback", "progress"),
-        *("tracking", "tracking_baselines", "search", "cli"),
+        *("tracking", "tracking_thread", "tracking_baselines", "search", "cli"),
         *("prune", "merge", "scorecard", "harness", "searchers"),
     )
 }
@@ -35,7 +35,8 @@ CORE_LIBRARIES = {
 }
 RAY_FILES = {
     *("trainables/cell.py", "trainables/candidate.py", "trainables/cs3.py", "trainables/courier.py"),
-    *("cluster/nodes.py", "tune_sparse/sweep.py", "tune_sparse/dispatcher.py", "tune_sparse/ray_callback.py"),
+    *("cluster/nodes.py", "cluster/doctor.py"),
+    *("tune_sparse/sweep.py", "tune_sparse/dispatcher.py", "tune_sparse/ray_callback.py"),
     *("tune_sparse/search.py", "tune_sparse/searchers.py"),
 }
 

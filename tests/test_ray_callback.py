@@ -26,7 +26,8 @@ from tune_sparse.progress import Progress
 from tune_sparse.ray_callback import LedgerCallback, Stop, _described, _error_of
 from tune_sparse.result import Ledger, Record, Run
 from tune_sparse.sweep import capacity, fit_trials, nodes
-from tune_sparse.tracking import BackgroundTracker, default_uri
+from tune_sparse.tracking import default_uri
+from tune_sparse.tracking_thread import BackgroundTracker
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -101,7 +102,7 @@ def sweep(folder: Path, *endings: str, retries: int = 2) -> Ended:
             ledger,
             {run.run_id: run for run in runs},
             progress,
-            BackgroundTracker(ledger, default_uri(folder), "never started"),
+            BackgroundTracker(ledger, default_uri(folder), lambda tracker: None),
             holder,
             stop,
             placement,

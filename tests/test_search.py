@@ -90,7 +90,8 @@ def tracked_as(ledger: Ledger, search_id: str) -> None:
     """MLflow has a parent run for the search, with the front as an artifact, and a child for each suggestion."""
     from mlflow import MlflowClient
 
-    from tune_sparse.tracking import EXPERIMENT, SEARCH_TAG, default_uri, track_ledger
+    from tune_sparse.tracking import EXPERIMENT, default_uri, track_ledger
+    from tune_sparse.tracking_entries import SEARCH_TAG
 
     uri = default_uri(ledger.folder)
     track_ledger(ledger, uri)

@@ -24,7 +24,8 @@ from safetensors.torch import load_file, save_file
 from analysis.load import cells_table
 from tune_sparse.paths import read_json
 from tune_sparse.result import Ledger
-from tune_sparse.tracking import EXPERIMENT, RUN_TAG, SWEEP_TAG, default_uri
+from tune_sparse.tracking import EXPERIMENT, default_uri
+from tune_sparse.tracking_entries import RUN_TAG, SWEEP_TAG
 
 PATIENCE_SECONDS = 240
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import logging
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from shutil import copy
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -14,22 +16,17 @@ from mlflow.entities import Run as MlflowRun
 from mlflow.entities import ViewType
 
 from tune_sparse.config import MODES, SweepConfig
+from tune_sparse.errors import InputError
+from tune_sparse.paths import write_json
 from tune_sparse.result import Ledger, Run
-from tune_sparse.tracking import (
-    COMPLETE_TAG,
-    EXPERIMENT,
-    RUN_TAG,
-    SWEEP_TAG,
-    BackgroundTracker,
-    default_uri,
-    track_ledger,
-    tracking_uri,
-)
+from tune_sparse.tracking import EXPERIMENT, Tracker, client_of, default_uri, every_run, track_ledger, tracking_uri
+from tune_sparse.tracking_entries import CANDIDATE_TAG, RECORD_TAG, RUN_TAG, SEARCH_TAG, SWEEP_TAG, record_hash
 
 DONE = make_run(make_cell(seed=0))
 FAILED = make_run(make_cell(seed=1))
 MISSING = make_run(make_cell(seed=2))
 DENSE = make_run(make_cell(sparsity=0.0).trained)
+TRACKED = {DONE.run_id, FAILED.run_id, DENSE.run_id}
 CELLS = [DONE.cell, FAILED.cell, MISSING.cell, *(make_cell(sparsity=0.0, mode=mode) for mode in MODES[:3])]
 
 
@@ -112,7 +109,6 @@ def test_a_child_has_its_final_numbers_and_no_invented_ones(store: Store) -> Non
 def test_a_child_has_its_environment_and_its_status(store: Store) -> None:
     run = store.of(DONE)
     assert run.info.status == "FINISHED"
-    assert COMPLETE_TAG in run.data.tags
     assert (run.data.tags["hardware"], run.data.tags["version_torch"]) == ("abacus", "2.13")
     assert run.info.end_time - run.info.start_time == pytest.approx(3_000, abs=2)
 
@@ -126,7 +122,6 @@ def test_a_failed_run_says_why(store: Store) -> None:
     run = store.of(FAILED)
     assert run.info.status == "FAILED"
     assert run.data.tags["error"] == "RunError: the loss is nan at step 7"
-    assert COMPLETE_TAG in run.data.tags
     assert "accuracy" not in run.data.metrics
 
 
@@ -138,11 +133,11 @@ def test_tracking_again_changes_nothing(ledger: Ledger, store: Store) -> None:
 
 def test_a_run_cut_off_in_the_middle_of_logging_is_logged_anew_once(ledger: Ledger, store: Store) -> None:
     cut = store.of(DONE).info.run_id
-    store.client.delete_tag(cut, COMPLETE_TAG)
+    store.client.update_run(cut, "RUNNING")
     track_ledger(ledger, store.uri)
     again = store.of(DONE)
     assert again.info.run_id != cut
-    assert COMPLETE_TAG in again.data.tags
+    assert again.info.status == "FINISHED"
     assert len(store.curve(DONE, "step_train_loss")) == 3
     track_ledger(ledger, store.uri)
     assert store.of(DONE).info.run_id == again.info.run_id
@@ -188,48 +183,160 @@ def test_an_interrupted_run_is_shown_as_killed_with_a_long_error_cut(ledger: Led
     assert store.of(MISSING).info.status == "KILLED"
 
 
-def test_runs_are_tracked_in_the_background_and_the_rest_at_the_end(ledger: Ledger, store: Store) -> None:
-    sweep = sweep_of([make_cell(seed=10), make_cell(seed=11)], started=20_000.0)
-    ledger.write_sweep(sweep)
-    announced, silent = (make_run(make_cell(seed=seed)) for seed in (10, 11))
-    with BackgroundTracker(ledger, store.uri, sweep.sweep_id) as tracker:
-        for run in (announced, silent):
-            write_run(ledger, run, done_record(run))
-        tracker.add(announced.run_id)
-        tracker.add("a run without a record")
-    [parent] = [run for run in store.parents() if run.data.tags[SWEEP_TAG] == sweep.sweep_id]
-    for run in (announced, silent):
-        assert store.of(run).data.tags["mlflow.parentRunId"] == parent.info.run_id
-
-
-def test_a_sweep_that_ran_nothing_is_tracked_all_the_same(ledger: Ledger, store: Store) -> None:
-    sweep = sweep_of([make_cell(seed=10)], started=30_000.0)
-    ledger.write_sweep(sweep)
-    with BackgroundTracker(ledger, store.uri, sweep.sweep_id):
-        pass
-    assert sweep.sweep_id in {run.data.tags[SWEEP_TAG] for run in store.parents()}
-
-
-@pytest.mark.parametrize("uri", ["http://127.0.0.1:9", "sqlite:///{folder}"])
-def test_a_store_that_cannot_be_reached_warns_and_stops_nothing(
-    uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    monkeypatch.setattr("mlflow.store.db.utils.MAX_RETRY_COUNT", 1)
-    ledger = by_hand(tmp_path)
-    uri = uri.format(folder=tmp_path)
-    with (
-        caplog.at_level(logging.WARNING, "tune_sparse.tracking"),
-        BackgroundTracker(ledger, uri, "sweep1000") as tracker,
-    ):
-        tracker.add(DONE.run_id)
-    [warning] = [record for record in caplog.records if record.name == "tune_sparse.tracking"]
-    assert f"MLflow at {uri} is not up to date" in warning.getMessage()
-    assert "`tune-sparse track` fills MLflow later" in warning.getMessage()
-    assert ledger.is_done(DONE.run_id)
-
-
 def test_the_store_is_sqlite_in_the_results_folder_unless_another_is_named(tmp_path: Path) -> None:
     named: dict[str, Any] = {"models": ("m",), "results_dir": tmp_path}
     assert tracking_uri(SweepConfig(**named)) == f"sqlite:///{tmp_path}/mlflow.db"
     assert tracking_uri(SweepConfig(**named, tracking_uri="http://mlflow:5000")) == "http://mlflow:5000"
+
+
+def test_mlflow_tracking_uri_names_the_store_where_nothing_else_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    named: dict[str, Any] = {"models": ("m",), "results_dir": tmp_path}
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow:5000")
+    assert tracking_uri(SweepConfig(**named)) == "http://mlflow:5000"
+    assert tracking_uri(SweepConfig(**named, tracking_uri="http://other:5000")) == "http://other:5000"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:hunter2@mlflow:5000")
+    with pytest.raises(InputError, match="MLFLOW_TRACKING_URI must hold no password"):
+        tracking_uri(SweepConfig(**named))
+
+
+class Meddling:
+    """A client beside which somebody else acts once, before the call that is named."""
+
+    def __init__(self, uri: str, before: str, act: Callable[..., object]) -> None:
+        self._client, self._before, self._act = client_of(uri), before, act
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        call = getattr(self._client, name)
+
+        def meddled(*arguments: Any, **named: Any) -> Any:
+            if name == self._before:
+                self._before = ""
+                self._act(*arguments)
+            return call(*arguments, **named)
+
+        return meddled
+
+
+@pytest.fixture
+def fresh(tmp_path: Path, empty_store: Path) -> tuple[Ledger, Store]:
+    """Six cells that nobody has tracked, and an empty store."""
+    copy(empty_store, tmp_path)
+    return by_hand(tmp_path), Store(default_uri(tmp_path))
+
+
+def assert_each_once(ledger: Ledger, store: Store) -> None:
+    """Each record is a whole run below the one parent, and nothing else is there."""
+    [parent], runs = store.parents(), store.runs()
+    assert sorted(run.data.tags.get(RUN_TAG, "") for run in runs) == sorted(["", *TRACKED])
+    for run in (DONE, FAILED, DENSE):
+        shown, record = store.of(run), ledger.record(run.run_id)
+        assert record is not None
+        assert shown.data.tags["mlflow.parentRunId"] == parent.info.run_id
+        assert shown.data.tags[RECORD_TAG] == record_hash(record)
+        assert shown.data.metrics.get("accuracy") == record.metrics.get("accuracy")
+        assert {file.path for file in store.client.list_artifacts(shown.info.run_id)} >= {"result.json", "train.log"}
+    assert {run.info.status for run in runs} <= {"FINISHED", "FAILED"}
+
+
+def test_two_writers_at_once_leave_each_run_once(fresh: tuple[Ledger, Store]) -> None:
+    ledger, store = fresh
+    writers = [Thread(target=track_ledger, args=(ledger, store.uri)) for _ in range(2)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    assert_each_once(ledger, store)
+
+
+@pytest.mark.parametrize("before", ["create_experiment", "create_run", "log_batch", "set_terminated", "delete_run"])
+def test_another_writer_in_the_middle_leaves_each_run_once(fresh: tuple[Ledger, Store], before: str) -> None:
+    ledger, store = fresh
+    if before == "delete_run":
+        track_ledger(ledger, store.uri)
+        store.client.update_run(store.of(DONE).info.run_id, "RUNNING")
+    client = Meddling(store.uri, before, lambda *_: track_ledger(ledger, store.uri))
+    assert Tracker(ledger, store.uri, client).fill(Tracker.fill_ledger) == 3
+    assert_each_once(ledger, store)
+
+
+def test_a_request_that_was_served_twice_leaves_one_run(fresh: tuple[Ledger, Store]) -> None:
+    """MLflow's client repeats a request whose answer was lost."""
+    ledger, store = fresh
+    client = Meddling(store.uri, "create_run", client_of(store.uri).create_run)
+    Tracker(ledger, store.uri, client).fill(Tracker.fill_ledger)
+    assert_each_once(ledger, store)
+
+
+def test_children_of_a_parent_that_was_removed_hang_below_the_one_that_stays(fresh: tuple[Ledger, Store]) -> None:
+    ledger, store = fresh
+    track_ledger(ledger, store.uri)
+    [parent] = store.parents()
+    store.client.delete_run(parent.info.run_id)
+    track_ledger(ledger, store.uri)
+    assert_each_once(ledger, store)
+
+
+def test_what_belongs_to_other_ledgers_is_left_alone(fresh: tuple[Ledger, Store], tmp_path: Path) -> None:
+    ledger, store = fresh
+    other, run = Ledger(tmp_path / "other"), make_run(make_cell(seed=77))
+    other.write_sweep(sweep_of([run.cell], started=7_000.0))
+    write_run(other, run, done_record(run))
+    track_ledger(other, store.uri)
+    theirs = {found.info.run_id for found in store.runs()}
+    store.client.update_run(store.of(run).info.run_id, "RUNNING")
+    track_ledger(ledger, store.uri)
+    assert len(theirs) == 2
+    assert theirs < {found.info.run_id for found in store.runs()}
+
+
+def test_a_run_whose_record_is_gone_goes_whatever_logged_it(fresh: tuple[Ledger, Store]) -> None:
+    ledger, store = fresh
+    track_ledger(ledger, store.uri)
+    store.client.delete_tag(store.of(DONE).info.run_id, RECORD_TAG)
+    ledger.set_aside(DONE.run_id, "to be repeated")
+    track_ledger(ledger, store.uri)
+    assert DONE.run_id not in {run.data.tags.get(RUN_TAG) for run in store.runs()}
+
+
+def test_orphans_of_other_ledgers_are_left_alone(fresh: tuple[Ledger, Store]) -> None:
+    ledger, store = fresh
+    track_ledger(ledger, store.uri)
+    experiment = store.client.get_experiment_by_name(EXPERIMENT).experiment_id
+    tags = {RUN_TAG: "theirs", "mlflow.parentRunId": "0" * 32}
+    theirs = store.client.create_run(experiment, tags=tags).info.run_id
+    tracker = Tracker(ledger, store.uri)
+    tracker.fill_ledger()
+    assert tracker.settle()
+    assert store.client.get_run(theirs).info.lifecycle_stage == "active"
+
+
+def test_candidates_go_with_their_search(fresh: tuple[Ledger, Store]) -> None:
+    ledger, store = fresh
+    folder = ledger.folder / "searches" / "one"
+    (folder / "trials").mkdir(parents=True)
+    write_json(folder / "config.json", {"started": 1_000.0, "task": "boolq"})
+    trial = {"state": "complete", "ranks": {"0.q": 16}, "accuracy": 0.5, "cost": {"parameters": 10}, "examples": 4}
+    for number in range(3):
+        write_json(folder / "trials" / f"{number}.json", {"number": number} | trial)
+    for best in (0.5, 0.6):
+        write_json(folder / "result.json", {"best": best})
+        track_ledger(ledger, store.uri)
+        [parent] = [run for run in store.runs() if SEARCH_TAG in run.data.tags]
+        candidates = [run for run in store.runs() if CANDIDATE_TAG in run.data.tags]
+        assert parent.data.metrics["best"] == best
+        assert {run.data.tags["mlflow.parentRunId"] for run in candidates} == {parent.info.run_id}
+        assert len(candidates) == 3
+
+
+def test_runs_are_read_page_by_page_each_once(fresh: tuple[Ledger, Store], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tune_sparse.tracking.PAGE_RUNS", 2)
+    ledger, store = fresh
+    track_ledger(ledger, store.uri)
+    assert_each_once(ledger, store)
+    experiment = store.client.get_experiment_by_name(EXPERIMENT).experiment_id
+    read = every_run(store.client, experiment)
+    next(read)
+    store.client.create_run(experiment)  # it is newest, and shifts the pages
+    assert len({run.info.run_id for run in read}) == 3

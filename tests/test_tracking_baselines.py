@@ -17,13 +17,15 @@ from test_published import published, write_published
 from analysis.baselines.published import as_runs
 from tune_sparse.cli import main
 from tune_sparse.result import Ledger
-from tune_sparse.tracking import COMPLETE_TAG, EXPERIMENT, RUN_TAG, default_uri, every_run, track_ledger
+from tune_sparse.tracking import EXPERIMENT, default_uri, every_run, track_ledger
 from tune_sparse.tracking_baselines import (
+    COMPLETE_TAG,
     PUBLISHED_EXPERIMENT,
     PUBLISHED_TAG,
     comparison_page,
     track_published,
 )
+from tune_sparse.tracking_entries import RUN_TAG
 
 ROWS = [
     published(model="tiny", task="boolq"),
@@ -135,4 +137,4 @@ def test_the_command_imports_the_built_in_numbers_and_a_file(
     assert "295 published runs are in sqlite" in capsys.readouterr().out
     client = MlflowClient(tracking_uri=default_uri(tmp_path))
     experiment = client.get_experiment_by_name(PUBLISHED_EXPERIMENT).experiment_id
-    assert len(every_run(client, experiment)) == 295
+    assert len(list(every_run(client, experiment))) == 295

@@ -232,7 +232,7 @@ def rows_of(folder, batch_size):
 
 def write_start(job, path):
     """The converted dense checkpoint, pruned, with the adapters that the training begins with."""
-    weights = dict(cstorch.load(job["checkpoint"], map_location="cpu")["model"])
+    weights = dict(loaded(job["checkpoint"]))
     weights.update(load_file(job["weights"]) if job["weights"] else {})
     for name, keep in keep_masks(job).items():
         weights[name] = weights[name] * keep
@@ -240,6 +240,13 @@ def write_start(job, path):
             weights[name + "_mask"] = keep
     weights.update(load_file(job["adapter"]))
     cstorch.save({"model": {"model." + name: tensor for name, tensor in weights.items()}}, path)
+
+
+def loaded(path):
+    """The tensors of a Cerebras checkpoint. cstorch unpickles, and so runs, what is not HDF5."""
+    if not h5py.is_hdf5(path):
+        raise ValueError("a Cerebras checkpoint must be HDF5, " + path + " is not. Remove it: it is made again.")
+    return cstorch.load(path, map_location="cpu")["model"]
 
 
 def keep_masks(job):
@@ -259,8 +266,8 @@ def write_adapter(job, folder):
     if (folder / "stop").exists():
         return {"steps": steps, "stopped": True}
     path = str(folder / "model_dir" / f"checkpoint_{job['steps']}.mdl")
-    trained = cstorch.load(path, map_location="cpu")["model"]
-    start = cstorch.load(str(folder / "start.mdl"), map_location="cpu")["model"]
+    trained = loaded(path)
+    start = loaded(str(folder / "start.mdl"))
     factors = [name for name in trained if name.endswith(("lora_A", "lora_B"))]
     adapter = {name[len("model.") :]: torch.tensor(trained[name].float().numpy()) for name in factors}
     save_file(adapter, str(folder / "adapter.safetensors"))

@@ -14,6 +14,7 @@ from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
+from tune_sparse.address import check_address
 from tune_sparse.errors import InputError, unknown_name
 
 MODES = ("dense", "sparse-to-dense", "sparse-to-sparse", "masked-finetuning")
@@ -253,7 +254,7 @@ class SweepConfig:
     gpus_per_trial: float | None = option("GPU, or a fraction of it, that a trial holds; none to pack by memory", 0.0)
     max_retries: int = option("new tries of a trial after an infrastructure error", 2)
     hang_seconds: float | None = option("a trial without progress for so long is tried again; none to wait", 1800.0)
-    tracking_uri: str | None = option("of MLflow; none for SQLite in the results folder", None)
+    tracking_uri: str | None = option("of MLflow; none for MLFLOW_TRACKING_URI, or SQLite in the results folder", None)
 
     def __post_init__(self) -> None:
         for axis in ("models", "tasks", "methods", "sparsities", "modes", "seeds", "backend"):
@@ -303,6 +304,7 @@ class SweepConfig:
         limit = self.hang_seconds
         rule(limit is None or limit > 0, "hang_seconds must be above 0 or none", limit, "Give seconds.")
         rule(self.max_retries >= 0, "max_retries must be at least 0", self.max_retries, "Give 0 or more.")
+        check_address("tracking_uri", self.tracking_uri or "")
 
     @property
     def backends(self) -> tuple[str, ...]:

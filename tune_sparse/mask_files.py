@@ -107,7 +107,8 @@ def _load_pt(path: Path) -> dict[str, Tensor]:
     try:
         masks: Any = torch.load(path, weights_only=True)
     except Exception as error:  # torch, pickle and zipfile each have their own
-        raise InputError(f"{path} must be a file of tensors that torch can load: {error}. Make it again.") from error
+        why = str(error).partition(". ")[0]  # the rest of what torch says is how to run code that the file brings
+        raise InputError(f"{path} must be a file of tensors and nothing else: {why}. Make it again.") from error
     if not isinstance(masks, dict) or not all(isinstance(mask, Tensor) for mask in masks.values()):
         raise InputError(f"{path} must map tensor names to masks, got {type(masks).__name__}. Make it again.")
     return masks

@@ -231,6 +231,9 @@ def _check_config(folder: Path) -> None:
     found = config.get("architectures") or ["no class at all"]
     if found[0] not in SWEPT:
         raise InputError(f"the class of a model must be {' or '.join(SWEPT)}, {path} says {found[0]}.")
+    kind = found[0].removesuffix("ForCausalLM").lower()
+    if config.get("model_type") != kind:  # transformers would look for code that the folder brings
+        raise InputError(f"the model_type of a {found[0]} must be {kind!r}, {path} says {config.get('model_type')!r}.")
     for name in REQUIRED_SIZES:
         if not isinstance(config.get(name), int):
             raise InputError(f"{path} must have the sizes of its model, {name!r} is missing. Add it.")

@@ -16,7 +16,7 @@ from tune_sparse.hang import Hang, take_hang
 from tune_sparse.holder import Holder
 from tune_sparse.progress import Progress
 from tune_sparse.result import Ledger, Record, Run
-from tune_sparse.tracking import BackgroundTracker
+from tune_sparse.tracking_thread import BackgroundTracker
 
 
 class Stop(tune.Stopper):

@@ -33,7 +33,8 @@ from tune_sparse.plan import (
 )
 from tune_sparse.progress import Progress
 from tune_sparse.result import Ledger, Run, SweepRecord
-from tune_sparse.tracking import BackgroundTracker, tracking_uri
+from tune_sparse.tracking import tracking_uri
+from tune_sparse.tracking_thread import BackgroundTracker, track_sweep
 
 if TYPE_CHECKING:
     from ray.tune import Callback, Stopper
@@ -69,7 +70,7 @@ def run_sweep(config: SweepConfig, retry_failed: bool = False, only: Collection[
     only: ids of the runs to run now; by default all that are missing.
     Raises `InputError` before any trial starts if anything is wrong with the input.
     """
-    ledger = Ledger(config.results_dir)
+    ledger, uri = Ledger(config.results_dir), tracking_uri(config)
     check_names(config)
     check_rows(config)
     check_folder(ledger.folder)
@@ -81,12 +82,13 @@ def run_sweep(config: SweepConfig, retry_failed: bool = False, only: Collection[
     started = time.perf_counter()
     with Holder(ledger.folder) as holder:
         ledger.remove_partial()
-        ledger.write_sweep(_keep_start(ledger, plan.record))
+        record = _keep_start(ledger, plan.record)
+        ledger.write_sweep(record)
         left = plan.missing(ledger, retry_failed)
         missing = [run for run in left if only is None or run.run_id in only]
         done_before = len(plan.runs) - len(left)
         progress = Progress(done_before + len(missing), done_before)
-        with BackgroundTracker(ledger, tracking_uri(config), plan.record.sweep_id) as tracker:
+        with track_sweep(ledger, uri, record) as tracker:
             stopped, workers = None, 1
             if missing:
                 if any(run.cerebras for run in missing):

@@ -11,10 +11,13 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 from urllib.parse import quote
 
-from tune_sparse.tracking import COMPLETE_TAG, EXPERIMENT, RUN_TAG, client_of, every_run
+from tune_sparse.tracking import EXPERIMENT, client_of, every_run
+from tune_sparse.tracking_entries import RUN_TAG
 
 PUBLISHED_EXPERIMENT = "tune-sparse published numbers"
 PUBLISHED_TAG = "tune_sparse.published"
+COMPLETE_TAG = "tune_sparse.complete"
+"""Without it a run was cut off in the middle of importing."""
 OURS_SHOWN, PUBLISHED_SHOWN = 6, 6
 """Columns of a comparison page that a person still reads."""
 HALF = 0.5
@@ -46,7 +49,7 @@ def track_published(runs: Sequence[PublishedRun], uri: str) -> int:
     found = client.get_experiment_by_name(PUBLISHED_EXPERIMENT)
     experiment = found.experiment_id if found else client.create_experiment(PUBLISHED_EXPERIMENT)
     wanted = {run.identity: run for run in runs}
-    for old in every_run(client, experiment):
+    for old in list(every_run(client, experiment)):
         tags = old.data.tags
         if PUBLISHED_TAG in tags and (COMPLETE_TAG not in tags or wanted.pop(tags[PUBLISHED_TAG], None) is None):
             client.delete_run(old.info.run_id)

@@ -54,7 +54,8 @@ def restore_into(
         found = state["identity"], [tuple(tensor.shape) for tensor in state["parameters"]]
         optimizer_state, so_far = state["optimizer"], state["so_far"]
     except Exception as error:  # what torch raises on a broken file is not declared: pickle, zip, key, runtime, EOF
-        raise BrokenStateError(f"{path} cannot be read whole ({type(error).__name__}: {error})") from error
+        why = str(error).partition(". ")[0]  # the rest of what torch says is how to run code that the file brings
+        raise BrokenStateError(f"{path} cannot be read whole ({type(error).__name__}: {why})") from error
     if found != (identity, [tuple(parameter.shape) for parameter in parameters]):
         return None
     for parameter, tensor in zip(parameters, state["parameters"], strict=True):

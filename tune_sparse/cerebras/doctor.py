@@ -6,27 +6,17 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from tune_sparse.cerebras import appliance
 from tune_sparse.cerebras.content_cache import limit_bytes, size_bytes
 from tune_sparse.cerebras.environment import CLUSTER_CONFIG, SiteEnvironment, find_environment
 from tune_sparse.errors import InputError
+from tune_sparse.finding import Finding
 from tune_sparse.paths import cache_dir
 
 TESTED = {"cerebras_pytorch": "2.10.0", "torch": "2.4.0"}
 QUOTA_SECONDS = 20
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing that was looked at."""
-
-    what: str
-    is_well: bool
-    found: str
-    fix: str = ""
 
 
 def examine() -> Iterator[Finding]:

@@ -1,40 +1,59 @@
-"""doctor: checks this machine."""
+"""doctor: checks this machine, a Ray cluster, the Cerebras environment."""
 
 from __future__ import annotations
 
 import argparse
 import json
-from typing import Any
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from tune_sparse.cli.command import FAULT, OK, add_command
-from tune_sparse.errors import InputError
+from tune_sparse.cli.command import DEFAULT_RESULTS, FAULT, OK, add_command
+
+if TYPE_CHECKING:
+    from tune_sparse.finding import Finding
+
+EXAMPLE = """examples:
+    tune-sparse doctor
+    tune-sparse doctor --ray --models tiny-llama --results-dir /shared/results
+    tune-sparse doctor --cerebras
+
+exit status: 0 all is well, 1 something is to be mended."""
 
 
 def add_commands(commands: Any) -> None:
-    doctor = add_command(
-        commands,
-        "doctor",
-        _doctor,
-        "check this machine, each fault with its fix",
-        "example:\n    tune-sparse doctor --cerebras",
-    )
+    doctor = add_command(commands, "doctor", _doctor, "check this machine, each fault with its fix", EXAMPLE)
+    doctor.add_argument("--ray", action="store_true", help="the Ray cluster at RAY_ADDRESS too, node by node")
     doctor.add_argument(
-        "--cerebras", action="store_true", help="the Cerebras environment, the cluster, csctl, the disk"
+        "--cerebras", action="store_true", help="the Cerebras environment, its cluster, csctl, the disk"
     )
+    doctor.add_argument("--models", nargs="+", default=[], metavar="MODEL", help="which each Ray node must see")
+    doctor.add_argument("--results-dir", type=Path, default=DEFAULT_RESULTS)
     doctor.add_argument("--json", action="store_true", help="print the findings as JSON")
 
 
 def _doctor(chosen: argparse.Namespace) -> int:
-    if not chosen.cerebras:
-        raise InputError("doctor checks what is asked for, got nothing. Give --cerebras.")
-    from tune_sparse.cerebras.doctor import examine
-
-    findings = list(examine())
+    findings = []
+    for finding in _findings(chosen):
+        findings.append(finding)
+        if not chosen.json:
+            print(f"{'ok  ' if finding.is_well else 'MEND'} {finding.what}: {finding.found}", flush=True)
+            if finding.fix:
+                print(f"     {finding.fix}", flush=True)
     if chosen.json:
         print(json.dumps([vars(finding) for finding in findings]))
-    else:
-        for finding in findings:
-            print(f"{'ok  ' if finding.is_well else 'MEND'} {finding.what}: {finding.found}")
-            if finding.fix:
-                print(f"     {finding.fix}")
     return OK if all(finding.is_well for finding in findings) else FAULT
+
+
+def _findings(chosen: argparse.Namespace) -> Iterator[Finding]:
+    """Of the Cerebras side alone where that is asked for: a user node may be no place for trials."""
+    from cluster import doctor as of_ray
+    from tune_sparse import doctor as of_machine
+    from tune_sparse.cerebras import doctor as of_cerebras
+
+    if chosen.ray or not chosen.cerebras:
+        yield from of_machine.examine(chosen.results_dir)
+    if chosen.ray:
+        yield from of_ray.examine(chosen.results_dir, chosen.models)
+    if chosen.cerebras:
+        yield from of_cerebras.examine()

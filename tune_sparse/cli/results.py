@@ -37,7 +37,9 @@ def add_commands(commands: Any) -> None:
 
     track = add_command(commands, "track", _track, "fill or rebuild MLflow from the ledger")
     add_results_dirs(track)
-    track.add_argument("--tracking-uri", help="of MLflow; SQLite in the first results folder if not given")
+    track.add_argument(
+        "--tracking-uri", help="of MLflow; default: MLFLOW_TRACKING_URI, or SQLite in the first results folder"
+    )
     track.add_argument(
         "--baselines",
         type=Path,
@@ -107,13 +109,17 @@ def _report(chosen: argparse.Namespace) -> int:
 
 
 def _track(chosen: argparse.Namespace) -> int:
-    from tune_sparse.tracking import default_uri, track_ledger
+    from tune_sparse.tracking import chosen_uri, track_ledger
     from tune_sparse.united import UnitedLedger
 
     folders = existing_folders(chosen.results_dir)
-    uri = chosen.tracking_uri or default_uri(folders[0])
+    uri = chosen_uri(chosen.tracking_uri, folders[0])
     published = _published(folders, chosen.baselines)
-    tracked = track_ledger(UnitedLedger(folders), uri)
+    try:
+        tracked = track_ledger(UnitedLedger(folders), uri)
+    except OSError as error:
+        print(f"tune-sparse: MLflow at {uri} is not up to date: {error}. The same command goes on.", file=sys.stderr)
+        return FAULT
     print(f"{tracked} runs of {', '.join(map(str, folders))} are in {uri}")
     if published is not None:
         from tune_sparse.tracking_baselines import track_published
@@ -146,7 +152,16 @@ def _ui(chosen: argparse.Namespace) -> int:
         print(f"our best {page.ours} runs beside {page.published} published: {address}/{page.address}", flush=True)
     if page and not page.published:
         print("`tune-sparse track --baselines` imports published numbers to stand beside them", flush=True)
-    server = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", default_uri(folder)]
+    server = [
+        sys.executable,
+        "-m",
+        "mlflow",
+        "server",
+        "--host",
+        "127.0.0.1",
+        "--backend-store-uri",
+        default_uri(folder),
+    ]
     with subprocess.Popen([*server, "--port", str(chosen.port)]) as process:
         try:
             if has_desktop():

@@ -129,11 +129,13 @@ def _search(chosen: argparse.Namespace) -> int:
     from analysis.search_report import compare, write_search_report
     from tune_sparse.result import Ledger
     from tune_sparse.search import run_search
-    from tune_sparse.tracking import track_search, tracking_uri
+    from tune_sparse.tracking import tracking_uri
+    from tune_sparse.tracking_thread import track_search
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("tune_sparse").setLevel(logging.INFO)
     found = []
+    uri = tracking_uri(configs[0].sweep)
     for config in configs:
         try:
             found.append(run_search(config))
@@ -144,7 +146,7 @@ def _search(chosen: argparse.Namespace) -> int:
             print(f"tune-sparse: {found[-1]['stopped']}. The same command goes on.", file=sys.stderr)
             return FAULT
         lines = write_search_report(config.sweep.results_dir, found[-1]["search_id"])
-        track_search(Ledger(config.sweep.results_dir), tracking_uri(config.sweep), found[-1]["search_id"])
+        track_search(Ledger(config.sweep.results_dir), uri, found[-1]["search_id"])
         if not chosen.json:
             print("\n".join(lines))
     if len(found) > 1:
