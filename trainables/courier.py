@@ -17,6 +17,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from tune_sparse.errors import InputError
+from tune_sparse.hang import progress
 from tune_sparse.holder import is_held_with
 from tune_sparse.outcomes import Outcome
 from tune_sparse.paths import aside, cache_dir, replace_folder
@@ -175,6 +176,7 @@ class LedgerAway(Ledger):
             for piece in pieces_of(path):
                 digest.update(piece)
                 self._ask(self._desk.take, name, file, piece)
+                progress()
             digests[file] = digest.hexdigest()
         return digests
 
