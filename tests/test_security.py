@@ -261,8 +261,10 @@ def test_secrets_of_the_environment_are_written_nowhere(
 def test_secrets_of_the_environment_are_not_written_by_a_cerebras_child(
     site: Path, planted: dict[str, str], llama: Path, tmp_path: Path
 ) -> None:
-    command = [sys.executable, "-m", "tune_sparse", "sweep", "smoke", "--models", str(llama), "--tasks", "boolq"]
+    few = ["--tasks", "boolq", "--methods", "unstructured", "--sparsities", "0.5", "--modes", "sparse-to-dense"]
+    command = [sys.executable, "-m", "tune_sparse", "sweep", "smoke", "--models", str(llama), *few]
     command += ["--backend", "cerebras", "--cerebras-target", "cpu", "--results-dir", str(tmp_path / "results")]
+    command += ["--max-retries", "0", "--set", "steps=4", "n_test=20"]
     run = subprocess.run(command, env=os.environ | planted, capture_output=True, text=True, timeout=PATIENCE_SECONDS)
     assert list((tmp_path / "results" / "runs").iterdir()), run.stderr
     for secret in planted.values():

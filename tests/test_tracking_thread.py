@@ -158,7 +158,7 @@ def test_a_store_that_stays_down_is_reported_once_and_may_be_filled_later(
         record(ledger, tracker, *RUNS)
         until(lambda: flaky.calls_when_down > 3)
         ended = time.monotonic()
-    assert time.monotonic() - ended < 3
+    assert time.monotonic() - ended < 5
     [warning] = [r.getMessage() for r in caplog.records if r.name == LOGGER]
     assert warning.startswith(f"MLflow at {default_uri(ledger.folder)} is not up to date (MlflowException: down).")
     assert warning.endswith("`tune-sparse track` fills MLflow later.")

@@ -19,7 +19,9 @@ logger = logging.getLogger(__name__)
 
 PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 1.0, 30.0
 """Between two tries of a store that fails, doubled each time."""
-SERVER_SECONDS, FILE_SECONDS = 3.0, 60.0
+AGAIN_SECONDS = 3.0
+"""How long after the end a store that fails is tried again."""
+SERVER_SECONDS, FILE_SECONDS = 10.0, 60.0
 """How long the end waits for one answer. A database in a file is slow while it is made, but it is there."""
 POLL_SECONDS = 0.05
 HTTP_LIMITS = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "10", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
@@ -67,7 +69,7 @@ class BackgroundTracker:
 
     def _is_over(self) -> bool:
         """Whether it is too late for another try."""
-        return self._ended_at is not None and time.monotonic() - self._ended_at > self._patience_seconds
+        return self._ended_at is not None and time.monotonic() - self._ended_at > AGAIN_SECONDS
 
     def _work(self) -> None:
         # MLflow's imports wait for the first result, so that they do not slow the start of the workers.

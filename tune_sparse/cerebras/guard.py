@@ -57,9 +57,15 @@ class Guarded:
     ) -> None:
         """label: of the appliance's jobs to cancel, None where there is no appliance."""
         self.folder = folder
-        order = {"command": [str(part) for part in command], "variables": dict(variables), "label": label}
-        _write_json(folder / "guard.json", order | {"timeout_seconds": timeout_seconds})
         own = os.environ | {"PYTHONPATH": str(PACKAGE_ROOT)}
+        # What the guard inherits is not written down: secrets are among it.
+        changed = {name: value for name, value in variables.items() if own.get(name) != value}
+        order = {
+            "command": [str(part) for part in command],
+            "variables": changed,
+            "unset": sorted({*own} - {*variables}),
+        }
+        _write_json(folder / "guard.json", order | {"label": label, "timeout_seconds": timeout_seconds})
         starter = [sys.executable, "-m", "tune_sparse.cerebras.guard", str(folder.resolve())]
         with (folder / "guard.log").open("w") as log:
             self._process = subprocess.Popen(starter, stdin=subprocess.PIPE, stdout=log, stderr=log, env=own)
@@ -142,7 +148,7 @@ def _await_pid(folder: Path) -> None:
 def _started(order: Mapping[str, Any], log: IO[str]) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
         order["command"],
-        env=order["variables"],
+        env={n: value for n, value in os.environ.items() if n not in order["unset"]} | order["variables"],
         stdin=subprocess.DEVNULL,
         stdout=log,
         stderr=log,
