@@ -13,7 +13,7 @@ from typing import Any
 from search_spaces.matrix import PRESETS
 from tune_sparse.cli.command import FAULT, OK, add_command, settings_of
 from tune_sparse.config import HUB_ROWS, Cerebras, Protocol, SweepConfig
-from tune_sparse.errors import InputError, NotReadyError, RunError, unknown_name
+from tune_sparse.errors import DISK_FULL, InputError, NotReadyError, RunError, unknown_name
 from tune_sparse.tasks import TASKS
 
 NESTED = ("protocol", "cerebras")
@@ -97,6 +97,8 @@ def _sweep(chosen: argparse.Namespace) -> int:
     from tune_sparse.sweep import run_sweep
 
     outcome = run_sweep(config, chosen.retry_failed)
+    if outcome.stopped and any(message in outcome.stopped for message in DISK_FULL):
+        raise OSError(outcome.stopped)  # nor could a report be written
     complete = outcome.done == len(outcome.plan.runs)
     report = write_report([config.results_dir], [outcome.plan.record.sweep_id])
     if chosen.json:
