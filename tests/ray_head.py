@@ -56,6 +56,7 @@ def ray_head(num_cpus: int = 2, **environment: str) -> Iterator[Head]:
     port, dashboard, agent = free_ports(3)
     everything = os.environ | {
         "RAY_AUTH_MODE": "token",
+        "RAY_JOB_STOP_WAIT_TIME_S": "60",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         **environment,

@@ -13,7 +13,7 @@ from typing import Any
 from search_spaces.matrix import PRESETS
 from tune_sparse.cli.command import FAULT, OK, add_command, settings_of
 from tune_sparse.config import HUB_ROWS, Cerebras, Protocol, SweepConfig
-from tune_sparse.errors import DISK_FULL, InputError, NotReadyError, RunError, unknown_name
+from tune_sparse.errors import InputError, NotReadyError, RunError, unknown_name
 from tune_sparse.tasks import TASKS
 
 NESTED = ("protocol", "cerebras")
@@ -97,15 +97,15 @@ def _sweep(chosen: argparse.Namespace) -> int:
     from tune_sparse.sweep import run_sweep
 
     outcome = run_sweep(config, chosen.retry_failed)
-    if outcome.stopped and any(message in outcome.stopped for message in DISK_FULL):
-        raise OSError(outcome.stopped)  # nor could a report be written
     complete = outcome.done == len(outcome.plan.runs)
-    report = write_report([config.results_dir], [outcome.plan.record.sweep_id])
+    # Of a stopped one somebody awaits the end, or the disk is full; `report` writes it all the same.
+    report = None if outcome.stopped else write_report([config.results_dir], [outcome.plan.record.sweep_id])
+    faults = report.faults if report else 0
     if chosen.json:
-        values = {name: getattr(outcome, name) for name in ("ran", "done", "failed", "left", "seconds", "utilisation")}
-        print(json.dumps(values | {"faults": report.faults}))
-        return OK if complete and not report.faults else FAULT
-    print("\n".join(report.lines))
+        names = ("ran", "done", "failed", "left", "stopped", "seconds", "utilisation")
+        print(json.dumps({name: getattr(outcome, name) for name in names} | {"faults": faults}))
+        return OK if complete and not faults else FAULT
+    print("\n".join(report.lines if report else ()))
     used = f", utilisation {outcome.utilisation:.2f}" if outcome.utilisation is not None else ""
     print(f"{outcome.ran} trainings in {duration(outcome.seconds)}{used}.")
     print(f"Look at them with `tune-sparse ui --results-dir {config.results_dir}`.")
@@ -116,7 +116,7 @@ def _sweep(chosen: argparse.Namespace) -> int:
             "The same command resumes; `tune-sparse status` has the reasons.",
             file=sys.stderr,
         )
-    return OK if complete and not report.faults else FAULT
+    return OK if complete and not faults else FAULT
 
 
 def _lower(config: SweepConfig, chosen: argparse.Namespace) -> int:
