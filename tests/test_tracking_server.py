@@ -169,15 +169,20 @@ def test_a_sweep_tracked_by_a_server_keeps_its_files_there(server: MlflowServer)
 def test_track_on_a_database_without_a_server(
     database: Postgres, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The same runs are already there: nothing is added."""
+    """Twice, and nothing is added the second time."""
+    import psycopg
+
+    with psycopg.connect(database.uri, autocommit=True) as connection:
+        connection.execute("CREATE DATABASE direct")
+    uri = database.uri.replace("/postgres?", "/direct?")
     ledger = small_ledger(tmp_path / "direct", range(3))
     for seed in range(3):
         run = make_run(make_cell(seed=seed))
         write_run(ledger, run, done_record(run))
     for _ in range(2):
-        assert main(["track", "--results-dir", str(ledger.folder), "--tracking-uri", database.uri]) == 0
+        assert main(["track", "--results-dir", str(ledger.folder), "--tracking-uri", uri]) == 0
         assert "3 runs of" in capsys.readouterr().out
-    runs = everything(MlflowClient(database.uri))
+    runs = everything(MlflowClient(uri))
     mine = {f"sweep{1_000}", *(make_run(make_cell(seed=seed)).run_id for seed in range(3))}
     names = Counter(run.data.tags.get(RUN_TAG) or run.data.tags[SWEEP_TAG] for run in runs)
     assert {name: names[name] for name in mine} == dict.fromkeys(mine, 1)
