@@ -14,6 +14,8 @@ import pytest
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from tune_sparse.cerebras.environment import SiteEnvironment
+
 # As a trial computes. More threads than cores wait for each other, here and in every process that a test starts.
 os.environ["OMP_NUM_THREADS"] = "1"
 
@@ -159,3 +161,14 @@ def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("mlflow")
     client_of(default_uri(folder)).search_experiments()
     return folder / "mlflow.db"
+
+
+@pytest.fixture(scope="session")
+def environment() -> SiteEnvironment:
+    """The Cerebras environment of this machine, with Model Zoo."""
+    from tune_sparse.cerebras.environment import find_environment
+
+    for name in ("CEREBRAS_VENV", "MODELZOO"):
+        if not os.environ.get(name):
+            pytest.skip(f"{name} is not set: see docs/cerebras.md")
+    return find_environment()

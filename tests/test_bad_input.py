@@ -97,7 +97,10 @@ FLAGS = [
     (["--methods", "taylor", "--set", "calibration_order=sequential"], r"taylor needs gradients of the whole dense"),
     (["--set", "calibration_rows=0"], r"calibration_rows must be at least 1, got 0\."),
     (["--modes", "sparse-to-dence"], r"unknown mode 'sparse-to-dence'\. Did you mean 'sparse-to-dense'"),
-    (["--backend", "pytorch"], r"unknown backend 'pytorch'\. Did you mean 'torch'\? Known: cerebras, torch\."),
+    (
+        ["--backend", "pytorch"],
+        r"unknown backend 'pytorch'\. Did you mean 'torch'\? Known: both, cerebras, split, torch\.",
+    ),
     (["--models", "tiny-lama"], r"got 'tiny-lama', which is none of them\. Did you mean 'tiny-llama'\?"),
     (["--models", "/no/such/model"], r"a model is .*got '/no/such/model', which is none of them\. Mend the name or"),
     (["--models", "no such/model"], r"'no such/model'"),

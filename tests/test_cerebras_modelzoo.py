@@ -7,7 +7,6 @@ a checkout of Model Zoo, which is not on PyPI.
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -18,7 +17,7 @@ import torch
 from factories import finished, tiny_run
 
 from tune_sparse.cerebras.conversion import cerebras_name, interleaved, to_cerebras, to_hugging_face
-from tune_sparse.cerebras.environment import SiteEnvironment, find_environment
+from tune_sparse.cerebras.environment import SiteEnvironment
 from tune_sparse.cerebras.failures import failure_of
 from tune_sparse.cerebras.preflight import lower, matrix_shapes
 from tune_sparse.models import check_checkpoint, prunable_weights, read_config
@@ -27,14 +26,6 @@ from tune_sparse.tensor_files import TensorFiles, weight_files
 
 LOSS_TOLERANCE = 5e-3
 """Relative, of 20 losses in float32. Model Zoo's AdamW adds epsilon before its bias correction, torch's after it."""
-
-
-@pytest.fixture(scope="module")
-def environment() -> SiteEnvironment:
-    for name in ("CEREBRAS_VENV", "MODELZOO"):
-        if not os.environ.get(name):
-            pytest.skip(f"{name} is not set: see docs/cerebras.md")
-    return find_environment()
 
 
 def run_there(environment: SiteEnvironment, code: str, *arguments: object) -> None:

@@ -20,6 +20,7 @@ import torch
 from ray_head import PATIENCE_SECONDS, Head, ray_head
 
 from tune_sparse.adapter_files import load_adapter
+from tune_sparse.cerebras.environment import SiteEnvironment
 from tune_sparse.cli import main
 from tune_sparse.cli.command import BAD_INPUT
 from tune_sparse.errors import InputError
@@ -138,12 +139,15 @@ def test_code_in_a_yaml_file_is_refused(text: str, sprung: Path, tmp_path: Path)
 
 
 @pytest.mark.cerebras
-def test_a_pickle_as_a_cerebras_checkpoint_is_refused(sprung: Path, tmp_path: Path) -> None:
+def test_a_pickle_as_a_cerebras_checkpoint_is_refused(
+    environment: SiteEnvironment, sprung: Path, tmp_path: Path
+) -> None:
     torch.save({"model": Trap(sprung)}, tmp_path / "model.mdl")
     code = f"import cerebras_child; cerebras_child.loaded({str(tmp_path / 'model.mdl')!r})"
-    paths = os.pathsep.join([str(ROOT / "trainables"), os.environ["MODELZOO"]])
-    python = Path(os.environ["CEREBRAS_VENV"]) / "bin" / "python"
-    run = subprocess.run([python, "-c", code], env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True)
+    variables = environment.variables()
+    paths = os.pathsep.join([str(ROOT / "trainables"), variables["PYTHONPATH"]])
+    command = [str(environment.python), "-c", code]
+    run = subprocess.run(command, env=variables | {"PYTHONPATH": paths}, capture_output=True, text=True)
     assert "a Cerebras checkpoint must be HDF5" in run.stderr
 
 
