@@ -41,7 +41,13 @@ def handed_out(source: Dispatcher, ids: str) -> list[str | None]:
 
 def test_every_kind_of_hardware_is_busy_from_the_start_and_one_more_of_each_waits() -> None:
     names = handed_out(dispatcher(), "abcdefghij")
-    assert names == ["cs3 0", "cs3 1", "gpu 0", "gpu 1", "gpu 2", "gpu 3", "cs3 2", "gpu 4", None, None]
+    assert names == ["cs3 0", "gpu 0", "cs3 1", "gpu 1", "gpu 2", "gpu 3", "cs3 2", "gpu 4", None, None]
+
+
+def test_lanes_that_share_what_is_scarce_have_equal_parts_of_it() -> None:
+    lanes = {"cerebras": trials("cs3", 9, {"CPU": 1, "CS3_TRIAL": 1}), "torch": trials("cpu", 9, {"CPU": 1})}
+    source = Dispatcher(lanes, dict, lambda: {"CPU": 4, "CS3_TRIAL": 4})
+    assert handed_out(source, "abcd") == ["cs3 0", "cpu 0", "cs3 1", "cpu 1"]
 
 
 def test_what_ends_is_followed_by_the_next_of_its_lane() -> None:
@@ -49,7 +55,7 @@ def test_what_ends_is_followed_by_the_next_of_its_lane() -> None:
     handed_out(source, "abcdefgh")
     source.on_trial_complete("a")
     assert handed_out(source, "ij") == ["cs3 3", None], "cs3 2 takes the place, the next waits"
-    source.on_trial_complete("d", error=True)
+    source.on_trial_complete("b", error=True)
     assert handed_out(source, "kl") == ["gpu 5", None]
 
 

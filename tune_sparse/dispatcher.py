@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -36,8 +36,9 @@ class Dispatcher(Searcher):
     No trial stands in the way of another lane's, and Tune never holds, or copies, more than what runs. Beside other
     lanes a full lane has one trial wait in Tune: without it, Tune ends the lane's worker with its trial.
 
-    lanes: the scarcest hardware first. trial_of: the trial of an item, which has `resources`, asked for when it is its
-    turn. total: resources of the whole cluster. limit: trials at once, of a single lane. stop: ends it.
+    lanes: the scarcest hardware first, which decides between lanes that have as many trials. trial_of: the trial of an
+    item, which has `resources`, asked for when it is its turn. total: resources of the whole cluster. limit: trials at
+    once, of a single lane. stop: ends it.
     """
 
     def __init__(
@@ -65,10 +66,10 @@ class Dispatcher(Searcher):
         if len(self._live) == self._limit:
             return None
         heads = {name: self._trial_of(lane[0]) for name, lane in self._lanes.items() if lane}
-        free = self._free()
-        chosen = next((name for name, trial in heads.items() if fits(trial["resources"], free)), None)
-        has_room = chosen is not None
-        chosen = chosen or next(filter(self._may_wait, heads), None)
+        free, live = self._free(), Counter(live.lane for live in self._live.values())
+        fitting = [name for name, trial in heads.items() if fits(trial["resources"], free)]
+        has_room = bool(fitting)
+        chosen = min(fitting or filter(self._may_wait, heads), key=live.__getitem__, default=None)
         if chosen is None:
             self._warn_if_stuck(heads.values())
             return None
