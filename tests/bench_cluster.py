@@ -165,7 +165,7 @@ def makespans() -> dict[str, float]:
 def growth() -> dict[str, float]:
     """Seconds that planning, resuming and `status` take with a large ledger."""
     with tempfile.TemporaryDirectory() as folder:
-        config = SweepConfig.from_names(PRESETS["embedded"] | {"seeds": range(SEEDS), "results_dir": folder})
+        config = SweepConfig.from_names(PRESETS["embedded"] | {"seeds": tuple(range(SEEDS)), "results_dir": folder})
         started = time.perf_counter()
         plan = plan_sweep(config)
         planned = time.perf_counter() - started

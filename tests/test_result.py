@@ -432,3 +432,12 @@ def test_an_empty_folder_has_no_sweeps_and_no_records(ledger: Ledger) -> None:
     assert ledger.sweeps() == []
     assert ledger.record("any") is None
     ledger.remove_partial()
+
+
+def test_what_a_broken_disk_left_of_an_accuracy_before_tuning_is_measured_again(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path)
+    ledger.write_untuned("one", {"metrics": {"accuracy": 0.5}}, [])
+    (tmp_path / "untuned" / "one.json").write_bytes(b"")
+    assert ledger.untuned("one") is None
+    ledger.write_untuned("one", {"metrics": {"accuracy": 0.25}}, [])
+    assert ledger.untuned("one") == {"metrics": {"accuracy": 0.25}}

@@ -238,16 +238,24 @@ class Ledger:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def untuned(self, untuned_id: str) -> dict[str, Any] | None:
-        path = self.folder / "untuned" / f"{untuned_id}.json"
-        return read_json(path) if path.exists() else None
+        """Metrics of a pruned model before tuning, or None if no readable file has them."""
+        try:
+            known: dict[str, Any] = read_json(self.folder / "untuned" / f"{untuned_id}.json")
+        except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError):
+            return None
+        return known
 
     def write_untuned(self, untuned_id: str, value: dict[str, Any], outcomes: Iterable[Outcome]) -> None:
         """Unless another worker did, whose metrics its runs may have copied by now."""
         if self.untuned(untuned_id) is not None:
             return
-        (self.folder / "untuned").mkdir(parents=True, exist_ok=True)
-        write_outcomes(self.folder / "untuned" / f"{untuned_id}.parquet", outcomes)
-        write_json(self.folder / "untuned" / f"{untuned_id}.json", value)
+        folder = self.folder / "untuned"
+        folder.mkdir(parents=True, exist_ok=True)
+        record, answers = folder / f"{untuned_id}.json", folder / f"{untuned_id}.parquet"
+        write_outcomes(answers, outcomes)
+        flush(answers)
+        write_json(record, value)
+        flush(record, folder)
 
     def searches(self) -> list[Path]:
         """The folder of every search that was started here."""
