@@ -14,9 +14,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
-from analysis.style import COLOURS
-from tune_sparse.paths import aside
-from tune_sparse.search_config import FLOPS_TOKENS
+from analysis.report.style import COLOURS
+from tune_sparse.files import aside
+from tune_sparse.search.config import FLOPS_TOKENS
 
 Found = Mapping[str, Any]
 

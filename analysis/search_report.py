@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from tune_sparse.paths import read_json, write_text
+from tune_sparse.files import read_json, write_text
 
 COLUMNS = ("name", "accuracy", "parameters", "parameters_fraction", "difference_from_maximal", "low", "high")
 

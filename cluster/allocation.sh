@@ -16,11 +16,11 @@ run_on_ray() {
 
     on "${nodes[0]}" ray start --head --block --disable-usage-stats --dashboard-host=127.0.0.1 \
         --node-ip-address="${RAY_ADDRESS%:*}" --port="${RAY_ADDRESS##*:}" > ray_head.log 2>&1 &
-    python -m cluster.nodes 1 "$NODES_SECONDS"
+    python -m tune_sparse.sweep.nodes 1 "$NODES_SECONDS"
     for node in "${nodes[@]:1}"; do
         on "$node" ray start --block --disable-usage-stats --address="$RAY_ADDRESS" > "ray_$node.log" 2>&1 &
     done
-    python -m cluster.nodes "${#nodes[@]}" "$NODES_SECONDS"
+    python -m tune_sparse.sweep.nodes "${#nodes[@]}" "$NODES_SECONDS"
 
     local status=0
     timeout --signal=TERM "$LIMIT" tune-sparse "$@" || status=$?

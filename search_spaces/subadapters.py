@@ -1,6 +1,6 @@
 """Spaces of LoRA sub-adapters: groups of modules that share a rank in every layer, and the ranks to choose from.
 
-A preset maps names of `tune_sparse.space.Group` to its modules and ranks. The super-adapter's own rank is the
+A preset maps names of `tune_sparse.lora.rank_space.Group` to its modules and ranks. The super-adapter's own rank is the
 protocol's `lora_rank`; a group without a choice keeps its only rank in every layer.
 """
 

@@ -36,11 +36,11 @@ from ray import tune
 
 from search_spaces.matrix import PRESETS
 from tune_sparse.config import SweepConfig
-from tune_sparse.dispatcher import Dispatcher
-from tune_sparse.forecast import longest_first
-from tune_sparse.plan import plan_sweep
-from tune_sparse.result import Ledger, Run
-from tune_sparse.sweep import capacity, fit_trials, started_ray
+from tune_sparse.ledger.ledger import Ledger, Run
+from tune_sparse.sweep.driver import capacity, fit_trials, started_ray
+from tune_sparse.sweep.forecast import longest_first
+from tune_sparse.sweep.plan import plan_sweep
+from tune_sparse.sweep.scheduler import Dispatcher
 
 TRIALS = 10_000
 FIRST = 1_000

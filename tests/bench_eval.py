@@ -36,13 +36,13 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from tune_sparse.config import Protocol
-from tune_sparse.data import Encoded, load_test
-from tune_sparse.embedded_models import embedded_model
-from tune_sparse.evaluate import encode_test, score
-from tune_sparse.likelihood import log_likelihoods
-from tune_sparse.models import load_model, load_tokenizer
-from tune_sparse.task import AnswerTask, ChoiceTask, Row
-from tune_sparse.tasks import TASKS
+from tune_sparse.data.splits import Encoded, load_test
+from tune_sparse.data.task_types import AnswerTask, ChoiceTask, Row
+from tune_sparse.data.tasks import TASKS
+from tune_sparse.evaluation.likelihood import log_likelihoods
+from tune_sparse.evaluation.scoring import encode_test, score
+from tune_sparse.models.checkpoints import load_model, load_tokenizer
+from tune_sparse.models.toy_models import embedded_model
 
 REPEATS = 3
 DATA_DIR = SHARED_DATA if SHARED_DATA.is_dir() else None

@@ -27,9 +27,9 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tune_sparse.config import Protocol
-from tune_sparse.lora import adapt_model
-from tune_sparse.masked_linear import Workspace, choose_way
-from tune_sparse.models import PRUNED, prunable_weights, write_weights_into
+from tune_sparse.lora.layer import adapt_model
+from tune_sparse.lora.masked_linear import Workspace, choose_way
+from tune_sparse.models.checkpoints import PRUNED, prunable_weights, write_weights_into
 
 RANK, SCALING, WIDTH = 16, 2.0, 4096
 

@@ -29,9 +29,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tune_sparse.levels import level_map, pack, row_level_map
-from tune_sparse.masks import pruned_count
-from tune_sparse.sparsegpt import BLOCK, inverse_factor, sparsegpt
+from tune_sparse.pruning.level_maps import level_map, pack, row_level_map
+from tune_sparse.pruning.masks import pruned_count
+from tune_sparse.pruning.sparsegpt import BLOCK, inverse_factor, sparsegpt
 
 SPARSITIES = [round(0.1 * level, 1) for level in range(1, 10)]
 SIZE = 4096
@@ -219,7 +219,7 @@ def read_seconds(folder: Path) -> float:
 def prune_slice(scratch: str, method: str, queue: Any) -> None:
     """In a process of its own, so that its peak memory is that of pruning. A small model first: imports, figures."""
     from trainables.hardware import peak_memory_bytes, reset_peak_memory
-    from tune_sparse.prune import Request, run
+    from tune_sparse.pruning.prune_checkpoint import Request, run
 
     def seconds(name: str) -> tuple[float, float]:
         folder = Path(scratch) / name

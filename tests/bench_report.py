@@ -40,7 +40,7 @@ def one(count: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         ledger = sound_ledger(Path(folder) / "results", islice(cells(), count), replace(PROTOCOL, n_test=200))
         wall, cpu = time.perf_counter(), time.process_time()
-        from analysis.report import write_report
+        from analysis.report.report import write_report
 
         report = write_report([ledger.folder])
         spent = {"wall_seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}

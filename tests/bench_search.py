@@ -30,20 +30,20 @@ import torch.nn.functional as F
 
 from search_spaces import subadapters
 from search_spaces.matrix import PRESETS
-from trainables.slice_scorer import SliceScorer
-from trainables.torch_backend import Bench, run_cell
-from tune_sparse.candidates import Candidate
+from trainables.pipeline import Bench, run_cell
 from tune_sparse.config import SweepConfig
-from tune_sparse.evaluate import outcomes_of
-from tune_sparse.masked_linear import DenseStored, Workspace
-from tune_sparse.paths import read_json
-from tune_sparse.racing import WARM_UP, Marks, Race, asked_first, stages_of
-from tune_sparse.result import Ledger
-from tune_sparse.search import plan_search
-from tune_sparse.search_config import SAMPLERS, SearchConfig
-from tune_sparse.searchers import searcher_named
-from tune_sparse.space import Group, Ranks, Space
-from tune_sparse.subadapter import Layer, layers_of
+from tune_sparse.evaluation.scoring import outcomes_of
+from tune_sparse.files import read_json
+from tune_sparse.ledger.ledger import Ledger
+from tune_sparse.lora.masked_linear import DenseStored, Workspace
+from tune_sparse.lora.rank_space import Group, Ranks, Space
+from tune_sparse.lora.slices import Layer, layers_of
+from tune_sparse.search.config import SAMPLERS, SearchConfig
+from tune_sparse.search.driver import plan_search
+from tune_sparse.search.journal import Candidate
+from tune_sparse.search.racing import WARM_UP, Marks, Race, asked_first, stages_of
+from tune_sparse.search.samplers import searcher_named
+from tune_sparse.search.scorer import SliceScorer
 
 TOKENS = 20_000
 """Of an evaluation: 200 questions of 100 tokens."""

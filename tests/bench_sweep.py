@@ -25,10 +25,10 @@ from ray import tune
 
 from search_spaces.matrix import PRESETS
 from tune_sparse.config import SweepConfig
-from tune_sparse.dispatcher import Dispatcher
-from tune_sparse.plan import plan_sweep
-from tune_sparse.result import Ledger
-from tune_sparse.sweep import capacity, fit_trials, started_ray
+from tune_sparse.ledger.ledger import Ledger
+from tune_sparse.sweep.driver import capacity, fit_trials, started_ray
+from tune_sparse.sweep.plan import plan_sweep
+from tune_sparse.sweep.scheduler import Dispatcher
 
 TRIALS = 100
 
@@ -72,7 +72,7 @@ def trial_overhead_seconds() -> float:
 
 def worker_memory(cells: int = TRIALS) -> tuple[list[float], int]:
     """Resident MB after every tenth of `cells` cells in one worker, and its model loads."""
-    from trainables.torch_backend import Bench, run_cell
+    from trainables.pipeline import Bench, run_cell
 
     with tempfile.TemporaryDirectory() as folder:
         few = {"steps": 2, "n_test": 40, "results_dir": folder, "models": ("tiny-llama",), "warmup_fraction": 0.0}

@@ -39,7 +39,7 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture(scope="session")
 def llama(own_cache: Path) -> Path:
     """A Llama checkpoint that has learned next to nothing."""
-    from tune_sparse.embedded_models import embedded_model
+    from tune_sparse.models.toy_models import embedded_model
 
     return embedded_model("tiny-llama", steps=2)
 
@@ -47,7 +47,7 @@ def llama(own_cache: Path) -> Path:
 @pytest.fixture(scope="session")
 def mistral(own_cache: Path) -> Path:
     """A Mistral checkpoint with a sliding window that has learned next to nothing."""
-    from tune_sparse.embedded_models import embedded_model
+    from tune_sparse.models.toy_models import embedded_model
 
     return embedded_model("tiny-mistral", steps=2)
 
@@ -116,14 +116,14 @@ def folder(request: pytest.FixtureRequest) -> Path:
 def model(folder: Path) -> PreTrainedModel:
     import torch
 
-    from tune_sparse.models import load_model
+    from tune_sparse.models.checkpoints import load_model
 
     return load_model(folder, torch.float32, torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
 def tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    from tune_sparse.models import load_tokenizer
+    from tune_sparse.models.checkpoints import load_tokenizer
 
     return load_tokenizer(folder)
 
@@ -156,7 +156,7 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture(scope="session")
 def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The database of an MLflow that tracks nothing yet: to copy, since making one takes seconds."""
-    from tune_sparse.tracking import client_of, default_uri
+    from tune_sparse.tracking.sync import client_of, default_uri
 
     folder = tmp_path_factory.mktemp("mlflow")
     client_of(default_uri(folder)).search_experiments()

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from tune_sparse.config import Cell, Protocol
-from tune_sparse.paths import write_json, write_lines
-from tune_sparse.result import Ledger, Record, Run, SweepRecord, readable_id, write_config
-from tune_sparse.task import AnswerTask, PromptTask
-from tune_sparse.tasks import TASKS
+from tune_sparse.data.task_types import AnswerTask, PromptTask
+from tune_sparse.data.tasks import TASKS
+from tune_sparse.files import write_json, write_lines
+from tune_sparse.ledger.ledger import Ledger, Record, Run, SweepRecord, readable_id, write_config
 
 CELL = {
     "model": "tiny",
@@ -49,9 +49,9 @@ TINY_PROTOCOL = Protocol(
 
 def tiny_run(model: Path, data_dir: Path | None = None, **changes: Any) -> Run:
     """A run of seconds on a real checkpoint; `changes` are of its cell or its protocol."""
-    from tune_sparse.data import fingerprint_of, load_splits
-    from tune_sparse.models import check_checkpoint
-    from tune_sparse.tasks import tasks_named
+    from tune_sparse.data.splits import fingerprint_of, load_splits
+    from tune_sparse.data.tasks import tasks_named
+    from tune_sparse.models.checkpoints import check_checkpoint
 
     cell = Cell("model", "boolq", "unstructured", 0.5, "sparse-to-sparse", 0, "torch")
     own = {name: changes.pop(name) for name in list(changes) if name in vars(cell)}
@@ -70,7 +70,7 @@ def tiny_run(model: Path, data_dir: Path | None = None, **changes: Any) -> Run:
 
 def finished(run: Run, ledger: Ledger, bench: Any = None) -> Record:
     """The record of a run, once it has run: on `bench`, or on one that has done nothing before."""
-    from trainables.torch_backend import Bench, run_cell
+    from trainables.pipeline import Bench, run_cell
 
     steps = run_cell(run, ledger, bench or Bench())
     while True:
@@ -147,7 +147,7 @@ def write_run(ledger: Ledger, run: Run, record: Record) -> Path:
 
 
 def sweep_of(cells: Iterable[Cell], started: float = 1_000.0, **run_changes: Any) -> SweepRecord:
-    """A sweep that asked for `cells`, each served as `tune_sparse.plan` decides."""
+    """A sweep that asked for `cells`, each served as `tune_sparse.sweep.plan` decides."""
     rows: list[dict[str, Any]] = []
     owners: dict[str, str] = {}
     for cell in cells:

@@ -118,7 +118,7 @@ class Cluster:
 
     def wait_for(self, count: int) -> None:
         """Until so many hosts are alive in Ray's eyes."""
-        command = [sys.executable, "-m", "cluster.nodes", str(count), "120"]
+        command = [sys.executable, "-m", "tune_sparse.sweep.nodes", str(count), "120"]
         assert self.head.start(command).wait() == 0, f"see {self.logs}"
 
 

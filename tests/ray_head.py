@@ -93,7 +93,7 @@ def blind_node(head: Head, hidden: Path, cache: Path, num_cpus: int = 2) -> Iter
     script = 'mount -t tmpfs none "$1" && shift && exec "$@"'
     command = [*own_mounts, "sh", "-c", script, "sh", str(hidden), *joins]
     with _running(command, head.environment | {"TUNE_SPARSE_CACHE": str(cache)}) as process:
-        joined = [sys.executable, "-m", "cluster.nodes", "2", str(PATIENCE_SECONDS)]
+        joined = [sys.executable, "-m", "tune_sparse.sweep.nodes", "2", str(PATIENCE_SECONDS)]
         subprocess.run(joined, env=head.driver_environment, check=True)
         yield process
 

@@ -13,12 +13,12 @@ from typing import Any
 from factories import sweep_of
 
 from tune_sparse.config import Cell, Protocol
-from tune_sparse.data import Splits, fingerprint_of, load_splits
-from tune_sparse.outcomes import Outcome, metrics_of, write_outcomes
-from tune_sparse.paths import read_json, write_json, write_lines
-from tune_sparse.result import Ledger, Record, Run, write_config
-from tune_sparse.task import PromptTask
-from tune_sparse.tasks import TASKS
+from tune_sparse.data.splits import Splits, fingerprint_of, load_splits
+from tune_sparse.data.task_types import PromptTask
+from tune_sparse.data.tasks import TASKS
+from tune_sparse.evaluation.outcomes import Outcome, metrics_of, write_outcomes
+from tune_sparse.files import read_json, write_json, write_lines
+from tune_sparse.ledger.ledger import Ledger, Record, Run, write_config
 
 PROTOCOL = Protocol(
     steps=12, warmup_steps=0, global_batch=8, micro_batch=8, n_train=40, n_selection=8, n_test=400, eval_every=12

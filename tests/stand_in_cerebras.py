@@ -101,7 +101,7 @@ def _first_loss(job: dict[str, object], model_folder: str) -> float:
     from safetensors.torch import load_file
 
     from tune_sparse.cerebras.conversion import cerebras_name, separated
-    from tune_sparse.models import Shape, load_model, prunable_weights
+    from tune_sparse.models.checkpoints import Shape, load_model, prunable_weights
 
     model = load_model(Path(model_folder), torch.float32, torch.device("cpu"))
     masks = load_file(job["masks"])  # type: ignore[arg-type]

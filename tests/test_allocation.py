@@ -6,10 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tune_sparse.allocation import global_order, outlier_fraction, owl, uniform
-from tune_sparse.architectures import Matrix
 from tune_sparse.errors import InputError
-from tune_sparse.masks import keep_highest, pruned_count
+from tune_sparse.models.architectures import Matrix
+from tune_sparse.pruning.allocation import global_order, outlier_fraction, owl, uniform
+from tune_sparse.pruning.masks import keep_highest, pruned_count
 
 
 def test_uniform_rounds_each_matrix() -> None:

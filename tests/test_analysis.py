@@ -14,15 +14,15 @@ from factories import done_record, failed_record, make_cell, make_run, sweep_of,
 from PIL import Image
 from sound import cells_of, edit, sound_ledger
 
-from analysis.figures import FIGURES
-from analysis.load import COLUMNS, cells_table
-from analysis.report import counts, write_report
-from analysis.tables import highest_passing_sparsity, sparsity_vs_performance
+from analysis.read.load import COLUMNS, cells_table
+from analysis.report.figures import FIGURES
+from analysis.report.report import counts, write_report
+from analysis.report.tables import highest_passing_sparsity, sparsity_vs_performance
 from tune_sparse.cli import main
 from tune_sparse.cli.command import FAULT
 from tune_sparse.config import Cell, Protocol
 from tune_sparse.errors import InputError
-from tune_sparse.result import Ledger
+from tune_sparse.ledger.ledger import Ledger
 
 MODES = ("sparse-to-dense", "sparse-to-sparse")
 SUMMARY = (
@@ -52,7 +52,7 @@ def write_done(ledger: Ledger, cells: Iterable[Cell], **run_changes: Any) -> Non
 def few_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """tests/test_figures.py draws the others."""
     drawn = {name: FIGURES[name] for name in ("sparsity_vs_accuracy", "sparsity_vs_perplexity", "sparsity_vs_loss")}
-    monkeypatch.setattr("analysis.presentation.FIGURES", drawn)
+    monkeypatch.setattr("analysis.report.presentation.FIGURES", drawn)
 
 
 @pytest.fixture

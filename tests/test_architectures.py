@@ -6,10 +6,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tune_sparse.architectures import ARCHITECTURES, Matrix, architecture_named, matrices_of, weights_of
-from tune_sparse.checkpoints import matrix_shape, open_checkpoint
 from tune_sparse.errors import InputError
-from tune_sparse.models import Shape
+from tune_sparse.models.architectures import ARCHITECTURES, Matrix, architecture_named, matrices_of, weights_of
+from tune_sparse.models.checkpoints import Shape
+from tune_sparse.pruning.streaming import matrix_shape, open_checkpoint
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

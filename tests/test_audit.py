@@ -13,16 +13,16 @@ from pathlib import Path
 import pytest
 from sound import PROTOCOL, cells_of, edit, outcomes_of, sound_ledger, sound_run, splits, write_sound
 
-from analysis.audit import RULES, Audit, audit_folders
-from analysis.imported import Imported
+from analysis.audit.audit import RULES, Audit, audit_folders
+from analysis.read.imported import Imported
 from tune_sparse.cli import main
 from tune_sparse.cli.command import BAD_INPUT, FAULT, OK
 from tune_sparse.config import Cell
-from tune_sparse.outcomes import write_outcomes
-from tune_sparse.paths import write_json
-from tune_sparse.result import Ledger
-from tune_sparse.task import PromptTask
-from tune_sparse.tasks import TASKS
+from tune_sparse.data.task_types import PromptTask
+from tune_sparse.data.tasks import TASKS
+from tune_sparse.evaluation.outcomes import write_outcomes
+from tune_sparse.files import write_json
+from tune_sparse.ledger.ledger import Ledger
 
 A_CELL = Cell("tiny", "boolq", "unstructured", 0.3, "sparse-to-dense", 0, "torch")
 A_RUN = sound_run(A_CELL)

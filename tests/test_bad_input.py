@@ -14,13 +14,13 @@ import pytest
 from factories import boolq_rows, write_boolq, write_jsonl
 from safetensors.torch import load_file, save_file
 
-from tune_sparse import sweep
 from tune_sparse.cli import main
 from tune_sparse.cli.command import BAD_INPUT, OK
 from tune_sparse.config import SweepConfig
-from tune_sparse.holder import Holder
-from tune_sparse.models import find_folder
-from tune_sparse.plan import plan_sweep
+from tune_sparse.ledger.lease import Holder
+from tune_sparse.models.checkpoints import find_folder
+from tune_sparse.sweep import driver
+from tune_sparse.sweep.plan import plan_sweep
 
 Refused = Callable[..., str]
 
@@ -30,7 +30,7 @@ def no_trial(monkeypatch: pytest.MonkeyPatch) -> None:
     def started(*_: Any) -> None:
         pytest.fail("a trial was about to start")
 
-    monkeypatch.setattr(sweep, "_tune", started)
+    monkeypatch.setattr(driver, "_tune", started)
 
 
 @pytest.fixture
@@ -389,7 +389,7 @@ def test_an_unknown_name_is_refused_even_where_the_weights_are_missing(capsys: p
 def test_a_folder_named_like_an_embedded_model_does_not_stand_in_for_it(
     llama: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tune_sparse.embedded_models.embedded_folder", lambda name: llama)
+    monkeypatch.setattr("tune_sparse.models.toy_models.embedded_folder", lambda name: llama)
     (tmp_path / "tiny-llama").mkdir()
     monkeypatch.chdir(tmp_path)
     names = {"models": "tiny-llama", "tasks": "boolq", "data_dir": rows, "n_selection": 4}

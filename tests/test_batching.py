@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
-from tune_sparse.batching import packed, padded
-from tune_sparse.data import Encoded
-from tune_sparse.models import load_model
-from tune_sparse.train import answer_loss
+from tune_sparse.data.batching import packed, padded
+from tune_sparse.data.splits import Encoded
+from tune_sparse.models.checkpoints import load_model
+from tune_sparse.training.loop import answer_loss
 
 ROWS = [Encoded((1, 2, 3), (4,)), Encoded((5,), (6, 7)), Encoded((), (8, 9))]
 

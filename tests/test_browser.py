@@ -13,10 +13,10 @@ from chromium import Browser, find_chromium
 from sound import sound_ledger
 
 from analysis.baselines.published import as_runs, load_published
-from analysis.report import write_report
-from tune_sparse.result import Ledger
-from tune_sparse.tracking import default_uri, track_ledger
-from tune_sparse.tracking_baselines import comparison_page, track_published
+from analysis.report.report import write_report
+from tune_sparse.ledger.ledger import Ledger
+from tune_sparse.tracking.baselines import comparison_page, track_published
+from tune_sparse.tracking.sync import default_uri, track_ledger
 
 pytestmark = [
     pytest.mark.browser,
@@ -40,7 +40,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 def page(ledger: Ledger, browser: Browser, monkeypatch: pytest.MonkeyPatch) -> Browser:
     path = ledger.folder / "analysis" / "report.html"
     if not path.exists():
-        monkeypatch.setattr("analysis.presentation.FIGURES", {})  # tests/test_figures.py draws them
+        monkeypatch.setattr("analysis.report.presentation.FIGURES", {})  # tests/test_figures.py draws them
         write_report([ledger.folder])
     browser.faults.clear()
     browser.requested.clear()

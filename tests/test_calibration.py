@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tune_sparse.architectures import ARCHITECTURES, weights_of
-from tune_sparse.calibration import Inputs, ModelBlocks, checked_rows, gradient_sums, row_loss, text_rows, walk
-from tune_sparse.checkpoints import StreamedBlocks, open_checkpoint
-from tune_sparse.data import Encoded
+from tune_sparse.data.splits import Encoded
 from tune_sparse.errors import InputError
-from tune_sparse.models import load_model, load_tokenizer
+from tune_sparse.models.architectures import ARCHITECTURES, weights_of
+from tune_sparse.models.checkpoints import load_model, load_tokenizer
+from tune_sparse.pruning.calibration import Inputs, ModelBlocks, checked_rows, gradient_sums, row_loss, text_rows, walk
+from tune_sparse.pruning.streaming import StreamedBlocks, open_checkpoint
 
 RNG = random.Random(0)
 ROWS = [Encoded((), tuple(RNG.randrange(700) for _ in range(20))) for _ in range(5)]

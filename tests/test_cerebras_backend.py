@@ -20,7 +20,7 @@ from tune_sparse.cerebras.failures import ApplianceError, DiskFullError
 from tune_sparse.cerebras.guard import is_guarded, read_ended
 from tune_sparse.cerebras.preflight import end_leftovers
 from tune_sparse.config import Cerebras
-from tune_sparse.result import Ledger, Record, Run
+from tune_sparse.ledger.ledger import Ledger, Record, Run
 
 ON_CPU = {"target": "cpu", "release": "2.10.0"}
 
@@ -121,7 +121,7 @@ def test_a_training_that_takes_too_long_fails_with_the_setting_to_raise(
     llama: Path, site: Path, ledger: Ledger
 ) -> None:
     from trainables.cerebras_backend import CerebrasTraining
-    from trainables.torch_backend import Bench, run_cell
+    from trainables.pipeline import Bench, run_cell
 
     (site / "fault").write_text("hang")
     run = cerebras_run(llama)
@@ -141,7 +141,7 @@ def exhausted(steps: Iterator[Any]) -> Record:
 
 
 def test_a_stop_in_mid_run_returns_at_once_and_leaves_no_process(llama: Path, site: Path, ledger: Ledger) -> None:
-    from trainables.torch_backend import Bench, run_cell
+    from trainables.pipeline import Bench, run_cell
 
     (site / "fault").write_text("hang")
     run = cerebras_run(llama)
@@ -162,7 +162,7 @@ def test_a_stop_in_mid_run_returns_at_once_and_leaves_no_process(llama: Path, si
 
 
 def test_the_next_start_ends_what_was_left_over(llama: Path, site: Path, ledger: Ledger) -> None:
-    from trainables.torch_backend import Bench, run_cell
+    from trainables.pipeline import Bench, run_cell
 
     (site / "fault").write_text("hang")
     run = cerebras_run(llama)

@@ -27,13 +27,13 @@ from tune_sparse.cerebras.conversion import (
     separated,
     to_cerebras,
 )
-from tune_sparse.cerebras.doctor import examine
 from tune_sparse.cerebras.environment import find_environment
 from tune_sparse.cerebras.job import encoded_tokens, new_lines, packed_bits, rows_in_order, step_order
 from tune_sparse.cli import main
-from tune_sparse.data import Encoded
+from tune_sparse.data.splits import Encoded
+from tune_sparse.doctor.cerebras import examine
 from tune_sparse.errors import InputError, NotReadyError, RunError
-from tune_sparse.train import batches
+from tune_sparse.training.loop import batches
 
 ROWS = [Encoded(tuple(range(1, 2 + n)), tuple(range(50, 52 + n % 3))) for n in range(6)]
 
@@ -178,7 +178,7 @@ def test_an_environment_that_is_not_there_is_asked_for(
 def test_doctor_shows_what_is_missing_and_its_fix(
     site: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("tune_sparse.cerebras.doctor.CLUSTER_CONFIG", site / "no_config")
+    monkeypatch.setattr("tune_sparse.doctor.cerebras.CLUSTER_CONFIG", site / "no_config")
     found = {finding.what: finding for finding in examine()}
     assert found["environment"].is_well
     assert not found["cluster"].is_well

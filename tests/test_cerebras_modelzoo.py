@@ -20,9 +20,9 @@ from tune_sparse.cerebras.conversion import cerebras_name, interleaved, to_cereb
 from tune_sparse.cerebras.environment import SiteEnvironment
 from tune_sparse.cerebras.failures import failure_of
 from tune_sparse.cerebras.preflight import lower, matrix_shapes
-from tune_sparse.models import check_checkpoint, prunable_weights, read_config
-from tune_sparse.result import Ledger, Run
-from tune_sparse.tensor_files import TensorFiles, weight_files
+from tune_sparse.ledger.ledger import Ledger, Run
+from tune_sparse.models.checkpoints import check_checkpoint, prunable_weights, read_config
+from tune_sparse.models.safetensors_io import TensorFiles, weight_files
 
 LOSS_TOLERANCE = 5e-3
 """Relative, of 20 losses in float32. Model Zoo's AdamW adds epsilon before its bias correction, torch's after it."""
@@ -170,10 +170,10 @@ def test_a_run_merges_to_the_weights_that_were_scored(
     llama: Path, environment: SiteEnvironment, tmp_path: Path
 ) -> None:
     """`merge --run` of a cell that Cerebras trained is a checkpoint whose accuracy is the recorded one."""
-    from trainables.torch_backend import Bench
-    from tune_sparse.evaluate import score
-    from tune_sparse.merge import merge_run
-    from tune_sparse.models import load_model
+    from trainables.pipeline import Bench
+    from tune_sparse.evaluation.scoring import score
+    from tune_sparse.export.merge import merge_run
+    from tune_sparse.models.checkpoints import load_model
 
     ledger = Ledger(tmp_path / "results")
     run = replace(tiny_run(llama, backend="cerebras"), cerebras={"target": "cpu", "release": environment.release})

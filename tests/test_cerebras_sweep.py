@@ -17,9 +17,9 @@ import pytest
 from mlflow import MlflowClient
 
 from tune_sparse.cerebras.guard import is_guarded
-from tune_sparse.result import Ledger
-from tune_sparse.tracking import EXPERIMENT, default_uri
-from tune_sparse.tracking_entries import RUN_TAG, SWEEP_TAG
+from tune_sparse.ledger.ledger import Ledger
+from tune_sparse.tracking.entries import RUN_TAG, SWEEP_TAG
+from tune_sparse.tracking.sync import EXPERIMENT, default_uri
 
 PATIENCE_SECONDS = 240
 FEW = ["--tasks", "boolq", "--methods", "unstructured", "--sparsities", "0.5", "--set", "steps=12", "n_test=20"]

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 from factories import finished, tiny_run, write_boolq, write_jsonl
 
-from trainables.torch_backend import Bench
+from trainables.pipeline import Bench
 from tune_sparse.cli import main
 from tune_sparse.cli.command import BAD_INPUT, FAULT, OK
-from tune_sparse.outcomes import read_outcomes, write_outcomes
-from tune_sparse.result import Ledger
-from tune_sparse.tasks import TASKS
+from tune_sparse.data.tasks import TASKS
+from tune_sparse.evaluation.outcomes import read_outcomes, write_outcomes
+from tune_sparse.ledger.ledger import Ledger
 
 SMALL = ["--set", "precision=float32", "max_tokens=256", "max_new_tokens=4", "n_test=4"]
 

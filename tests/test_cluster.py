@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import yaml
 
-from cluster.nodes import refuse_silent_head
 from tune_sparse.cli import parser
 from tune_sparse.errors import InputError
+from tune_sparse.sweep.nodes import refuse_silent_head
 
 ROOT = Path(__file__).parents[1]
 CLUSTER = ROOT / "cluster"
@@ -29,7 +29,8 @@ STANDS_IN = {
     "mpiexec": SAYS + 'shift 6; exec "$@"\n',
     "qsub": SAYS,
     "ray": SAYS + '[ "$1" = start ] && exec sleep 60\nexit 0\n',
-    "python": SAYS + 'until [ "$(grep -c "^ray start" "$CALLS")" -ge "$3" ]; do sleep 0.05; done\n',  # cluster.nodes
+    "python": SAYS
+    + 'until [ "$(grep -c "^ray start" "$CALLS")" -ge "$3" ]; do sleep 0.05; done\n',  # tune_sparse.sweep.nodes
     "tune-sparse": SAYS + 'exec bash -c "$TUNE_SPARSE_DOES"\n',
 }
 
@@ -152,7 +153,7 @@ def test_the_versions_of_ray_are_one() -> None:
 
 def test_a_node_that_does_not_join_is_said(tmp_path: Path) -> None:
     environment = os.environ | {"RAY_ADDRESS": "127.0.0.1:1", "RAY_AUTH_MODE": "disabled"}
-    command = [sys.executable, "-m", "cluster.nodes", "2", "0.1"]
+    command = [sys.executable, "-m", "tune_sparse.sweep.nodes", "2", "0.1"]
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
     assert ended.returncode == 1
     assert "the allocation needs 2 Ray nodes, 0 joined in 0.1 s" in ended.stderr

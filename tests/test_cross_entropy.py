@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tune_sparse import cross_entropy
-from tune_sparse.cross_entropy import summed_cross_entropy
+from tune_sparse.training import cross_entropy
+from tune_sparse.training.cross_entropy import summed_cross_entropy
 
 T, H, V = 23, 8, 50
 

@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 from ray_head import PATIENCE_SECONDS, Head, ray_head
 
-from cluster import doctor as of_ray
-from tune_sparse import doctor
 from tune_sparse.cli import main
-from tune_sparse.finding import Finding
+from tune_sparse.doctor import machine
+from tune_sparse.doctor import ray as of_ray
+from tune_sparse.doctor.finding import Finding
 
 
 def by_what(findings: Any) -> dict[str, Finding]:
@@ -30,7 +30,7 @@ def by_what(findings: Any) -> dict[str, Finding]:
 
 
 def test_this_machine_is_looked_at(tmp_path: Path) -> None:
-    found = by_what(doctor.examine(tmp_path / "results" / "not" / "there"))
+    found = by_what(machine.examine(tmp_path / "results" / "not" / "there"))
     assert found.keys() == {"Python", "packages", "GPU", "CPU", "memory", "results", "cache", "embedded models"}
     assert found["Python"].is_well
     assert str(tmp_path) in found["results"].found
@@ -39,7 +39,7 @@ def test_this_machine_is_looked_at(tmp_path: Path) -> None:
 def test_findings_are_printed_with_their_fixes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("tune_sparse.doctor.LEAST_DISK_BYTES", 1e30)
+    monkeypatch.setattr("tune_sparse.doctor.machine.LEAST_DISK_BYTES", 1e30)
     assert main(["doctor", "--results-dir", str(tmp_path)]) == 1
     said = capsys.readouterr().out
     assert f"GB free at {tmp_path}\n     Free some, or give another --results-dir." in said
@@ -49,24 +49,24 @@ def test_findings_are_printed_with_their_fixes(
 
 
 def test_every_line_of_the_constraints_is_a_tested_version() -> None:
-    tested = doctor.tested()
+    tested = machine.tested()
     assert len(tested) > 100
     assert tested["torch"] == "2.13.0"
-    assert doctor.packages_finding("packages", {"torch": "2.13.0+cu130"}).is_well
-    assert doctor.packages_finding("packages", tested).is_well
+    assert machine.packages_finding("packages", {"torch": "2.13.0+cu130"}).is_well
+    assert machine.packages_finding("packages", tested).is_well
 
 
 def test_other_versions_are_named() -> None:
-    found = doctor.packages_finding("packages", {"torch": "2.12.1+cpu", "ray": doctor.tested()["ray"]})
+    found = machine.packages_finding("packages", {"torch": "2.12.1+cpu", "ray": machine.tested()["ray"]})
     assert not found.is_well
     assert found.found == "torch 2.12.1+cpu (2.13.0 was tested)"
-    assert not doctor.python_finding("Python", "3.12.1").is_well
-    assert not doctor.python_finding("Python", "3.1.1").is_well
+    assert not machine.python_finding("Python", "3.12.1").is_well
+    assert not machine.python_finding("Python", "3.1.1").is_well
 
 
 def test_a_folder_that_cannot_be_written_is_a_fault(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("os.access", lambda path, mode: False)
-    found = by_what(doctor.examine(tmp_path))["results"]
+    found = by_what(machine.examine(tmp_path))["results"]
     assert (found.is_well, found.found) == (False, f"{tmp_path} cannot be written")
 
 

@@ -1,4 +1,4 @@
-"""Rows, prompts and texts as a model's tokens (tune_sparse.data)."""
+"""Rows, prompts and texts as a model's tokens (tune_sparse.data.splits)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from factories import boolq_rows, prompt_task
 from transformers import PreTrainedTokenizerBase
 
-from tune_sparse.data import (
+from tune_sparse.data.splits import (
     Encoded,
     encode_answers,
     encode_pairs,
@@ -17,8 +17,8 @@ from tune_sparse.data import (
     encode_training,
     encode_windows,
 )
-from tune_sparse.models import load_tokenizer
-from tune_sparse.tasks import TASKS
+from tune_sparse.data.tasks import TASKS
+from tune_sparse.models.checkpoints import load_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -21,8 +21,8 @@ from factories import done_record, make_cell, make_run, write_run
 from hosts import Cluster, Host, cluster
 from patience import PATIENCE_SECONDS, wait_until
 
-from tune_sparse.paths import read_json
-from tune_sparse.result import Ledger
+from tune_sparse.files import read_json
+from tune_sparse.ledger.ledger import Ledger
 
 pytestmark = pytest.mark.slow
 

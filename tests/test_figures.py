@@ -13,13 +13,13 @@ from matplotlib.figure import Figure
 from PIL import Image
 from sound import cells_of, sound_ledger
 
-from analysis.evidence import read_results
-from analysis.figures import FIGURES
-from analysis.load import COLUMNS, cells_table
-from analysis.runs import Runs, runs_of
-from analysis.style import LABELS, save
-from tune_sparse.paths import write_json
-from tune_sparse.result import Ledger
+from analysis.read.evidence import read_results
+from analysis.read.load import COLUMNS, cells_table
+from analysis.report.figures import FIGURES
+from analysis.report.runs import Runs, runs_of
+from analysis.report.style import LABELS, save
+from tune_sparse.files import write_json
+from tune_sparse.ledger.ledger import Ledger
 
 WITHOUT_DATA = {"sparsity_vs_perplexity"}
 """No cell of this ledger is of a text."""

@@ -14,16 +14,16 @@ import pandas as pd
 import pytest
 from sound import cells_of, outcomes_of, sound_ledger, sound_run, write_sound
 
-from analysis.claims import QUESTIONS, Claim, as_markdown, headlines, number
-from analysis.comparisons import ALL_BASES, NAIVE_WARNING, Points, compare, turned
-from analysis.evidence import read_results
-from analysis.findings import findings, seeds_said
-from analysis.imported import Imported
-from analysis.load import cells_table
-from analysis.report import write_report
-from analysis.statistics import wilson
+from analysis.read.evidence import read_results
+from analysis.read.imported import Imported
+from analysis.read.load import cells_table
+from analysis.report.report import write_report
+from analysis.stats.claims import QUESTIONS, Claim, as_markdown, headlines, number
+from analysis.stats.comparisons import ALL_BASES, NAIVE_WARNING, Points, compare, turned
+from analysis.stats.findings import findings, seeds_said
+from analysis.stats.statistics import wilson
 from tune_sparse.config import Cell
-from tune_sparse.result import Ledger
+from tune_sparse.ledger.ledger import Ledger
 
 TASKS = ("boolq", "hellaswag")
 

@@ -12,9 +12,9 @@ from factories import done_record, make_cell, make_run, write_run
 
 from tune_sparse.cli import main
 from tune_sparse.config import Cerebras, SweepConfig
-from tune_sparse.forecast import Medians, Spent, forecast, pilots, spent_by, trials_at_once
-from tune_sparse.plan import Plan, plan_sweep
-from tune_sparse.result import Ledger, Run
+from tune_sparse.ledger.ledger import Ledger, Run
+from tune_sparse.sweep.forecast import Medians, Spent, forecast, pilots, spent_by, trials_at_once
+from tune_sparse.sweep.plan import Plan, plan_sweep
 
 FEW = {"sparsities": "0 0.5", "methods": "random", "data_dir": "embedded", "precision": "float32", "workers": 2}
 SMALL = {"n_train": 32, "n_selection": 4, "n_test": 8}

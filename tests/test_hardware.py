@@ -9,11 +9,11 @@ import pandas as pd
 import pytest
 from sound import cells_of, edit, sound_ledger
 
-from analysis.evidence import read_results
-from analysis.hardware import hardware_pairs, hardware_rows
-from analysis.load import cells_table
-from analysis.runs import Runs, runs_of
-from tune_sparse.result import Ledger
+from analysis.read.evidence import read_results
+from analysis.read.load import cells_table
+from analysis.report.hardware import hardware_pairs, hardware_rows
+from analysis.report.runs import Runs, runs_of
+from tune_sparse.ledger.ledger import Ledger
 
 
 @pytest.fixture(scope="module")

@@ -18,17 +18,17 @@ from factories import answer_task, prompt_task
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tune_sparse import evaluate, harness
 from tune_sparse.config import Protocol
-from tune_sparse.data import Encoded, load_splits
-from tune_sparse.embedded import EMBEDDED_TASKS
+from tune_sparse.data.splits import Encoded, load_splits
+from tune_sparse.data.synthetic import EMBEDDED_TASKS
+from tune_sparse.data.task_types import AnswerTask, ChoiceTask, PromptTask, Row
+from tune_sparse.data.tasks import TASKS
 from tune_sparse.errors import InputError
-from tune_sparse.evaluate import TestSet, encode_test, few_shot_prefixes, score
-from tune_sparse.harness import TASK_FILES, check_harness, harness_outcomes, harness_samples
-from tune_sparse.models import load_model, load_tokenizer
-from tune_sparse.outcomes import Outcome
-from tune_sparse.task import AnswerTask, ChoiceTask, PromptTask, Row
-from tune_sparse.tasks import TASKS
+from tune_sparse.evaluation import harness, scoring
+from tune_sparse.evaluation.harness import TASK_FILES, check_harness, harness_outcomes, harness_samples
+from tune_sparse.evaluation.outcomes import Outcome
+from tune_sparse.evaluation.scoring import TestSet, encode_test, few_shot_prefixes, score
+from tune_sparse.models.checkpoints import load_model, load_tokenizer
 
 lm_eval = pytest.importorskip("lm_eval")
 
@@ -244,7 +244,7 @@ def test_numbers_are_judged_alike(name: str, llama_lent: Lent, monkeypatch: pyte
         HFLM, "loglikelihood", lambda self, requests, **_: [(values[r.doc_id][r.idx], False) for r in requests]
     )
     theirs = harness_outcomes(*llama_lent, task, rows, (), protocol)
-    monkeypatch.setattr(evaluate, "log_likelihoods", known(tests, values))
+    monkeypatch.setattr(scoring, "log_likelihoods", known(tests, values))
     ours = score(*llama_lent, [tests], protocol).outcomes
     assert [replace(our, truncated=None) for our in ours] == theirs
     assert len({(o.correct, o.correct_norm) for o in ours}) == (4 if name == "hellaswag" else 2)

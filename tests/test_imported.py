@@ -9,8 +9,8 @@ import pandas as pd
 import pytest
 from sound import cells_of, sound_ledger
 
-from analysis.imported import Imported, imported_records
-from analysis.report import write_report
+from analysis.read.imported import Imported, imported_records
+from analysis.report.report import write_report
 from tune_sparse.cli import main
 from tune_sparse.cli.command import BAD_INPUT, OK
 from tune_sparse.errors import InputError

@@ -34,10 +34,10 @@ CORE_LIBRARIES = {
     "matplotlib",  # the histograms of masks
 }
 RAY_FILES = {
-    *("trainables/cell.py", "trainables/candidate.py", "trainables/cs3.py", "trainables/courier.py"),
-    *("cluster/nodes.py", "cluster/doctor.py"),
-    *("tune_sparse/sweep.py", "tune_sparse/dispatcher.py", "tune_sparse/ray_callback.py"),
-    *("tune_sparse/search.py", "tune_sparse/searchers.py"),
+    *("trainables/cell.py", "tune_sparse/search/trainable.py", "trainables/cs3.py", "trainables/remote_ledger.py"),
+    *("tune_sparse/sweep/nodes.py", "tune_sparse/doctor/ray.py"),
+    *("tune_sparse/sweep/driver.py", "tune_sparse/sweep/scheduler.py", "tune_sparse/sweep/callbacks.py"),
+    *("tune_sparse/search/driver.py", "tune_sparse/search/samplers.py"),
 }
 
 
@@ -71,9 +71,9 @@ def test_every_file_was_read() -> None:
     assert len(FILES) >= 38
     assert len(CORE) >= 18
     assert {file.split("/")[0] for file in FILES} == set(FOLDERS)
-    assert "torch" in packages("tune_sparse/masks.py")
-    assert "tune_sparse.config.Protocol" in set(modules("tune_sparse/data.py"))
-    assert "yaml" in packages("tune_sparse/result.py"), "imports within functions count"
+    assert "torch" in packages("tune_sparse/pruning/masks.py")
+    assert "tune_sparse.config.Protocol" in set(modules("tune_sparse/data/splits.py"))
+    assert "yaml" in packages("tune_sparse/ledger/ledger.py"), "imports within functions count"
 
 
 def test_search_spaces_need_only_the_standard_library() -> None:
@@ -95,19 +95,19 @@ def test_only_the_ray_glue_imports_ray() -> None:
 
 
 def test_only_tracking_imports_mlflow() -> None:
-    assert importers("mlflow") == {"tune_sparse/tracking.py", "tune_sparse/tracking_baselines.py"}
+    assert importers("mlflow") == {"tune_sparse/tracking/sync.py", "tune_sparse/tracking/baselines.py"}
 
 
 def test_only_the_harness_imports_lm_eval() -> None:
-    assert importers("lm_eval") == {"tune_sparse/harness.py"}
+    assert importers("lm_eval") == {"tune_sparse/evaluation/harness.py"}
 
 
 def test_only_statistics_imports_scipy_and_statsmodels() -> None:
-    assert importers("scipy") == importers("statsmodels") == {"analysis/statistics.py"}
+    assert importers("scipy") == importers("statsmodels") == {"analysis/stats/statistics.py"}
 
 
 def test_only_searching_imports_optuna() -> None:
-    assert importers("optuna") == {"tune_sparse/searchers.py", "analysis/search_plots.py"}
+    assert importers("optuna") == {"tune_sparse/search/samplers.py", "analysis/search_plots.py"}
 
 
 def test_analysis_reads_records_and_never_trains() -> None:
@@ -134,7 +134,7 @@ def loaded_by(statement: str) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    "module", [*FOLDERS, "tune_sparse.cli", "tune_sparse.config", "tune_sparse.tasks", "search_spaces.matrix"]
+    "module", [*FOLDERS, "tune_sparse.cli", "tune_sparse.config", "tune_sparse.data.tasks", "search_spaces.matrix"]
 )
 def test_importing_loads_nothing_heavy(module: str) -> None:
     loaded = loaded_by(f"import {module}")
@@ -148,4 +148,4 @@ def test_help_loads_nothing_heavy() -> None:
 
 
 def test_importing_analysis_loads_no_torch() -> None:
-    assert loaded_by("import analysis.report").isdisjoint({"torch", "ray", "mlflow"})
+    assert loaded_by("import analysis.report.report").isdisjoint({"torch", "ray", "mlflow"})

@@ -11,11 +11,11 @@ import pytest
 from factories import finished, make_run, tiny_run, write_boolq
 
 from trainables.inputs import calibration_text_of, checkpoint_of, splits_of
-from trainables.torch_backend import is_infrastructure
+from trainables.pipeline import is_infrastructure
 from tune_sparse.config import Protocol
 from tune_sparse.errors import NotReadyError
-from tune_sparse.models import check_checkpoint
-from tune_sparse.result import Ledger, Run, sha256_of
+from tune_sparse.ledger.ledger import Ledger, Run, sha256_of
+from tune_sparse.models.checkpoints import check_checkpoint
 
 HOST = socket.gethostname()
 

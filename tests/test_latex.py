@@ -9,8 +9,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from analysis.latex import escape, main_results
-from analysis.tables import with_imported, with_intervals
+from analysis.report.latex import escape, main_results
+from analysis.report.tables import with_imported, with_intervals
 
 TEX = shutil.which("pdflatex")
 

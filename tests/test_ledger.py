@@ -13,9 +13,9 @@ import pytest
 from factories import done_record, failed_record, make_cell, make_run, sweep_of, write_run
 
 from tune_sparse.config import Protocol
-from tune_sparse.outcomes import Outcome, read_outcomes
-from tune_sparse.paths import aside, read_json, write_json
-from tune_sparse.result import Ledger, Record, Run, write_config
+from tune_sparse.evaluation.outcomes import Outcome, read_outcomes
+from tune_sparse.files import aside, read_json, write_json
+from tune_sparse.ledger.ledger import Ledger, Record, Run, write_config
 
 
 @pytest.fixture

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
-from tune_sparse import likelihood
-from tune_sparse.data import Encoded
-from tune_sparse.likelihood import (
+from tune_sparse.data.splits import Encoded
+from tune_sparse.evaluation import likelihood
+from tune_sparse.evaluation.likelihood import (
     PADDING,
     WORTHWHILE,
     Tree,
@@ -21,7 +21,7 @@ from tune_sparse.likelihood import (
     tree_mask,
     trees_of,
 )
-from tune_sparse.models import load_model
+from tune_sparse.models.checkpoints import load_model
 
 CPU = torch.device("cpu")
 TOLERANCE = 1e-4

@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from tune_sparse.config import Protocol
-from tune_sparse.data import Encoded
-from tune_sparse.lora import (
+from tune_sparse.data.splits import Encoded
+from tune_sparse.lora.layer import (
     SparseLora,
     adapt_model,
     lost_fraction,
@@ -24,11 +24,11 @@ from tune_sparse.lora import (
     updates,
     ways,
 )
-from tune_sparse.masked_linear import Workspace, choose_way, effective_weight
-from tune_sparse.masks import Masks, masked
-from tune_sparse.models import PRUNED, check_checkpoint, load_model, prunable_weights, write_weights_into
-from tune_sparse.pruning import make_masks
-from tune_sparse.train import adamw, fit
+from tune_sparse.lora.masked_linear import Workspace, choose_way, effective_weight
+from tune_sparse.models.checkpoints import PRUNED, check_checkpoint, load_model, prunable_weights, write_weights_into
+from tune_sparse.pruning.masks import Masks, masked
+from tune_sparse.pruning.prune_model import make_masks
+from tune_sparse.training.loop import adamw, fit
 
 PROTOCOL = Protocol(
     steps=2, warmup_steps=0, global_batch=4, micro_batch=4, lora_rank=4, lora_alpha=8.0, precision="float32"

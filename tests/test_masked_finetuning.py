@@ -9,17 +9,17 @@ import torch
 from factories import TINY_PROTOCOL, finished, tiny_run
 from torch import Tensor
 
-from trainables import masked_finetuning, torch_backend
+from trainables import masked_finetuning, pipeline
 from trainables.masked_finetuning import MaskedWeights, enforce_masks_after_steps
-from trainables.torch_backend import Bench
+from trainables.pipeline import Bench
 from tune_sparse.config import Protocol, SweepConfig
-from tune_sparse.data import Encoded
-from tune_sparse.masks import Masks, masked
-from tune_sparse.models import check_checkpoint, load_model, prunable_weights, write_weights_into
-from tune_sparse.plan import plan_sweep
-from tune_sparse.pruning import make_masks
-from tune_sparse.result import Ledger
-from tune_sparse.train import accelerator_for, fit
+from tune_sparse.data.splits import Encoded
+from tune_sparse.ledger.ledger import Ledger
+from tune_sparse.models.checkpoints import check_checkpoint, load_model, prunable_weights, write_weights_into
+from tune_sparse.pruning.masks import Masks, masked
+from tune_sparse.pruning.prune_model import make_masks
+from tune_sparse.sweep.plan import plan_sweep
+from tune_sparse.training.loop import accelerator_for, fit
 
 ROWS = [Encoded(tuple(range(i, i + 10)), (i, i + 1)) for i in range(8)]
 
@@ -114,4 +114,4 @@ def test_without_zeros_it_is_a_training_of_its_own_that_all_methods_share(llama:
 
 
 def test_the_table_has_it() -> None:
-    assert torch_backend.MODES["masked-finetuning"] is masked_finetuning
+    assert pipeline.MODES["masked-finetuning"] is masked_finetuning

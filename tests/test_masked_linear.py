@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tune_sparse import masked_linear
 from tune_sparse.errors import InputError
-from tune_sparse.masked_linear import (
+from tune_sparse.lora import masked_linear
+from tune_sparse.lora.masked_linear import (
     Csr,
     DenseStored,
     Plain,

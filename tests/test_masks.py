@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from tune_sparse.architectures import architecture_named
 from tune_sparse.errors import InputError
-from tune_sparse.masks import (
+from tune_sparse.models.architectures import architecture_named
+from tune_sparse.models.checkpoints import Shape
+from tune_sparse.pruning.masks import (
     keep_highest,
     kept_lines,
     line_mask,
@@ -21,8 +22,7 @@ from tune_sparse.masks import (
     sparsity_of,
     structured_counts,
 )
-from tune_sparse.methods import TOLERANCE
-from tune_sparse.models import Shape
+from tune_sparse.pruning.methods import TOLERANCE
 
 
 def block_masks(shape: Shape, groups: Tensor, channels: Tensor) -> dict[str, Tensor]:

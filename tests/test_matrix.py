@@ -4,7 +4,7 @@ import pytest
 
 from search_spaces.matrix import PILOT_SPARSITIES, PRESETS, cells
 from tune_sparse.config import SweepConfig
-from tune_sparse.plan import asked_cells, check_names, distinct_trainings
+from tune_sparse.sweep.plan import asked_cells, check_names, distinct_trainings
 
 SIZES = {
     "embedded": (360, 330),

@@ -15,21 +15,21 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from trainables import pruned as pruned_stage
-from trainables.torch_backend import MODES
-from tune_sparse import merge
-from tune_sparse.adapter_files import merge_adapter_into, save_adapter
+from trainables.pipeline import MODES
 from tune_sparse.cli import main
 from tune_sparse.cli.command import BAD_INPUT, FAULT, OK
 from tune_sparse.config import Protocol
-from tune_sparse.data import encode_answers, load_splits
-from tune_sparse.lora import adapt_model, merged_weights, sparse_lora_layers
-from tune_sparse.masks import masked
-from tune_sparse.merge import merge_adapter, merge_run
-from tune_sparse.models import check_checkpoint, load_model, prunable_weights, write_weights_into
-from tune_sparse.pruning import make_masks
-from tune_sparse.result import Ledger, Record
-from tune_sparse.tasks import TASKS
-from tune_sparse.train import mean_loss
+from tune_sparse.data.splits import encode_answers, load_splits
+from tune_sparse.data.tasks import TASKS
+from tune_sparse.export import merge
+from tune_sparse.export.merge import merge_adapter, merge_run
+from tune_sparse.ledger.ledger import Ledger, Record
+from tune_sparse.lora.adapter_io import merge_adapter_into, save_adapter
+from tune_sparse.lora.layer import adapt_model, merged_weights, sparse_lora_layers
+from tune_sparse.models.checkpoints import check_checkpoint, load_model, prunable_weights, write_weights_into
+from tune_sparse.pruning.masks import masked
+from tune_sparse.pruning.prune_model import make_masks
+from tune_sparse.training.loop import mean_loss
 
 IDS = torch.arange(2 * 20).view(2, 20)
 

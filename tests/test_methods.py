@@ -5,7 +5,7 @@ import re
 import pytest
 
 from tune_sparse.errors import InputError
-from tune_sparse.methods import ALLOCATIONS, METHODS, PATTERNS, SCORES, Method, method_named, nonsense
+from tune_sparse.pruning.methods import ALLOCATIONS, METHODS, PATTERNS, SCORES, Method, method_named, nonsense
 
 
 def test_the_methods_of_the_matrix_have_names_of_their_own() -> None:

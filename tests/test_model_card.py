@@ -8,9 +8,9 @@ from typing import Any
 import yaml
 from factories import done_record, finished, make_run, tiny_run, write_boolq
 
-from tune_sparse.merge import merge_run
-from tune_sparse.model_card import model_card
-from tune_sparse.result import Ledger
+from tune_sparse.export.merge import merge_run
+from tune_sparse.export.model_card import model_card
+from tune_sparse.ledger.ledger import Ledger
 
 REPORT = {"counted_sparsity": 0.5, "mask_sha256": "ab" * 32}
 ORIGIN = {"mode": "sparse-to-dense", "base": "/models/a|b"}

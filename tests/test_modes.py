@@ -18,20 +18,20 @@ from factories import TINY_PROTOCOL, finished, tiny_run, write_boolq
 from peft import PeftModel
 from torch import Tensor
 
-from trainables import pruned, sparse_to_dense, torch_backend, training
+from trainables import pipeline, pruned, sparse_to_dense, training
 from trainables.deployed import Deployed
-from trainables.torch_backend import MODES, Bench, _merge_violations, run_cell
+from trainables.pipeline import MODES, Bench, _merge_violations, run_cell
 from tune_sparse.config import MODES as MODE_NAMES
 from tune_sparse.config import SweepConfig
-from tune_sparse.data import Encoded
-from tune_sparse.lora import merged_weights, sparse_lora_layers
-from tune_sparse.masks import Masks, mask_sha256, masked
-from tune_sparse.models import check_checkpoint, load_model, prunable_weights, write_weights_into
-from tune_sparse.outcomes import read_outcomes
-from tune_sparse.plan import plan_sweep
-from tune_sparse.pruning import make_masks
-from tune_sparse.result import Ledger, Record, Run
-from tune_sparse.train import accelerator_for, fit
+from tune_sparse.data.splits import Encoded
+from tune_sparse.evaluation.outcomes import read_outcomes
+from tune_sparse.ledger.ledger import Ledger, Record, Run
+from tune_sparse.lora.layer import merged_weights, sparse_lora_layers
+from tune_sparse.models.checkpoints import check_checkpoint, load_model, prunable_weights, write_weights_into
+from tune_sparse.pruning.masks import Masks, mask_sha256, masked
+from tune_sparse.pruning.prune_model import make_masks
+from tune_sparse.sweep.plan import plan_sweep
+from tune_sparse.training.loop import accelerator_for, fit
 
 IDS = torch.arange(2 * 20).view(2, 20)
 ROWS = [Encoded(tuple(range(i, i + 10)), (i, i + 1)) for i in range(8)]
@@ -246,8 +246,8 @@ def test_a_bench_encodes_the_rows_of_a_task_once(
     make_run: MakeRun, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     encoded = []
-    encode_test = torch_backend.encode_test
-    monkeypatch.setattr(torch_backend, "encode_test", lambda *args: encoded.append(args[1].name) or encode_test(*args))
+    encode_test = pipeline.encode_test
+    monkeypatch.setattr(pipeline, "encode_test", lambda *args: encoded.append(args[1].name) or encode_test(*args))
     bench = Bench()
     for task in ("boolq", "gsm8k", "boolq"):
         for mode in ("sparse-to-dense", "sparse-to-sparse"):
@@ -333,7 +333,7 @@ def test_a_merge_that_changes_the_function_fails_its_validation(
     def rounded(adapted: PeftModel, masks: Masks) -> Deployed:
         return Deployed({name: weight.bfloat16().float() for name, weight in merged_weights(adapted).items()})
 
-    monkeypatch.setattr(torch_backend.sparse_to_sparse, "deploy", rounded)
+    monkeypatch.setattr(pipeline.sparse_to_sparse, "deploy", rounded)
     record = finished(make_run(), ledger, Bench())
     assert record.status == "failed"
     assert record.error["message"].endswith("the merged model must compute exactly the trained function")
@@ -369,9 +369,9 @@ def test_sparsegpt_freezes_the_weights_that_it_updated(
     make_run: MakeRun, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written: list[dict[str, Tensor]] = []
-    write = torch_backend.write_weights_into
+    write = pipeline.write_weights_into
     monkeypatch.setattr(
-        torch_backend,
+        pipeline,
         "write_weights_into",
         lambda model, weights: written.append(dict(weights)) or write(model, weights),
     )

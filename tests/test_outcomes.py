@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import f1_score
 
-from tune_sparse.outcomes import (
+from tune_sparse.evaluation.outcomes import (
     Metrics,
     Outcome,
     combined,

@@ -15,13 +15,13 @@ import yaml
 from factories import failed_record, make_run, sweep_of
 from sound import cells_of, sound_ledger
 
-from analysis.bundle import citation, write_bundle
-from analysis.claims import Claim, number
-from analysis.page import said
-from analysis.report import write_report
+from analysis.report.bundle import citation, write_bundle
+from analysis.report.page import said
+from analysis.report.report import write_report
+from analysis.stats.claims import Claim, number
 from tune_sparse.cli import main
 from tune_sparse.errors import InputError
-from tune_sparse.result import Ledger
+from tune_sparse.ledger.ledger import Ledger
 
 LIMIT_BYTES = 10 * 2**20
 
@@ -110,7 +110,7 @@ class Tags(HTMLParser):
 
 
 def test_names_cannot_become_markup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("analysis.presentation.FIGURES", {})
+    monkeypatch.setattr("analysis.report.presentation.FIGURES", {})
     evil = "</script><script>alert(1)</script>"
     cells = [replace(cell, method=evil if cell.method == "random" else cell.method) for cell in cells_of()]
     ledger = sound_ledger(tmp_path / "results", cells)

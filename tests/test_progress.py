@@ -6,8 +6,8 @@ import pytest
 from factories import done_record, failed_record, make_cell, make_run
 from rich.console import Console
 
-from tune_sparse import progress
-from tune_sparse.progress import Progress, duration
+from tune_sparse.sweep import progress
+from tune_sparse.sweep.progress import Progress, duration
 
 
 @pytest.mark.parametrize(

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from tune_sparse.calibration import ModelBlocks, Statistics, row_loss, text_rows, walk
 from tune_sparse.config import Protocol
-from tune_sparse.data import Encoded, encode_answers, load_splits
-from tune_sparse.embedded_models import embedded_model
-from tune_sparse.models import check_checkpoint, load_model, load_tokenizer, write_weights_into
-from tune_sparse.pruning import Prunable, prune, prune_walking
-from tune_sparse.tasks import TASKS
+from tune_sparse.data.splits import Encoded, encode_answers, load_splits
+from tune_sparse.data.tasks import TASKS
+from tune_sparse.models.checkpoints import check_checkpoint, load_model, load_tokenizer, write_weights_into
+from tune_sparse.models.toy_models import embedded_model
+from tune_sparse.pruning.calibration import ModelBlocks, Statistics, row_loss, text_rows, walk
+from tune_sparse.pruning.prune_model import Prunable, prune, prune_walking
 
 METHODS = ("unstructured", "wanda", "sparsegpt")
 

@@ -19,8 +19,8 @@ from analysis.baselines.published import (
     load_published,
     read_published,
 )
+from tune_sparse.data.tasks import TASKS
 from tune_sparse.errors import InputError
-from tune_sparse.tasks import TASKS
 
 ROW = {
     "source": "A paper",

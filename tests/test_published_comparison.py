@@ -11,10 +11,10 @@ from factories import done_record, make_cell, make_run, sweep_of, write_run
 from test_published import published
 
 from analysis.baselines.comparison import compare, protocols, summarised
-from analysis.baselines.phoenix import phoenix_table
-from analysis.load import cells_table
+from analysis.read.load import cells_table
+from analysis.report.phoenix import phoenix_table
 from tune_sparse.config import Protocol
-from tune_sparse.result import Ledger
+from tune_sparse.ledger.ledger import Ledger
 
 FEW = Protocol(few_shot=5)
 SAME: dict[str, Any] = {"model": "Tiny", "task": "boolq", "method": "random", "mode": "sparse-to-dense", "value": 0.6}

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 
-from tune_sparse.racing import (
+from tune_sparse.search.racing import (
     STAGES,
     Marks,
     Race,

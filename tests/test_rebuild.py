@@ -8,19 +8,19 @@ import pytest
 import torch
 from factories import finished, tiny_run
 
+from trainables.pipeline import Bench
 from trainables.rebuild import deployed_by
-from trainables.torch_backend import Bench
-from tune_sparse.adapter_files import last_mask_of, merge_adapter_into
-from tune_sparse.data import load_splits
+from tune_sparse.data.splits import load_splits
+from tune_sparse.data.tasks import TASKS
 from tune_sparse.errors import InputError
-from tune_sparse.evaluate import encode_test, score
-from tune_sparse.masks import masked
-from tune_sparse.models import check_checkpoint, load_model, prunable_weights, write_weights_into
-from tune_sparse.outcomes import read_outcomes
-from tune_sparse.paths import read_json, write_json
-from tune_sparse.pruning import make_masks
-from tune_sparse.result import Ledger
-from tune_sparse.tasks import TASKS
+from tune_sparse.evaluation.outcomes import read_outcomes
+from tune_sparse.evaluation.scoring import encode_test, score
+from tune_sparse.files import read_json, write_json
+from tune_sparse.ledger.ledger import Ledger
+from tune_sparse.lora.adapter_io import last_mask_of, merge_adapter_into
+from tune_sparse.models.checkpoints import check_checkpoint, load_model, prunable_weights, write_weights_into
+from tune_sparse.pruning.masks import masked
+from tune_sparse.pruning.prune_model import make_masks
 
 DENSE = {"method": "none", "sparsity": 0.0}
 

@@ -14,12 +14,12 @@ from factories import done_record, finished, make_run, tiny_run
 from safetensors.torch import load_file, save_file
 from sound import edit
 
+from trainables.pipeline import Bench
 from trainables.rerun import compared, same_bits
-from trainables.torch_backend import Bench
 from tune_sparse.cli import main
 from tune_sparse.cli.command import BAD_INPUT, FAULT, OK
-from tune_sparse.outcomes import Outcome
-from tune_sparse.result import Ledger, Run
+from tune_sparse.evaluation.outcomes import Outcome
+from tune_sparse.ledger.ledger import Ledger, Run
 
 OUTCOMES = [Outcome("boolq", str(i), "0", "0", True) for i in range(4)]
 

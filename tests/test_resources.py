@@ -7,10 +7,10 @@ from factories import done_record, make_cell, make_run
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.resources import MOST_TOGETHER, Placement, Resources, described, fits, gpu_share, needed_fraction
 from tune_sparse.config import Cerebras, SweepConfig
 from tune_sparse.errors import InputError
-from tune_sparse.result import Record, Run
+from tune_sparse.ledger.ledger import Record, Run
+from tune_sparse.sweep.resources import MOST_TOGETHER, Placement, Resources, described, fits, gpu_share, needed_fraction
 
 GB = 1_000_000_000
 LAPTOP: Resources = {"CPU": 2, "memory": 8 * GB}

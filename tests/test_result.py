@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from factories import make_cell, make_run
 
-from tune_sparse import result
 from tune_sparse.config import SCORING, Protocol
-from tune_sparse.result import Run
+from tune_sparse.ledger import ledger
+from tune_sparse.ledger.ledger import Run
 
 OTHER_PROTOCOL: dict[str, Any] = {
     "steps": 100,
@@ -107,7 +107,7 @@ def test_the_identity_changes_with_the_model_the_data_and_the_prompt(name: str) 
 def test_the_identity_changes_with_the_numerics_version(monkeypatch: pytest.MonkeyPatch) -> None:
     run = make_run()
     before = run.identity, run.untuned_id
-    monkeypatch.setattr(result, "NUMERICS_VERSION", result.NUMERICS_VERSION + 1)
+    monkeypatch.setattr(ledger, "NUMERICS_VERSION", ledger.NUMERICS_VERSION + 1)
     assert run.identity != before[0]
     assert run.untuned_id != before[1]
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from analysis.rounding import UNKNOWN, rounded, with_interval
+from analysis.report.rounding import UNKNOWN, rounded, with_interval
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from tune_sparse import methods, scores
-from tune_sparse.scores import Known, group_norms, magnitude, random, taylor, wanda
+from tune_sparse.pruning import methods, scores
+from tune_sparse.pruning.scores import Known, group_norms, magnitude, random, taylor, wanda
 
 
 def test_magnitude_is_the_absolute_value() -> None:

@@ -14,15 +14,15 @@ from typing import Any
 import pytest
 from factories import write_boolq
 
-from tune_sparse.candidates import Diary
 from tune_sparse.cli import main
 from tune_sparse.config import SweepConfig
 from tune_sparse.errors import InputError
-from tune_sparse.paths import read_json
-from tune_sparse.result import Ledger
-from tune_sparse.search import matrix_sizes, plan_search
-from tune_sparse.search_config import SearchConfig
-from tune_sparse.space import Space
+from tune_sparse.files import read_json
+from tune_sparse.ledger.ledger import Ledger
+from tune_sparse.lora.rank_space import Space
+from tune_sparse.search.config import SearchConfig
+from tune_sparse.search.driver import matrix_sizes, plan_search
+from tune_sparse.search.journal import Diary
 
 GROUPS = {
     "qkv": {"modules": ["q_proj", "k_proj", "v_proj"], "ranks": [4, 2, 1]},
@@ -90,8 +90,8 @@ def tracked_as(ledger: Ledger, search_id: str) -> None:
     """MLflow has a parent run for the search, with the front as an artifact, and a child for each suggestion."""
     from mlflow import MlflowClient
 
-    from tune_sparse.tracking import EXPERIMENT, default_uri, track_ledger
-    from tune_sparse.tracking_entries import SEARCH_TAG
+    from tune_sparse.tracking.entries import SEARCH_TAG
+    from tune_sparse.tracking.sync import EXPERIMENT, default_uri, track_ledger
 
     uri = default_uri(ledger.folder)
     track_ledger(ledger, uri)
@@ -158,7 +158,7 @@ def test_a_search_differs_by_what_decides_its_candidates(llama: Path, tmp_path: 
 def test_parameters_are_those_of_the_models_matrices(llama: Path, tmp_path: Path) -> None:
     import torch
 
-    from tune_sparse.models import load_model, prunable_weights
+    from tune_sparse.models.checkpoints import load_model, prunable_weights
 
     plan = plan_search(config(llama, tmp_path))
     own = prunable_weights(load_model(llama, torch.float32, torch.device("cpu")))

@@ -19,14 +19,14 @@ import pytest
 import torch
 from ray_head import PATIENCE_SECONDS, Head, ray_head
 
-from tune_sparse.adapter_files import load_adapter
 from tune_sparse.cerebras.environment import SiteEnvironment
 from tune_sparse.cli import main
 from tune_sparse.cli.command import BAD_INPUT
 from tune_sparse.errors import InputError
-from tune_sparse.mask_files import MaskFile
-from tune_sparse.models import check_checkpoint, load_model
-from tune_sparse.training_state import BrokenStateError, restore_into
+from tune_sparse.lora.adapter_io import load_adapter
+from tune_sparse.models.checkpoints import check_checkpoint, load_model
+from tune_sparse.pruning.mask_io import MaskFile
+from tune_sparse.training.checkpoint import BrokenStateError, restore_into
 
 ROOT = Path(__file__).parents[1]
 SOURCES = [
@@ -220,7 +220,7 @@ def test_mlflow_is_opened_on_this_machine_only(tmp_path: Path, monkeypatch: pyte
 
     process = subprocess.Popen
     monkeypatch.setattr("subprocess.Popen", start)
-    monkeypatch.setattr("tune_sparse.tracking_baselines.comparison_page", lambda uri: None)
+    monkeypatch.setattr("tune_sparse.tracking.baselines.comparison_page", lambda uri: None)
     monkeypatch.setattr("tune_sparse.cli.results.has_desktop", lambda: False)
     main(["ui", "--results-dir", str(tmp_path)])
     [command] = started

@@ -12,9 +12,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis.comparisons import ALL_BASES, Points, compare
-from analysis.evidence import Answers
-from analysis.statistics import Estimate, clustered_mean, naive_paired_t, paired_difference, repeated_measures
+from analysis.read.evidence import Answers
+from analysis.stats.comparisons import ALL_BASES, Points, compare
+from analysis.stats.statistics import Estimate, clustered_mean, naive_paired_t, paired_difference, repeated_measures
 
 Bits = np.ndarray[Any, np.dtype[np.bool_]]
 CELLS, EXAMPLES = 27, 100

@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 from factories import boolq_rows, write_jsonl
 
-from tune_sparse import sources
 from tune_sparse.config import EMBEDDED_ROWS, HUB_ROWS, Protocol
-from tune_sparse.data import load_splits, read_split
+from tune_sparse.data import sources
+from tune_sparse.data.sources import fetch_rows, rows_folder
+from tune_sparse.data.splits import load_splits, read_split
+from tune_sparse.data.task_types import Hub
+from tune_sparse.data.tasks import TASKS
 from tune_sparse.errors import InputError, NotReadyError
-from tune_sparse.paths import cache_dir
-from tune_sparse.sources import fetch_rows, rows_folder
-from tune_sparse.task import Hub
-from tune_sparse.tasks import TASKS
+from tune_sparse.files import cache_dir
 
 LINES = ["", " = A title = \n", "", " It is a line of text . \n"]
 

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tune_sparse.masks import pruned_count
-from tune_sparse.sparsegpt import BLOCK, DAMPING, inverse_factor, sparsegpt
+from tune_sparse.pruning.masks import pruned_count
+from tune_sparse.pruning.sparsegpt import BLOCK, DAMPING, inverse_factor, sparsegpt
 
 
 def problem(rows: int, width: int, seed: int = 0) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from analysis.statistics import (
+from analysis.stats.statistics import (
     against_published,
     anova,
     clustered_mean,

@@ -11,7 +11,7 @@ import psutil
 import pytest
 from ray_head import Head, ray_head, wait_until
 
-from tune_sparse.result import Ledger
+from tune_sparse.ledger.ledger import Ledger
 
 pytestmark = pytest.mark.slow
 

@@ -21,11 +21,11 @@ import torch
 from mlflow import MlflowClient
 from safetensors.torch import load_file, save_file
 
-from analysis.load import cells_table
-from tune_sparse.paths import read_json
-from tune_sparse.result import Ledger
-from tune_sparse.tracking import EXPERIMENT, default_uri
-from tune_sparse.tracking_entries import RUN_TAG, SWEEP_TAG
+from analysis.read.load import cells_table
+from tune_sparse.files import read_json
+from tune_sparse.ledger.ledger import Ledger
+from tune_sparse.tracking.entries import RUN_TAG, SWEEP_TAG
+from tune_sparse.tracking.sync import EXPERIMENT, default_uri
 
 PATIENCE_SECONDS = 240
 
@@ -296,8 +296,8 @@ def test_a_cell_whose_loss_is_not_finite_fails_alone(llama: Path, tmp_path: Path
 
 
 def _position_that_random_prunes(weight: torch.Tensor, name: str) -> int:
-    from tune_sparse.masks import keep_highest, pruned_count
-    from tune_sparse.scores import Known, random
+    from tune_sparse.pruning.masks import keep_highest, pruned_count
+    from tune_sparse.pruning.scores import Known, random
 
     keep = keep_highest(random(weight, Known(name)), pruned_count(weight.numel(), 0.5))
     return int((~keep[0]).nonzero()[0])

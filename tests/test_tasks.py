@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from factories import answer_task, prompt_task
 
+from tune_sparse.data.task_types import AnswerTask, ChoiceTask, PromptTask, Task, TextTask
+from tune_sparse.data.tasks import TASKS, chance_of, task_named, tasks_named
 from tune_sparse.errors import InputError
-from tune_sparse.task import AnswerTask, ChoiceTask, PromptTask, Task, TextTask
-from tune_sparse.tasks import TASKS, chance_of, task_named, tasks_named
 
 ALPACA = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request."

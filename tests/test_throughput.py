@@ -11,11 +11,11 @@ import torch
 from factories import tiny_run
 
 from trainables import throughput
+from trainables.pipeline import Bench
 from trainables.throughput import TIMED_STEPS, Throughput, measure
-from trainables.torch_backend import Bench
 from tune_sparse.cli import main
 from tune_sparse.cli.command import BAD_INPUT, OK
-from tune_sparse.train import fit
+from tune_sparse.training.loop import fit
 
 
 @pytest.mark.parametrize("mode", ["sparse-to-dense", "sparse-to-sparse", "masked-finetuning"])

@@ -16,16 +16,16 @@ from test_published import published, write_published
 
 from analysis.baselines.published import as_runs
 from tune_sparse.cli import main
-from tune_sparse.result import Ledger
-from tune_sparse.tracking import EXPERIMENT, default_uri, every_run, track_ledger
-from tune_sparse.tracking_baselines import (
+from tune_sparse.ledger.ledger import Ledger
+from tune_sparse.tracking.baselines import (
     COMPLETE_TAG,
     PUBLISHED_EXPERIMENT,
     PUBLISHED_TAG,
     comparison_page,
     track_published,
 )
-from tune_sparse.tracking_entries import RUN_TAG
+from tune_sparse.tracking.entries import RUN_TAG
+from tune_sparse.tracking.sync import EXPERIMENT, default_uri, every_run, track_ledger
 
 ROWS = [
     published(model="tiny", task="boolq"),

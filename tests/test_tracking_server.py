@@ -24,10 +24,10 @@ from mlflow_server import MlflowServer, Postgres, mlflow_server, postgres
 from ray_head import wait_until
 
 from tune_sparse.cli import main
-from tune_sparse.result import Ledger
-from tune_sparse.tracking import EXPERIMENT
-from tune_sparse.tracking_entries import RUN_TAG, SWEEP_TAG
-from tune_sparse.tracking_thread import track_sweep
+from tune_sparse.ledger.ledger import Ledger
+from tune_sparse.tracking.background import track_sweep
+from tune_sparse.tracking.entries import RUN_TAG, SWEEP_TAG
+from tune_sparse.tracking.sync import EXPERIMENT
 
 pytestmark = pytest.mark.slow
 RUNS_OF_A_WRITER = 200

@@ -15,17 +15,17 @@ from factories import finished, tiny_run
 from safetensors.torch import load_file
 
 from trainables import training
-from trainables.torch_backend import Bench, run_cell
+from trainables.pipeline import Bench, run_cell
 from trainables.training import Training
-from tune_sparse.result import Ledger, Run
-from tune_sparse.train import Step
+from tune_sparse.ledger.ledger import Ledger, Run
+from tune_sparse.training.loop import Step
 
 KILLED = """
 import json, sys, time
 from pathlib import Path
 from trainables import training
-from trainables.torch_backend import Bench, run_cell
-from tune_sparse.result import Ledger, Run
+from trainables.pipeline import Bench, run_cell
+from tune_sparse.ledger.ledger import Ledger, Run
 
 training.CHECKPOINT_SECONDS = 0.0
 run, results = Run.from_config(json.loads(sys.argv[1])), Path(sys.argv[2])

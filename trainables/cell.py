@@ -11,8 +11,8 @@ from typing import Any
 
 from ray import tune
 
-from tune_sparse.hang import progress, watched
-from tune_sparse.result import Run
+from tune_sparse.ledger.ledger import Run
+from tune_sparse.watchdog import progress, watched
 
 REPORT_SECONDS = 5.0
 """A training reports at least so often, which is also how fast it can be stopped; scoring is not interrupted."""
@@ -27,7 +27,7 @@ class CellTrainable(tune.Trainable):
     """
 
     def setup(self, config: dict[str, Any]) -> None:
-        from trainables.torch_backend import Bench
+        from trainables.pipeline import Bench
 
         self._bench = Bench()
         self._begin(config)
@@ -38,10 +38,10 @@ class CellTrainable(tune.Trainable):
         return True
 
     def _begin(self, config: Mapping[str, Any]) -> None:
-        from trainables.courier import ledger_here
         from trainables.cs3 import on_cs3
         from trainables.hardware import keep_within
-        from trainables.torch_backend import run_cell
+        from trainables.pipeline import run_cell
+        from trainables.remote_ledger import ledger_here
 
         trial = config["trial"]
         keep_within(trial["resources"].get("GPU", 0))

@@ -16,7 +16,7 @@ from typing import Protocol as Interface
 
 import torch
 
-from trainables.trainee import LoraTrainee, Trainee
+from trainables.mode import LoraTrainee, Trainee
 from trainables.training import WARM_UP_STEPS, Log, Training
 from tune_sparse.cerebras.appliance import label_of, name_of
 from tune_sparse.cerebras.conversion import cerebras_name, refuse_unconvertible, to_cerebras
@@ -26,17 +26,17 @@ from tune_sparse.cerebras.guard import Ended, Guarded
 from tune_sparse.cerebras.job import CHILD, Start, new_lines, rows_in_order, trained_adapters, write_job
 from tune_sparse.config import Cerebras
 from tune_sparse.errors import RunError
-from tune_sparse.lora import sparse_lora_layers
-from tune_sparse.masks import Masks
-from tune_sparse.models import Shape, find_folder
-from tune_sparse.paths import read_json, write_json
-from tune_sparse.result import Ledger, Run, sha256_of
-from tune_sparse.tensor_files import TensorFiles, weight_files
-from tune_sparse.train import Step, batches, learning_rate_at, mean_loss
+from tune_sparse.files import read_json, write_json
+from tune_sparse.ledger.ledger import Ledger, Run, sha256_of
+from tune_sparse.lora.layer import sparse_lora_layers
+from tune_sparse.models.checkpoints import Shape, find_folder
+from tune_sparse.models.safetensors_io import TensorFiles, weight_files
+from tune_sparse.pruning.masks import Masks
+from tune_sparse.training.loop import Step, batches, learning_rate_at, mean_loss
 
 if TYPE_CHECKING:
+    from trainables.pipeline import Rows
     from trainables.pruned import Pruned
-    from trainables.torch_backend import Rows
 
 POLL_SECONDS = 0.1
 FIRST_LOSS_TOLERANCE = {"float32": 1e-3, "bfloat16": 3e-2}

@@ -6,11 +6,11 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from trainables.deployed import Deployed
-from trainables.trainee import LoraTrainee
+from trainables.mode import LoraTrainee
 from tune_sparse.config import Protocol
-from tune_sparse.lora import adapt_model, merged_weights
-from tune_sparse.masks import Masks
-from tune_sparse.models import PRUNED
+from tune_sparse.lora.layer import adapt_model, merged_weights
+from tune_sparse.models.checkpoints import PRUNED
+from tune_sparse.pruning.masks import Masks
 
 
 def begin(

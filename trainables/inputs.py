@@ -8,11 +8,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tune_sparse.config import Protocol
-from tune_sparse.data import Splits, calibration_text, fingerprint_of, load_splits
+from tune_sparse.data.splits import Splits, calibration_text, fingerprint_of, load_splits
+from tune_sparse.data.tasks import tasks_named
 from tune_sparse.errors import InputError, NotReadyError
-from tune_sparse.models import Checkpoint, check_checkpoint
-from tune_sparse.result import Run, sha256_of
-from tune_sparse.tasks import tasks_named
+from tune_sparse.ledger.ledger import Run, sha256_of
+from tune_sparse.models.checkpoints import Checkpoint, check_checkpoint
 
 
 def checkpoint_of(run: Run) -> Checkpoint:

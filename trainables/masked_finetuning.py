@@ -16,11 +16,11 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from trainables.deployed import Deployed
-from tune_sparse.architectures import matrices_of
 from tune_sparse.config import Protocol
-from tune_sparse.masks import Masks, mask_sha256
-from tune_sparse.paths import write_json
-from tune_sparse.train import adamw
+from tune_sparse.files import write_json
+from tune_sparse.models.architectures import matrices_of
+from tune_sparse.pruning.masks import Masks, mask_sha256
+from tune_sparse.training.loop import adamw
 
 
 def begin(model: PreTrainedModel, protocol: Protocol, masks: Masks, seed: int) -> MaskedWeights:

@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from trainables.inputs import calibration_text_of
-from tune_sparse.calibration import ModelBlocks, Statistics, checked_rows, text_rows
-from tune_sparse.data import Encoded
+from tune_sparse.data.splits import Encoded
 from tune_sparse.errors import RunError
-from tune_sparse.masks import Masks, mask_sha256, masked, sparsity_of
-from tune_sparse.methods import method_named
-from tune_sparse.pruning import NO_STATISTICS, Prunable, make_masks, measured, prune_walking, walks
-from tune_sparse.result import Run
-from tune_sparse.validate import mask_violations
+from tune_sparse.evaluation.validation import mask_violations
+from tune_sparse.ledger.ledger import Run
+from tune_sparse.pruning.calibration import ModelBlocks, Statistics, checked_rows, text_rows
+from tune_sparse.pruning.masks import Masks, mask_sha256, masked, sparsity_of
+from tune_sparse.pruning.methods import method_named
+from tune_sparse.pruning.prune_model import NO_STATISTICS, Prunable, make_masks, measured, prune_walking, walks
 
 if TYPE_CHECKING:
-    from trainables.torch_backend import Loaded
+    from trainables.pipeline import Loaded
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from safetensors.torch import load_file
 
-from trainables.torch_backend import Bench, Loaded
-from tune_sparse.adapter_files import merge_adapter_into
+from trainables.pipeline import Bench, Loaded
 from tune_sparse.errors import InputError
-from tune_sparse.masks import Masks
-from tune_sparse.models import write_weights_into
-from tune_sparse.result import Ledger, Run
+from tune_sparse.ledger.ledger import Ledger, Run
+from tune_sparse.lora.adapter_io import merge_adapter_into
+from tune_sparse.models.checkpoints import write_weights_into
+from tune_sparse.pruning.masks import Masks
 
 
 def deployed_by(run: Run, ledger: Ledger, bench: Bench) -> tuple[Loaded, Masks]:

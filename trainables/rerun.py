@@ -12,10 +12,10 @@ from typing import Any
 import torch
 
 from trainables.hardware import environment
-from trainables.torch_backend import Bench, run_cell
+from trainables.pipeline import Bench, run_cell
 from tune_sparse.errors import InputError, NotReadyError
-from tune_sparse.outcomes import Outcome, read_outcomes
-from tune_sparse.result import Ledger, Record, Run
+from tune_sparse.evaluation.outcomes import Outcome, read_outcomes
+from tune_sparse.ledger.ledger import Ledger, Record, Run
 
 LOSS_TOLERANCE = 0.02
 """Relative, of a number that other hardware or other versions computed: sums are rounded otherwise, and training

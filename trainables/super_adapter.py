@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from trainables.trainee import LoraTrainee, Trainee
-from tune_sparse.result import Run
-from tune_sparse.space import SuperAdapter
-from tune_sparse.subadapter import layers_of, set_ranks_into
+from trainables.mode import LoraTrainee, Trainee
+from tune_sparse.ledger.ledger import Run
+from tune_sparse.lora.rank_space import SuperAdapter
+from tune_sparse.lora.slices import layers_of, set_ranks_into
 
 
 @dataclass(frozen=True)

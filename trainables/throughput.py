@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 import torch
 
 from trainables.hardware import peak_memory_bytes, reset_peak_memory
-from trainables.torch_backend import MODES, Bench
+from trainables.pipeline import MODES, Bench
 from trainables.training import WARM_UP_STEPS, Training
-from tune_sparse.models import write_weights_into
-from tune_sparse.result import Run
-from tune_sparse.train import accelerator_for, fit
+from tune_sparse.ledger.ledger import Run
+from tune_sparse.models.checkpoints import write_weights_into
+from tune_sparse.training.loop import accelerator_for, fit
 
 TIMED_STEPS = 5
 

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 from typing import Protocol as Interface
 
+from trainables.mode import Trainee
 from trainables.super_adapter import SampledSlices
-from trainables.trainee import Trainee
-from tune_sparse.data import Encoded
-from tune_sparse.result import Run
-from tune_sparse.train import Step, accelerator_for, fit, mean_loss
-from tune_sparse.training_state import BrokenStateError, restore_into, save_training
+from tune_sparse.data.splits import Encoded
+from tune_sparse.ledger.ledger import Run
+from tune_sparse.training.checkpoint import BrokenStateError, restore_into, save_training
+from tune_sparse.training.loop import Step, accelerator_for, fit, mean_loss
 
 CHECKPOINT_SECONDS = 300.0
 """A killed training loses at most so much of its work, and one that is shorter never writes a checkpoint."""

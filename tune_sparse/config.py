@@ -14,8 +14,8 @@ from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from tune_sparse.address import check_address
 from tune_sparse.errors import InputError, unknown_name
+from tune_sparse.net import check_address
 
 MODES = ("dense", "sparse-to-dense", "sparse-to-sparse", "masked-finetuning")
 LORA_SETTINGS = ("lora_rank", "lora_alpha", "lora_dropout", "masked_way")

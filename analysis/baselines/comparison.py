@@ -10,8 +10,8 @@ from typing import Any
 import pandas as pd
 
 from analysis.baselines.published import METRICS, Published
-from analysis.statistics import against_published
-from tune_sparse.result import Ledger
+from analysis.stats.statistics import against_published
+from tune_sparse.ledger.ledger import Ledger
 
 SAME_SPARSITY = 0.005
 NOT_AVAILABLE = "not available"

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from tune_sparse.config import MODES
+from tune_sparse.data.tasks import TASKS
 from tune_sparse.errors import InputError, unknown_name
-from tune_sparse.tasks import TASKS
 
 FOLDER = Path(__file__).parent
 BUILT_IN = (FOLDER / "phoenix.csv", FOLDER / "published.csv")

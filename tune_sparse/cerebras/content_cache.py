@@ -10,7 +10,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from tune_sparse.errors import InputError
-from tune_sparse.paths import aside, cache_dir
+from tune_sparse.files import aside, cache_dir
 
 LIMIT_VARIABLE = "TUNE_SPARSE_CEREBRAS_CACHE_BYTES"
 LIMIT_BYTES = 200 * 10**9

@@ -24,9 +24,9 @@ from tune_sparse.cerebras.content_cache import cached
 from tune_sparse.cerebras.environment import SiteEnvironment
 from tune_sparse.cerebras.failures import failure_of
 from tune_sparse.errors import InputError, RunError
-from tune_sparse.models import read_config
-from tune_sparse.paths import write_json
-from tune_sparse.tensor_files import INDEX, TensorFiles, weight_files
+from tune_sparse.files import write_json
+from tune_sparse.models.checkpoints import read_config
+from tune_sparse.models.safetensors_io import INDEX, TensorFiles, weight_files
 
 MODEL_TYPES = ("llama", "mistral")
 """Mixtral converts too, but Model Zoo's LoRA does not reach its experts, and sweeps do not train it yet."""

@@ -25,16 +25,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tune_sparse.batching import padded
 from tune_sparse.cerebras.content_cache import cached
 from tune_sparse.cerebras.conversion import cerebras_name, hugging_face_name, interleaved, separated
 from tune_sparse.config import Cerebras, Protocol
-from tune_sparse.data import Encoded
-from tune_sparse.masks import Masks
-from tune_sparse.paths import write_json
-from tune_sparse.train import batches
+from tune_sparse.data.batching import padded
+from tune_sparse.data.splits import Encoded
+from tune_sparse.files import write_json
+from tune_sparse.pruning.masks import Masks
+from tune_sparse.training.loop import batches
 
-CHILD = Path(__file__).parents[2] / "trainables" / "cerebras_child.py"
+CHILD = Path(__file__).parent / "child.py"
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ def encoded_tokens(rows: Sequence[Encoded], loss_on: str) -> Tensor:
 
 
 def step_order(rows: Sequence[Encoded], protocol: Protocol, seed: int) -> list[int]:
-    """Positions in `rows` of every row of every step: those of `tune_sparse.train.batches`."""
+    """Positions in `rows` of every row of every step: those of `tune_sparse.training.loop.batches`."""
     position = {id(row): at for at, row in enumerate(rows)}
     steps = batches(rows, protocol, seed)
     return [position[id(row)] for _ in range(protocol.steps) for row in next(steps)]

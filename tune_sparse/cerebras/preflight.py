@@ -21,10 +21,10 @@ from tune_sparse.cerebras.guard import STOP_SECONDS, Guarded, is_guarded, remove
 from tune_sparse.cerebras.job import CHILD, appliance_of, protocol_of
 from tune_sparse.config import Cerebras, Protocol, SweepConfig
 from tune_sparse.errors import DISK_FULL, InputError
-from tune_sparse.models import Checkpoint
-from tune_sparse.paths import read_json, write_json
-from tune_sparse.result import Ledger, sha256_of
-from tune_sparse.tensor_files import TensorFiles, weight_files
+from tune_sparse.files import read_json, write_json
+from tune_sparse.ledger.ledger import Ledger, sha256_of
+from tune_sparse.models.checkpoints import Checkpoint
+from tune_sparse.models.safetensors_io import TensorFiles, weight_files
 
 POLL_SECONDS = 0.2
 CHECKPOINT_BYTES = 8

@@ -44,8 +44,8 @@ def add_commands(commands: Any) -> None:
 
 
 def _audit(chosen: argparse.Namespace) -> int:
-    from analysis.audit import audit
-    from analysis.evidence import read_results
+    from analysis.audit.audit import audit
+    from analysis.read.evidence import read_results
 
     results = read_results(existing_folders(chosen.results_dir))
     known = [sweep.sweep_id for sweep in results.sweeps]
@@ -62,7 +62,7 @@ def _audit(chosen: argparse.Namespace) -> int:
 
 def _rerun(chosen: argparse.Namespace) -> int:
     from trainables.rerun import LOSS_TOLERANCE, rerun
-    from tune_sparse.result import Ledger
+    from tune_sparse.ledger.ledger import Ledger
 
     [folder] = existing_folders([chosen.results_dir])
     ledger = Ledger(folder)
@@ -94,7 +94,7 @@ def _rerun(chosen: argparse.Namespace) -> int:
 
 
 def _import(chosen: argparse.Namespace) -> int:
-    from analysis.imported import import_results
+    from analysis.read.imported import import_results
 
     [folder] = existing_folders([chosen.results_dir])
     records = import_results(chosen.file, folder)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from tune_sparse.cli.command import DEFAULT_RESULTS, FAULT, OK, add_command
 
 if TYPE_CHECKING:
-    from tune_sparse.finding import Finding
+    from tune_sparse.doctor.finding import Finding
 
 EXAMPLE = """examples:
     tune-sparse doctor
@@ -47,9 +47,9 @@ def _doctor(chosen: argparse.Namespace) -> int:
 
 def _findings(chosen: argparse.Namespace) -> Iterator[Finding]:
     """Of the Cerebras side alone where that is asked for: a user node may be no place for trials."""
-    from cluster import doctor as of_ray
-    from tune_sparse import doctor as of_machine
-    from tune_sparse.cerebras import doctor as of_cerebras
+    from tune_sparse.doctor import cerebras as of_cerebras
+    from tune_sparse.doctor import machine as of_machine
+    from tune_sparse.doctor import ray as of_ray
 
     if chosen.ray or not chosen.cerebras:
         yield from of_machine.examine(chosen.results_dir)

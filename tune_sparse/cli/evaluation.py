@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 from tune_sparse.cli.command import DEFAULT_RESULTS, FAULT, OK, add_command, existing_folders, settings_of
 from tune_sparse.config import EMBEDDED_ROWS, SCORING, Protocol, converted
+from tune_sparse.data.tasks import TASKS, tasks_named
 from tune_sparse.errors import InputError, unknown_name
-from tune_sparse.tasks import TASKS, tasks_named
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from tune_sparse.outcomes import Outcome
-    from tune_sparse.scorecard import Evaluation
+    from tune_sparse.evaluation.evaluations import Evaluation
+    from tune_sparse.evaluation.outcomes import Outcome
 
 EXAMPLE = """examples:
     tune-sparse evaluate --model ./my-llama --tasks boolq gsm8k --data-dir ./rows
@@ -60,9 +60,9 @@ class Subject:
 
 
 def _evaluate(chosen: argparse.Namespace) -> int:
-    from tune_sparse.data import load_test
-    from tune_sparse.scorecard import Scorecard, evaluate
-    from tune_sparse.sources import rows_folder
+    from tune_sparse.data.sources import rows_folder
+    from tune_sparse.data.splits import load_test
+    from tune_sparse.evaluation.evaluations import Scorecard, evaluate
 
     subject = _run(chosen) if chosen.run else _checkpoint(chosen)
     tasks = [task for name in subject.tasks for task in tasks_named(name)]
@@ -84,7 +84,7 @@ def _evaluate(chosen: argparse.Namespace) -> int:
 
 
 def _checkpoint(chosen: argparse.Namespace) -> Subject:
-    from tune_sparse.models import check_checkpoint, fingerprint_of_files
+    from tune_sparse.models.checkpoints import check_checkpoint, fingerprint_of_files
 
     if not chosen.tasks:
         raise InputError("evaluate needs tasks, got none. Give --tasks.")
@@ -103,8 +103,8 @@ def _checkpoint(chosen: argparse.Namespace) -> Subject:
         import torch
 
         from trainables.hardware import device
-        from tune_sparse.adapter_files import last_mask_of, merge_adapter_into
-        from tune_sparse.models import load_model, load_tokenizer
+        from tune_sparse.lora.adapter_io import last_mask_of, merge_adapter_into
+        from tune_sparse.models.checkpoints import load_model, load_tokenizer
 
         torch.set_num_threads(protocol(0).threads)
         model = load_model(checkpoint.path, getattr(torch, protocol(0).precision), device())
@@ -116,9 +116,9 @@ def _checkpoint(chosen: argparse.Namespace) -> Subject:
 
 
 def _run(chosen: argparse.Namespace) -> Subject:
-    from tune_sparse.models import check_checkpoint
-    from tune_sparse.outcomes import read_outcomes
-    from tune_sparse.result import Ledger
+    from tune_sparse.evaluation.outcomes import read_outcomes
+    from tune_sparse.ledger.ledger import Ledger
+    from tune_sparse.models.checkpoints import check_checkpoint
 
     [folder] = existing_folders([chosen.results_dir])
     ledger = Ledger(folder)
@@ -133,8 +133,8 @@ def _run(chosen: argparse.Namespace) -> Subject:
     def lend() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         import torch
 
+        from trainables.pipeline import Bench
         from trainables.rebuild import deployed_by
-        from trainables.torch_backend import Bench
 
         torch.set_num_threads(run.protocol.threads)
         loaded, _ = deployed_by(run, ledger, Bench())

@@ -33,8 +33,8 @@ def add_commands(commands: Any) -> None:
 def _merge(chosen: argparse.Namespace) -> int:
     if bool(chosen.run) == bool(chosen.base and chosen.adapter) or bool(chosen.base) != bool(chosen.adapter):
         raise InputError("merge takes --run, or --base with --adapter, got another choice. Give one of the two.")
-    from tune_sparse.merge import merge_adapter, merge_run
-    from tune_sparse.result import Ledger
+    from tune_sparse.export.merge import merge_adapter, merge_run
+    from tune_sparse.ledger.ledger import Ledger
 
     try:
         if chosen.run:

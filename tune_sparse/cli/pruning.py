@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from tune_sparse.cli.command import FAULT, OK, add_command
 from tune_sparse.config import Protocol
+from tune_sparse.data.task_types import TextTask
+from tune_sparse.data.tasks import TASKS
 from tune_sparse.errors import DISK_FULL, InputError, unknown_name
-from tune_sparse.methods import METHODS
-from tune_sparse.task import TextTask
-from tune_sparse.tasks import TASKS
+from tune_sparse.pruning.methods import METHODS
 
 if TYPE_CHECKING:
-    from tune_sparse.data import Encoded
+    from tune_sparse.data.splits import Encoded
 
 SPARSITIES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
@@ -67,8 +67,8 @@ def _epilog() -> str:
 
 
 def _prune(chosen: argparse.Namespace) -> int:
-    from tune_sparse.methods import method_named
-    from tune_sparse.prune import Request, run
+    from tune_sparse.pruning.methods import method_named
+    from tune_sparse.pruning.prune_checkpoint import Request, run
 
     calibrated = [name for name in chosen.methods if method_named(name).is_calibrated]
     rows = calibration_rows(chosen) if calibrated and chosen.calibration else ()
@@ -98,11 +98,11 @@ def _prune(chosen: argparse.Namespace) -> int:
 
 def calibration_rows(chosen: argparse.Namespace) -> Sequence[Encoded]:
     """Rows of a task's training split, or pieces of a text file, as the model's tokens."""
-    from tune_sparse.calibration import checked_rows, text_rows
-    from tune_sparse.checkpoints import open_checkpoint
-    from tune_sparse.data import calibration_text, encode_training, load_splits
-    from tune_sparse.models import load_tokenizer
-    from tune_sparse.sources import rows_folder
+    from tune_sparse.data.sources import rows_folder
+    from tune_sparse.data.splits import calibration_text, encode_training, load_splits
+    from tune_sparse.models.checkpoints import load_tokenizer
+    from tune_sparse.pruning.calibration import checked_rows, text_rows
+    from tune_sparse.pruning.streaming import open_checkpoint
 
     source, count, tokens = chosen.calibration, chosen.calibration_rows, chosen.calibration_tokens
     if count < 1 or tokens < 2:
@@ -128,10 +128,10 @@ def _read_text(path: Path) -> str:
 
 
 def _validate(chosen: argparse.Namespace) -> int:
-    from tune_sparse.checkpoints import open_checkpoint
-    from tune_sparse.mask_files import MaskFile, recorded_statistics, refuse_other_model
-    from tune_sparse.paths import write_json
-    from tune_sparse.validate import checkpoint_report
+    from tune_sparse.evaluation.validation import checkpoint_report
+    from tune_sparse.files import write_json
+    from tune_sparse.pruning.mask_io import MaskFile, recorded_statistics, refuse_other_model
+    from tune_sparse.pruning.streaming import open_checkpoint
 
     checkpoint = open_checkpoint(str(chosen.checkpoint))
     masks = MaskFile(chosen.masks, chosen.sparsity)

@@ -59,11 +59,11 @@ def add_commands(commands: Any) -> None:
 
 
 def _status(chosen: argparse.Namespace) -> int:
-    from analysis.load import cells_table
-    from tune_sparse.holder import shown_holder
-    from tune_sparse.progress import duration
-    from tune_sparse.result import Ledger
-    from tune_sparse.united import UnitedLedger
+    from analysis.read.load import cells_table
+    from tune_sparse.ledger.lease import shown_holder
+    from tune_sparse.ledger.ledger import Ledger
+    from tune_sparse.ledger.reader import UnitedLedger
+    from tune_sparse.sweep.progress import duration
 
     folders = existing_folders(chosen.results_dir)
     cells = cells_table(folders)
@@ -91,8 +91,8 @@ def _status(chosen: argparse.Namespace) -> int:
 
 
 def _report(chosen: argparse.Namespace) -> int:
-    from analysis.bundle import refuse_bundle, write_bundle
-    from analysis.report import write_report
+    from analysis.report.bundle import refuse_bundle, write_bundle
+    from analysis.report.report import write_report
 
     folders = existing_folders(chosen.results_dir)
     if chosen.bundle:
@@ -109,8 +109,8 @@ def _report(chosen: argparse.Namespace) -> int:
 
 
 def _track(chosen: argparse.Namespace) -> int:
-    from tune_sparse.tracking import chosen_uri, track_ledger
-    from tune_sparse.united import UnitedLedger
+    from tune_sparse.ledger.reader import UnitedLedger
+    from tune_sparse.tracking.sync import chosen_uri, track_ledger
 
     folders = existing_folders(chosen.results_dir)
     uri = chosen_uri(chosen.tracking_uri, folders[0])
@@ -122,7 +122,7 @@ def _track(chosen: argparse.Namespace) -> int:
         return FAULT
     print(f"{tracked} runs of {', '.join(map(str, folders))} are in {uri}")
     if published is not None:
-        from tune_sparse.tracking_baselines import track_published
+        from tune_sparse.tracking.baselines import track_published
 
         print(f"{track_published(published, uri)} published runs are in {uri}, in an experiment of their own")
     return OK
@@ -133,7 +133,7 @@ def _published(folders: list[Path], files: list[Path] | None) -> list[Any] | Non
     if files is None:
         return None
     from analysis.baselines.published import as_runs, load_published
-    from tune_sparse.result import Ledger
+    from tune_sparse.ledger.ledger import Ledger
 
     models = {cell["model"] for folder in folders for sweep in Ledger(folder).sweeps() for cell in sweep.cells}
     return as_runs(load_published(files, models))
@@ -142,8 +142,8 @@ def _published(folders: list[Path], files: list[Path] | None) -> list[Any] | Non
 def _ui(chosen: argparse.Namespace) -> int:
     import subprocess
 
-    from tune_sparse.tracking import default_uri
-    from tune_sparse.tracking_baselines import comparison_page
+    from tune_sparse.tracking.baselines import comparison_page
+    from tune_sparse.tracking.sync import default_uri
 
     [folder] = existing_folders([chosen.results_dir])
     page, address = comparison_page(default_uri(folder)), f"http://127.0.0.1:{chosen.port}"
@@ -173,8 +173,8 @@ def _ui(chosen: argparse.Namespace) -> int:
 
 
 def _discard(chosen: argparse.Namespace) -> int:
-    from tune_sparse.holder import refuse_if_held
-    from tune_sparse.result import Ledger
+    from tune_sparse.ledger.lease import refuse_if_held
+    from tune_sparse.ledger.ledger import Ledger
 
     refuse_if_held(chosen.results_dir)
     ledger = Ledger(chosen.results_dir)

@@ -15,7 +15,7 @@ from tune_sparse.cli.command import DEFAULT_RESULTS, FAULT, OK, add_command, set
 from tune_sparse.errors import InputError, RunError, unknown_name
 
 if TYPE_CHECKING:
-    from tune_sparse.search_config import SearchConfig
+    from tune_sparse.search.config import SearchConfig
 
 EXAMPLE = """examples:
     tune-sparse search --task gsm8k --method wanda --sparsity 0.7
@@ -63,7 +63,7 @@ def add_commands(commands: Any) -> None:
 def search_config(chosen: argparse.Namespace, task: str | None = None) -> SearchConfig:
     """The preset with what a search adds, then the flags, then --set: later ones win."""
     from tune_sparse.config import SweepConfig
-    from tune_sparse.search_config import SearchConfig
+    from tune_sparse.search.config import SearchConfig
 
     if chosen.preset not in PRESETS:
         raise unknown_name("preset", chosen.preset, PRESETS)
@@ -104,7 +104,7 @@ def tasks_of(preset: str) -> tuple[str, ...]:
 
 def space_named(name: str) -> Any:
     """A preset, or what a YAML file says."""
-    from tune_sparse.space import Space
+    from tune_sparse.lora.rank_space import Space
 
     if name in subadapters.PRESETS:
         return Space.of(subadapters.PRESETS[name])
@@ -127,10 +127,10 @@ def _search(chosen: argparse.Namespace) -> int:
     if chosen.dry_run:
         return _dry_run(configs, chosen.json)
     from analysis.search_report import compare, write_search_report
-    from tune_sparse.result import Ledger
-    from tune_sparse.search import run_search
-    from tune_sparse.tracking import tracking_uri
-    from tune_sparse.tracking_thread import track_search
+    from tune_sparse.ledger.ledger import Ledger
+    from tune_sparse.search.driver import run_search
+    from tune_sparse.tracking.background import track_search
+    from tune_sparse.tracking.sync import tracking_uri
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("tune_sparse").setLevel(logging.INFO)
@@ -160,8 +160,8 @@ def _search(chosen: argparse.Namespace) -> int:
 
 def _dry_run(configs: list[SearchConfig], as_json: bool) -> int:
     from tune_sparse.errors import NotReadyError
-    from tune_sparse.result import Ledger
-    from tune_sparse.search import plan_search, selection_rows
+    from tune_sparse.ledger.ledger import Ledger
+    from tune_sparse.search.driver import plan_search, selection_rows
 
     values, lines = list[dict[str, Any]](), []
     for config in configs:

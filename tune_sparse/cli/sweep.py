@@ -13,8 +13,8 @@ from typing import Any
 from search_spaces.matrix import PRESETS
 from tune_sparse.cli.command import FAULT, OK, add_command, settings_of
 from tune_sparse.config import HUB_ROWS, Cerebras, Protocol, SweepConfig
+from tune_sparse.data.tasks import TASKS
 from tune_sparse.errors import InputError, NotReadyError, RunError, unknown_name
-from tune_sparse.tasks import TASKS
 
 NESTED = ("protocol", "cerebras")
 """Fields of `SweepConfig` that hold settings of their own."""
@@ -92,9 +92,9 @@ def _sweep(chosen: argparse.Namespace) -> int:
         return _dry_run(config, chosen)
     if "cerebras" in config.backends and config.cerebras.cerebras_target == "validate":
         return _lower(config, chosen)
-    from analysis.report import write_report
-    from tune_sparse.progress import duration
-    from tune_sparse.sweep import run_sweep
+    from analysis.report.report import write_report
+    from tune_sparse.sweep.driver import run_sweep
+    from tune_sparse.sweep.progress import duration
 
     outcome = run_sweep(config, chosen.retry_failed)
     complete = outcome.done == len(outcome.plan.runs)
@@ -122,10 +122,10 @@ def _sweep(chosen: argparse.Namespace) -> int:
 def _lower(config: SweepConfig, chosen: argparse.Namespace) -> int:
     """What the wafer's compiler front end says to each kind of model of a sweep; nothing is trained."""
     from tune_sparse.cerebras.preflight import lower_all
-    from tune_sparse.embedded_models import EMBEDDED_MODELS
-    from tune_sparse.models import prepare_models
-    from tune_sparse.plan import check_folder, plan_sweep
-    from tune_sparse.result import Ledger
+    from tune_sparse.ledger.ledger import Ledger
+    from tune_sparse.models.checkpoints import prepare_models
+    from tune_sparse.models.toy_models import EMBEDDED_MODELS
+    from tune_sparse.sweep.plan import check_folder, plan_sweep
 
     check_folder(config.results_dir)
     prepare_models([model for model in config.models if model in EMBEDDED_MODELS], report=print)
@@ -140,9 +140,9 @@ def _lower(config: SweepConfig, chosen: argparse.Namespace) -> int:
 
 
 def _dry_run(config: SweepConfig, chosen: argparse.Namespace) -> int:
-    from tune_sparse.forecast import forecast
-    from tune_sparse.plan import asked_cells, check_names, distinct_trainings, plan_sweep
-    from tune_sparse.result import Ledger
+    from tune_sparse.ledger.ledger import Ledger
+    from tune_sparse.sweep.forecast import forecast
+    from tune_sparse.sweep.plan import asked_cells, check_names, distinct_trainings, plan_sweep
 
     check_names(config)
     values: dict[str, Any] = {"cells": len(asked_cells(config)), "trainings": distinct_trainings(config)}
@@ -169,12 +169,12 @@ def _dry_run(config: SweepConfig, chosen: argparse.Namespace) -> int:
 
 def _run_pilots(config: SweepConfig, chosen: argparse.Namespace) -> None:
     """Run what a forecast lacks. Their failures are said, and recorded as those of every run."""
-    from tune_sparse.embedded_models import EMBEDDED_MODELS
-    from tune_sparse.forecast import pilots
-    from tune_sparse.models import prepare_models
-    from tune_sparse.plan import check_names, plan_sweep
-    from tune_sparse.result import Ledger
-    from tune_sparse.sweep import run_sweep
+    from tune_sparse.ledger.ledger import Ledger
+    from tune_sparse.models.checkpoints import prepare_models
+    from tune_sparse.models.toy_models import EMBEDDED_MODELS
+    from tune_sparse.sweep.driver import run_sweep
+    from tune_sparse.sweep.forecast import pilots
+    from tune_sparse.sweep.plan import check_names, plan_sweep
 
     check_names(config)
     prepare_models(
@@ -188,8 +188,8 @@ def _run_pilots(config: SweepConfig, chosen: argparse.Namespace) -> None:
 
 def _prepare(chosen: argparse.Namespace) -> int:
     config = sweep_config(chosen)
-    from tune_sparse.models import prepare_models
-    from tune_sparse.sources import fetch_rows
+    from tune_sparse.data.sources import fetch_rows
+    from tune_sparse.models.checkpoints import prepare_models
 
     if config.data_dir == HUB_ROWS:
         fetch_rows(config.tasks, report=print)

@@ -30,11 +30,11 @@ def _throughput(chosen: argparse.Namespace) -> int:
     if min(sizes) < 1:
         raise InputError(f"a batch size must be at least 1, got {min(sizes)}. Give larger numbers.")
     from trainables.hardware import environment
+    from trainables.pipeline import Bench
     from trainables.throughput import measure
-    from trainables.torch_backend import Bench
-    from tune_sparse.models import prepare_models
-    from tune_sparse.paths import write_json
-    from tune_sparse.plan import plan_sweep
+    from tune_sparse.files import write_json
+    from tune_sparse.models.checkpoints import prepare_models
+    from tune_sparse.sweep.plan import plan_sweep
 
     prepare_models(config.models, report=print)
     plan, bench = plan_sweep(config), Bench()

@@ -1,0 +1,1 @@
+"""Rules that find errors in results, and doubts about them."""

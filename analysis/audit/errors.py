@@ -1,0 +1,329 @@
+"""What makes results untrustworthy: each check yields (what was found, the runs it is about)."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from dataclasses import asdict
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from analysis.read.evidence import Answers, Evidence, Results
+from tune_sparse.config import BACKENDS, CALIBRATION_SETTINGS, Cell
+from tune_sparse.data.splits import load_splits, split_path
+from tune_sparse.data.task_types import PromptTask
+from tune_sparse.data.tasks import tasks_named
+from tune_sparse.errors import InputError
+from tune_sparse.ledger.ledger import Run
+from tune_sparse.pruning.methods import METHODS, TOLERANCE
+
+Found = Iterator[tuple[str, list[str]]]
+
+TEST_ROWS = ("n_test", "few_shot")
+HARMLESS = {
+    *(*TEST_ROWS, "max_new_tokens", "batch_tokens", "eval_every"),
+    *("threads", "micro_batch", "masked_way", "activation_checkpointing"),
+}
+"""Settings that may leave every bit of a training as it is."""
+COUNTS_AGREE = 1e-6
+"""Sparsities counted in masks and in weights; scores and the metrics made of them."""
+
+
+def unreadable(results: Results) -> Found:
+    for broken in results.broken:
+        yield f"{broken.path}: {broken.reason}", [broken.path.name]
+    for e in results.evidence:
+        if e.run.cell.backend not in BACKENDS:
+            yield f"{e.folder}: the backend {e.run.cell.backend!r} is none of {', '.join(BACKENDS)}", [e.run_id]
+
+
+def identity(results: Results) -> Found:
+    names = {(e.folder.parent, e.run_id) for e in results.evidence}
+    for e in results.evidence:
+        if e.run.identity != e.record.identity:
+            yield (
+                f"{e.run_id}: config.yaml has the identity {e.run.identity[:12]}, the record {e.record.identity[:12]}: "
+                "its settings were changed, or another version of this program made it",
+                [e.run_id],
+            )
+        elif e.run_id != e.run.run_id and (e.folder.parent, e.run.run_id) not in names:
+            yield f"{e.run_id}: its settings and record are those of {e.run.run_id}", [e.run_id]
+
+
+def checksum(results: Results) -> Found:
+    for e in results.done:
+        places = {"result.json": e.record.metrics, "sparse_config.json": e.sparse_config}
+        places |= {"validation_report.json": e.validation, "the adapter": e.marker or {}}
+        said = {name: str(place["mask_sha256"])[:12] for name, place in places.items() if place.get("mask_sha256")}
+        if len(set(said.values())) > 1:
+            yield f"{e.run_id}: the mask has several checksums: {_listed(said)}", [e.run_id]
+
+
+def twins(results: Results) -> Found:
+    for first, second, alike in alike_runs(results):
+        if differing(first.run, second.run) and not modes_coincide(first, second):
+            names = ", ".join(differing(first.run, second.run))
+            yield (
+                f"{first.run_id} and {second.run_id} differ in {names}, and to the last bit not in {alike}",
+                [first.run_id, second.run_id],
+            )
+
+
+def alike_runs(results: Results) -> Iterator[tuple[Evidence, Evidence, str]]:
+    """Pairs of runs that have a loss series, scores or weights in common, each pair once, with what it is."""
+    proofs: dict[str, Callable[[Evidence], Hashable]] = {
+        "their loss series": lambda e: e.losses or None,
+        "their scores": lambda e: e.answers.likelihoods_sha256 if e.answers else None,
+        "their weights": lambda e: e.record.metrics.get("weights_sha256"),
+    }
+    pairs: dict[tuple[str, str], tuple[Evidence, Evidence, list[str]]] = {}
+    for name, proof in proofs.items():
+        for same in grouped(results.done, proof).values():
+            for pair in pairwise(same):
+                key = (pair[0].run_id, pair[1].run_id)
+                pairs.setdefault(key, (*pair, []))[2].append(name)
+    for first, second, names in pairs.values():
+        if first.record.identity != second.record.identity:
+            yield first, second, ", ".join(names)
+
+
+def modes_coincide(first: Evidence, second: Evidence) -> bool:
+    """Whether both LoRA modes are one and the same training: where only whole feed-forward channels are gone, the
+    gradients of what their adapters add there are 0 from the first step on."""
+    method = METHODS.get(first.run.cell.method)
+    return (
+        differing(first.run, second.run) == ["mode"]
+        and {first.run.cell.mode, second.run.cell.mode} == {"sparse-to-dense", "sparse-to-sparse"}
+        and method is not None
+        and method.pattern == "structured"
+        and first.sparse_config["mask_sha256"] == second.sparse_config["mask_sha256"]
+        and all(kept == of for name, (kept, of) in first.sparse_config["kept_by_matrix"].items() if "attn" in name)
+    )
+
+
+def no_effect(results: Results) -> Found:
+    masks = grouped(results.done, lambda e: (e.run.model_fingerprint, e.record.metrics["mask_sha256"]))
+    for same in masks.values():
+        asked = grouped(same, lambda e: _mask_asked(e.run.cell))
+        if len(asked) > 1:
+            names = " and ".join(runs[0].run_id for runs in asked.values())
+            yield f"{names} have one and the same mask", [e.run_id for e in same]
+    dense = {_scored(e.run): e.untuned for e in results.done if e.run.cell.sparsity == 0}
+    for e in results.done:
+        cell = e.run.cell
+        if cell.mode == "sparse-to-dense" and e.record.metrics.get("update_removed_fraction") == 0:
+            yield f"{e.run_id}: the last mask removed nothing of the trained update", [e.run_id]
+        if _same_scores(e.untuned, e.answers):
+            yield f"{e.run_id}: every score is the one before tuning, to the last bit", [e.run_id]
+        if cell.sparsity and _same_scores(e.untuned, dense.get(_scored(e.run))):
+            yield f"{e.run_id}: before tuning every score is the unpruned model's, to the last bit", [e.run_id]
+
+
+def off_target(results: Results) -> Found:
+    for e in results.done:
+        kept = list(e.sparse_config["kept_by_matrix"].values())
+        recounted = 1 - sum(k for k, _ in kept) / sum(of for _, of in kept)
+        said = {"counted in the masks": recounted, "in sparse_config.json": e.sparse_config["counted_sparsity"]}
+        said |= {"in the deployed weights": e.validation["counted_sparsity"]}
+        said |= {"in result.json": e.record.metrics["counted_sparsity"]}
+        asked = e.run.cell.sparsity
+        if any(abs(value - asked) > TOLERANCE for value in said.values()):
+            yield f"{e.run_id}: {asked:g} was asked, within {TOLERANCE:g}; {_listed(said)}", [e.run_id]
+        elif abs(recounted - e.sparse_config["counted_sparsity"]) > COUNTS_AGREE:
+            yield f"{e.run_id}: the counts disagree: {_listed(said)}", [e.run_id]
+
+
+def zeros_lost(results: Results) -> Found:
+    for e in results.done:
+        if not e.validation["all_valid"] or e.validation["max_abs_at_masked"]:
+            said = (
+                "; ".join(e.validation["violations"]) or f"max {e.validation['max_abs_at_masked']:g} at masked weights"
+            )
+            yield f"{e.run_id}: its validation found: {said}", [e.run_id]
+        for name, (zeros, of) in e.validation["zeros_by_matrix"].items():
+            masked = of - e.sparse_config["kept_by_matrix"][name][0]
+            if zeros < masked:
+                yield f"{e.run_id}: {name} has {zeros} zeros, its mask has {masked}", [e.run_id]
+
+
+def mixed(results: Results) -> Found:
+    """Runs of one model, task and protocol are compared with each other; code and packages, within a backend."""
+    for (model, task, _), runs in compared(results).items():
+        for name in ("data_fingerprint", "prompt_version", "model_fingerprint"):
+            yield from _several(f"{model}, {task}: {name}", runs, partial(_input, name))
+        for backend, same in grouped(runs, lambda e: e.run.cell.backend).items():
+            where = f"{model}, {task} on {backend}"
+            yield from _several(f"{where}: the commit", same, lambda e: e.record.environment.get("git_sha"))
+            for name in sorted({name for e in same for name in e.record.environment.get("packages", {})}):
+                yield from _several(f"{where}: the version of {name}", same, partial(_version, name))
+
+
+def _input(name: str, e: Evidence) -> Any:
+    return getattr(e.run, name)
+
+
+def _version(package: str, e: Evidence) -> Any:
+    return e.record.environment.get("packages", {}).get(package)
+
+
+def overlap(results: Results) -> Found:
+    """Rows are read again where they still are; where they are not, `unchecked` says so."""
+    for runs in grouped(results.done, rows_key).values():
+        run, names = runs[0].run, [e.run_id for e in runs]
+        trained: set[str] = set()
+        try:
+            trained = {name for task, row in _training_rows(run) for name in [task.question_id(row)]}
+        except InputError as error:
+            if has_rows(run):
+                yield f"{run.cell.task}: {error}", names
+        for e in runs:
+            shared = trained & set(e.answers.ids) if e.answers else set()
+            if shared:
+                yield f"{e.run_id}: {len(shared)} scored questions were trained on, {min(shared)} is one", [e.run_id]
+
+
+def rows_key(e: Evidence) -> tuple[Any, ...]:
+    p = e.run.protocol
+    limits = (p.n_train, p.n_selection, p.n_test, p.few_shot)
+    return (e.run.cell.task, e.run.data_dir, e.run.data_fingerprint, *limits)
+
+
+def has_rows(run: Run) -> bool:
+    """Whether the rows of a run are on this machine."""
+    if run.data_dir is None:
+        return True
+    return all(split_path(task, "train", Path(run.data_dir)).exists() for task in tasks_named(run.cell.task))
+
+
+def _training_rows(run: Run) -> Iterator[tuple[PromptTask, Any]]:
+    for task in tasks_named(run.cell.task):
+        splits = load_splits(task, Path(run.data_dir) if run.data_dir else None, run.protocol)
+        if isinstance(task, PromptTask):
+            yield from ((task, row) for row in splits.train)
+
+
+def counted_twice(results: Results) -> Found:
+    for sweep in results.sweeps:
+        for run_id, cells in grouped_cells(sweep.cells, "run_id").items():
+            owners = [cell["cell_id"] for cell in cells if cell["shared_with"] is None]
+            if len(owners) > 1:
+                yield f"{run_id} is counted as the own run of {' and '.join(owners)}", [run_id]
+    for same in grouped(results.evidence, lambda e: (e.folder.parent, e.record.identity)).values():
+        if len(same) > 1:
+            yield f"one record lies in {' and '.join(e.run_id for e in same)}", [e.run_id for e in same]
+
+
+def no_run(results: Results) -> Found:
+    """Numbers that no run of theirs stands behind."""
+    for cell_id, cell in results.cells.items():
+        served_by = results.by_run.get(cell["run_id"])
+        asked = Cell(**{name: cell[name] for name in Cell.__dataclass_fields__})
+        if served_by and served_by.run.cell != asked.trained:
+            yield f"{cell_id} points to {cell['run_id']}, which is a run of another cell", [cell["run_id"]]
+    for e in results.done:
+        for text in _unproved(e):
+            yield f"{e.run_id}: {text}", [e.run_id]
+
+
+def _unproved(e: Evidence) -> Iterator[str]:
+    metrics, steps = e.record.metrics, e.run.protocol.steps
+    if len(e.losses) != steps:
+        yield f"{steps} steps were asked, metrics.jsonl has the losses of {len(e.losses)}"
+    elif e.losses[-1] != metrics["train_loss"]:
+        yield f"the recorded train_loss is {metrics['train_loss']!r}, the last step's {e.losses[-1]!r}"
+    if e.answers is None or "accuracy" not in metrics:
+        return
+    for name, answers in {"accuracy": e.answers, "accuracy_before_tuning": e.untuned}.items():
+        if answers is not None and abs(answers.mean() - metrics[name]) > COUNTS_AGREE:
+            yield f"the recorded {name} is {metrics[name]!r}, its outcomes say {answers.mean():.6g}"
+    if len(e.answers.ids) != metrics["n_examples"]:
+        yield f"{metrics['n_examples']} examples are recorded, {len(e.answers.ids)} have an outcome"
+
+
+def conflict(results: Results) -> Found:
+    for run_id, same in grouped([e for e in results.evidence if e.is_done], lambda e: e.run_id).items():
+        first = same[0]
+        for other in same[1:]:
+            names = sorted(set(first.record.metrics) & set(other.record.metrics))
+            names = [name for name in names if first.record.metrics[name] != other.record.metrics[name]]
+            if names:
+                values = ", ".join(
+                    f"{n} {_short(first.record.metrics[n])}, {_short(other.record.metrics[n])}" for n in names
+                )
+                places = f"{first.folder.parents[1]} (which counts) and {other.folder.parents[1]}"
+                yield f"{run_id} differs between {places}: {values}", [run_id]
+
+
+def compared(results: Results) -> dict[Any, list[Evidence]]:
+    """{(model, task, protocol): done runs}"""
+    return grouped(results.done, lambda e: (e.run.cell.model, e.run.cell.task, e.run.protocol))
+
+
+def grouped(evidence: Iterable[Evidence], key: Callable[[Evidence], Any]) -> dict[Any, list[Evidence]]:
+    """By a key; what has the key None is left out."""
+    found = defaultdict(list)
+    for e in evidence:
+        found[key(e)].append(e)
+    found.pop(None, None)
+    return dict(found)
+
+
+def grouped_cells(cells: Iterable[dict[str, Any]], name: str) -> dict[Any, list[dict[str, Any]]]:
+    found = defaultdict(list)
+    for cell in cells:
+        found[cell[name]].append(cell)
+    return dict(found)
+
+
+def differing(first: Run, second: Run) -> list[str]:
+    """Names of the settings that two runs differ in, besides those that may leave every bit as it is."""
+    left, right = _settings(first), _settings(second)
+    harmless = set(HARMLESS)
+    if not (first.is_calibrated or second.is_calibrated):
+        harmless |= set(CALIBRATION_SETTINGS)
+    names = [name for name in left if left[name] != right[name]]
+    if any(name in TEST_ROWS for name in names):  # the fingerprint is of test rows too
+        harmless |= {"data_fingerprint"}
+    return [name for name in names if name not in harmless]
+
+
+def _settings(run: Run) -> dict[str, Any]:
+    inputs = {name: getattr(run, name) for name in ("model_fingerprint", "data_fingerprint", "prompt_version")}
+    return asdict(run.cell) | asdict(run.protocol) | inputs
+
+
+def _mask_asked(cell: Cell) -> tuple[Any, ...]:
+    """What must have a mask of its own."""
+    is_seeded = cell.method in METHODS and METHODS[cell.method].is_seeded
+    return (cell.method, cell.sparsity, cell.seed if is_seeded else None)
+
+
+def _scored(run: Run) -> tuple[Any, ...]:
+    """What has one unpruned accuracy before tuning."""
+    p = run.protocol
+    limits = (p.precision, p.max_tokens, p.few_shot, p.batch_tokens, p.threads)
+    return (run.model_fingerprint, run.data_fingerprint, run.prompt_version, run.cell.task, *limits)
+
+
+def _same_scores(first: Answers | None, second: Answers | None) -> bool:
+    if first is None or second is None or first.likelihoods_sha256 is None:
+        return False
+    return first.likelihoods_sha256 == second.likelihoods_sha256
+
+
+def _several(what: str, runs: list[Evidence], value: Callable[[Evidence], Any]) -> Found:
+    by_value = grouped(runs, lambda e: str(value(e)))
+    if len(by_value) > 1:
+        said = {f"{v[:12]}": f"{len(same)} runs" for v, same in by_value.items()}
+        fewest = min(by_value.values(), key=len)
+        yield f"{what} differs: {_listed(said)}", [e.run_id for e in fewest]
+
+
+def _listed(said: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {_short(value)}" for name, value in said.items())
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)[:40]

@@ -1,0 +1,135 @@
+"""What a reader of results must know: each check yields (what was found, the runs it is about)."""
+
+from __future__ import annotations
+
+from analysis.audit.errors import Found, alike_runs, compared, grouped, has_rows, modes_coincide, rows_key
+from analysis.read.evidence import Evidence, Results
+from analysis.stats.statistics import smallest_shown
+
+ALMOST_ALWAYS = 0.95
+"""A share of all predictions that one answer has."""
+SMALLEST_CLAIM = 0.05
+"""The difference that reports claim or deny most often, and that examples must therefore be able to show."""
+FEW_STEPS = 10
+"""A rate of fewer timed steps is of the warm-up as much as of the work."""
+
+
+def at_chance(results: Results) -> Found:
+    for (model, task, _), runs in compared(results).items():
+        low = [e for e in runs if "accuracy" in e.record.metrics and e.record.metrics["accuracy"] <= _level(e)]
+        if low:
+            values = [e.record.metrics["accuracy"] for e in low]
+            yield (
+                f"{model}, {task}: {len(low)} runs are at or below chance or the largest class ({_level(low[0]):.3f}): "
+                f"accuracy {min(values):.3f} to {max(values):.3f}",
+                _ids(low),
+            )
+
+
+def _level(e: Evidence) -> float:
+    metrics = e.record.metrics
+    return max(metrics.get("chance_accuracy") or 0.0, metrics.get("majority_fraction") or 0.0)
+
+
+def one_answer(results: Results) -> Found:
+    for (model, task, _), runs in compared(results).items():
+        same = [e for e in runs if (e.record.metrics.get("most_frequent_fraction") or 0) >= ALMOST_ALWAYS]
+        if same:
+            yield (
+                f"{model}, {task}: {len(same)} runs give one answer to {ALMOST_ALWAYS:.0%} of the examples",
+                _ids(same),
+            )
+
+
+def same_answers(results: Results) -> Found:
+    for (model, task, _), runs in compared(results).items():
+        answered = [e for e in runs if e.answers is not None and e.answers.scores.any()]
+        alike = grouped(answered, lambda e: e.answers.predictions_sha256 if e.answers else None)
+        for same in alike.values():
+            if len({e.record.identity for e in same}) > 1:
+                accuracy = same[0].record.metrics.get("accuracy", float("nan"))
+                yield (
+                    f"{model}, {task}: {len(same)} runs predict the same everywhere (accuracy {accuracy:.3f})",
+                    _ids(same),
+                )
+
+
+def modes_alike(results: Results) -> Found:
+    for first, second, alike in alike_runs(results):
+        if modes_coincide(first, second):
+            yield (
+                f"{first.run_id} and {second.run_id} have {alike} in common, as they must: at this sparsity only whole "
+                "feed-forward channels are gone, and both modes are one training",
+                [first.run_id, second.run_id],
+            )
+
+
+def few_examples(results: Results) -> Found:
+    for (model, task, _), runs in compared(results).items():
+        counts = [e.record.metrics["n_examples"] for e in runs if "accuracy" in e.record.metrics]
+        if counts and smallest_shown(min(counts)) > SMALLEST_CLAIM:
+            yield (
+                f"{model}, {task}: {min(counts)} examples show differences from about "
+                f"{smallest_shown(min(counts)):.3f} on between two runs; a smaller one cannot be claimed",
+                _ids(runs),
+            )
+
+
+def few_steps(results: Results) -> Found:
+    short = [e for e in results.done if e.run.protocol.steps < FEW_STEPS]
+    if short:
+        yield f"{len(short)} runs have a throughput of fewer than {FEW_STEPS} steps", _ids(short)
+
+
+def missing(results: Results) -> Found:
+    states = {e.run_id: e for e in results.evidence if not e.is_done}
+    lost = [cell for cell in results.cells.values() if cell["run_id"] not in results.by_run]
+    for cell in lost:
+        state = states.get(cell["run_id"])
+        why = state.record.status if state else "missing"
+        error = (
+            f": {state.record.error['class']}: {state.record.error['message']}" if state and state.record.error else ""
+        )
+        yield f"{cell['cell_id']} is {why}{error}", [cell["run_id"]]
+
+
+def hardware(results: Results) -> Found:
+    for (model, task, _), runs in compared(results).items():
+        by_name = grouped(runs, lambda e: (e.run.cell.backend, str(e.record.environment.get("hardware"))))
+        if len({name for _, name in by_name}) > len({backend for backend, _ in by_name}):
+            said = ", ".join(f"{name}: {len(same)}" for (_, name), same in by_name.items())
+            yield f"{model}, {task} ran on several kinds of hardware ({said})", _ids(min(by_name.values(), key=len))
+
+
+def uncommitted(results: Results) -> Found:
+    loose = [e for e in results.done if (e.record.environment.get("git_sha") or "-dirty").endswith("-dirty")]
+    if loose:
+        yield f"{len(loose)} runs were computed by code that is in no commit", _ids(loose)
+
+
+def unchecked(results: Results) -> Found:
+    unsummed = [e for e in results.done if "weights_sha256" not in e.record.metrics]
+    if unsummed:
+        yield (
+            f"{len(unsummed)} runs have no checksum of their deployed weights: they are of an earlier format",
+            _ids(unsummed),
+        )
+    for runs in grouped(results.done, rows_key).values():
+        if not has_rows(runs[0].run):
+            where = runs[0].run.data_dir
+            yield (
+                f"the rows of {runs[0].run.cell.task} are not here any more ({where}): overlap was not checked again",
+                _ids(runs),
+            )
+
+
+def imported(results: Results) -> Found:
+    for record in results.imported:
+        yield (
+            f"{record.model}, {record.task}: {record.accuracy:g} was imported from {record.source}",
+            [record.record_id],
+        )
+
+
+def _ids(runs: list[Evidence]) -> list[str]:
+    return [e.run_id for e in runs]

@@ -1,0 +1,238 @@
+"""Everything that results folders hold, read once: each run with what proves it, and what could not be read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from analysis.read.imported import Imported, imported_records
+from tune_sparse.errors import InputError
+from tune_sparse.files import read_json
+from tune_sparse.ledger.ledger import Record, Run, SweepRecord
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a model said to each example, in the order of the questions' ids."""
+
+    tasks: NDArray[Any]
+    ids: NDArray[Any]
+    scores: NDArray[np.float64]
+    """1 for a right answer and 0 for a wrong one; of a text, the log-likelihood of a token in each window"""
+    predictions_sha256: str
+    likelihoods_sha256: str | None
+    """None where answers are generated, and have none."""
+
+    def mean(self) -> float:
+        """The accuracy; tasks of a mixture count alike."""
+        return float(np.dot(self.weights, self.scores))
+
+    @property
+    def weights(self) -> NDArray[np.float64]:
+        """What each example counts: they add up to 1."""
+        _, task, count = np.unique(self.tasks, return_inverse=True, return_counts=True)
+        return np.asarray(1 / count[task] / len(count))
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """One run folder. What only a finished run has is None or empty for any other."""
+
+    folder: Path
+    record: Record
+    run: Run
+    sparse_config: dict[str, Any]
+    validation: dict[str, Any]
+    marker: dict[str, Any] | None
+    """what lies beside the adapter"""
+    losses: tuple[float, ...] = ()
+    answers: Answers | None = None
+    untuned: Answers | None = None
+
+    @property
+    def run_id(self) -> str:
+        return self.folder.name
+
+    @property
+    def is_done(self) -> bool:
+        return self.record.status == "done"
+
+
+@dataclass(frozen=True)
+class Broken:
+    """A file or folder that is no record, and why."""
+
+    path: Path
+    reason: str
+
+
+@dataclass(frozen=True)
+class Results:
+    """Several results folders as one."""
+
+    folders: tuple[Path, ...]
+    sweeps: tuple[SweepRecord, ...]
+    evidence: tuple[Evidence, ...]
+    broken: tuple[Broken, ...]
+    imported: tuple[Imported, ...]
+
+    @cached_property
+    def done(self) -> list[Evidence]:
+        """One a run: of several folders that have it, the first counts."""
+        return list({e.run_id: e for e in reversed(self.evidence) if e.is_done}.values())[::-1]
+
+    @cached_property
+    def by_run(self) -> dict[str, Evidence]:
+        return {e.run_id: e for e in self.done}
+
+    @cached_property
+    def cells(self) -> dict[str, dict[str, Any]]:
+        """{cell_id: what the first sweep that asked for it says}"""
+        return {cell["cell_id"]: cell for sweep in reversed(self.sweeps) for cell in sweep.cells}
+
+
+def read_results(folders: Sequence[Path], sweep_ids: Sequence[str] | None = None) -> Results:
+    """Read every run of the folders, or only those that the named sweeps asked for. Raises nothing for what is broken:
+    it is listed."""
+    reader = _Reader()
+    sweeps = [sweep for folder in folders for sweep in reader.sweeps(folder)]
+    chosen = [sweep for sweep in sweeps if sweep_ids is None or sweep.sweep_id in sweep_ids]
+    wanted = None if sweep_ids is None else {cell["run_id"] for sweep in chosen for cell in sweep.cells}
+    evidence = [e for folder in folders for e in reader.runs(folder, wanted)]
+    imported = [i for folder in folders for i in reader.imported(folder)]
+    return Results(tuple(folders), tuple(chosen), tuple(evidence), tuple(reader.broken), tuple(imported))
+
+
+class _Reader:
+    """Reads what it can, lists what it cannot, and keeps equal things once."""
+
+    def __init__(self) -> None:
+        self.broken: list[Broken] = []
+        self._arrays: dict[tuple[Any, ...], NDArray[Any]] = {}
+        self._untuned: dict[Path, Answers] = {}
+
+    def sweeps(self, folder: Path) -> Iterator[SweepRecord]:
+        for path in sorted((folder / "sweeps").glob("*.json")):
+            try:
+                yield SweepRecord(**read_json(path))
+            except READING_ERRORS as error:
+                self._list(path, error)
+
+    def imported(self, folder: Path) -> list[Imported]:
+        try:
+            return imported_records(folder)
+        except InputError as error:
+            self._list(folder / "imported", error)
+            return []
+
+    def runs(self, folder: Path, wanted: set[str] | None) -> Iterator[Evidence]:
+        for path in sorted((folder / "runs").glob("[!.]*")):
+            if wanted is not None and path.name not in wanted:
+                continue
+            try:
+                yield self._run(path)
+            except READING_ERRORS as error:
+                self._list(path, error)
+
+    def _list(self, path: Path, error: Exception) -> None:
+        self.broken.append(Broken(path, f"{type(error).__name__}: {error}"))
+
+    def _run(self, folder: Path) -> Evidence:
+        record = Record(**read_json(folder / "result.json"))
+        run = Run.from_config(_yaml(folder / "config.yaml"))
+        if record.status != "done":
+            return Evidence(folder, record, run, {}, {}, None)
+        sparse_config, validation = (
+            read_json(folder / name) for name in ("sparse_config.json", "validation_report.json")
+        )
+        for place, names in ((record.metrics, METRICS), (sparse_config, SPARSE_CONFIG), (validation, VALIDATION)):
+            _refuse_incomplete(place, names)
+        return Evidence(
+            folder,
+            record,
+            run,
+            sparse_config,
+            validation,
+            next((read_json(path) for path in folder.glob("*/tune_sparse.json")), None),
+            _losses(folder / "metrics.jsonl"),
+            self._answers(folder / "examples.parquet"),
+            self._untuned_answers(folder.parents[1] / "untuned" / f"{run.untuned_id}.parquet"),
+        )
+
+    def _untuned_answers(self, path: Path) -> Answers | None:
+        if path not in self._untuned and path.exists():
+            self._untuned[path] = self._answers(path)
+        return self._untuned.get(path)
+
+    def _answers(self, path: Path) -> Answers:
+        import pyarrow as pa
+        import pyarrow.compute as pc
+        import pyarrow.parquet as pq
+
+        names = ["task", "id", "predicted", "correct", "log_likelihoods"]
+        with pq.ParquetFile(path) as file:
+            table = file.read(names).combine_chunks()
+        order = pc.sort_indices(table, [("task", "ascending"), ("id", "ascending")])
+        table = table.take(order)
+        likelihoods = table["log_likelihoods"].combine_chunks()
+        flat = likelihoods.flatten().to_numpy(zero_copy_only=False)
+        if pa.compute.all(pc.is_valid(table["correct"])).as_py():
+            scores = table["correct"].to_numpy().astype(float)
+        else:
+            scores = likelihoods.flatten().to_numpy(zero_copy_only=False).astype(float)
+        return Answers(
+            self._once("tasks", table["task"].to_numpy()),
+            self._once("ids", table["id"].to_numpy()),
+            scores,
+            _sha256("\0".join(map(str, table["predicted"].to_pylist())).encode()),
+            _sha256(flat.tobytes()) if len(flat) else None,
+        )
+
+    def _once(self, kind: str, array: NDArray[Any]) -> NDArray[Any]:
+        """The same array for all that are equal."""
+        return self._arrays.setdefault((kind, len(array), _sha256("\0".join(array).encode())), array)
+
+
+def _reading_errors() -> tuple[type[Exception], ...]:
+    import yaml
+
+    return (OSError, ValueError, TypeError, LookupError, AttributeError, yaml.YAMLError)
+
+
+READING_ERRORS = _reading_errors()
+"""What a file raises that is missing, cut short, or of another kind (pyarrow's and JSON's errors are ValueErrors)."""
+
+
+METRICS = ("n_examples", "counted_sparsity", "mask_sha256", "train_loss", "eval_loss")
+SPARSE_CONFIG = ("mask_sha256", "counted_sparsity", "kept_by_matrix")
+VALIDATION = ("all_valid", "violations", "max_abs_at_masked", "mask_sha256", "counted_sparsity", "zeros_by_matrix")
+
+
+def _refuse_incomplete(place: dict[str, Any], names: Sequence[str]) -> None:
+    missing = [name for name in names if name not in place]
+    if missing:
+        raise ValueError(f"it has no {', '.join(missing)}: it is foreign, or of an older format")
+
+
+def _yaml(path: Path) -> Any:
+    import yaml
+
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    return yaml.load(path.read_text("utf-8"), Loader=loader)
+
+
+def _losses(path: Path) -> tuple[float, ...]:
+    lines = (json.loads(line) for line in path.read_text("utf-8").splitlines())
+    return tuple(line["train_loss"] for line in lines if "train_loss" in line)
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()

@@ -1,0 +1,1 @@
+"""The report: tables, figures, LaTeX and the HTML page."""

@@ -1,0 +1,51 @@
+"""torch beside cerebras on the same cells: accuracies with the interval of their difference, rates, compile time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pandas as pd
+
+from analysis.report.rounding import UNKNOWN, rounded, with_interval
+from analysis.report.runs import Runs
+
+KEYS = ["model", "task", "method", "sparsity", "mode", "seed"]
+BACKENDS = ("torch", "cerebras")
+
+
+def hardware_pairs(cells: pd.DataFrame, runs: Runs) -> pd.DataFrame:
+    """One row a cell that both backends finished: `KEYS`, each column of the summary as name_torch and name_cerebras.
+
+    `difference`, `low` and `high` are of the accuracy of cerebras minus that of torch on the same examples; missing
+    where these are not the same.
+    """
+    done = cells[(cells["status"] == "done") & cells["shared_with"].isna()]
+    one, other = (done[done["backend"] == backend] for backend in BACKENDS)
+    pairs = pd.merge(one, other, on=KEYS, suffixes=("_torch", "_cerebras"))
+    found = [runs.difference(a, b) for a, b in zip(pairs["run_id_torch"], pairs["run_id_cerebras"], strict=True)]
+    for name, part in (("difference", "value"), ("low", "low"), ("high", "high")):
+        pairs[name] = [getattr(estimate, part) if estimate else float("nan") for estimate in found]
+    return pairs
+
+
+def hardware_rows(pairs: pd.DataFrame) -> list[dict[str, Any]]:
+    """The pairs in words and rounded numbers, for the page."""
+    return [_row(dict(zip(pairs.columns, values, strict=True))) for values in pairs.itertuples(index=False, name=None)]
+
+
+def _row(pair: dict[str, Any]) -> dict[str, Any]:
+    errors = {name: pair[f"accuracy_stderr_{name}"] for name in BACKENDS}
+    rates = {
+        column: " / ".join(rounded(pair[f"train_{column}_per_second_{name}"]) for name in BACKENDS)
+        for column in ("samples", "tokens")
+    }
+    compile_seconds = [pair[f"compile_seconds_{name}"] for name in BACKENDS]
+    return {
+        **{name: pair[name] for name in KEYS},
+        "sparsity": f"{pair['sparsity']:g}",
+        **{name: rounded(pair[f"accuracy_{name}"], errors[name]) for name in BACKENDS},
+        **{f"{name}_run": pair[f"run_id_{name}"] for name in BACKENDS},
+        "difference": with_interval(pair["difference"], pair["low"], pair["high"]),
+        **rates,
+        "compile": " / ".join(rounded(seconds) if pd.notna(seconds) else UNKNOWN for seconds in compile_seconds),
+    }

@@ -1,0 +1,38 @@
+"""Phoenix's accuracies beside ours, as a LaTeX table (booktabs); what nobody has entered is "not available"."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from analysis.baselines.comparison import NOT_AVAILABLE, Comparison
+from analysis.report.latex import escape
+from analysis.report.rounding import rounded, with_interval
+
+SOURCE = "Phoenix"
+NOT_COMPARABLE = "not comparable"
+HEAD = r"""% Made by `tune-sparse report` from published numbers and finished runs.
+\begin{tabular}{llllll}
+\toprule
+model & task & sparsity & Phoenix & ours & ours $-$ Phoenix \\
+\midrule
+"""
+FOOT = "\\bottomrule\n\\end{tabular}\n"
+
+
+def phoenix_table(comparisons: Sequence[Comparison]) -> str:
+    """A line for each accuracy of the paper; why nothing is compared stands in the last column."""
+    chosen = [c for c in comparisons if c.published.source == SOURCE]
+    return HEAD + "".join(f"{' & '.join(map(escape, _fields(c)))} \\\\\n" for c in chosen) + FOOT
+
+
+def _fields(comparison: Comparison) -> tuple[str, ...]:
+    published = comparison.published
+    sparsity = "--" if published.sparsity is None else f"{published.sparsity:g}"
+    theirs = NOT_AVAILABLE if published.value is None else f"{published.value:.6g}"
+    setting = (published.model, published.task, sparsity, theirs)
+    if published.value is None:
+        return (*setting, "--", NOT_AVAILABLE)
+    if comparison.reason:
+        return (*setting, "--", f"{NOT_COMPARABLE}: {comparison.reason}")
+    difference = with_interval(comparison.difference, comparison.low, comparison.high)
+    return (*setting, rounded(comparison.value), difference)

@@ -1,0 +1,102 @@
+"""Figures over sparsity: one panel per model and task, one line per method and mode."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from analysis.read.load import COLUMNS
+from analysis.report.style import LABELS, MARKERS, SPARSITY, STYLES, colours_of, legend_below, panels
+
+DENSE: dict[str, Any] = {"color": "black", "lw": 0.9, "ls": (0, (6, 2, 1, 2))}
+CHANCE: dict[str, Any] = {"color": "0.55", "lw": 0.9}
+UNTUNED: dict[str, Any] = {"ls": ":", "lw": 1.1}
+
+
+def plot_over_sparsity(cells: pd.DataFrame, column: str) -> Figure | None:
+    """`column` over sparsity, of the cells that have it; None if none has.
+
+    Points are means over seeds. Bands are one standard error of a cell's examples, dotted lines the pruned models
+    before tuning, the black line the dense baseline, grey lines the chance level, for what has them.
+    """
+    done = cells[cells[column].notna()]
+    if done.empty:
+        return None
+    models, tasks = sorted(done["model"].unique()), list(dict.fromkeys(done["task"]))
+    colours = colours_of(done["method"])
+    shared = "row" if column == "accuracy" else False
+    figure, axes = panels(len(models), len(tasks), sharex=True, sharey=shared)
+    for i, model in enumerate(models):
+        for j, task in enumerate(tasks):
+            panel = done[(done["model"] == model) & (done["task"] == task)]
+            _draw_panel(axes[i][j], panel, column, colours)
+            axes[i][j].set_title(f"{model}, {task}")
+        axes[i][0].set_ylabel(LABELS[column])
+    for axis in axes[-1]:
+        axis.set_xlabel(SPARSITY)
+    legend_below(figure, _legend(colours, done, column))
+    return figure
+
+
+def method_lines(axis: Axes, panel: pd.DataFrame, colours: dict[Any, str], x: str, y: str) -> None:
+    """A line with marks for each method and mode, through the means over seeds, with a band where errors are known."""
+    errors = _stderr(y)
+    for (method, mode), curve in panel.groupby(["method", "mode"], sort=False):
+        means = curve.groupby("sparsity")[list(dict.fromkeys([x, y, *errors]))].mean()
+        means = means if x == "sparsity" else means.sort_values(x)
+        along = means.get(x, means.index)
+        style, colour = str(mode), colours[method]
+        axis.plot(along, means[y], STYLES[style], marker=MARKERS[style], ms=3, lw=1.2, color=colour)
+        for name in errors:
+            axis.fill_between(along, means[y] - means[name], means[y] + means[name], color=colour, alpha=0.13, lw=0)
+
+
+def _draw_panel(axis: Axes, panel: pd.DataFrame, column: str, colours: dict[Any, str]) -> None:
+    method_lines(axis, panel, colours, "sparsity", column)
+    if f"{column}_before_tuning" in panel:
+        for method, curve in panel.groupby("method", sort=False):
+            untuned = curve.groupby("sparsity")[f"{column}_before_tuning"].mean()
+            axis.plot(untuned.index, untuned, color=colours[method], **UNTUNED)
+    dense = panel.loc[panel["sparsity"] == 0, column]
+    if len(dense):
+        axis.axhline(dense.mean(), zorder=0, **DENSE)
+    if column == "perplexity":
+        axis.set_yscale("log")
+    if column == "accuracy":
+        if panel["chance_accuracy"].notna().any():
+            axis.axhline(panel["chance_accuracy"].iloc[0], zorder=0, **CHANCE)
+        axis.set_ylim(-0.03, 1.03)
+    if column.endswith("per_second"):
+        axis.set_ylim(bottom=0)
+    axis.grid(alpha=0.2)
+
+
+def _stderr(column: str) -> list[str]:
+    """The column with the standard error of `column`, if there is one."""
+    return [name for name in COLUMNS if name == f"{column}_stderr"]
+
+
+def method_handles(colours: dict[Any, str], done: pd.DataFrame) -> list[Line2D]:
+    """Legend entries of methods by colour and modes by style."""
+    handles = [Line2D([], [], color=colour, lw=3, label=str(method)) for method, colour in colours.items()]
+    return handles + [
+        Line2D([], [], color="0.2", ls=STYLES[str(mode)], marker=MARKERS[str(mode)], ms=3, label=str(mode))
+        for mode in dict.fromkeys(done["mode"])
+    ]
+
+
+def _legend(colours: dict[Any, str], done: pd.DataFrame, column: str) -> list[Line2D]:
+    handles = method_handles(colours, done)
+    if f"{column}_before_tuning" in done:
+        handles.append(Line2D([], [], color="0.2", label="before tuning", **UNTUNED))
+    if (done["sparsity"] == 0).any():
+        handles.append(Line2D([], [], label="dense baseline", **DENSE))
+    if column == "accuracy":
+        handles.append(Line2D([], [], label="chance", **CHANCE))
+    if _stderr(column):
+        handles.append(Line2D([], [], color="0.4", alpha=0.3, lw=6, label="± 1 standard error"))
+    return handles

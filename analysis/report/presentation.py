@@ -1,0 +1,80 @@
+"""What people read: the figures, the comparison with published numbers, and the HTML page."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from analysis.baselines.comparison import Comparison, compare, protocols
+from analysis.baselines.published import COLUMNS, Published
+from analysis.report.figures import FIGURES
+from analysis.report.hardware import hardware_pairs, hardware_rows
+from analysis.report.page import Content, page_of
+from analysis.report.phoenix import phoenix_table
+from analysis.report.runs import Runs
+from analysis.report.style import save
+from tune_sparse.files import write_text
+
+PAGE = "report.html"
+COMPARED = ("reason", "ours", "difference", "low", "high", "described", "run_ids")
+
+
+def present(folder: Path, content: Content, runs: Runs, published: Sequence[Published]) -> Path:
+    """Draw every figure that has something to show, write the comparisons, and the page; returns the page's path.
+
+    `content` has what the audit and the statistics found; hardware, comparisons and figures are added here.
+    """
+    cells = content.cells
+    comparisons = compare(published, cells, protocols(runs.folders))
+    write_text(folder / "published_comparison.csv", _as_csv(comparisons))
+    write_text(folder / "phoenix_comparison.tex", phoenix_table(comparisons))
+    pairs = hardware_pairs(cells, runs)
+    hardware_csv = folder / "hardware_comparison.csv"
+    hardware_csv.unlink(missing_ok=True)
+    if not pairs.empty:
+        write_text(hardware_csv, pairs.to_csv(index=False))
+    page = folder / PAGE
+    figures = draw_figures(folder, cells, runs)
+    whole = replace(content, comparisons=comparisons, hardware=hardware_rows(pairs), figures=figures)
+    write_text(page, page_of(whole, page))
+    return page
+
+
+def draw_figures(folder: Path, cells: pd.DataFrame, runs: Runs) -> dict[str, str]:
+    """{name: caption} of the figures that were drawn; one of an earlier report that has nothing to show now goes."""
+    drawn = {}
+    for name, shown in FIGURES.items():
+        path = folder / f"{name}.png"
+        figure = shown.draw(cells, runs)
+        if figure is not None:
+            save(figure, path)
+            drawn[name] = shown.caption
+        else:
+            path.unlink(missing_ok=True)
+            path.with_suffix(".pdf").unlink(missing_ok=True)
+    return drawn
+
+
+def _as_csv(comparisons: Sequence[Comparison]) -> str:
+    """Every published number with what stands beside it, or why nothing does."""
+    file = io.StringIO()
+    writer = csv.DictWriter(file, [*COLUMNS, *COMPARED], lineterminator="\n")
+    writer.writeheader()
+    for comparison in comparisons:
+        row: dict[str, Any] = asdict(comparison.published) | {
+            "reason": comparison.reason,
+            "ours": comparison.value,
+            "difference": comparison.difference,
+            "low": comparison.low,
+            "high": comparison.high,
+            "described": comparison.described,
+            "run_ids": " ".join(comparison.run_ids),
+        }
+        writer.writerow(row)
+    return file.getvalue()

@@ -1,0 +1,133 @@
+"""The report: the audit, tables, figures, findings, and what they say in a few lines."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from analysis.audit.audit import audit
+from analysis.baselines.published import load_published
+from analysis.read.evidence import read_results
+from analysis.read.load import cells_table
+from analysis.report.latex import main_results
+from analysis.report.page import Content, audited, said
+from analysis.report.presentation import present
+from analysis.report.runs import runs_of
+from analysis.report.tables import (
+    PASS_MARK,
+    SETTING,
+    grouped_summary,
+    highest_passing_sparsity,
+    sparsity_vs_performance,
+    with_imported,
+    with_intervals,
+    with_notices,
+)
+from analysis.stats.claims import as_markdown, headlines
+from analysis.stats.comparisons import Points
+from analysis.stats.findings import findings, seeds_said
+from tune_sparse.errors import InputError, NotReadyError
+from tune_sparse.files import write_json, write_text
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was found, as lines to print, how many faults the audit named, and how many cells are done."""
+
+    lines: list[str]
+    faults: int
+    done: int
+
+
+def write_report(
+    results_dirs: Sequence[Path], sweep_ids: Sequence[str] | None = None, baselines: Sequence[Path] = ()
+) -> Report:
+    """Audit the folders and write `analysis/` in the first of them.
+
+    summary.csv has every cell, done or not, and what the audit says of its run; everything else is made of done cells
+    alone. `sweep_ids` names the sweeps to report on, all of them if None; `baselines` are files of published numbers.
+    Raises `NotReadyError` if there is no sweep, `InputError` if sweeps of different protocols, weights or rows would be
+    mixed, or a file of published numbers breaks a rule.
+    """
+    cells = cells_table(results_dirs, sweep_ids)
+    if cells.empty:
+        raise NotReadyError(
+            f"a report needs a sweep, {', '.join(map(str, results_dirs))} has none. Run `tune-sparse sweep` first."
+        )
+    _refuse_mixed_sweeps(cells)
+    published = load_published(baselines, set(cells["model"]))
+    folder = results_dirs[0] / "analysis"
+    folder.mkdir(exist_ok=True)
+    results = read_results(results_dirs, sweep_ids)
+    found = audit(results)
+    cells = with_intervals(cells)
+    summary = with_notices(with_intervals(with_imported(cells, results.imported)), found)
+    points = Points(cells, {run_id: e.answers for run_id, e in results.by_run.items() if e.answers})
+    claims, tests = findings(points, results.imported)
+    performance = sparsity_vs_performance(cells)
+    tables = {"summary": summary, "sparsity_vs_performance": performance, "tests": tests}
+    for name, table in (tables | {"grouped_summary": grouped_summary(points)}).items():
+        write_text(folder / f"{name}.csv", table.to_csv(index=False))
+    write_text(folder / "main_results.tex", main_results(summary))
+    write_text(folder / "findings.md", as_markdown(claims, seeds_said(cells), found.summary()))
+    write_json(folder / "findings.json", [claim.as_json() for claim in claims])
+    write_json(folder / "audit.json", [asdict(finding) for finding in found.findings])
+    content = Content(
+        counts=counts(cells)[0],
+        cells=summary,
+        folders=results_dirs,
+        audited=audited(found),
+        findings=[said(claim) for claim in claims],
+        seeds=seeds_said(cells),
+        passing=highest_passing_sparsity(performance),
+    )
+    page = present(folder, content, runs_of(results_dirs, points.answers), published)
+    said_first = [*found.lines(severities=["fault"]), *counts(cells), found.summary()]
+    lines = [*said_first, *headlines(claims), *highest_lines(performance)]
+    lines += [f"Tables, figures, findings and audit: {folder}", f"To read: {page}"]
+    return Report(lines, len(found.faults), int((cells["status"] == "done").sum()))
+
+
+def _refuse_mixed_sweeps(cells: pd.DataFrame) -> None:
+    repeated = cells[cells.duplicated([*SETTING, "seed"], keep=False)]
+    if not repeated.empty:
+        raise InputError(
+            "a report must not mix sweeps that differ in protocol, weights or rows, got one setting twice: "
+            f"{', '.join(repeated['cell_id'].iloc[:2])}. Name sweeps with --sweep; they are the files under sweeps/."
+        )
+
+
+def counts(cells: pd.DataFrame) -> list[str]:
+    """How many cells have which status."""
+    statuses = cells["status"].value_counts()
+    done = cells[cells["status"] == "done"]
+    named = ", ".join(f"{count} {status}" for status, count in statuses.items())
+    return [
+        f"{len(cells)} cells: {named}; {done['run_id'].nunique()} distinct runs, "
+        f"{int(done['shared_with'].notna().sum())} cells point to the run they share."
+    ]
+
+
+def highest_lines(performance: pd.DataFrame) -> list[str]:
+    """The highest sparsity that keeps each task within the pass mark of its dense baseline, by method and mode;
+    of each backend where there are several."""
+    passing = highest_passing_sparsity(performance)
+    if passing.empty:
+        return []
+    lines = [f"Highest sparsity with accuracy, or perplexity, within {PASS_MARK:.0%} of the dense baseline:"]
+    several = passing["backend"].nunique() > 1
+    for (backend, model, task), rows in passing.groupby(["backend", "model", "task"], sort=False):
+        first, on = rows.iloc[0], f" on {backend}" if several else ""
+        lines.append(f"  {model}, {task}{on} (dense {first['metric']} {first['dense']:.3f}):")
+        for method, by_mode in rows.groupby("method", sort=False):
+            reached = zip(by_mode["mode"], by_mode["highest_sparsity"], strict=True)
+            modes = ", ".join(f"{mode} {_or_none(highest)}" for mode, highest in reached)
+            lines.append(f"    {method:14} {modes}")
+    return lines
+
+
+def _or_none(sparsity: float) -> str:
+    return "unknown (dense is not above chance)" if pd.isna(sparsity) else f"{sparsity:g}"

@@ -1,0 +1,72 @@
+"""Where the files of finished runs are, and those that figures and pages read besides the records."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from analysis.read.evidence import Answers
+from analysis.stats.comparisons import paired_difference_of
+from analysis.stats.statistics import Estimate
+from tune_sparse.files import read_json
+from tune_sparse.ledger.ledger import Ledger, Record
+
+
+@dataclass(frozen=True)
+class Runs:
+    """The runs of several results folders, each found in the first folder that finished it."""
+
+    folders: tuple[Path, ...]
+    answers: Mapping[str, Answers] = field(default_factory=dict)
+    """{run_id: what its model answered}"""
+
+    def folder_of(self, run_id: str) -> Path | None:
+        """Of a done run, else of one that any folder has."""
+        found = [folder for folder in self.folders if Ledger(folder).run_folder(run_id).is_dir()]
+        done = (folder for folder in found if len(found) == 1 or Ledger(folder).is_done(run_id))
+        folder = next(done, found[0] if found else None)
+        return Ledger(folder).run_folder(run_id) if folder else None
+
+    def record(self, run_id: str) -> Record | None:
+        folder = self.folder_of(run_id)
+        return Ledger(folder.parent.parent).record(run_id) if folder else None
+
+    def kept_by_matrix(self, run_id: str) -> dict[str, tuple[int, int]]:
+        """{tensor: (kept weights, weights)}; empty where nothing was pruned."""
+        folder = self.folder_of(run_id)
+        path = folder / "sparse_config.json" if folder else None
+        kept = read_json(path).get("kept_by_matrix") if path and path.is_file() else None
+        return {name: (int(left), int(size)) for name, (left, size) in (kept or {}).items()}
+
+    def difference(self, left: str, right: str) -> Estimate | None:
+        """The accuracy of run `right` minus that of `left`, of what both answered; None if it was not the same."""
+        a, b = self.answers.get(left), self.answers.get(right)
+        if a is None or b is None or not np.array_equal(a.ids, b.ids):
+            return None
+        return paired_difference_of(self.answers, left, right)
+
+    def throughputs(self) -> Iterator[dict[str, Any]]:
+        """What `tune-sparse throughput` measured: run_id, by_batch_size, environment."""
+        for folder in self.folders:
+            for path in sorted((folder / "throughput").glob("*.json")):
+                yield read_json(path)
+
+    def searches(self) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]]]]:
+        """(what was asked, the front) of each finished sub-adapter search."""
+        for folder in self.folders:
+            for path in sorted((folder / "searches").glob("*/result.json")):
+                yield read_json(path.with_name("config.json")), read_json(path)["front"]
+
+
+def relative_link(path: Path, page: Path) -> str:
+    """The address of `path` in a page, so that both may move together."""
+    return Path(os.path.relpath(path.resolve(), page.parent.resolve())).as_posix()
+
+
+def runs_of(folders: Sequence[Path], answers: Mapping[str, Answers] | None = None) -> Runs:
+    return Runs(tuple(folders), answers or {})

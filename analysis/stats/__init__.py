@@ -1,0 +1,1 @@
+"""Statistics, comparisons, and the sentences that they support."""

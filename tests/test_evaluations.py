@@ -1,0 +1,140 @@
+"""A scoring is kept, found again, and goes on where it was stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from factories import write_boolq
+from filelock import FileLock
+
+from tune_sparse.config import SCORING, Protocol
+from tune_sparse.data.splits import Splits, load_splits
+from tune_sparse.data.tasks import TASKS
+from tune_sparse.errors import InputError
+from tune_sparse.evaluation.evaluations import Evaluation, Lend, Scorecard, evaluate
+from tune_sparse.evaluation.outcomes import read_outcomes
+from tune_sparse.files import read_json
+from tune_sparse.models.checkpoints import load_model, load_tokenizer
+
+PROTOCOL = Protocol(precision="float32", max_tokens=256, max_new_tokens=4, n_selection=4, batch_tokens=200)
+BOOLQ = TASKS["boolq"]
+OTHER: dict[str, Any] = {
+    "precision": "bfloat16",
+    "max_tokens": 128,
+    "max_new_tokens": 5,
+    "few_shot": 1,
+    "batch_tokens": 300,
+    "n_test": 3,
+    "threads": 2,
+}
+
+
+@pytest.fixture
+def splits(tmp_path: Path) -> Splits:
+    return load_splits(BOOLQ, write_boolq(tmp_path / "rows", validation=12), PROTOCOL)
+
+
+@pytest.fixture
+def lend(llama: Path) -> Lend:
+    return lambda: (load_model(llama, torch.float32, torch.device("cpu")), load_tokenizer(llama))
+
+
+def card(
+    splits: Splits, protocol: Protocol = PROTOCOL, fingerprint: str = "f", evaluator: str = "tune-sparse"
+) -> Scorecard:
+    return Scorecard.of("tiny", fingerprint, BOOLQ, splits, protocol, evaluator)
+
+
+def scored(splits: Splits, lend: Lend, results: Path) -> Evaluation:
+    return evaluate(card(splits), BOOLQ, splits, PROTOCOL, lend, results)
+
+
+def no_model() -> Any:
+    pytest.fail("the model was loaded")
+
+
+def test_a_scoring_is_kept_whole_and_found_again(splits: Splits, lend: Lend, tmp_path: Path) -> None:
+    first = scored(splits, lend, tmp_path)
+    assert {path.name for path in first.folder.iterdir()} == {"config.yaml", "result.json", "examples.parquet", ".lock"}
+    assert (first.metrics["n_examples"], len(first.outcomes)) == (12, 12)
+    assert first.metrics["accuracy"] == sum(bool(o.correct) for o in first.outcomes) / 12
+    assert scored(splits, no_model, tmp_path) == first
+
+
+@pytest.mark.parametrize("setting", SCORING)
+def test_each_setting_is_a_scoring_of_its_own(setting: str, splits: Splits) -> None:
+    assert set(OTHER) == set(SCORING)
+    assert card(splits, replace(PROTOCOL, **{setting: OTHER[setting]})).name != card(splits).name
+
+
+def test_weights_rows_and_evaluators_are_told_apart(splits: Splits) -> None:
+    names = {card(splits).name, card(splits, fingerprint="g").name, card(splits, evaluator="lm-eval").name}
+    assert len(names | {card(replace(splits, test=splits.test[:3])).name}) == 4
+
+
+def test_an_unknown_evaluator_offers_the_closest(splits: Splits) -> None:
+    with pytest.raises(InputError, match=r"unknown evaluator 'lm-evall'\. Did you mean 'lm-eval'"):
+        card(splits, evaluator="lm-evall")
+
+
+def test_a_second_process_is_refused(splits: Splits, tmp_path: Path) -> None:
+    folder = tmp_path / "evaluations" / card(splits).name
+    folder.mkdir(parents=True)
+    with FileLock(folder / ".lock"), pytest.raises(InputError, match="one process at a time scores a model"):
+        scored(splits, no_model, tmp_path)
+
+
+def test_what_a_stopped_scoring_knew_is_kept_but_not_a_torn_line(splits: Splits, lend: Lend, tmp_path: Path) -> None:
+    whole = scored(splits, lend, tmp_path / "whole")
+    folder = tmp_path / "stopped" / "evaluations" / whole.card.name
+    folder.mkdir(parents=True)
+    lines = [json.dumps([i, asdict(outcome)]) + "\n" for i, outcome in enumerate(whole.outcomes)]
+    (folder / "outcomes.jsonl").write_text("".join(lines[:5]) + lines[5][:20])
+    resumed = scored(splits, lend, tmp_path / "stopped")
+    assert resumed.outcomes == whole.outcomes
+    assert read_json(folder / "result.json")["measured"]["examples_known_before"] == 5
+
+
+def test_a_killed_scoring_ends_as_an_undisturbed_one(llama: Path, tmp_path: Path) -> None:
+    """kill -9 after the first batches, in a process as a user starts it."""
+
+    def command(results: Path) -> list[str]:
+        chosen = ["--model", str(llama), "--tasks", "gsm8k", "--data-dir", "embedded", "--results-dir", str(results)]
+        settings = [
+            "precision=float32",
+            "max_tokens=256",
+            "max_new_tokens=64",
+            "batch_tokens=256",
+            "n_test=60",
+            "few_shot=0",
+        ]
+        return [sys.executable, "-m", "tune_sparse", "evaluate", *chosen, "--set", *settings]
+
+    process = subprocess.Popen(command(tmp_path / "killed"), stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not any(path.stat().st_size for path in (tmp_path / "killed").glob("evaluations/*/outcomes.jsonl")):
+        assert process.poll() is None, "it ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not list((tmp_path / "killed").glob("evaluations/*/result.json"))
+    found = []
+    for results in (tmp_path / "killed", tmp_path / "undisturbed"):
+        subprocess.run(command(results), check=True, stdout=subprocess.DEVNULL)
+        [folder] = (results / "evaluations").iterdir()
+        found.append((read_outcomes(folder / "examples.parquet"), read_json(folder / "result.json")))
+    (killed, killed_result), (undisturbed, undisturbed_result) = found
+    assert killed == undisturbed
+    assert killed_result["metrics"] == undisturbed_result["metrics"]
+    assert killed_result["measured"]["examples_known_before"] > 0

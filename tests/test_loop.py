@@ -1,0 +1,335 @@
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from collections.abc import Generator
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from tune_sparse.config import Protocol
+from tune_sparse.data.splits import Encoded
+from tune_sparse.errors import RunError
+from tune_sparse.lora.layer import adapt_model, sparse_lora_layers
+from tune_sparse.models.checkpoints import load_model
+from tune_sparse.training.loop import (
+    Step,
+    _accumulate_gradients,
+    accelerator_for,
+    adamw,
+    answer_loss,
+    batches,
+    fit,
+    learning_rate_at,
+    mean_loss,
+)
+
+PROTOCOL = Protocol(
+    steps=6,
+    warmup_steps=1,
+    global_batch=8,
+    micro_batch=4,
+    learning_rate=1e-2,
+    final_learning_rate=1e-3,
+    lora_rank=4,
+    lora_alpha=8.0,
+    precision="float32",
+)
+
+
+def changed(**changes: object) -> Protocol:
+    return Protocol(**(vars(PROTOCOL) | changes))  # type: ignore[arg-type]
+
+
+def random_rows(count: int, seed: int = 0) -> list[Encoded]:
+    """Contexts of 3 to 60 tokens (longer than Mistral's window) and answers of 1 to 5."""
+    rng = random.Random(seed)
+    tokens = [[rng.randrange(1, 500) for _ in range(rng.randint(3, 60) + 5)] for _ in range(count)]
+    cuts = [len(ids) - rng.randint(1, 5) for ids in tokens]
+    return [Encoded(tuple(ids[:cut]), tuple(ids[cut:])) for ids, cut in zip(tokens, cuts, strict=True)]
+
+
+ROWS = random_rows(12)
+
+
+@pytest.fixture(params=["llama", "mistral"])
+def model(request: pytest.FixtureRequest) -> PreTrainedModel:
+    return load_model(request.getfixturevalue(request.param), torch.float32, torch.device("cpu"))
+
+
+@pytest.fixture
+def adapted(llama: Path) -> PeftModel:
+    return adapted_model(llama)
+
+
+def adapted_model(llama: Path) -> PeftModel:
+    return adapt_model(load_model(llama, torch.float32, torch.device("cpu")), PROTOCOL, None, seed=0)
+
+
+def trainable(adapted: PeftModel) -> list[nn.Parameter]:
+    return [parameter for parameter in adapted.parameters() if parameter.requires_grad]
+
+
+def fitted(adapted: PeftModel, rows: list[Encoded], protocol: Protocol, seed: int = 0) -> Generator[Step, None, None]:
+    """The training of all adapters."""
+    return fit(adapted.get_base_model(), adamw(trainable(adapted), protocol), rows, protocol, seed)
+
+
+@pytest.mark.parametrize(
+    ("step", "rate"), [(0, 0.5), (1, 1.0), (2, 1.0), (3, 0.1 + 0.45 * (1 + math.cos(math.pi / 6))), (5, 0.55), (8, 0.1)]
+)
+def test_the_learning_rate_warms_up_and_falls_as_a_cosine(step: int, rate: float) -> None:
+    protocol = Protocol(steps=9, warmup_steps=2, learning_rate=1.0, final_learning_rate=0.1)
+    assert learning_rate_at(step, protocol) == pytest.approx(rate)
+
+
+@pytest.mark.parametrize(("step", "rate"), [(0, 5e-5), (5, 3e-4), (6, 3e-4), (199, 3e-5)])
+def test_the_learning_rate_of_the_matrix(step: int, rate: float) -> None:
+    assert learning_rate_at(step, Protocol()) == pytest.approx(rate)
+
+
+def test_without_warm_up_the_first_step_has_the_peak_rate() -> None:
+    protocol = Protocol(steps=3, warmup_steps=0, learning_rate=1.0, final_learning_rate=0.0)
+    assert [learning_rate_at(step, protocol) for step in range(3)] == pytest.approx([1.0, 0.5, 0.0])
+
+
+def test_a_training_of_one_step_has_the_peak_rate() -> None:
+    assert learning_rate_at(0, Protocol(steps=1, warmup_steps=0)) == Protocol().learning_rate
+
+
+def first_rows(count: int, protocol: Protocol, seed: int = 0) -> list[Encoded]:
+    return list(itertools.islice(itertools.chain.from_iterable(batches(ROWS, protocol, seed)), count))
+
+
+@pytest.mark.parametrize("global_batch", [4, 8, 12, 40])
+def test_every_epoch_is_a_new_permutation_of_the_rows(global_batch: int) -> None:
+    protocol = changed(global_batch=global_batch)
+    assert {len(batch) for batch in itertools.islice(batches(ROWS, protocol, 0), 9)} == {global_batch}
+    seen = first_rows(5 * len(ROWS), protocol)
+    epochs = [tuple(seen[start : start + len(ROWS)]) for start in range(0, len(seen), len(ROWS))]
+    assert all(set(epoch) == set(ROWS) for epoch in epochs)
+    assert len(set(epochs)) == 5
+
+
+def test_the_order_of_rows_depends_on_the_seed_and_not_on_batches() -> None:
+    expected = first_rows(48, PROTOCOL)
+    assert first_rows(48, changed(micro_batch=1)) == expected
+    assert first_rows(48, changed(global_batch=16)) == expected
+    assert first_rows(48, PROTOCOL, seed=1) != expected
+
+
+def stock_loss(model: PreTrainedModel, row: Encoded, learned_from: int) -> Tensor:
+    """Summed by transformers itself, from its mean over the labels that are not -100."""
+    ids = torch.tensor([row.context + row.continuation])
+    labels = ids.clone()
+    labels[:, :learned_from] = -100
+    return model(input_ids=ids, labels=labels).loss * (ids.shape[1] - max(1, learned_from))
+
+
+@torch.no_grad()
+def test_the_loss_is_that_of_transformers_on_the_answers(model: PreTrainedModel) -> None:
+    loss, count = answer_loss(model, ROWS)
+    torch.testing.assert_close(loss, sum(stock_loss(model, row, len(row.context)) for row in ROWS))
+    assert count == sum(len(row.continuation) for row in ROWS)
+
+
+@torch.no_grad()
+def test_the_loss_on_prompt_and_answer_is_that_of_transformers(model: PreTrainedModel) -> None:
+    loss, count = answer_loss(model, ROWS, "prompt-and-answer")
+    torch.testing.assert_close(loss, sum(stock_loss(model, row, 0) for row in ROWS))
+    assert count == sum(len(row.context) + len(row.continuation) - 1 for row in ROWS)
+
+
+@torch.no_grad()
+def test_padding_does_not_change_the_loss_of_a_row(model: PreTrainedModel) -> None:
+    short, long = Encoded((5, 6, 7), (8,)), Encoded(tuple(range(1, 80)), (9, 10))
+    alone, beside = answer_loss(model, [short])[0], answer_loss(model, [short, long])[0] - answer_loss(model, [long])[0]
+    torch.testing.assert_close(beside, alone, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_the_first_token_of_a_row_without_context_is_not_learned(model: PreTrainedModel) -> None:
+    loss, count = answer_loss(model, [Encoded((), (5, 6, 7))])
+    assert count == 2
+    torch.testing.assert_close(loss, stock_loss(model, Encoded((), (5, 6, 7)), 0))
+
+
+@torch.no_grad()
+def test_mean_loss_is_over_tokens_not_over_micro_batches(model: PreTrainedModel) -> None:
+    loss, count = answer_loss(model, ROWS)
+    for micro_batch in (1, 8):
+        mean = mean_loss(model, ROWS, changed(micro_batch=micro_batch))
+        assert mean == pytest.approx(float(loss) / count, rel=1e-5)
+
+
+@pytest.mark.parametrize("loss_on", ["answer", "prompt-and-answer"])
+def test_the_micro_batch_does_not_change_the_gradients(loss_on: str, adapted: PeftModel) -> None:
+    rows = [*ROWS[:7], Encoded((), (3, 4, 5))]
+    for _, layer in sparse_lora_layers(adapted):
+        nn.init.normal_(layer.factors()[1], std=0.02)
+    found = []
+    for micro_batch in (8, 2):
+        protocol = changed(micro_batch=micro_batch, loss_on=loss_on)
+        loss = _accumulate_gradients(adapted.get_base_model(), rows, protocol, accelerator_for())
+        found.append((loss, [parameter.grad.clone() for parameter in trainable(adapted)]))
+        adapted.zero_grad()
+    (whole_loss, whole), (parts_loss, parts) = found
+    expected = mean_loss(adapted.get_base_model(), rows, changed(loss_on=loss_on))
+    assert (whole_loss, parts_loss) == pytest.approx((expected, expected), rel=1e-5)
+    torch.testing.assert_close(parts, whole, atol=1e-6, rtol=1e-3)
+    assert all(gradient.any() for gradient in whole)
+
+
+def test_the_loss_falls_on_a_few_rows(adapted: PeftModel) -> None:
+    steps = list(fitted(adapted, ROWS[:8], changed(steps=20)))
+    assert steps[-1].loss < 0.5 * steps[0].loss
+    assert steps[0].loss == pytest.approx(mean_loss(load_base(adapted), ROWS[:8], PROTOCOL), rel=1e-5)
+
+
+def load_base(adapted: PeftModel) -> PreTrainedModel:
+    """The model before training: its adapters taken off."""
+    return adapted.unload()  # type: ignore[no-any-return]
+
+
+def test_a_step_says_what_it_did(adapted: PeftModel) -> None:
+    steps = list(fitted(adapted, ROWS[:8], PROTOCOL))
+    assert [step.step for step in steps] == [1, 2, 3, 4, 5, 6]
+    assert [step.learning_rate for step in steps] == [learning_rate_at(step, PROTOCOL) for step in range(6)]
+    assert {step.rows for step in steps} == {8}
+    assert {step.tokens for step in steps} == {sum(len(row.context + row.continuation) for row in ROWS[:8])}
+    assert all(step.seconds > 0 for step in steps)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_a_training_repeats_to_the_last_bit(dropout: float, llama: Path) -> None:
+    found = []
+    for noise in (1, 2):
+        model = load_model(llama, torch.float32, torch.device("cpu"))
+        adapted = adapt_model(model, changed(lora_dropout=dropout), None, seed=0)
+        torch.manual_seed(noise)
+        losses = [step.loss for step in fitted(adapted, ROWS, PROTOCOL, seed=5)]
+        found.append((losses, [parameter.detach() for parameter in trainable(adapted)]))
+    (first_losses, first), (second_losses, second) = found
+    assert first_losses == second_losses
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_the_optimizer_is_adamw_on_clipped_gradients(llama: Path) -> None:
+    protocol = changed(steps=4, global_batch=12, max_grad_norm=0.5, weight_decay=0.3)
+    adapted = adapted_model(llama)
+    list(fitted(adapted, ROWS, protocol))
+
+    manual = adapted_model(llama)
+    parameters = trainable(manual)
+    means, squares = ([torch.zeros_like(p) for p in parameters] for _ in range(2))
+    for step in range(4):
+        loss, count = answer_loss(manual.get_base_model(), ROWS)
+        gradients = torch.autograd.grad(loss / count, parameters)
+        norm = torch.cat([gradient.flatten() for gradient in gradients]).norm()
+        assert norm > 0.5, "or clipping is not tested"
+        rate = learning_rate_at(step, protocol)
+        for p, gradient, m, v in zip(parameters, gradients, means, squares, strict=True):
+            g = gradient * 0.5 / norm
+            m.mul_(0.9).add_(0.1 * g)
+            v.mul_(0.95).add_(0.05 * g**2)
+            p.data *= 1 - rate * 0.3
+            p.data -= rate * (m / (1 - 0.9 ** (step + 1))) / ((v / (1 - 0.95 ** (step + 1))).sqrt() + 1e-8)
+    torch.testing.assert_close(trainable(adapted), parameters, atol=2e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("ends", ["done", "closed", "failed"])
+def test_the_model_is_in_training_mode_until_its_training_ends(ends: str, adapted: PeftModel) -> None:
+    model = adapted.get_base_model()
+    steps = fitted(adapted, ROWS, PROTOCOL)
+    for _ in range(2):
+        next(steps)
+        mean_loss(model, ROWS, PROTOCOL)
+        assert all(module.training for module in model.modules())
+    if ends == "done":
+        list(steps)
+    elif ends == "closed":
+        steps.close()
+    else:
+        trainable(adapted)[0].data.fill_(math.nan)
+        with pytest.raises(RunError):
+            next(steps)
+    assert not any(module.training for module in model.modules())
+
+
+def test_the_eval_loss_has_no_dropout(llama: Path) -> None:
+    model = load_model(llama, torch.float32, torch.device("cpu"))
+    adapted = adapt_model(model, changed(lora_dropout=0.5), None, seed=0)
+    nn.init.normal_(next(sparse_lora_layers(adapted))[1].factors()[1])
+    expected = mean_loss(model, ROWS, PROTOCOL)
+    assert mean_loss(model.train(), ROWS, PROTOCOL) == expected
+
+
+def test_a_loss_that_is_not_finite_names_its_step(adapted: PeftModel) -> None:
+    next(sparse_lora_layers(adapted))[1].factors()[1].data.fill_(math.inf)
+    with pytest.raises(RunError, match=r"got nan at step 1 with learning rate 0\.01 \(no good loss before\)\. Lower"):
+        list(fitted(adapted, ROWS, PROTOCOL))
+
+
+def test_a_diverging_training_stops_at_the_first_bad_loss(adapted: PeftModel) -> None:
+    protocol = changed(learning_rate=1e30, final_learning_rate=0.0)
+    steps = fitted(adapted, ROWS, protocol)
+    first = next(steps).loss
+    assert math.isfinite(first)
+    with pytest.raises(RunError, match=rf"got nan at step 2 with .* \(last good loss {first:.4g} at step 1\)\. Lower"):
+        next(steps)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_computing_activations_again_changes_no_bit(dropout: float, llama: Path) -> None:
+    found = []
+    for again in (False, True):
+        protocol = changed(lora_dropout=dropout, activation_checkpointing=again, steps=3)
+        adapted = adapt_model(load_model(llama, torch.float32, torch.device("cpu")), protocol, None, seed=0)
+        losses = [step.loss for step in fitted(adapted, ROWS, protocol)]
+        found.append((losses, [parameter.detach() for parameter in trainable(adapted)]))
+        assert not adapted.get_base_model().is_activation_checkpointing
+    assert found[0][0] == found[1][0]
+    assert all(torch.equal(a, b) for a, b in zip(found[0][1], found[1][1], strict=True))
+
+
+def test_checkpointed_activations_are_not_kept(llama: Path) -> None:
+    kept = []
+    for again in (False, True):
+        adapted = adapted_model(llama)
+        sizes: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, s=sizes: s.append(t.numel()) or t, lambda t: t):
+            next(fitted(adapted, ROWS, changed(activation_checkpointing=again)))
+        kept.append(sum(sizes))
+    assert kept[1] < 0.2 * kept[0]
+
+
+def test_a_packed_training_learns_the_same(llama: Path) -> None:
+    plain, together = (
+        [
+            step.loss
+            for step in fitted(adapted_model(llama), ROWS, changed(packing=packing, max_tokens=200, max_new_tokens=1))
+        ]
+        for packing in (False, True)
+    )
+    assert together == pytest.approx(plain, rel=1e-3)
+
+
+def test_a_training_that_goes_on_takes_the_rows_that_are_left(llama: Path) -> None:
+    adapted = adapted_model(llama)
+    optimizer = adamw(trainable(adapted), PROTOCOL)
+    first = [step.step for step in itertools.islice(fit(adapted.get_base_model(), optimizer, ROWS, PROTOCOL, 0), 2)]
+    rest = list(fit(adapted.get_base_model(), optimizer, ROWS, PROTOCOL, 0, done=2))
+    assert first + [step.step for step in rest] == [1, 2, 3, 4, 5, 6]
+    assert [step.learning_rate for step in rest] == [learning_rate_at(step, PROTOCOL) for step in range(2, 6)]
+    whole = list(fitted(adapted_model(llama), ROWS, PROTOCOL))
+    assert [step.loss for step in rest] == [step.loss for step in whole[2:]]
+
+
+def test_a_worker_goes_from_one_precision_to_another() -> None:
+    for precision in ("no", "bf16", "no"):
+        assert accelerator_for(precision).mixed_precision == precision

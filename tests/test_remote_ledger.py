@@ -1,0 +1,376 @@
+"""Runs of workers that do not see the results folder."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from factories import done_record, finished, make_run, tiny_run, write_run
+from ray_head import PATIENCE_SECONDS, Head, blind_node, ray_head, wait_until
+
+from trainables import remote_ledger
+from trainables.remote_ledger import Desk, LedgerAway, ledger_here, open_desk, own_folder, pieces_of, refuse_unseen
+from tune_sparse.config import CS3
+from tune_sparse.errors import InputError
+from tune_sparse.ledger.lease import Holder
+from tune_sparse.ledger.ledger import Ledger
+from tune_sparse.sweep.driver import gathered
+
+RUN = make_run()
+
+
+def sha256(*pieces: bytes) -> str:
+    return hashlib.sha256(b"".join(pieces)).hexdigest()
+
+
+@pytest.fixture
+def held(tmp_path: Path) -> Iterator[Holder]:
+    """A results folder and who holds it."""
+    folder = tmp_path / "results"
+    folder.mkdir()
+    with Holder(folder) as holder:
+        yield holder
+
+
+@pytest.fixture
+def ledger(held: Holder) -> Ledger:
+    return Ledger(held.path.parent)
+
+
+class TestDesk:
+    @pytest.fixture
+    def desk(self, held: Holder) -> Desk:
+        return Desk(held.path.parent, held.token)
+
+    def test_a_run_has_its_name_once_all_of_it_has_arrived(self, desk: Desk, ledger: Ledger) -> None:
+        name = desk.begin("run")
+        desk.take(name, "adapter/weights", b"ab")
+        desk.take(name, "adapter/weights", b"c")
+        desk.take(name, "result.json", b"{}")
+        assert not ledger.run_folder("run").exists()
+        assert ledger.running() == {"run"}
+        desk.finish(name, {"adapter/weights": sha256(b"abc"), "result.json": sha256(b"{}")})
+        assert (ledger.run_folder("run") / "adapter" / "weights").read_bytes() == b"abc"
+        assert ledger.running() == set()
+
+    @pytest.mark.parametrize(
+        "sent", [{"result.json": sha256(b"{")}, {}, {"result.json": sha256(b"{}"), "lost": sha256(b"")}]
+    )
+    def test_what_arrives_otherwise_than_it_was_sent_is_dropped(
+        self, desk: Desk, ledger: Ledger, sent: dict[str, str]
+    ) -> None:
+        name = desk.begin("run")
+        desk.take(name, "result.json", b"{}")
+        with pytest.raises(ConnectionError, match=r"must arrive as they were sent: (result\.json|lost) did"):
+            desk.finish(name, sent)
+        assert list((ledger.folder / "runs").iterdir()) == []
+
+    def test_a_second_worker_with_the_run_ends_the_first_ones_sending(self, desk: Desk, ledger: Ledger) -> None:
+        first = desk.begin("run")
+        desk.take(first, "result.json", b"first")
+        second = desk.begin("run")
+        with pytest.raises(ConnectionError, match="is expected no more: another worker sends this run"):
+            desk.take(first, "result.json", b"more")
+        desk.take(second, "result.json", b"{}")
+        desk.finish(second, {"result.json": sha256(b"{}")})
+        assert (ledger.run_folder("run") / "result.json").read_bytes() == b"{}"
+        assert len(list((ledger.folder / "runs").iterdir())) == 1
+
+    def test_nothing_is_written_into_a_folder_that_another_sweep_took_over(self, held: Holder, ledger: Ledger) -> None:
+        desk = Desk(ledger.folder, "a token of before")
+        name = desk.begin("run")
+        with pytest.raises(ConnectionError, match="another process holds the results folder now"):
+            desk.finish(name, {})
+        assert list((ledger.folder / "runs").iterdir()) == []
+
+    def test_it_knows_what_is_done(self, desk: Desk, ledger: Ledger) -> None:
+        write_run(ledger, RUN, done_record(RUN))
+        assert desk.done([RUN.run_id, "other"]) == {RUN.run_id}
+
+
+def test_pieces_are_bounded_and_make_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote_ledger, "PIECE_BYTES", 4)
+    for content, pieces in ((b"", [b""]), (b"abcd", [b"abcd"]), (b"abcdef", [b"abcd", b"ef"])):
+        (tmp_path / "file").write_bytes(content)
+        assert list(pieces_of(tmp_path / "file")) == pieces
+
+
+def test_what_a_killed_process_left_on_its_node_goes_and_a_living_ones_stays(tmp_path: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as living:
+        other = tmp_path / "workers" / f"{living.pid}-{psutil.Process(living.pid).create_time()}"
+        killed = [tmp_path / "workers" / name for name in ("99999999-1.5", f"{os.getpid()}-1.5")]
+        for folder in (other, *killed):
+            folder.mkdir(parents=True)
+        mine = own_folder(tmp_path)
+        assert sorted(tmp_path.glob("workers/*")) == sorted([mine, other])
+        living.communicate(b"\n")
+
+
+@pytest.fixture(scope="module")
+def local_ray() -> Iterator[None]:
+    import ray
+
+    quiet = {"include_dashboard": False, "log_to_driver": False, "configure_logging": False}
+    ray.init(address="local", num_cpus=1, resources={CS3: 1}, **quiet)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture
+def away(held: Holder, local_ray: None) -> Iterator[LedgerAway]:
+    """The ledger as a worker reaches it that does not see the folder."""
+    folder = held.path.parent
+    with open_desk(folder, held.token):
+        found = ledger_here(folder.with_name("elsewhere"), held.token)
+        assert isinstance(found, LedgerAway)
+        yield found
+
+
+def write(ledger: Ledger, adapter: bytes = b"", error: Exception | None = None) -> None:
+    """A run, which may end in an error."""
+    with ledger.writing("run") as folder:
+        (folder / "result.json").write_text("{}")
+        (folder / "adapter").write_bytes(adapter)
+        if error:
+            raise error
+
+
+class TestLedgerAway:
+    def test_a_worker_that_sees_the_folder_uses_it(self, held: Holder, ledger: Ledger) -> None:
+        found = ledger_here(ledger.folder, held.token)
+        assert type(found) is Ledger
+        assert found.folder == ledger.folder
+
+    def test_a_run_arrives_as_it_was_written(
+        self, away: LedgerAway, ledger: Ledger, llama: Path, tmp_path: Path
+    ) -> None:
+        run, here = tiny_run(llama), Ledger(tmp_path / "here")
+        assert finished(run, away).metrics == finished(run, here).metrics
+        names = [
+            {path.relative_to(place.folder / kind) for path in (place.folder / kind).rglob("*")}
+            for place in (ledger, here)
+            for kind in ("runs", "untuned")
+        ]
+        assert names[:2] == names[2:]
+        assert ledger.record(run.run_id).metrics == here.record(run.run_id).metrics  # type: ignore[union-attr]
+        for file in ("examples.parquet", "adapter/adapter_model.safetensors", "metrics.jsonl", "config.yaml"):
+            assert (ledger.run_folder(run.run_id) / file).read_bytes() == (
+                here.run_folder(run.run_id) / file
+            ).read_bytes()
+        assert not away.folder.exists(), "nothing stays on the worker's node"
+
+    def test_what_is_known_of_a_pruned_model_is_asked_for(self, away: LedgerAway, ledger: Ledger) -> None:
+        assert away.untuned("id") is None
+        ledger.write_untuned("id", {"metrics": {"accuracy": 0.5}}, [])
+        assert away.untuned("id") == {"metrics": {"accuracy": 0.5}}
+
+    def test_a_run_that_ends_in_an_error_leaves_nothing(self, away: LedgerAway, ledger: Ledger) -> None:
+        with pytest.raises(RuntimeError, match="boom"):
+            write(away, error=RuntimeError("boom"))
+        assert list((ledger.folder / "runs").iterdir()) == []
+        assert not away.folder.exists()
+
+    def test_a_run_is_shown_as_running_from_its_start(self, away: LedgerAway, ledger: Ledger) -> None:
+        with away.writing("run"):
+            assert ledger.running() == {"run"}
+
+    def test_a_full_disk_at_the_driver_is_said(self, held: Holder, local_ray: None, small_disk: Path) -> None:
+        with Holder(small_disk) as holder, open_desk(small_disk, holder.token):
+            away = LedgerAway(remote_ledger.ray.get_actor(remote_ledger._name_of(holder.token)))
+            with pytest.raises(OSError, match="No space left on device"):
+                write(away, adapter=bytes(70 << 20))
+            assert list((small_disk / "runs").iterdir()) == []
+
+    def test_a_checkpoint_outlives_its_worker_and_goes_once_the_run_is_done(
+        self, away: LedgerAway, held: Holder, ledger: Ledger
+    ) -> None:
+        for run_id in (RUN.run_id, "other"):
+            away.checkpoint(run_id).parent.mkdir(parents=True, exist_ok=True)
+            away.checkpoint(run_id).write_bytes(b"steps")
+        write_run(ledger, RUN, done_record(RUN))
+        again = ledger_here(ledger.folder.with_name("elsewhere"), held.token)
+        assert not again.checkpoint(RUN.run_id).exists()
+        assert again.checkpoint("other").read_bytes() == b"steps"
+
+    def test_a_driver_that_is_gone_is_an_infrastructure_error(self, away: LedgerAway) -> None:
+        remote_ledger.ray.kill(away._desk)  # it may answer for a moment
+        with pytest.raises(ConnectionError, match=r"must reach the driver of its sweep, .+ lost it"):
+            wait_until(lambda: away.untuned("id") is not None)
+
+    def test_without_a_desk_and_without_the_folder_it_says_so(self, held: Holder, local_ray: None) -> None:
+        with pytest.raises(ConnectionError, match=r"does not see .+elsewhere and finds none"):
+            ledger_here(held.path.parent.with_name("elsewhere"), held.token)
+
+    def test_a_desk_that_does_not_see_the_folder_refuses(self, local_ray: None, tmp_path: Path) -> None:
+        with pytest.raises(InputError, match=f"does not see {tmp_path}"), open_desk(tmp_path, "token"):
+            raise AssertionError("it was opened")
+
+
+class TestRefusal:
+    """Before anything is trained, of what needs a folder that nodes see."""
+
+    def test_nodes_that_matter_must_see_the_folder(self, held: Holder, local_ray: None, tmp_path: Path) -> None:
+        refuse_unseen(held.path.parent, held.token, "a search needs", lambda resources: True)
+        refuse_unseen(tmp_path / "elsewhere", held.token, "a search needs", lambda resources: "GPU" in resources)
+        with pytest.raises(InputError, match=r"a search needs a results folder that all its nodes see, .+ is not"):
+            refuse_unseen(tmp_path / "elsewhere", held.token, "a search needs", lambda resources: CS3 in resources)
+
+    def test_the_backend_cerebras_needs_it_on_the_nodes_of_the_cs3(
+        self, held: Holder, local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("RAY_ADDRESS", "this one")
+        on_cerebras = make_run(cerebras={"target": "cpu", "release": "2.10.0"})
+        with gathered(Ledger(held.path.parent), held.token, [RUN, on_cerebras]):
+            pass
+        with (
+            pytest.raises(InputError, match="the backend cerebras needs a results folder that all its nodes see"),
+            gathered(Ledger(tmp_path), held.token, [RUN, on_cerebras]),
+        ):
+            raise AssertionError("it began")
+
+
+@dataclass
+class Site:
+    """A cluster whose second node does not see the results folder."""
+
+    head: Head
+    results: Path
+    cache: Path
+    """of the second node"""
+    sweep: list[str]
+
+    def start(self, *arguments: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "tune_sparse", *self.sweep, "--results-dir", str(self.results), *arguments]
+        environment = self.head.driver_environment
+        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    def run(self, *arguments: str) -> tuple[int, str]:
+        process = self.start(*arguments)
+        out, err = process.communicate(timeout=PATIENCE_SECONDS)
+        return process.returncode, out + err
+
+    def training(self) -> list[Path]:
+        """Losses of runs that are trained on the second node."""
+        curves = self.cache.glob("away/*/workers/*/runs/.*/metrics.jsonl")
+        return [path for path in curves if path.stat().st_size]
+
+    def sending(self) -> list[Path]:
+        """Finished runs that lie on the second node."""
+        return list(self.cache.glob("away/*/workers/*/runs/[!.]*"))
+
+
+FEW = ["--tasks", "boolq", "--methods", "random"]
+
+
+@pytest.fixture(params=[0])
+def site(request: pytest.FixtureRequest, llama: Path, tmp_path: Path) -> Iterator[Site]:
+    """The parameter: how many trials the driver's own node runs at once. All others run on the second node."""
+    results, cache = tmp_path / "results", tmp_path / "cache"
+    results.mkdir()
+    with ray_head(num_cpus=request.param) as head, blind_node(head, results, cache, 2 - request.param):
+        yield Site(head, results, cache, ["sweep", "smoke", "--models", str(llama), *FEW])
+
+
+def tree(results: Path) -> set[str]:
+    """Every file of runs and of pruned models."""
+    kinds = (results / "runs", results / "untuned")
+    return {path.relative_to(results).as_posix() for kind in kinds for path in kind.rglob("*")}
+
+
+def records(results: Path) -> dict[str, Any]:
+    ledger = Ledger(results)
+    found = {path.name: ledger.record(path.name) for path in (results / "runs").iterdir()}
+    return {name: (record.identity, record.status, record.metrics) for name, record in found.items() if record}
+
+
+def processes(name: str) -> list[psutil.Process]:
+    """Actors of our Ray with `name` in their titles."""
+    mine = psutil.Process().children(recursive=True)
+    return [process for process in mine if re.match(f"ray::.*{name}", " ".join(process.cmdline()))]
+
+
+@pytest.mark.slow
+class TestCluster:
+    @pytest.mark.parametrize("site", [0, 1], indirect=True, ids=["driver-computes-nothing", "driver-computes-too"])
+    def test_a_sweep_without_shared_storage_ends_as_one_with_it(self, site: Site, tmp_path: Path) -> None:
+        status, printed = site.run()
+        assert status == 0, printed
+        shared = tmp_path / "shared"
+        alone = subprocess.run(
+            [sys.executable, "-m", "tune_sparse", *site.sweep, "--results-dir", shared], capture_output=True, text=True
+        )
+        assert alone.returncode == 0, alone.stdout + alone.stderr
+        assert len(records(shared)) == 3
+        assert records(site.results) == records(shared)
+        assert tree(site.results) == tree(shared)
+        assert list(site.cache.glob("away/*/workers")), "some runs were trained where the folder is not seen"
+        assert list(site.cache.glob("away/*/workers/*")) == []
+
+    @pytest.mark.parametrize("who", ["worker", "driver"])
+    def test_what_is_killed_while_a_run_is_sent_leaves_nothing_and_the_run_runs_again(
+        self, site: Site, who: str
+    ) -> None:
+        few = ["--sparsities", "0.5", "--set", "steps=300"]
+        process = site.start(*few)
+        wait_until(lambda: len(site.training()) == 2)  # they ask no more until they send
+        [desk] = processes("Desk")
+        desk.suspend()
+        wait_until(lambda: len(site.sending()) == 2)
+        assert records(site.results) == {}
+        assert len(list((site.results / "runs").glob(".*.partial"))) == 2
+        if who == "worker":
+            for worker in processes("Trainable"):
+                worker.kill()
+            desk.resume()
+        else:
+            process.kill()
+        out, err = process.communicate(timeout=PATIENCE_SECONDS)
+        if who == "worker":
+            assert process.returncode == 0, out + err
+            assert err.count("to be tried again") == 2
+        else:
+            assert records(site.results) == {}
+            with suppress(psutil.NoSuchProcess):  # Ray ends it with the driver
+                desk.resume()
+            status, printed = site.run(*few)
+            assert status == 0, printed
+        assert [status for _, status, _ in records(site.results).values()] == ["done"] * 2
+        assert list(site.results.glob("*/.*.partial")) == []
+        assert site.sending() == []
+
+    def test_a_search_is_refused_before_it_starts(self, site: Site, llama: Path) -> None:
+        site.sweep = ["search", "--model", str(llama), "--task", "boolq", "--trials", "2", "--data-dir", "embedded"]
+        status, printed = site.run()
+        assert status == 2
+        assert f"a search needs a results folder that all its nodes see, {site.results} is not seen by" in printed
+        assert "Traceback" not in printed
+        assert not (site.results / "runs").exists()
+
+    def test_a_node_without_the_model_refuses_the_run_before_it_trains(self, llama: Path, tmp_path: Path) -> None:
+        model = tmp_path / "model"
+        shutil.copytree(llama, model)
+        few = ["--models", str(model), *FEW, "--sparsities", "0", "--max-retries", "0"]
+        with ray_head(num_cpus=0) as head, blind_node(head, model, tmp_path / "cache", 1):
+            site = Site(head, tmp_path / "results", tmp_path / "cache", ["sweep", "smoke", *few])
+            status, printed = site.run()
+        assert status == 1
+        said = f"a run needs the model {model}, on every node; {socket.gethostname()} says: "
+        assert said in printed, printed
+        [run_id] = records(site.results)
+        record = Ledger(site.results).record(run_id)
+        assert record is not None
+        assert record.error is not None
+        assert (record.error["class"], record.error["retryable"]) == ("NotReadyError", True)
+        assert said in record.error["message"]

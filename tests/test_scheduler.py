@@ -1,0 +1,199 @@
+"""The searcher alone, and in the real Tune on an emulated mixed cluster."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from hypothesis import given
+from hypothesis import strategies as st
+from ray import tune
+
+from tune_sparse.sweep.callbacks import Stop
+from tune_sparse.sweep.driver import capacity, fit_trials
+from tune_sparse.sweep.resources import Resources
+from tune_sparse.sweep.scheduler import Dispatcher
+
+CS3_TRIAL: Resources = {"CPU": 1, "CS3_TRIAL": 1}
+GPU_TRIAL: Resources = {"CPU": 1, "GPU": 1}
+CLUSTER: Resources = {"CPU": 16, "GPU": 4, "CS3_TRIAL": 2}
+
+
+def trials(lane: str, count: int, held: Resources) -> list[dict[str, Any]]:
+    return [{"name": f"{lane} {n}", "resources": held} for n in range(count)]
+
+
+def dispatcher(total: Resources = CLUSTER, cs3: int = 240, gpu: int = 120, **options: Any) -> Dispatcher:
+    lanes = {"cerebras": trials("cs3", cs3, CS3_TRIAL), "torch": trials("gpu", gpu, GPU_TRIAL)}
+    return Dispatcher(lanes, dict, lambda: total, **options)
+
+
+def handed_out(source: Dispatcher, ids: str) -> list[str | None]:
+    answers = [source.suggest(trial_id) for trial_id in ids]
+    return [answer["trial"]["name"] if isinstance(answer, dict) else answer for answer in answers]
+
+
+def test_every_kind_of_hardware_is_busy_from_the_start_and_one_more_of_each_waits() -> None:
+    names = handed_out(dispatcher(), "abcdefghij")
+    assert names == ["cs3 0", "gpu 0", "cs3 1", "gpu 1", "gpu 2", "gpu 3", "cs3 2", "gpu 4", None, None]
+
+
+def test_lanes_that_share_what_is_scarce_have_equal_parts_of_it() -> None:
+    lanes = {"cerebras": trials("cs3", 9, {"CPU": 1, "CS3_TRIAL": 1}), "torch": trials("cpu", 9, {"CPU": 1})}
+    source = Dispatcher(lanes, dict, lambda: {"CPU": 4, "CS3_TRIAL": 4})
+    assert handed_out(source, "abcd") == ["cs3 0", "cpu 0", "cs3 1", "cpu 1"]
+
+
+def test_what_ends_is_followed_by_the_next_of_its_lane() -> None:
+    source = dispatcher()
+    handed_out(source, "abcdefgh")
+    source.on_trial_complete("a")
+    assert handed_out(source, "ij") == ["cs3 3", None], "cs3 2 takes the place, the next waits"
+    source.on_trial_complete("b", error=True)
+    assert handed_out(source, "kl") == ["gpu 5", None]
+
+
+def test_a_lane_alone_has_none_waiting() -> None:
+    assert handed_out(dispatcher(cs3=0), "abcde") == ["gpu 0", "gpu 1", "gpu 2", "gpu 3", None]
+
+
+def test_a_limit_counts_trials() -> None:
+    assert handed_out(dispatcher(cs3=0, limit=3), "abcd") == ["gpu 0", "gpu 1", "gpu 2", None]
+
+
+def test_it_ends_when_the_last_trial_has_ended_and_none_is_tried_again() -> None:
+    source = dispatcher(cs3=0, gpu=1)
+    assert handed_out(source, "ab") == ["gpu 0", None], "it may still have to be tried again"
+    source.on_trial_complete("a", error=True)
+    source.again("torch", {"name": "gpu 0", "resources": GPU_TRIAL})
+    assert handed_out(source, "c") == ["gpu 0"]
+    source.on_trial_complete("c")
+    assert handed_out(source, "d") == [Dispatcher.FINISHED]
+
+
+def test_a_retry_comes_after_the_others_of_its_lane_and_does_not_wait_for_another_lane() -> None:
+    source = dispatcher({"CPU": 2, "GPU": 1, "CS3_TRIAL": 1}, cs3=2, gpu=9)
+    assert handed_out(source, "abcde") == ["cs3 0", "gpu 0", "cs3 1", "gpu 1", None]
+    source.on_trial_complete("a", error=True)
+    source.again("cerebras", {"name": "cs3 0", "resources": CS3_TRIAL})
+    assert handed_out(source, "fg") == ["cs3 0", None]
+
+
+def test_a_stop_ends_it_whatever_is_left() -> None:
+    stop = Stop()
+    source = dispatcher(stop=stop)
+    stop.because("the user said so")
+    assert handed_out(source, "a") == [Dispatcher.FINISHED]
+
+
+def test_a_node_that_joins_is_used_and_one_that_left_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("tune_sparse.sweep.scheduler.LOOK_SECONDS", -1.0)
+    total: Resources = {"CPU": 8, "GPU": 1}
+    source = dispatcher(total, cs3=0, gpu=9)
+    assert handed_out(source, "ab") == ["gpu 0", None]
+    total["GPU"] = 2
+    assert handed_out(source, "c") == ["gpu 1"]
+    total["GPU"] = 0
+    source.on_trial_complete("a", error=True)
+    source.on_trial_complete("c", error=True)
+    with caplog.at_level(logging.WARNING):
+        assert handed_out(source, "de") == [None, None]
+    assert [record.message for record in caplog.records] == ["waiting for a node with 1 CPU, 1 GPU"]
+    total["GPU"] = 1
+    assert handed_out(source, "f") == ["gpu 2"]
+
+
+def test_what_a_trial_holds_is_decided_when_it_is_its_turn() -> None:
+    share = {"GPU": 1.0}
+    lane = trials("gpu", 9, GPU_TRIAL)
+    source = Dispatcher({"torch": lane}, lambda trial: trial | {"resources": dict(share)}, lambda: {"GPU": 1.0})
+    assert handed_out(source, "ab") == ["gpu 0", None]
+    source.on_trial_complete("a")
+    share["GPU"] = 0.3333
+    assert handed_out(source, "cdef") == ["gpu 1", "gpu 2", "gpu 3", None]
+
+
+@given(
+    needs=st.lists(st.tuples(st.sampled_from(["cerebras", "torch"]), st.integers(1, 4)), max_size=30),
+    ends=st.lists(st.integers(0, 5), max_size=60),
+)
+def test_no_trial_is_lost_repeated_or_out_of_order_and_few_wait(needs: list[tuple[str, int]], ends: list[int]) -> None:
+    lanes: dict[str, list[dict[str, Any]]] = {"cerebras": [], "torch": []}
+    for number, (lane, cpus) in enumerate(needs):
+        lanes[lane].append({"number": number, "resources": {"CPU": cpus}})
+    source = Dispatcher(lanes, dict, lambda: {"CPU": 5})
+    live: dict[str, dict[str, Any]] = {}
+    seen: list[int] = []
+    order = iter(ends)
+    for turn in range(10_000):
+        answer = source.suggest(str(turn))
+        if answer == Dispatcher.FINISHED:
+            break
+        if answer is not None:
+            live[str(turn)] = answer["trial"]
+            seen.append(answer["trial"]["number"])
+            assert len(live) <= 5 + 2, "one more of each lane"
+        else:
+            ended = list(live)[next(order, 0) % len(live)]
+            del live[ended]
+            source.on_trial_complete(ended)
+    assert sorted(seen) == list(range(len(needs)))
+    for lane in lanes.values():
+        of_lane = [trial["number"] for trial in lane]
+        assert [number for number in seen if number in of_lane] == of_lane
+
+
+def sleeping() -> type[tune.Trainable]:
+    """A class that Ray sends to its workers by value: these cannot import this file."""
+
+    class Sleep(tune.Trainable):
+        """Writes when it began and ended."""
+
+        def setup(self, config: dict[str, Any]) -> None:
+            self.config = config
+
+        def reset_config(self, new_config: dict[str, Any]) -> bool:
+            self.config = new_config
+            return True
+
+        def step(self) -> dict[str, Any]:
+            began = time.time()
+            time.sleep(0.2)
+            trial = self.config["trial"]
+            (Path(trial["folder"]) / trial["name"]).write_text(f"{began} {time.time()} {os.getpid()}")
+            return {"done": True}
+
+        def save_checkpoint(self, checkpoint_dir: str) -> None:
+            pass
+
+    return Sleep
+
+
+def test_tune_keeps_both_kinds_busy_though_all_cells_of_one_come_first(tmp_path: Path) -> None:
+    place = {"folder": str(tmp_path)}
+    lanes = {
+        "cerebras": [trial | place for trial in trials("cs3", 24, {"CS3_TRIAL": 1})],
+        "torch": [trial | place for trial in trials("gpu", 12, {"GPU": 1})],
+    }
+    ray.init(address="local", num_cpus=2, num_gpus=1, resources={"CS3_TRIAL": 1}, include_dashboard=False)
+    try:
+        fit_trials(sleeping(), Dispatcher(lanes, dict, capacity), tune.Callback())
+    finally:
+        ray.shutdown()
+    spans = {path.name: tuple(map(float, path.read_text().split())) for path in tmp_path.iterdir()}
+    assert len(spans) == 36
+    assert len({pid for *_, pid in spans.values()}) <= 6, "workers stay warm"
+    last_of_gpu = max(ended for name, (_, ended, _) in spans.items() if name.startswith("gpu"))
+    last_of_cs3 = max(ended for name, (_, ended, _) in spans.items() if name.startswith("cs3"))
+    assert last_of_gpu < last_of_cs3, "twelve beside twenty-four end sooner, unless they had to wait"
+    for kind in ("cs3", "gpu"):
+        own = sorted(span for name, span in spans.items() if name.startswith(kind))
+        assert all(later[0] >= earlier[1] for earlier, later in pairwise(own)), "one token, one trial"

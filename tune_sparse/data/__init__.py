@@ -1,0 +1,1 @@
+"""Tasks, their examples and prompts, and batches of token ids."""

@@ -1,0 +1,66 @@
+"""Rows of different lengths as one batch of token ids: padded, or packed behind one another."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tune_sparse.data.splits import Encoded
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Sequences of one width: (B, T) each."""
+
+    ids: Tensor
+    learned: Tensor
+    """bool: which tokens are predicted and learned"""
+    positions: Tensor | None = None
+    """of each token in its own row, where several rows share a sequence: transformers keeps attention within them"""
+
+
+def padded(rows: Sequence[Encoded], loss_on: str) -> Batch:
+    """Each row a sequence, padded on the right."""
+    return _batch([[row] for row in rows], loss_on)
+
+
+def packed(rows: Sequence[Encoded], loss_on: str, pack_to: int) -> Batch:
+    """Rows behind one another in sequences of at most `pack_to` tokens, longer rows first, each in the first sequence
+    that has room for it."""
+    bins: list[list[Encoded]] = []
+    for row in sorted(rows, key=_length, reverse=True):
+        fitting = (found for found in bins if sum(map(_length, found)) + _length(row) <= pack_to)
+        found = next(fitting, None)
+        if found is None:
+            bins.append([row])
+        else:
+            found.append(row)
+    batch = _batch(bins, loss_on)
+    positions = torch.zeros_like(batch.ids)
+    for i, found in enumerate(bins):
+        places = torch.cat([torch.arange(_length(row)) for row in found])
+        positions[i, : len(places)] = places
+    return Batch(batch.ids, batch.learned, positions)
+
+
+def _batch(sequences: Sequence[Sequence[Encoded]], loss_on: str) -> Batch:
+    width = max(sum(map(_length, rows)) for rows in sequences)
+    ids = torch.zeros(len(sequences), width, dtype=torch.long)
+    learned = torch.zeros(len(sequences), width, dtype=torch.bool)
+    for i, rows in enumerate(sequences):
+        start = 0
+        for row in rows:
+            end = start + _length(row)
+            ids[i, start:end] = torch.tensor(row.context + row.continuation)
+            # The first token of a row has nothing before it that could predict it.
+            first = max(1, len(row.context)) if loss_on == "answer" else 1
+            learned[i, start + first : end] = True
+            start = end
+    return Batch(ids, learned)
+
+
+def _length(row: Encoded) -> int:
+    return len(row.context) + len(row.continuation)

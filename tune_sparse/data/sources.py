@@ -1,0 +1,82 @@
+"""Where rows come from: a folder, the Hugging Face Hub (fetched once into files), or the embedded generator."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from tune_sparse.config import EMBEDDED_ROWS, HUB_ROWS
+from tune_sparse.data.splits import split_path
+from tune_sparse.data.task_types import Hub, Task, TextTask
+from tune_sparse.data.tasks import tasks_named
+from tune_sparse.errors import InputError, NotReadyError
+from tune_sparse.files import aside, cache_dir, write_lines, write_text
+
+
+def rows_folder(data_dir: Path | None, tasks: Sequence[str]) -> Path | None:
+    """The folder of the rows of `tasks` (names or mixtures); None for the embedded generator.
+
+    Rows of the Hub are fetched if they are not here yet. Raises `NotReadyError` where that is not possible.
+    """
+    if data_dir is None:
+        raise NotReadyError(
+            "rows of the tasks are needed, got no data_dir. "
+            f"Give --data-dir FOLDER, or --data-dir {HUB_ROWS}, or --data-dir {EMBEDDED_ROWS} for generated rows."
+        )
+    if data_dir == EMBEDDED_ROWS:
+        return None
+    return fetch_rows(tasks) if data_dir == HUB_ROWS else data_dir.expanduser().resolve()
+
+
+def fetch_rows(names: Iterable[str], report: Callable[[str], None] = lambda text: None) -> Path:
+    """Bring the rows of tasks from the Hub into the cache, if they are not there; returns the folder for `data_dir`.
+
+    Raises `InputError` for a task that the Hub has not, `NotReadyError` where it cannot be reached.
+    """
+    folder = cache_dir() / "hub_rows"
+    for task in (task for name in names for task in tasks_named(name)):
+        if task.hub is None:
+            raise InputError(
+                f"the Hub has no dataset with the fields of {task.name}. Give --data-dir FOLDER with its rows."
+            )
+        if not (folder / task.name).is_dir():
+            _fetch(task, task.hub, folder)
+            report(f"{task.name}: {folder / task.name}")
+    return folder
+
+
+def _fetch(task: Task, hub: Hub, folder: Path) -> None:
+    """All splits or none."""
+    splits = _splits_of(task, hub)
+    missing = {"train", task.test_split} - splits.keys()
+    if missing:
+        raise InputError(f"{task.name} needs the splits train and {task.test_split}, {hub.path} lacks {min(missing)}.")
+    partial = aside(folder / task.name)
+    partial.mkdir(parents=True)
+    try:
+        for split in {"train", "validation", task.test_split} & splits.keys():
+            path = partial / split_path(task, split, folder).name
+            if isinstance(task, TextTask):
+                write_text(path, "".join(row["text"] or "\n" for row in splits[split]))
+            else:
+                write_lines(path, splits[split])
+        partial.rename(folder / task.name)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _splits_of(task: Task, hub: Hub) -> Any:
+    """{split: rows}"""
+    import datasets
+
+    datasets.disable_progress_bars()
+    try:
+        return datasets.load_dataset(hub.path, hub.config)
+    except (OSError, ValueError) as error:
+        raise NotReadyError(
+            f"the rows of {task.name} must be on this machine, or {hub.path} within reach: "
+            f"{type(error).__name__}: {error}. Run `tune-sparse prepare --tasks {task.name} --data-dir {HUB_ROWS}` "
+            "where there is a network, or give --data-dir FOLDER."
+        ) from error

@@ -1,0 +1,257 @@
+"""Rows and tokens: where the rows of a task come from, how they are split, how they are encoded."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tune_sparse.config import Protocol
+from tune_sparse.data.task_types import Pair, PromptTask, Row, Task, TextTask
+from tune_sparse.data.tasks import task_named
+from tune_sparse.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SPLIT_SEED = 0
+"""Of the selection rows carved from train. Not the seed of a cell: all cells are compared on the same rows."""
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Rows to learn from, to select by, and to be scored on. No prompt is in two of them."""
+
+    train: tuple[Row, ...]
+    selection: tuple[Row, ...]
+    test: tuple[Row, ...]
+    examples: tuple[Row, ...] = ()
+    """Where few-shot examples are drawn from: the train split in its own order, if the protocol asks for them."""
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of every row in order: part of a run's identity."""
+        parts = [self.train, self.selection, self.test, *([self.examples] if self.examples else [])]
+        text = json.dumps(parts, sort_keys=True, ensure_ascii=False)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def fingerprint_of(splits: Sequence[Splits]) -> str:
+    """Of one task's splits, or of those of a mixture's tasks in order."""
+    if len(splits) == 1:
+        return splits[0].fingerprint
+    return hashlib.sha256("".join(split.fingerprint for split in splits).encode()).hexdigest()
+
+
+def load_splits(task: Task, data_dir: Path | None, protocol: Protocol) -> Splits:
+    """The splits of a task by the rule of the study.
+
+    test: the labelled test split, or the official validation split where the test labels are not public (its
+    first `n_test` rows). selection: the validation split if it is not the test, else carved from train by a seed.
+    The only row of a text task has the whole split; its limits count windows, when it is encoded.
+
+    Raises `InputError` for a missing file, a malformed row (file and line), or a prompt that two splits share.
+    """
+    if not isinstance(task, PromptTask):
+        train, selection, test = (read_split(task, split, data_dir) for split in ("train", "validation", "test"))
+        splits = Splits(tuple(train), tuple(selection), tuple(test))
+    else:
+        splits = _prompt_splits(task, data_dir, protocol)
+    _refuse_leaks(task, splits)
+    return splits
+
+
+def load_test(task: Task, data_dir: Path | None, protocol: Protocol) -> Splits:
+    """What scoring alone needs of a task: the test rows, and the pool of few-shot examples. Raises as `load_splits`."""
+    limit = protocol.n_test if isinstance(task, PromptTask) else None
+    test = read_split(task, task.test_split, data_dir)[:limit]
+    is_few_shot = protocol.few_shot and isinstance(task, PromptTask)
+    examples = read_split(task, "train", data_dir) if is_few_shot else []
+    if is_few_shot and len(examples) <= protocol.few_shot:
+        raise InputError(
+            f"few_shot must be less than the {len(examples)} training rows of {task.name}, got {protocol.few_shot}. "
+            "Lower it."
+        )
+    _refuse_leaks(task, Splits(tuple(examples), (), tuple(test)))
+    return Splits((), (), tuple(test), tuple(examples))
+
+
+def _prompt_splits(task: PromptTask, data_dir: Path | None, protocol: Protocol) -> Splits:
+    train = read_split(task, "train", data_dir)
+    scored = load_test(task, data_dir, protocol)
+    random.Random(SPLIT_SEED).shuffle(train)
+    if task.test_split == "test" and has_split(task, "validation", data_dir):
+        selection = read_split(task, "validation", data_dir)[: protocol.n_selection]
+    else:
+        carved = protocol.n_selection or max(1, len(train) // 10)
+        if carved >= len(train):
+            raise InputError(
+                f"n_selection must leave rows to train on: {task.name} has {len(train)} training rows, got {carved}. "
+                "Lower n_selection."
+            )
+        selection, asked = train[:carved], {task.asked(row) for row in train[:carved]}
+        train = [row for row in train[carved:] if task.asked(row) not in asked]
+    return replace(scored, train=tuple(train[: protocol.n_train]), selection=tuple(selection))
+
+
+def split_path(task: Task, split: str, data_dir: Path) -> Path:
+    file = task.files[split] if isinstance(task, TextTask) else f"{split}.jsonl"
+    return data_dir / task.name / file
+
+
+def has_split(task: Task, split: str, data_dir: Path | None) -> bool:
+    return data_dir is not None and split_path(task, split, data_dir).exists()
+
+
+def read_split(task: Task, split: str, data_dir: Path | None) -> list[Row]:
+    """Checked rows of one split, from the files in `data_dir/<task>/` or from the embedded generator."""
+    if data_dir is not None:
+        path = split_path(task, split, data_dir)
+        return read_text(task, split, path) if isinstance(task, TextTask) else read_rows(task, path)
+    from tune_sparse.data.synthetic import EMBEDDED_TASKS, embedded_rows
+
+    if task.name not in EMBEDDED_TASKS:
+        raise InputError(
+            f"the embedded generator has {', '.join(EMBEDDED_TASKS)}, got {task.name!r}. "
+            "Give --data-dir with the rows of this task."
+        )
+    return embedded_rows(task.name, split)
+
+
+def read_rows(task: Task, path: Path) -> list[Row]:
+    """The rows of a JSON-lines file, each checked; an `InputError` names file and line."""
+    rows: list[Row] = []
+    for number, line in enumerate(_file_content(task, path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            task.check(row)
+        except json.JSONDecodeError as error:
+            raise InputError(f"{path}:{number}: each line must be a JSON object: {error}. Mend the line.") from error
+        except InputError as error:
+            raise InputError(f"{path}:{number}: {error}. Mend the row.") from error
+        rows.append(row)
+    if not rows:
+        raise InputError(f"{path} must have at least one row, got an empty file. Add rows.")
+    return rows
+
+
+def read_text(task: TextTask, split: str, path: Path) -> list[Row]:
+    """The text of one split as its only row; an `InputError` names the file."""
+    lines = _file_content(task, path).splitlines(keepends=True)
+    first, last = task.parts.get(split, (0.0, 1.0))
+    row = {"text": task.joined(lines[round(first * len(lines)) : round(last * len(lines))])}
+    try:
+        task.check(row)
+    except InputError as error:
+        raise InputError(f"{path}: {error}. Add text.") from error
+    return [row]
+
+
+def _file_content(task: Task, path: Path) -> str:
+    if not path.is_file():
+        raise InputError(f"{task.name} needs the file {path}, which is missing. Add it, or mend --data-dir.")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} must be UTF-8 text: {error}. Save it as UTF-8.") from error
+
+
+def calibration_text(name: str, data_dir: Path | None) -> str:
+    """The training text of the text task `name`, which scores are calibrated on."""
+    [row] = read_split(task_named(name), "train", data_dir)
+    return str(row["text"])
+
+
+LEAK_CHARACTERS = 200
+"""Two texts that share a line of this length are not disjoint."""
+
+
+def _questions(task: Task, rows: Sequence[Row]) -> set[Any]:
+    """What must not be in two splits: what the rows ask, or the long lines of a text."""
+    if isinstance(task, PromptTask):
+        return {task.asked(row) for row in rows}
+    return {(line,) for row in rows for line in row["text"].splitlines() if len(line) >= LEAK_CHARACTERS}
+
+
+def _refuse_leaks(task: Task, splits: Splits) -> None:
+    seen: dict[Any, str] = {}
+    for split in ("test", "selection", "train"):
+        asked = _questions(task, getattr(splits, split))
+        for question in asked & seen.keys():
+            raise InputError(
+                f"no row of {task.name} may be in two splits, got one in {split} and {seen[question]}: "
+                f"{question[0][-120:]!r}. Remove it from one of them."
+            )
+        seen |= dict.fromkeys(asked, split)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Token ids of a context and of what follows it."""
+
+    context: tuple[int, ...]
+    continuation: tuple[int, ...]
+    truncated: bool = False
+
+
+def encode_pairs(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Pair], limit: int) -> list[Encoded]:
+    """Each (context, continuation) as tokens, split where lm-evaluation-harness splits them.
+
+    The pair is encoded as one text; spaces at the end of the context belong to the continuation. A pair of more than
+    `limit` tokens loses its start.
+    """
+    moved = [(context.rstrip(), context[len(context.rstrip()) :] + rest) for context, rest in pairs]
+    contexts = _token_ids(tokenizer, [context for context, _ in moved])
+    wholes = _token_ids(tokenizer, [context + rest for context, rest in moved])
+    return [_cut(context, whole, limit) for context, whole in zip(contexts, wholes, strict=True)]
+
+
+def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], limit: int) -> list[Encoded]:
+    """Each prompt as a context, its last `limit` tokens."""
+    wholes = _token_ids(tokenizer, prompts)
+    return [Encoded(tuple(ids[-limit:]), (), len(ids) > limit) for ids in wholes]
+
+
+def encode_answers(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Pair], limit: int) -> list[Encoded]:
+    """As `encode_pairs`, each continuation an answer to learn: closed by the end-of-text token."""
+    end = (tokenizer.eos_token_id,)
+    return [replace(e, continuation=e.continuation + end) for e in encode_pairs(tokenizer, pairs, limit - 1)]
+
+
+def encode_windows(
+    tokenizer: PreTrainedTokenizerBase, text: str, window: int, count: int | None = None
+) -> list[Encoded]:
+    """The first `count` windows of a text, one after the other: every token follows those before it in its window.
+
+    What is left after the last whole window is dropped, as in the pruning literature (GPTQ, SparseGPT, Wanda); a
+    text shorter than a window is one window.
+    """
+    [ids] = _token_ids(tokenizer, [text])
+    window = min(window, len(ids))
+    starts = range(0, len(ids) - window + 1, window)[:count]
+    return [Encoded((ids[start],), tuple(ids[start + 1 : start + window])) for start in starts]
+
+
+def encode_training(
+    tokenizer: PreTrainedTokenizerBase, task: Task, rows: Sequence[Row], max_tokens: int, count: int | None
+) -> list[Encoded]:
+    """Rows to learn from: prompts with their answers, or the first `count` windows of a text."""
+    if isinstance(task, PromptTask):
+        return encode_answers(tokenizer, [task.training_pair(row) for row in rows], max_tokens)
+    return [e for row in rows for e in encode_windows(tokenizer, row["text"], max_tokens, count)]
+
+
+def _token_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """With the special tokens that the tokenizer puts by itself. What is too long is cut, and counted, elsewhere."""
+    return tokenizer(list(texts), verbose=False)["input_ids"]
+
+
+def _cut(context: list[int], whole: list[int], limit: int) -> Encoded:
+    excess = max(0, len(whole) - limit)
+    return Encoded(tuple(context[excess:]), tuple(whole[len(context) :][max(0, excess - len(context)) :]), excess > 0)

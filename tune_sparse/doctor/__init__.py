@@ -1,0 +1,1 @@
+"""Checks of a machine, a Ray cluster and a Cerebras environment."""

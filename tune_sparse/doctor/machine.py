@@ -1,0 +1,119 @@
+"""What of this machine works for a sweep, and what to do about the rest."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+from collections.abc import Iterator, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from importlib.resources import files
+from pathlib import Path
+
+import psutil
+
+from tune_sparse.doctor.finding import Finding, finding
+from tune_sparse.errors import InputError
+from tune_sparse.files import cache_dir
+
+PYTHON = "3.11"
+LEAST_MEMORY_BYTES, LEAST_DISK_BYTES = 4e9, 2e9
+"""What the embedded models need with two workers, and their results."""
+SHOWN = 5
+
+
+def examine(results_dir: Path) -> Iterator[Finding]:
+    """Python, packages, hardware, disk and the cache of models."""
+    yield python_finding("Python", platform.python_version())
+    yield packages_finding("packages", installed())
+    yield _torch()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    yield Finding("CPU", True, f"{cores} cores: as many trials at once, with a thread each")
+    memory = psutil.virtual_memory()
+    yield finding(
+        "memory",
+        memory.available >= LEAST_MEMORY_BYTES,
+        f"{memory.available / 1e9:.0f} of {memory.total / 1e9:.0f} GB free",
+        "Free some, or sweep with --workers 1.",
+    )
+    yield _folder("results", results_dir, "Free some, or give another --results-dir.")
+    yield _folder("cache", cache_dir(), "Set TUNE_SPARSE_CACHE to a folder with room.")
+    yield _embedded()
+
+
+def tested() -> dict[str, str]:
+    """{package: the version that the whole was tested with}"""
+    lines = (files("cluster") / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pairs = (line.split("==") for line in lines if "==" in line and not line.startswith("#"))
+    return {name.strip(): pinned.strip() for name, pinned in pairs}
+
+
+def installed() -> dict[str, str]:
+    """Of the tested packages, those that are here."""
+    found = {}
+    for name in tested():
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def python_finding(what: str, found: str) -> Finding:
+    is_well = found.startswith(f"{PYTHON}.")
+    return finding(what, is_well, found, f"Make the environment with Python {PYTHON}.")
+
+
+def packages_finding(what: str, found: Mapping[str, str]) -> Finding:
+    """Against the versions that were tested; a local build (`+cpu`) is the same version."""
+    expected = tested()
+    differing = [
+        f"{name} {found[name]} ({pinned} was tested)"
+        for name, pinned in expected.items()
+        if name in found and found[name].partition("+")[0] != pinned
+    ]
+    more = f" and {len(differing) - SHOWN} more" if len(differing) > SHOWN else ""
+    said = f"{', '.join(differing[:SHOWN])}{more}" if differing else f"{len(found)} as they were tested"
+    return finding(what, not differing, said, "Run `make`, or pip install with -c cluster/constraints.txt.")
+
+
+def _torch() -> Finding:
+    import torch
+
+    if torch.cuda.is_available():
+        names = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
+        return Finding("GPU", True, f"torch {torch.__version__}: {', '.join(names)}")
+    has_driver = shutil.which("nvidia-smi") is not None
+    said = "there is a driver, and torch sees no GPU" if has_driver else "none: trials compute on the CPU"
+    fix = "Install the CUDA build of torch: `make TORCH_OPTIONS=...` in the README."
+    return finding("GPU", not has_driver, f"torch {torch.__version__}: {said}", fix)
+
+
+def _folder(what: str, folder: Path, fix: str) -> Finding:
+    there = existing(folder)
+    free = shutil.disk_usage(there).free
+    if not os.access(there, os.W_OK):
+        return Finding(what, False, f"{there} cannot be written", fix)
+    return finding(what, free >= LEAST_DISK_BYTES, f"{free / 1e9:.0f} GB free at {folder.resolve()}", fix)
+
+
+def existing(folder: Path) -> Path:
+    """A folder, or what will hold it."""
+    return next(path for path in (folder.resolve(), *folder.resolve().parents) if path.is_dir())
+
+
+def _embedded() -> Finding:
+    from tune_sparse.models.checkpoints import find_folder
+    from tune_sparse.models.toy_models import EMBEDDED_MODELS
+
+    missing = []
+    for name in EMBEDDED_MODELS:
+        try:
+            find_folder(name)
+        except InputError:
+            missing.append(name)
+    return Finding(
+        "embedded models",
+        True,
+        f"{', '.join(missing)} not trained yet: a sweep does it, or `tune-sparse prepare`" if missing else "trained",
+    )

@@ -1,0 +1,181 @@
+"""What of a Ray cluster works for a sweep: `python -m tune_sparse.doctor.ray RESULTS MODEL...` asks each node.
+
+It is a process of its own, because Ray tries for minutes where it is refused, and because what is defined in a main
+program is sent to the nodes as it is: they need nothing of this project to say that they lack it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from tune_sparse.doctor.finding import Finding, finding
+from tune_sparse.doctor.machine import existing, installed
+from tune_sparse.net import refuse_silent
+
+ASK_SECONDS, NODE_SECONDS = 120, 60
+CLOCK_SECONDS = 10.0
+"""More than this and a sweep on another node may be taken for dead (tune_sparse.ledger.lease)."""
+RESOURCES = ("CPU", "GPU", "CS3", "CS3_TRIAL")
+
+
+def examine(results_dir: Path, models: Sequence[str]) -> Iterator[Finding]:
+    """Whether the cluster lets us in, and each of its nodes."""
+    address = os.environ.get("RAY_ADDRESS", "")
+    if not address:
+        fix = "Set RAY_ADDRESS to HOST:PORT of the head."
+        yield Finding("Ray", False, "RAY_ADDRESS is not set: a sweep starts Ray on this machine", fix)
+        return
+    try:
+        refuse_silent(address)
+    except (OSError, ValueError) as error:
+        fix = "Mend RAY_ADDRESS, start the head with `ray start --head`, or open its port to this machine."
+        yield Finding("Ray", False, f"nobody answers at {address}: {error}", fix)
+        return
+    answer = _ask(results_dir, models)
+    if isinstance(answer, Finding):
+        yield answer
+        return
+    yield Finding("Ray", True, f"{address} lets us in: {len(answer)} nodes")
+    if os.environ.get("RAY_AUTH_MODE") != "token":
+        fix = "Start the head and everything else with RAY_AUTH_MODE=token: docs/security.md."
+        yield Finding("token", False, f"anybody who reaches {address} may run programs there", fix)
+    for node in answer:
+        yield from findings_of(node)
+
+
+def _ask(results_dir: Path, models: Sequence[str]) -> list[dict[str, Any]] | Finding:
+    """What each node says, or why none could be asked."""
+    command = [sys.executable, "-m", "tune_sparse.doctor.ray", str(results_dir.resolve()), *models]
+    try:
+        asked = subprocess.run(command, capture_output=True, text=True, timeout=ASK_SECONDS)
+    except subprocess.TimeoutExpired:
+        return Finding("Ray", False, f"no answer in {ASK_SECONDS} s", "See the head's log, and its firewall.")
+    if asked.returncode == 0:
+        return list(json.loads(asked.stdout.splitlines()[-1]))
+    if "uthentica" in asked.stderr or "token" in asked.stderr:
+        fix = "Set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the token of the head."
+        return Finding("token", False, "the cluster refuses us: its token is another one, or we have none", fix)
+    said = [line for line in asked.stderr.splitlines() if line.strip()] or ["nothing"]
+    return Finding("Ray", False, f"it refuses us: {said[-1]}", "Use the Python and Ray of the head.")
+
+
+def findings_of(node: dict[str, Any]) -> Iterator[Finding]:
+    """Of what `ask_nodes` heard from a node."""
+    name = f"node {node['address']}"
+    amounts = node["resources"]
+    held = ", ".join(f"{amounts[kind]:g} {kind}" for kind in RESOURCES if amounts.get(kind))
+    memory = f"{amounts.get('memory', 0) / 1e9:.0f} GB"
+    if "said" not in node:
+        yield Finding(name, False, f"{held}, {memory}: {node['error']}", "See its raylet.log, or take it out.")
+        return
+    said = node["said"]
+    yield Finding(name, True, f"{said['host']}: {held or 'no CPU for trials'}, {memory}")
+    is_same = said["python"] == platform.python_version()
+    yield finding(
+        f"{name}, Python",
+        is_same,
+        said["python"] if is_same else f"{said['python']}, here {platform.python_version()}",
+        "Use one environment on all nodes.",
+    )
+    ours, theirs = installed(), said["packages"]
+    differing = [f"{n} {theirs.get(n) or 'missing'} (here {ours[n]})" for n in ours if theirs.get(n) != ours[n]]
+    differing.sort(key=lambda said: not said.startswith(("ray ", "torch ")))
+    same = f"{len(ours)} as here"
+    yield finding(
+        f"{name}, packages", not differing, "; ".join(differing[:5]) or same, "Use one environment on all nodes."
+    )
+    yield finding(
+        f"{name}, results",
+        said["sees_results"],
+        "seen" if said["sees_results"] else "the results folder of this machine is not there, or not writable",
+        "Give a --results-dir that all nodes share.",
+    )
+    for model, why in said["models"].items():
+        fix = "Put it where all nodes see it, or `tune-sparse prepare` there; TUNE_SPARSE_CACHE is the place."
+        yield finding(f"{name}, {model}", not why, why or "seen", fix)
+    off = said["clock_seconds"]
+    fix = "Synchronise the clocks (chrony, ntp)."
+    yield finding(f"{name}, clock", abs(off) <= CLOCK_SECONDS, f"{off:+.1f} s from here", fix)
+
+
+def look(packages: Sequence[str], probe: str, models: Sequence[str]) -> dict[str, Any]:
+    """What a node says of itself. It is sent there as it stands."""
+    import os
+    import platform
+    import socket
+    from importlib.metadata import PackageNotFoundError, version
+
+    def found(name: str) -> str | None:
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            return None
+
+    def missing(model: str) -> str:
+        try:
+            from tune_sparse.models.checkpoints import find_folder
+
+            find_folder(model)
+        except Exception as error:
+            return str(error)
+        return ""
+
+    return {
+        "host": socket.gethostname(),
+        "python": platform.python_version(),
+        "packages": {name: found(name) for name in packages},
+        "sees_results": os.access(probe, os.W_OK),
+        "models": {model: missing(model) for model in models},
+    }
+
+
+def clock() -> float:
+    """Seconds since the epoch, there."""
+    return time.time()
+
+
+def ask_nodes(results_dir: Path, models: Sequence[str]) -> list[dict[str, Any]]:
+    """{address, resources, said or error} of each node that is alive."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    ray.init(logging_level="ERROR", log_to_driver=False)
+    probe = existing(results_dir) / f".doctor.{uuid.uuid4().hex}"
+    probe.touch()
+    try:
+        nodes = [node for node in ray.nodes() if node["Alive"]]
+        answers = []
+        for node in nodes:
+            there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            ask = ray.remote(num_cpus=0, scheduling_strategy=there)
+            answers.append((node, ask(look).remote(sorted(installed()), str(probe), list(models)), ask(clock)))
+        return [_answer(*answer) for answer in answers]
+    finally:
+        probe.unlink()
+        ray.shutdown()
+
+
+def _answer(node: dict[str, Any], said: Any, its_clock: Any) -> dict[str, Any]:
+    import ray
+
+    known = {"address": node["NodeManagerAddress"], "resources": node["Resources"]}
+    try:
+        answer = ray.get(said, timeout=NODE_SECONDS)
+        asked = time.time()
+        there = ray.get(its_clock.remote(), timeout=NODE_SECONDS)
+    except ray.exceptions.RayError as error:
+        return known | {"error": str(error).partition("\n")[0] or type(error).__name__}
+    return known | {"said": answer | {"clock_seconds": there - (asked + time.time()) / 2}}
+
+
+if __name__ == "__main__":
+    print(json.dumps(ask_nodes(Path(sys.argv[1]), sys.argv[2:])))

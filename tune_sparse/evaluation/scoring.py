@@ -1,0 +1,239 @@
+"""How good is a model at a task? Every example's outcome is kept; accuracy or perplexity follows from them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from random import Random
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from tune_sparse.config import Protocol
+from tune_sparse.data.splits import Encoded, encode_pairs, encode_prompts, encode_windows
+from tune_sparse.data.task_types import AnswerTask, ChoiceTask, Pair, PromptTask, Row, Task
+from tune_sparse.errors import InputError, RunError
+from tune_sparse.evaluation.generation import generate
+from tune_sparse.evaluation.likelihood import batches_by_length, log_likelihoods, question_tokens
+from tune_sparse.evaluation.outcomes import Metrics, Outcome, combined, metrics_of
+
+FEW_SHOT_SEED = 1234
+"""Of the examples in a prompt: that of lm-evaluation-harness."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """One test example as a model's tokens."""
+
+    id: str
+    gold: str | None
+    encoded: tuple[Encoded, ...]
+    """choice: one pair a choice. answer: the prompt alone, as context. text: one window."""
+    lengths: tuple[int, ...] = ()
+    """choice: characters of each continuation, without the space before it."""
+
+    @property
+    def is_truncated(self) -> bool:
+        return any(e.truncated for e in self.encoded)
+
+
+@dataclass(frozen=True)
+class TestSet:
+    """A task's test rows as a model's tokens: encoded once, scored many times."""
+
+    task: Task
+    examples: tuple[Example, ...]
+
+    __test__ = False
+
+
+def encode_test(
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    rows: Sequence[Row],
+    protocol: Protocol,
+    shots: Sequence[Row] = (),
+) -> TestSet:
+    """Encode test rows for `score`; `shots` is the pool of the few-shot examples.
+
+    Raises `InputError` for a choice that has no tokens, or more than a model may read.
+    """
+    if isinstance(task, PromptTask):
+        prefixes = few_shot_prefixes(task, rows, shots, protocol.few_shot)
+        if isinstance(task, ChoiceTask):
+            return TestSet(task, tuple(_encode_choices(tokenizer, task, rows, prefixes, protocol)))
+        return TestSet(task, tuple(_encode_answers(tokenizer, task, rows, prefixes, protocol)))
+    windows = [e for row in rows for e in encode_windows(tokenizer, row["text"], protocol.max_tokens, protocol.n_test)]
+    if not all(e.continuation for e in windows):
+        raise InputError(f"the text of {task.name} must have at least 2 tokens, it has fewer. Give a longer text.")
+    return TestSet(task, tuple(Example(f"window {i}", None, (e,)) for i, e in enumerate(windows)))
+
+
+def few_shot_prefixes(task: PromptTask, rows: Sequence[Row], shots: Sequence[Row], count: int) -> list[str]:
+    """The worked examples before each row's prompt, drawn as lm-evaluation-harness draws them, in the rows' order.
+
+    Where the scored split is called validation, the harness draws one more, to be able to leave out the row itself.
+    """
+    rng, prefixes = Random(FEW_SHOT_SEED), []
+    for row in rows:
+        drawn = rng.sample(shots, count + (task.test_split == "validation")) if count else []
+        others = [shot for shot in drawn if shot != row]
+        if len(others) < count:
+            others = rng.sample([shot for shot in shots if shot != row], count)
+        prefixes.append("".join("".join(task.training_pair(shot)) + "\n\n" for shot in others[:count]))
+    return prefixes
+
+
+def _encode_choices(
+    tokenizer: PreTrainedTokenizerBase,
+    task: ChoiceTask,
+    rows: Sequence[Row],
+    prefixes: Sequence[str],
+    protocol: Protocol,
+) -> Iterator[Example]:
+    asked = [
+        [(prefix + context, rest) for context, rest in task.pairs(row)]
+        for row, prefix in zip(rows, prefixes, strict=True)
+    ]
+    flat: list[Pair] = [pair for pairs in asked for pair in pairs]
+    # A model reads all but the last token of a pair.
+    encoded = iter(encode_pairs(tokenizer, flat, protocol.max_tokens + 1))
+    for row, pairs in zip(rows, asked, strict=True):
+        choices = tuple(next(encoded) for _ in pairs)
+        for (_, text), choice in zip(pairs, choices, strict=True):
+            if not choice.context or not choice.continuation:
+                raise InputError(
+                    f"a choice must have between 1 and max_tokens = {protocol.max_tokens} tokens, {task.name} has "
+                    f"{text[:80]!r}. Raise max_tokens, or mend the row."
+                )
+        yield Example(task.question_id(row), str(task.gold(row)), choices, tuple(len(text) - 1 for _, text in pairs))
+
+
+def _encode_answers(
+    tokenizer: PreTrainedTokenizerBase,
+    task: PromptTask,
+    rows: Sequence[Row],
+    prefixes: Sequence[str],
+    protocol: Protocol,
+) -> Iterator[Example]:
+    prompts = [prefix + task.training_pair(row)[0] for row, prefix in zip(rows, prefixes, strict=True)]
+    encoded = encode_prompts(tokenizer, prompts, protocol.max_tokens - protocol.max_new_tokens)
+    for row, prompt in zip(rows, encoded, strict=True):
+        yield Example(task.question_id(row), task.gold(row), (prompt,))
+
+
+@dataclass(frozen=True)
+class Scored:
+    """How a model did on one or several tasks."""
+
+    outcomes: tuple[Outcome, ...]
+    by_task: dict[str, Metrics]
+
+    @property
+    def metrics(self) -> Metrics:
+        """Of the only task, or of all together."""
+        return combined(self.by_task)
+
+
+def score(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tests: Sequence[TestSet], protocol: Protocol
+) -> Scored:
+    """Score a model on encoded test rows; the model is not changed. Raises `RunError` if it computes NaN."""
+    found: list[Outcome] = []
+    by_task = {}
+    for test in tests:
+        batches = outcomes_of(model, tokenizer, test, protocol)
+        outcomes = [outcome for _, outcome in sorted(pair for batch in batches for pair in batch.items())]
+        by_task[test.task.name] = task_metrics(test.task, outcomes)
+        found += outcomes
+    return Scored(tuple(found), by_task)
+
+
+def task_metrics(task: Task, outcomes: Sequence[Outcome]) -> Metrics:
+    yes = str(task.yes) if isinstance(task, ChoiceTask) and task.yes is not None else None
+    return metrics_of(outcomes, task.chance, yes)
+
+
+def outcomes_of(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tests: TestSet,
+    protocol: Protocol,
+    known: Collection[int] = (),
+) -> Iterator[dict[int, Outcome]]:
+    """{index of an example: outcome}, batch after batch; it can be stopped after any, and go on from the `known`.
+
+    Batches depend on the test set alone, so that whoever stops and goes on gets the same numbers to the last bit.
+    """
+    task, examples = tests.task, tests.examples
+    if isinstance(task, AnswerTask):
+        sizes = [len(example.encoded[0].context) + protocol.max_new_tokens for example in examples]
+    else:
+        sizes = [question_tokens(example.encoded) for example in examples]
+    for batch in batches_by_length(sizes, protocol.batch_tokens):
+        if not all(i in known for i in batch):
+            chosen = [examples[i] for i in batch]
+            if isinstance(task, AnswerTask):
+                found = _answers(model, tokenizer, task, chosen, protocol)
+            else:
+                found = _likelihoods(model, task, chosen, protocol)
+            yield {i: outcome for i, outcome in zip(batch, found, strict=True) if i not in known}
+
+
+def _answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: AnswerTask,
+    examples: Sequence[Example],
+    protocol: Protocol,
+) -> Iterator[Outcome]:
+    prompts = [example.encoded[0].context for example in examples]
+    texts = generate(model, tokenizer, prompts, protocol.max_new_tokens, task.until)
+    for example, text in zip(examples, texts, strict=True):
+        found = task.extract(text)
+        flexible = task.extract_flexibly(text) if task.extract_flexibly else None
+        yield Outcome(
+            task.name,
+            example.id,
+            example.gold,
+            found,
+            correct=_agrees(task, found, example.gold),
+            correct_flexible=_agrees(task, flexible, example.gold) if task.extract_flexibly else None,
+            text=text,
+            truncated=example.is_truncated,
+        )
+
+
+def _agrees(task: AnswerTask, found: str | None, gold: str | None) -> bool:
+    return found is not None and gold is not None and task.equal(found, gold)
+
+
+def _likelihoods(
+    model: PreTrainedModel, task: Task, examples: Sequence[Example], protocol: Protocol
+) -> Iterator[Outcome]:
+    likelihoods = log_likelihoods(model, [example.encoded for example in examples], protocol.batch_tokens)
+    for example, values in zip(examples, likelihoods, strict=True):
+        if not all(map(math.isfinite, values)):
+            raise RunError(f"log-likelihoods must be finite, got {values} for a test example. The model overflows.")
+        if isinstance(task, ChoiceTask):
+            yield _choice(task, example, values)
+        else:
+            [window], [value] = example.encoded, values
+            yield Outcome(task.name, example.id, log_likelihoods=(value / len(window.continuation),))
+
+
+def _choice(task: ChoiceTask, example: Example, values: Sequence[float]) -> Outcome:
+    """The first of the likeliest choices."""
+    best = str(max(range(len(values)), key=values.__getitem__))
+    by_length = [value / length for value, length in zip(values, example.lengths, strict=True)]
+    best_by_length = str(max(range(len(values)), key=by_length.__getitem__))
+    return Outcome(
+        task.name,
+        example.id,
+        example.gold,
+        best,
+        correct=best == example.gold,
+        correct_norm=best_by_length == example.gold if task.has_normalised_accuracy else None,
+        log_likelihoods=tuple(values),
+        truncated=example.is_truncated,
+    )

@@ -1,0 +1,1 @@
+"""Merged models that leave the system, and their model cards."""

@@ -1,0 +1,131 @@
+"""Base, mask and adapter as one Hugging Face checkpoint: the zeros kept, checked before it gets its name."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from trainables.pipeline import Bench
+from trainables.rebuild import deployed_by
+from tune_sparse.errors import InputError, RunError, unknown_name
+from tune_sparse.evaluation.validation import validation_report
+from tune_sparse.export.model_card import model_card
+from tune_sparse.files import aside, write_json, write_text
+from tune_sparse.ledger.ledger import Ledger, Record, Run
+from tune_sparse.lora.adapter_io import last_mask_of, merge_adapter_into, read_marker
+from tune_sparse.models.checkpoints import (
+    TOKENIZER_SETTINGS,
+    TOKENIZERS,
+    check_checkpoint,
+    load_model,
+    prunable_weights,
+)
+from tune_sparse.pruning.masks import Masks, mask_sha256, sparsity_of
+
+COPIED = (*TOKENIZERS, *TOKENIZER_SETTINGS, "generation_config.json", "chat_template.jinja")
+PROBE_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class Merged:
+    """A model with its final weights, and what is known of it."""
+
+    model: PreTrainedModel
+    masks: Masks
+    base: Path
+    origin: dict[str, Any]
+    """mode, and where base and adapter came from"""
+    run: Run | None = None
+    record: Record | None = None
+
+
+def merge_run(ledger: Ledger, run_id: str, output: Path) -> dict[str, Any]:
+    """Write the model that a finished run deployed and scored; returns the validation report.
+
+    It is made again from the base model, the run's mask and what the run trained. Raises `InputError` for a run that
+    is not done, a base model that changed, or masks that do not come out as they were trained.
+    """
+    _refuse_existing(output)
+    runs = [path.name for path in (ledger.folder / "runs").glob("*") if not path.name.startswith(".")]
+    if run_id not in runs:
+        raise unknown_name("run", run_id, runs)
+    record = ledger.record(run_id)
+    if record is None or record.status != "done":
+        status = record.status if record else "missing"
+        raise InputError(f"only a run that is done can be merged, {run_id} is {status}. Run its sweep again.")
+    run = ledger.run(run_id)
+    loaded, masks = deployed_by(run, ledger, Bench())
+    origin = {"mode": run.cell.mode, "run_id": run_id, "base": run.model_path}
+    return _write(Merged(loaded.model, masks, check_checkpoint(run.model_path).path, origin, run, record), output)
+
+
+def merge_adapter(base: str, adapter: Path, output: Path, keep_zeros: bool = False) -> dict[str, Any]:
+    """Write a base model with an adapter merged; returns the validation report.
+
+    An adapter of this project says its mode and mask, and the base must be the pruned model that it was trained on.
+    One of stock PEFT is merged as plain LoRA; with `keep_zeros` weights that are 0 in the base stay 0.
+    """
+    _refuse_existing(output)
+    marker, checkpoint = read_marker(adapter), check_checkpoint(base)
+    precision = AutoConfig.from_pretrained(checkpoint.path, local_files_only=True).dtype or torch.float32
+    model = load_model(checkpoint.path, precision, torch.device("cpu"))
+    last_mask = last_mask_of(model, adapter)
+    if marker is None and keep_zeros:
+        last_mask = {name: weight != 0 for name, weight in prunable_weights(model).items()}
+    merge_adapter_into(model, adapter, last_mask)
+    masks = last_mask or {name: weight != 0 for name, weight in prunable_weights(model).items()}
+    origin = {"mode": marker.mode if marker else "dense", "adapter": str(adapter.resolve()), "base": base}
+    return _write(Merged(model, masks, checkpoint.path, origin), output)
+
+
+def _refuse_existing(output: Path) -> None:
+    if output.exists():
+        raise InputError(f"a merged model needs a folder of its own, {output} exists. Give another --output.")
+    if not output.parent.is_dir():
+        raise InputError(f"the folder of --output must exist, {output.parent} does not. Make it.")
+
+
+def _write(merged: Merged, output: Path) -> dict[str, Any]:
+    """Write, load with stock transformers, check, and only then give the folder its name."""
+    partial = aside(output)
+    try:
+        merged.model.save_pretrained(partial)
+        for name in COPIED:
+            if (merged.base / name).is_file():
+                shutil.copyfile(merged.base / name, partial / name)
+        report = _checked(merged, partial)
+        write_json(partial / "validation_report.json", report)
+        known = {"mask_sha256": report["mask_sha256"], "counted_sparsity": report["counted_sparsity"]}
+        write_json(partial / "tune_sparse_merge.json", merged.origin | known)
+        write_text(partial / "README.md", model_card(merged.origin, report, merged.run, merged.record))
+        partial.rename(output)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return report
+
+
+def _checked(merged: Merged, folder: Path) -> dict[str, Any]:
+    """The validation report of a checkpoint as stock transformers loads it. Raises `RunError` for any fault."""
+    expected = _probe(merged.model)
+    loaded = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True).eval()
+    faults = [] if loaded.dtype == merged.model.dtype else [f"the precision must be kept, got {loaded.dtype}"]
+    if not faults and not torch.equal(_probe(loaded), expected):
+        faults.append("stock transformers must compute the merged function to the last bit")
+    asked, checksum = sparsity_of(merged.masks), mask_sha256(merged.masks)
+    report = validation_report(prunable_weights(loaded), merged.masks, asked, checksum, faults)
+    if not report["all_valid"]:
+        raise RunError("a merged model must pass its validation: " + "; ".join(report["violations"]))
+    return report
+
+
+@torch.no_grad()
+def _probe(model: PreTrainedModel) -> Tensor:
+    """Logits of a few tokens spread over the vocabulary: (tokens, vocabulary)."""
+    ids = torch.linspace(0, model.config.vocab_size - 1, PROBE_TOKENS).long()
+    return model(input_ids=ids[None], use_cache=False).logits[0]

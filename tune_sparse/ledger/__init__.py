@@ -1,0 +1,1 @@
+"""Runs, their records, and the results folder that holds them."""

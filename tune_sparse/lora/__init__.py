@@ -1,0 +1,1 @@
+"""LoRA with masks: layers, adapter files, and slices of a super-adapter."""

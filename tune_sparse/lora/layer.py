@@ -1,0 +1,148 @@
+"""LoRA on pruned weights inside PEFT: the layer, its injection, and the merge.
+
+W: (O, I) frozen and already pruned, A: (R, I), B: (O, R), M: (O, I) keep-mask, s = alpha / R.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch.nn.functional as F
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora.layer import Linear as PeftLinear
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from tune_sparse.config import Protocol
+from tune_sparse.lora.masked_linear import Plain, Way, Workspace, choose_way, effective_weight
+from tune_sparse.models.checkpoints import PRUNED
+from tune_sparse.pruning.masks import Masks
+from tune_sparse.pruning.scores import uniform
+
+ADAPTER = "default"
+"""PEFT's name for the only adapter."""
+
+
+class SparseLora(PeftLinear):
+    """y = (W + s(BA)⊙M) x + b, M absent where the mode does not mask the update; `way` computes it.
+
+    Dropout p > 0 acts on the adapter's input, as in PEFT: y = Wx + b + (s(BA)⊙M) dropout(x), exact and slower.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.way: Way = Plain()
+        self.active_rank: int | None = None
+        """Only so many rows of A and columns of B compute, s unchanged: a slice. None for all."""
+
+    @property
+    def keep_mask(self) -> Tensor | None:
+        """M, or None where the update is not masked."""
+        return self.way.mask(self.base_layer.weight)
+
+    def factors(self) -> tuple[Tensor, Tensor, float]:
+        """A, B and s, of the active slice."""
+        A, B, scaling = self.lora_A[ADAPTER].weight, self.lora_B[ADAPTER].weight, self.scaling[ADAPTER]
+        rank = self.active_rank
+        return (A, B, scaling) if rank is None else (A[:rank], B[:, :rank], scaling)
+
+    def merged_weight(self) -> Tensor:
+        """The weight that this layer computes with: (O, I)."""
+        return effective_weight(self.base_layer.weight, *self.factors(), self.keep_mask)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.disable_adapters or self.merged:
+            return super().forward(x, *args, **kwargs)
+        dropout = self.lora_dropout[ADAPTER]
+        if self.training and not isinstance(dropout, nn.Identity):
+            return self.base_layer(x) + self._update_of(dropout(x))
+        return self.way(x, self.base_layer.weight, self.base_layer.bias, *self.factors())
+
+    def _update_of(self, x: Tensor) -> Tensor:
+        A, B, scaling = self.factors()
+        if self.keep_mask is None:
+            return F.linear(F.linear(x, A.to(x.dtype)), (scaling * B).to(x.dtype))
+        return F.linear(x, self.get_delta_weight(ADAPTER).to(x.dtype))
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """s(BA)⊙M in the adapter's float32: what PEFT's own merge would add."""
+        A, B, scaling = self.factors()
+        update, mask = scaling * (B @ A), self.keep_mask
+        return update if mask is None else update * mask
+
+
+def adapt_model(
+    model: PreTrainedModel,
+    protocol: Protocol,
+    update_masks: Masks | None,
+    seed: int,
+    modules: Sequence[str] = PRUNED,
+) -> PeftModel:
+    """Put adapters into `modules` of `model`, in place, by default all that are pruned; `update_masks` confines their
+    update.
+
+    B starts at zero and A uniform in ±1/sqrt(I) (Hu et al. 2021, arXiv:2106.09685, and PEFT), from `seed` and the
+    layer's name alone. PEFT's own initialisation depends on the layers that came before.
+    """
+    config = LoraConfig(
+        r=protocol.lora_rank,
+        lora_alpha=protocol.lora_alpha,
+        lora_dropout=protocol.lora_dropout,
+        target_modules=list(modules),
+        task_type="CAUSAL_LM",
+    )
+    adapted = inject(model, config)
+    confine(adapted, update_masks, protocol.masked_way)
+    for name, layer in sparse_lora_layers(adapted):
+        A, B, _ = layer.factors()
+        A.data.copy_((2 * uniform(A.shape, f"{seed}/adapter/{name}") - 1) / math.sqrt(A.shape[1]))
+        B.data.zero_()
+    return adapted
+
+
+def inject(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
+    """Put `SparseLora` layers into `model` where the config says, in place; none is confined yet."""
+    config._register_custom_module({nn.Linear: SparseLora})
+    adapted = get_peft_model(model, config)
+    assert isinstance(adapted, PeftModel)
+    return adapted
+
+
+def confine(adapted: PeftModel, masks: Masks | None, asked: str = "auto") -> None:
+    """Choose the way of every adapted layer, in place: confined to `masks`, or to nothing without them."""
+    workspace = Workspace()
+    for name, layer in sparse_lora_layers(adapted):
+        rank, mask = layer.r[ADAPTER], masks[name] if masks else None
+        layer.way = choose_way(layer.base_layer.weight, mask, rank, workspace, asked)
+
+
+def ways(adapted: PeftModel) -> Counter[str]:
+    """How many layers compute in which way."""
+    return Counter(layer.way.name for _, layer in sparse_lora_layers(adapted))
+
+
+def sparse_lora_layers(adapted: PeftModel) -> Iterator[tuple[str, SparseLora]]:
+    """(name of the weight in the checkpoint, layer) of every adapted layer."""
+    for name, module in adapted.get_base_model().named_modules():
+        if isinstance(module, SparseLora):
+            yield f"{name}.weight", module
+
+
+def merged_weights(adapted: PeftModel) -> dict[str, Tensor]:
+    """What each adapted layer computes with: (O, I) by checkpoint name."""
+    return {name: layer.merged_weight() for name, layer in sparse_lora_layers(adapted)}
+
+
+def updates(adapted: PeftModel) -> dict[str, Tensor]:
+    """s(BA), masked where the layer masks it, in the adapters' float32."""
+    return {name: layer.get_delta_weight(ADAPTER).detach() for name, layer in sparse_lora_layers(adapted)}
+
+
+def lost_fraction(wanted: dict[str, Tensor], obtained: dict[str, Tensor]) -> float:
+    """|wanted - obtained|² / |wanted|² over all matrices: the share of an update that did not arrive."""
+    lost = sum(float((wanted[name] - obtained[name]).double().square().sum()) for name in wanted)
+    total = sum(float(update.double().square().sum()) for update in wanted.values())
+    return lost / total if total else 0.0

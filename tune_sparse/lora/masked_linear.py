@@ -1,0 +1,311 @@
+"""y = (W + s(BA)⊙M) x for a frozen, pruned W: the effective weight, and four ways to compute with it.
+
+W: (O, I) and 0 wherever M is; A: (R, I) and B: (O, R) in float32, rounded to the precision of W where they are used;
+s = alpha / R; x: (..., I). A way is a module, so that what it keeps moves with the model, and none holds a parameter.
+
+| way | masks | what a step costs |
+| --- | --- | --- |
+| plain | none | two GEMMs, as LoRA |
+| structured | whole rows and columns | as plain, on what is left of W |
+| dense-stored | any | three GEMMs, and the weight built twice in a workspace that all layers share |
+| csr | any; float32 or more on a CPU | operations on the kept weights alone |
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from tune_sparse.errors import InputError
+from tune_sparse.lora.csr_linear import Csr
+
+CHUNK_BYTES = 2**20
+"""A CPU masks a weight in chunks of rows that stay in its cache between two operations."""
+CSR_SPARSITY = 0.85
+CSR_WEIGHTS = 2**18
+"""From this sparsity and size on, CSR beats three dense GEMMs on a CPU (docs/lora.md)."""
+
+
+class Workspace:
+    """Room for matrices of the size of a weight, lent to one layer at a time and grown to the largest."""
+
+    def __init__(self) -> None:
+        self._rooms: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
+        self._lent: dict[tuple[str, torch.dtype, torch.device, torch.Size], Tensor] = {}
+
+    def lend(self, use: str, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """A matrix of the shape and kind of `like`, holding anything."""
+        room, shape = (use, dtype or like.dtype, like.device), like.shape
+        if (*room, shape) not in self._lent:
+            if room not in self._rooms or self._rooms[room].numel() < like.numel():
+                self._rooms[room] = like.new_empty(like.numel(), dtype=dtype)
+                self._lent = {key: lent for key, lent in self._lent.items() if key[:3] != room}
+            self._lent[(*room, shape)] = self._rooms[room][: like.numel()].view(shape)
+        return self._lent[(*room, shape)]
+
+    def product_into(self, out: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        """a b, rounded once to the dtype of `out`; through float32 where a CPU is faster in it."""
+        if not _is_faster_in_float32(out):
+            return torch.mm(a, b, out=out)
+        wide = (self.lend(use, t, torch.float32).copy_(t) for use, t in (("a", a), ("b", b)))
+        return out.copy_(torch.mm(*wide, out=self.lend("product", out, torch.float32)))
+
+
+def _is_faster_in_float32(matrix: Tensor) -> bool:
+    """A CPU without bfloat16 instructions multiplies bfloat16 matrices five times slower than float32 ones."""
+    return matrix.dtype == torch.bfloat16 and matrix.device.type == "cpu" and not _multiplies_bfloat16()
+
+
+@cache
+def _multiplies_bfloat16() -> bool:
+    found = torch.cpu.get_capabilities()
+    return found["architecture"] != "x86_64" or bool(found["avx512_bf16"] or found["amx_bf16"])
+
+
+@torch.no_grad()
+def effective_weight(weight: Tensor, A: Tensor, B: Tensor, scaling: float, mask: Tensor | None = None) -> Tensor:
+    """W + s(BA), or W + s(BA)⊙M with the mask that W was pruned with, in the dtype of W: (O, I).
+
+    The factors are rounded to that dtype once, their product and the sum are not rounded in between.
+    """
+    return DenseStored(weight, mask, Workspace()).effective_weight(weight, A, B, scaling)
+
+
+def _rounded(A: Tensor, B: Tensor, scaling: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """sB and A in `dtype`."""
+    return (scaling * B).to(dtype), A.to(dtype)
+
+
+class Plain(nn.Module):
+    """y = Wx + b + sB(Ax), as LoRA (Hu et al. 2021, arXiv:2106.09685, eq. 3)."""
+
+    name = "plain"
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float) -> Tensor:
+        B, A = _rounded(A, B, scaling, weight.dtype)
+        base = F.linear(x, weight, bias)
+        return torch.addmm(base.flatten(0, -2), F.linear(x, A).flatten(0, -2), B.T).view(base.shape)
+
+    def mask(self, weight: Tensor) -> Tensor | None:
+        return None
+
+
+class Structured(nn.Module):
+    """Plain LoRA on the rows and columns that are left: with M = r cᵀ, BA⊙M is (B[r])(A[:, c]) in its place.
+
+    The block of W that is left is copied, d (O, I) for a density d.
+    """
+
+    name = "structured"
+    rows: Tensor | None
+    columns: Tensor | None
+    block: Tensor
+
+    def __init__(self, weight: Tensor, mask: Tensor) -> None:
+        super().__init__()
+        rows, columns = (mask.any(dim=dim).nonzero().flatten() for dim in (1, 0))
+        self.register_buffer("rows", None if len(rows) == len(mask) else rows, persistent=False)
+        self.register_buffer("columns", None if len(columns) == mask.shape[1] else columns, persistent=False)
+        self.register_buffer("block", weight[rows][:, columns].contiguous(), persistent=False)
+        self.plain = Plain()
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float) -> Tensor:
+        if self.columns is not None:
+            x, A = _Columns.apply(x, self.columns), A[:, self.columns]
+        if self.rows is None:
+            return self.plain(x, self.block, bias, A, B, scaling)
+        kept = self.plain(x, self.block, None, A, B[self.rows], scaling)
+        y = kept.new_zeros(*kept.shape[:-1], len(weight)).index_copy(-1, self.rows, kept)
+        return y if bias is None else y + bias
+
+    def mask(self, weight: Tensor) -> Tensor:
+        rows, columns = (
+            torch.ones(size, dtype=torch.bool, device=weight.device)
+            if kept is None
+            else torch.zeros(size, dtype=torch.bool, device=weight.device).index_fill(0, kept, True)
+            for kept, size in zip((self.rows, self.columns), weight.shape, strict=True)
+        )
+        return rows[:, None] & columns
+
+
+class _Columns(torch.autograd.Function):
+    """x[..., columns], whose gradient needs no addition since no column comes twice."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, columns: Tensor) -> Tensor:
+        ctx.save_for_backward(columns)
+        ctx.width = x.shape[-1]
+        return x.index_select(-1, columns)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        [columns] = ctx.saved_tensors
+        return gradient.new_zeros(*gradient.shape[:-1], ctx.width).index_copy_(-1, columns, gradient), None
+
+
+class DenseStored(nn.Module):
+    """y = W_eff x + b with W_eff = W + s(BA)⊙M as a dense matrix, which is what is merged: the same bits.
+
+    M is W != 0, and nothing of the size of W is kept: W_eff lies in the workspace only while it is used. Kept
+    weights that are exactly zero are remembered by their positions. Without a mask W_eff = W + sBA.
+    """
+
+    name = "dense-stored"
+    kept_zeros: Tensor
+
+    def __init__(self, weight: Tensor, mask: Tensor | None, workspace: Workspace) -> None:
+        super().__init__()
+        self.is_masked, self.workspace = mask is not None, workspace
+        empty = torch.zeros(0, dtype=torch.long, device=weight.device)
+        kept_zeros = empty if mask is None else (mask & (weight == 0)).flatten().nonzero().flatten()
+        self.register_buffer("kept_zeros", kept_zeros, persistent=False)
+        rows, width = weight.shape
+        self._rows = rows if weight.is_cuda else max(1, CHUNK_BYTES // (width * weight.element_size()))
+        starts = torch.arange(0, rows + self._rows, self._rows)
+        self._cuts = torch.searchsorted(kept_zeros.cpu(), starts * width).tolist() if len(kept_zeros) else []
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float) -> Tensor:
+        return _DenseStored.apply(x, weight, bias, A, B, scaling, self)
+
+    def mask(self, weight: Tensor) -> Tensor | None:
+        if not self.is_masked:
+            return None
+        return (weight != 0).flatten().index_fill(0, self.kept_zeros, True).view(weight.shape)
+
+    def effective_weight(self, weight: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
+        """W + s(BA)⊙M, in the workspace: (O, I)."""
+        B, A = _rounded(A, B, scaling, weight.dtype)
+        out = self.workspace.lend("weight", weight)
+        if not self.is_masked:
+            return torch.addmm(weight, B, A, out=out)
+        for i, (to, chunk, rows) in enumerate(zip(*map(self._chunks, (out, weight, B)), strict=True)):
+            torch.addmm(chunk, rows, A, out=to).mul_(self._kept(i, chunk))
+        return out
+
+    def weight_gradient(self, weight: Tensor, dY: Tensor, x: Tensor) -> Tensor:
+        """(dYᵀX)⊙M, in the workspace, where it takes the place of the effective weight: (O, I)."""
+        out = self.workspace.lend("weight", weight)
+        self.workspace.product_into(out, dY.T, x)
+        if self.is_masked:
+            for i, (to, chunk) in enumerate(zip(self._chunks(out), self._chunks(weight), strict=True)):
+                to.mul_(self._kept(i, chunk))
+        return out
+
+    def _chunks(self, matrix: Tensor) -> tuple[Tensor, ...]:
+        return matrix.split(self._rows) if len(matrix) > self._rows else (matrix,)
+
+    def _kept(self, i: int, chunk: Tensor) -> Tensor:
+        """The rows of M that are those of the i-th chunk of W, as numbers: to multiply by numbers of the same dtype is
+        ten times faster than by bools, or `masked_fill_`."""
+        keep = torch.ne(chunk, 0, out=self.workspace.lend("mask", chunk))
+        if self._cuts and self._cuts[i] < self._cuts[i + 1]:
+            places = self.kept_zeros[self._cuts[i] : self._cuts[i + 1]] - i * self._rows * chunk.shape[1]
+            keep.view(-1)[places] = 1
+        return keep
+
+
+class _DenseStored(torch.autograd.Function):
+    """With G = (dYᵀX)⊙M: dX = dY W_eff, dB = s G Aᵀ, dA = s Bᵀ G. Only x is saved; W_eff is built again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        A: Tensor,
+        B: Tensor,
+        scaling: float,
+        way: DenseStored,
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, A, B)
+        ctx.scaling, ctx.way = scaling, way
+        return F.linear(x, way.effective_weight(weight, A, B, scaling), bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dY: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, A, B = ctx.saved_tensors
+        way, dX, rows = ctx.way, None, dY.flatten(0, -2)
+        if ctx.needs_input_grad[0]:
+            dX = x.new_empty(x.shape)
+            W_eff = way.effective_weight(weight, A, B, ctx.scaling)
+            way.workspace.product_into(dX.view(-1, x.shape[-1]), rows, W_eff)
+        G = way.weight_gradient(weight, rows, x.flatten(0, -2))
+        sB, rounded_A = _rounded(A, B, ctx.scaling, weight.dtype)
+        dA, dB = sB.T @ G, ctx.scaling * (G @ rounded_A.T)
+        return dX, None, None, dA.to(A.dtype), dB.to(B.dtype), None, None
+
+
+Way = Plain | Structured | DenseStored | Csr
+
+
+def choose_way(weight: Tensor, mask: Tensor | None, rank: int, workspace: Workspace, asked: str = "auto") -> Way:
+    """The way to compute with a pruned weight and its keep-mask, both (O, I).
+
+    `asked` forces the way of a masked layer. Raises `InputError` for a mask that the weight was not pruned with, and
+    for a way that cannot compute this one.
+    """
+    if mask is None:
+        return Plain() if _pays_by_factors(len(weight), weight.shape[1], rank) else DenseStored(weight, None, workspace)
+    _refuse_unfit(weight, mask)
+    name = best_way(weight, mask, rank) if asked == "auto" else asked
+    if name == "structured" and not is_structured(mask):
+        raise InputError("the way 'structured' needs masks of whole rows and columns, got another. Choose 'auto'.")
+    if name == "csr" and not _is_for_csr(weight):
+        raise InputError(
+            f"the way 'csr' computes in float32 on a CPU, got {str(weight.dtype)[6:]} on {weight.device.type}. "
+            "Choose 'auto', or set precision=float32."
+        )
+    if name == "plain":
+        return Plain()
+    if name == "structured":
+        return Structured(weight, mask)
+    return Csr(weight, mask) if name == "csr" else DenseStored(weight, mask, workspace)
+
+
+def best_way(weight: Tensor, mask: Tensor, rank: int) -> str:
+    """The name of the fastest way for a masked layer, by what was counted and measured (docs/lora.md)."""
+    rows, columns = (int(mask.any(dim=dim).sum()) for dim in (1, 0))
+    if is_structured(mask) and _pays_by_factors(rows, columns, rank):
+        return "plain" if mask.all() else "structured"
+    sparse = int(mask.sum()) <= (1 - CSR_SPARSITY) * mask.numel()
+    return "csr" if sparse and mask.numel() >= CSR_WEIGHTS and _is_for_csr(weight) else "dense-stored"
+
+
+def _pays_by_factors(rows: int, columns: int, rank: int) -> bool:
+    """Whether B(Ax) is cheaper than (BA)x in training, forward and backward.
+
+    The factors take 6 R (I + O) operations a token, the gradient of their product 2 I O; but matrices as thin as the
+    factors are multiplied at about a third of the speed.
+    """
+    return rows * columns >= 10 * rank * (rows + columns)
+
+
+def is_structured(mask: Tensor) -> bool:
+    """Whether a mask keeps whole rows and columns and drops whole ones: whether it is r cᵀ."""
+    return int(mask.sum()) == int(mask.any(dim=1).sum()) * int(mask.any(dim=0).sum())
+
+
+def _is_for_csr(weight: Tensor) -> bool:
+    return weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.float64)
+
+
+def _refuse_unfit(weight: Tensor, mask: Tensor) -> None:
+    if mask.shape != weight.shape or mask.dtype != torch.bool:
+        raise InputError(
+            f"a mask must be bool and have the shape of its weight, {tuple(weight.shape)}, got "
+            f"{str(mask.dtype)[6:]} {tuple(mask.shape)}. Give the mask that this weight was pruned with."
+        )
+    filled = int((~mask & (weight != 0)).sum())
+    if filled:
+        raise InputError(
+            f"a masked layer computes on a pruned weight, which is 0 where its mask is, got {filled} other values "
+            "there. Give the pruned weight, or the mask that it was pruned with."
+        )

@@ -1,0 +1,123 @@
+"""Slices of a super-adapter: active while it trains, deployed without loading anything, or written as an adapter.
+
+W: (O, I) pruned, A: (R, I), B: (O, R), M: (O, I). The slice of rank r is B[:, :r] A[:r], its s stays alpha / R
+(Shears, arXiv:2404.10934, section 3).
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from tune_sparse.files import write_json
+from tune_sparse.lora.adapter_io import MARKER, WEIGHTS, Marker, load_adapter
+from tune_sparse.lora.layer import sparse_lora_layers
+from tune_sparse.lora.masked_linear import DenseStored, Workspace
+from tune_sparse.lora.rank_space import Ranks, Space
+from tune_sparse.models.checkpoints import prunable_weights
+from tune_sparse.pruning.masks import Masks
+
+
+def layers_of(model: PeftModel | PreTrainedModel) -> int:
+    """Decoder blocks of a model."""
+    return int(model.config.num_hidden_layers)
+
+
+def set_ranks_into(adapted: PeftModel, space: Space, ranks: Ranks) -> None:
+    """Activate the slice that `ranks` names, in place."""
+    for name, layer in sparse_lora_layers(adapted):
+        layer.active_rank = space.rank_of(name, ranks)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What one layer of a super-adapter needs to deploy any of its slices."""
+
+    weight: Tensor
+    """W⊙M: (O, I)"""
+    A: Tensor
+    B: Tensor
+    scaling: float
+    way: DenseStored
+    """It masks the update where the mode does."""
+    last_mask: Tensor | None
+    """What is masked once more when the mode deploys: (O, I)."""
+
+    def deployed(self, rank: int) -> Tensor:
+        """The weight that the mode deploys with this slice, in a workspace: (O, I). The same bits as a merge of the
+        slice as an adapter of its own."""
+        if not rank:
+            return self.weight
+        weight = self.way.effective_weight(self.weight, self.A[:rank], self.B[:, :rank], self.scaling)
+        return weight if self.last_mask is None else weight.mul_(self.last_mask)
+
+
+@dataclass
+class Slices:
+    """A trained super-adapter, taken apart, and a plain model that computes one of its slices at a time."""
+
+    model: PreTrainedModel
+    space: Space
+    marker: Marker
+    layers: dict[str, Layer]
+    active: dict[str, int] = field(default_factory=dict)
+    """{matrix: the rank that the model's weight has now}"""
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, folder: Path, space: Space, masks: Masks, marker: Marker) -> Slices:
+        """From the adapter in `folder` and the pruned model that it was trained on, whose weights are copied.
+
+        Raises `InputError` for an adapter that does not fit the model.
+        """
+        adapted, workspace = load_adapter(model, folder), Workspace()
+        layers = {}
+        for name, layer in sparse_lora_layers(adapted):
+            A, B, scaling = layer.factors()
+            weight = layer.base_layer.weight.detach().clone()
+            way = DenseStored(weight, layer.keep_mask, workspace)
+            last_mask = masks[name] if marker.mode == "sparse-to-dense" else None
+            layers[name] = Layer(weight, A.detach(), B.detach(), scaling, way, last_mask)
+        return cls(adapted.unload(), space, marker, layers, dict.fromkeys(layers, 0))
+
+    @torch.no_grad()
+    def switch_into(self, ranks: Ranks) -> None:
+        """Let the model compute the slice that `ranks` names: only the matrices whose rank changes are written."""
+        matrices = prunable_weights(self.model)
+        for name, layer in self.layers.items():
+            rank = self.space.rank_of(name, ranks)
+            if self.active[name] != rank:
+                matrices[name].copy_(layer.deployed(rank))
+                self.active[name] = rank
+
+    def save(self, ranks: Ranks, folder: Path) -> None:
+        """Write a slice as an adapter of its own, in PEFT's format with a rank for each module, and its marker.
+
+        PEFT scales by alpha / r of the module, so alpha shrinks with the rank and s stays. A module of rank 0 has no
+        adapter.
+        """
+        folder.mkdir()
+        tensors, sliced = {}, {}
+        for name, layer in self.layers.items():
+            rank, module = self.space.rank_of(name, ranks), name.removesuffix(".weight")
+            if rank:
+                sliced[module] = (rank, layer.scaling * rank)
+                tensors[f"base_model.model.{module}.lora_A.weight"] = layer.A[:rank].contiguous()
+                tensors[f"base_model.model.{module}.lora_B.weight"] = layer.B[:, :rank].contiguous()
+        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+        written = LoraConfig(
+            r=max(rank for rank, _ in sliced.values()),
+            target_modules=sorted(sliced),
+            task_type="CAUSAL_LM",
+            # PEFT reads the names as regular expressions.
+            rank_pattern={re.escape(module): rank for module, (rank, _) in sliced.items()},
+            alpha_pattern={re.escape(module): alpha for module, (_, alpha) in sliced.items()},
+        )
+        written.save_pretrained(str(folder))
+        write_json(folder / MARKER, vars(self.marker))

@@ -1,0 +1,337 @@
+"""Checkpoints in Hugging Face format: found, checked, identified, loaded; and their prunable matrices."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tune_sparse.errors import InputError, NotReadyError
+from tune_sparse.files import cache_dir, read_json, write_json
+from tune_sparse.models.architectures import PRUNED as PRUNED
+from tune_sparse.models.architectures import architecture_named, weights_of
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+SWEPT = ("LlamaForCausalLM", "MistralForCausalLM")
+"""Classes that a sweep trains; more can be pruned, see `tune_sparse.models.architectures`."""
+TOKENIZERS = ("tokenizer.json", "tokenizer.model")
+TOKENIZER_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+SIDE_FILES = (*TOKENIZERS, *TOKENIZER_SETTINGS, "vocab.json", "merges.txt", "generation_config.json")
+"""What a copy of a checkpoint takes along."""
+REQUIRED_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a decoder, from its config."""
+
+    hidden: int
+    layers: int
+    heads: int
+    key_value_heads: int
+    head_dim: int
+    channels: int
+    vocabulary: int
+    sliding_window: int | None
+    context_tokens: int
+    """The longest text that the model was made for."""
+    experts: int = 1
+    """Feed-forward parts of a block."""
+    architecture: str = "LlamaForCausalLM"
+
+    @classmethod
+    def of(cls, config: PretrainedConfig) -> Shape:
+        """What a config says, with the defaults of its own class for what it leaves out."""
+        heads = config.num_attention_heads
+        return cls(
+            hidden=config.hidden_size,
+            layers=config.num_hidden_layers,
+            heads=heads,
+            key_value_heads=getattr(config, "num_key_value_heads", None) or heads,
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+            channels=_channels(config),
+            vocabulary=config.vocab_size,
+            sliding_window=getattr(config, "sliding_window", None),
+            context_tokens=config.max_position_embeddings,
+            experts=getattr(config, "num_local_experts", None) or 1,
+            architecture=(config.architectures or [cls.architecture])[0],
+        )
+
+    @property
+    def channel_matrices(self) -> int:
+        """Matrices of a block in which a channel has a row or column, over all experts."""
+        return (3 if architecture_named(self.architecture).gated else 2) * self.experts
+
+    @property
+    def pruned_weights(self) -> int:
+        """Weights of all prunable matrices."""
+        attention = 2 * self.hidden * self.head_dim * (self.heads + self.key_value_heads)
+        return self.layers * (attention + self.channel_matrices * self.hidden * self.channels)
+
+    def adapter_weights(self, rank: int) -> int:
+        """Weights of LoRA adapters of `rank` on every prunable matrix: R (I + O) each."""
+        queries, keys = self.head_dim * self.heads, self.head_dim * self.key_value_heads
+        attention = 2 * (self.hidden + queries) + 2 * (self.hidden + keys)
+        return self.layers * rank * (attention + 3 * (self.hidden + self.channels))
+
+
+def _channels(config: PretrainedConfig) -> int:
+    """Each class has its own word for it, and GPT-2 a default: 4 hidden sizes."""
+    for name in ("intermediate_size", "ffn_dim", "n_inner"):
+        if isinstance(getattr(config, name, None), int):
+            return getattr(config, name)
+    return 4 * config.hidden_size
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model folder that was checked: right class, all weights present and finite, a tokenizer that fits."""
+
+    name: str
+    path: Path
+    fingerprint: str
+    """SHA-256 of config, weights and tokenizer: part of a run's identity."""
+    shape: Shape
+
+
+def short_name(reference: str) -> str:
+    """The last part of a path or hub id, without its revision: what names a model in tables."""
+    folder = Path(reference).expanduser()
+    return folder.resolve().name if folder.is_dir() else reference.split("@", 1)[0].rsplit("/", 1)[-1]
+
+
+def find_folder(reference: str) -> Path:
+    """The folder of an embedded model that was trained, a path, or a hub id that was fetched.
+
+    Raises `InputError` where `prepare_models` has something to do first.
+    """
+    from tune_sparse.models.toy_models import EMBEDDED_MODELS, embedded_folder
+
+    if reference in EMBEDDED_MODELS:
+        folder = embedded_folder(reference)
+        if not folder.is_dir():
+            raise NotReadyError(
+                f"an embedded model must be trained before it is used, {reference!r} is not. "
+                f"Run `tune-sparse prepare --models {reference}`."
+            )
+        return folder
+    if Path(reference).expanduser().is_dir():
+        return Path(reference).expanduser()
+    return _hub_folder(reference, local_files_only=True)
+
+
+def prepare_models(references: Sequence[str], report: Callable[[str], None]) -> dict[str, Path]:
+    """Train the embedded models and fetch the hub ids among `references`; returns the folder of each.
+
+    Afterwards `find_folder` needs no network.
+    """
+    from tune_sparse.models.toy_models import EMBEDDED_MODELS, train_embedded_models
+
+    embedded = [reference for reference in references if reference in EMBEDDED_MODELS]
+    folders = dict(zip(embedded, train_embedded_models(embedded, report), strict=True))
+    for reference in references:
+        if reference not in embedded:
+            is_folder = Path(reference).expanduser().is_dir()
+            folders[reference] = find_folder(reference) if is_folder else _hub_folder(reference, local_files_only=False)
+    return folders
+
+
+def _hub_folder(reference: str, local_files_only: bool) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    hub_id, _, revision = reference.partition("@")
+    _check_hub_id(hub_id)
+    try:
+        folder = snapshot_download(
+            hub_id,
+            revision=revision or None,
+            local_files_only=local_files_only,
+            allow_patterns=["*.json", "*.safetensors", "tokenizer*"],
+        )
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise NotReadyError(
+            f"the weights of a model must be on this machine before a sweep, {reference!r} is not "
+            f"({type(error).__name__}). Run `tune-sparse prepare --models {reference}` where there is a network, "
+            "or give a folder."
+        ) from error
+    return Path(folder)
+
+
+def _check_hub_id(hub_id: str) -> None:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+    from tune_sparse.models.toy_models import EMBEDDED_MODELS
+
+    try:
+        validate_repo_id(hub_id)
+        is_valid = "/" in hub_id
+    except HFValidationError:
+        is_valid = False
+    if not is_valid:
+        close = get_close_matches(hub_id, EMBEDDED_MODELS, n=1)
+        raise InputError(
+            f"a model is {', '.join(EMBEDDED_MODELS)}, a folder, or a hub id such as org/name@revision, "
+            f"got {hub_id!r}, which is none of them. "
+            + (f"Did you mean {close[0]!r}?" if close else "Mend the name or the path.")
+        )
+
+
+def check_checkpoint(reference: str) -> Checkpoint:
+    """Find a model and check its config and every weight, reading each tensor once.
+
+    The result is remembered by the files' sizes and times. Raises `InputError` for a missing config, weights or
+    tokenizer, an unsupported class, or a weight that is not finite (which tensor).
+    """
+    from tune_sparse.models.safetensors_io import weight_files
+
+    folder = find_folder(reference)
+    _check_config(folder)
+    weights = weight_files(folder)
+    files = [folder / "config.json", *weights, *_tokenizer_files(folder)]
+    memory = cache_dir() / "fingerprints" / (hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16] + ".json")
+    stamp = [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files]
+    known = read_json(memory) if memory.exists() else {}
+    if known.get("stamp") != stamp:
+        _refuse_bad_weights(folder, weights)
+        _refuse_bad_tokenizer(folder)
+        known = {"stamp": stamp, "fingerprint": fingerprint_of_files(files)}
+        memory.parent.mkdir(parents=True, exist_ok=True)
+        write_json(memory, known)
+    from transformers import AutoConfig
+
+    shape = Shape.of(AutoConfig.from_pretrained(folder, local_files_only=True))
+    return Checkpoint(short_name(reference), folder, known["fingerprint"], shape)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """What `config.json` says. Raises `InputError` unless it is there and maps names to values."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise InputError(f"a model folder needs config.json, {folder} has none. Give a Hugging Face checkpoint.")
+    try:
+        config: dict[str, Any] = read_json(path)
+    except ValueError as error:
+        raise InputError(f"{path} must be JSON: {error}. Mend or fetch it again.") from error
+    if not isinstance(config, dict):
+        raise InputError(f"{path} must map names to values, got {type(config).__name__}. Fetch it again.")
+    return config
+
+
+def _check_config(folder: Path) -> None:
+    path, config = folder / "config.json", read_config(folder)
+    found = config.get("architectures") or ["no class at all"]
+    if found[0] not in SWEPT:
+        raise InputError(f"the class of a model must be {' or '.join(SWEPT)}, {path} says {found[0]}.")
+    kind = found[0].removesuffix("ForCausalLM").lower()
+    if config.get("model_type") != kind:  # transformers would look for code that the folder brings
+        raise InputError(f"the model_type of a {found[0]} must be {kind!r}, {path} says {config.get('model_type')!r}.")
+    for name in REQUIRED_SIZES:
+        if not isinstance(config.get(name), int):
+            raise InputError(f"{path} must have the sizes of its model, {name!r} is missing. Add it.")
+
+
+def _tokenizer_files(folder: Path) -> list[Path]:
+    found = [folder / name for name in TOKENIZERS + TOKENIZER_SETTINGS if (folder / name).is_file()]
+    if not any(path.name in TOKENIZERS for path in found):
+        raise InputError(f"a model folder needs {' or '.join(TOKENIZERS)}, {folder} has neither. Add it.")
+    return found
+
+
+def _refuse_bad_tokenizer(folder: Path) -> None:
+    from transformers import AutoConfig
+
+    tokenizer, vocabulary = load_tokenizer(folder), AutoConfig.from_pretrained(folder).vocab_size
+    if tokenizer.eos_token_id is None:
+        raise InputError(f"a tokenizer needs an end-of-text token, {folder} has none. Set eos_token.")
+    if len(tokenizer) > vocabulary:
+        raise InputError(
+            f"a tokenizer must fit its model, {folder} has {len(tokenizer)} tokens and embeddings for {vocabulary}. "
+            "Give the tokenizer that the model was trained with."
+        )
+
+
+def _refuse_bad_weights(folder: Path, files: Sequence[Path]) -> None:
+    """Every tensor of the model's class is there, once, in its shape, and finite: nothing is filled in at random."""
+    from safetensors import SafetensorError, safe_open
+
+    missing = _wanted_shapes(folder)
+    for path in files:
+        try:
+            with safe_open(path, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118  (a safe_open is not a mapping)
+                    tensor, wanted = tensors.get_tensor(name), missing.pop(name, None)
+                    if wanted is not None and tuple(tensor.shape) != wanted:
+                        raise InputError(
+                            f"{name} in {path} must be {wanted}, got {tuple(tensor.shape)}. Fetch it again."
+                        )
+                    if not tensor.isfinite().all():
+                        raise InputError(f"weights must be finite, {name} in {path} has NaN or inf. Fetch it again.")
+        except SafetensorError as error:
+            raise InputError(f"{path} must be a safetensors file: {error}. Fetch it again.") from error
+    if missing:
+        raise InputError(f"a checkpoint needs all its weights, {folder} lacks {', '.join(missing)}. Fetch it again.")
+
+
+def _wanted_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """{tensor name: shape} of the model's class; tied heads are not stored."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, local_files_only=True))
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    if model.config.tie_word_embeddings:
+        shapes.pop("lm_head.weight", None)
+    return shapes
+
+
+def fingerprint_of_files(files: Sequence[Path]) -> str:
+    """SHA-256 over the contents of files, in order."""
+    digest = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
+
+
+def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """The model in evaluation mode, its weights frozen, with no settings of its own for generating text."""
+    from transformers import AutoModelForCausalLM, GenerationConfig
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True, attn_implementation="sdpa")
+    model.generation_config = GenerationConfig()
+    model.requires_grad_(False).eval().to(device)
+    return model
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def prunable_weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    """{checkpoint tensor name: weight in its layout} of every prunable matrix; the tensors are the model's own."""
+    return weights_of(model)
+
+
+def write_weights_into(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
+    """Copy `weights` into the prunable matrices of a model."""
+    matrices = weights_of(model)
+    assert matrices.keys() == weights.keys(), "a model with adapters has its matrices under other names"
+    for name, own in matrices.items():
+        own.copy_(weights[name])

@@ -1,0 +1,258 @@
+"""Tiny language models of real classes, trained from scratch on the embedded tasks and kept in the cache.
+
+The base training stops part-way: the models read and answer, but tuning still has something to add, and a pruned
+copy has something to win back.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import random
+import shutil
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, field, replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import save
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
+
+from tune_sparse.data.splits import Encoded, encode_answers
+from tune_sparse.data.synthetic import EMBEDDED_TASKS, GENERATOR_VERSION, embedded_rows, open_questions
+from tune_sparse.data.task_types import PromptTask
+from tune_sparse.data.tasks import TASKS
+from tune_sparse.errors import unknown_name
+from tune_sparse.files import aside, cache_dir
+from tune_sparse.training.loop import answer_loss
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+END_OF_TEXT = "<|endoftext|>"
+CLASSES: dict[str, tuple[type, type]] = {
+    "llama": (LlamaConfig, LlamaForCausalLM),
+    "mistral": (MistralConfig, MistralForCausalLM),
+}
+MAX_TOKENS = 2048
+SHAPE: dict[str, Any] = {
+    "hidden_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "intermediate_size": 192,
+    "max_position_embeddings": MAX_TOKENS,
+    "tie_word_embeddings": False,
+    # The default of 0.02 is made for wide layers: at width 64, yes-or-no questions stay at 0.8 with it.
+    "initializer_range": 0.08,
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that decides the weights of a model; its hash is part of the folder's name."""
+
+    kind: str
+    """A key of `CLASSES`."""
+    config: dict[str, Any]
+    """Arguments of the configuration class, without the tokens."""
+    vocabulary: int = 768
+    """Entries of the tokenizer at most."""
+    steps: int = 800
+    warmup_steps: int = 50
+    learning_rate: float = 3e-3
+    """Peak; a cosine takes it to 0."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.1
+    max_grad_norm: float = 1.0
+    batch: dict[str, int] = field(default_factory=lambda: {"boolq": 60, "hellaswag": 16, "gsm8k": 20})
+    """Rows of each task in one step."""
+    open_fraction: float = 0.3
+    """Of the boolq rows, those that ask for the attribute itself: without them yes and no are learned late."""
+    seed: int = 0
+    generator_version: int = GENERATOR_VERSION
+
+    @property
+    def hash8(self) -> str:
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:8]
+
+    def learning_rate_at(self, step: int) -> float:
+        """Linear warm-up, then a cosine to 0. `step` counts from 0."""
+        warm = min(1.0, (step + 1) / max(1, self.warmup_steps))
+        return self.learning_rate * warm * (1 + math.cos(math.pi * step / self.steps)) / 2
+
+
+RECIPES = {
+    "tiny-llama": Recipe("llama", SHAPE),
+    "tiny-mistral": Recipe("mistral", SHAPE | {"sliding_window": 32}),
+}
+EMBEDDED_MODELS: tuple[str, ...] = tuple(RECIPES)
+
+Report = Callable[[str], None]
+
+
+def embedded_model(name: str, report: Report | None = None, *, steps: int | None = None) -> Path:
+    """Folder of the Hugging Face checkpoint; trained first where it is missing (about a minute on one core).
+
+    `steps` shortens the training, into a folder of its own.
+    """
+    recipe = _recipe(name, steps)
+    folder = embedded_folder(name, steps)
+    if not folder.is_dir():
+        say = report or (lambda line: None)
+        start = time.perf_counter()
+        say(f"{name}: training from scratch, {recipe.steps} steps")
+        model, tokenizer = _trained(recipe, lambda line: say(f"{name}: {line}"))
+        _save(model, tokenizer, folder)
+        say(f"{name}: trained in {time.perf_counter() - start:.0f} s, saved in {folder}")
+    return folder
+
+
+def train_embedded_models(
+    names: Iterable[str], report: Report | None = None, *, steps: int | None = None
+) -> list[Path]:
+    """Folders of several models; the missing ones are trained side by side, a process with one thread each."""
+    names = list(names)
+    folders = {name: embedded_folder(name, steps) for name in names}
+    missing = [name for name, folder in folders.items() if not folder.is_dir()]
+    if len(missing) == 1:
+        embedded_model(missing[0], report, steps=steps)
+    elif missing:
+        _train_side_by_side(missing, report or (lambda line: None), steps)
+    return [folders[name] for name in names]
+
+
+def _train_side_by_side(names: Sequence[str], report: Report, steps: int | None) -> None:
+    start = time.perf_counter()
+    # Forking a process that has used torch threads can hang.
+    with ProcessPoolExecutor(len(names), mp_context=get_context("spawn")) as pool:
+        report(f"training from scratch, side by side: {', '.join(names)}")
+        futures = {pool.submit(embedded_model, name, steps=steps): name for name in names}
+        for done in as_completed(futures):
+            report(f"{futures[done]}: trained in {time.perf_counter() - start:.0f} s, saved in {done.result()}")
+
+
+def _recipe(name: str, steps: int | None) -> Recipe:
+    if name not in RECIPES:
+        raise unknown_name("embedded model", name, RECIPES)
+    return RECIPES[name] if steps is None else replace(RECIPES[name], steps=steps)
+
+
+def embedded_folder(name: str, steps: int | None = None) -> Path:
+    """Where the checkpoint of an embedded model is, or would be."""
+    recipe = _recipe(name, steps)
+    return cache_dir() / "models" / f"{name}-{recipe.hash8}"
+
+
+def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Written aside and renamed: the folder is whole or absent. Where another process was first, its model stays."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = aside(folder)
+    try:
+        model.config.architectures = [type(model).__name__]
+        model.config.save_pretrained(partial)
+        # Not model.save_pretrained, which draws a progress bar; not save_file, which hides the file from other users.
+        (partial / "model.safetensors").write_bytes(save(model.state_dict(), metadata={"format": "pt"}))
+        tokenizer.save_pretrained(partial)
+        partial.rename(folder)
+    except OSError:
+        if not folder.is_dir():
+            raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def embedded_tokenizer(vocabulary: int = 768) -> PreTrainedTokenizerFast:
+    """Byte-level BPE of the base texts. All 256 bytes are in it, so that it encodes any text, and no text starts
+    with a token of its own; the end-of-text token also pads."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    texts = (context + rest for pairs in _base_pairs().values() for context, rest in pairs)
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=END_OF_TEXT,
+        pad_token=END_OF_TEXT,
+        model_max_length=MAX_TOKENS,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def _base_pairs() -> dict[str, list[tuple[str, str]]]:
+    """(prompt, answer) pairs of the base split by task, and the open questions."""
+    pairs = {"open": open_questions()}
+    for name in EMBEDDED_TASKS:
+        task = TASKS[name]
+        assert isinstance(task, PromptTask)
+        pairs[name] = [task.training_pair(row) for row in embedded_rows(name, "base")]
+    return pairs
+
+
+def _trained(recipe: Recipe, report: Report) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model of `recipe` and its tokenizer. On one thread, so that sums have one order and the weights repeat."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.random.fork_rng(devices=[]), torch.enable_grad():
+            torch.manual_seed(recipe.seed)
+            return _train(recipe, report)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _train(recipe: Recipe, report: Report) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    tokenizer = embedded_tokenizer(recipe.vocabulary)
+    pools = {name: encode_answers(tokenizer, pairs, MAX_TOKENS) for name, pairs in _base_pairs().items()}
+    model = _untrained(recipe, tokenizer)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=recipe.betas, weight_decay=recipe.weight_decay, fused=True)
+    rng = random.Random(recipe.seed)
+    model.train()
+    for step in range(recipe.steps):
+        optimizer.param_groups[0]["lr"] = recipe.learning_rate_at(step)
+        loss = 0.0
+        for rows in _step_rows(recipe, pools, rng):
+            summed, count = answer_loss(model, rows)
+            (summed / count).backward()
+            loss += summed.item() / count
+        torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        if (step + 1) % 100 == 0:
+            report(f"step {step + 1} of {recipe.steps}, loss {loss:.3f}")
+    return model.eval(), tokenizer
+
+
+def _untrained(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    make_config, make_model = CLASSES[recipe.kind]
+    config = make_config(
+        **recipe.config,
+        vocab_size=len(tokenizer),
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model: PreTrainedModel = make_model(config)
+    return model
+
+
+def _step_rows(recipe: Recipe, pools: dict[str, list[Encoded]], rng: random.Random) -> list[list[Encoded]]:
+    """Rows of one step, a list for each task: rows of one task have about one length, which saves padding."""
+    counts = dict(recipe.batch)
+    n_open = round(recipe.open_fraction * counts["boolq"])
+    counts["boolq"] -= n_open
+    rows = {name: rng.sample(pools[name], count) for name, count in counts.items()}
+    rows["boolq"] += rng.sample(pools["open"], n_open)
+    return list(rows.values())

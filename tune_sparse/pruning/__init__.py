@@ -1,0 +1,1 @@
+"""Scores, allocations and masks, and whole models pruned by them."""

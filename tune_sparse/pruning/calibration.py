@@ -1,0 +1,296 @@
+"""What a model does with calibration rows: the inputs of its matrices block by block, and its gradients.
+
+Rows are encoded as for training: a context, and the continuation whose loss counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from tune_sparse.data.splits import Encoded
+from tune_sparse.errors import InputError
+from tune_sparse.models.architectures import Matrix, blocks_of, matrices_of, unfused, weights_of
+from tune_sparse.models.float_bits import is_finite
+from tune_sparse.watchdog import progress
+
+Source = tuple[int, int | None, str]
+"""What a matrix reads, see `Matrix.source`."""
+
+Others = tuple[tuple[Any, ...], dict[str, Any]]
+"""What a block is given besides hidden states: by position and by name."""
+
+
+@dataclass
+class Inputs:
+    """Sums over the tokens that a matrix read: of squares (I,), and of products (I, I) where they are wanted."""
+
+    wants_hessian: bool
+    tokens: int = 0
+    squares: Tensor | None = None
+    products: Tensor | None = None
+
+    def add(self, x: Tensor) -> None:
+        """x: (tokens, I)."""
+        x = x.reshape(-1, x.shape[-1]).float()
+        self.tokens += len(x)
+        squares = x.square().sum(dim=0)
+        self.squares = squares if self.squares is None else self.squares + squares
+        if self.wants_hessian:
+            if self.products is None:
+                self.products = x.new_zeros(x.shape[1], x.shape[1])
+            self.products.addmm_(x.T, x)
+
+    @property
+    def norms(self) -> Tensor:
+        """L2 norm of each input over all tokens: (I,)."""
+        assert self.squares is not None
+        return self.squares.sqrt()
+
+    @property
+    def hessian(self) -> Tensor:
+        """2/n Σ x xᵀ of the output error: (I, I)."""
+        assert self.products is not None
+        return self.products * (2 / self.tokens)
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What the scores use: by what a matrix reads, and by matrix."""
+
+    norms: dict[Source, Tensor] = field(default_factory=dict)
+    gradients: dict[str, Tensor] = field(default_factory=dict)
+    """{matrix: Σ |g| in the checkpoint's layout}"""
+    outliers: tuple[float, ...] = ()
+    """OWL's fraction of outliers of each block."""
+
+
+class Blocks(Protocol):
+    """A model as a row of blocks: whole in memory, or one block at a time."""
+
+    @property
+    def matrices(self) -> Sequence[Matrix]: ...
+
+    @property
+    def count(self) -> int: ...
+
+    def block(self, number: int) -> nn.Module:
+        """A block, ready to compute."""
+
+    def weights(self, number: int) -> Mapping[str, Tensor]:
+        """Its matrices by checkpoint name; writing into one writes into the block."""
+
+    def embed(self, ids: Tensor) -> None:
+        """Compute up to the first block, which is called."""
+
+    def whole(self) -> Any:
+        """The model in memory."""
+
+
+class ModelBlocks:
+    """The blocks of a model in memory."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.matrices = matrices_of(model)
+        self._blocks, self._weights = blocks_of(model), weights_of(model)
+
+    @property
+    def count(self) -> int:
+        return len(self._blocks)
+
+    def block(self, number: int) -> nn.Module:
+        return self._blocks[number]
+
+    def weights(self, number: int) -> Mapping[str, Tensor]:
+        return {m.name: self._weights[m.name] for m in self.matrices if m.block == number}
+
+    def embed(self, ids: Tensor) -> None:
+        self.model(input_ids=ids.to(self.model.device), use_cache=False)
+
+    def whole(self) -> Any:
+        return self.model
+
+
+class _ReachedError(Exception):
+    """The first block was called."""
+
+
+@torch.no_grad()
+def first_inputs(blocks: Blocks, rows: Sequence[Encoded]) -> tuple[list[Tensor], list[Others]]:
+    """What the first block is given for each row: hidden states (1, T, hidden), and its other arguments."""
+    hidden: list[Tensor] = []
+    others: list[Others] = []
+
+    def reached(block: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        hidden.append(arguments[0])
+        others.append((arguments[1:], named))
+        raise _ReachedError
+
+    hook = blocks.block(0).register_forward_pre_hook(reached, with_kwargs=True)
+    try:
+        for row in rows:
+            try:
+                blocks.embed(torch.tensor([row.context + row.continuation]))
+            except _ReachedError:
+                continue
+    finally:
+        hook.remove()
+    return hidden, others
+
+
+@torch.no_grad()
+def walk(
+    blocks: Blocks, rows: Sequence[Encoded], wants_hessians: bool = False, sequential: bool = False
+) -> Iterator[tuple[int, dict[Source, Inputs]]]:
+    """The inputs of each block's matrices, block after block.
+
+    With `sequential`, what the caller writes into the block's weights before it asks for the next one is what the
+    next block reads, as SparseGPT and Wanda were published; else every block reads what the dense model computes.
+    Raises `InputError` for an expert that no calibration row reaches.
+    """
+    hidden, others = first_inputs(blocks, rows)
+    for number in range(blocks.count):
+        block = blocks.block(number)
+        matrices = [matrix for matrix in blocks.matrices if matrix.block == number]
+        with recorded(block, matrices, wants_hessians) as inputs:
+            outputs = [_run(block, x, other) for x, other in zip(hidden, others, strict=True)]
+        for matrix in matrices:
+            sums = inputs[matrix.source]
+            if sums.squares is not None and not is_finite(sums.squares):
+                raise InputError(f"activations must be finite, the input of {matrix.name} is not. Use float32.")
+            if not sums.tokens:
+                raise InputError(
+                    f"calibration rows must reach every matrix, {matrix.name} was given no token by {len(rows)} "
+                    "rows. Give more rows."
+                )
+        yield number, inputs
+        if sequential:
+            outputs = [_run(block, x, other) for x, other in zip(hidden, others, strict=True)]
+        hidden = outputs
+
+
+def _run(block: nn.Module, hidden: Tensor, others: Others) -> Tensor:
+    progress()
+    output = block(hidden, *others[0], **others[1])
+    return output[0] if isinstance(output, tuple) else output
+
+
+@contextmanager
+def recorded(block: nn.Module, matrices: Sequence[Matrix], wants_hessians: bool) -> Iterator[dict[Source, Inputs]]:
+    """While it lasts, what the matrices of a block read is summed; matrices with one input share the sums."""
+    inputs = {matrix.source: Inputs(wants_hessians) for matrix in matrices}
+    hooks = []
+    for source, matrix in {matrix.source: matrix for matrix in reversed(matrices)}.items():
+        if matrix.expert is None:
+            layer = block.get_submodule(matrix.layer)
+            hooks.append(layer.register_forward_pre_hook(_adder(inputs[source])))
+    if any(matrix.expert is not None for matrix in matrices):
+        hooks.append(block.get_submodule("mlp.experts").register_forward_pre_hook(_expert_adder(inputs)))
+    try:
+        yield inputs
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _adder(inputs: Inputs) -> Callable[..., None]:
+    def add(layer: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        inputs.add(arguments[0])
+
+    return add
+
+
+def _expert_adder(inputs: Mapping[Source, Inputs]) -> Callable[..., None]:
+    """Fused experts have no layers to listen at: what reaches each one is computed from what all are given."""
+    by_expert: dict[int, dict[str, Inputs]] = {}
+    for (_, expert, kind), sums in inputs.items():
+        if expert is not None:
+            by_expert.setdefault(expert, {})[kind] = sums
+
+    def add(experts: Any, arguments: tuple[Tensor, ...]) -> None:
+        hidden, chosen = arguments[:2]
+        for number, sums in by_expert.items():
+            tokens = hidden[(chosen == number).any(dim=-1)]
+            if len(tokens):
+                gate, up = F.linear(tokens, experts.gate_up_proj[number]).chunk(2, dim=-1)
+                sums["feed-forward"].add(tokens)
+                sums["channels"].add(experts.act_fn(gate) * up)
+
+    return add
+
+
+def gradient_sums(model: Any, rows: Sequence[Encoded], matrices: Sequence[Matrix]) -> dict[str, Tensor]:
+    """{matrix: Σ |g| over rows, fp32, in the checkpoint's layout}, g the gradient of a row's mean loss.
+
+    Each gradient is added and dropped as soon as it is there: never two of a parameter at once.
+    """
+    own = matrices_of(model)
+    wanted = {matrix.name for matrix in own}
+    sums: dict[str, Tensor] = {}
+    hooks = []
+    for name, parameter in model.named_parameters():
+        if unfused(name, parameter.data).keys() & wanted:
+            sums[name] = torch.zeros_like(parameter, dtype=torch.float32)
+            parameter.requires_grad_(True)
+            hooks.append(parameter.register_post_accumulate_grad_hook(_taker(sums[name])))
+    try:
+        with torch.enable_grad():
+            for row in rows:
+                row_loss(model, row).backward()
+                progress()
+    finally:
+        for hook in hooks:
+            hook.remove()
+        model.requires_grad_(False)
+    parts = {part: view for name, total in sums.items() for part, view in unfused(name, total).items()}
+    # A checkpoint of the bare decoder has other names than the model in memory, in the same order.
+    return {matrix.name: parts[loaded.name] for matrix, loaded in zip(matrices, own, strict=True)}
+
+
+def _taker(total: Tensor) -> Callable[[Tensor], None]:
+    def take(parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        total.add_(parameter.grad.abs())
+        parameter.grad = None
+
+    return take
+
+
+def row_loss(model: Any, row: Encoded) -> Tensor:
+    """Mean cross-entropy of the continuation, or of the whole text where there is no context."""
+    text = torch.tensor([row.context + row.continuation], device=model.device)
+    logits = model(input_ids=text, use_cache=False).logits[0, :-1]
+    first = max(1, len(row.context))
+    return F.cross_entropy(logits[first - 1 :].float(), text[0, first:])
+
+
+def text_rows(tokenizer: PreTrainedTokenizerBase, text: str, rows: int, tokens: int) -> list[Encoded]:
+    """The first `rows` pieces of `tokens` tokens of a text. Raises `InputError` for a text that is too short."""
+    # Enough characters for the pieces, most texts being far longer; all of them where that was too few.
+    wanted = rows * tokens
+    for characters in (8 * wanted, len(text)):
+        ids = tokenizer(text[:characters], add_special_tokens=False, verbose=False)["input_ids"]
+        if len(ids) >= wanted:
+            return [Encoded((), tuple(ids[i : i + tokens])) for i in range(0, wanted, tokens)]
+    raise InputError(
+        f"calibration text must have rows x tokens = {rows} x {tokens} tokens, got {len(ids)}. "
+        "Give more text, fewer rows or shorter ones."
+    )
+
+
+def checked_rows(rows: Sequence[Encoded], wanted: int) -> list[Encoded]:
+    """The first `wanted` rows. Raises `InputError` if they are too few, or one has nothing to learn."""
+    if len(rows) < wanted:
+        raise InputError(f"calibration needs {wanted} rows, got {len(rows)}. Give more rows or ask for fewer.")
+    for number, row in enumerate(rows[:wanted], start=1):
+        if len(row.context) + len(row.continuation) < 2:
+            raise InputError(f"a calibration row must have at least 2 tokens, row {number} has fewer. Remove it.")
+    return list(rows[:wanted])

@@ -1,0 +1,132 @@
+"""Keep-masks on disk: one file a level, or all nested levels in one packed map. docs/masks.md is the specification."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tune_sparse.errors import InputError
+from tune_sparse.files import aside, read_json
+from tune_sparse.models.safetensors_io import TensorFiles, TensorWriter
+from tune_sparse.pruning.level_maps import unpack
+
+FORMATS = ("safetensors", "pt", "levels")
+LEVELS = "tune_sparse.levels"
+"""Metadata of a packed level map: its sparsities."""
+SHAPES = "tune_sparse.shapes"
+
+
+def stem(kind: str, method: str, sparsity: float | None = None) -> str:
+    """`{kind}_sparsity{XX}_{method}`, safe as a file name; settings are never read back from it."""
+    level = "" if sparsity is None else f"sparsity{round(sparsity * 100, 6):02g}_"
+    return re.sub(r"[^A-Za-z0-9._-]", "-", f"{kind}_{level}{method}")
+
+
+def levels_writer(
+    path: Path, shapes: Mapping[str, Sequence[int]], sparsities: Sequence[float], metadata: Mapping[str, str]
+) -> TensorWriter:
+    """Writes packed level maps of all matrices."""
+    described = {LEVELS: json.dumps(list(sparsities)), SHAPES: json.dumps({k: list(v) for k, v in shapes.items()})}
+    packed = {name: ([(torch.Size(shape).numel() + 1) // 2], torch.uint8) for name, shape in shapes.items()}
+    return TensorWriter(path, packed, {**metadata, **described})
+
+
+class PtWriter:
+    """Writes for `torch.load`: a dict of all masks, which are in memory together until `done`."""
+
+    def __init__(self, path: Path, names: Iterable[str]) -> None:
+        self._path, self._partial, self._masks = path, aside(path), dict.fromkeys(names, torch.empty(0))
+
+    def write(self, name: str, mask: Tensor) -> None:
+        self._masks[name] = mask
+
+    def done(self) -> None:
+        torch.save(self._masks, self._partial)
+        self._partial.replace(self._path)
+
+    def __enter__(self) -> PtWriter:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._partial.unlink(missing_ok=True)
+
+
+def masks_writer(
+    path: Path, shapes: Mapping[str, Sequence[int]], metadata: Mapping[str, str]
+) -> TensorWriter | PtWriter:
+    """Writes the masks of all matrices at one level, as the name of the file says."""
+    if path.suffix == ".pt":
+        return PtWriter(path, shapes)
+    return TensorWriter(path, {name: (shape, torch.bool) for name, shape in shapes.items()}, metadata)
+
+
+class MaskFile(Mapping[str, Tensor]):
+    """The masks of one level, each read when it is asked for.
+
+    A mask that is stored as numbers is given as it is: only `validate` may say whether it is binary.
+    """
+
+    def __init__(self, path: Path, sparsity: float | None = None) -> None:
+        """sparsity: which level of a packed map. Raises `InputError` for a file that holds no masks."""
+        if not path.is_file():
+            raise InputError(f"a mask is a file, {path} is none. Give masks_sparsity*.safetensors, .pt, or levels_*.")
+        self._level: int | None = None
+        if path.suffix == ".pt":
+            self._tensors: Mapping[str, Tensor] = _load_pt(path)
+            self.shapes = {name: tuple(mask.shape) for name, mask in self._tensors.items()}
+            return
+        files = TensorFiles([path])
+        self._tensors, self.shapes = files, files.shapes
+        metadata = files.metadata()
+        if LEVELS in metadata:
+            sparsities: list[float] = json.loads(metadata[LEVELS])
+            if sparsity not in sparsities:
+                known = ", ".join(f"{s:g}" for s in sparsities)
+                raise InputError(f"{path} has the sparsities {known}, got {sparsity}. Give one of them.")
+            self._level = sparsities.index(sparsity)
+            self.shapes = {name: tuple(shape) for name, shape in json.loads(metadata[SHAPES]).items()}
+
+    def __getitem__(self, name: str) -> Tensor:
+        stored = self._tensors[name]
+        return stored if self._level is None else unpack(stored, self.shapes[name]) > self._level
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+
+def _load_pt(path: Path) -> dict[str, Tensor]:
+    try:
+        masks: Any = torch.load(path, weights_only=True)
+    except Exception as error:  # torch, pickle and zipfile each have their own
+        why = str(error).partition(". ")[0]  # the rest of what torch says is how to run code that the file brings
+        raise InputError(f"{path} must be a file of tensors and nothing else: {why}. Make it again.") from error
+    if not isinstance(masks, dict) or not all(isinstance(mask, Tensor) for mask in masks.values()):
+        raise InputError(f"{path} must map tensor names to masks, got {type(masks).__name__}. Make it again.")
+    return masks
+
+
+def recorded_statistics(masks: Path) -> dict[str, Any]:
+    """What `prune` recorded beside a mask file, or nothing if the masks come from elsewhere."""
+    path = masks.with_name(f"{masks.stem.replace('masks_', 'stats_', 1)}.json")
+    return read_json(path) if path != masks and path.is_file() else {}
+
+
+def refuse_other_model(masks: MaskFile, tensors: TensorFiles, path: Path) -> None:
+    """Raise `InputError` where a mask belongs to another model, naming the first tensor that differs."""
+    for name in sorted(masks):
+        if name not in tensors:
+            raise InputError(f"a mask must be of the same model: {name} is in {path} and not in the checkpoint.")
+        if masks.shapes[name] != tensors.shapes[name]:
+            raise InputError(
+                f"a mask must be of the same model: {name} is {masks.shapes[name]} in {path} and "
+                f"{tensors.shapes[name]} in the checkpoint."
+            )

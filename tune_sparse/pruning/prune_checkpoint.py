@@ -1,0 +1,222 @@
+"""Masks, statistics and histograms of one model: all methods, all levels, tensor by tensor."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tune_sparse.config import refuse_sparsities
+from tune_sparse.data.splits import Encoded
+from tune_sparse.errors import InputError, unknown_name
+from tune_sparse.files import write_json
+from tune_sparse.models.safetensors_io import TensorWriter
+from tune_sparse.pruning.calibration import Statistics
+from tune_sparse.pruning.compact import shrink
+from tune_sparse.pruning.level_maps import MAX_LEVELS, pack
+from tune_sparse.pruning.mask_io import FORMATS, MaskFile, PtWriter, levels_writer, masks_writer, stem
+from tune_sparse.pruning.mask_statistics import LevelStatistics, add_matrix
+from tune_sparse.pruning.masks import mask_sha256
+from tune_sparse.pruning.methods import method_named
+from tune_sparse.pruning.prune_model import PrunedMatrix, measured, prune, prune_walking, refuse_sparsities_of, walks
+from tune_sparse.pruning.streaming import OpenCheckpoint, PrunedCheckpoint, StreamedBlocks, open_checkpoint
+
+AHEAD_BYTES = 1 << 28
+"""Larger matrices, and structured ones, which need several at once, are not made ahead: memory stays within three of
+the largest tensor and 500 MB."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to make of one model."""
+
+    model: str
+    methods: Sequence[str]
+    sparsities: Sequence[float]
+    """ascending, above 0"""
+    out: Path
+    seed: int = 0
+    format: str = "safetensors"
+    checkpoints: bool = False
+    """Write each pruned checkpoint too."""
+    shrunk: bool = False
+    """Write each structured checkpoint in its smaller form too."""
+    calibration: dict[str, Any] = field(default_factory=dict)
+    """What `rows` are: recorded, not read."""
+    rows: Sequence[Encoded] = ()
+    sequential: bool = False
+
+    def __post_init__(self) -> None:
+        refuse_sparsities(self.sparsities)
+        if 0 in self.sparsities or any(a >= b for a, b in pairwise(self.sparsities)):
+            raise InputError(f"sparsities must ascend from above 0, got {list(self.sparsities)}. Sort them.")
+        if self.format not in FORMATS:
+            raise unknown_name("format", self.format, FORMATS)
+        if len(self.sparsities) > MAX_LEVELS:
+            raise InputError(f"one pass makes {MAX_LEVELS} levels, got {len(self.sparsities)}. Ask for fewer.")
+        for name in self.methods:
+            method = method_named(name)
+            if method.is_calibrated and not self.rows:
+                raise InputError(f"{name} needs calibration rows, got none. Give --calibration.")
+            if self.sequential and method.is_calibrated and (method.needs_gradients or self.format == "levels"):
+                raise InputError(
+                    f"--sequential prunes block after block by their inputs, got {name} as {self.format}. "
+                    "Leave it out, or choose wanda or sparsegpt with a file a level."
+                )
+            if self.format == "levels" and method.updates_weights:
+                raise InputError(f"a level map needs nested masks, those of {name} are not. Choose safetensors.")
+            if self.shrunk and self.format == "levels":
+                raise InputError(
+                    "a smaller model is made from a file a level, got --format levels. Choose safetensors."
+                )
+            if self.shrunk and method.pattern != "structured":
+                raise InputError(f"only structured masks make a model smaller, got {name}. Leave --shrink out.")
+
+
+def run(request: Request, report: Callable[[str], None] = print) -> Path:
+    """Prune by every method of a request; returns the folder of the masks.
+
+    Every file is written aside and takes its name when it is whole. Raises `InputError` for anything wrong with the
+    input, at the latest when the tensor that is wrong is read.
+    """
+    checkpoint = open_checkpoint(request.model)
+    for method in request.methods:
+        refuse_sparsities_of(method, checkpoint.shape, request.sparsities)
+    folder = request.out / checkpoint.name
+    folder.mkdir(parents=True, exist_ok=True)
+    _refuse_full_disk(request, checkpoint, folder)
+    statistics = Statistics()
+    methods = [method_named(name) for name in request.methods]
+    if any(method.needs_inputs or method.needs_gradients for method in methods):
+        blocks = StreamedBlocks(checkpoint, _dtype(checkpoint))
+        statistics = measured(methods, checkpoint.prunable, blocks, request.rows)
+    for method in request.methods:
+        # The inputs of a block depend on what was pruned before it: each level walks for itself.
+        passes = [[s] for s in request.sparsities] if _is_sequential(request, method) else [request.sparsities]
+        for sparsities in passes:
+            _write_method(request, method, sparsities, checkpoint, statistics, folder)
+        report(f"{method}: {len(request.sparsities)} levels in {folder}")
+    return folder
+
+
+def _is_sequential(request: Request, method: str) -> bool:
+    return request.sequential and walks(method, sequential=True)
+
+
+def _refuse_full_disk(request: Request, checkpoint: OpenCheckpoint, folder: Path) -> None:
+    weights = sum(checkpoint.prunable.sizes.values())
+    files = len(request.methods) * len(request.sparsities)
+    needed = len(request.methods) * weights // 2 if request.format == "levels" else files * weights
+    whole = sum(path.stat().st_size for path in set(checkpoint.tensors.paths.values()))
+    needed += files * whole * (request.checkpoints + request.shrunk)
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise InputError(
+            f"pruning needs room for what it writes, about {needed / 1e9:.2f} GB, {folder} has {free / 1e9:.2f} GB. "
+            "Free some, ask for fewer levels, or --format levels."
+        )
+
+
+def _dtype(checkpoint: OpenCheckpoint) -> torch.dtype:
+    """What calibration computes in: as the weights are stored."""
+    return checkpoint.tensors.dtypes[checkpoint.prunable.matrices[0].name]
+
+
+def _pruned_matrices(
+    request: Request, name: str, sparsities: Sequence[float], checkpoint: OpenCheckpoint, statistics: Statistics
+) -> Iterator[PrunedMatrix]:
+    sequential = _is_sequential(request, name)
+    if not walks(name, sequential):
+        found = prune(name, checkpoint.prunable, sparsities, request.seed, statistics)
+        is_small = _largest_bytes(checkpoint) <= AHEAD_BYTES and method_named(name).pattern != "structured"
+        return ahead(found) if is_small else found
+    blocks = StreamedBlocks(checkpoint, _dtype(checkpoint))
+    return prune_walking(
+        name, checkpoint.prunable, blocks, request.rows, sparsities, request.seed, statistics, sequential
+    )
+
+
+def _largest_bytes(checkpoint: OpenCheckpoint) -> int:
+    sizes = checkpoint.prunable.sizes
+    return max(size * checkpoint.tensors.dtypes[name].itemsize for name, size in sizes.items())
+
+
+def ahead(items: Iterator[PrunedMatrix]) -> Iterator[PrunedMatrix]:
+    """The same items, the next one made in a thread while this one is used: torch and the disk leave Python free."""
+    with ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(next, items, None)
+        while (item := coming.result()) is not None:
+            coming = thread.submit(next, items, None)
+            yield item
+
+
+def _write_method(
+    request: Request,
+    method: str,
+    sparsities: Sequence[float],
+    checkpoint: OpenCheckpoint,
+    statistics: Statistics,
+    folder: Path,
+) -> None:
+    shapes = {matrix.name: checkpoint.prunable.shapes[matrix.name] for matrix in checkpoint.prunable.matrices}
+    metadata = {"tune_sparse.method": method, "tune_sparse.model": checkpoint.name}
+    levels = [LevelStatistics(method, sparsity) for sparsity in sparsities]
+    paths = [folder / f"{stem('masks', method, s)}.{request.format}" for s in sparsities]
+    with contextlib.ExitStack() as stack:
+        packed: TensorWriter | None = None
+        masks: list[TensorWriter | PtWriter] = []
+        if request.format == "levels":
+            path = folder / f"{stem('levels', method)}.safetensors"
+            packed = stack.enter_context(levels_writer(path, shapes, sparsities, metadata))
+        else:
+            masks = [masks_writer(path, shapes, metadata) for path in paths]
+            for mask in masks:
+                stack.enter_context(mask)
+        weights = [
+            stack.enter_context(PrunedCheckpoint(checkpoint, folder / stem("checkpoint", method, s)))
+            for s in sparsities
+            if request.checkpoints
+        ]
+        for pruned in _pruned_matrices(request, method, sparsities, checkpoint, statistics):
+            add_matrix(levels, pruned)
+            if packed:
+                packed.write(pruned.name, pack(_nested(method, pruned)))
+            for number, mask in enumerate(masks):
+                mask.write(pruned.name, pruned.keep(number))
+            for number, weight in enumerate(weights):
+                weight.write(pruned.name, pruned.weight(number))
+        for writer in (*masks, *weights, *([packed] if packed else [])):
+            writer.done()
+    for level, path in zip(levels, paths, strict=True):
+        _write_level(request, checkpoint, level, None if packed else path, folder)
+
+
+def _nested(method: str, pruned: PrunedMatrix) -> Tensor:
+    if pruned.levels is None:
+        raise InputError(
+            f"a level map needs nested masks, those of {method} are not at these sparsities. Choose safetensors."
+        )
+    return pruned.levels
+
+
+def _write_level(
+    request: Request, checkpoint: OpenCheckpoint, level: LevelStatistics, path: Path | None, folder: Path
+) -> None:
+    """Statistics, histogram and, where asked for, the smaller checkpoint of one level."""
+    stats = level.described() | {"seed": request.seed, "format": request.format}
+    stats["mask_sha256"] = mask_sha256(MaskFile(path)) if path else None
+    if method_named(level.method).is_calibrated:
+        stats["calibration"] = request.calibration | {"sequential": request.sequential}
+    write_json(folder / f"{stem('stats', level.method, level.sparsity)}.json", stats)
+    level.draw(folder / f"{stem('histogram', level.method, level.sparsity)}.png")
+    if request.shrunk:
+        assert path is not None
+        shrink(checkpoint, MaskFile(path), folder / stem("shrunk", level.method, level.sparsity))

@@ -1,0 +1,297 @@
+"""A model's matrices pruned by one method, at several sparsities: one matrix in memory at a time.
+
+Where the weights come from decides what is read: a mapping of tensors in memory, or `TensorFiles`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from itertools import groupby, pairwise
+
+import torch
+from torch import Tensor
+
+from tune_sparse.data.splits import Encoded
+from tune_sparse.errors import InputError
+from tune_sparse.models.architectures import Matrix, architecture_named
+from tune_sparse.models.checkpoints import Shape
+from tune_sparse.models.safetensors_io import TensorFiles
+from tune_sparse.pruning import allocation, scores
+from tune_sparse.pruning.allocation import Counts
+from tune_sparse.pruning.calibration import Blocks, Inputs, Source, Statistics, gradient_sums, walk
+from tune_sparse.pruning.level_maps import group_level_map, level_map, row_level_map
+from tune_sparse.pruning.masks import Masks, group_parts, keep_highest, kept_lines, line_mask, structured_counts
+from tune_sparse.pruning.methods import GROUPS, Method, method_named
+from tune_sparse.pruning.sparsegpt import inverse_factor, sparsegpt
+from tune_sparse.watchdog import progress
+
+NO_STATISTICS = Statistics()
+
+
+@dataclass(frozen=True)
+class Prunable:
+    """What is pruned of a model. weights may read each tensor when it is asked for."""
+
+    matrices: Sequence[Matrix]
+    weights: Mapping[str, Tensor]
+    """by checkpoint name, in the checkpoint's layout"""
+    shapes: Mapping[str, tuple[int, ...]]
+    shape: Shape
+
+    @classmethod
+    def of(cls, weights: Mapping[str, Tensor], shape: Shape) -> Prunable:
+        """What can be pruned among the tensors of a checkpoint of this shape."""
+        matrices = architecture_named(shape.architecture).matrices(weights)
+        if isinstance(weights, TensorFiles):
+            return cls(matrices, weights, weights.shapes, shape)
+        return cls(matrices, weights, {name: tuple(weight.shape) for name, weight in weights.items()}, shape)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """{matrix: weights}, in the order of the blocks."""
+        return {matrix.name: torch.Size(self.shapes[matrix.name]).numel() for matrix in self.matrices}
+
+
+@dataclass(frozen=True)
+class PrunedMatrix:
+    """One matrix at every level, each computed when it is asked for."""
+
+    name: str
+    dense: Callable[[], Tensor]
+    keep: Callable[[int], Tensor]
+    """level -> keep-mask in the checkpoint's layout, bool"""
+    weight: Callable[[int], Tensor]
+    """level -> weight with its zeros, in the checkpoint's layout and dtype"""
+    levels: Tensor | None = None
+    """Levels that each weight survives, uint8, where the masks are nested by construction."""
+
+
+def prune(
+    method: str, model: Prunable, sparsities: Sequence[float], seed: int = 0, statistics: Statistics = NO_STATISTICS
+) -> Iterator[PrunedMatrix]:
+    """Every matrix pruned to ascending sparsities, block after block, by a method that updates no weights.
+
+    Raises `InputError` for a method or sparsity that makes no sense here, or a layer that would lose everything.
+    """
+    job = Job.of(method, model, sparsities, seed, statistics)
+    assert not job.method.updates_weights
+    for _, block in groupby(model.matrices, key=lambda matrix: matrix.block):
+        yield from job.prune_block(list(block), statistics)
+
+
+def prune_walking(
+    method: str,
+    model: Prunable,
+    blocks: Blocks,
+    rows: Sequence[Encoded],
+    sparsities: Sequence[float],
+    seed: int = 0,
+    statistics: Statistics = NO_STATISTICS,
+    sequential: bool = False,
+) -> Iterator[PrunedMatrix]:
+    """As `prune`, with the inputs of each block measured just before it is pruned.
+
+    `sequential`, for one sparsity: each block is given what the blocks pruned before it compute, and `blocks` keep
+    the pruned weights.
+    """
+    assert not sequential or len(sparsities) == 1
+    job = Job.of(method, model, sparsities, seed, statistics)
+    for number, inputs in walk(blocks, rows, job.method.updates_weights, sequential):
+        here = replace(statistics, norms=statistics.norms | {source: sums.norms for source, sums in inputs.items()})
+        own = blocks.weights(number)
+        for pruned in job.prune_block([m for m in model.matrices if m.block == number], here, inputs):
+            yield pruned
+            if sequential:
+                own[pruned.name].copy_(pruned.weight(0))
+
+
+@dataclass(frozen=True)
+class Job:
+    """A method applied to a model: what is settled before the first matrix."""
+
+    method: Method
+    model: Prunable
+    sparsities: Sequence[float]
+    seed: int
+    counts: Counts
+
+    @classmethod
+    def of(cls, name: str, model: Prunable, sparsities: Sequence[float], seed: int, statistics: Statistics) -> Job:
+        method = method_named(name)
+        assert list(sparsities) == sorted(sparsities)
+        refuse_sparsities_of(name, model.shape, sparsities)
+        job = cls(method, model, sparsities, seed, {})
+        if method.pattern != "element-wise":
+            return job
+        if method.allocation == "global":
+            by_name = {matrix.name: matrix for matrix in model.matrices}
+            counts = allocation.global_order(
+                model.sizes, sparsities, lambda name: job.scores(by_name[name], statistics)
+            )
+        elif method.allocation == "owl":
+            counts = allocation.owl(model.matrices, model.sizes, sparsities, statistics.outliers)
+        else:
+            counts = allocation.uniform(model.sizes, sparsities)
+        return replace(job, counts=counts)
+
+    def scores(self, matrix: Matrix, statistics: Statistics) -> Tensor:
+        """Importance of each weight, in the checkpoint's layout; up to the sign, which `level_map` ignores."""
+        progress()
+        if self.method.score == "magnitude" and self.method.pattern not in GROUPS:
+            return self.model.weights[matrix.name]
+        weight = matrix.oriented(self.model.weights[matrix.name])
+        return matrix.oriented(oriented_scores(self.method.score, matrix, weight, self.seed, statistics)).contiguous()
+
+    def prune_block(
+        self, matrices: Sequence[Matrix], statistics: Statistics, inputs: Mapping[Source, Inputs] | None = None
+    ) -> Iterator[PrunedMatrix]:
+        """inputs: with Hessians, for a method that updates weights."""
+        if self.method.pattern == "structured":
+            yield from self._structured(matrices, statistics)
+        elif self.method.updates_weights:
+            assert inputs is not None
+            factor = cache(lambda source: inverse_factor(inputs[source].hessian))
+            yield from (self._updated(matrix, factor(matrix.source)) for matrix in matrices)
+        else:
+            yield from (self._elementwise(matrix, statistics) for matrix in matrices)
+
+    def _elementwise(self, matrix: Matrix, statistics: Statistics) -> PrunedMatrix:
+        weight = self.model.weights[matrix.name]
+        found = self.scores(matrix, statistics)
+        if self.method.pattern in GROUPS:
+            kept, group = GROUPS[self.method.pattern]
+            levels = matrix.oriented(group_level_map(matrix.oriented(found), group, kept))
+        elif self.method.score == "wanda":
+            by_row = row_level_map(matrix.oriented(found), self.counts[matrix.name], matrix.transposed)
+            levels = matrix.oriented(by_row)
+        else:
+            levels = level_map(found, self.counts[matrix.name])
+        nested = levels.contiguous()
+        return PrunedMatrix(
+            matrix.name, lambda: weight, lambda level: nested > level, lambda level: weight * (nested > level), nested
+        )
+
+    def _updated(self, matrix: Matrix, factor: Tensor) -> PrunedMatrix:
+        weight = self.model.weights[matrix.name]
+
+        @cache
+        def at(level: int) -> tuple[Tensor, Tensor]:
+            progress()
+            new, keep = sparsegpt(
+                matrix.oriented(weight),
+                factor,
+                self.counts[matrix.name][level] if self.counts else 0,
+                GROUPS.get(self.method.pattern),
+                matrix.transposed,
+            )
+            return matrix.oriented(new).to(weight.dtype).contiguous(), matrix.oriented(keep).contiguous()
+
+        return PrunedMatrix(matrix.name, lambda: weight, lambda level: at(level)[1], lambda level: at(level)[0])
+
+    def _structured(self, matrices: Sequence[Matrix], statistics: Statistics) -> Iterator[PrunedMatrix]:
+        """Whole key/value groups and feed-forward channels go, the same number in every block and expert."""
+        shape = self.model.shape
+        lost = [structured_counts(shape, sparsity) for sparsity in self.sparsities]
+        # An expert's channels are its own; the heads belong to the block.
+        for _, part in groupby(matrices, key=lambda m: (m.expert, m.role in ("rows", "columns"))):
+            together = list(part)
+            is_feed_forward = together[0].role in ("rows", "columns")
+            norms = scores.group_norms(*(self._group_scores(matrix, statistics) for matrix in together))
+            keeps = [keep_highest(norms, counts[is_feed_forward]) for counts in lost]
+            for matrix in together:
+                yield self._of_lines(matrix, [kept_lines(matrix, shape, keep, keep) for keep in keeps])
+
+    def _group_scores(self, matrix: Matrix, statistics: Statistics) -> Tensor:
+        weight = matrix.oriented(self.model.weights[matrix.name])
+        if self.method.score != "magnitude":  # a norm ignores the sign
+            weight = oriented_scores(self.method.score, matrix, weight, self.seed, statistics)
+        return group_parts(matrix, self.model.shape, weight)
+
+    def _of_lines(self, matrix: Matrix, lines: Sequence[Tensor]) -> PrunedMatrix:
+        def keep(level: int) -> Tensor:
+            return line_mask(matrix, self.model.shape, lines[level]).contiguous()
+
+        weights, name = self.model.weights, matrix.name
+        nested = all(bool((sparser <= denser).all()) for denser, sparser in pairwise(lines))
+        survived = torch.stack(list(lines)).sum(dim=0).to(torch.uint8)
+        levels = line_mask(matrix, self.model.shape, survived).contiguous() if nested else None
+        return PrunedMatrix(name, lambda: weights[name], keep, lambda level: weights[name] * keep(level), levels)
+
+
+def oriented_scores(score: str, matrix: Matrix, weight: Tensor, seed: int, statistics: Statistics) -> Tensor:
+    """Importance of each weight of a matrix: (O, I), as `weight`."""
+    gradients = statistics.gradients.get(matrix.name)
+    known = scores.Known(
+        matrix.name,
+        seed,
+        input_norms=statistics.norms.get(matrix.source),
+        gradients=None if gradients is None else matrix.oriented(gradients),
+    )
+    return scores.SCORES[score](weight, known)
+
+
+def refuse_sparsities_of(name: str, shape: Shape, sparsities: Iterable[float]) -> None:
+    """Raise `InputError` for a method that cannot prune a model of this shape to one of the sparsities."""
+    method = method_named(name)
+    for sparsity in sparsities:
+        method.refuse_sparsity(name, sparsity)
+        if method.pattern == "structured":
+            structured_counts(shape, sparsity)
+    _, group = GROUPS.get(method.pattern, (1, 1))
+    for width in (shape.hidden, shape.heads * shape.head_dim, shape.channels):
+        if width % group:
+            raise InputError(
+                f"{method.pattern} needs rows of a multiple of {group} weights, the model has rows of {width}. "
+                "Choose another pattern."
+            )
+
+
+def walks(method: str, sequential: bool) -> bool:
+    """Whether a method prunes while the calibration rows walk through the blocks, or from statistics alone."""
+    chosen = method_named(method)
+    return chosen.updates_weights or (sequential and chosen.needs_inputs)
+
+
+def measured(methods: Iterable[Method], model: Prunable, blocks: Blocks, rows: Sequence[Encoded]) -> Statistics:
+    """What the scores of `methods` use of calibration rows, from the dense model. Gradients need all of it."""
+    needs = list(methods)
+    gradients: dict[str, Tensor] = {}
+    norms: dict[Source, Tensor] = {}
+    if any(method.needs_gradients for method in needs):
+        gradients = gradient_sums(blocks.whole(), rows, model.matrices)
+    if any(method.needs_inputs for method in needs):
+        for _, inputs in walk(blocks, rows):
+            norms |= {source: sums.norms for source, sums in inputs.items()}
+    owl = any(method.allocation == "owl" for method in needs)
+    return Statistics(norms, gradients, measured_outliers(model, norms) if owl else ())
+
+
+def measured_outliers(model: Prunable, norms: Mapping[Source, Tensor]) -> tuple[float, ...]:
+    """OWL's fraction of outliers of each block, from the norms of the dense model's inputs."""
+    statistics = Statistics(norms=dict(norms))
+
+    def block_scores(block: Sequence[Matrix]) -> Iterator[Tensor]:
+        for matrix in block:
+            weight = matrix.oriented(model.weights[matrix.name])
+            yield oriented_scores("wanda", matrix, weight, 0, statistics)
+
+    blocks = [list(block) for _, block in groupby(model.matrices, key=lambda matrix: matrix.block)]
+    return tuple(allocation.outlier_fraction(partial(block_scores, block)) for block in blocks)
+
+
+def make_masks(
+    method: str,
+    weights: Mapping[str, Tensor],
+    shape: Shape,
+    sparsity: float,
+    seed: int,
+    statistics: Statistics = NO_STATISTICS,
+) -> Masks:
+    """Keep-masks of a model's prunable weights. At sparsity 0 everything is kept, whatever the method."""
+    if sparsity == 0:
+        return {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in weights.items()}
+    model = Prunable.of(weights, shape)
+    masks = {pruned.name: pruned.keep(0) for pruned in prune(method, model, [sparsity], seed, statistics)}
+    return {name: masks[name] for name in weights}

@@ -1,0 +1,88 @@
+"""SparseGPT: weights are removed column by column, and the columns to the right make up for each error
+(Frantar & Alistarh 2023, arXiv:2301.00774, algorithm 1).
+
+The loop works on Wᵀ, so that a column of W is contiguous, and updates in blocks within blocks: most of the work is
+matrix products. Within a block of columns the lowest w²/U² go, in the strict order, with exact counts.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tune_sparse.pruning.level_maps import level_map
+
+DAMPING = 0.01
+"""Of the mean of the Hessian's diagonal, added to it."""
+BLOCK = 128
+"""Columns whose mask is chosen at once."""
+SUB_BLOCK = 16
+"""Columns updated one by one before the rest of the block is; a multiple of the widest N:M group."""
+
+
+def inverse_factor(hessian: Tensor) -> Tensor:
+    """U, upper triangular, with UᵀU = (H + damping)⁻¹. hessian: (I, I) in fp32, kept as it is.
+
+    From one Cholesky factor: with J the reversal, J H J = L Lᵀ gives U = J L⁻¹ J.
+    """
+    damped = hessian.flip(0, 1)
+    diagonal = damped.diagonal()
+    diagonal[diagonal == 0] = 1
+    diagonal += DAMPING * diagonal.mean()
+    lower = torch.linalg.cholesky(damped)
+    identity = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
+    return torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1)
+
+
+def sparsegpt(
+    weight: Tensor, factor: Tensor, pruned: int, group: tuple[int, int] | None = None, transposed: bool = False
+) -> tuple[Tensor, Tensor]:
+    """(weight with `pruned` zeros and the rest updated, in fp32; keep-mask): both (O, I).
+
+    weight: (O, I), factor: (I, I) from `inverse_factor`. group: (kept, of so many neighbours in a row) decides
+    instead of `pruned`. `transposed`: positions count as in a stored (I, O).
+    """
+    columns = weight.T.to(torch.float32, copy=True).contiguous()
+    keep = torch.ones_like(columns, dtype=torch.bool)
+    width = len(columns)
+    for start in range(0, width, BLOCK):
+        stop = min(start + BLOCK, width)
+        if group is None:
+            share = pruned * stop // width - pruned * start // width
+            keep[start:stop] = _keep(columns[start:stop], factor.diagonal()[start:stop], share, transposed)
+        errors = _prune_block(columns, keep, factor, start, stop, group)
+        columns[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
+    return columns.T, keep.T
+
+
+def _prune_block(
+    columns: Tensor, keep: Tensor, factor: Tensor, start: int, stop: int, group: tuple[int, int] | None
+) -> Tensor:
+    """Prune the columns of one block, in place; returns what each lost, over its diagonal: (columns, O)."""
+    errors = torch.empty_like(columns[start:stop])
+    for first in range(start, stop, SUB_BLOCK):
+        last = min(first + SUB_BLOCK, stop)
+        for i in range(first, last):
+            if group and (i - start) % group[1] == 0:
+                _keep_group(columns, keep, factor, slice(i, i + group[1]), group[0])
+            error = torch.mul(columns[i], ~keep[i], out=errors[i - start]).div_(factor[i, i])
+            columns[i].mul_(keep[i])
+            columns[i + 1 : last].addr_(factor[i, i + 1 : last], error, alpha=-1)
+        columns[last:stop].addmm_(factor[first:last, last:stop].T, errors[first - start : last - start], alpha=-1)
+    return errors
+
+
+def _scores(columns: Tensor, diagonal: Tensor) -> Tensor:
+    """w² / U²: the output error of removing a weight (eq. 3), by column."""
+    return columns.square() / diagonal.square()[:, None]
+
+
+def _keep(columns: Tensor, diagonal: Tensor, pruned: int, transposed: bool) -> Tensor:
+    scores = _scores(columns, diagonal)
+    return level_map(scores, [pruned]) > 0 if transposed else (level_map(scores.T, [pruned]) > 0).T
+
+
+def _keep_group(columns: Tensor, keep: Tensor, factor: Tensor, at: slice, kept: int) -> None:
+    scores = _scores(columns[at], factor.diagonal()[at])
+    lowest = scores.argsort(dim=0, stable=True)[: len(scores) - kept]
+    keep[at] = keep[at].scatter(0, lowest, False)

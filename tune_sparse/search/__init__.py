@@ -1,0 +1,1 @@
+"""The search for sub-adapters: Optuna through Ray Tune."""

@@ -1,0 +1,76 @@
+"""What a search is asked: one cell to adapt, the space of its sub-adapters, and how they are searched."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from tune_sparse.config import SweepConfig, option, rule
+from tune_sparse.errors import InputError, unknown_name
+from tune_sparse.lora.rank_space import SAMPLINGS, Space, SuperAdapter
+
+SAMPLERS = ("nsga2", "tpe", "hill-climbing", "random")
+OBJECTIVES = ("accuracy", "parameters", "inference_flops")
+COST_OBJECTIVES = OBJECTIVES[1:]
+FLOPS_TOKENS = 2048
+"""The sequence length of the objective `inference_flops`."""
+
+
+@dataclass(frozen=True)
+class SearchConfig:
+    """A search of sub-adapters for one model, task, method, sparsity, mode and seed: the only cell of `sweep`."""
+
+    sweep: SweepConfig
+    space: Space
+    space_name: str = option("of the space, for people", "custom")
+    sampling: str = option(f"of the ranks in training: {' or '.join(SAMPLINGS)}", "uniform")
+    sampler: str = option(f"of the candidates: {', '.join(SAMPLERS)}", "nsga2")
+    trials: int = option("different candidates to score", 100)
+    objectives: tuple[str, ...] = option(
+        f"accuracy, alone or with {' or '.join(COST_OBJECTIVES)}", ("accuracy", "parameters")
+    )
+    is_racing: bool = option("candidates that are beaten beyond doubt stop early", True)
+    in_order: bool = option("one candidate after the other, so that the same seed searches the same", False)
+    cells: tuple[str, ...] = field(default=("models", "tasks", "methods", "sparsities", "modes", "seeds"), init=False)
+
+    def __post_init__(self) -> None:
+        for axis in self.cells:
+            values = getattr(self.sweep, axis)
+            rule(len(values) == 1, f"a search adapts one cell, so {axis} must name one", values, "Search one by one.")
+        if self.sweep.modes[0] == "masked-finetuning":
+            raise InputError(
+                "a search slices adapters, and the mode masked-finetuning trains none. Choose sparse-to-sparse."
+            )
+        rule(
+            self.sweep.backend == ("torch",),
+            "a search slices adapters where it scores them, so its backend must be torch",
+            self.sweep.backend,
+            "Leave it out.",
+        )
+        if self.sampler not in SAMPLERS:
+            raise unknown_name("sampler", self.sampler, SAMPLERS)
+        if self.sampling not in SAMPLINGS:
+            raise unknown_name("sampling", self.sampling, SAMPLINGS)
+        rule(self.trials >= 1, "trials must be at least 1", self.trials, "Give a larger number.")
+        for objective in self.objectives:
+            if objective not in OBJECTIVES:
+                raise unknown_name("objective", objective, OBJECTIVES)
+        rule(
+            self.objectives[:1] == ("accuracy",) and len(self.objectives) <= 2 and self.objectives[1:] != ("accuracy",),
+            "objectives are accuracy, and at most one cost after it",
+            self.objectives,
+            "Write accuracy parameters, say.",
+        )
+
+    @property
+    def minimises_cost(self) -> bool:
+        return len(self.objectives) == 2
+
+    @property
+    def super_adapter(self) -> SuperAdapter:
+        return SuperAdapter(self.space, self.sampling)
+
+    def described(self) -> dict[str, Any]:
+        """What decides which candidates are suggested, beside the super-adapter: part of a search's identity."""
+        order = {"in_order": True} if self.in_order else {}
+        return {"sampler": self.sampler, "objectives": list(self.objectives), "is_racing": self.is_racing} | order

@@ -1,0 +1,127 @@
+"""Candidates on disk: what each answered, and the diary of a search, from which it goes on.
+
+candidates/<run_id of the super-adapter>/<key>.json    one configuration: its ranks, parameters and marks
+searches/<search_id>/config.json                       what was asked
+searches/<search_id>/trials/<number>.json              one suggestion of the sampler, and what it was told
+searches/<search_id>/stages.json                       in which order examples are asked, once it is known
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from tune_sparse.files import read_json, write_json
+from tune_sparse.ledger.ledger import sha256_of
+from tune_sparse.lora.rank_space import Ranks
+
+
+def key_of(ranks: Ranks) -> str:
+    """Names a configuration: equal ones have equal keys."""
+    return sha256_of(ranks)[:16]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One configuration of a super-adapter, and how it did on the selection rows."""
+
+    ranks: Ranks
+    parameters: int
+    marks: str
+    """A character an example: 1 right, 0 wrong, - not answered."""
+    seconds: float = 0.0
+    error: dict[str, Any] | None = None
+
+    @property
+    def key(self) -> str:
+        return key_of(self.ranks)
+
+
+class Candidates:
+    """The scored configurations of one super-adapter. Workers write them, each its own."""
+
+    def __init__(self, results_dir: Path, run_id: str) -> None:
+        self.folder = results_dir / "candidates" / run_id
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def read(self, ranks: Ranks) -> Candidate | None:
+        try:
+            return Candidate(**read_json(self.folder / f"{key_of(ranks)}.json"))
+        except (FileNotFoundError, json.JSONDecodeError, TypeError):
+            return None
+
+    def write(self, candidate: Candidate) -> None:
+        write_json(self.folder / f"{candidate.key}.json", asdict(candidate))
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """One configuration that the sampler suggested, and what it was told about it."""
+
+    number: int
+    ranks: Ranks
+    told_before: int
+    """How many suggestions the sampler had been told about when it made this one."""
+    told: int | None = None
+    """It was the told-th to be told, from 0; None while it is open."""
+    state: str | None = None
+    """done, stopped (beaten) or failed"""
+    accuracy: float | None = None
+    """On the selection rows; estimated for one that was stopped."""
+    cost: float | None = None
+    examples: int = 0
+    """That a trial answered; 0 where the ledger knew the configuration."""
+    error: str | None = None
+
+
+class Diary:
+    """The suggestions of one search, in order."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        (folder / "trials").mkdir(parents=True, exist_ok=True)
+        paths = sorted((folder / "trials").glob("*.json"))
+        self.suggestions = [Suggestion(**read_json(path)) for path in paths]
+
+    @property
+    def told(self) -> int:
+        return sum(s.told is not None for s in self.suggestions)
+
+    def open(self) -> list[Suggestion]:
+        return [s for s in self.suggestions if s.told is None]
+
+    def ask(self, ranks: Ranks) -> Suggestion:
+        suggestion = Suggestion(len(self.suggestions), ranks, self.told)
+        self.suggestions.append(suggestion)
+        self._write(suggestion)
+        return suggestion
+
+    def tell(self, number: int, **found: Any) -> Suggestion:
+        suggestion = replace(self.suggestions[number], told=self.told, **found)
+        self.suggestions[number] = suggestion
+        self._write(suggestion)
+        return suggestion
+
+    def events(self) -> Iterator[tuple[bool, Suggestion]]:
+        """(is it an asking, suggestion) of everything that happened, in its order."""
+        tellings = iter(sorted((s for s in self.suggestions if s.told is not None), key=lambda s: s.told or 0))
+        told = 0
+        for suggestion in self.suggestions:
+            while told < suggestion.told_before:
+                yield False, next(tellings)
+                told += 1
+            yield True, suggestion
+        yield from ((False, telling) for telling in tellings)
+
+    def stages(self) -> list[list[int]] | None:
+        path = self.folder / "stages.json"
+        return read_json(path) if path.exists() else None
+
+    def write_stages(self, stages: Sequence[Sequence[int]]) -> None:
+        write_json(self.folder / "stages.json", stages)
+
+    def _write(self, suggestion: Suggestion) -> None:
+        write_json(self.folder / "trials" / f"{suggestion.number:05}.json", asdict(suggestion))

@@ -1,0 +1,98 @@
+"""What a worker of a search holds: a model, its super-adapter taken apart, and the selection rows as tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from trainables.inputs import splits_of
+from trainables.pipeline import Bench
+from trainables.rebuild import pruned_by
+from tune_sparse.config import Protocol
+from tune_sparse.data.tasks import task_named
+from tune_sparse.errors import RunError
+from tune_sparse.evaluation.outcomes import write_outcomes
+from tune_sparse.evaluation.scoring import Scored, TestSet, encode_test, outcomes_of, score
+from tune_sparse.evaluation.validation import validation_report
+from tune_sparse.files import write_json
+from tune_sparse.ledger.ledger import Ledger, Run
+from tune_sparse.lora.adapter_io import merge_adapter_into, read_marker
+from tune_sparse.lora.rank_space import Ranks
+from tune_sparse.lora.slices import Slices
+from tune_sparse.models.checkpoints import prunable_weights
+from tune_sparse.pruning.masks import Masks, mask_sha256, sparsity_of
+from tune_sparse.search.racing import Marks
+
+
+@dataclass(frozen=True)
+class SliceScorer:
+    """Scores slices of one super-adapter, one after the other, in one model."""
+
+    run: Run
+    slices: Slices
+    tokenizer: PreTrainedTokenizerBase
+    masks: Masks
+    tests: TestSet
+    """of the selection rows"""
+    protocol: Protocol
+
+    @classmethod
+    def of(cls, run: Run, ledger: Ledger) -> SliceScorer:
+        """Of a finished super-adapter. Raises `InputError` for one of another model, mask or rows."""
+        assert run.super_adapter is not None
+        torch.set_num_threads(run.protocol.threads)
+        bench = Bench()
+        loaded, masks = pruned_by(run, ledger, bench)
+        folder = ledger.run_folder(run.run_id) / "adapter"
+        marker = read_marker(folder)
+        assert marker is not None, "a super-adapter is ours, so it has a marker"
+        slices = Slices.of(loaded.model, folder, run.super_adapter.space, masks, marker)
+        task, protocol = task_named(run.cell.task), run.protocol.within(loaded.shape.context_tokens)
+        [splits] = splits_of(run, protocol)
+        tests = encode_test(loaded.tokenizer, task, splits.selection, protocol, splits.examples)
+        return cls(run, slices, loaded.tokenizer, masks, tests, protocol)
+
+    def parameters(self, ranks: Ranks) -> int:
+        sizes = {name: (len(layer.weight), layer.weight.shape[1]) for name, layer in self.slices.layers.items()}
+        return self.slices.space.parameters(ranks, sizes)
+
+    def answers(self, ranks: Ranks, stage: Sequence[int], known: Marks) -> Iterator[tuple[int, bool]]:
+        """(example, whether the slice is right) for each example of a stage that is not known."""
+        self.slices.switch_into(ranks)
+        tests = TestSet(self.tests.task, tuple(self.tests.examples[i] for i in stage))
+        done = [place for place, i in enumerate(stage) if known.knows(i)]
+        for batch in outcomes_of(self.slices.model, self.tokenizer, tests, self.protocol, done):
+            yield from ((stage[place], bool(outcome.correct)) for place, outcome in batch.items())
+
+    def finish(self, ranks: Ranks, folder: Path) -> Scored:
+        """Write a slice as an adapter, merge that into the pruned model, validate it and score it on test rows.
+
+        Raises `RunError` unless the merged model is the slice, to the last bit, and passes its validation.
+        """
+        folder.mkdir(parents=True)
+        self.slices.save(ranks, folder / "adapter")
+        self.slices.switch_into(ranks)
+        searched = {name: weight.clone() for name, weight in prunable_weights(self.slices.model).items()}
+        self.slices.switch_into(dict.fromkeys(ranks, 0))
+        last_mask = None if self.run.cell.mode == "dense" else self.masks
+        merge_adapter_into(self.slices.model, folder / "adapter", last_mask)
+        matrices = prunable_weights(self.slices.model)
+        differing = [name for name in searched if not torch.equal(searched[name], matrices[name])]
+        violations = [f"{name}: the merged slice must be the one that was searched" for name in differing]
+        checksum = mask_sha256(self.masks)
+        report = validation_report(matrices, self.masks, sparsity_of(self.masks), checksum, violations)
+        write_json(folder / "validation_report.json", report)
+        if not report["all_valid"]:
+            raise RunError("a sub-adapter must pass its validation: " + "; ".join(report["violations"]))
+        [splits] = splits_of(self.run, self.protocol)
+        tests = encode_test(self.tokenizer, self.tests.task, splits.test, self.protocol, splits.examples)
+        scored = score(self.slices.model, self.tokenizer, [tests], self.protocol)
+        write_outcomes(folder / "examples.parquet", scored.outcomes)
+        write_json(folder / "result.json", {"ranks": ranks, "parameters": self.parameters(ranks), **scored.metrics})
+        for name, layer in self.slices.layers.items():
+            matrices[name].copy_(layer.weight)
+        return scored

@@ -1,0 +1,98 @@
+"""The Ray Tune trainable of a search: one trial is one candidate, one step is one stage of its examples. The worker
+holds the super-adapter, and a candidate is a slice of it."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+
+from tune_sparse.errors import InputError
+from tune_sparse.ledger.ledger import Ledger, Run
+from tune_sparse.search.journal import Candidate, Candidates
+from tune_sparse.search.racing import Marks
+from tune_sparse.watchdog import watched
+
+
+class CandidateTrainable(tune.Trainable):
+    """Scores `config["trial"]`: the `run` of a super-adapter, the `results_dir` of its ledger, `ranks`, and `stages`
+    of examples. A result has the marks so far; the last one is `done`. A worker ends after `hang_seconds`
+    without progress.
+
+    With a `folder`, the candidate is instead finished there: written, merged, validated and scored on test rows.
+    """
+
+    def setup(self, config: dict[str, Any]) -> None:
+        self._scorer: Any = None
+        self._begin(config["trial"])
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        self._begin(new_config["trial"])
+        return True
+
+    def _begin(self, trial: Mapping[str, Any]) -> None:
+        from tune_sparse.search.scorer import SliceScorer
+
+        run, results_dir = Run.from_config(trial["run"]), Path(trial["results_dir"])
+        if self._scorer is None or self._scorer.run.run_id != run.run_id:
+            self._scorer = SliceScorer.of(run, Ledger(results_dir))
+        self._trial, self._stages = trial, list(trial["stages"])
+        dump = Ledger(results_dir).hang(f"{run.run_id}.{os.getpid()}")
+        self._watched = partial(watched, dump, trial["hang_seconds"])
+        self._candidates = Candidates(results_dir, run.run_id)
+        ranks = trial["ranks"]
+        known = self._candidates.read(ranks)
+        if known is None or known.error:
+            nothing = str(Marks(len(self._scorer.tests.examples)))
+            known = Candidate(ranks, self._scorer.parameters(ranks), nothing)
+        self._candidate = known
+
+    def step(self) -> dict[str, Any]:
+        with self._watched():
+            return self._stage()
+
+    def _stage(self) -> dict[str, Any]:
+        if self._trial.get("folder"):
+            self._scorer.finish(self._trial["ranks"], Path(self._trial["folder"]))
+            return {"done": True}
+        before = Marks.of(self._candidate.marks).count
+        error = self._answer(self._stages.pop(0)) if self._stages else None
+        marks = Marks.of(self._candidate.marks)
+        return {
+            "marks": str(marks),
+            "error": error,
+            "answered": marks.count - before,
+            "done": error is not None or not self._stages,
+        }
+
+    def _answer(self, stage: Sequence[int]) -> str | None:
+        """Answer what is not known of a stage, and keep it; returns the error of a candidate that cannot be scored."""
+        from trainables.pipeline import describe_error, is_infrastructure
+
+        marks, started = Marks.of(self._candidate.marks), time.perf_counter()
+        if all(marks.knows(i) for i in stage):
+            return None
+        try:
+            marks = marks.adding(self._scorer.answers(self._trial["ranks"], stage, marks))
+        except Exception as error:
+            if is_infrastructure(error) or isinstance(error, InputError):
+                raise
+            self._candidate = replace(self._candidate, error=describe_error(error, retryable=False))
+            self._candidates.write(self._candidate)
+            return f"{type(error).__name__}: {error}"
+        seconds = self._candidate.seconds + time.perf_counter() - started
+        self._candidate = replace(self._candidate, marks=str(marks), seconds=seconds, error=None)
+        self._candidates.write(self._candidate)
+        return None
+
+    def save_checkpoint(self, checkpoint_dir: str) -> None:
+        """Nothing to save: what was answered is in the ledger."""
+
+    def load_checkpoint(self, checkpoint: str | None) -> None:
+        """Nothing was saved."""

@@ -1,0 +1,1 @@
+"""A sweep: its plan, its forecast, and Ray Tune running it."""

@@ -1,0 +1,210 @@
+"""What the missing runs of a plan will take, from those of it that were measured."""
+
+from __future__ import annotations
+
+import os
+import statistics
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import astuple, dataclass
+from pathlib import Path
+from typing import Any
+
+from tune_sparse.config import Cell, SweepConfig
+from tune_sparse.ledger.ledger import Ledger, Record, Run
+from tune_sparse.sweep.plan import Plan
+from tune_sparse.sweep.progress import duration
+
+TASK = ("backend", "model", "task")
+TIME_GROUPS = ((*TASK, "mode"), TASK, ("backend", "model"))
+"""A run takes the median of the first of these that has a measured run; never of another backend or model."""
+DISK_GROUPS = ((*TASK, "mode"), ("backend", "model", "mode"))
+"""What a run writes depends on its mode before all; without a measured run its bound is taken."""
+
+
+@dataclass(frozen=True)
+class Spent:
+    """What one run took, or the median of several."""
+
+    trial_seconds: float
+    cpu_seconds: float
+    gpu_seconds: float
+    """of those that its trial held"""
+    cs3_seconds: float
+    compile_seconds: float
+    """of the seconds of CS-3 systems"""
+    disk_bytes: float
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What the missing runs will take; those without a measured one to go by are left out of all seconds."""
+
+    runs: int
+    cpu_seconds: float
+    gpu_seconds: float
+    cs3_seconds: float
+    compile_seconds: float
+    """of the seconds of CS-3 systems"""
+    wall_seconds: float | None
+    """None where it is not known how many trials run at once"""
+    disk_bytes: int
+    bounded: int
+    """Runs whose bytes are a bound, not a measurement."""
+    by_group: dict[str, int]
+    """{what runs share with those whose median they take: runs}"""
+    unmeasured: dict[str, int]
+    """{backend, model and task: runs} that are left out"""
+
+    def lines(self) -> list[str]:
+        """For people."""
+        bound = f", a bound for {self.bounded} of the runs: none of their model and mode was measured"
+        lines = [f"Disk: about {self.disk_bytes / 1e6:.0f} MB" + (bound if self.bounded else "")]
+        if self.by_group:
+            lines.append(f"Time of {sum(self.by_group.values())} of {self.runs} runs: {self._time()}")
+        lines += [f"  {n} as the median of measured runs of the same {group}" for group, n in self.by_group.items()]
+        unknown = "no run of {} was measured here: its {} missing runs have no forecast of time (--pilot measures one)"
+        return lines + [f"  {unknown.format(group, n)}" for group, n in self.unmeasured.items()]
+
+    def _time(self) -> str:
+        compiling = f" ({duration(self.compile_seconds)} of them compiling)" if self.compile_seconds else ""
+        kinds = {"CPU": self.cpu_seconds, "GPU": self.gpu_seconds, "CS-3": self.cs3_seconds}
+        hours = [f"{seconds / 3600:.3g} {kind}-hours" for kind, seconds in kinds.items() if seconds]
+        clock = f"; {duration(self.wall_seconds)} on the clock" if self.wall_seconds else ""
+        return ", ".join(hours) + compiling + clock
+
+
+def forecast(plan: Plan, ledger: Ledger, missing: Sequence[Run]) -> Forecast:
+    """Medians of the done runs of a plan, which have its protocol, for its missing ones."""
+    measured = [
+        (run.cell, spent_by(run, record, ledger.run_folder(run.run_id), plan.config))
+        for run in plan.runs.values()
+        if (record := ledger.record(run.run_id)) and record.status == "done"
+    ]
+    timed, written = Medians(measured, TIME_GROUPS), Medians(measured, DISK_GROUPS)
+    like = [(run, timed.of(run.cell)) for run in missing]
+    known = [(run, spent) for run, (_, spent) in like if spent]
+    disk = [written.of(run.cell)[1] for run in missing]
+    return Forecast(
+        runs=len(missing),
+        cpu_seconds=sum(spent.cpu_seconds for _, spent in known),
+        gpu_seconds=sum(spent.gpu_seconds for _, spent in known),
+        cs3_seconds=sum(spent.cs3_seconds for _, spent in known),
+        compile_seconds=sum(spent.compile_seconds for _, spent in known),
+        wall_seconds=wall_seconds(known, plan.config),
+        disk_bytes=round(sum(s.disk_bytes if s else plan.bytes_of(run) for run, s in zip(missing, disk, strict=True))),
+        bounded=disk.count(None),
+        by_group=dict(Counter(", ".join(names) for _, (names, spent) in like if spent)),
+        unmeasured=dict(Counter(" ".join(key_of(run.cell)) for run, (_, spent) in like if not spent)),
+    )
+
+
+def longest_first(plan: Plan, ledger: Ledger, runs: Sequence[Run]) -> list[Run]:
+    """`runs` by the time that each is expected to take, so that no long one is left to run alone at the end.
+
+    Runs of one backend, model, task and mode stay together, and rarely let a worker change its model. Where some of
+    these have no measured run to go by, the larger model counts as the longer.
+    """
+    kind, *_ = TIME_GROUPS
+    seconds: dict[tuple[Any, ...], list[float]] = {_values(run.cell, kind): [] for run in runs}
+    for run in plan.runs.values():
+        record = ledger.record(run.run_id)
+        if record and record.status == "done":
+            seconds.setdefault(_values(run.cell, kind), []).append(record.measured["trial_seconds"])
+    is_measured = all(seconds.values())
+
+    def expected(run: Run) -> float:
+        if is_measured:
+            return statistics.median(seconds[_values(run.cell, kind)])
+        return plan.checkpoints[run.cell.model].shape.pruned_weights
+
+    return sorted(runs, key=expected, reverse=True)
+
+
+class Medians:
+    """Of measured runs, by what they share."""
+
+    def __init__(self, measured: Iterable[tuple[Cell, Spent]], groups: Sequence[tuple[str, ...]]) -> None:
+        members: dict[tuple[tuple[str, ...], tuple[Any, ...]], list[Spent]] = {}
+        for cell, spent in measured:
+            for names in groups:
+                members.setdefault((names, _values(cell, names)), []).append(spent)
+        self._groups = groups
+        self._medians = {key: _median(spent) for key, spent in members.items()}
+
+    def of(self, cell: Cell) -> tuple[tuple[str, ...], Spent | None]:
+        """What the cell shares with the runs of the first group that has any, and their median."""
+        for names in self._groups:
+            if median := self._medians.get((names, _values(cell, names))):
+                return names, median
+        return (), None
+
+
+def _values(cell: Cell, names: Sequence[str]) -> tuple[Any, ...]:
+    return tuple(getattr(cell, name) for name in names)
+
+
+def _median(members: Sequence[Spent]) -> Spent:
+    """Number by number."""
+    return Spent(*(statistics.median(values) for values in zip(*map(astuple, members), strict=True)))
+
+
+def key_of(cell: Cell) -> tuple[str, ...]:
+    """What a pilot is run for."""
+    return _values(cell, TASK)
+
+
+def pilots(plan: Plan, ledger: Ledger, missing: Sequence[Run]) -> list[Run]:
+    """The middle one of the missing runs of each backend, model and task that has no measured run."""
+    measured = {key_of(run.cell) for run in plan.runs.values() if ledger.is_done(run.run_id)}
+    groups: dict[tuple[str, ...], list[Run]] = {}
+    for run in missing:
+        groups.setdefault(key_of(run.cell), []).append(run)
+    return [runs[len(runs) // 2] for key, runs in groups.items() if key not in measured]
+
+
+def spent_by(run: Run, record: Record, folder: Path, config: SweepConfig) -> Spent:
+    """Of a done run. A trial that did not record what it held is taken to have held what a trial holds now."""
+    measured, systems = record.measured, config.cerebras.num_csx
+    held = measured.get("held", {"CPU": run.protocol.threads, "GPU": _gpus(config)})
+    on_cs3 = run.cerebras is not None and run.cerebras["target"] == "csx"
+    return Spent(
+        trial_seconds=measured["trial_seconds"],
+        cpu_seconds=measured["trial_seconds"] * held.get("CPU", 0.0),
+        gpu_seconds=measured["trial_seconds"] * held.get("GPU", 0.0),
+        cs3_seconds=measured["train_seconds"] * systems if on_cs3 else 0.0,
+        compile_seconds=(measured["compile_seconds"] or 0.0) * systems if on_cs3 else 0.0,
+        disk_bytes=sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()),
+    )
+
+
+def _gpus(config: SweepConfig) -> float:
+    """That a trial holds before its memory was measured."""
+    return 1.0 if config.gpus_per_trial is None else config.gpus_per_trial
+
+
+def wall_seconds(known: Sequence[tuple[Run, Spent]], config: SweepConfig) -> float | None:
+    """Each kind of trial in its own slots, all kinds at once, no less than the longest; None where nobody knows."""
+    longest = max((spent.trial_seconds for _, spent in known), default=None)
+    by_kind = [longest]
+    for backend in {run.cell.backend for run, _ in known}:
+        slots = trials_at_once(config, backend)
+        seconds = sum(spent.trial_seconds for run, spent in known if run.cell.backend == backend)
+        by_kind.append(seconds / slots if slots else None)
+    return None if None in by_kind else max(value for value in by_kind if value is not None)
+
+
+def trials_at_once(config: SweepConfig, backend: str) -> int | None:
+    """How many trials of a backend run at once, or None where only a running cluster knows."""
+    if backend == "cerebras":
+        return None if "RAY_ADDRESS" in os.environ else config.cerebras.cs3 + 1
+    if config.workers is not None:
+        return config.workers
+    if "RAY_ADDRESS" in os.environ:
+        return None
+    if _gpus(config):
+        import torch
+
+        return int(torch.cuda.device_count() / _gpus(config)) or None
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // config.protocol.threads)

@@ -1,0 +1,117 @@
+"""What a trial holds of the cluster from its start to its end, by its model, task, mode and backend.
+
+| backend | holds |
+| --- | --- |
+| torch | `threads` CPU, `gpus_per_trial` GPU: as set, or the fraction that finished runs of its kind needed |
+| cerebras | `threads` CPU, `scoring_gpus` GPU, one CS3_TRIAL; one CS3 more while it trains (trainables/cs3.py) |
+
+A trial that ran out of memory holds all CPUs of a node, and a whole GPU if it holds one at all: it is alone there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from tune_sparse.config import CS3, CS3_TRIAL, SweepConfig
+from tune_sparse.errors import InputError
+from tune_sparse.ledger.ledger import Record, Run
+
+MEMORY_MARGIN = 1.2
+"""Room above the most that a finished run allocated: fragments, and rows longer than its own."""
+CONTEXT_BYTES = 1 << 30
+"""What a process takes of a GPU before it allocates anything."""
+
+MOST_TOGETHER = 8
+"""Trials on one GPU: more of them wait for each other's computing."""
+
+Resources = dict[str, float]
+
+
+def fits(needed: Mapping[str, float], free: Mapping[str, float]) -> bool:
+    """Whether there is as much of everything; fractions of a GPU add up to one but for rounding."""
+    return all(amount <= free.get(name, 0) + 1e-6 for name, amount in needed.items())
+
+
+class Placement:
+    """What each trial of a sweep holds. It learns from the memory of finished runs, and from those that had too little.
+
+    nodes: the resources of each node that is alive.
+    """
+
+    def __init__(self, config: SweepConfig, nodes: Callable[[], Sequence[Mapping[str, float]]]) -> None:
+        self._config, self._nodes = config, nodes
+        self._needed: dict[tuple[str, str, str], float] = {}
+        self._alone: set[str] = set()
+
+    def resources(self, run: Run) -> Resources:
+        """By Ray's names. A kind of run whose memory was not measured yet takes a whole GPU."""
+        held: Resources = {"CPU": self._config.protocol.threads}
+        if run.cerebras is not None:
+            held |= {CS3_TRIAL: 1, "GPU": self._config.cerebras.scoring_gpus}
+        elif self._config.gpus_per_trial is None:
+            held["GPU"] = gpu_share(self._needed.get(_kind(run), 1.0))
+        else:
+            held["GPU"] = self._config.gpus_per_trial
+        held = {name: amount for name, amount in held.items() if amount}
+        return self._whole_node(held) if run.run_id in self._alone else held
+
+    def learn(self, run: Run, record: Record | None) -> None:
+        """Take note of the memory that a finished run needed."""
+        needed = needed_fraction(record.measured) if record else None
+        if needed is not None:
+            self._needed[_kind(run)] = max(needed, self._needed.get(_kind(run), 0.0))
+
+    def give_more(self, run: Run) -> bool:
+        """Let a run that was out of memory have a node for itself; False if it had one."""
+        if run.run_id in self._alone:
+            return False
+        self._alone.add(run.run_id)
+        return True
+
+    def refuse_unplaceable(self, runs: Sequence[Run]) -> None:
+        """Raise `InputError` if no single node can hold a trial, or if nothing can train it."""
+        nodes = self._nodes()
+        for run in {run.cell.backend: run for run in runs}.values():
+            needed = self.resources(run)
+            if not any(fits(needed, node) for node in nodes):
+                has = "; ".join(described(node) for node in nodes) or "no node"
+                raise InputError(
+                    f"a trial of the backend {run.cell.backend} needs a node with {described(needed)}, Ray has {has}. "
+                    f"Lower threads or gpus_per_trial, or start a node with these resources (docs/cluster.md)."
+                )
+            if run.cerebras and not any(node.get(CS3) for node in nodes):
+                raise InputError(
+                    f"the backend cerebras needs the Ray resource {CS3}, the cluster has none. Start a node with "
+                    f"`ray start --resources='{{\"{CS3}\": 1}}'`; docs/cerebras.md says which."
+                )
+
+    def _whole_node(self, held: Resources) -> Resources:
+        fitting = [node["CPU"] for node in self._nodes() if fits(held, node)]
+        whole_gpu = {"GPU": 1.0} if "GPU" in held else {}
+        return held | {"CPU": max(fitting, default=held["CPU"])} | whole_gpu
+
+
+def _kind(run: Run) -> tuple[str, str, str]:
+    """Runs of one kind need about the same memory."""
+    return run.cell.model, run.cell.task, run.cell.mode
+
+
+def needed_fraction(measured: Mapping[str, Any]) -> float | None:
+    """The fraction of its GPU that a finished run needed, or None if it had none."""
+    total, peak = measured.get("gpu_memory_bytes"), measured.get("peak_memory_bytes")
+    return None if not total or not peak else (MEMORY_MARGIN * peak + CONTEXT_BYTES) / total
+
+
+def gpu_share(needed: float) -> float:
+    """1/k for the largest k such that k trials fit one GPU, at most 8; Ray counts in ten-thousandths.
+
+    A trial computes on one GPU: one that needs more takes all of it, and fails there.
+    """
+    return int(10_000 / max(1, min(int(1 / needed), MOST_TOGETHER))) / 10_000
+
+
+def described(resources: Mapping[str, float]) -> str:
+    """What a trial may hold of `resources`, for people."""
+    named = [f"{resources[name]:g} {name}" for name in ("CPU", "GPU", CS3_TRIAL, CS3) if resources.get(name)]
+    return ", ".join(named) or "nothing"

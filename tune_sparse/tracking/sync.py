@@ -1,0 +1,274 @@
+"""MLflow as a view of the ledger: it can be down, be late, or be rebuilt, and never has a run twice.
+
+One parent run a sweep, one child a training, found by the tags `tune_sparse.sweep_id` and `tune_sparse.run_id`. A run
+of MLflow is whole once it has ended: one that is still RUNNING was cut off in the middle, or somebody is at it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from tune_sparse.config import SweepConfig
+from tune_sparse.ledger.ledger import Ledger, SweepRecord
+from tune_sparse.net import check_address, refuse_silent
+from tune_sparse.tracking.entries import (
+    CANDIDATE_TAG,
+    RECORD_TAG,
+    RUN_TAG,
+    SEARCH_TAG,
+    SWEEP_TAG,
+    Entry,
+    candidate_entries,
+    record_hash,
+    run_entry,
+    search_entry,
+    search_hash,
+    sweep_entry,
+)
+
+EXPERIMENT = "tune-sparse"
+PARENT_TAG = "mlflow.parentRunId"
+PAGE_RUNS = 500
+ROUNDS = 5
+"""Of looking again at what several writers left."""
+
+
+def tracking_uri(config: SweepConfig) -> str:
+    """Of the configuration, of MLFLOW_TRACKING_URI, or SQLite in the results folder."""
+    return chosen_uri(config.tracking_uri, config.results_dir)
+
+
+def chosen_uri(uri: str | None, results_dir: Path) -> str:
+    """`uri`, or else MLFLOW_TRACKING_URI, or else SQLite in the results folder. Raises `InputError` for a password."""
+    named = os.environ.get("MLFLOW_TRACKING_URI")
+    check_address("tracking_uri", uri or "")
+    check_address("MLFLOW_TRACKING_URI", named or "")
+    return uri or named or default_uri(results_dir)
+
+
+def default_uri(results_dir: Path) -> str:
+    return f"sqlite:///{results_dir.resolve() / 'mlflow.db'}"
+
+
+def client_of(uri: str) -> Any:
+    """A client of one store that says nothing while it makes its tables, and reports to nobody else."""
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    from mlflow import MlflowClient
+
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
+    return MlflowClient(tracking_uri=uri)
+
+
+def every_run(client: Any, experiment: str) -> Iterator[Any]:
+    """The runs of an experiment that are not deleted, each once whatever is added meanwhile."""
+    seen, token = set[str](), None
+    while True:
+        page = client.search_runs([experiment], max_results=PAGE_RUNS, page_token=token)
+        yield from (run for run in page if run.info.run_id not in seen)
+        seen |= {run.info.run_id for run in page}
+        token = page.token
+        if not token:
+            return
+
+
+Key = tuple[str, str]
+"""A tag and its value: what of the ledger a run of MLflow shows."""
+KINDS = (SWEEP_TAG, RUN_TAG, SEARCH_TAG, CANDIDATE_TAG)
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A run of MLflow."""
+
+    id_: str
+    key: Key
+    record: str | None
+    is_whole: bool
+    parent: str | None
+
+    @classmethod
+    def of(cls, run: Any) -> Shown:
+        tags = run.data.tags
+        key = next(((tag, tags[tag]) for tag in KINDS if tag in tags), ("", ""))
+        return cls(run.info.run_id, key, tags.get(RECORD_TAG), run.info.status != "RUNNING", tags.get(PARENT_TAG))
+
+
+class Tracker:
+    """Shows a ledger in one MLflow store. What is already there in full is left alone.
+
+    What is missing is logged first, then `settle` removes what must not stay: so any number may write at once.
+    """
+
+    def __init__(self, ledger: Ledger, uri: str, client: Any = None) -> None:
+        self._ledger, self._client = ledger, client or client_of(uri)
+        self._experiment = self._experiment_id(_artifact_location(ledger, uri))
+        self._below: dict[str, str] = {}
+        """{run_id: the sweep that it is shown below}"""
+        self._wanted: dict[Key, str | None] = {}
+        """{what was looked at: the hash of its record, None where it has none}"""
+        self._read()
+
+    def _experiment_id(self, artifact_location: str | None) -> str:
+        from mlflow.exceptions import MlflowException
+
+        found = self._client.get_experiment_by_name(EXPERIMENT)
+        if found is None:
+            try:
+                return str(self._client.create_experiment(EXPERIMENT, artifact_location))
+            except MlflowException:  # another writer has just made it
+                found = self._client.get_experiment_by_name(EXPERIMENT)
+                if found is None:
+                    raise
+        return str(found.experiment_id)
+
+    def _read(self) -> None:
+        self._shown = defaultdict[Key, list[Shown]](list)
+        for run in every_run(self._client, self._experiment):
+            one = Shown.of(run)
+            self._shown[one.key].append(one)
+        self._whole = {(key, one.record): one.id_ for key, all_ in self._shown.items() for one in all_ if one.is_whole}
+        self._has_written = False
+
+    def fill(self, work: Callable[[Tracker], T]) -> T:
+        """What `work` returns, once nothing had to be removed after it. Raises what MLflow raises last."""
+        from mlflow.exceptions import MlflowException
+
+        for left in reversed(range(ROUNDS)):
+            try:
+                self._wanted.clear()
+                done = work(self)
+                if self.settle():
+                    break
+            except MlflowException:  # another writer removed what this one was at
+                if not left:
+                    raise
+            self._read()
+        return done
+
+    def fill_ledger(self) -> int:
+        """Everything in it; returns how many recorded runs are now shown."""
+        sweeps = self._ledger.sweeps()
+        recorded = {run_id for sweep in sweeps for run_id in self.fill_sweep(sweep)}
+        for folder in self._ledger.searches():
+            self.fill_search(folder)
+        return len(recorded)
+
+    def fill_sweep(self, sweep: SweepRecord) -> list[str]:
+        """The parent run of a sweep and a child for each training that has a record; returns these."""
+        self._show((SWEEP_TAG, sweep.sweep_id), sweep.sweep_id, lambda: sweep_entry(sweep))
+        runs = dict.fromkeys(cell["run_id"] for cell in sweep.cells)
+        for run_id in runs:
+            self._below.setdefault(run_id, sweep.sweep_id)
+        return [run_id for run_id in runs if self.fill_run(run_id)]
+
+    def fill_run(self, run_id: str) -> bool:
+        """The child of a training, below the first sweep that has it. Returns whether it has a record."""
+        record = self._ledger.record(run_id)
+        if record is None:
+            self._wanted[RUN_TAG, run_id] = None
+            return False
+        parent = self._parent_of(run_id)
+        self._show((RUN_TAG, run_id), record_hash(record), lambda: run_entry(self._ledger, record), parent)
+        return True
+
+    def _parent_of(self, run_id: str) -> str:
+        sweep = self._below[run_id]
+        return self._whole[(SWEEP_TAG, sweep), sweep]
+
+    def fill_search(self, folder: Path) -> None:
+        """The parent run of a search that has a result, and a child for each candidate."""
+        found = search_hash(folder)
+        if found is not None:
+            self._show((SEARCH_TAG, folder.name), found, lambda: search_entry(folder), None, candidate_entries(folder))
+
+    def _show(
+        self,
+        key: Key,
+        record: str,
+        entry: Callable[[], Entry],
+        parent: str | None = None,
+        children: Iterable[Entry] = (),
+    ) -> None:
+        self._wanted[key] = record
+        if (key, record) not in self._whole:
+            self._whole[key, record] = self._log(entry(), parent, children)
+            self._has_written = True
+
+    def _log(self, entry: Entry, parent: str | None = None, children: Iterable[Entry] = ()) -> str:
+        """A new run of MLflow, ended when all of it is there; returns its id. Calls are commits: few."""
+        from mlflow.entities import Metric, Param
+
+        started, ended = (int(1000 * at) if at else None for at in (entry.started, entry.ended))
+        tags = entry.tags | ({PARENT_TAG: parent} if parent else {})
+        id_ = str(self._client.create_run(self._experiment, started, tags, entry.name).info.run_id)
+        metrics = [Metric(name, value, ended or started, step) for name, value, step in entry.points]
+        self._client.log_batch(id_, metrics, [Param(name, str(value)) for name, value in entry.params.items()])
+        for path in entry.files:
+            self._client.log_artifact(id_, str(path))
+        for child in children:
+            self._log(child, id_)
+        self._client.set_terminated(id_, entry.status, ended)
+        return id_
+
+    def settle(self) -> bool:
+        """Remove what was cut off, has changed, or was logged twice; of two that are equal every writer keeps the same.
+
+        Returns whether nothing was amiss. Otherwise one must look again: another writer may have removed the other.
+        """
+        if self._has_written:
+            self._read()
+        kept, gone = dict[Key, Shown | None](), list[Shown]()
+        for key, record in self._wanted.items():
+            good = [one for one in self._shown[key] if one.is_whole and record and one.record == record]
+            kept[key] = min(good, key=lambda one: one.id_, default=None)
+            gone += [one for one in self._shown[key] if one != kept[key]]
+        for one in gone:
+            self._client.delete_run(one.id_)
+        orphans = self._orphans(gone)
+        for one in orphans:
+            if one.key[0] == CANDIDATE_TAG:
+                self._client.delete_run(one.id_)
+            elif parent := kept.get((SWEEP_TAG, self._below.get(one.key[1], ""))):
+                self._client.set_tag(one.id_, PARENT_TAG, parent.id_)
+        lost = any(record and not kept[key] for key, record in self._wanted.items())
+        return not (gone or orphans or lost)
+
+    def _orphans(self, gone: list[Shown]) -> list[Shown]:
+        """What of ours is shown below a run that was removed."""
+        left = {one for all_ in self._shown.values() for one in all_} - set(gone)
+        ours = [one for one in left if one.key[0] == CANDIDATE_TAG or one.key in self._wanted]
+        unknown = {one.parent for one in ours if one.parent} - {one.id_ for one in left}
+        removed = {parent for parent in unknown if not self._is_there(parent)}
+        return [one for one in ours if one.parent in removed]
+
+    def _is_there(self, run_id: str) -> bool:
+        """Asked of what was made while the runs were read."""
+        return bool(self._client.search_runs([self._experiment], f"attributes.run_id = '{run_id}'"))
+
+
+def _artifact_location(ledger: Ledger, uri: str) -> str | None:
+    """Beside the ledger; None where a server keeps the files of its experiments."""
+    return None if uri.startswith("http") else (ledger.folder / "mlartifacts").resolve().as_uri()
+
+
+def track_ledger(ledger: Ledger, uri: str) -> int:
+    """Bring MLflow up to date with the whole ledger; returns how many recorded runs it now shows.
+
+    Raises `OSError` if the store does not answer, or refuses.
+    """
+    from mlflow.exceptions import MlflowException
+
+    refuse_silent(uri)
+    try:
+        return Tracker(ledger, uri).fill(Tracker.fill_ledger)
+    except (MlflowException, ImportError) as error:  # a database needs its driver
+        raise ConnectionError(str(error).partition("\n")[0]) from error

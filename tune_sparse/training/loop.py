@@ -1,0 +1,192 @@
+"""The training loop: answers learned by cosine-scheduled AdamW, the batch accumulated over micro-batches."""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from tune_sparse.config import Protocol
+from tune_sparse.data.batching import packed, padded
+from tune_sparse.data.splits import Encoded
+from tune_sparse.errors import RunError
+from tune_sparse.training.cross_entropy import summed_cross_entropy
+from tune_sparse.watchdog import progress
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one optimizer step did."""
+
+    step: int
+    loss: float
+    """Mean cross-entropy over the batch's learned tokens, before the step."""
+    learning_rate: float
+    rows: int
+    tokens: int
+    seconds: float
+
+
+def learning_rate_at(step: int, protocol: Protocol) -> float:
+    """Linear warm-up, then a cosine from the peak to the final rate (Loshchilov & Hutter 2017, eq. 5). step: from 0."""
+    if step < protocol.warmup:
+        return protocol.learning_rate * (step + 1) / protocol.warmup
+    done = (step - protocol.warmup) / max(1, protocol.steps - 1 - protocol.warmup)
+    fall = protocol.learning_rate - protocol.final_learning_rate
+    return protocol.final_learning_rate + fall * (1 + math.cos(math.pi * done)) / 2
+
+
+def batches(rows: Sequence[Encoded], protocol: Protocol, seed: int) -> Iterator[list[Encoded]]:
+    """Global batches without end: each epoch in a new order, from `seed` alone."""
+    shuffled = random.Random(seed)
+    order: list[Encoded] = []
+    while True:
+        while len(order) < protocol.global_batch:
+            order += shuffled.sample(rows, len(rows))
+        yield order[: protocol.global_batch]
+        order = order[protocol.global_batch :]
+
+
+def answer_loss(
+    model: PreTrainedModel, rows: Sequence[Encoded], loss_on: str = "answer", pack_to: int | None = None
+) -> tuple[Tensor, int]:
+    """Summed cross-entropy of the learned tokens and how many they are.
+
+    Rows are padded on the right, where a causal model never looks, or with `pack_to` put behind one another in
+    sequences of at most so many tokens. Logits are computed only where a token is learned, a chunk at a time.
+    """
+    batch = padded(rows, loss_on) if pack_to is None else packed(rows, loss_on, pack_to)
+    ids, learned = batch.ids.to(model.device), batch.learned.to(model.device)
+    positions = {} if batch.positions is None else {"position_ids": batch.positions.to(model.device)}
+    hidden = model.model(input_ids=ids, use_cache=False, **positions).last_hidden_state
+    targets = ids[learned]
+    return summed_cross_entropy(hidden[:, :-1][learned[:, 1:]], model.lm_head, targets), len(targets)
+
+
+@torch.no_grad()
+def mean_loss(
+    model: PreTrainedModel, rows: Sequence[Encoded], protocol: Protocol, accelerator: Accelerator | None = None
+) -> float:
+    """Mean cross-entropy over the learned tokens of `rows`, in evaluation mode. Raises `RunError` if not finite."""
+    summed, learned, was_training = 0.0, 0, model.training
+    model.eval()
+    for start in range(0, len(rows), protocol.micro_batch):
+        with accelerator.autocast() if accelerator else nullcontext():
+            batch = rows[start : start + protocol.micro_batch]
+            loss, count = answer_loss(model, batch, protocol.loss_on, protocol.pack_to)
+        progress()
+        summed, learned = summed + float(loss), learned + count
+    model.train(was_training)
+    mean = summed / learned
+    if not math.isfinite(mean):
+        raise RunError(f"the eval loss must stay finite, got {mean}. Lower learning_rate.")
+    return mean
+
+
+def adamw(parameters: Sequence[Tensor], protocol: Protocol) -> torch.optim.AdamW:
+    """The protocol's optimizer (Loshchilov & Hutter 2019, arXiv:1711.05101)."""
+    return torch.optim.AdamW(
+        parameters,
+        lr=protocol.learning_rate,
+        betas=(protocol.beta1, protocol.beta2),
+        weight_decay=protocol.weight_decay,
+        fused=True,
+    )
+
+
+def accelerator_for(mixed_precision: str = "no") -> Accelerator:
+    """Where a training computes, and whether in mixed precision ("no" or "bf16").
+
+    A process has one accelerator state; a warm worker goes from one precision to another, so it begins anew.
+    """
+    AcceleratorState._reset_state()
+    return Accelerator(mixed_precision=mixed_precision)
+
+
+def fit(
+    model: PreTrainedModel,
+    optimizer: torch.optim.Optimizer,
+    rows: Sequence[Encoded],
+    protocol: Protocol,
+    seed: int,
+    done: int = 0,
+    accelerator: Accelerator | None = None,
+    before_step: Callable[[int], None] | None = None,
+) -> Iterator[Step]:
+    """Train the optimizer's parameters of `model` in place, one `Step` yielded after each optimizer step.
+
+    `before_step` is told each step's number, from 0, before its first forward pass.
+    `done` steps were taken before, and their optimizer and random state restored. The model is in training mode until
+    the iterator ends. Raises `RunError` as soon as a loss is not finite.
+    """
+    accelerator = accelerator or accelerator_for()
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if not done:
+        torch.manual_seed(seed)
+    last_good = "no good loss before"
+    with in_training(model, protocol.activation_checkpointing):
+        for step, batch in enumerate(islice(batches(rows, protocol, seed), done, protocol.steps), start=done):
+            start = time.perf_counter()
+            if before_step:
+                before_step(step)
+            rate = learning_rate_at(step, protocol)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            loss = _accumulate_gradients(model, batch, protocol, accelerator)
+            if not math.isfinite(loss):
+                raise RunError(
+                    f"the training loss must stay finite, got {loss} at step {step + 1} with learning rate {rate:g} "
+                    f"({last_good}). Lower learning_rate."
+                )
+            last_good = f"last good loss {loss:.4g} at step {step + 1}"
+            accelerator.clip_grad_norm_(parameters, protocol.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+            tokens = sum(len(row.context) + len(row.continuation) for row in batch)
+            yield Step(step + 1, loss, rate, len(batch), tokens, time.perf_counter() - start)
+
+
+@contextmanager
+def in_training(model: PreTrainedModel, checkpoint_activations: bool) -> Iterator[None]:
+    """A model in training mode, and in evaluation mode after the block.
+
+    With checkpointing it keeps one activation a decoder block and computes the others again in the backward.
+    """
+    model.train()
+    if checkpoint_activations:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    try:
+        yield
+    finally:
+        if checkpoint_activations:
+            model.activation_checkpointing_disable()
+        model.eval()
+
+
+def _accumulate_gradients(
+    model: PreTrainedModel, batch: Sequence[Encoded], protocol: Protocol, accelerator: Accelerator
+) -> float:
+    """Gradients of the mean loss over all learned tokens of the batch, whatever the micro-batch."""
+    if protocol.loss_on == "answer":
+        learned = sum(len(row.continuation) - (not row.context) for row in batch)
+    else:
+        learned = sum(len(row.context) + len(row.continuation) - 1 for row in batch)
+    total = 0.0
+    for start in range(0, len(batch), protocol.micro_batch):
+        rows = batch[start : start + protocol.micro_batch]
+        with accelerator.autocast():
+            loss, _ = answer_loss(model, rows, protocol.loss_on, protocol.pack_to)
+        accelerator.backward(loss / learned)
+        progress()
+        total += loss.item()
+    return total / learned
