@@ -15,8 +15,8 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
 from analysis.report.style import COLOURS
+from tune_sparse.config import FLOPS_TOKENS
 from tune_sparse.files import aside
-from tune_sparse.search.config import FLOPS_TOKENS
 
 Found = Mapping[str, Any]
 

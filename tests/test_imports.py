@@ -1,4 +1,4 @@
-"""The direction of imports: cli -> sweep -> search_spaces, trainables, tracking -> core."""
+"""Imports point down, by folder: the order below is the architecture."""
 
 from __future__ import annotations
 
@@ -13,31 +13,47 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("tune_sparse", "search_spaces", "trainables", "cluster", "analysis")
 FILES = [path.relative_to(ROOT).as_posix() for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))]
-PROGRAM = {
-    f"tune_sparse.{name}"
-    for name in (
-        *("plan", "forecast", "sweep", "dispatcher", "ray_callback", "progress"),
-        *("tracking", "tracking_thread", "tracking_baselines", "search", "cli"),
-        *("prune", "merge", "scorecard", "harness", "searchers"),
-    )
+
+LEVELS = (
+    {"tune_sparse.errors"},
+    {"tune_sparse.files", "tune_sparse.identity", "tune_sparse.net", "tune_sparse.watchdog"},
+    {"tune_sparse.config"},
+    {"search_spaces", "tune_sparse.data"},
+    {"tune_sparse.training"},
+    {"tune_sparse.models"},
+    {"tune_sparse.pruning"},
+    {"tune_sparse.lora", "tune_sparse.evaluation"},
+    {"tune_sparse.ledger"},
+    {"tune_sparse.cerebras", "tune_sparse.tracking", "analysis.read"},
+    {"analysis.stats"},
+    {"analysis.audit", "analysis.baselines"},
+    {"analysis.report"},
+    {"analysis.search_plots"},
+    {"analysis.search_report"},
+    {"trainables"},
+    {"tune_sparse.sweep", "tune_sparse.export"},
+    {"tune_sparse.search"},
+    {"tune_sparse.doctor"},
+    {"tune_sparse.cli"},
+    {"tune_sparse.__main__"},
+)
+"""Folders and top-level modules, the lowest first. A module imports its own folder and those of lower levels."""
+LEVEL = {folder: level for level, folders in enumerate(LEVELS) for folder in folders}
+
+LIBRARIES = {
+    "ray": {"trainables", "tune_sparse.sweep", "tune_sparse.search", "tune_sparse.doctor"},
+    "mlflow": {"tune_sparse.tracking"},
+    "optuna": {"tune_sparse.search", "analysis.search_plots"},
+    "lm_eval": {"tune_sparse.evaluation"},
+    "scipy": {"analysis.stats"},
+    "statsmodels": {"analysis.stats"},
 }
-CORE = [
-    file
-    for file in FILES
-    if file.startswith("tune_sparse/")
-    and not file.startswith("tune_sparse/cli/")
-    and file[:-3].replace("/", ".") not in PROGRAM | {"tune_sparse.__main__"}
-]
+"""The only folders that import a library."""
+CORE = {folder for folder, level in LEVEL.items() if level <= LEVEL["tune_sparse.ledger"]} - {"search_spaces"}
 CORE_LIBRARIES = {
     *("torch", "numpy", "safetensors", "tokenizers", "transformers", "peft", "accelerate", "huggingface_hub"),
-    *("yaml", "filelock", "psutil", "pyarrow", "datasets"),
+    *("yaml", "filelock", "psutil", "pyarrow", "datasets", "lm_eval"),
     "matplotlib",  # the histograms of masks
-}
-RAY_FILES = {
-    *("trainables/cell.py", "tune_sparse/search/trainable.py", "trainables/cs3.py", "trainables/remote_ledger.py"),
-    *("tune_sparse/sweep/nodes.py", "tune_sparse/doctor/ray.py"),
-    *("tune_sparse/sweep/driver.py", "tune_sparse/sweep/scheduler.py", "tune_sparse/sweep/callbacks.py"),
-    *("tune_sparse/search/driver.py", "tune_sparse/search/samplers.py"),
 }
 
 
@@ -51,79 +67,66 @@ def modules(file: str) -> Iterator[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def packages(file: str) -> set[str]:
-    return {module.split(".")[0] for module in modules(file)}
+def folder_of(module: str) -> str:
+    """The folder, or top-level module, that a dotted name belongs to."""
+    parts = module.split(".")
+    return ".".join(parts[:2]) if parts[0] in ("tune_sparse", "analysis") else parts[0]
 
 
-def from_standard_library(package: str) -> bool:
-    return package in sys.stdlib_module_names
+def files_of(folder: str) -> list[str]:
+    return [file for file in FILES if folder_of(file.removesuffix(".py").replace("/", ".")) == folder]
 
 
-def imports_program(file: str) -> set[str]:
-    return {found for module in modules(file) for found in PROGRAM if module == found or module.startswith(f"{found}.")}
+def libraries(file: str) -> set[str]:
+    """The packages that a file imports, but for ours and the standard library's."""
+    return {module.split(".")[0] for module in modules(file)} - {*FOLDERS} - sys.stdlib_module_names
 
 
-def importers(package: str) -> set[str]:
-    return {file for file in FILES if package in packages(file)}
+def test_every_folder_has_its_level() -> None:
+    folders = {folder_of(file.removesuffix(".py").replace("/", ".")) for file in FILES}
+    packages = {"tune_sparse.__init__", "analysis.__init__", "cluster"}
+    assert folders - packages == set(LEVEL)
+    assert len(LEVEL) <= 30, "a reader sees at most 30 folders and top-level modules first"
 
 
-def test_every_file_was_read() -> None:
-    assert len(FILES) >= 38
-    assert len(CORE) >= 18
-    assert {file.split("/")[0] for file in FILES} == set(FOLDERS)
-    assert "torch" in packages("tune_sparse/pruning/masks.py")
+@pytest.mark.parametrize("folder", sorted(LEVEL))
+def test_imports_point_down(folder: str) -> None:
+    assert files_of(folder)
+    for file in files_of(folder):
+        imported = {folder_of(module) for module in modules(file) if module.split(".")[0] in FOLDERS}
+        upward = {other for other in imported & set(LEVEL) if other != folder and LEVEL[other] >= LEVEL[folder]}
+        assert upward == set(), file
+
+
+def test_imports_within_functions_count() -> None:
+    assert "torch" in libraries("tune_sparse/pruning/masks.py")
     assert "tune_sparse.config.Protocol" in set(modules("tune_sparse/data/splits.py"))
-    assert "yaml" in packages("tune_sparse/ledger/ledger.py"), "imports within functions count"
+    assert "yaml" in libraries("tune_sparse/ledger/ledger.py")
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_a_library_is_imported_only_where_it_belongs(library: str) -> None:
+    assert {folder for folder in LEVEL for file in files_of(folder) if library in libraries(file)} == LIBRARIES[library]
+
+
+@pytest.mark.parametrize("folder", sorted(CORE))
+def test_the_core_needs_only_its_libraries(folder: str) -> None:
+    assert {library for file in files_of(folder) for library in libraries(file)} <= CORE_LIBRARIES
 
 
 def test_search_spaces_need_only_the_standard_library() -> None:
-    files = [file for file in FILES if file.startswith("search_spaces/")]
-    assert len(files) >= 2
-    for file in files:
-        assert all(from_standard_library(package) or package == "search_spaces" for package in packages(file)), file
+    assert {library for file in files_of("search_spaces") for library in libraries(file)} == set()
 
 
-@pytest.mark.parametrize("file", CORE)
-def test_the_core_imports_only_the_core_and_its_libraries(file: str) -> None:
-    foreign = {package for package in packages(file) if not from_standard_library(package)}
-    assert foreign <= CORE_LIBRARIES | {"tune_sparse"}
-    assert imports_program(file) == set()
-
-
-def test_only_the_ray_glue_imports_ray() -> None:
-    assert importers("ray") == RAY_FILES
-
-
-def test_only_tracking_imports_mlflow() -> None:
-    assert importers("mlflow") == {"tune_sparse/tracking/sync.py", "tune_sparse/tracking/baselines.py"}
-
-
-def test_only_the_harness_imports_lm_eval() -> None:
-    assert importers("lm_eval") == {"tune_sparse/evaluation/harness.py"}
-
-
-def test_only_statistics_imports_scipy_and_statsmodels() -> None:
-    assert importers("scipy") == importers("statsmodels") == {"analysis/stats/statistics.py"}
-
-
-def test_only_searching_imports_optuna() -> None:
-    assert importers("optuna") == {"tune_sparse/search/samplers.py", "analysis/search_plots.py"}
+def test_cluster_holds_no_code() -> None:
+    assert [file for file in FILES if file.startswith("cluster/")] == ["cluster/__init__.py"]
 
 
 def test_analysis_reads_records_and_never_trains() -> None:
     files = [file for file in FILES if file.startswith("analysis/")]
-    assert len(files) >= 5
+    assert len(files) >= 25
     for file in files:
-        assert packages(file).isdisjoint({"torch", "transformers", "peft", "ray", "mlflow", "trainables", "cluster"})
-        assert imports_program(file) == set(), file
-
-
-def test_trainables_know_nothing_above_them() -> None:
-    files = [file for file in FILES if file.startswith("trainables/")]
-    assert len(files) >= 8
-    for file in files:
-        assert packages(file).isdisjoint({"mlflow", "analysis", "search_spaces"}), file
-        assert imports_program(file) == set(), file
+        assert libraries(file).isdisjoint({"torch", "transformers", "peft", "ray", "mlflow"}), file
 
 
 def loaded_by(statement: str) -> set[str]:

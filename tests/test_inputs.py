@@ -14,7 +14,8 @@ from trainables.inputs import calibration_text_of, checkpoint_of, splits_of
 from trainables.pipeline import is_infrastructure
 from tune_sparse.config import Protocol
 from tune_sparse.errors import NotReadyError
-from tune_sparse.ledger.ledger import Ledger, Run, sha256_of
+from tune_sparse.identity import sha256_of
+from tune_sparse.ledger.ledger import Ledger, Run
 from tune_sparse.models.checkpoints import check_checkpoint
 
 HOST = socket.gethostname()

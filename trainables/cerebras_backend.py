@@ -27,7 +27,8 @@ from tune_sparse.cerebras.job import CHILD, Start, new_lines, rows_in_order, tra
 from tune_sparse.config import Cerebras
 from tune_sparse.errors import RunError
 from tune_sparse.files import read_json, write_json
-from tune_sparse.ledger.ledger import Ledger, Run, sha256_of
+from tune_sparse.identity import sha256_of
+from tune_sparse.ledger.ledger import Ledger, Run
 from tune_sparse.lora.layer import sparse_lora_layers
 from tune_sparse.models.checkpoints import Shape, find_folder
 from tune_sparse.models.safetensors_io import TensorFiles, weight_files

@@ -11,7 +11,8 @@ from tune_sparse.config import Protocol
 from tune_sparse.data.splits import Splits, calibration_text, fingerprint_of, load_splits
 from tune_sparse.data.tasks import tasks_named
 from tune_sparse.errors import InputError, NotReadyError
-from tune_sparse.ledger.ledger import Run, sha256_of
+from tune_sparse.identity import sha256_of
+from tune_sparse.ledger.ledger import Run
 from tune_sparse.models.checkpoints import Checkpoint, check_checkpoint
 
 

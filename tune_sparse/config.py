@@ -176,6 +176,8 @@ class Protocol:
         return self.max_tokens if self.packing else None
 
 
+FLOPS_TOKENS = 2048
+"""The sequence length at which inference FLOPs are compared."""
 SCORING = ("precision", "max_tokens", "max_new_tokens", "few_shot", "batch_tokens", "n_test", "threads")
 """The settings of a `Protocol` that scoring reads."""
 CALIBRATION_SETTINGS = tuple(f.name for f in fields(Protocol) if f.name.startswith("calibration"))

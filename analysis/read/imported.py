@@ -11,7 +11,7 @@ from typing import Any
 from tune_sparse.data.tasks import TASKS
 from tune_sparse.errors import InputError, unknown_name
 from tune_sparse.files import read_json, write_json
-from tune_sparse.ledger.ledger import sha256_of
+from tune_sparse.identity import sha256_of
 
 REQUIRED = ("model", "task", "accuracy", "source")
 

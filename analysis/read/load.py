@@ -8,6 +8,7 @@ from typing import Any
 
 import pandas as pd
 
+from tune_sparse.config import FLOPS_TOKENS
 from tune_sparse.errors import unknown_name
 from tune_sparse.ledger.ledger import Ledger, Record
 from tune_sparse.ledger.reader import PREFERENCE
@@ -53,8 +54,6 @@ COLUMNS = (
     "error",
 )
 NUMBERS = ["sparsity", "counted_sparsity", *COLUMNS[COLUMNS.index("accuracy") : COLUMNS.index("hardware")]]
-FLOPS_TOKENS = "2048"
-"""The sequence length of the column `inference_flops`."""
 
 
 def cells_table(results_dirs: Sequence[Path], sweep_ids: Sequence[str] | None = None) -> pd.DataFrame:
@@ -100,6 +99,6 @@ def _row(cell: dict[str, Any], record: Record | None) -> dict[str, Any]:
         row["error"] = f"{record.error['class']}: {record.error['message']}"
     if record.status == "done":
         found = record.metrics | record.measured | record.environment
-        found |= {"inference_flops": record.metrics.get("inference_flops", {}).get(FLOPS_TOKENS)}
+        found |= {"inference_flops": record.metrics.get("inference_flops", {}).get(str(FLOPS_TOKENS))}
         row |= {name: found[name] for name in COLUMNS if name in found}
     return row

@@ -13,7 +13,6 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from analysis.read.load import FLOPS_TOKENS
 from analysis.report.plots import method_handles, method_lines, plot_over_sparsity
 from analysis.report.rounding import rounded
 from analysis.report.runs import Runs
@@ -27,6 +26,7 @@ from analysis.report.style import (
     panels,
     write_numbers_into,
 )
+from tune_sparse.config import FLOPS_TOKENS
 
 GIGA = 1e9
 LAYERS_WITH_NUMBERS = 12
@@ -93,7 +93,7 @@ def accuracy_vs_flops(cells: pd.DataFrame, runs: Runs) -> Figure | None:
             axes[i][j].set_ylim(-0.03, 1.03)
             axes[i][j].grid(alpha=0.2)
             axes[i][j].tick_params(labelbottom=True)
-            axes[i][j].set_xlabel(f"inference GFLOPs at {int(FLOPS_TOKENS):,} tokens")
+            axes[i][j].set_xlabel(f"inference GFLOPs at {FLOPS_TOKENS:,} tokens")
         axes[i][0].set_ylabel(LABELS["accuracy"])
     legend_below(figure, method_handles(colours, done))
     return figure

@@ -22,8 +22,8 @@ from analysis.audit.audit import RULES, Audit, Finding
 from analysis.baselines.comparison import Comparison, summarised
 from analysis.report.rounding import UNKNOWN, rounded, with_interval
 from analysis.report.runs import relative_link
-from analysis.report.tables import PASS_MARK
 from analysis.stats.claims import QUESTIONS, Claim
+from analysis.stats.sparsity_claims import PASS_MARK
 
 TEMPLATES = Path(__file__).parent / "templates"
 DIGITS = 6

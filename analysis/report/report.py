@@ -17,7 +17,6 @@ from analysis.report.page import Content, audited, said
 from analysis.report.presentation import present
 from analysis.report.runs import runs_of
 from analysis.report.tables import (
-    PASS_MARK,
     SETTING,
     grouped_summary,
     highest_passing_sparsity,
@@ -29,6 +28,7 @@ from analysis.report.tables import (
 from analysis.stats.claims import as_markdown, headlines
 from analysis.stats.comparisons import Points
 from analysis.stats.findings import findings, seeds_said
+from analysis.stats.sparsity_claims import PASS_MARK
 from tune_sparse.errors import InputError, NotReadyError
 from tune_sparse.files import write_json, write_text
 

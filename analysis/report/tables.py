@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
+from analysis.stats.sparsity_claims import PASS_MARK
+
 if TYPE_CHECKING:
     from analysis.audit.audit import Audit
     from analysis.read.imported import Imported
@@ -31,9 +33,6 @@ PERFORMANCE = [
     "train_samples_per_second",
     "inference_flops",
 ]
-PASS_MARKS = (0.02, 0.05, 0.10)
-PASS_MARK = PASS_MARKS[-1]
-"""Accuracy may fall, perplexity may rise, by this fraction of the dense baseline."""
 COSTS = ("train_samples_per_second", "train_seconds", "peak_memory_bytes", "inference_flops")
 Z = 1.959964
 """Half of a 95% interval, in standard errors."""

@@ -22,7 +22,8 @@ from tune_sparse.cerebras.job import CHILD, appliance_of, protocol_of
 from tune_sparse.config import Cerebras, Protocol, SweepConfig
 from tune_sparse.errors import DISK_FULL, InputError
 from tune_sparse.files import read_json, write_json
-from tune_sparse.ledger.ledger import Ledger, sha256_of
+from tune_sparse.identity import sha256_of
+from tune_sparse.ledger.ledger import Ledger
 from tune_sparse.models.checkpoints import Checkpoint
 from tune_sparse.models.safetensors_io import TensorFiles, weight_files
 

@@ -23,7 +23,7 @@ from tune_sparse.data.task_types import Task
 from tune_sparse.errors import InputError, unknown_name
 from tune_sparse.evaluation.outcomes import Metrics, Outcome, read_outcomes, write_outcomes
 from tune_sparse.files import read_json, write_json, write_lines, write_text
-from tune_sparse.ledger.ledger import NUMERICS_VERSION, sha256_of
+from tune_sparse.identity import NUMERICS_VERSION, sha256_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

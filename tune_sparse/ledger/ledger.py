@@ -16,7 +16,6 @@ is whole or absent. A run is done only if its `result.json` parses and says so.
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import re
 import shutil
@@ -30,11 +29,9 @@ from typing import Any, Literal
 from tune_sparse.config import CALIBRATION_SETTINGS, SCORING, Cell, Protocol
 from tune_sparse.evaluation.outcomes import Outcome, write_outcomes
 from tune_sparse.files import aside, flush, read_json, write_json, write_text
+from tune_sparse.identity import NUMERICS_VERSION, sha256_of
 from tune_sparse.lora.rank_space import SuperAdapter
 from tune_sparse.pruning.methods import METHODS
-
-NUMERICS_VERSION = 2
-"""Raised by hand when trained numbers would change."""
 
 Status = Literal["done", "failed", "interrupted"]
 
@@ -104,11 +101,6 @@ class Run:
         if config.get("super_adapter"):
             own["super_adapter"] = SuperAdapter.from_config(config["super_adapter"])
         return cls(**{**config, **own})
-
-
-def sha256_of(value: Any) -> str:
-    """Of the canonical JSON of a value."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 
 def readable_id(cell: Cell, identity: str) -> str:

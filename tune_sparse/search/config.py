@@ -12,8 +12,6 @@ from tune_sparse.lora.rank_space import SAMPLINGS, Space, SuperAdapter
 SAMPLERS = ("nsga2", "tpe", "hill-climbing", "random")
 OBJECTIVES = ("accuracy", "parameters", "inference_flops")
 COST_OBJECTIVES = OBJECTIVES[1:]
-FLOPS_TOKENS = 2048
-"""The sequence length of the objective `inference_flops`."""
 
 
 @dataclass(frozen=True)

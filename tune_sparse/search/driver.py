@@ -18,17 +18,18 @@ from typing import Any
 
 import psutil
 
-from tune_sparse.config import SweepConfig
+from tune_sparse.config import FLOPS_TOKENS, SweepConfig
 from tune_sparse.data.tasks import tasks_named
 from tune_sparse.errors import InputError, RunError
 from tune_sparse.evaluation.outcomes import Outcome, read_outcomes
 from tune_sparse.files import read_json, write_json
+from tune_sparse.identity import sha256_of
 from tune_sparse.ledger.lease import Holder
-from tune_sparse.ledger.ledger import Ledger, Run, sha256_of
+from tune_sparse.ledger.ledger import Ledger, Run
 from tune_sparse.lora.rank_space import Ranks, Space, SuperAdapter, refuse_unfit
 from tune_sparse.models.checkpoints import Shape, prepare_models
 from tune_sparse.models.toy_models import EMBEDDED_MODELS
-from tune_sparse.search.config import FLOPS_TOKENS, SearchConfig
+from tune_sparse.search.config import SearchConfig
 from tune_sparse.search.journal import Candidates, Diary, key_of
 from tune_sparse.search.racing import Marks, Race, difference_interval
 from tune_sparse.sweep.driver import capacity, fit_trials, nodes, started_ray, stop_on_signals

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tune_sparse.files import read_json, write_json
-from tune_sparse.ledger.ledger import sha256_of
+from tune_sparse.identity import sha256_of
 from tune_sparse.lora.rank_space import Ranks
 
 

@@ -20,8 +20,9 @@ from tune_sparse.data.splits import calibration_text, fingerprint_of, load_split
 from tune_sparse.data.task_types import AnswerTask, TextTask
 from tune_sparse.data.tasks import chance_of, tasks_named
 from tune_sparse.errors import InputError
+from tune_sparse.identity import sha256_of
 from tune_sparse.ledger.lease import refuse_if_held
-from tune_sparse.ledger.ledger import Ledger, Record, Run, SweepRecord, readable_id, sha256_of
+from tune_sparse.ledger.ledger import Ledger, Record, Run, SweepRecord, readable_id
 from tune_sparse.models.checkpoints import Checkpoint, check_checkpoint, load_tokenizer, short_name
 from tune_sparse.models.toy_models import EMBEDDED_MODELS
 from tune_sparse.pruning.calibration import text_rows

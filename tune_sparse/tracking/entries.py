@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from tune_sparse.files import read_json
-from tune_sparse.ledger.ledger import Ledger, Record, SweepRecord, sha256_of
+from tune_sparse.identity import sha256_of
+from tune_sparse.ledger.ledger import Ledger, Record, SweepRecord
 
 SWEEP_TAG = "tune_sparse.sweep_id"
 RUN_TAG = "tune_sparse.run_id"
