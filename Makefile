@@ -1,4 +1,4 @@
-# make sweep   the full embedded matrix: 360 cells, about ten minutes on two cores
+# make sweep   the full toy matrix: 360 cells, about ten minutes on two cores
 # make test    what CI runs: lint, format, types, tests
 # make ui      MLflow on the results, published numbers beside them
 
@@ -16,8 +16,8 @@ READY := $(VENV)/.ready
 .PHONY: sweep smoke test test-slow test-cerebras cerebras-env lint types bench ui clean
 
 sweep: $(READY)
-	$(BIN)/tune-sparse prepare embedded
-	$(BIN)/tune-sparse sweep embedded
+	$(BIN)/tune-sparse prepare toy
+	$(BIN)/tune-sparse sweep toy
 
 smoke: $(READY)
 	$(BIN)/tune-sparse sweep smoke

@@ -30,15 +30,15 @@ PHOENIX_TASKS = (
     "openbookqa",
 )
 
-EMBEDDED = {
+TOY = {
     "models": ("tiny-llama", "tiny-mistral"),
-    "data_dir": "embedded",
+    "data_dir": "synthetic",
     "steps": 70,
     "learning_rate": 3e-3,
     "final_learning_rate": 3e-4,
     "warmup_fraction": 0.1,
-    "global_batch": 16,
-    "micro_batch": 16,
+    "global_batch_size": 16,
+    "micro_batch_size": 16,
     "max_tokens": 256,
     "max_new_tokens": 40,
     "precision": "float32",
@@ -50,16 +50,16 @@ EMBEDDED = {
 
 PRESETS: dict[str, dict[str, Any]] = {
     # 360 cells that a laptop trains in minutes
-    "embedded": EMBEDDED,
+    "toy": TOY,
     # 24 of them, 14 trainings
-    "smoke": EMBEDDED | {"models": ("tiny-llama",), "tasks": ("boolq", "gsm8k"), "sparsities": (0.0, 0.5)},
+    "smoke": TOY | {"models": ("tiny-llama",), "tasks": ("boolq", "gsm8k"), "sparsities": (0.0, 0.5)},
     # 360 cells at 7B
     "matrix": {"models": (LLAMA_7B, MISTRAL_7B_V01), "gpus_per_trial": None},
     "mixtral": {"models": (MIXTRAL_8X7B,), "gpus_per_trial": None},
     "phoenix": {"models": (LLAMA_3_8B, MISTRAL_7B_V03), "tasks": PHOENIX_TASKS, "gpus_per_trial": None},
 }
 PRESETS |= {f"{name}-pilot": axes | {"sparsities": PILOT_SPARSITIES} for name, axes in PRESETS.items()}
-PRESETS["pilot"] = PRESETS["embedded-pilot"]
+PRESETS["pilot"] = PRESETS["toy-pilot"]
 
 
 def cells(axes: Mapping[str, Iterable[Any]]) -> Iterator[dict[str, Any]]:

@@ -30,13 +30,13 @@ PRESETS: dict[str, dict[str, Any]] = {
         "up": {"modules": ("up_proj",), "ranks": (32, 24, 16)},
         "down": {"modules": ("down_proj",), "ranks": (32, 24, 16)},
     },
-    # The embedded models keep most of their accuracy at small ranks, so their space reaches lower.
-    "embedded": {
+    # The toy models keep most of their accuracy at small ranks, so their space reaches lower.
+    "toy": {
         "qkv": {"modules": QKV, "ranks": (32, 16, 8, 4)},
         "up": {"modules": ("up_proj",), "ranks": (32, 16, 8, 4)},
         "down": {"modules": ("down_proj",), "ranks": (32, 16, 8, 4)},
     },
-    # As embedded, and a rank of 0 drops the adapters of a group in a layer.
+    # As toy, and a rank of 0 drops the adapters of a group in a layer.
     "wide": {
         "qkv": {"modules": QKV, "ranks": (32, 16, 8, 4, 0)},
         "up": {"modules": ("up_proj",), "ranks": (32, 16, 8, 4, 0)},

@@ -50,7 +50,7 @@ IDEAL_SECONDS = 120.0
 
 
 def scheduling() -> dict[str, float]:
-    config = SweepConfig.from_names(PRESETS["embedded"] | {"workers": 2})
+    config = SweepConfig.from_names(PRESETS["toy"] | {"workers": 2})
     run, clock = make_run().as_config(), Clock()
     trials = [{"run": run, "number": n, "resources": {"CPU": 1}} for n in range(TRIALS)]
     with started_ray(config) as workers:
@@ -117,7 +117,7 @@ def makespan(ordered: Callable[[Sequence[Run]], Sequence[Run]], lengths: dict[st
     runs = sorted((run for run, _ in known_lengths()), key=lambda run: (run.cell.backend, lengths[run.run_id]))
     lanes = {name: [run for run in ordered(runs) if run.cell.backend == name] for name in TOKENS}
 
-    def trial_of(run: Run) -> dict[str, Any]:
+    def make_trial(run: Run) -> dict[str, Any]:
         token, _ = TOKENS[run.cell.backend]
         held = {"CPU": 1, token: 1}
         return {"seconds": lengths[run.run_id], "backend": run.cell.backend, "resources": held}
@@ -126,7 +126,7 @@ def makespan(ordered: Callable[[Sequence[Run]], Sequence[Run]], lengths: dict[st
     options = {"resources": {"CS3": 2}, "include_dashboard": False, "log_to_driver": False}
     ray.init(address="local", num_cpus=8, num_gpus=4, **options)
     try:
-        fit_trials(sleeping(), Dispatcher(lanes, trial_of, capacity), spans)
+        fit_trials(sleeping(), Dispatcher(lanes, make_trial, capacity), spans)
     finally:
         ray.shutdown()
     began = min(start for _, start, _ in spans.found)
@@ -165,7 +165,7 @@ def makespans() -> dict[str, float]:
 def growth() -> dict[str, float]:
     """Seconds that planning, resuming and `status` take with a large ledger."""
     with tempfile.TemporaryDirectory() as folder:
-        config = SweepConfig.from_names(PRESETS["embedded"] | {"seeds": tuple(range(SEEDS)), "results_dir": folder})
+        config = SweepConfig.from_names(PRESETS["toy"] | {"seeds": tuple(range(SEEDS)), "results_dir": folder})
         started = time.perf_counter()
         plan = plan_sweep(config)
         planned = time.perf_counter() - started

@@ -10,11 +10,11 @@ CPU time, the two sides in turn; what they find is compared, row by row.
   times the harness, the same argmax, log-probabilities within 1e-4.
 - gsm8k: texts of the same random weights, made to end after as many tokens as the worked answer to the same question
   has: real lengths are what a batch has to cope with. Goal: 1.5 times the harness, the same texts.
-- gsm8k, tiny: the trained tiny model, whose answers to embedded rows have all the same 16 tokens: the overhead alone.
+- gsm8k, tiny: the trained tiny model, whose answers to synthetic rows have all the same 16 tokens: the overhead alone.
 - memory: peak resident MB of scoring choices at one budget of tokens, then of ten times the rows, then of ten times
   the choices. Goal: no growth.
 
-Real rows where the project is developed, else embedded ones; the table says which.
+Real rows where the project is developed, else toy ones; the table says which.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from tune_sparse.data.tasks import TASKS
 from tune_sparse.evaluation.likelihood import log_likelihoods
 from tune_sparse.evaluation.scoring import encode_test, score
 from tune_sparse.models.checkpoints import load_model, load_tokenizer
-from tune_sparse.models.toy_models import embedded_model
+from tune_sparse.models.toy_models import toy_model
 
 REPEATS = 3
 DATA_DIR = SHARED_DATA if SHARED_DATA.is_dir() else None
@@ -168,7 +168,7 @@ def answer_tokens(tokenizer: PreTrainedTokenizerBase, task: AnswerTask, rows: Se
 
 
 def cases() -> Iterator[Case]:
-    folder = embedded_model("tiny-llama", print)
+    folder = toy_model("tiny-llama", print)
     tiny, tokenizer = load_model(folder, torch.float32, torch.device("cpu")), load_tokenizer(folder)
 
     def rows_of(name: str, count: int, data_dir: Path | None = DATA_DIR) -> Sequence[Row]:
@@ -201,14 +201,14 @@ def memory(tokenizer: PreTrainedTokenizerBase) -> dict[str, float]:
 def main() -> None:
     torch.set_num_threads(1)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    figures: dict[str, Any] = {"rows_are": "real" if DATA_DIR else "embedded"}
+    figures: dict[str, Any] = {"rows_are": "real" if DATA_DIR else "toy"}
     print(f"{figures['rows_are']} rows")
     columns = ("rows", "harness_seconds", "seconds", "times", "differing_rows", "worst_log_probability")
     print(f"{'':12}" + "".join(f"{column:>23}" for column in columns))
     for case in cases():
         found = figures[case.name] = measured(case)
         print(f"{case.name:12}" + "".join(f"{cell(found[column]):>23}" for column in columns))
-    figures["peak_mb"] = memory(load_tokenizer(embedded_model("tiny-llama")))
+    figures["peak_mb"] = memory(load_tokenizer(toy_model("tiny-llama")))
     print("peak MB: " + ", ".join(f"{mb:.0f} ({name})" for name, mb in figures["peak_mb"].items()))
     print(json.dumps(figures))
 

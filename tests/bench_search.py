@@ -32,16 +32,16 @@ from search_spaces import subadapters
 from search_spaces.matrix import PRESETS
 from trainables.pipeline import Bench, run_cell
 from tune_sparse.config import SweepConfig
-from tune_sparse.evaluation.scoring import outcomes_of
+from tune_sparse.evaluation.scoring import compute_outcomes
 from tune_sparse.files import read_json
 from tune_sparse.ledger.ledger import Ledger
 from tune_sparse.lora.masked_linear import DenseStored, Workspace
 from tune_sparse.lora.rank_space import Group, Ranks, Space
-from tune_sparse.lora.slices import Layer, layers_of
+from tune_sparse.lora.slices import Layer, count_layers
 from tune_sparse.search.config import SAMPLERS, SearchConfig
 from tune_sparse.search.driver import plan_search
 from tune_sparse.search.journal import Candidate
-from tune_sparse.search.racing import WARM_UP, Marks, Race, asked_first, stages_of
+from tune_sparse.search.racing import WARM_UP, Marks, Race, asked_first, cut_stages
 from tune_sparse.search.samplers import searcher_named
 from tune_sparse.search.scorer import SliceScorer
 
@@ -86,8 +86,8 @@ def warm_worker(results_dir: Path) -> SliceScorer:
     """With a super-adapter of a few steps: what it says does not matter here."""
     few = {"models": "tiny-llama", "tasks": "boolq", "methods": "wanda", "sparsities": 0.7, "modes": "sparse-to-sparse"}
     few |= {"steps": 2, "warmup_fraction": 0.0, "n_test": 10, "results_dir": results_dir}
-    preset = PRESETS["embedded"] | subadapters.PROTOCOL | subadapters.EMBEDDED_PROTOCOL
-    space = Space.of(subadapters.PRESETS["embedded"])
+    preset = PRESETS["toy"] | subadapters.PROTOCOL | subadapters.EMBEDDED_PROTOCOL
+    space = Space.of(subadapters.PRESETS["toy"])
     run, ledger = plan_search(SearchConfig(SweepConfig.from_names(preset | few), space)).run, Ledger(results_dir)
     for _ in run_cell(run, ledger, Bench()):
         pass
@@ -95,7 +95,7 @@ def warm_worker(results_dir: Path) -> SliceScorer:
 
 
 def candidates_of(scorer: SliceScorer, count: int) -> list[Ranks]:
-    space, layers = scorer.slices.space, layers_of(scorer.slices.model)
+    space, layers = scorer.slices.space, count_layers(scorer.slices.model)
     return [space.drawn(layers, number, 0, "uniform") for number in range(count)]
 
 
@@ -110,7 +110,7 @@ def score_fraction(scorer: SliceScorer) -> float:
         start = time.process_time()
         score(scorer, ranks, everything)
         scored = time.process_time()
-        for _ in outcomes_of(scorer.slices.model, scorer.tokenizer, scorer.tests, scorer.protocol):
+        for _ in compute_outcomes(scorer.slices.model, scorer.tokenizer, scorer.tests, scorer.protocol):
             pass
         found.append((scored - start) / (time.process_time() - scored))
     return statistics.median(found)
@@ -131,7 +131,7 @@ def raced(answered: Sequence[tuple[Marks, float]], minimises_cost: bool) -> dict
     for key, (marks, cost) in enumerate(answered):
         full.enter(str(key), cost, marks)
         if key == WARM_UP:
-            stages = stages_of(asked_first([marks for marks, _ in answered[:WARM_UP]], n, 0))
+            stages = cut_stages(asked_first([marks for marks, _ in answered[:WARM_UP]], n, 0))
         mine = Marks(n)
         for stage in stages:
             mine = mine.adding((i, bool(marks.right >> i & 1)) for i in stage)

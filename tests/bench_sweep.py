@@ -61,7 +61,7 @@ class Clock(tune.Callback):
 
 def trial_overhead_seconds() -> float:
     """Seconds that a warm worker spends on a trial which does nothing."""
-    config = SweepConfig.from_names(PRESETS["embedded"] | {"workers": 2})
+    config = SweepConfig.from_names(PRESETS["toy"] | {"workers": 2})
     clock = Clock()
     trials = [{"number": i, "resources": {"CPU": 1}} for i in range(TRIALS)]
     with started_ray(config) as workers:
@@ -76,7 +76,7 @@ def worker_memory(cells: int = TRIALS) -> tuple[list[float], int]:
 
     with tempfile.TemporaryDirectory() as folder:
         few = {"steps": 2, "n_test": 40, "results_dir": folder, "models": ("tiny-llama",), "warmup_fraction": 0.0}
-        plan = plan_sweep(SweepConfig.from_names(PRESETS["embedded"] | few))
+        plan = plan_sweep(SweepConfig.from_names(PRESETS["toy"] | few))
         bench, process, ledger = Bench(), psutil.Process(), Ledger(Path(folder))
         resident = []
         for number, run in enumerate(list(plan.runs.values())[:cells], start=1):

@@ -1,4 +1,4 @@
-"""What the tests share: a cache of their own, and checkpoints of the embedded classes after two training steps."""
+"""What the tests share: a cache of their own, and checkpoints of the toy classes after two training steps."""
 
 from __future__ import annotations
 
@@ -39,22 +39,22 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture(scope="session")
 def llama(own_cache: Path) -> Path:
     """A Llama checkpoint that has learned next to nothing."""
-    from tune_sparse.models.toy_models import embedded_model
+    from tune_sparse.models.toy_models import toy_model
 
-    return embedded_model("tiny-llama", steps=2)
+    return toy_model("tiny-llama", steps=2)
 
 
 @pytest.fixture(scope="session")
 def mistral(own_cache: Path) -> Path:
     """A Mistral checkpoint with a sliding window that has learned next to nothing."""
-    from tune_sparse.models.toy_models import embedded_model
+    from tune_sparse.models.toy_models import toy_model
 
-    return embedded_model("tiny-mistral", steps=2)
+    return toy_model("tiny-mistral", steps=2)
 
 
 @pytest.fixture(scope="session")
 def architecture_folders(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """{class: a sharded checkpoint of random weights}, with the tokenizer of the embedded models."""
+    """{class: a sharded checkpoint of random weights}, with the tokenizer of the toy models."""
     import torch
     from transformers import (
         GPT2Config,
@@ -156,10 +156,10 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture(scope="session")
 def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The database of an MLflow that tracks nothing yet: to copy, since making one takes seconds."""
-    from tune_sparse.tracking.sync import client_of, default_uri
+    from tune_sparse.tracking.sync import default_uri, make_client
 
     folder = tmp_path_factory.mktemp("mlflow")
-    client_of(default_uri(folder)).search_experiments()
+    make_client(default_uri(folder)).search_experiments()
     return folder / "mlflow.db"
 
 

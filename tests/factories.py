@@ -30,8 +30,8 @@ CELL = {
 TINY_PROTOCOL = Protocol(
     steps=4,
     warmup_steps=0,
-    global_batch=4,
-    micro_batch=4,
+    global_batch_size=4,
+    micro_batch_size=4,
     learning_rate=1e-2,
     final_learning_rate=1e-3,
     lora_rank=4,
@@ -49,7 +49,7 @@ TINY_PROTOCOL = Protocol(
 
 def tiny_run(model: Path, data_dir: Path | None = None, **changes: Any) -> Run:
     """A run of seconds on a real checkpoint; `changes` are of its cell or its protocol."""
-    from tune_sparse.data.splits import fingerprint_of, load_splits
+    from tune_sparse.data.splits import fingerprint_splits, load_splits
     from tune_sparse.data.tasks import tasks_named
     from tune_sparse.models.checkpoints import check_checkpoint
 
@@ -63,7 +63,7 @@ def tiny_run(model: Path, data_dir: Path | None = None, **changes: Any) -> Run:
         model_path=str(model),
         data_dir=str(data_dir) if data_dir else None,
         model_fingerprint=check_checkpoint(str(model)).fingerprint,
-        data_fingerprint=fingerprint_of([load_splits(task, data_dir, protocol) for task in tasks]),
+        data_fingerprint=fingerprint_splits([load_splits(task, data_dir, protocol) for task in tasks]),
         prompt_version="+".join(str(task.prompt_version) for task in tasks),
     )
 

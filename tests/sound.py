@@ -13,15 +13,22 @@ from typing import Any
 from factories import sweep_of
 
 from tune_sparse.config import Cell, Protocol
-from tune_sparse.data.splits import Splits, fingerprint_of, load_splits
+from tune_sparse.data.splits import Splits, fingerprint_splits, load_splits
 from tune_sparse.data.task_types import PromptTask
 from tune_sparse.data.tasks import TASKS
-from tune_sparse.evaluation.outcomes import Outcome, metrics_of, write_outcomes
+from tune_sparse.evaluation.outcomes import Outcome, compute_metrics, write_outcomes
 from tune_sparse.files import read_json, write_json, write_lines
 from tune_sparse.ledger.ledger import Ledger, Record, Run, write_config
 
 PROTOCOL = Protocol(
-    steps=12, warmup_steps=0, global_batch=8, micro_batch=8, n_train=40, n_selection=8, n_test=400, eval_every=12
+    steps=12,
+    warmup_steps=0,
+    global_batch_size=8,
+    micro_batch_size=8,
+    n_train=40,
+    n_selection=8,
+    n_test=400,
+    eval_every=12,
 )
 METHODS = ("unstructured", "random")
 MODES = ("sparse-to-dense", "sparse-to-sparse")
@@ -40,7 +47,7 @@ def sound_run(cell: Cell, protocol: Protocol = PROTOCOL, **changes: Any) -> Run:
         "model_path": "/models/tiny",
         "data_dir": None,
         "model_fingerprint": hashlib.sha256(cell.model.encode()).hexdigest(),
-        "data_fingerprint": fingerprint_of([splits(protocol, cell.task)]),
+        "data_fingerprint": fingerprint_splits([splits(protocol, cell.task)]),
         "prompt_version": "1",
     }
     return Run(cell=cell, **fields | changes)
@@ -84,8 +91,8 @@ def write_sound(
     mask = hashlib.sha256(f"{cell.method} {cell.sparsity} {seed}".encode()).hexdigest()
     losses = [hashlib.sha256(f"{name}{step}".encode()).digest()[0] / 256 + 0.01 for step in range(run.protocol.steps)]
     recorded = {
-        **metrics_of(outcomes, chance, None),
-        "accuracy_before_tuning": metrics_of(untuned, chance, None)["accuracy"],
+        **compute_metrics(outcomes, chance, None),
+        "accuracy_before_tuning": compute_metrics(untuned, chance, None)["accuracy"],
         "accuracy_before_merge": None,
         "counted_sparsity": counted,
         "mask_sha256": mask,

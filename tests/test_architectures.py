@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tune_sparse.errors import InputError
-from tune_sparse.models.architectures import ARCHITECTURES, Matrix, architecture_named, matrices_of, weights_of
+from tune_sparse.models.architectures import ARCHITECTURES, Matrix, architecture_named, list_matrices, read_weights
 from tune_sparse.models.checkpoints import Shape
 from tune_sparse.pruning.streaming import matrix_shape, open_checkpoint
 
@@ -16,8 +16,8 @@ from tune_sparse.pruning.streaming import matrix_shape, open_checkpoint
 def test_a_model_in_memory_has_the_checkpoints_matrices(name: str, architecture_folders: dict[str, Path]) -> None:
     checkpoint = open_checkpoint(str(architecture_folders[name]))
     model = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=torch.float32)
-    assert matrices_of(model) == checkpoint.prunable.matrices
-    weights = weights_of(model)
+    assert list_matrices(model) == checkpoint.prunable.matrices
+    weights = read_weights(model)
     assert list(weights) == [matrix.name for matrix in checkpoint.prunable.matrices]
     assert all(torch.equal(weights[matrix], checkpoint.tensors[matrix]) for matrix in weights)
 
@@ -28,7 +28,7 @@ def test_writing_into_a_matrix_writes_into_the_model(name: str, architecture_fol
     ids = torch.arange(12)[None]
     with torch.no_grad():
         before = model(ids).logits
-        for weight in weights_of(model).values():
+        for weight in read_weights(model).values():
             before_this = model(ids).logits
             weight.mul_(0.5)
             assert not torch.equal(model(ids).logits, before_this)

@@ -342,8 +342,8 @@ def test_notices_mark_a_run(ledger: Ledger) -> None:
     hardware(ledger)
     no_run(ledger)
     found = audited(ledger)
-    assert found.notices_of(A_RUN.run_id) == "NO-RUN hardware"
-    assert found.notices_of("another") == ""
+    assert found.rules_that_mark(A_RUN.run_id) == "NO-RUN hardware"
+    assert found.rules_that_mark("another") == ""
 
 
 def test_the_command_prints_json_and_says_by_its_status_whether_there_is_a_fault(

@@ -17,7 +17,7 @@ from mlflow.exceptions import MlflowException
 from tune_sparse.ledger.ledger import Ledger, SweepRecord
 from tune_sparse.tracking.background import SERVER_SECONDS, BackgroundTracker, track_search, track_sweep
 from tune_sparse.tracking.entries import RUN_TAG, SWEEP_TAG
-from tune_sparse.tracking.sync import EXPERIMENT, client_of, default_uri
+from tune_sparse.tracking.sync import EXPERIMENT, default_uri, make_client
 
 RUNS = [make_run(make_cell(seed=seed)) for seed in range(3)]
 LOGGER = "tune_sparse.tracking.background"
@@ -46,8 +46,8 @@ class Flaky:
         self.calls_left: int | None = None
         """After so many it goes down by itself."""
 
-    def client_of(self, uri: str) -> Any:
-        self._client = client_of(uri)
+    def make_client(self, uri: str) -> Any:
+        self._client = make_client(uri)
         return self
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
@@ -66,7 +66,7 @@ class Flaky:
 @pytest.fixture
 def flaky(monkeypatch: pytest.MonkeyPatch) -> Flaky:
     found = Flaky()
-    monkeypatch.setattr("tune_sparse.tracking.background.client_of", found.client_of)
+    monkeypatch.setattr("tune_sparse.tracking.background.make_client", found.make_client)
     monkeypatch.setattr("tune_sparse.tracking.background.PAUSE_SECONDS", 0.1)
     monkeypatch.setattr("tune_sparse.tracking.background.FILE_SECONDS", 1.0)
     return found
@@ -80,7 +80,7 @@ def record(ledger: Ledger, tracker: BackgroundTracker, *runs: Any) -> None:
 
 def shown(ledger: Ledger) -> list[str]:
     """The runs and sweeps in the store, each as often as it is there, with a mark if it is not whole."""
-    client = client_of(default_uri(ledger.folder))
+    client = make_client(default_uri(ledger.folder))
     experiment = client.get_experiment_by_name(EXPERIMENT)
     runs = client.search_runs([experiment.experiment_id]) if experiment else []
     names = [run.data.tags.get(RUN_TAG) or run.data.tags[SWEEP_TAG] for run in runs]
@@ -213,7 +213,7 @@ def full() -> Iterator[str]:
 def test_a_server_that_never_answers_delays_the_end_by_seconds(
     store: str, adds: bool, ledger: Ledger, sweep: SweepRecord, request: pytest.FixtureRequest, caplog: Any
 ) -> None:
-    client_of("http://127.0.0.1:1")  # what MLflow imports is not counted
+    make_client("http://127.0.0.1:1")  # what MLflow imports is not counted
     with caplog.at_level(logging.WARNING, LOGGER):
         with track_sweep(ledger, request.getfixturevalue(store), sweep) as tracker:
             if adds:

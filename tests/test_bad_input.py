@@ -362,7 +362,7 @@ def test_a_preset_without_its_weights_can_still_be_planned(
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == counts
     assert lines[1].startswith("Not ready to run: rows of the tasks are needed, got no data_dir.")
-    assert main([*command, "--tasks", "boolq", "--data-dir", "embedded"]) == OK
+    assert main([*command, "--tasks", "boolq", "--data-dir", "synthetic"]) == OK
     assert re.search(
         r"Not ready to run: the weights of a model must be on this machine before a sweep, '.+' is not",
         capsys.readouterr().out,
@@ -386,10 +386,10 @@ def test_an_unknown_name_is_refused_even_where_the_weights_are_missing(capsys: p
     assert "Did you mean 'boolq'?" in capsys.readouterr().err
 
 
-def test_a_folder_named_like_an_embedded_model_does_not_stand_in_for_it(
+def test_a_folder_named_like_a_toy_model_does_not_stand_in_for_it(
     llama: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tune_sparse.models.toy_models.embedded_folder", lambda name: llama)
+    monkeypatch.setattr("tune_sparse.models.toy_models.toy_model_folder", lambda name: llama)
     (tmp_path / "tiny-llama").mkdir()
     monkeypatch.chdir(tmp_path)
     names = {"models": "tiny-llama", "tasks": "boolq", "data_dir": rows, "n_selection": 4}

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from tune_sparse.data.splits import Encoded
 from tune_sparse.errors import InputError
-from tune_sparse.models.architectures import ARCHITECTURES, weights_of
+from tune_sparse.models.architectures import ARCHITECTURES, read_weights
 from tune_sparse.models.checkpoints import load_model, load_tokenizer
 from tune_sparse.pruning.calibration import Inputs, ModelBlocks, checked_rows, gradient_sums, row_loss, text_rows, walk
 from tune_sparse.pruning.streaming import StreamedBlocks, open_checkpoint
@@ -83,7 +83,7 @@ def test_an_expert_without_a_token_is_refused(architecture_folders: dict[str, Pa
 
 def test_activations_that_overflow_are_refused(architecture_folders: dict[str, Path]) -> None:
     model = model_of(architecture_folders["LlamaForCausalLM"])
-    weights_of(model)["model.layers.0.mlp.up_proj.weight"].fill_(1e38)
+    read_weights(model)["model.layers.0.mlp.up_proj.weight"].fill_(1e38)
     with pytest.raises(InputError, match=r"activations must be finite, the input of model\.layers\.0\.mlp\.down_proj"):
         list(walk(ModelBlocks(model), ROWS))
 
@@ -95,13 +95,13 @@ def test_gradients_are_summed_row_by_row(name: str, architecture_folders: dict[s
     found = gradient_sums(blocks.whole(), ROWS, blocks.matrices)
     assert not any(p.requires_grad or p.grad is not None for p in blocks.whole().parameters())
     model.requires_grad_(True)
-    expected = {name: torch.zeros_like(weight) for name, weight in weights_of(model).items()}
+    expected = {name: torch.zeros_like(weight) for name, weight in read_weights(model).items()}
     for row in ROWS:
         model.zero_grad()
         row_loss(model, row).backward()
         for parameter in model.parameters():
-            parameter.data, parameter.grad = parameter.grad, None  # so that weights_of shows the gradients
-        for matrix, gradient in weights_of(model).items():
+            parameter.data, parameter.grad = parameter.grad, None  # so that read_weights shows the gradients
+        for matrix, gradient in read_weights(model).items():
             expected[matrix] += gradient.abs()
         model.load_state_dict(blocks.whole().state_dict())
     for matrix, total in expected.items():

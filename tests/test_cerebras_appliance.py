@@ -24,12 +24,12 @@ def csctl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_label_fits_the_appliance() -> None:
-    label = appliance.label_of("r" * 64, "i" * 64)
+    label = appliance.job_label("r" * 64, "i" * 64)
     assert len(label) <= 63
-    name = appliance.name_of("cerebras_" + "m" * 60 + "_s50_dense_12345678")
+    name = appliance.name_label("cerebras_" + "m" * 60 + "_s50_dense_12345678")
     assert len(name) <= 63
     assert name.endswith("_12345678")
-    assert label.startswith(appliance.label_of("r" * 64, ""))
+    assert label.startswith(appliance.job_label("r" * 64, ""))
 
 
 def test_only_the_jobs_of_the_label_are_cancelled(csctl: Path) -> None:

@@ -18,7 +18,7 @@ from factories import finished, tiny_run
 
 from tune_sparse.cerebras.conversion import cerebras_name, interleaved, to_cerebras, to_hugging_face
 from tune_sparse.cerebras.environment import SiteEnvironment
-from tune_sparse.cerebras.failures import failure_of
+from tune_sparse.cerebras.failures import classify_failure
 from tune_sparse.cerebras.preflight import lower, matrix_shapes
 from tune_sparse.ledger.ledger import Ledger, Run
 from tune_sparse.models.checkpoints import check_checkpoint, prunable_weights, read_config
@@ -161,7 +161,7 @@ def test_an_operation_that_does_not_lower_is_named(environment: SiteEnvironment,
         command = [str(environment.python), "-c", UNSUPPORTED, str(tmp_path)]
         ran = subprocess.run(command, env=environment.variables(), stdout=log, stderr=log, cwd=tmp_path, timeout=300)
     assert ran.returncode
-    error = failure_of(tmp_path / "child.log", ran.returncode)
+    error = classify_failure(tmp_path / "child.log", ran.returncode)
     assert "the compiler has no operation aten::_linalg_svd" in str(error)
 
 

@@ -180,7 +180,7 @@ def test_the_short_name_of_a_folder_is_its_own(folder: Path, monkeypatch: pytest
     assert {short_name(reference) for reference in (str(folder), f"{folder}/", ".", "../model")} == {"model"}
 
 
-def test_an_embedded_model_that_was_not_trained_asks_for_prepare() -> None:
+def test_a_toy_model_that_was_not_trained_asks_for_prepare() -> None:
     message = "must be trained before it is used, 'tiny-llama' is not. Run `tune-sparse prepare --models tiny-llama`"
     with pytest.raises(InputError, match=message):
         check_checkpoint("tiny-llama")

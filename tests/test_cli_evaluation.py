@@ -45,19 +45,19 @@ def run_id(llama: Path, tmp_path: Path) -> str:
 @pytest.mark.parametrize("task", TASKS)
 def test_every_task_is_scored_on_real_rows(task: str, llama: Path, shared_data: Path, evaluate: Evaluate) -> None:
     chosen = ["--model", str(llama), "--tasks", task, "--data-dir", str(shared_data)]
-    status, [found] = evaluate(*chosen, *SMALL, "few_shot=0")
+    status, [found] = evaluate(*chosen, *SMALL, "num_fewshot=0")
     assert (status, found["task"], found["n_examples"]) == (OK, task, 4)
     assert found["perplexity"] > 1 if TASKS[task].chance is None else 0 <= found["accuracy"] <= 1
 
 
 def test_the_few_shot_default_is_that_of_the_task(llama: Path, evaluate: Evaluate) -> None:
-    chosen = ["--model", str(llama), "--tasks", "gsm8k", "boolq", "--data-dir", "embedded"]
+    chosen = ["--model", str(llama), "--tasks", "gsm8k", "boolq", "--data-dir", "synthetic"]
     _, found = evaluate(*chosen, *SMALL)
-    assert [result["settings"]["few_shot"] for result in found] == [5, 0]
+    assert [result["settings"]["num_fewshot"] for result in found] == [5, 0]
 
 
 def test_a_mixture_is_scored_task_by_task(llama: Path, evaluate: Evaluate) -> None:
-    status, found = evaluate("--model", str(llama), "--tasks", "boolq+hellaswag", "--data-dir", "embedded", *SMALL)
+    status, found = evaluate("--model", str(llama), "--tasks", "boolq+hellaswag", "--data-dir", "synthetic", *SMALL)
     assert (status, [result["task"] for result in found]) == (OK, ["boolq", "hellaswag"])
 
 
@@ -83,13 +83,13 @@ def test_a_record_that_the_run_does_not_answer_to_is_a_fault(run_id: str, evalua
 
 
 def test_a_run_is_scored_on_another_task_with_its_own_settings(run_id: str, evaluate: Evaluate) -> None:
-    status, [found] = evaluate("--run", run_id, "--tasks", "gsm8k", "--data-dir", "embedded")
+    status, [found] = evaluate("--run", run_id, "--tasks", "gsm8k", "--data-dir", "synthetic")
     assert (status, found["n_examples"], found["settings"]["max_new_tokens"]) == (OK, 8, 4)
 
 
 def test_an_adapter_changes_what_is_scored(llama: Path, run_id: str, evaluate: Evaluate, tmp_path: Path) -> None:
     adapter = Ledger(tmp_path / "results").run_folder(run_id) / "adapter"
-    chosen = ["--model", str(llama), "--tasks", "boolq", "--data-dir", "embedded"]
+    chosen = ["--model", str(llama), "--tasks", "boolq", "--data-dir", "synthetic"]
     status, error = evaluate(*chosen, "--adapter", str(adapter), *SMALL)
     assert status == BAD_INPUT
     assert "belongs to the mask" in error

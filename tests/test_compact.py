@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tune_sparse.errors import InputError
-from tune_sparse.models.architectures import ARCHITECTURES, weights_of
+from tune_sparse.models.architectures import ARCHITECTURES, read_weights
 from tune_sparse.pruning.compact import find_cut, shrink
 from tune_sparse.pruning.masks import kept_lines, line_mask, masked
 from tune_sparse.pruning.prune_model import prune
@@ -23,7 +23,7 @@ def structured_masks(checkpoint: OpenCheckpoint, sparsity: float) -> dict[str, T
 @torch.no_grad()
 def logits_of(folder: Path, masks: dict[str, Tensor] | None = None) -> Tensor:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    for name, weight in weights_of(model).items() if masks else ():
+    for name, weight in read_weights(model).items() if masks else ():
         weight.copy_(masked({name: weight}, masks)[name])
     return model(torch.arange(2 * 20).view(2, 20)).logits
 

@@ -13,8 +13,8 @@ from tune_sparse.errors import InputError
 
 AT_LEAST_ONE = (
     "steps",
-    "global_batch",
-    "micro_batch",
+    "global_batch_size",
+    "micro_batch_size",
     "lora_rank",
     "max_new_tokens",
     "eval_every",
@@ -31,13 +31,13 @@ BROKEN_PROTOCOLS: list[tuple[dict[str, Any], str]] = [
         )
         for limit in (256, 2)
     ),
-    ({"few_shot": -1}, r"few_shot must be at least 0, got -1\."),
+    ({"num_fewshot": -1}, r"num_fewshot must be at least 0, got -1\."),
     *(({name: 0}, rf"{name} must be at least 1 or none, got 0\.") for name in ("n_train", "n_selection", "n_test")),
     *(({name: 0.0}, rf"{name} must be above 0, got 0\.0\.") for name in ("lora_alpha", "max_grad_norm")),
     ({"learning_rate": -1e-4}, r"learning_rate must be above 0, got -0\.0001\."),
     ({"learning_rate": float("nan")}, r"learning_rate must be above 0, got nan\."),
-    ({"micro_batch": 3}, r"micro_batch must divide global_batch, got '3 and 256'\."),
-    ({"micro_batch": 512}, r"micro_batch must divide global_batch, got '512 and 256'\."),
+    ({"micro_batch_size": 3}, r"micro_batch_size must divide global_batch_size, got '3 and 256'\."),
+    ({"micro_batch_size": 512}, r"micro_batch_size must divide global_batch_size, got '512 and 256'\."),
     ({"final_learning_rate": 1e-3}, r"final_learning_rate must be between 0 and learning_rate, got 0\.001\."),
     ({"final_learning_rate": -1.0}, r"final_learning_rate must be between 0 and learning_rate, got -1\.0\."),
     ({"weight_decay": -0.1}, r"weight_decay must be at least 0, got -0\.1\."),
@@ -120,12 +120,12 @@ def test_a_broken_sweep_is_refused_with_rule_and_value(values: dict[str, Any], m
 
 def test_the_defaults_are_the_protocol_of_the_matrix() -> None:
     p = Protocol()
-    assert (p.steps, p.global_batch, p.max_tokens) == (200, 256, 2048)
+    assert (p.steps, p.global_batch_size, p.max_tokens) == (200, 256, 2048)
     assert (p.learning_rate, p.final_learning_rate, p.warmup_fraction) == (3e-4, 3e-5, 0.03)
     assert (p.beta1, p.beta2, p.weight_decay) == (0.9, 0.95, 0.1)
     assert (p.lora_rank, p.lora_alpha, p.lora_dropout, p.loss_on) == (16, 32.0, 0.0, "answer")
     assert p.warmup == 6
-    assert (p.few_shot, p.batch_tokens, p.max_new_tokens) == (0, 8192, 256)
+    assert (p.num_fewshot, p.batch_tokens, p.max_new_tokens) == (0, 8192, 256)
 
 
 def test_one_token_of_a_prompt_is_room_enough() -> None:

@@ -31,7 +31,7 @@ def by_what(findings: Any) -> dict[str, Finding]:
 
 def test_this_machine_is_looked_at(tmp_path: Path) -> None:
     found = by_what(machine.examine(tmp_path / "results" / "not" / "there"))
-    assert found.keys() == {"Python", "packages", "GPU", "CPU", "memory", "results", "cache", "embedded models"}
+    assert found.keys() == {"Python", "packages", "GPU", "CPU", "memory", "results", "cache", "toy models"}
     assert found["Python"].is_well
     assert str(tmp_path) in found["results"].found
 
@@ -102,7 +102,7 @@ NODE = {
 
 
 def test_a_node_that_differs_is_named_fault_by_fault() -> None:
-    found = by_what(of_ray.findings_of(NODE))
+    found = by_what(of_ray.check_node(NODE))
     assert found["node 10.0.0.7"].found == "seven: 8 CPU, 2 GPU, 1 CS3, 64 GB"
     assert "3.10.1, here 3.11" in found["node 10.0.0.7, Python"].found
     assert "torch 2.0 (here 2.13.0" in found["node 10.0.0.7, packages"].found
@@ -112,7 +112,7 @@ def test_a_node_that_differs_is_named_fault_by_fault() -> None:
 
 
 def test_a_node_that_says_nothing_is_a_fault() -> None:
-    [found] = of_ray.findings_of({"address": "a", "resources": {}, "error": "no answer"})
+    [found] = of_ray.check_node({"address": "a", "resources": {}, "error": "no answer"})
     assert not found.is_well
 
 

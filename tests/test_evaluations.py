@@ -32,7 +32,7 @@ OTHER: dict[str, Any] = {
     "precision": "bfloat16",
     "max_tokens": 128,
     "max_new_tokens": 5,
-    "few_shot": 1,
+    "num_fewshot": 1,
     "batch_tokens": 300,
     "n_test": 3,
     "threads": 2,
@@ -109,14 +109,14 @@ def test_a_killed_scoring_ends_as_an_undisturbed_one(llama: Path, tmp_path: Path
     """kill -9 after the first batches, in a process as a user starts it."""
 
     def command(results: Path) -> list[str]:
-        chosen = ["--model", str(llama), "--tasks", "gsm8k", "--data-dir", "embedded", "--results-dir", str(results)]
+        chosen = ["--model", str(llama), "--tasks", "gsm8k", "--data-dir", "synthetic", "--results-dir", str(results)]
         settings = [
             "precision=float32",
             "max_tokens=256",
             "max_new_tokens=64",
             "batch_tokens=256",
             "n_test=60",
-            "few_shot=0",
+            "num_fewshot=0",
         ]
         return [sys.executable, "-m", "tune_sparse", "evaluate", *chosen, "--set", *settings]
 

@@ -16,7 +16,7 @@ from sound import cells_of, sound_ledger
 from analysis.read.evidence import read_results
 from analysis.read.load import COLUMNS, cells_table
 from analysis.report.figures import FIGURES
-from analysis.report.runs import Runs, runs_of
+from analysis.report.runs import Runs, find_runs
 from analysis.report.style import LABELS, save
 from tune_sparse.files import write_json
 from tune_sparse.ledger.ledger import Ledger
@@ -57,7 +57,7 @@ def cells(ledger: Ledger) -> pd.DataFrame:
 @pytest.fixture(scope="module")
 def runs(ledger: Ledger) -> Runs:
     found = read_results([ledger.folder]).by_run
-    return runs_of([ledger.folder], {run_id: e.answers for run_id, e in found.items() if e.answers})
+    return find_runs([ledger.folder], {run_id: e.answers for run_id, e in found.items() if e.answers})
 
 
 @pytest.fixture(autouse=True)
@@ -92,7 +92,7 @@ def test_a_figure_has_units_and_titles_that_do_not_overlap(name: str, cells: pd.
 @pytest.mark.parametrize("name", sorted(FIGURES))
 def test_without_a_finished_run_nothing_is_drawn(name: str, tmp_path: Path) -> None:
     empty = pd.DataFrame(columns=list(COLUMNS)).astype({"accuracy": float, "sparsity": float})
-    assert FIGURES[name].draw(empty, runs_of([tmp_path])) is None
+    assert FIGURES[name].draw(empty, find_runs([tmp_path])) is None
 
 
 def test_without_texts_there_is_no_perplexity(cells: pd.DataFrame, runs: Runs) -> None:
@@ -148,7 +148,7 @@ def test_panels_of_different_rates_all_fit(cells: pd.DataFrame, ledger: Ledger, 
     (tmp_path / "throughput").mkdir()
     points = [{"batch_size": size, "train_tokens_per_second": 1e5 * size} for size in (1, 2)]
     write_json(tmp_path / "throughput" / "fast.json", {"run_id": "fast", "by_batch_size": points})
-    figure = drawn("throughput_vs_batch_size", pd.concat([cells, fast]), runs_of([ledger.folder, tmp_path]))
+    figure = drawn("throughput_vs_batch_size", pd.concat([cells, fast]), find_runs([ledger.folder, tmp_path]))
     assert [axis.get_title() for axis in figure.axes] == ["fast", "tiny"]
     assert all(axis.get_ylim()[0] == 0 and axis.get_ylim()[1] > 2e5 for axis in figure.axes)
 
@@ -170,7 +170,7 @@ def test_a_figure_is_saved_for_the_screen_and_for_print(cells: pd.DataFrame, run
 def test_of_several_folders_the_one_that_finished_a_run_counts(ledger: Ledger, tmp_path: Path) -> None:
     run_id = ledger.sweeps()[0].cells[0]["run_id"]
     (tmp_path / "runs" / run_id).mkdir(parents=True)
-    both = runs_of([tmp_path, ledger.folder])
+    both = find_runs([tmp_path, ledger.folder])
     assert both.folder_of(run_id) == ledger.run_folder(run_id)
     assert both.folder_of("no run") is None
     assert both.record("no run") is None

@@ -16,7 +16,7 @@ from tune_sparse.ledger.ledger import Ledger, Run
 from tune_sparse.sweep.forecast import Medians, Spent, forecast, pilots, spent_by, trials_at_once
 from tune_sparse.sweep.plan import Plan, plan_sweep
 
-FEW = {"sparsities": "0 0.5", "methods": "random", "data_dir": "embedded", "precision": "float32", "workers": 2}
+FEW = {"sparsities": "0 0.5", "methods": "random", "data_dir": "synthetic", "precision": "float32", "workers": 2}
 SMALL = {"n_train": 32, "n_selection": 4, "n_test": 8}
 
 
@@ -51,7 +51,7 @@ def test_without_measurements_time_is_unknown_and_disk_a_bound(plan: Plan, ledge
     assert found.runs == found.bounded == 12
     assert sorted(found.unmeasured.values()) == [3, 3, 3, 3]
     assert (found.cpu_seconds, found.wall_seconds) == (0, None)
-    assert found.disk_bytes == sum(plan.bytes_of(run) for run in plan.runs.values())
+    assert found.disk_bytes == sum(plan.estimate_bytes(run) for run in plan.runs.values())
 
 
 def test_each_run_takes_the_median_of_the_finest_group_that_was_measured(plan: Plan, ledger: Ledger) -> None:
@@ -77,7 +77,7 @@ def test_the_disk_of_a_run_is_that_of_its_mode(plan: Plan, ledger: Ledger) -> No
     assert forecast(plan, ledger, [other]).disk_bytes == written > 10_000
     sparse = run_of(plan, "llama", "boolq", "sparse-to-dense")
     found = forecast(plan, ledger, [sparse])
-    assert (found.disk_bytes, found.bounded) == (plan.bytes_of(sparse), 1)
+    assert (found.disk_bytes, found.bounded) == (plan.estimate_bytes(sparse), 1)
 
 
 def test_medians_of_nothing_and_of_an_even_number() -> None:

@@ -12,7 +12,7 @@ from sound import cells_of, edit, sound_ledger
 from analysis.read.evidence import read_results
 from analysis.read.load import cells_table
 from analysis.report.hardware import hardware_pairs, hardware_rows
-from analysis.report.runs import Runs, runs_of
+from analysis.report.runs import Runs, find_runs
 from tune_sparse.ledger.ledger import Ledger
 
 
@@ -26,7 +26,7 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[pd.DataFrame, Runs]:
         edit(folder / "result.json", measured={"compile_seconds": 120.0, "train_tokens_per_second": 8192.0})
     found = read_results([ledger.folder]).by_run
     answers = {run_id: e.answers for run_id, e in found.items() if e.answers}
-    return cells_table([ledger.folder]), runs_of([ledger.folder], answers)
+    return cells_table([ledger.folder]), find_runs([ledger.folder], answers)
 
 
 def test_pairs_are_cells_that_both_finished(both: tuple[pd.DataFrame, Runs]) -> None:
@@ -51,7 +51,7 @@ def test_where_the_examples_differ_nothing_is_compared(both: tuple[pd.DataFrame,
     pairs = hardware_pairs(cells, Runs(runs.folders))
     assert pairs["difference"].isna().all()
     assert hardware_rows(pairs)[0]["difference"] == "–"
-    assert hardware_pairs(cells_table([tmp_path]), runs_of([tmp_path])).empty
+    assert hardware_pairs(cells_table([tmp_path]), find_runs([tmp_path])).empty
 
 
 def test_a_row_shows_compile_time_apart_from_rates(both: tuple[pd.DataFrame, Runs]) -> None:
@@ -64,4 +64,4 @@ def test_a_row_shows_compile_time_apart_from_rates(both: tuple[pd.DataFrame, Run
 
 def test_one_backend_has_no_pairs(tmp_path: Path) -> None:
     ledger: Ledger = sound_ledger(tmp_path, cells_of(methods=("random",), sparsities=(0.3,)))
-    assert hardware_pairs(cells_table([ledger.folder]), runs_of([ledger.folder])).empty
+    assert hardware_pairs(cells_table([ledger.folder]), find_runs([ledger.folder])).empty

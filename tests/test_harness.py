@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tune_sparse.config import Protocol
 from tune_sparse.data.splits import Encoded, load_splits
-from tune_sparse.data.synthetic import EMBEDDED_TASKS
+from tune_sparse.data.synthetic import SYNTHETIC_TASKS
 from tune_sparse.data.task_types import AnswerTask, ChoiceTask, PromptTask, Row
 from tune_sparse.data.tasks import TASKS
 from tune_sparse.errors import InputError
@@ -68,7 +68,7 @@ def asked_by_the_harness(samples: Sequence[dict[str, Any]], count: int) -> list[
 def asked_by_us(
     task: PromptTask, rows: Sequence[Row], examples: Sequence[Row], protocol: Protocol
 ) -> list[list[tuple[str, str]]]:
-    prefixes = few_shot_prefixes(task, rows, examples, protocol.few_shot)
+    prefixes = few_shot_prefixes(task, rows, examples, protocol.num_fewshot)
     pairs = [task.pairs(row) if isinstance(task, ChoiceTask) else [(task.training_pair(row)[0], "")] for row in rows]
     return [[(prefix + text, rest) for text, rest in row] for row, prefix in zip(pairs, prefixes, strict=True)]
 
@@ -99,34 +99,34 @@ def assert_agreement(
     return ours
 
 
-@pytest.mark.parametrize("few_shot", [0, 2])
+@pytest.mark.parametrize("num_fewshot", [0, 2])
 @pytest.mark.parametrize("name", TASK_FILES)
 def test_real_rows_are_asked_and_judged_alike(
-    name: str, few_shot: int, llama_lent: Lent, shared_data: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, num_fewshot: int, llama_lent: Lent, shared_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert_agreement(llama_lent, name, shared_data, replace(PROTOCOL, few_shot=few_shot), monkeypatch)
+    assert_agreement(llama_lent, name, shared_data, replace(PROTOCOL, num_fewshot=num_fewshot), monkeypatch)
 
 
 @pytest.mark.parametrize("name", ["hellaswag", "winogrande", "gsm8k"])
 def test_real_rows_are_judged_alike_with_a_sliding_window(
     name: str, mistral_lent: Lent, shared_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert_agreement(mistral_lent, name, shared_data, replace(PROTOCOL, few_shot=1), monkeypatch)
+    assert_agreement(mistral_lent, name, shared_data, replace(PROTOCOL, num_fewshot=1), monkeypatch)
 
 
 def test_gsm8k_is_asked_with_its_own_number_of_shots(
     llama_lent: Lent, shared_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    protocol = replace(PROTOCOL, few_shot=TASKS["gsm8k"].few_shot, max_tokens=2048, batch_tokens=8192, n_test=2)
+    protocol = replace(PROTOCOL, num_fewshot=TASKS["gsm8k"].num_fewshot, max_tokens=2048, batch_tokens=8192, n_test=2)
     assert_agreement(llama_lent, "gsm8k", shared_data, protocol, monkeypatch)
 
 
-@pytest.mark.parametrize(("model", "few_shot"), [("llama_lent", 0), ("llama_lent", 2), ("mistral_lent", 2)])
-@pytest.mark.parametrize("name", EMBEDDED_TASKS)
-def test_embedded_rows_are_asked_and_judged_alike(
-    name: str, model: str, few_shot: int, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("model", "num_fewshot"), [("llama_lent", 0), ("llama_lent", 2), ("mistral_lent", 2)])
+@pytest.mark.parametrize("name", SYNTHETIC_TASKS)
+def test_synthetic_examples_are_prompted_and_judged_alike(
+    name: str, model: str, num_fewshot: int, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    protocol = replace(PROTOCOL, few_shot=few_shot, n_test=8)
+    protocol = replace(PROTOCOL, num_fewshot=num_fewshot, n_test=8)
     assert_agreement(request.getfixturevalue(model), name, None, protocol, monkeypatch)
 
 
@@ -134,7 +134,7 @@ def test_embedded_rows_are_asked_and_judged_alike(
 def test_prompts_beyond_the_context_are_cut_alike(
     name: str, max_tokens: int, llama_lent: Lent, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    protocol = replace(PROTOCOL, few_shot=1, max_tokens=max_tokens)
+    protocol = replace(PROTOCOL, num_fewshot=1, max_tokens=max_tokens)
     outcomes = assert_agreement(llama_lent, name, None, protocol, monkeypatch)
     assert all(outcome.truncated for outcome in outcomes)
 
@@ -269,7 +269,7 @@ def test_shots_and_normalised_accuracy_are_those_of_the_task_file(name: str) -> 
     if include := re.search(r"^include: (\S+)", text, re.MULTILINE):
         text += (folder / TASK_FILES[name]).with_name(include[1]).read_text()
     task, shots = prompt_task(name), re.search(r"^num_fewshot: (\d+)", text, re.MULTILINE)
-    assert task.few_shot == (int(shots[1]) if shots else 0)
+    assert task.num_fewshot == (int(shots[1]) if shots else 0)
     if isinstance(task, ChoiceTask):
         assert task.has_normalised_accuracy == ("metric: acc_norm" in text)
 

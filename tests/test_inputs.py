@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 from factories import finished, make_run, tiny_run, write_boolq
 
-from trainables.inputs import calibration_text_of, checkpoint_of, splits_of
+from trainables.inputs import load_planned_calibration_text, load_planned_checkpoint, splits_of
 from trainables.pipeline import is_infrastructure
 from tune_sparse.config import Protocol
 from tune_sparse.errors import NotReadyError
-from tune_sparse.identity import sha256_of
+from tune_sparse.identity import hash_json
 from tune_sparse.ledger.ledger import Ledger, Run
 from tune_sparse.models.checkpoints import check_checkpoint
 
@@ -34,7 +34,7 @@ def run(llama: Path, rows: Path, tmp_path: Path) -> Run:
 
 
 def test_what_was_planned_is_given(run: Run) -> None:
-    assert checkpoint_of(run) == check_checkpoint(run.model_path)
+    assert load_planned_checkpoint(run) == check_checkpoint(run.model_path)
     [splits] = splits_of(run, run.protocol)
     assert splits.fingerprint == run.data_fingerprint
 
@@ -48,14 +48,14 @@ def test_another_model_is_refused_with_both_fingerprints(run: Run) -> None:
         f"{HOST} has {found[:12]}. Copy it there, or start the sweep again."
     )
     with pytest.raises(NotReadyError) as caught:
-        checkpoint_of(run)
+        load_planned_checkpoint(run)
     assert str(caught.value) == message
 
 
 def test_a_missing_model_is_refused(run: Run) -> None:
     shutil.rmtree(run.model_path)
     with pytest.raises(NotReadyError, match=f"a run needs the model {run.model_path}, on every node; {HOST} says: "):
-        checkpoint_of(run)
+        load_planned_checkpoint(run)
 
 
 def test_other_rows_are_refused(run: Run, rows: Path) -> None:
@@ -75,10 +75,10 @@ def test_another_calibration_text_is_refused(rows: Path) -> None:
     text.parent.mkdir()
     text.write_text("The tower was built in 1889 . " * 10)
     planned = make_run(protocol=Protocol(calibration="wikitext2"), data_dir=str(rows))
-    read = calibration_text_of(replace(planned, calibration_fingerprint=sha256_of(text.read_text())))
+    read = load_planned_calibration_text(replace(planned, calibration_fingerprint=hash_json(text.read_text())))
     assert read == text.read_text()
     with pytest.raises(NotReadyError, match=f"the text wikitext2 in {rows} as it was planned"):
-        calibration_text_of(replace(planned, calibration_fingerprint="f" * 64))
+        load_planned_calibration_text(replace(planned, calibration_fingerprint="f" * 64))
 
 
 @pytest.mark.parametrize("missing", ["model_fingerprint", "data_fingerprint"])

@@ -32,8 +32,8 @@ from tune_sparse.training.loop import (
 PROTOCOL = Protocol(
     steps=6,
     warmup_steps=1,
-    global_batch=8,
-    micro_batch=4,
+    global_batch_size=8,
+    micro_batch_size=4,
     learning_rate=1e-2,
     final_learning_rate=1e-3,
     lora_rank=4,
@@ -106,10 +106,10 @@ def first_rows(count: int, protocol: Protocol, seed: int = 0) -> list[Encoded]:
     return list(itertools.islice(itertools.chain.from_iterable(batches(ROWS, protocol, seed)), count))
 
 
-@pytest.mark.parametrize("global_batch", [4, 8, 12, 40])
-def test_every_epoch_is_a_new_permutation_of_the_rows(global_batch: int) -> None:
-    protocol = changed(global_batch=global_batch)
-    assert {len(batch) for batch in itertools.islice(batches(ROWS, protocol, 0), 9)} == {global_batch}
+@pytest.mark.parametrize("global_batch_size", [4, 8, 12, 40])
+def test_every_epoch_is_a_new_permutation_of_the_rows(global_batch_size: int) -> None:
+    protocol = changed(global_batch_size=global_batch_size)
+    assert {len(batch) for batch in itertools.islice(batches(ROWS, protocol, 0), 9)} == {global_batch_size}
     seen = first_rows(5 * len(ROWS), protocol)
     epochs = [tuple(seen[start : start + len(ROWS)]) for start in range(0, len(seen), len(ROWS))]
     assert all(set(epoch) == set(ROWS) for epoch in epochs)
@@ -118,8 +118,8 @@ def test_every_epoch_is_a_new_permutation_of_the_rows(global_batch: int) -> None
 
 def test_the_order_of_rows_depends_on_the_seed_and_not_on_batches() -> None:
     expected = first_rows(48, PROTOCOL)
-    assert first_rows(48, changed(micro_batch=1)) == expected
-    assert first_rows(48, changed(global_batch=16)) == expected
+    assert first_rows(48, changed(micro_batch_size=1)) == expected
+    assert first_rows(48, changed(global_batch_size=16)) == expected
     assert first_rows(48, PROTOCOL, seed=1) != expected
 
 
@@ -162,8 +162,8 @@ def test_the_first_token_of_a_row_without_context_is_not_learned(model: PreTrain
 @torch.no_grad()
 def test_mean_loss_is_over_tokens_not_over_micro_batches(model: PreTrainedModel) -> None:
     loss, count = answer_loss(model, ROWS)
-    for micro_batch in (1, 8):
-        mean = mean_loss(model, ROWS, changed(micro_batch=micro_batch))
+    for micro_batch_size in (1, 8):
+        mean = mean_loss(model, ROWS, changed(micro_batch_size=micro_batch_size))
         assert mean == pytest.approx(float(loss) / count, rel=1e-5)
 
 
@@ -173,8 +173,8 @@ def test_the_micro_batch_does_not_change_the_gradients(loss_on: str, adapted: Pe
     for _, layer in sparse_lora_layers(adapted):
         nn.init.normal_(layer.factors()[1], std=0.02)
     found = []
-    for micro_batch in (8, 2):
-        protocol = changed(micro_batch=micro_batch, loss_on=loss_on)
+    for micro_batch_size in (8, 2):
+        protocol = changed(micro_batch_size=micro_batch_size, loss_on=loss_on)
         loss = _accumulate_gradients(adapted.get_base_model(), rows, protocol, accelerator_for())
         found.append((loss, [parameter.grad.clone() for parameter in trainable(adapted)]))
         adapted.zero_grad()
@@ -220,7 +220,7 @@ def test_a_training_repeats_to_the_last_bit(dropout: float, llama: Path) -> None
 
 
 def test_the_optimizer_is_adamw_on_clipped_gradients(llama: Path) -> None:
-    protocol = changed(steps=4, global_batch=12, max_grad_norm=0.5, weight_decay=0.3)
+    protocol = changed(steps=4, global_batch_size=12, max_grad_norm=0.5, weight_decay=0.3)
     adapted = adapted_model(llama)
     list(fitted(adapted, ROWS, protocol))
 

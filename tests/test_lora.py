@@ -31,7 +31,7 @@ from tune_sparse.pruning.prune_model import make_masks
 from tune_sparse.training.loop import adamw, fit
 
 PROTOCOL = Protocol(
-    steps=2, warmup_steps=0, global_batch=4, micro_batch=4, lora_rank=4, lora_alpha=8.0, precision="float32"
+    steps=2, warmup_steps=0, global_batch_size=4, micro_batch_size=4, lora_rank=4, lora_alpha=8.0, precision="float32"
 )
 IDS = torch.arange(2 * 20).view(2, 20)
 

@@ -104,11 +104,17 @@ def test_a_bench_serves_lora_after_masked_finetuning(precision: str, llama: Path
 
 def test_without_zeros_it_is_a_training_of_its_own_that_all_methods_share(llama: Path, tmp_path: Path) -> None:
     modes = ("sparse-to-sparse", "masked-finetuning")
-    names = {"models": (str(llama),), "tasks": ("boolq",), "modes": modes, "sparsities": (0.0,), "data_dir": "embedded"}
+    names = {
+        "models": (str(llama),),
+        "tasks": ("boolq",),
+        "modes": modes,
+        "sparsities": (0.0,),
+        "data_dir": "synthetic",
+    }
     plan = plan_sweep(SweepConfig.from_names(names | {"results_dir": tmp_path}))
     assert [run.cell.mode for run in plan.runs.values()] == ["dense", "masked-finetuning"]
     lora, weights = plan.runs.values()
-    assert plan.bytes_of(weights) - plan.bytes_of(lora) == 2 * plan.checkpoints[
+    assert plan.estimate_bytes(weights) - plan.estimate_bytes(lora) == 2 * plan.checkpoints[
         lora.cell.model
     ].shape.pruned_weights - (4 * plan.checkpoints[lora.cell.model].shape.adapter_weights(16))
 

@@ -13,13 +13,13 @@ from tune_sparse.errors import InputError
 from tune_sparse.models.architectures import architecture_named
 from tune_sparse.models.checkpoints import Shape
 from tune_sparse.pruning.masks import (
+    count_sparsity,
     keep_highest,
     kept_lines,
     line_mask,
     mask_sha256,
     masked,
     pruned_count,
-    sparsity_of,
     structured_counts,
 )
 from tune_sparse.pruning.methods import TOLERANCE
@@ -148,7 +148,7 @@ def test_structured_sparsity_is_within_tolerance_or_refused(shape: Shape, sparsi
     assert 0 <= groups < shape.key_value_heads
     assert 0 <= channels < shape.channels
     masks = block_masks(shape, torch.arange(shape.key_value_heads) >= groups, torch.arange(shape.channels) >= channels)
-    assert abs(sparsity_of(masks) - sparsity) <= TOLERANCE + 1e-9
+    assert abs(count_sparsity(masks) - sparsity) <= TOLERANCE + 1e-9
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9])
@@ -202,7 +202,7 @@ def test_masked_zeros_what_is_not_kept_and_copies() -> None:
 
 def test_sparsity_is_counted_over_all_matrices() -> None:
     masks = {"a": torch.tensor([[True, False]]), "b": torch.tensor([[False, False, True, True, True, True]])}
-    assert sparsity_of(masks) == 3 / 8
+    assert count_sparsity(masks) == 3 / 8
 
 
 def checksum(**masks: list[list[int]]) -> str:

@@ -7,7 +7,7 @@ from tune_sparse.config import SweepConfig
 from tune_sparse.sweep.plan import asked_cells, check_names, distinct_trainings
 
 SIZES = {
-    "embedded": (360, 330),
+    "toy": (360, 330),
     "matrix": (360, 330),
     "smoke": (24, 14),
     "mixtral": (180, 165),
@@ -25,7 +25,7 @@ def test_every_preset_is_a_sound_configuration(name: str) -> None:
 
 
 def test_there_is_a_preset_and_a_pilot_for_each_study() -> None:
-    studies = ["embedded", "smoke", "matrix", "mixtral", "phoenix"]
+    studies = ["toy", "smoke", "matrix", "mixtral", "phoenix"]
     assert sorted(PRESETS) == sorted([*studies, *(f"{name}-pilot" for name in studies), "pilot"])
 
 
@@ -35,21 +35,21 @@ def test_a_preset_has_its_cells_and_its_distinct_trainings(name: str, size: tupl
     assert (len(set(asked_cells(config))), distinct_trainings(config)) == size
 
 
-@pytest.mark.parametrize("name", ["embedded", "matrix"])
+@pytest.mark.parametrize("name", ["toy", "matrix"])
 def test_36_cells_at_zero_share_6_trainings(name: str) -> None:
     unpruned = [cell for cell in asked_cells(preset(name)) if cell.sparsity == 0]
     assert (len(unpruned), len({cell.trained for cell in unpruned})) == (36, 6)
 
 
-def test_the_smoke_cells_are_embedded_cells_under_the_same_protocol() -> None:
-    smoke, embedded = preset("smoke"), preset("embedded")
-    assert set(asked_cells(smoke)) < set(asked_cells(embedded))
-    assert smoke.protocol == embedded.protocol
+def test_the_smoke_cells_are_toy_cells_under_the_same_protocol() -> None:
+    smoke, toy = preset("smoke"), preset("toy")
+    assert set(asked_cells(smoke)) < set(asked_cells(toy))
+    assert smoke.protocol == toy.protocol
 
 
 @pytest.mark.parametrize("name", [name for name in PRESETS if "pilot" in name])
 def test_a_pilot_is_its_study_at_three_sparsities(name: str) -> None:
-    study = PRESETS[name.removesuffix("-pilot") if name != "pilot" else "embedded"]
+    study = PRESETS[name.removesuffix("-pilot") if name != "pilot" else "toy"]
     assert PRESETS[name] == study | {"sparsities": PILOT_SPARSITIES}
     assert preset(name).sparsities == (0.0, 0.5, 0.9)
 

@@ -34,7 +34,7 @@ def test_the_card_of_a_run_has_sparsity_method_task_accuracy_and_data() -> None:
     assert rows["sparsity"] == "0.5000 of the pruned matrices, counted"
     assert rows["accuracy"] == "0.8 ± 0.03 (standard error), 200 examples"
     assert rows["accuracy before tuning"] == "0.5"
-    assert rows["data"].startswith("synthetic rows of the embedded generator; fingerprint dddd")
+    assert rows["data"].startswith("synthetic examples; fingerprint dddd")
     assert rows["base model"] == "/models/a\\|b"
     assert front_matter(card)["base_model"] == "/models/a|b"
     assert "perplexity" not in rows

@@ -376,10 +376,10 @@ def test_sparsegpt_freezes_the_weights_that_it_updated(
         lambda model, weights: written.append(dict(weights)) or write(model, weights),
     )
     finished(make_run(method="sparsegpt", steps=1, learning_rate=1e-30, final_learning_rate=1e-30), ledger, Bench())
-    pristine, pruned, deployed = written[0], written[1], written[-1]
+    dense_weights, pruned, deployed = written[0], written[1], written[-1]
     for name, weight in pruned.items():
         kept = weight != 0
-        assert not torch.equal(weight[kept], pristine[name][kept])
+        assert not torch.equal(weight[kept], dense_weights[name][kept])
         torch.testing.assert_close(deployed[name], weight, atol=1e-6, rtol=0)
 
 
@@ -412,7 +412,14 @@ def test_scores_can_be_calibrated_on_text(llama: Path, ledger: Ledger, tmp_path:
     text = rows / "wikitext2" / "train.txt"
     text.parent.mkdir()
     text.write_text("The tower was built in 1889 and is 330 metres tall . " * 60)
-    few = {"steps": 1, "warmup_steps": 0, "global_batch": 4, "micro_batch": 4, "n_selection": 4, "precision": "float32"}
+    few = {
+        "steps": 1,
+        "warmup_steps": 0,
+        "global_batch_size": 4,
+        "micro_batch_size": 4,
+        "n_selection": 4,
+        "precision": "float32",
+    }
     calibration = {"calibration": "wikitext2", "calibration_rows": 4, "calibration_tokens": 64}
     names = {"models": str(llama), "tasks": "boolq", "data_dir": rows, "methods": "wanda", "sparsities": "0.5"}
     plan = plan_sweep(SweepConfig.from_names(names | few | calibration))

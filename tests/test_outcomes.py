@@ -18,11 +18,11 @@ from tune_sparse.evaluation.outcomes import (
     Metrics,
     Outcome,
     combined,
+    compute_metrics,
     headline,
-    mean_of,
-    metrics_of,
+    mean_known,
     read_outcomes,
-    stderr_of,
+    standard_error,
     truncated_fraction,
     write_outcomes,
 )
@@ -41,7 +41,7 @@ def windows(*per_token: float) -> list[Outcome]:
 
 
 def test_the_metrics_of_choices_by_hand() -> None:
-    found = metrics_of(choices("0012", "0210", norm="0110"), chance=0.25, yes=None)
+    found = compute_metrics(choices("0012", "0210", norm="0110"), chance=0.25, yes=None)
     assert found == {
         "accuracy": 0.5,
         "accuracy_stderr": pytest.approx(sqrt(0.5 * 0.5 / 3)),
@@ -55,7 +55,7 @@ def test_the_metrics_of_choices_by_hand() -> None:
 
 
 def test_majority_and_most_frequent_look_at_labels_and_predictions_apart() -> None:
-    found = metrics_of(choices("00011", "11111"), chance=0.5, yes=None)
+    found = compute_metrics(choices("00011", "11111"), chance=0.5, yes=None)
     assert (found["majority_fraction"], found["most_frequent_fraction"]) == (0.6, 1.0)
 
 
@@ -65,7 +65,7 @@ def test_the_metrics_of_answers_by_hand() -> None:
         Outcome("gsm8k", "b", "5", None, False, correct_flexible=True, text="5"),
         Outcome("gsm8k", "c", "7", None, False, correct_flexible=False, text=""),
     ]
-    found = metrics_of(answers, chance=0.0, yes=None)
+    found = compute_metrics(answers, chance=0.0, yes=None)
     assert found["accuracy"] == pytest.approx(1 / 3)
     assert found["accuracy_flexible"] == pytest.approx(2 / 3)
     assert found["majority_fraction"] == found["most_frequent_fraction"] == pytest.approx(2 / 3)
@@ -75,7 +75,7 @@ def test_the_metrics_of_answers_by_hand() -> None:
 
 def test_no_answer_found_is_a_prediction_like_any_other() -> None:
     answers = [Outcome("gsm8k", str(i), "5", None, False) for i in range(4)]
-    assert metrics_of(answers, 0.0, None)["most_frequent_fraction"] == 1.0
+    assert compute_metrics(answers, 0.0, None)["most_frequent_fraction"] == 1.0
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ def test_no_answer_found_is_a_prediction_like_any_other() -> None:
 )
 def test_f1_by_hand(golds: str, predictions: str, f1: float) -> None:
     """2 TP / (2 TP + FP + FN)"""
-    assert metrics_of(choices(golds, predictions), 0.5, yes="1")["f1"] == pytest.approx(f1)
+    assert compute_metrics(choices(golds, predictions), 0.5, yes="1")["f1"] == pytest.approx(f1)
 
 
 LABELS = st.lists(st.tuples(st.sampled_from("01"), st.sampled_from("01")), min_size=1, max_size=30)
@@ -94,34 +94,34 @@ LABELS = st.lists(st.tuples(st.sampled_from("01"), st.sampled_from("01")), min_s
 def test_f1_is_that_of_scikit_learn(pairs: list[tuple[str, str]]) -> None:
     golds, predictions = ("".join(column) for column in zip(*pairs, strict=True))
     expected = f1_score(list(golds), list(predictions), pos_label="1", average="binary", zero_division=0.0)
-    assert metrics_of(choices(golds, predictions), 0.5, yes="1")["f1"] == pytest.approx(expected)
+    assert compute_metrics(choices(golds, predictions), 0.5, yes="1")["f1"] == pytest.approx(expected)
 
 
 @given(st.lists(st.booleans(), min_size=2, max_size=60))
 def test_the_standard_error_is_that_of_a_sample_mean(correct: list[bool]) -> None:
     values = torch.tensor(correct, dtype=torch.float64)
     expected = float(values.std() / len(correct) ** 0.5)
-    assert stderr_of(list(map(float, correct))) == pytest.approx(expected, abs=1e-12)
+    assert standard_error(list(map(float, correct))) == pytest.approx(expected, abs=1e-12)
 
 
 def test_one_example_has_no_standard_error() -> None:
-    assert metrics_of(choices("0", "0"), 0.5, None)["accuracy_stderr"] is None
-    assert metrics_of(windows(-1.0), None, None)["perplexity_stderr"] is None
+    assert compute_metrics(choices("0", "0"), 0.5, None)["accuracy_stderr"] is None
+    assert compute_metrics(windows(-1.0), None, None)["perplexity_stderr"] is None
 
 
 def test_the_truncated_are_counted_where_the_evaluator_says_so() -> None:
     known = [replace(o, truncated=i == 0) for i, o in enumerate(choices("0101", "0000"))]
-    assert truncated_fraction(known) == metrics_of(known, 0.5, None)["truncated_fraction"] == 0.25
+    assert truncated_fraction(known) == compute_metrics(known, 0.5, None)["truncated_fraction"] == 0.25
     assert truncated_fraction(choices("01", "01")) is None
 
 
 def test_missing_values_are_not_in_a_mean() -> None:
-    assert mean_of([1.0, None, 0.0, None]) == 0.5
+    assert mean_known([1.0, None, 0.0, None]) == 0.5
 
 
 def test_perplexity_by_hand() -> None:
     """Of two windows whose tokens have one chance in 2 and one in 8, in the geometric mean: 4."""
-    found = metrics_of(windows(-log(2), -log(8)), None, None)
+    found = compute_metrics(windows(-log(2), -log(8)), None, None)
     assert found == {
         "perplexity": pytest.approx(4.0),
         "perplexity_stderr": pytest.approx(4.0 * log(2)),
@@ -131,16 +131,16 @@ def test_perplexity_by_hand() -> None:
 
 @given(st.lists(st.floats(-20, 0), min_size=2, max_size=20))
 def test_the_error_of_perplexity_is_that_of_its_exponent_to_first_order(values: list[float]) -> None:
-    found = metrics_of(windows(*values), None, None)
-    mean, stderr = -mean_of(values), stderr_of(values)
+    found = compute_metrics(windows(*values), None, None)
+    mean, stderr = -mean_known(values), standard_error(values)
     assert stderr is not None
     assert found["perplexity"] == pytest.approx(exp(mean))
     assert found["perplexity_stderr"] == pytest.approx(exp(mean) * stderr, abs=1e-9)
 
 
 def test_a_task_is_judged_by_accuracy_or_perplexity() -> None:
-    assert headline(metrics_of(choices("01", "01"), 0.5, None)) == "accuracy"
-    assert headline(metrics_of(windows(-1.0, -2.0), None, None)) == "perplexity"
+    assert headline(compute_metrics(choices("01", "01"), 0.5, None)) == "accuracy"
+    assert headline(compute_metrics(windows(-1.0, -2.0), None, None)) == "perplexity"
 
 
 def accuracy_metrics(accuracy: float, stderr: float | None, chance: float, n: int, truncated: float = 0.0) -> Metrics:
@@ -154,7 +154,7 @@ def accuracy_metrics(accuracy: float, stderr: float | None, chance: float, n: in
 
 
 def test_the_metrics_of_one_task_are_its_own() -> None:
-    own = metrics_of(choices("01", "00"), 0.5, "1")
+    own = compute_metrics(choices("01", "00"), 0.5, "1")
     assert combined({"boolq": own}) == own
 
 

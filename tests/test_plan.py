@@ -18,7 +18,7 @@ from tune_sparse.sweep.plan import Plan, asked_cells, split_blocks
 
 
 def config(**names: Any) -> SweepConfig:
-    return SweepConfig.from_names(PRESETS["embedded"] | names)
+    return SweepConfig.from_names(PRESETS["toy"] | names)
 
 
 def test_split_keeps_a_model_and_task_on_one_backend_and_both_on_all_models_and_tasks() -> None:

@@ -19,15 +19,15 @@ from transformers import AutoModelForCausalLM
 
 from tune_sparse.cli import main
 from tune_sparse.cli.command import BAD_INPUT, FAULT, OK
-from tune_sparse.models.architectures import ARCHITECTURES, weights_of
+from tune_sparse.models.architectures import ARCHITECTURES, read_weights
 from tune_sparse.models.safetensors_io import TensorWriter, weight_files
 from tune_sparse.pruning.mask_io import MaskFile, stem
-from tune_sparse.pruning.masks import mask_sha256, sparsity_of
+from tune_sparse.pruning.masks import count_sparsity, mask_sha256
 from tune_sparse.pruning.prune_model import make_masks
 from tune_sparse.pruning.streaming import open_checkpoint
 
 METHODS = ("unstructured", "structured", "wanda", "sparsegpt", "random-2:4")
-CALIBRATION = ("--calibration", "boolq", "--data-dir", "embedded", "--calibration-rows", "8")
+CALIBRATION = ("--calibration", "boolq", "--data-dir", "synthetic", "--calibration-rows", "8")
 
 
 @pytest.fixture(params=ARCHITECTURES)
@@ -57,7 +57,7 @@ def test_every_class_is_pruned_and_what_was_written_is_valid(folder: Path, tmp_p
         checkpoint = written / stem("checkpoint", method, 0.5)
         stats = json.loads((written / f"{stem('stats', method, 0.5)}.json").read_text())
         assert stats["mask_sha256"] == mask_sha256(masks)
-        assert stats["counted_sparsity"] == pytest.approx(sparsity_of(masks), abs=1e-12)
+        assert stats["counted_sparsity"] == pytest.approx(count_sparsity(masks), abs=1e-12)
         assert abs(stats["counted_sparsity"] - 0.5) < 0.01
         assert stats["kept_by_matrix"] == {name: [int(masks[name].sum()), masks[name].numel()] for name in masks}
         assert ("calibration" in stats) == (method in ("wanda", "sparsegpt"))
@@ -65,7 +65,7 @@ def test_every_class_is_pruned_and_what_was_written_is_valid(folder: Path, tmp_p
         assert validate(checkpoint, written / f"{stem('masks', method, 0.5)}.safetensors") == OK
         assert json.loads((checkpoint / "validation_report.json").read_text())["all_valid"]
         model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
-        assert all(not weight[~masks[name]].any() for name, weight in weights_of(model).items())
+        assert all(not weight[~masks[name]].any() for name, weight in read_weights(model).items())
     assert not list(written.glob(".*"))
 
 

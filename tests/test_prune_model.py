@@ -23,17 +23,17 @@ from tune_sparse.models.checkpoints import (
     write_weights_into,
 )
 from tune_sparse.pruning.calibration import ModelBlocks, Statistics
-from tune_sparse.pruning.masks import Masks, keep_highest, mask_sha256, masked, pruned_count, sparsity_of
+from tune_sparse.pruning.masks import Masks, count_sparsity, keep_highest, mask_sha256, masked, pruned_count
 from tune_sparse.pruning.methods import GROUPS, METHODS, TOLERANCE
 from tune_sparse.pruning.prune_model import (
     Prunable,
     PrunedMatrix,
+    check_sparsities,
     make_masks,
     measured,
     oriented_scores,
     prune,
     prune_walking,
-    refuse_sparsities_of,
 )
 from tune_sparse.pruning.streaming import open_checkpoint
 
@@ -106,7 +106,7 @@ def test_every_method_hits_its_target_on_every_class(method: str, name: str, eve
         assert {mask.dtype for mask in masks.values()} == {torch.bool}
         assert {name: mask.shape for name, mask in masks.items()} == {m: model.weights[m].shape for m in masks}
         assert all(mask.any() for mask in masks.values())
-        assert abs(sparsity_of(masks) - sparsity) <= TOLERANCE
+        assert abs(count_sparsity(masks) - sparsity) <= TOLERANCE
         if METHODS[method].pattern == "element-wise" and METHODS[method].allocation == "uniform":
             counts = [(int((~mask).sum()), pruned_count(mask.numel(), sparsity)) for mask in masks.values()]
             assert all(lost == asked for lost, asked in counts)
@@ -193,7 +193,7 @@ def test_global_masks_are_the_lowest_of_all_matrices(trained: Measured) -> None:
 def test_unknown_rows_of_a_multiple_are_refused(trained: Measured) -> None:
     odd = replace(trained.model.shape, channels=99)
     with pytest.raises(InputError, match="2:4 needs rows of a multiple of 4 weights, the model has rows of 99"):
-        refuse_sparsities_of("wanda-2:4", odd, [0.5])
+        check_sparsities("wanda-2:4", odd, [0.5])
 
 
 def test_sequential_pruning_of_the_first_block_is_that_of_the_dense_model(llama: Path, trained: Measured) -> None:
@@ -338,4 +338,4 @@ def test_a_structured_model_computes_the_same_as_a_physically_smaller_one(folder
     with torch.no_grad():
         torch.testing.assert_close(small(ids).logits, model(ids).logits, atol=1e-5, rtol=1e-5)
     left = sum(weight.numel() for weight in prunable_weights(small).values())
-    assert left == round((1 - sparsity_of(masks)) * shape.pruned_weights)
+    assert left == round((1 - count_sparsity(masks)) * shape.pruned_weights)

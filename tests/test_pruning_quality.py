@@ -1,4 +1,4 @@
-"""Better scores lose less, on trained embedded models and on real text."""
+"""Better scores lose less, on trained toy models and on real text."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tune_sparse.config import Protocol
 from tune_sparse.data.splits import Encoded, encode_answers, load_splits
 from tune_sparse.data.tasks import TASKS
 from tune_sparse.models.checkpoints import check_checkpoint, load_model, load_tokenizer, write_weights_into
-from tune_sparse.models.toy_models import embedded_model
+from tune_sparse.models.toy_models import toy_model
 from tune_sparse.pruning.calibration import ModelBlocks, Statistics, row_loss, text_rows, walk
 from tune_sparse.pruning.prune_model import Prunable, prune, prune_walking
 
@@ -20,7 +20,7 @@ METHODS = ("unstructured", "wanda", "sparsegpt")
 
 
 class Calibrated:
-    """An embedded model with its inputs on some rows, and pruned by each method to 50%."""
+    """A toy model with its inputs on some rows, and pruned by each method to 50%."""
 
     def __init__(self, folder: Path, rows: list[Encoded]) -> None:
         self.model = load_model(folder, torch.float32, torch.device("cpu"))
@@ -63,14 +63,14 @@ def assert_ordered(calibrated: Calibrated) -> None:
 
 
 def test_sparsegpt_reconstructs_best_then_wanda_then_magnitude(own_cache: Path) -> None:
-    assert_ordered(calibrated_on_boolq(embedded_model("tiny-llama", steps=60)))
+    assert_ordered(calibrated_on_boolq(toy_model("tiny-llama", steps=60)))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["tiny-llama", "tiny-mistral"])
 def test_the_order_holds_on_fully_trained_models_and_real_text(name: str, own_cache: Path, shared_data: Path) -> None:
     """Perplexities are printed beside the errors. The models never saw English text: they are far from good at it."""
-    folder = embedded_model(name)
+    folder = toy_model(name)
     assert_ordered(calibrated_on_boolq(folder))
     tokenizer = load_tokenizer(folder)
     for text in ("wikitext2/train.txt", "tinyshakespeare/input.txt"):

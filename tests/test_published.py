@@ -33,7 +33,7 @@ ROW = {
     "tuning": "LoRA",
     "mode": "sparse-to-sparse",
     "sparsity": "0.5",
-    "few_shot": "5",
+    "num_fewshot": "5",
     "context_tokens": "",
     "metric": "accuracy",
     "value": "0.501",
@@ -71,7 +71,7 @@ def test_of_phoenix_only_the_digitised_figure_has_numbers() -> None:
 
 def test_a_row_is_read_as_it_is_written(tmp_path: Path) -> None:
     [row] = read_published(write_published(tmp_path / "own.csv", {}))
-    assert asdict(row) == ROW | {"sparsity": 0.5, "few_shot": 5, "context_tokens": None, "value": 0.501}
+    assert asdict(row) == ROW | {"sparsity": 0.5, "num_fewshot": 5, "context_tokens": None, "value": 0.501}
 
 
 def test_a_number_that_is_entered_takes_the_place_of_the_empty_line(tmp_path: Path) -> None:
@@ -107,7 +107,7 @@ def test_a_model_of_the_results_is_known(tmp_path: Path) -> None:
         ({"value": "50%"}, "value must be a number or empty, got '50%'. Write 0.5, not 50%"),
         ({"sparsity": "1"}, r"sparsity must be in \[0, 1\), got 1\. "),
         ({"sparsity": "50"}, r"sparsity must be in \[0, 1\), got 50\. Did you mean 0\.5\?"),
-        ({"few_shot": "five"}, "few_shot must be a whole number or empty, got 'five'"),
+        ({"num_fewshot": "five"}, "num_fewshot must be a whole number or empty, got 'five'"),
         ({"address": "paper.pdf"}, "an address must begin with https://, got 'paper.pdf'"),
         ({"source": ""}, "source must be stated, got ''"),
     ],
@@ -143,7 +143,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 
 
 def published(**changes: Any) -> Published:
-    typed = ROW | {"sparsity": 0.5, "few_shot": 5, "context_tokens": None, "value": 0.501}
+    typed = ROW | {"sparsity": 0.5, "num_fewshot": 5, "context_tokens": None, "value": 0.501}
     return Published(**(typed | changes))
 
 
@@ -151,7 +151,7 @@ def test_numbers_of_one_setting_are_one_run() -> None:
     [run] = as_runs([published(), published(metric="train_seconds", value=10.0, notes="timed")])
     assert run.metrics == {"accuracy": 0.501, "train_seconds": 10.0}
     assert run.params["backend"] == "published"
-    assert run.params["few_shot"] == "5"
+    assert run.params["num_fewshot"] == "5"
     assert "context_tokens" not in run.params
     assert run.tags["notes"] == "with, a comma | timed"
     assert run.name.startswith("PUBLISHED (printed) LoRA, wanda, Mistral-7B-v0.3, gsm8k, sparsity 0.5, A paper")

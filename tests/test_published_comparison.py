@@ -16,7 +16,7 @@ from analysis.report.phoenix import phoenix_table
 from tune_sparse.config import Protocol
 from tune_sparse.ledger.ledger import Ledger
 
-FEW = Protocol(few_shot=5)
+FEW = Protocol(num_fewshot=5)
 SAME: dict[str, Any] = {"model": "Tiny", "task": "boolq", "method": "random", "mode": "sparse-to-dense", "value": 0.6}
 
 
@@ -28,7 +28,7 @@ def cells(tmp_path_factory: pytest.TempPathFactory) -> tuple[pd.DataFrame, dict[
     cells = [make_cell(method=method, seed=seed) for method, seed in accuracies]
     cells += [make_cell(sparsity=0.0, method=method) for method in ("random", "wanda")]
     sweep = sweep_of(cells, protocol=FEW)
-    sweep.config["protocol"] = {"few_shot": 5, "max_tokens": 2048}
+    sweep.config["protocol"] = {"num_fewshot": 5, "max_tokens": 2048}
     ledger.write_sweep(sweep)
     for cell in {cell.trained for cell in cells}:
         run = make_run(cell, protocol=FEW)
@@ -75,8 +75,8 @@ def test_a_perplexity_needs_the_same_windows_and_has_no_interval(cells: tuple[pd
         ({"metric": "accuracy_generated"}, "scored by generated choices, ours by their likelihoods"),
         ({"model": "llama-7b"}, "no finished run of llama-7b"),
         ({"task": "gsm8k"}, "no finished run of this model on gsm8k"),
-        ({"few_shot": 0}, "theirs is 0-shot, ours 5-shot"),
-        ({"few_shot": None}, "the source does not state its few-shot setting"),
+        ({"num_fewshot": 0}, "theirs is 0-shot, ours 5-shot"),
+        ({"num_fewshot": None}, "the source does not state its few-shot setting"),
         ({"sparsity": None}, "the source does not state a sparsity"),
         ({"sparsity": 0.7}, "no finished run of ours at sparsity 0.7"),
     ],
@@ -90,13 +90,13 @@ def test_what_does_not_agree_is_not_compared(
 
 
 def test_what_is_not_done_is_not_compared(cells: tuple[pd.DataFrame, dict[str, Any]]) -> None:
-    table, protocol_of = cells
-    [found] = compare([published(**SAME)], table.assign(status="failed"), protocol_of)
+    table, job_protocol = cells
+    [found] = compare([published(**SAME)], table.assign(status="failed"), job_protocol)
     assert found.reason == "no finished run of Tiny"
 
 
 def test_the_table_of_phoenix_says_what_is_missing(cells: tuple[pd.DataFrame, dict[str, Any]]) -> None:
-    rows = [published(**SAME | {"source": "Phoenix", **change}) for change in ({}, {"value": None}, {"few_shot": 0})]
+    rows = [published(**SAME | {"source": "Phoenix", **change}) for change in ({}, {"value": None}, {"num_fewshot": 0})]
     comparisons = compare([*rows, published(**SAME)], *cells)
     lines = phoenix_table(comparisons).splitlines()[5:-2]
     assert len(lines) == 3

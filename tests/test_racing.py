@@ -12,10 +12,10 @@ from tune_sparse.search.racing import (
     Marks,
     Race,
     asked_first,
+    cut_stages,
     difference_interval,
     hypervolume,
     p_value,
-    stages_of,
     won,
 )
 
@@ -60,7 +60,7 @@ def test_examples_that_divide_candidates_are_asked_first() -> None:
 
 @given(n=st.integers(1, 300))
 def test_stages_are_all_examples_once_and_none_is_empty(n: int) -> None:
-    stages = stages_of(list(range(n)))
+    stages = cut_stages(list(range(n)))
     assert [i for stage in stages for i in stage] == list(range(n))
     assert all(stages)
     assert len(stages) <= len(STAGES)
@@ -119,7 +119,7 @@ def test_racing_finds_the_best_of_many_with_a_fraction_of_the_answers() -> None:
     found, stages = Race(n, False), [list(range(n))]
     for k, text in enumerate(texts):
         if len(found.complete()) == 8 and len(stages) == 1:
-            stages = stages_of(asked_first([found.marks[key] for key in found.complete()], n, 0))
+            stages = cut_stages(asked_first([found.marks[key] for key in found.complete()], n, 0))
         marks = Marks(n)
         for stage in stages:
             marks, spent = marks.adding((i, text[i] == "1") for i in stage), spent + len(stage)

@@ -38,7 +38,7 @@ def test_the_heuristic_of_the_papers_spaces_is_the_middle_rank() -> None:
 def test_parameters_are_rank_times_both_sides_of_each_adapted_matrix() -> None:
     ranks = {"l00.qkv": 4, "l00.up": 8, "l01.qkv": 0, "l01.up": 4}
     assert SMALL.parameters(ranks, SIZES) == 4 * (4 + 6) + 8 * (10 + 6)
-    assert SMALL.rank_of("model.layers.11.mlp.up_proj.weight", {"l11.up": 4, "l01.up": 8}) == 4
+    assert SMALL.active_rank("model.layers.11.mlp.up_proj.weight", {"l11.up": 4, "l01.up": 8}) == 4
 
 
 @given(step=st.integers(0, 10_000), seed=st.integers(0, 5), sampling=st.sampled_from(SAMPLINGS))

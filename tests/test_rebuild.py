@@ -17,7 +17,7 @@ from tune_sparse.evaluation.outcomes import read_outcomes
 from tune_sparse.evaluation.scoring import encode_test, score
 from tune_sparse.files import read_json, write_json
 from tune_sparse.ledger.ledger import Ledger
-from tune_sparse.lora.adapter_io import last_mask_of, merge_adapter_into
+from tune_sparse.lora.adapter_io import load_last_mask, merge_adapter_into
 from tune_sparse.models.checkpoints import check_checkpoint, load_model, prunable_weights, write_weights_into
 from tune_sparse.pruning.masks import masked
 from tune_sparse.pruning.prune_model import make_masks
@@ -69,6 +69,6 @@ def test_an_adapter_is_merged_into_the_pruned_checkpoint_as_its_mode_deploys_it(
     weights = prunable_weights(model)
     masks = make_masks("unstructured", weights, check_checkpoint(str(llama)).shape, 0.5, seed=0)
     write_weights_into(model, masked(weights, masks))
-    merge_adapter_into(model, adapter, last_mask_of(model, adapter))
+    merge_adapter_into(model, adapter, load_last_mask(model, adapter))
     for name, weight in prunable_weights(model).items():
         assert torch.equal(weight, expected[name])

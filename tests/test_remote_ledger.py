@@ -21,7 +21,7 @@ from factories import done_record, finished, make_run, tiny_run, write_run
 from ray_head import PATIENCE_SECONDS, Head, blind_node, ray_head, wait_until
 
 from trainables import remote_ledger
-from trainables.remote_ledger import Desk, LedgerAway, ledger_here, open_desk, own_folder, pieces_of, refuse_unseen
+from trainables.remote_ledger import Desk, LedgerAway, ledger_here, open_desk, own_folder, read_pieces, refuse_unseen
 from tune_sparse.config import CS3
 from tune_sparse.errors import InputError
 from tune_sparse.ledger.lease import Holder
@@ -104,7 +104,7 @@ def test_pieces_are_bounded_and_make_the_file(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(remote_ledger, "PIECE_BYTES", 4)
     for content, pieces in ((b"", [b""]), (b"abcd", [b"abcd"]), (b"abcdef", [b"abcd", b"ef"])):
         (tmp_path / "file").write_bytes(content)
-        assert list(pieces_of(tmp_path / "file")) == pieces
+        assert list(read_pieces(tmp_path / "file")) == pieces
 
 
 def test_what_a_killed_process_left_on_its_node_goes_and_a_living_ones_stays(tmp_path: Path) -> None:
@@ -188,7 +188,7 @@ class TestLedgerAway:
 
     def test_a_full_disk_at_the_driver_is_said(self, held: Holder, local_ray: None, small_disk: Path) -> None:
         with Holder(small_disk) as holder, open_desk(small_disk, holder.token):
-            away = LedgerAway(remote_ledger.ray.get_actor(remote_ledger._name_of(holder.token)))
+            away = LedgerAway(remote_ledger.ray.get_actor(remote_ledger._actor_name(holder.token)))
             with pytest.raises(OSError, match="No space left on device"):
                 write(away, adapter=bytes(70 << 20))
             assert list((small_disk / "runs").iterdir()) == []
@@ -351,7 +351,7 @@ class TestCluster:
         assert site.sending() == []
 
     def test_a_search_is_refused_before_it_starts(self, site: Site, llama: Path) -> None:
-        site.sweep = ["search", "--model", str(llama), "--task", "boolq", "--trials", "2", "--data-dir", "embedded"]
+        site.sweep = ["search", "--model", str(llama), "--task", "boolq", "--trials", "2", "--data-dir", "synthetic"]
         status, printed = site.run()
         assert status == 2
         assert f"a search needs a results folder that all its nodes see, {site.results} is not seen by" in printed

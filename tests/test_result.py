@@ -15,8 +15,8 @@ from tune_sparse.ledger.ledger import Run
 
 OTHER_PROTOCOL: dict[str, Any] = {
     "steps": 100,
-    "global_batch": 128,
-    "micro_batch": 4,
+    "global_batch_size": 128,
+    "micro_batch_size": 4,
     "learning_rate": 1e-3,
     "final_learning_rate": 0.0,
     "warmup_fraction": 0.1,
@@ -35,7 +35,7 @@ OTHER_PROTOCOL: dict[str, Any] = {
     "precision": "float32",
     "max_tokens": 1024,
     "max_new_tokens": 128,
-    "few_shot": 2,
+    "num_fewshot": 2,
     "batch_tokens": 4096,
     "n_train": 100,
     "n_selection": None,
@@ -150,7 +150,7 @@ def test_the_accuracy_before_tuning_is_shared_by_the_modes() -> None:
     assert len(both) == 1
 
 
-@pytest.mark.parametrize("name", sorted(OTHER_PROTOCOL.keys() - {*SCORING, "micro_batch"}))
+@pytest.mark.parametrize("name", sorted(OTHER_PROTOCOL.keys() - {*SCORING, "micro_batch_size"}))
 def test_the_accuracy_before_tuning_is_shared_by_training_settings(name: str) -> None:
     changed = make_run(protocol=replace(Protocol(), **{name: OTHER_PROTOCOL[name]}))
     assert changed.untuned_id == make_run().untuned_id

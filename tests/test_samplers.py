@@ -16,7 +16,7 @@ from ray.tune.search import Searcher
 from tune_sparse.errors import RunError
 from tune_sparse.lora.rank_space import Group, Ranks, Space
 from tune_sparse.search.config import SAMPLERS
-from tune_sparse.search.journal import Candidate, Candidates, Diary, Suggestion, key_of
+from tune_sparse.search.journal import Candidate, Candidates, Diary, Suggestion, configuration_key
 from tune_sparse.search.racing import Marks, Race
 from tune_sparse.search.samplers import DiarySearch, HillClimbing, searcher_named
 
@@ -65,7 +65,7 @@ class Desk:
         if self.fails(ranks):
             self.search.on_trial_complete(trial_id, {"marks": str(marks), "error": "RunError: nan"})
             return
-        self.scored.append(key_of(ranks))
+        self.scored.append(configuration_key(ranks))
         for stage in config["stages"]:
             marks = marks.adding((i, truth(ranks)[i] == "1") for i in stage)
             self.candidates.write(Candidate(ranks, int(cost(ranks)), str(marks)))
@@ -123,7 +123,7 @@ def test_a_candidate_that_fails_is_told_to_the_sampler_and_not_tried_again(tmp_p
     assert {s.error for s in failed} == {"RunError: nan"}
     study = desk.search._sampler._ot_study
     assert [t.state.name for t in study.trials].count("FAIL") == len(failed)
-    assert not any(desk.race.marks.get(key_of(s.ranks)) for s in failed)
+    assert not any(desk.race.marks.get(configuration_key(s.ranks)) for s in failed)
 
 
 def test_what_another_search_scored_in_full_is_told_without_a_trial(tmp_path: Path) -> None:
@@ -131,7 +131,7 @@ def test_what_another_search_scored_in_full_is_told_without_a_trial(tmp_path: Pa
     ranks = SPACE.heuristic(LAYERS)
     first.candidates.write(Candidate(ranks, 1, truth(ranks)))
     first.play()
-    assert key_of(ranks) not in first.scored
+    assert configuration_key(ranks) not in first.scored
     assert first.diary.suggestions[0].examples == 0
     assert first.diary.suggestions[0].accuracy == truth(ranks).count("1") / ROWS
 
@@ -179,12 +179,12 @@ def test_hill_climbing_goes_from_the_front_to_neighbours() -> None:
     climber.on_trial_complete("0", {"accuracy": 0.9, "cost": 1.0})
     climber.suggest("1")
     climber.on_trial_complete("1", {"accuracy": 0.5, "cost": 1.0})
-    seen = {key_of(start)}
+    seen = {configuration_key(start)}
     for number in range(2, 6):
         ranks = climber.suggest(str(number))
         assert sum(ranks[name] != start[name] for name in ranks) == 1
-        assert key_of(ranks) not in seen
-        seen.add(key_of(ranks))
+        assert configuration_key(ranks) not in seen
+        seen.add(configuration_key(ranks))
         climber.on_trial_complete(str(number), {"accuracy": 0.1, "cost": 1.0})
 
 
@@ -200,7 +200,7 @@ def test_a_diary_reads_what_it_wrote(tmp_path: Path) -> None:
 
 def test_half_a_candidate_file_is_no_candidate(tmp_path: Path) -> None:
     candidates = Candidates(tmp_path, "run")
-    (candidates.folder / f"{key_of({'a': 1})}.json").write_text('{"ranks": {"a"')
+    (candidates.folder / f"{configuration_key({'a': 1})}.json").write_text('{"ranks": {"a"')
     assert candidates.read({"a": 1}) is None
 
 

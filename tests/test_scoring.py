@@ -14,12 +14,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tune_sparse.config import Protocol
 from tune_sparse.data.splits import Encoded, encode_pairs
-from tune_sparse.data.synthetic import embedded_rows
+from tune_sparse.data.synthetic import synthetic_examples
 from tune_sparse.data.task_types import Row, Task
 from tune_sparse.data.tasks import TASKS
 from tune_sparse.errors import InputError, RunError
 from tune_sparse.evaluation import scoring
-from tune_sparse.evaluation.outcomes import Outcome, metrics_of
+from tune_sparse.evaluation.outcomes import Outcome, compute_metrics
 from tune_sparse.evaluation.scoring import Example, TestSet, encode_test, few_shot_prefixes, outcomes_of, score
 
 PROTOCOL = Protocol(max_tokens=256, max_new_tokens=8, precision="float32", batch_tokens=1024)
@@ -28,8 +28,8 @@ BOOLQ, HELLASWAG, GSM8K, TEXT = (TASKS[name] for name in ("boolq", "hellaswag", 
 
 def rows_of(task: Task, count: int) -> list[Row]:
     if task is TEXT:
-        return [{"text": "\n".join(row["passage"] for row in embedded_rows("boolq", "validation")[: 4 * count])}]
-    return embedded_rows(task.name, task.test_split)[:count]
+        return [{"text": "\n".join(row["passage"] for row in synthetic_examples("boolq", "validation")[: 4 * count])}]
+    return synthetic_examples(task.name, task.test_split)[:count]
 
 
 def test_set(tokenizer: PreTrainedTokenizerBase, task: Task, count: int, **settings: Any) -> TestSet:
@@ -135,7 +135,7 @@ def test_without_shots_nothing_is_before_a_prompt() -> None:
 
 @pytest.mark.parametrize("task", [BOOLQ, GSM8K], ids=lambda task: task.name)
 def test_shots_are_whole_examples_of_the_pool(task: Task) -> None:
-    pool = embedded_rows(task.name, "train")[:10]
+    pool = synthetic_examples(task.name, "train")[:10]
     shown = {"".join(task.training_pair(row)) for row in pool}
     prefixes = few_shot_prefixes(task, rows_of(task, 20), pool, 3)
     for prefix in prefixes:
@@ -162,23 +162,23 @@ def test_a_pool_full_of_the_row_itself_is_drawn_from_again() -> None:
 
 
 def test_the_first_rows_have_the_same_shots_however_many_follow() -> None:
-    pool = embedded_rows("gsm8k", "train")[:10]
+    pool = synthetic_examples("gsm8k", "train")[:10]
     assert few_shot_prefixes(GSM8K, rows_of(GSM8K, 9), pool, 2)[:4] == few_shot_prefixes(
         GSM8K, rows_of(GSM8K, 4), pool, 2
     )
 
 
 def test_a_prompt_is_asked_after_its_shots(tokenizer: PreTrainedTokenizerBase) -> None:
-    pool = embedded_rows("boolq", "train")[:10]
-    rows, protocol = rows_of(BOOLQ, 4), replace(PROTOCOL, few_shot=2)
+    pool = synthetic_examples("boolq", "train")[:10]
+    rows, protocol = rows_of(BOOLQ, 4), replace(PROTOCOL, num_fewshot=2)
     prefixes = few_shot_prefixes(BOOLQ, rows, pool, 2)
     plain = encode_test(tokenizer, BOOLQ, rows, PROTOCOL)
     shown = encode_test(tokenizer, BOOLQ, rows, protocol, pool)
     for prefix, before, after in zip(prefixes, plain.examples, shown.examples, strict=True):
         assert (before.id, before.lengths) == (after.id, after.lengths)
-        for zero_shot, few_shot in zip(before.encoded, after.encoded, strict=True):
-            assert tokenizer.decode(few_shot.context) == prefix + tokenizer.decode(zero_shot.context)
-            assert few_shot.continuation == zero_shot.continuation
+        for zero_shot, num_fewshot in zip(before.encoded, after.encoded, strict=True):
+            assert tokenizer.decode(num_fewshot.context) == prefix + tokenizer.decode(zero_shot.context)
+            assert num_fewshot.continuation == zero_shot.continuation
 
 
 # What becomes of its answers.
@@ -294,7 +294,7 @@ def test_outcomes_are_in_the_order_of_the_rows(model: PreTrainedModel, tokenizer
     scored = score(model, tokenizer, [tests], replace(PROTOCOL, batch_tokens=200))
     assert [outcome.id for outcome in scored.outcomes] == [example.id for example in tests.examples]
     assert len({outcome.predicted for outcome in scored.outcomes}) > 1
-    assert scored.metrics == metrics_of(scored.outcomes, 0.25, None)
+    assert scored.metrics == compute_metrics(scored.outcomes, 0.25, None)
 
 
 # Stopped, and gone on.

@@ -29,7 +29,15 @@ GROUPS = {
     "up": {"modules": ["up_proj"], "ranks": [4, 2, 0]},
 }
 SETTINGS = [
-    *("steps=3", "warmup_steps=0", "global_batch=4", "micro_batch=4", "lora_rank=4", "lora_alpha=8", "n_train=16"),
+    *(
+        "steps=3",
+        "warmup_steps=0",
+        "global_batch_size=4",
+        "micro_batch_size=4",
+        "lora_rank=4",
+        "lora_alpha=8",
+        "n_train=16",
+    ),
     *("n_selection=12", "n_test=6", "eval_every=3", "calibration_rows=4", "max_tokens=128", "max_new_tokens=4"),
 ]
 

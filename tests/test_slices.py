@@ -23,7 +23,7 @@ from tune_sparse.ledger.ledger import Ledger, Run
 from tune_sparse.lora.adapter_io import load_adapter, merge_adapter_into, read_marker
 from tune_sparse.lora.layer import adapt_model, sparse_lora_layers
 from tune_sparse.lora.rank_space import Ranks, Space, SuperAdapter
-from tune_sparse.lora.slices import layers_of, set_ranks_into
+from tune_sparse.lora.slices import count_layers, set_ranks_into
 from tune_sparse.models.checkpoints import load_model, prunable_weights, write_weights_into
 from tune_sparse.pruning.masks import Masks
 from tune_sparse.search.racing import Marks
@@ -52,7 +52,7 @@ class Trained:
     scorer: SliceScorer
 
     def drawn(self, seed: int) -> Ranks:
-        return SPACE.drawn(layers_of(self.scorer.slices.model), 0, seed, "uniform")
+        return SPACE.drawn(count_layers(self.scorer.slices.model), 0, seed, "uniform")
 
 
 @pytest.fixture(scope="module", params=MODES)
@@ -80,7 +80,7 @@ def test_a_slice_scores_exactly_as_the_same_sub_adapter_loaded_alone(trained: Tr
 
 def test_the_maximal_slice_is_what_the_super_adapter_deployed(trained: Trained) -> None:
     scorer = trained.scorer
-    scorer.slices.switch_into(SPACE.maximal(layers_of(scorer.slices.model)))
+    scorer.slices.switch_into(SPACE.maximal(count_layers(scorer.slices.model)))
     loaded, masks = pruned_by(trained.run, trained.ledger, Bench())
     adapter = trained.ledger.run_folder(trained.run.run_id) / "adapter"
     merge_adapter_into(loaded.model, adapter, None if trained.run.cell.mode == "dense" else masks)
@@ -96,12 +96,12 @@ def test_a_slice_keeps_the_zeros_and_its_scaling_in_stock_peft(trained: Trained,
     seen = 0
     for name, module in stock.get_base_model().named_modules():
         if hasattr(module, "lora_A"):
-            rank = SPACE.rank_of(f"{name}.weight", ranks)
+            rank = SPACE.active_rank(f"{name}.weight", ranks)
             assert module.r["default"] == rank
             assert module.scaling["default"] == TINY_PROTOCOL.lora_alpha / TINY_PROTOCOL.lora_rank
             assert torch.equal(module.lora_A["default"].weight, scorer.slices.layers[f"{name}.weight"].A[:rank])
             seen += 1
-    wanted = [name for name in scorer.slices.layers if SPACE.rank_of(name, ranks)]
+    wanted = [name for name in scorer.slices.layers if SPACE.active_rank(name, ranks)]
     assert seen == len(wanted) < len(scorer.slices.layers)
     if trained.run.cell.mode != "dense":
         scorer.slices.switch_into(ranks)
@@ -135,7 +135,7 @@ def test_stages_answer_what_is_not_known_and_the_same_as_at_once(trained: Traine
 
 
 def test_a_candidate_that_computes_nan_fails(trained: Trained) -> None:
-    slices, ranks = trained.scorer.slices, SPACE.maximal(layers_of(trained.scorer.slices.model))
+    slices, ranks = trained.scorer.slices, SPACE.maximal(count_layers(trained.scorer.slices.model))
     layer = next(iter(slices.layers.values()))
     slices.switch_into(dict.fromkeys(ranks, 0))
     kept = layer.A[3].clone()
@@ -163,7 +163,7 @@ def test_an_active_rank_computes_as_an_adapter_of_that_rank(llama: Path, way: st
         layer.lora_B["default"].weight.data.normal_()
     ids = torch.arange(1, 9)[None]
     for rank in (0, 2):
-        set_ranks_into(adapted, SPACE, dict.fromkeys(SPACE.dimensions(layers_of(adapted)), rank))
+        set_ranks_into(adapted, SPACE, dict.fromkeys(SPACE.dimensions(count_layers(adapted)), rank))
         adapted.zero_grad()
         outputs = model(input_ids=ids).logits
         outputs.square().mean().backward()
@@ -215,7 +215,7 @@ def adapter_tensors(ledger: Ledger, run: Run) -> dict[str, Tensor]:
 def test_ranks_are_drawn_once_a_step_also_with_activation_checkpointing(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = super_run(llama, write_boolq(tmp_path / "rows"), "sparse-to-sparse", micro_batch=2)
+    run = super_run(llama, write_boolq(tmp_path / "rows"), "sparse-to-sparse", micro_batch_size=2)
     drawn: list[int] = []
     draw = Space.drawn
     monkeypatch.setattr(

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from factories import boolq_rows, write_jsonl
 
-from tune_sparse.config import EMBEDDED_ROWS, HUB_ROWS, Protocol
+from tune_sparse.config import HUB_ROWS, SYNTHETIC, Protocol
 from tune_sparse.data import sources
 from tune_sparse.data.sources import fetch_rows, rows_folder
 from tune_sparse.data.splits import load_splits, read_split
@@ -47,7 +47,7 @@ def test_rows_of_the_hub_are_those_of_its_dataset() -> None:
 def test_rows_are_fetched_once(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     fetch_rows(["boolq"], said.append)
-    monkeypatch.setattr(sources, "_splits_of", lambda *_: pytest.fail("fetched again"))
+    monkeypatch.setattr(sources, "_fetch_splits", lambda *_: pytest.fail("fetched again"))
     assert fetch_rows(["boolq"], said.append) == cache_dir() / "hub_rows"
     assert [line.split(":")[0] for line in said] == ["boolq"]
 
@@ -88,4 +88,4 @@ def test_a_task_that_the_hub_has_not_is_refused() -> None:
 def test_no_rows_are_ever_a_default() -> None:
     with pytest.raises(NotReadyError, match="rows of the tasks are needed, got no data_dir"):
         rows_folder(None, ["boolq"])
-    assert rows_folder(EMBEDDED_ROWS, ["boolq"]) is None
+    assert rows_folder(SYNTHETIC, ["boolq"]) is None

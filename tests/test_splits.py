@@ -12,7 +12,7 @@ from tune_sparse.config import Protocol
 from tune_sparse.data.splits import (
     LEAK_CHARACTERS,
     Splits,
-    fingerprint_of,
+    fingerprint_splits,
     load_splits,
     load_test,
     read_rows,
@@ -97,13 +97,13 @@ def test_the_fingerprint_changes_with_any_row_and_any_order() -> None:
     assert len({splits.fingerprint, *(other.fingerprint for other in changed)}) == 5
 
 
-def test_embedded_rows_need_no_folder() -> None:
+def test_synthetic_examples_need_no_folder() -> None:
     splits = load_splits(BOOLQ, None, Protocol(n_train=10, n_selection=5, n_test=3))
     assert (len(splits.train), len(splits.selection), len(splits.test)) == (10, 5, 3)
 
 
-def test_a_task_without_embedded_rows_asks_for_a_folder() -> None:
-    with pytest.raises(InputError, match=r"the embedded generator has .*boolq.*, got 'piqa'\. Give --data-dir"):
+def test_a_task_without_synthetic_examples_asks_for_a_folder() -> None:
+    with pytest.raises(InputError, match=r"the synthetic generator has .*boolq.*, got 'piqa'\. Give --data-dir"):
         load_splits(TASKS["piqa"], None, Protocol())
 
 
@@ -212,14 +212,14 @@ def test_real_texts_split_without_leaks(name: str, shared_data: Path) -> None:
 
 def test_examples_are_the_whole_train_split_in_its_own_order(tmp_path: Path) -> None:
     rows = tuple(boolq_rows(20, "train"))
-    splits = load_splits(BOOLQ, write_boolq(tmp_path), replace(SMALL, few_shot=2, n_train=3))
+    splits = load_splits(BOOLQ, write_boolq(tmp_path), replace(SMALL, num_fewshot=2, n_train=3))
     assert splits.examples == rows
     assert splits.train == load_splits(BOOLQ, tmp_path, replace(SMALL, n_train=3)).train
 
 
 def test_examples_are_part_of_the_fingerprint_only_where_they_are_asked_for(tmp_path: Path) -> None:
     write_boolq(tmp_path)
-    without, two, three = (load_splits(BOOLQ, tmp_path, replace(SMALL, few_shot=count)) for count in (0, 2, 3))
+    without, two, three = (load_splits(BOOLQ, tmp_path, replace(SMALL, num_fewshot=count)) for count in (0, 2, 3))
     assert without.examples == ()
     assert without.fingerprint != two.fingerprint == three.fingerprint
     assert replace(two, examples=two.examples[::-1]).fingerprint != two.fingerprint
@@ -227,9 +227,9 @@ def test_examples_are_part_of_the_fingerprint_only_where_they_are_asked_for(tmp_
 
 def test_examples_must_be_fewer_than_the_training_rows(tmp_path: Path) -> None:
     write_boolq(tmp_path)
-    load_splits(BOOLQ, tmp_path, replace(SMALL, few_shot=19))
-    with pytest.raises(InputError, match=r"few_shot must be less than the 20 training rows of boolq.*Lower it\."):
-        load_splits(BOOLQ, tmp_path, replace(SMALL, few_shot=20))
+    load_splits(BOOLQ, tmp_path, replace(SMALL, num_fewshot=19))
+    with pytest.raises(InputError, match=r"num_fewshot must be less than the 20 training rows of boolq.*Lower it\."):
+        load_splits(BOOLQ, tmp_path, replace(SMALL, num_fewshot=20))
 
 
 def test_no_worked_example_is_a_test_row_whatever_the_limit_of_train(tmp_path: Path) -> None:
@@ -240,18 +240,18 @@ def test_no_worked_example_is_a_test_row_whatever_the_limit_of_train(tmp_path: P
     unseen = next(n for n in range(1, 17) if leaked not in load_splits(BOOLQ, tmp_path, limited(n, 1)).train)
     load_splits(BOOLQ, tmp_path, limited(unseen, 6))
     with pytest.raises(InputError, match="no row of boolq may be in two splits"):
-        load_splits(BOOLQ, tmp_path, replace(limited(unseen, 6), few_shot=2))
+        load_splits(BOOLQ, tmp_path, replace(limited(unseen, 6), num_fewshot=2))
 
 
 def limited(n_train: int, n_test: int) -> Protocol:
     return replace(SMALL, n_train=n_train, n_test=n_test)
 
 
-@pytest.mark.parametrize("few_shot", [0, 2])
-def test_scoring_alone_needs_the_test_rows_and_the_examples(tmp_path: Path, few_shot: int) -> None:
-    protocol = replace(SMALL, n_test=3, few_shot=few_shot)
+@pytest.mark.parametrize("num_fewshot", [0, 2])
+def test_scoring_alone_needs_the_test_rows_and_the_examples(tmp_path: Path, num_fewshot: int) -> None:
+    protocol = replace(SMALL, n_test=3, num_fewshot=num_fewshot)
     whole = load_splits(BOOLQ, write_boolq(tmp_path), protocol)
-    if not few_shot:
+    if not num_fewshot:
         (tmp_path / "boolq" / "train.jsonl").unlink()
     assert load_test(BOOLQ, tmp_path, protocol) == replace(whole, train=(), selection=())
 
@@ -260,7 +260,7 @@ def test_scoring_a_text_needs_its_test_file_alone(tmp_path: Path) -> None:
     whole = load_splits(WIKITEXT, write_wikitext(tmp_path), SMALL)
     for split in ("train", "valid"):
         (tmp_path / "wikitext2" / f"{split}.txt").unlink()
-    assert load_test(WIKITEXT, tmp_path, replace(SMALL, n_test=1, few_shot=2)) == Splits((), (), whole.test)
+    assert load_test(WIKITEXT, tmp_path, replace(SMALL, n_test=1, num_fewshot=2)) == Splits((), (), whole.test)
 
 
 def test_the_fingerprint_of_a_mixture_is_of_its_tasks_in_order(tmp_path: Path) -> None:
@@ -268,8 +268,8 @@ def test_the_fingerprint_of_a_mixture_is_of_its_tasks_in_order(tmp_path: Path) -
         load_splits(BOOLQ, write_boolq(tmp_path), SMALL),
         load_splits(TASKS["arc_easy"], write_arc(tmp_path, train=9, validation=6, test=5), SMALL),
     ]
-    assert fingerprint_of(splits[:1]) == splits[0].fingerprint
-    assert len({fingerprint_of(splits), fingerprint_of(splits[::-1]), *(s.fingerprint for s in splits)}) == 4
+    assert fingerprint_splits(splits[:1]) == splits[0].fingerprint
+    assert len({fingerprint_splits(splits), fingerprint_splits(splits[::-1]), *(s.fingerprint for s in splits)}) == 4
 
 
 # Texts.
@@ -346,8 +346,8 @@ def test_a_missing_text_is_named(tmp_path: Path) -> None:
         load_splits(WIKITEXT, tmp_path, SMALL)
 
 
-def test_the_embedded_generator_has_no_text() -> None:
-    with pytest.raises(InputError, match=r"the embedded generator has .*got 'wikitext2'"):
+def test_the_synthetic_generator_has_no_text() -> None:
+    with pytest.raises(InputError, match=r"the synthetic generator has .*got 'wikitext2'"):
         load_splits(WIKITEXT, None, SMALL)
 
 

@@ -90,7 +90,7 @@ def finished(smoke: list[str], tmp_path_factory: pytest.TempPathFactory) -> Driv
     return driver
 
 
-def metrics_of(driver: Driver) -> dict[str, dict[str, object]]:
+def compute_metrics(driver: Driver) -> dict[str, dict[str, object]]:
     return {run_id: record.metrics for run_id in driver.done() if (record := driver.ledger.record(run_id))}
 
 
@@ -140,7 +140,7 @@ def test_a_run_folder_holds_what_the_design_promises(finished: Driver) -> None:
 
 
 def test_sparse_to_dense_records_what_the_last_mask_removed(finished: Driver) -> None:
-    for run_id, metrics in metrics_of(finished).items():
+    for run_id, metrics in compute_metrics(finished).items():
         if "sparse-to-dense" in run_id:
             assert metrics["update_removed_fraction"] > 0
             assert metrics["accuracy_before_merge"] is not None
@@ -152,7 +152,7 @@ def test_the_modes_train_differently(finished: Driver) -> None:
     losses = {
         mode: [
             metrics["train_loss"]
-            for run_id, metrics in sorted(metrics_of(finished).items())
+            for run_id, metrics in sorted(compute_metrics(finished).items())
             if mode in run_id and ("unstructured" in run_id or "random" in run_id)
         ]
         for mode in ("sparse-to-dense", "sparse-to-sparse")
@@ -179,8 +179,8 @@ def test_one_worker_and_another_order_give_the_same_bits(finished: Driver, llama
     other = Driver(["smoke", "--models", str(llama), *reversed_axes], tmp_path / "results")
     status, printed = other.run()
     assert status == 0, printed
-    expected = metrics_of(finished)
-    found = metrics_of(other)
+    expected = compute_metrics(finished)
+    found = compute_metrics(other)
     assert len(found) == 5
     assert found == {run_id: expected[run_id] for run_id in found}
 
@@ -201,7 +201,7 @@ def test_a_killed_sweep_resumes_with_what_was_missing(finished: Driver, smoke: l
     assert f"{14 - len(kept)} trainings in" in printed
     for run_id, written in kept.items():
         assert (driver.ledger.run_folder(run_id) / "result.json").stat().st_mtime_ns == written
-    assert metrics_of(driver) == metrics_of(finished)
+    assert compute_metrics(driver) == compute_metrics(finished)
     assert {driver.ledger.record(r).identity for r in driver.done()} == {
         finished.ledger.record(r).identity for r in finished.done()
     }

@@ -20,7 +20,15 @@ from tune_sparse.errors import InputError
 from tune_sparse.files import write_json
 from tune_sparse.ledger.ledger import Ledger, Run
 from tune_sparse.tracking.entries import CANDIDATE_TAG, RECORD_TAG, RUN_TAG, SEARCH_TAG, SWEEP_TAG, record_hash
-from tune_sparse.tracking.sync import EXPERIMENT, Tracker, client_of, default_uri, every_run, track_ledger, tracking_uri
+from tune_sparse.tracking.sync import (
+    EXPERIMENT,
+    Tracker,
+    default_uri,
+    every_run,
+    make_client,
+    track_ledger,
+    tracking_uri,
+)
 
 DONE = make_run(make_cell(seed=0))
 FAILED = make_run(make_cell(seed=1))
@@ -205,7 +213,7 @@ class Meddling:
     """A client beside which somebody else acts once, before the call that is named."""
 
     def __init__(self, uri: str, before: str, act: Callable[..., object]) -> None:
-        self._client, self._before, self._act = client_of(uri), before, act
+        self._client, self._before, self._act = make_client(uri), before, act
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         call = getattr(self._client, name)
@@ -264,7 +272,7 @@ def test_another_writer_in_the_middle_leaves_each_run_once(fresh: tuple[Ledger, 
 def test_a_request_that_was_served_twice_leaves_one_run(fresh: tuple[Ledger, Store]) -> None:
     """MLflow's client repeats a request whose answer was lost."""
     ledger, store = fresh
-    client = Meddling(store.uri, "create_run", client_of(store.uri).create_run)
+    client = Meddling(store.uri, "create_run", make_client(store.uri).create_run)
     Tracker(ledger, store.uri, client).fill(Tracker.fill_ledger)
     assert_each_once(ledger, store)
 

@@ -12,14 +12,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from tune_sparse.config import Protocol
 from tune_sparse.data import synthetic
 from tune_sparse.data.splits import load_splits
-from tune_sparse.data.synthetic import EMBEDDED_TASKS, embedded_rows
+from tune_sparse.data.synthetic import SYNTHETIC_TASKS, synthetic_examples
 from tune_sparse.data.task_types import ChoiceTask, PromptTask, Row
 from tune_sparse.data.tasks import TASKS
 from tune_sparse.errors import InputError
 from tune_sparse.models import toy_models
-from tune_sparse.models.toy_models import EMBEDDED_MODELS, embedded_model, embedded_tokenizer, train_embedded_models
+from tune_sparse.models.toy_models import TOY_MODELS, toy_model, toy_tokenizer, train_toy_models
 
-SPLITS = [(name, split) for name in EMBEDDED_TASKS for split in ("base", "train", TASKS[name].test_split)]
+SPLITS = [(name, split) for name in SYNTHETIC_TASKS for split in ("base", "train", TASKS[name].test_split)]
 
 
 def prompt_task(name: str) -> PromptTask:
@@ -38,19 +38,19 @@ def splits_of(task_name: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerBase:
-    return embedded_tokenizer()
+    return toy_tokenizer()
 
 
 @pytest.mark.parametrize(("name", "split"), SPLITS)
 def test_rows_have_the_schema_and_the_size(name: str, split: str) -> None:
-    rows = embedded_rows(name, split)
+    rows = synthetic_examples(name, split)
     assert len(rows) == {"base": 6000, "train": 2200}.get(split, 400)
     for row in rows:
         TASKS[name].check(row)
 
 
 def test_hellaswag_rows_have_every_field_of_the_original() -> None:
-    for row in embedded_rows("hellaswag", "validation"):
+    for row in synthetic_examples("hellaswag", "validation"):
         assert list(row) == [
             *("ind", "activity_label", "ctx_a", "ctx_b", "ctx", "endings"),
             *("source_id", "split", "split_type", "label"),
@@ -59,9 +59,9 @@ def test_hellaswag_rows_have_every_field_of_the_original() -> None:
         assert len(set(row["endings"])) == 4
 
 
-@pytest.mark.parametrize("name", EMBEDDED_TASKS)
+@pytest.mark.parametrize("name", SYNTHETIC_TASKS)
 def test_no_prompt_is_repeated_within_or_across_splits(name: str) -> None:
-    prompts = [prompt_of(name, row) for split in splits_of(name) for row in embedded_rows(name, split)]
+    prompts = [prompt_of(name, row) for split in splits_of(name) for row in synthetic_examples(name, split)]
     assert len(set(prompts)) == len(prompts) == 8600
 
 
@@ -76,16 +76,17 @@ def facts_asked(name: str, text: str) -> tuple[str, ...]:
     return tuple(signs.get(word, word) for word in words if word in signs or word.isdigit())
 
 
-@pytest.mark.parametrize("name", EMBEDDED_TASKS)
+@pytest.mark.parametrize("name", SYNTHETIC_TASKS)
 def test_no_two_splits_share_what_carries_the_answer(name: str) -> None:
     facts = [
-        {facts_asked(name, prompt_of(name, row)) for row in embedded_rows(name, split)} for split in splits_of(name)
+        {facts_asked(name, prompt_of(name, row)) for row in synthetic_examples(name, split)}
+        for split in splits_of(name)
     ]
     assert all(len(f) > 200 for f in facts)
     assert sum(map(len, facts)) == len(set.union(*facts))
 
 
-@pytest.mark.parametrize("name", EMBEDDED_TASKS)
+@pytest.mark.parametrize("name", SYNTHETIC_TASKS)
 def test_rows_load_as_splits_of_the_study(name: str) -> None:
     splits = load_splits(TASKS[name], None, Protocol(n_train=2000, n_selection=64, n_test=200))
     assert [len(rows) for rows in (splits.train, splits.selection, splits.test)] == [2000, 64, 200]
@@ -94,7 +95,7 @@ def test_rows_load_as_splits_of_the_study(name: str) -> None:
 @pytest.mark.parametrize(("name", "split"), SPLITS)
 def test_gold_labels_are_balanced(name: str, split: str) -> None:
     task = prompt_task(name)
-    counts = Counter(task.gold(row) for row in embedded_rows(name, split))
+    counts = Counter(task.gold(row) for row in synthetic_examples(name, split))
     if isinstance(task, ChoiceTask):
         assert max(counts.values()) - min(counts.values()) <= 1
         assert len(counts) == round(1 / task.chance)
@@ -107,11 +108,11 @@ def test_answers_cannot_be_guessed_without_the_context(name: str) -> None:
     """A guesser that knows how often each answer was right in train stays near chance."""
     seen: Counter[str] = Counter()
     right: Counter[str] = Counter()
-    for row in embedded_rows(name, "train"):
+    for row in synthetic_examples(name, "train"):
         for number, key in enumerate(blind_keys(name, row)):
             seen[key] += 1
             right[key] += number == prompt_task(name).gold(row)
-    rows = embedded_rows(name, "validation")
+    rows = synthetic_examples(name, "validation")
     hits = 0
     for row in rows:
         rates = [right[key] / seen[key] for key in blind_keys(name, row)]
@@ -127,7 +128,7 @@ def blind_keys(name: str, row: Row) -> list[str]:
 
 
 def test_boolq_answers_follow_from_the_passage() -> None:
-    for row in embedded_rows("boolq", "validation"):
+    for row in synthetic_examples("boolq", "validation"):
         animal, value = row["question"].split()[2], row["question"].split()[-1]
         words = row["passage"].replace(".", "").split()
         assert animal in words
@@ -135,7 +136,7 @@ def test_boolq_answers_follow_from_the_passage() -> None:
 
 
 def test_hellaswag_gold_ending_is_the_neighbor_in_the_order_of_steps() -> None:
-    for row in embedded_rows("hellaswag", "validation"):
+    for row in synthetic_examples("hellaswag", "validation"):
         order = list(synthetic.ACTIVITIES[row["activity_label"]])
         words = row["ctx_a"].rstrip(".").split()
         if row["ctx_b"].startswith("before"):
@@ -147,7 +148,7 @@ def test_hellaswag_gold_ending_is_the_neighbor_in_the_order_of_steps() -> None:
 
 def test_gsm8k_answers_are_right_by_the_words_of_the_question() -> None:
     gains = {"buys", "finds", "gets", "picks"}
-    for row in embedded_rows("gsm8k", "test"):
+    for row in synthetic_examples("gsm8k", "test"):
         words = row["question"].replace(".", "").split()
         start, first, second = (number for number, word in enumerate(words) if word.isdigit())
         value = int(words[start])
@@ -162,28 +163,28 @@ def test_gsm8k_answers_are_right_by_the_words_of_the_question() -> None:
 
 def test_rows_are_the_same_on_every_machine() -> None:
     """Where this fails on purpose, raise GENERATOR_VERSION and write the new hash here."""
-    rows = [embedded_rows(name, split) for name, split in SPLITS]
+    rows = [synthetic_examples(name, split) for name, split in SPLITS]
     digest = hashlib.sha256(json.dumps([rows, synthetic.open_questions()]).encode()).hexdigest()
     assert (synthetic.GENERATOR_VERSION, digest[:16]) == (1, "09df852fbd621f39")
 
 
 def test_rows_are_fresh_and_a_caller_may_change_them() -> None:
-    first = embedded_rows("hellaswag", "train")
+    first = synthetic_examples("hellaswag", "train")
     first[0]["endings"][0] = "changed"
     first.pop()
-    assert len(embedded_rows("hellaswag", "train")) == 2200
-    assert embedded_rows("hellaswag", "train")[0]["endings"][0] != "changed"
+    assert len(synthetic_examples("hellaswag", "train")) == 2200
+    assert synthetic_examples("hellaswag", "train")[0]["endings"][0] != "changed"
 
 
 def test_unknown_names_are_refused_with_the_closest() -> None:
     with pytest.raises(InputError, match=r"unknown split of boolq 'tran'\. Did you mean 'train'"):
-        embedded_rows("boolq", "tran")
+        synthetic_examples("boolq", "tran")
     with pytest.raises(InputError, match=r"unknown split of gsm8k 'validation'.*Known: base, test, train"):
-        embedded_rows("gsm8k", "validation")
-    with pytest.raises(InputError, match=r"unknown embedded task 'piqa'"):
-        embedded_rows("piqa", "train")
-    with pytest.raises(InputError, match=r"unknown embedded model 'tiny-lama'\. Did you mean 'tiny-llama'"):
-        embedded_model("tiny-lama")
+        synthetic_examples("gsm8k", "validation")
+    with pytest.raises(InputError, match=r"unknown synthetic task 'piqa'"):
+        synthetic_examples("piqa", "train")
+    with pytest.raises(InputError, match=r"unknown toy model 'tiny-lama'\. Did you mean 'tiny-llama'"):
+        toy_model("tiny-lama")
 
 
 @pytest.mark.parametrize(
@@ -203,7 +204,7 @@ def test_tokenizer_adds_no_tokens_and_ends_with_its_pad(tokenizer: PreTrainedTok
 
 @pytest.mark.parametrize(("name", "most"), [("boolq", 30), ("hellaswag", 30), ("gsm8k", 45)])
 def test_rows_are_short_in_tokens(tokenizer: PreTrainedTokenizerBase, name: str, most: int) -> None:
-    texts = ["".join(prompt_task(name).training_pair(row)) for row in embedded_rows(name, TASKS[name].test_split)]
+    texts = ["".join(prompt_task(name).training_pair(row)) for row in synthetic_examples(name, TASKS[name].test_split)]
     assert max(map(len, tokenizer(texts)["input_ids"])) <= most
 
 
@@ -221,7 +222,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.usefixtures("few_pairs")
-@pytest.mark.parametrize("name", EMBEDDED_MODELS)
+@pytest.mark.parametrize("name", TOY_MODELS)
 def test_a_checkpoint_repeats_and_loads_as_its_class(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -230,7 +231,7 @@ def test_a_checkpoint_repeats_and_loads_as_its_class(
         monkeypatch.setenv("TUNE_SPARSE_CACHE", str(tmp_path / part))
         torch.manual_seed(len(folders))
         expected = torch.random.get_rng_state()
-        folders.append(embedded_model(name, steps=2))
+        folders.append(toy_model(name, steps=2))
         assert torch.equal(torch.random.get_rng_state(), expected), "training must leave the caller's seed alone"
     weights = [(folder / "model.safetensors").read_bytes() for folder in folders]
     assert weights[0] == weights[1]
@@ -250,12 +251,12 @@ def test_a_checkpoint_repeats_and_loads_as_its_class(
 @pytest.mark.usefixtures("few_pairs")
 def test_a_model_is_trained_once_and_nothing_is_left_beside_it(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lines: list[str] = []
-    folder = embedded_model("tiny-llama", lines.append, steps=1)
+    folder = toy_model("tiny-llama", lines.append, steps=1)
     assert [line.split(":")[0] for line in lines] == ["tiny-llama", "tiny-llama"]
     assert list((cache / "models").iterdir()) == [folder]
     monkeypatch.setattr(toy_models, "_trained", None)
-    assert embedded_model("tiny-llama", steps=1) == folder
-    assert train_embedded_models(["tiny-llama"], steps=1) == [folder]
+    assert toy_model("tiny-llama", steps=1) == folder
+    assert train_toy_models(["tiny-llama"], steps=1) == [folder]
 
 
 @pytest.mark.usefixtures("few_pairs")
@@ -268,7 +269,7 @@ def test_a_killed_save_leaves_no_folder(cache: Path, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(Path, "rename", killed)
     with pytest.raises(Killed):
-        embedded_model("tiny-llama", steps=1)
+        toy_model("tiny-llama", steps=1)
     assert list((cache / "models").iterdir()) == []
 
 
@@ -278,20 +279,20 @@ def test_of_two_trainings_at_once_the_first_saved_stays(cache: Path, monkeypatch
 
     def beaten(*args: object) -> object:
         monkeypatch.setattr(toy_models, "_trained", train)
-        winner = embedded_model("tiny-llama", steps=1)
+        winner = toy_model("tiny-llama", steps=1)
         (winner / "winner").touch()
         return train(*args)  # type: ignore[arg-type]
 
     monkeypatch.setattr(toy_models, "_trained", beaten)
-    folder = embedded_model("tiny-llama", steps=1)
+    folder = toy_model("tiny-llama", steps=1)
     assert (folder / "winner").exists()
     assert list((cache / "models").iterdir()) == [folder]
 
 
 def test_missing_models_are_trained_side_by_side(cache: Path) -> None:
     lines: list[str] = []
-    folders = train_embedded_models(EMBEDDED_MODELS, lines.append, steps=1)
-    assert [folder.name.rsplit("-", 1)[0] for folder in folders] == list(EMBEDDED_MODELS)
+    folders = train_toy_models(TOY_MODELS, lines.append, steps=1)
+    assert [folder.name.rsplit("-", 1)[0] for folder in folders] == list(TOY_MODELS)
     assert all((folder / "model.safetensors").exists() for folder in folders)
     assert len(lines) == 3
 

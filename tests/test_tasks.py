@@ -8,7 +8,7 @@ import pytest
 from factories import answer_task, prompt_task
 
 from tune_sparse.data.task_types import AnswerTask, ChoiceTask, PromptTask, Task, TextTask
-from tune_sparse.data.tasks import TASKS, chance_of, task_named, tasks_named
+from tune_sparse.data.tasks import TASKS, mean_chance, task_named, tasks_named
 from tune_sparse.errors import InputError
 
 ALPACA = (
@@ -137,7 +137,7 @@ def test_a_task_keeps_its_contract(name: str) -> None:
     assert task.name == name
     assert task.test_split in ("validation", "test")
     assert task.prompt_version >= 1
-    assert task.few_shot >= 0
+    assert task.num_fewshot >= 0
     assert task.fields.keys() <= row.keys()
     assert task.hub is None or task.hub.path.count("/") == 1
     task.check(row)
@@ -400,4 +400,4 @@ def test_a_mixture_that_makes_no_sense_is_refused(names: str, message: str) -> N
     [("boolq", 0.5), ("gsm8k", 0.0), ("boolq+hellaswag", 0.375), ("gsm8k+mawps+svamp", 0.0), ("wikitext2", None)],
 )
 def test_the_chance_of_a_mixture_is_that_of_its_tasks_alike(names: str, chance: float | None) -> None:
-    assert chance_of(tasks_named(names)) == chance
+    assert mean_chance(tasks_named(names)) == chance

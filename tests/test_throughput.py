@@ -60,7 +60,7 @@ def test_the_command_prints_and_keeps_what_it_measured(
     llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cell = ["--models", str(llama), "--tasks", "boolq", "--methods", "random", "--sparsities", "0.5"]
-    cell += ["--modes", "sparse-to-sparse", "--data-dir", "embedded", "--results-dir", str(tmp_path / "results")]
+    cell += ["--modes", "sparse-to-sparse", "--data-dir", "synthetic", "--results-dir", str(tmp_path / "results")]
     assert main(["throughput", *cell, "--batch-sizes", "1", "2"]) == OK
     [path] = (tmp_path / "results" / "throughput").iterdir()
     kept = json.loads(path.read_text())

@@ -1,4 +1,4 @@
-"""The embedded models and tasks are worth sweeping. Minutes long: `make test-slow`."""
+"""The toy models and tasks are worth sweeping. Minutes long: `make test-slow`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from search_spaces.matrix import PRESETS
 from trainables.pipeline import Bench, run_cell
 from tune_sparse.config import SweepConfig
 from tune_sparse.ledger.ledger import Ledger
-from tune_sparse.models.toy_models import EMBEDDED_MODELS, train_embedded_models
+from tune_sparse.models.toy_models import TOY_MODELS, train_toy_models
 from tune_sparse.sweep.plan import plan_sweep
 
 pytestmark = pytest.mark.slow
@@ -19,10 +19,10 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def metrics(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str, str], dict[str, Any]]:
     """{(model, task, method): metrics} of the dense and the half-pruned sparse-to-sparse cells."""
-    train_embedded_models(EMBEDDED_MODELS)
+    train_toy_models(TOY_MODELS)
     folder = tmp_path_factory.mktemp("results")
     axes = {"sparsities": (0.0, 0.5), "methods": ("unstructured", "random"), "modes": ("sparse-to-sparse",)}
-    plan = plan_sweep(SweepConfig.from_names(PRESETS["embedded"] | axes | {"results_dir": folder}))
+    plan = plan_sweep(SweepConfig.from_names(PRESETS["toy"] | axes | {"results_dir": folder}))
     ledger, bench = Ledger(folder), Bench()
     found = {}
     for run in plan.runs.values():
@@ -37,7 +37,7 @@ def metrics(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str, st
 
 
 @pytest.mark.parametrize("task", ["boolq", "hellaswag", "gsm8k"])
-@pytest.mark.parametrize("model", EMBEDDED_MODELS)
+@pytest.mark.parametrize("model", TOY_MODELS)
 def test_a_task_is_learned_and_pruning_it_makes_a_difference(
     metrics: dict[tuple[str, str, str], dict[str, Any]], model: str, task: str
 ) -> None:

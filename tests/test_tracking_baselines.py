@@ -70,7 +70,7 @@ def test_names_are_those_of_our_runs(uri: str) -> None:
     for run in runs_in(uri, PUBLISHED_EXPERIMENT):
         assert run.data.metrics.keys() <= ours.data.metrics.keys()
         assert run.data.params.keys() - {"tuning"} <= ours.data.params.keys()
-        assert (run.data.params["sparsity"], run.data.params["few_shot"]) == ("0.5", "5")
+        assert (run.data.params["sparsity"], run.data.params["num_fewshot"]) == ("0.5", "5")
 
 
 def test_importing_twice_makes_no_duplicate(uri: str) -> None:

@@ -18,16 +18,16 @@ import torch
 
 from trainables.mode import LoraTrainee, Trainee
 from trainables.training import WARM_UP_STEPS, Log, Training
-from tune_sparse.cerebras.appliance import label_of, name_of
+from tune_sparse.cerebras.appliance import job_label, name_label
 from tune_sparse.cerebras.conversion import cerebras_name, refuse_unconvertible, to_cerebras
 from tune_sparse.cerebras.environment import find_environment, refuse_unreachable_cluster
-from tune_sparse.cerebras.failures import ApplianceError, failure_of
+from tune_sparse.cerebras.failures import ApplianceError, classify_failure
 from tune_sparse.cerebras.guard import Ended, Guarded
 from tune_sparse.cerebras.job import CHILD, Start, new_lines, rows_in_order, trained_adapters, write_job
 from tune_sparse.config import Cerebras
 from tune_sparse.errors import RunError
 from tune_sparse.files import read_json, write_json
-from tune_sparse.identity import sha256_of
+from tune_sparse.identity import hash_json
 from tune_sparse.ledger.ledger import Ledger, Run
 from tune_sparse.lora.layer import sparse_lora_layers
 from tune_sparse.models.checkpoints import Shape, find_folder
@@ -103,8 +103,8 @@ class CerebrasTraining:
         folder = job_folder(ledger, run.run_id)
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        label = label_of(results_label(ledger), run.identity) if self.settings.cerebras_target == "csx" else None
-        start = _start_of(run, trainee, pruned)
+        label = job_label(results_label(ledger), run.identity) if self.settings.cerebras_target == "csx" else None
+        start = _starting_weights(run, trainee, pruned)
         tokens = rows_in_order(rows.train, run.protocol, run.cell.seed)
         write_job(
             folder,
@@ -113,7 +113,7 @@ class CerebrasTraining:
             run.protocol,
             run.cell.seed,
             self.settings,
-            [label, name_of(run.run_id)] if label else [],
+            [label, name_label(run.run_id)] if label else [],
         )
         first = mean_loss(trainee.model, next(batches(rows.train, run.protocol, run.cell.seed)), run.protocol)
         log(f"the training is written in {folder}, the pruned model's loss on the first rows is {first:.4f}")
@@ -155,7 +155,7 @@ def job_folder(ledger: Ledger, run_id: str) -> Path:
 
 def results_label(ledger: Ledger) -> str:
     """Names the results folder in the labels of its jobs."""
-    return sha256_of(str(ledger.folder.resolve()))
+    return hash_json(str(ledger.folder.resolve()))
 
 
 def confining_masks(run: Run, pruned: Pruned) -> Masks:
@@ -165,7 +165,7 @@ def confining_masks(run: Run, pruned: Pruned) -> Masks:
     return {name: mask & (pruned.weights[name] != 0) for name, mask in pruned.masks.items()}
 
 
-def _start_of(run: Run, trainee: LoraTrainee, pruned: Pruned) -> Start:
+def _starting_weights(run: Run, trainee: LoraTrainee, pruned: Pruned) -> Start:
     checkpoint = TensorFiles(weight_files(find_folder(run.model_path)))
     updated = {
         name: weight
@@ -224,7 +224,7 @@ def _failure(ended: Ended, folder: Path, steps: int) -> Exception:
     elif ended.why != "ended":
         error = ApplianceError(f"the training was {ended.why}. See {log}")
     else:
-        error = failure_of(log, ended.returncode)
+        error = classify_failure(log, ended.returncode)
     if ended.cancelled.problem is None:
         return error
     jobs = f"a job may be left on the appliance: {ended.cancelled.problem}. Look with `csctl get jobs`"

@@ -8,15 +8,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tune_sparse.config import Protocol
-from tune_sparse.data.splits import Splits, calibration_text, fingerprint_of, load_splits
+from tune_sparse.data.splits import Splits, calibration_text, fingerprint_splits, load_splits
 from tune_sparse.data.tasks import tasks_named
 from tune_sparse.errors import InputError, NotReadyError
-from tune_sparse.identity import sha256_of
+from tune_sparse.identity import hash_json
 from tune_sparse.ledger.ledger import Run
 from tune_sparse.models.checkpoints import Checkpoint, check_checkpoint
 
 
-def checkpoint_of(run: Run) -> Checkpoint:
+def load_planned_checkpoint(run: Run) -> Checkpoint:
     """The model, its files read once for each node. Raises `NotReadyError`, as the others here do."""
     what = f"the model {run.model_path}"
     with _needed(what):
@@ -25,22 +25,22 @@ def checkpoint_of(run: Run) -> Checkpoint:
     return checkpoint
 
 
-def splits_of(run: Run, protocol: Protocol) -> list[Splits]:
+def load_planned_splits(run: Run, protocol: Protocol) -> list[Splits]:
     """The rows of the task, or of each task of a mixture."""
     what = f"the rows of {run.cell.task} in {run.data_dir}"
     with _needed(what):
         splits = [load_splits(task, _data_dir(run), protocol) for task in tasks_named(run.cell.task)]
-    _refuse_other(what, run.data_fingerprint, fingerprint_of(splits))
+    _refuse_other(what, run.data_fingerprint, fingerprint_splits(splits))
     return splits
 
 
-def calibration_text_of(run: Run) -> str:
+def load_planned_calibration_text(run: Run) -> str:
     """The text that scores are calibrated on."""
     what = f"the text {run.protocol.calibration} in {run.data_dir}"
     with _needed(what):
         text = calibration_text(run.protocol.calibration, _data_dir(run))
     assert run.calibration_fingerprint is not None
-    _refuse_other(what, run.calibration_fingerprint, sha256_of(text))
+    _refuse_other(what, run.calibration_fingerprint, hash_json(text))
     return text
 
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from trainables.deployed import Deployed
 from tune_sparse.config import Protocol
 from tune_sparse.files import write_json
-from tune_sparse.models.architectures import matrices_of
+from tune_sparse.models.architectures import list_matrices
 from tune_sparse.pruning.masks import Masks, mask_sha256
 from tune_sparse.training.loop import adamw
 
@@ -33,7 +33,7 @@ def begin(model: PreTrainedModel, protocol: Protocol, masks: Masks, seed: int) -
 
 def _matrices(model: PreTrainedModel) -> dict[str, nn.Parameter]:
     """{matrix: the model's own parameter}"""
-    return {matrix.name: model.get_parameter(matrix.name) for matrix in matrices_of(model)}
+    return {matrix.name: model.get_parameter(matrix.name) for matrix in list_matrices(model)}
 
 
 def enforce_masks_after_steps(optimizer: Optimizer, masks: dict[Tensor, Tensor]) -> None:

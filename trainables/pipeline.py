@@ -21,7 +21,7 @@ from trainables import dense, masked_finetuning, sparse_to_dense, sparse_to_spar
 from trainables.cerebras_backend import CerebrasTraining, confining_masks
 from trainables.deployed import Deployed
 from trainables.hardware import device, environment, gpu_memory_bytes, peak_memory_bytes, reset_peak_memory
-from trainables.inputs import checkpoint_of, splits_of
+from trainables.inputs import load_planned_checkpoint, load_planned_splits
 from trainables.mode import Trainee
 from trainables.pruned import Pruned, Pruner
 from trainables.training import Training, train
@@ -37,7 +37,7 @@ from tune_sparse.files import write_json, write_text
 from tune_sparse.ledger.ledger import Ledger, Record, Run, write_config
 from tune_sparse.lora.layer import lost_fraction
 from tune_sparse.models.checkpoints import Shape, load_model, load_tokenizer, prunable_weights, write_weights_into
-from tune_sparse.pruning.masks import sparsity_of
+from tune_sparse.pruning.masks import count_sparsity
 from tune_sparse.training.loop import Step, accelerator_for, mean_loss
 from tune_sparse.watchdog import progress
 
@@ -77,11 +77,11 @@ class Loaded:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     shape: Shape
-    pristine: dict[str, Tensor]
+    dense_weights: dict[str, Tensor]
 
 
 class Bench:
-    """What a worker keeps between cells: one model with its pristine weights, and its tasks' tokens."""
+    """What a worker keeps between cells: one model with its dense_weights weights, and its tasks' tokens."""
 
     def __init__(self) -> None:
         self.loads = 0
@@ -96,7 +96,7 @@ class Bench:
             self.clear()
             self._loaded = _load(run, key)
             self.loads += 1
-        write_weights_into(self._loaded.model, self._loaded.pristine)
+        write_weights_into(self._loaded.model, self._loaded.dense_weights)
         return self._loaded
 
     def clear(self) -> None:
@@ -114,7 +114,7 @@ class Bench:
 
 def _encode(run: Run, loaded: Loaded) -> Rows:
     tokenizer, protocol = loaded.tokenizer, run.protocol.within(loaded.shape.context_tokens)
-    tasks, splits = tasks_named(run.cell.task), splits_of(run, protocol)
+    tasks, splits = tasks_named(run.cell.task), load_planned_splits(run, protocol)
     train, selection = [], []
     for task, split in zip(tasks, splits, strict=True):
         train += encode_training(tokenizer, task, split.train, protocol.max_tokens, protocol.n_train)
@@ -127,10 +127,10 @@ def _encode(run: Run, loaded: Loaded) -> Rows:
 
 
 def _load(run: Run, key: tuple[str, str]) -> Loaded:
-    checkpoint = checkpoint_of(run)
+    checkpoint = load_planned_checkpoint(run)
     model = load_model(checkpoint.path, getattr(torch, run.protocol.precision), device())
-    pristine = {name: weight.clone() for name, weight in prunable_weights(model).items()}
-    return Loaded(key, model, load_tokenizer(checkpoint.path), checkpoint.shape, pristine)
+    dense_weights = {name: weight.clone() for name, weight in prunable_weights(model).items()}
+    return Loaded(key, model, load_tokenizer(checkpoint.path), checkpoint.shape, dense_weights)
 
 
 Stage = Callable[[Run, Trainee, Pruned, Rows, Ledger, "Log"], Generator[Step | None, None, Training]]
@@ -161,21 +161,21 @@ def run_cell(
                 stage = stage or (CerebrasTraining(Cerebras(run.cerebras["target"])) if run.cerebras else train_here)
                 metrics, measured = yield from _stages(run, ledger, bench, folder, log, stage)
                 measured |= {"held": dict(held)} if held else {}
-                record = Record(run.run_id, run.identity, "done", metrics, measured, environment_of(run))
+                record = Record(run.run_id, run.identity, "done", metrics, measured, run_environment(run))
             except BaseException as error:
                 bench.clear()
                 if not isinstance(error, Exception) or is_infrastructure(error):
                     raise
                 log(f"failed: {error}")
                 described = describe_error(error, retryable=False)
-                record = Record(run.run_id, run.identity, "failed", environment=environment_of(run), error=described)
+                record = Record(run.run_id, run.identity, "failed", environment=run_environment(run), error=described)
         write_text(folder / "git_sha.txt", f"{environment()['git_sha'] or 'unknown'}\n")
         write_json(folder / "result.json", asdict(record))
     ledger.checkpoint(run.run_id).unlink(missing_ok=True)
     return record
 
 
-def environment_of(run: Run) -> dict[str, Any]:
+def run_environment(run: Run) -> dict[str, Any]:
     """Where a run was trained and scored; what trained it on Cerebras is not what scored it."""
     here = environment()
     if run.cerebras is None:
@@ -242,7 +242,7 @@ def _stages(
     write_json(folder / "sparse_config.json", pruned.described(run))
     untuned = _untuned(run, ledger, lambda: score(model, tokenizer, rows.tests, protocol))
     judged_by = headline(untuned)
-    log(f"pruned to {sparsity_of(pruned.masks):.4f}, {judged_by} before tuning {untuned[judged_by]:.4f}")
+    log(f"pruned to {count_sparsity(pruned.masks):.4f}, {judged_by} before tuning {untuned[judged_by]:.4f}")
 
     masks = confining_masks(run, pruned) if run.cerebras else pruned.masks
     adapted = {"modules": run.super_adapter.space.modules} if run.super_adapter else {}
@@ -252,7 +252,7 @@ def _stages(
     step_flops: int | None = None  # of a super-adapter unknown: its steps train slices of different sizes
     if run.super_adapter is None:
         flops = training_flops(pruned.masks, loaded.shape, trained_rows, protocol.lora_rank, trainee.trains_factors)
-        step_flops = round(flops * protocol.global_batch / len(rows.train))
+        step_flops = round(flops * protocol.global_batch_size / len(rows.train))
     training = yield from stage(run, trainee, pruned, rows, ledger, log)
     trainee.save(folder)
 
@@ -260,10 +260,10 @@ def _stages(
     rounded_away = _rounded_away(trainee, deployed, pruned)
     violations = trainee.violations(pruned.weights)
     with accelerator_for(trainee.mixed_precision).autocast():
-        trained = _outputs(trainee.model, rows.train[: protocol.micro_batch])
+        trained = _outputs(trainee.model, rows.train[: protocol.micro_batch_size])
     is_exact, model = trainee.is_merged_exactly, trainee.plain_model()
     write_weights_into(model, pruned.weights | deployed.trained)
-    merged = _outputs(model, rows.train[: protocol.micro_batch])
+    merged = _outputs(model, rows.train[: protocol.micro_batch_size])
     violations += _merge_violations(trained, merged, is_exact)
 
     before_mask: Scored | None = None

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from trainables.inputs import calibration_text_of
+from trainables.inputs import load_planned_calibration_text
 from tune_sparse.data.splits import Encoded
 from tune_sparse.errors import RunError
 from tune_sparse.evaluation.validation import mask_violations
 from tune_sparse.ledger.ledger import Run
 from tune_sparse.pruning.calibration import ModelBlocks, Statistics, checked_rows, text_rows
-from tune_sparse.pruning.masks import Masks, mask_sha256, masked, sparsity_of
+from tune_sparse.pruning.masks import Masks, count_sparsity, mask_sha256, masked
 from tune_sparse.pruning.methods import method_named
 from tune_sparse.pruning.prune_model import NO_STATISTICS, Prunable, make_masks, measured, prune_walking, walks
 
@@ -37,7 +37,7 @@ class Pruned:
             "sparsity": run.cell.sparsity,
             "seed": run.cell.seed,
             "mask_sha256": self.checksum,
-            "counted_sparsity": sparsity_of(self.masks),
+            "counted_sparsity": count_sparsity(self.masks),
             "kept_by_matrix": {name: [int(mask.sum()), mask.numel()] for name, mask in self.masks.items()},
             "calibration": run.protocol.calibrated_by if run.is_calibrated else None,
         }
@@ -59,13 +59,13 @@ class Pruner:
         statistics = self._measured(run, loaded, rows) if run.is_calibrated else NO_STATISTICS
         sequential = run.protocol.calibration_order == "sequential"
         if sparsity and walks(method, sequential):
-            model, blocks = Prunable.of(loaded.pristine, loaded.shape), ModelBlocks(loaded.model)
+            model, blocks = Prunable.of(loaded.dense_weights, loaded.shape), ModelBlocks(loaded.model)
             found = list(prune_walking(method, model, blocks, rows, [sparsity], seed, statistics, sequential))
             masks = {matrix.name: matrix.keep(0) for matrix in found}
             weights = {matrix.name: matrix.weight(0) for matrix in found}
         else:
-            masks = make_masks(method, loaded.pristine, loaded.shape, sparsity, seed, statistics)
-            weights = masked(loaded.pristine, masks)
+            masks = make_masks(method, loaded.dense_weights, loaded.shape, sparsity, seed, statistics)
+            weights = masked(loaded.dense_weights, masks)
         violations = mask_violations(masks, sparsity)
         if violations:
             raise RunError("masks must be valid: " + "; ".join(violations))
@@ -78,7 +78,7 @@ class Pruner:
         needs = (method.needs_inputs, method.needs_gradients, method.allocation == "owl")
         key = (*inputs, *needs, protocol.max_tokens, *protocol.calibrated_by.values())
         if key not in self._statistics:
-            model = Prunable.of(loaded.pristine, loaded.shape)
+            model = Prunable.of(loaded.dense_weights, loaded.shape)
             self._statistics[key] = measured([method], model, ModelBlocks(loaded.model), rows)
         return self._statistics[key]
 
@@ -89,4 +89,4 @@ def calibration_rows(run: Run, loaded: Loaded, train: Sequence[Encoded]) -> list
     if protocol.calibration == "task":
         return checked_rows(train, protocol.calibration_rows)
     tokens = min(protocol.calibration_tokens, loaded.shape.context_tokens)
-    return text_rows(loaded.tokenizer, calibration_text_of(run), protocol.calibration_rows, tokens)
+    return text_rows(loaded.tokenizer, load_planned_calibration_text(run), protocol.calibration_rows, tokens)

@@ -106,7 +106,7 @@ def open_desk(results_dir: Path, token: str) -> Iterator[None]:
     Raises `InputError` where this node's Ray does not see the folder.
     """
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    options = {"name": _name_of(token), "num_cpus": 0, "scheduling_strategy": here}
+    options = {"name": _actor_name(token), "num_cpus": 0, "scheduling_strategy": here}
     desk: Any = ray.remote(**options)(Desk).remote(results_dir, token)
     try:
         if not ray.get(desk.sees_the_folder.remote()):
@@ -119,7 +119,7 @@ def open_desk(results_dir: Path, token: str) -> Iterator[None]:
         ray.kill(desk)
 
 
-def _name_of(token: str) -> str:
+def _actor_name(token: str) -> str:
     return f"tune-sparse-desk-{token}"
 
 
@@ -131,7 +131,7 @@ def ledger_here(results_dir: Path, token: str) -> Ledger:
     if is_held_with(results_dir, token):
         return Ledger(results_dir)
     try:
-        return LedgerAway(ray.get_actor(_name_of(token)))
+        return LedgerAway(ray.get_actor(_actor_name(token)))
     except ValueError as error:
         raise ConnectionError(
             f"a worker must see the results folder of its sweep or find the driver's desk, {socket.gethostname()} does "
@@ -173,7 +173,7 @@ class LedgerAway(Ledger):
         digests = {}
         for path in sorted(path for path in folder.rglob("*") if path.is_file()):
             file, digest = path.relative_to(folder).as_posix(), hashlib.sha256()
-            for piece in pieces_of(path):
+            for piece in read_pieces(path):
                 digest.update(piece)
                 self._ask(self._desk.take, name, file, piece)
                 progress()
@@ -196,7 +196,7 @@ class LedgerAway(Ledger):
             ) from error
 
 
-def pieces_of(path: Path) -> Iterator[bytes]:
+def read_pieces(path: Path) -> Iterator[bytes]:
     """The content of a file, `PIECE_BYTES` at a time; an empty file is one empty piece."""
     with path.open("rb") as stream:
         yield stream.read(PIECE_BYTES)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from trainables.mode import LoraTrainee, Trainee
 from tune_sparse.ledger.ledger import Run
 from tune_sparse.lora.rank_space import SuperAdapter
-from tune_sparse.lora.slices import layers_of, set_ranks_into
+from tune_sparse.lora.slices import count_layers, set_ranks_into
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class SampledSlices:
         if run.super_adapter is None:
             return None
         assert isinstance(trainee, LoraTrainee), "a mode without adapters trains no super-adapter"
-        return cls(trainee, run.super_adapter, run.cell.seed, layers_of(trainee.adapted))
+        return cls(trainee, run.super_adapter, run.cell.seed, count_layers(trainee.adapted))
 
     def draw_into(self, step: int) -> None:
         """Once before each step: a rank that were drawn in the forward would be drawn again where activation

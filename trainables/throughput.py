@@ -30,7 +30,9 @@ class Throughput:
 def measure(run: Run, bench: Bench, batch_size: int) -> Throughput:
     """Train `TIMED_STEPS` steps of `batch_size` rows after the warm-up steps, as `run` would."""
     steps = WARM_UP_STEPS + TIMED_STEPS
-    protocol = replace(run.protocol, micro_batch=batch_size, global_batch=batch_size, steps=steps, warmup_steps=0)
+    protocol = replace(
+        run.protocol, micro_batch_size=batch_size, global_batch_size=batch_size, steps=steps, warmup_steps=0
+    )
     run = replace(run, protocol=protocol)
     torch.set_num_threads(protocol.threads)
     loaded = bench.lend(run)

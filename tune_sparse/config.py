@@ -33,8 +33,8 @@ LOSSES = ("answer", "prompt-and-answer")
 MASKED_WAYS = ("auto", "structured", "dense-stored", "csr")
 CALIBRATIONS = ("task", "wikitext2")
 CALIBRATION_ORDERS = ("dense", "sequential")
-EMBEDDED_ROWS, HUB_ROWS = Path("embedded"), Path("hub")
-"""As a `data_dir`: rows come from the embedded generator, or from the Hugging Face Hub. Neither is ever a default, so
+SYNTHETIC, HUB_ROWS = Path("synthetic"), Path("hub")
+"""As a `data_dir`: rows come from the synthetic generator, or from the Hugging Face Hub. Neither is ever a default, so
 that no model is trained on generated rows, and nothing is fetched, by oversight."""
 
 
@@ -66,8 +66,8 @@ class Protocol:
     """
 
     steps: int = option("optimizer steps of a training", 200)
-    global_batch: int = option("rows per optimizer step, accumulated over micro-batches", 256)
-    micro_batch: int = option("rows per forward pass; divides the global batch", 8)
+    global_batch_size: int = option("rows per optimizer step, accumulated over micro-batches", 256)
+    micro_batch_size: int = option("rows per forward pass; divides the global batch", 8)
     learning_rate: float = option("peak of the cosine schedule", 3e-4)
     final_learning_rate: float = option("end of the cosine schedule", 3e-5)
     warmup_fraction: float = option("linear warm-up as a fraction of the steps", 0.03)
@@ -86,7 +86,7 @@ class Protocol:
     precision: str = option(f"of the weights: {' or '.join(PRECISIONS)}", "bfloat16")
     max_tokens: int = option("longer rows, or longer than the model's context, lose the start of their prompt", 2048)
     max_new_tokens: int = option("limit of a generated answer", 256)
-    few_shot: int = option("worked examples before each test question; tuning is on questions without any", 0)
+    num_fewshot: int = option("worked examples before each test question; tuning is on questions without any", 0)
     batch_tokens: int = option("padded tokens of a scoring pass: bounds its memory", 8192)
     n_train: int | None = option("training rows used; none for all", None)
     n_selection: int | None = option("rows carved from train for the eval loss; none for a tenth of train", 256)
@@ -101,7 +101,15 @@ class Protocol:
     )
 
     def __post_init__(self) -> None:
-        counted = ("steps", "global_batch", "micro_batch", "lora_rank", "max_new_tokens", "eval_every", "threads")
+        counted = (
+            "steps",
+            "global_batch_size",
+            "micro_batch_size",
+            "lora_rank",
+            "max_new_tokens",
+            "eval_every",
+            "threads",
+        )
         for name in (*counted, "calibration_rows"):
             rule(getattr(self, name) >= 1, f"{name} must be at least 1", getattr(self, name), "Give a larger number.")
         for name in ("max_tokens", "batch_tokens", "calibration_tokens"):
@@ -112,16 +120,16 @@ class Protocol:
             self.max_new_tokens,
             "Lower it.",
         )
-        rule(self.few_shot >= 0, "few_shot must be at least 0", self.few_shot, "Give 0 or more.")
+        rule(self.num_fewshot >= 0, "num_fewshot must be at least 0", self.num_fewshot, "Give 0 or more.")
         for name in ("n_train", "n_selection", "n_test"):
             value = getattr(self, name)
             rule(value is None or value >= 1, f"{name} must be at least 1 or none", value, "Give more rows.")
         for name in ("learning_rate", "lora_alpha", "max_grad_norm"):
             rule(getattr(self, name) > 0, f"{name} must be above 0", getattr(self, name), "Give a positive number.")
         rule(
-            self.global_batch % self.micro_batch == 0,
-            "micro_batch must divide global_batch",
-            f"{self.micro_batch} and {self.global_batch}",
+            self.global_batch_size % self.micro_batch_size == 0,
+            "micro_batch_size must divide global_batch_size",
+            f"{self.micro_batch_size} and {self.global_batch_size}",
             "Give a divisor.",
         )
         rule(
@@ -178,7 +186,7 @@ class Protocol:
 
 FLOPS_TOKENS = 2048
 """The sequence length at which inference FLOPs are compared."""
-SCORING = ("precision", "max_tokens", "max_new_tokens", "few_shot", "batch_tokens", "n_test", "threads")
+SCORING = ("precision", "max_tokens", "max_new_tokens", "num_fewshot", "batch_tokens", "n_test", "threads")
 """The settings of a `Protocol` that scoring reads."""
 CALIBRATION_SETTINGS = tuple(f.name for f in fields(Protocol) if f.name.startswith("calibration"))
 
@@ -237,7 +245,7 @@ UNTOUCHED_ON_CEREBRAS = ("lora_dropout", "masked_way", "packing", "activation_ch
 class SweepConfig:
     """A sweep: the axes of its matrix, the protocol of its cells, and where it runs."""
 
-    models: tuple[str, ...] = option("embedded names, checkpoint folders, or hub ids with @revision")
+    models: tuple[str, ...] = option("names of toy models, checkpoint folders, or hub ids with @revision")
     tasks: tuple[str, ...] = option("benchmarks", ("boolq", "hellaswag", "gsm8k"))
     methods: tuple[str, ...] = option("pruning methods", ("unstructured", "structured", "random"))
     sparsities: tuple[float, ...] = option(
@@ -250,7 +258,7 @@ class SweepConfig:
     )
     protocol: Protocol = field(default_factory=Protocol)
     cerebras: Cerebras = field(default_factory=Cerebras)
-    data_dir: Path | None = option("folder of tasks, `hub` to fetch them, `embedded` for generated rows", None)
+    data_dir: Path | None = option("folder of tasks, `hub` to fetch them, `synthetic` for generated rows", None)
     results_dir: Path = option("the ledger, MLflow and reports", Path("results"))
     workers: int | None = option("trials at once; none for one per core (or per GPU)", None)
     gpus_per_trial: float | None = option("GPU, or a fraction of it, that a trial holds; none to pack by memory", 0.0)

@@ -13,7 +13,7 @@ from typing import Any
 
 
 def cache_dir() -> Path:
-    """What can be made again: embedded models, fingerprints. `TUNE_SPARSE_CACHE` overrides the user's cache."""
+    """What can be made again: toy models, fingerprints. `TUNE_SPARSE_CACHE` overrides the user's cache."""
     default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tune-sparse"
     return Path(os.environ.get("TUNE_SPARSE_CACHE") or default)
 

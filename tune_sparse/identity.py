@@ -10,6 +10,6 @@ NUMERICS_VERSION = 2
 """Raised by hand when trained numbers would change; each raise has a line in CHANGELOG.md."""
 
 
-def sha256_of(value: Any) -> str:
+def hash_json(value: Any) -> str:
     """SHA-256 of the canonical JSON of `value`."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, allow_nan=False).encode()).hexdigest()

@@ -77,13 +77,13 @@ class Audit:
     def faults(self) -> list[Finding]:
         return [finding for finding in self.findings if finding.severity == "fault"]
 
-    def notices_of(self, run_id: str) -> str:
+    def rules_that_mark(self, run_id: str) -> str:
         """The rules that speak of a run, faults in capitals: what marks its numbers."""
-        rules = dict.fromkeys(f.rule.upper() if f.severity == "fault" else f.rule for f in self.of_run.get(run_id, ()))
+        rules = dict.fromkeys(f.rule.upper() if f.severity == "fault" else f.rule for f in self.by_run.get(run_id, ()))
         return " ".join(rules)
 
     @cached_property
-    def of_run(self) -> dict[str, list[Finding]]:
+    def by_run(self) -> dict[str, list[Finding]]:
         found: dict[str, list[Finding]] = {}
         for finding in self.findings:
             for run_id in finding.run_ids:

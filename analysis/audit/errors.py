@@ -21,10 +21,10 @@ from tune_sparse.pruning.methods import METHODS, TOLERANCE
 
 Found = Iterator[tuple[str, list[str]]]
 
-TEST_ROWS = ("n_test", "few_shot")
+TEST_ROWS = ("n_test", "num_fewshot")
 HARMLESS = {
     *(*TEST_ROWS, "max_new_tokens", "batch_tokens", "eval_every"),
-    *("threads", "micro_batch", "masked_way", "activation_checkpointing"),
+    *("threads", "micro_batch_size", "masked_way", "activation_checkpointing"),
 }
 """Settings that may leave every bit of a training as it is."""
 COUNTS_AGREE = 1e-6
@@ -186,7 +186,7 @@ def overlap(results: Results) -> Found:
 
 def rows_key(e: Evidence) -> tuple[Any, ...]:
     p = e.run.protocol
-    limits = (p.n_train, p.n_selection, p.n_test, p.few_shot)
+    limits = (p.n_train, p.n_selection, p.n_test, p.num_fewshot)
     return (e.run.cell.task, e.run.data_dir, e.run.data_fingerprint, *limits)
 
 
@@ -303,7 +303,7 @@ def _mask_asked(cell: Cell) -> tuple[Any, ...]:
 def _scored(run: Run) -> tuple[Any, ...]:
     """What has one unpruned accuracy before tuning."""
     p = run.protocol
-    limits = (p.precision, p.max_tokens, p.few_shot, p.batch_tokens, p.threads)
+    limits = (p.precision, p.max_tokens, p.num_fewshot, p.batch_tokens, p.threads)
     return (run.model_fingerprint, run.data_fingerprint, run.prompt_version, run.cell.task, *limits)
 
 

@@ -44,14 +44,14 @@ def protocols(results_dirs: Iterable[Path]) -> dict[str, dict[str, Any]]:
 
 
 def compare(
-    published: Iterable[Published], cells: pd.DataFrame, protocol_of: Mapping[str, Mapping[str, Any]]
+    published: Iterable[Published], cells: pd.DataFrame, job_protocol: Mapping[str, Mapping[str, Any]]
 ) -> list[Comparison]:
-    """One comparison a published number, in their order. `cells` is the summary, `protocol_of` is by run_id."""
+    """One comparison a published number, in their order. `cells` is the summary, `job_protocol` is by run_id."""
     done = cells[cells["status"] == "done"]
-    protocol = [protocol_of.get(run_id, {}) for run_id in done["run_id"]]
+    protocol = [job_protocol.get(run_id, {}) for run_id in done["run_id"]]
     done = done.assign(
         model_key=done["model"].str.lower(),
-        few_shot=pd.Series([known.get("few_shot") for known in protocol], done.index, object),
+        num_fewshot=pd.Series([known.get("num_fewshot") for known in protocol], done.index, object),
         context_tokens=pd.Series([known.get("max_tokens") for known in protocol], done.index, object),
     )
     return [_compared(row, done) for row in published]
@@ -78,10 +78,10 @@ def _same_setting(row: Published, done: pd.DataFrame) -> tuple[pd.DataFrame, str
     steps: list[tuple[str, Any, str]] = [
         ("model_key", row.model.lower(), f"no finished run of {row.model}"),
         ("task", row.task, f"no finished run of this model on {row.task}"),
-        ("few_shot", row.few_shot, f"theirs is {row.few_shot}-shot, ours {{ours}}-shot"),
+        ("num_fewshot", row.num_fewshot, f"theirs is {row.num_fewshot}-shot, ours {{ours}}-shot"),
     ]
-    if row.few_shot is None:
-        steps[2] = ("few_shot", None, "the source does not state its few-shot setting")
+    if row.num_fewshot is None:
+        steps[2] = ("num_fewshot", None, "the source does not state its few-shot setting")
     if row.metric.startswith("perplexity"):
         stated = f"theirs on windows of {row.context_tokens} tokens, ours of {{ours}}"
         stated = stated if row.context_tokens else "the source does not state the tokens of its windows"

@@ -1,6 +1,6 @@
 """Published numbers as CSV: one number a line, with source, address, and how it was come by.
 
-    source,address,table,kind,model,task,method,tuning,mode,sparsity,few_shot,context_tokens,metric,value,hardware,notes
+    source,address,table,kind,model,task,method,tuning,mode,sparsity,num_fewshot,context_tokens,metric,value,hardware,notes
 
 An empty field was not stated by the source. A line without a value stands for a number that nobody has entered yet.
 """
@@ -98,7 +98,7 @@ class Published:
     tuning: str
     mode: str
     sparsity: float | None
-    few_shot: int | None
+    num_fewshot: int | None
     context_tokens: int | None
     """of the windows that a perplexity was measured on"""
     metric: str
@@ -108,7 +108,12 @@ class Published:
 
 
 COLUMNS = tuple(field.name for field in fields(Published))
-NUMBERS: dict[str, Callable[[str], Any]] = {"sparsity": float, "few_shot": int, "context_tokens": int, "value": float}
+NUMBERS: dict[str, Callable[[str], Any]] = {
+    "sparsity": float,
+    "num_fewshot": int,
+    "context_tokens": int,
+    "value": float,
+}
 
 
 def load_published(paths: Iterable[Path] = (), models: Iterable[str] = ()) -> list[Published]:
@@ -186,7 +191,7 @@ def _check(row: Published, models: Iterable[str]) -> None:
     if row.metric not in METRICS:
         raise unknown_name("metric", row.metric, METRICS)
     _refuse_outside("sparsity", row.sparsity, 1.0, below=True)
-    _refuse_outside("few_shot", row.few_shot, math.inf)
+    _refuse_outside("num_fewshot", row.num_fewshot, math.inf)
     _refuse_outside("context_tokens", row.context_tokens, math.inf)
     _refuse_outside(row.metric, row.value, METRICS[row.metric].highest)
 
@@ -213,7 +218,7 @@ class PublishedRun:
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
 
 
-SETTING = ("model", "task", "method", "tuning", "mode", "sparsity", "few_shot", "context_tokens", "hardware")
+SETTING = ("model", "task", "method", "tuning", "mode", "sparsity", "num_fewshot", "context_tokens", "hardware")
 SOURCE = ("source", "address", "table", "kind")
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from tune_sparse.data.tasks import TASKS
 from tune_sparse.errors import InputError, unknown_name
 from tune_sparse.files import read_json, write_json
-from tune_sparse.identity import sha256_of
+from tune_sparse.identity import hash_json
 
 REQUIRED = ("model", "task", "accuracy", "source")
 
@@ -29,7 +29,7 @@ class Imported:
 
     @property
     def record_id(self) -> str:
-        return f"imported_{self.model}_{self.task}_{sha256_of(asdict(self))[:8]}"
+        return f"imported_{self.model}_{self.task}_{hash_json(asdict(self))[:8]}"
 
 
 def import_results(file: Path, results_dir: Path) -> list[Imported]:

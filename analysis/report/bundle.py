@@ -10,7 +10,7 @@ from pathlib import Path
 
 import tune_sparse
 from analysis.baselines.published import load_published
-from analysis.report.page import embedded
+from analysis.report.page import inline_json
 from analysis.report.runs import relative_link
 from tune_sparse.errors import InputError
 from tune_sparse.files import aside, write_json, write_text
@@ -112,7 +112,7 @@ def _relink(page: Path, results_dirs: Sequence[Path]) -> None:
     text = page.read_text("utf-8")
     roots = [relative_link(folder / "runs", original) for folder in results_dirs]
     moved = [f"../{_ledger_name(number)}/runs" for number in range(len(results_dirs))]
-    before, after = (embedded({"roots": links})[1:-1] for links in (roots, moved))
+    before, after = (inline_json({"roots": links})[1:-1] for links in (roots, moved))
     assert before in text
     write_text(page, text.replace(before, after))
 

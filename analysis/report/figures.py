@@ -21,7 +21,7 @@ from analysis.report.style import (
     LABELS,
     MARKERS,
     SPARSITY,
-    colours_of,
+    assign_colours,
     legend_below,
     panels,
     write_numbers_into,
@@ -83,7 +83,7 @@ def accuracy_vs_flops(cells: pd.DataFrame, runs: Runs) -> Figure | None:
         return None
     done = done.assign(inference_flops=done["inference_flops"] / GIGA)
     models, tasks = sorted(done["model"].unique()), list(dict.fromkeys(done["task"]))
-    colours = colours_of(done["method"])
+    colours = assign_colours(done["method"])
     figure, axes = panels(len(models), len(tasks), sharex="row", sharey=True)
     for i, model in enumerate(models):
         for j, task in enumerate(tasks):
@@ -146,7 +146,7 @@ def mode_difference(cells: pd.DataFrame, runs: Runs) -> Figure | None:
     pairs["difference"] = pairs["accuracy_under"] - pairs["accuracy_after"]
     pairs["low"], pairs["high"] = ([getattr(e, end) if e else np.nan for e in found] for end in ("low", "high"))
     models, tasks = sorted(pairs["model"].unique()), list(dict.fromkeys(pairs["task"]))
-    colours = colours_of(done["method"])
+    colours = assign_colours(done["method"])
     figure, axes = panels(len(models), len(tasks), sharex=True, sharey=True)
     for i, model in enumerate(models):
         for j, task in enumerate(tasks):
@@ -226,7 +226,7 @@ def throughput_vs_batch_size(cells: pd.DataFrame, runs: Runs) -> Figure | None:
     models = sorted({str(known.loc[value["run_id"], "model"]) for value in measured})
     settings = list(dict.fromkeys(_measured_setting(value, known) for value in measured))
     marks = dict(zip(settings, [*MARKERS.values()] * 9, strict=False))
-    colours = colours_of(settings)
+    colours = assign_colours(settings)
     figure, axes = panels(1, len(models), (4.2, 3.0), sharey=True)
     for axis, model in zip(axes[0], models, strict=True):
         for value in (value for value in measured if known.loc[value["run_id"], "model"] == model):

@@ -56,14 +56,14 @@ class Traces:
     """The cells behind each number of the page, once where several numbers have the same."""
 
     def __init__(self, cells: pd.DataFrame) -> None:
-        self._cells_of: dict[str, list[int]] = defaultdict(list)
+        self._cells_by_run: dict[str, list[int]] = defaultdict(list)
         for place, run_id in enumerate(cells["run_id"]):
-            self._cells_of[run_id].append(place)
+            self._cells_by_run[run_id].append(place)
         self._known: dict[tuple[int, ...], int] = {}
 
-    def number_of(self, run_ids: Iterable[str]) -> int:
+    def trace_number(self, run_ids: Iterable[str]) -> int:
         """What `#trace=` takes for these runs."""
-        places = sorted({place for run_id in run_ids for place in self._cells_of.get(run_id, ())})
+        places = sorted({place for run_id in run_ids for place in self._cells_by_run.get(run_id, ())})
         return self._known.setdefault(tuple(places), len(self._known))
 
     def as_ranges(self) -> list[list[int]]:
@@ -130,7 +130,7 @@ class Content:
     """{name: caption} of the PNG files beside the page"""
 
 
-def page_of(content: Content, path: Path) -> str:
+def render_page(content: Content, path: Path) -> str:
     """The page that will be written at `path`; its links to files are relative to that."""
     traces = Traces(content.cells)
     environment = Environment(
@@ -138,7 +138,7 @@ def page_of(content: Content, path: Path) -> str:
     )
     columns, rows = _passing(content)
     return environment.get_template("page.html").render(
-        trace=traces.number_of,
+        trace=traces.trace_number,
         title="tune-sparse: how sparse, and still good?",
         counts=content.counts,
         audit=content.audited,
@@ -152,7 +152,7 @@ def page_of(content: Content, path: Path) -> str:
         figures=[_figure(path.parent, name, caption) for name, caption in content.figures.items()],
         style=Markup((TEMPLATES / "page.css").read_text("utf-8")),
         script=Markup((TEMPLATES / "page.js").read_text("utf-8")),
-        data=lambda: embedded(_data(content, path) | {"traces": traces.as_ranges()}),
+        data=lambda: inline_json(_data(content, path) | {"traces": traces.as_ranges()}),
     )
 
 
@@ -164,7 +164,7 @@ def _by_question(findings: Sequence[Said]) -> list[tuple[str, list[tuple[str, li
     return [(f"{question}: {QUESTIONS[question]}", list(abouts.items())) for question, abouts in listed.items()]
 
 
-def embedded(value: Any) -> Markup:
+def inline_json(value: Any) -> Markup:
     """JSON within a script element, which only `<` could end."""
     return Markup(json.dumps(value, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c"))
 

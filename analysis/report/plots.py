@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from analysis.read.load import COLUMNS
-from analysis.report.style import LABELS, MARKERS, SPARSITY, STYLES, colours_of, legend_below, panels
+from analysis.report.style import LABELS, MARKERS, SPARSITY, STYLES, assign_colours, legend_below, panels
 
 DENSE: dict[str, Any] = {"color": "black", "lw": 0.9, "ls": (0, (6, 2, 1, 2))}
 CHANCE: dict[str, Any] = {"color": "0.55", "lw": 0.9}
@@ -27,7 +27,7 @@ def plot_over_sparsity(cells: pd.DataFrame, column: str) -> Figure | None:
     if done.empty:
         return None
     models, tasks = sorted(done["model"].unique()), list(dict.fromkeys(done["task"]))
-    colours = colours_of(done["method"])
+    colours = assign_colours(done["method"])
     shared = "row" if column == "accuracy" else False
     figure, axes = panels(len(models), len(tasks), sharex=True, sharey=shared)
     for i, model in enumerate(models):

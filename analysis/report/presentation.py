@@ -15,7 +15,7 @@ from analysis.baselines.comparison import Comparison, compare, protocols
 from analysis.baselines.published import COLUMNS, Published
 from analysis.report.figures import FIGURES
 from analysis.report.hardware import hardware_pairs, hardware_rows
-from analysis.report.page import Content, page_of
+from analysis.report.page import Content, render_page
 from analysis.report.phoenix import phoenix_table
 from analysis.report.runs import Runs
 from analysis.report.style import save
@@ -42,7 +42,7 @@ def present(folder: Path, content: Content, runs: Runs, published: Sequence[Publ
     page = folder / PAGE
     figures = draw_figures(folder, cells, runs)
     whole = replace(content, comparisons=comparisons, hardware=hardware_rows(pairs), figures=figures)
-    write_text(page, page_of(whole, page))
+    write_text(page, render_page(whole, page))
     return page
 
 

@@ -15,7 +15,7 @@ from analysis.read.load import cells_table
 from analysis.report.latex import main_results
 from analysis.report.page import Content, audited, said
 from analysis.report.presentation import present
-from analysis.report.runs import runs_of
+from analysis.report.runs import find_runs
 from analysis.report.tables import (
     SETTING,
     grouped_summary,
@@ -84,7 +84,7 @@ def write_report(
         seeds=seeds_said(cells),
         passing=highest_passing_sparsity(performance),
     )
-    page = present(folder, content, runs_of(results_dirs, points.answers), published)
+    page = present(folder, content, find_runs(results_dirs, points.answers), published)
     said_first = [*found.lines(severities=["fault"]), *counts(cells), found.summary()]
     lines = [*said_first, *headlines(claims), *highest_lines(performance)]
     lines += [f"Tables, figures, findings and audit: {folder}", f"To read: {page}"]

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from analysis.read.evidence import Answers
-from analysis.stats.comparisons import paired_difference_of
+from analysis.stats.comparisons import difference_between_runs
 from analysis.stats.statistics import Estimate
 from tune_sparse.files import read_json
 from tune_sparse.ledger.ledger import Ledger, Record
@@ -25,7 +25,7 @@ class Runs:
     answers: Mapping[str, Answers] = field(default_factory=dict)
     """{run_id: what its model answered}"""
 
-    def folder_of(self, run_id: str) -> Path | None:
+    def find_run_folder(self, run_id: str) -> Path | None:
         """Of a done run, else of one that any folder has."""
         found = [folder for folder in self.folders if Ledger(folder).run_folder(run_id).is_dir()]
         done = (folder for folder in found if len(found) == 1 or Ledger(folder).is_done(run_id))
@@ -33,12 +33,12 @@ class Runs:
         return Ledger(folder).run_folder(run_id) if folder else None
 
     def record(self, run_id: str) -> Record | None:
-        folder = self.folder_of(run_id)
+        folder = self.find_run_folder(run_id)
         return Ledger(folder.parent.parent).record(run_id) if folder else None
 
     def kept_by_matrix(self, run_id: str) -> dict[str, tuple[int, int]]:
         """{tensor: (kept weights, weights)}; empty where nothing was pruned."""
-        folder = self.folder_of(run_id)
+        folder = self.find_run_folder(run_id)
         path = folder / "sparse_config.json" if folder else None
         kept = read_json(path).get("kept_by_matrix") if path and path.is_file() else None
         return {name: (int(left), int(size)) for name, (left, size) in (kept or {}).items()}
@@ -48,7 +48,7 @@ class Runs:
         a, b = self.answers.get(left), self.answers.get(right)
         if a is None or b is None or not np.array_equal(a.ids, b.ids):
             return None
-        return paired_difference_of(self.answers, left, right)
+        return difference_between_runs(self.answers, left, right)
 
     def throughputs(self) -> Iterator[dict[str, Any]]:
         """What `tune-sparse throughput` measured: run_id, by_batch_size, environment."""
@@ -68,5 +68,5 @@ def relative_link(path: Path, page: Path) -> str:
     return Path(os.path.relpath(path.resolve(), page.parent.resolve())).as_posix()
 
 
-def runs_of(folders: Sequence[Path], answers: Mapping[str, Answers] | None = None) -> Runs:
+def find_runs(folders: Sequence[Path], answers: Mapping[str, Answers] | None = None) -> Runs:
     return Runs(tuple(folders), answers or {})

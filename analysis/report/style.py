@@ -51,7 +51,7 @@ plt.rcParams.update(
 )
 
 
-def colours_of(names: Iterable[Any]) -> dict[Any, str]:
+def assign_colours(names: Iterable[Any]) -> dict[Any, str]:
     """A colour for each name, in their order."""
     return dict(zip(dict.fromkeys(names), COLOURS * 9, strict=False))
 

@@ -73,7 +73,7 @@ def with_imported(cells: pd.DataFrame, imported: Sequence[Imported]) -> pd.DataF
 
 def with_notices(cells: pd.DataFrame, found: Audit) -> pd.DataFrame:
     """The cells with the rules of the audit that speak of their run, faults in capitals."""
-    return cells.assign(notices=[found.notices_of(run_id) for run_id in cells["run_id"]])
+    return cells.assign(notices=[found.rules_that_mark(run_id) for run_id in cells["run_id"]])
 
 
 def grouped_summary(points: Points) -> pd.DataFrame:

@@ -70,7 +70,7 @@ def interval(test: Test, form: str = "+.3f") -> dict[str, Number]:
     }
 
 
-def of_estimate(value: float, low: float, high: float, runs: Iterable[str]) -> dict[str, Number]:
+def estimate_numbers(value: float, low: float, high: float, runs: Iterable[str]) -> dict[str, Number]:
     runs = list(runs)
     return {name: number(v, runs, "+.3f") for name, v in (("difference", value), ("low", low), ("high", high))}
 

@@ -113,7 +113,7 @@ class Points:
         values, answers = self.differences(pairs), self.answers[pairs["run_id_left"].iloc[0]]
         cells, count = values.shape
         if cells == 1:
-            return paired_difference_of(self.answers, *pairs[["run_id_left", "run_id_right"]].iloc[0])
+            return difference_between_runs(self.answers, *pairs[["run_id_left", "run_id_right"]].iloc[0])
         by_cell, by_example = np.repeat(np.arange(cells), count), np.tile(np.arange(count), cells)
         return clustered_mean(values.ravel(), np.tile(answers.weights, cells), by_cell, by_example, "cell")
 
@@ -137,12 +137,12 @@ class Points:
         return bool(np.isin(self.answers[run_id].scores, (0.0, 1.0)).all())
 
 
-def bases_of(pairs: pd.DataFrame) -> int:
+def count_bases(pairs: pd.DataFrame) -> int:
     """How many base models and tasks; backends do not multiply them."""
     return len(pairs[["model", "task"]].drop_duplicates())
 
 
-def paired_difference_of(answers: Mapping[str, Answers], left: str, right: str) -> Estimate:
+def difference_between_runs(answers: Mapping[str, Answers], left: str, right: str) -> Estimate:
     """Two runs on the same examples."""
     a, b = answers[left], answers[right]
     is_accuracy = set(np.unique(a.scores)) | set(np.unique(b.scores)) <= {0.0, 1.0}
@@ -161,7 +161,7 @@ def compare(points: Points, axis: str) -> list[Test]:
         (", ".join(map(str, base)), a, b, same) for a, b, pairs in couples for base, same in pairs.groupby(BASE)
     ]
     everywhere = [(ALL_BASES, a, b, points.accuracies(pairs)) for a, b, pairs in couples]
-    everywhere = [asked for asked in everywhere if bases_of(asked[3]) > 1]
+    everywhere = [asked for asked in everywhere if count_bases(asked[3]) > 1]
     return [
         *corrected_tests(everywhere, points.over_bases),
         *corrected_tests(in_bases, points.over_base),

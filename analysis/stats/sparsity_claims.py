@@ -10,8 +10,8 @@ import numpy as np
 import pandas as pd
 
 from analysis.read.imported import Imported
-from analysis.stats.claims import Claim, Number, escaped, interval, number, of_estimate
-from analysis.stats.comparisons import ALL_BASES, BASE, Points, bases_of, corrected_tests, paired_difference_of
+from analysis.stats.claims import Claim, Number, escaped, estimate_numbers, interval, number
+from analysis.stats.comparisons import ALL_BASES, BASE, Points, corrected_tests, count_bases, difference_between_runs
 from analysis.stats.statistics import against_published, holm, wilson
 
 PASS_MARKS = (0.02, 0.05, 0.10)
@@ -40,7 +40,7 @@ def _loss_claims(points: Points, sparsity: float) -> Iterator[Claim]:
     """What one sparsity costs on the whole, by method."""
     pairs = points.accuracies(points.to_dense(sparsity))
     asked = [(ALL_BASES, "dense", method, same) for method, same in pairs.groupby("method", sort=True)]
-    tests = corrected_tests([a for a in asked if bases_of(a[3]) > 1], points.over_bases)
+    tests = corrected_tests([a for a in asked if count_bases(a[3]) > 1], points.over_bases)
     if not tests:
         return
     parts, numbers = [], {"sparsity": number(sparsity, pairs["run_id_right"], "g")}
@@ -71,7 +71,7 @@ def _dense_claims(about: str, dense: pd.Series[Any], known: Sequence[Imported]) 
             f"Dense: {{accuracy}} {passed} the mark of 2% within the imported baseline {{imported}} "
             f"({escaped(baseline.source)}) and {carried}: {{difference}} ({{low}} to {{high}})."
         )
-        yield Claim("RQ1", about, template, numbers | known_as | of_estimate(e.value, e.low, e.high, runs), e.test)
+        yield Claim("RQ1", about, template, numbers | known_as | estimate_numbers(e.value, e.low, e.high, runs), e.test)
 
 
 def _half_claim(about: str, dense: pd.Series[Any], half: pd.DataFrame) -> Iterator[Claim]:
@@ -104,7 +104,7 @@ def _most_claim(about: str, most: pd.DataFrame) -> Iterator[Claim]:
 
 def _reach_claim(about: str, curve_name: str, dense: pd.Series[Any], curve: pd.DataFrame, points: Points) -> Claim:
     """The largest sparsity within each mark of dense: by the accuracies, and as far as the examples show it."""
-    lows = [paired_difference_of(points.answers, dense["run_id"], run).low for run in curve["run_id"]]
+    lows = [difference_between_runs(points.answers, dense["run_id"], run).low for run in curve["run_id"]]
     parts, numbers = [], dict[str, Number]()
     for mark in PASS_MARKS:
         limit, name = (1 - mark) * dense["accuracy"] - 1e-9, f"{mark:.0%}"[:-1]
@@ -123,14 +123,14 @@ def _break_claim(about: str, curve_name: str, dense: pd.Series[Any], curve: pd.D
     steps = list(pairwise([dense, *(row for _, row in curve.iterrows())]))
     if not steps:
         return Claim("RQ1", about, f"{curve_name}: no finished run above sparsity zero.")
-    found = [paired_difference_of(points.answers, a["run_id"], b["run_id"]) for a, b in steps]
+    found = [difference_between_runs(points.answers, a["run_id"], b["run_id"]) for a, b in steps]
     corrected = holm([e.p for e in found])
     worst = min(range(len(steps)), key=lambda i: found[i].value)
     (before, after), e = steps[worst], found[worst]
     runs = [before["run_id"], after["run_id"]]
     if corrected[worst] >= 0.05 or e.value >= 0:
         return Claim("RQ1", about, f"{curve_name}: no single step of sparsity shows a fall.", {}, e.test)
-    numbers = of_estimate(e.value, e.low, e.high, runs)
+    numbers = estimate_numbers(e.value, e.low, e.high, runs)
     numbers["from"], numbers["to"] = (number(row["sparsity"], [row["run_id"]], "g") for row in (before, after))
     numbers["before"], numbers["after"] = (number(row["accuracy"], [row["run_id"]]) for row in (before, after))
     template = (

@@ -28,12 +28,12 @@ class AppliancesSilentError(Exception):
     """`csctl` is missing, failed, or did not answer in time."""
 
 
-def label_of(results: str, run: str) -> str:
+def job_label(results: str, run: str) -> str:
     """The label that a run's jobs carry: at most 63 characters, as the appliance wants."""
     return f"{LABEL}={results[:16]}-{run[:16]}"
 
 
-def name_of(run_id: str) -> str:
+def name_label(run_id: str) -> str:
     """A label for people: the end of a run's name, which has its hash."""
     return f"name={run_id[-58:].strip('._-')}"
 

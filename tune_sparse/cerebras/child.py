@@ -115,8 +115,8 @@ class JsonLines(Logger):
 
 def main(folder):
     job = {**json.loads((folder / "job.json").read_text()), **json.loads((folder / "base.json").read_text())}
-    rows = cstorch.utils.data.DataLoader(rows_of, write_rows(Path(job["rows"])), job["batch_size"])
-    trainer = trainer_of(job, folder)
+    rows = cstorch.utils.data.DataLoader(make_loader, write_rows(Path(job["rows"])), job["batch_size"])
+    trainer = make_trainer(job, folder)
     start = None
     if job["target"] != "validate":
         trainer.early_exit.register((folder / "stop").exists)
@@ -134,7 +134,7 @@ def main(folder):
     write_json(folder / "report.json", report)
 
 
-def trainer_of(job, folder):
+def make_trainer(job, folder):
     """Model Zoo's Trainer with the protocol of the job."""
     config = yaml.safe_load(Path(job["config"]).read_text())["model"]
     config = {name: value for name, value in config.items() if name not in REJECTED}
@@ -142,12 +142,12 @@ def trainer_of(job, folder):
     if job["sparsity_by_weight"]:
         callbacks.append(BaseSparsity(job["sparsity_by_weight"]))
     return Trainer(
-        backend=backend_of(job, folder),
+        backend=make_backend(job, folder),
         model_dir=str(folder / "model_dir"),
         model=lambda: MODELS[config["name"]](dict(config)),
-        optimizer=functools.partial(optimizer_of, job),
-        schedulers=[functools.partial(schedule_of, job)],
-        precision=precision_of(job),
+        optimizer=functools.partial(make_optimizer, job),
+        schedulers=[functools.partial(make_schedule, job)],
+        precision=make_precision(job),
         loop=TrainingLoop(num_steps=job["steps"], eval_frequency=None),
         checkpoint=Checkpoint(steps=job["steps"], autoload_last_checkpoint=False),
         logging=Logging(log_steps=1, log_level="INFO"),
@@ -157,7 +157,7 @@ def trainer_of(job, folder):
     )
 
 
-def backend_of(job, folder):
+def make_backend(job, folder):
     if job["target"] == "cpu":
         return cstorch.backend("CPU", artifact_dir=str(folder / "model_dir"))
     if job["target"] == "validate":
@@ -169,7 +169,7 @@ def backend_of(job, folder):
     return cstorch.backend("CSX", artifact_dir=str(folder / "model_dir"), cluster_config=cluster)
 
 
-def optimizer_of(job, model):
+def make_optimizer(job, model):
     """AdamW on the adapters."""
     return cstorch.optim.AdamW(
         [parameter for parameter in model.parameters() if parameter.requires_grad],
@@ -181,7 +181,7 @@ def optimizer_of(job, model):
     )
 
 
-def schedule_of(job, optimizer):
+def make_schedule(job, optimizer):
     """Linear warm-up, step i of w at (i + 1) / w of the peak, then a cosine that ends with the last step."""
     peak, warmup = job["learning_rate"], job["warmup_steps"]
     schedulers = cstorch.optim.lr_scheduler
@@ -193,7 +193,7 @@ def schedule_of(job, optimizer):
     return schedulers.SequentialLR(optimizer, [rise, cosine], [warmup])
 
 
-def precision_of(job):
+def make_precision(job):
     """Half precision where the protocol says so, and on a wafer, which has no other; gradients are clipped."""
     is_mixed = job["precision"] != "float32" or job["target"] != "cpu"
     return MixedPrecision(enabled=is_mixed, fp16_type="bfloat16", max_gradient_norm=job["max_grad_norm"])
@@ -219,7 +219,7 @@ def write_rows(folder):
     return str(target)
 
 
-def rows_of(folder, batch_size):
+def make_loader(folder, batch_size):
     """Model Zoo's own reader of HDF5, in the order of the file.
 
     It runs on the appliance's input workers, which have Model Zoo and nothing of this file: all it needs is in it.

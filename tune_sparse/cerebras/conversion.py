@@ -22,7 +22,7 @@ from torch import Tensor
 
 from tune_sparse.cerebras.content_cache import cached
 from tune_sparse.cerebras.environment import SiteEnvironment
-from tune_sparse.cerebras.failures import failure_of
+from tune_sparse.cerebras.failures import classify_failure
 from tune_sparse.errors import InputError, RunError
 from tune_sparse.files import write_json
 from tune_sparse.models.checkpoints import read_config
@@ -152,7 +152,7 @@ def _convert(
             timeout=CONVERSION_SECONDS,
         )
     if done.returncode:
-        raise failure_of(log, done.returncode)
+        raise classify_failure(log, done.returncode)
     log.unlink()
 
 

@@ -61,7 +61,7 @@ class SiteEnvironment:
 
 def find_environment() -> SiteEnvironment:
     """What CEREBRAS_VENV and MODELZOO name, asked what it holds. Raises `NotReadyError` for what is missing."""
-    venv, modelzoo = _folder_of("CEREBRAS_VENV"), _folder_of("MODELZOO")
+    venv, modelzoo = _read_folder_variable("CEREBRAS_VENV"), _read_folder_variable("MODELZOO")
     if not (modelzoo / "cerebras" / "modelzoo").is_dir() and (modelzoo / "src" / "cerebras").is_dir():
         modelzoo = modelzoo / "src"
     if not (modelzoo / "cerebras" / "modelzoo").is_dir():
@@ -81,7 +81,7 @@ def find_environment() -> SiteEnvironment:
     return found
 
 
-def _folder_of(variable: str) -> Path:
+def _read_folder_variable(variable: str) -> Path:
     value = os.environ.get(variable)
     if not value:
         raise NotReadyError(

@@ -73,10 +73,10 @@ PASSING = (
 """Another try may go well."""
 
 
-def failure_of(log: Path, returncode: int) -> Exception:
+def classify_failure(log: Path, returncode: int) -> Exception:
     """The error of a program that ended with `returncode`, by its log: an `ApplianceError` may be tried again, a
     `DiskFullError` when there is room, a `RunError` never."""
-    text = tail_of(log)
+    text = read_tail(log)
     for message in DISK_FULL:
         if message in text:
             return DiskFullError(f"{message}. Free some, and start the sweep again. See {log}")
@@ -91,7 +91,7 @@ def failure_of(log: Path, returncode: int) -> Exception:
     return RunError(f"the training ended with status {returncode}: {lines[-1] if lines else 'nothing said'}. See {log}")
 
 
-def tail_of(log: Path) -> str:
+def read_tail(log: Path) -> str:
     """The end of a log, or nothing where there is none."""
     try:
         with log.open("rb") as stream:

@@ -79,14 +79,14 @@ def write_job(
         "update_is_masked": start.update_is_masked,
         "sparsity_by_weight": {name: sparsity for name, sparsity in sparsities.items() if sparsity},
     }
-    job = places | trained | protocol_of(protocol, seed) | appliance_of(settings, job_labels)
+    job = places | trained | job_protocol(protocol, seed) | job_appliance(settings, job_labels)
     write_json(folder / "job.json", job)
 
 
-def protocol_of(protocol: Protocol, seed: int) -> dict[str, Any]:
+def job_protocol(protocol: Protocol, seed: int) -> dict[str, Any]:
     return {
         "steps": protocol.steps,
-        "batch_size": protocol.global_batch,
+        "batch_size": protocol.global_batch_size,
         "rank": protocol.lora_rank,
         "alpha": protocol.lora_alpha,
         "learning_rate": protocol.learning_rate,
@@ -100,7 +100,7 @@ def protocol_of(protocol: Protocol, seed: int) -> dict[str, Any]:
     }
 
 
-def appliance_of(settings: Cerebras, job_labels: Sequence[str]) -> dict[str, Any]:
+def job_appliance(settings: Cerebras, job_labels: Sequence[str]) -> dict[str, Any]:
     return {
         "target": settings.cerebras_target,
         "num_csx": settings.num_csx,

@@ -16,13 +16,13 @@ from safetensors.torch import save_file
 from tune_sparse.cerebras import appliance
 from tune_sparse.cerebras.conversion import NAMES, cerebras_name, to_cerebras
 from tune_sparse.cerebras.environment import SiteEnvironment, find_environment, refuse_unreachable_cluster
-from tune_sparse.cerebras.failures import failure_of
+from tune_sparse.cerebras.failures import classify_failure
 from tune_sparse.cerebras.guard import STOP_SECONDS, Guarded, is_guarded, remove_working_files
-from tune_sparse.cerebras.job import CHILD, appliance_of, protocol_of
+from tune_sparse.cerebras.job import CHILD, job_appliance, job_protocol
 from tune_sparse.config import Cerebras, Protocol, SweepConfig
 from tune_sparse.errors import DISK_FULL, InputError
 from tune_sparse.files import read_json, write_json
-from tune_sparse.identity import sha256_of
+from tune_sparse.identity import hash_json
 from tune_sparse.ledger.ledger import Ledger
 from tune_sparse.models.checkpoints import Checkpoint
 from tune_sparse.models.safetensors_io import TensorFiles, weight_files
@@ -85,7 +85,7 @@ def end_leftovers(ledger: Ledger, settings: Cerebras) -> Iterator[str]:
     for folder in folders:
         remove_working_files(folder)
     if settings.cerebras_target == "csx":
-        label = appliance.label_of(sha256_of(str(ledger.folder.resolve())), "")
+        label = appliance.job_label(hash_json(str(ledger.folder.resolve())), "")
         problem = appliance.cancel(label).problem
         if problem:
             yield f"jobs of an earlier sweep may be left on the appliance: {problem}"
@@ -97,7 +97,7 @@ def lower_all(config: SweepConfig, checkpoints: Sequence[Checkpoint], ledger: Le
     for checkpoint in checkpoints:
         protocol = config.protocol.within(checkpoint.shape.context_tokens)
         converted = to_cerebras(checkpoint.path, checkpoint.fingerprint, environment)
-        for mode in modes_of(config):
+        for mode in trained_modes(config):
             shapes = matrix_shapes(checkpoint.path) if mode != "dense" else {}
             folder = ledger.folder / "cerebras" / f"lowering_{checkpoint.name}_{mode}_{precision}"
             report = lower(folder, converted.config, shapes, mode, max(config.sparsities), protocol, environment)
@@ -112,7 +112,7 @@ def lower_all(config: SweepConfig, checkpoints: Sequence[Checkpoint], ledger: Le
             )
 
 
-def modes_of(config: SweepConfig) -> list[str]:
+def trained_modes(config: SweepConfig) -> list[str]:
     """The modes that are trained: at sparsity 0 every mode is the dense one."""
     sparse = [mode for mode in config.modes if mode != "dense"] if any(config.sparsities) else []
     return (["dense"] if 0 in config.sparsities or "dense" in config.modes else []) + sparse
@@ -131,7 +131,7 @@ def lower(
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "rows").mkdir(parents=True)
     rows = torch.zeros(1, 3, protocol.max_tokens - 1, dtype=torch.int32)
-    order = torch.zeros(protocol.global_batch, dtype=torch.long)
+    order = torch.zeros(protocol.global_batch_size, dtype=torch.long)
     save_file({"rows": rows, "order": order}, folder / "rows" / "tokens.safetensors")
     kind = {
         "update_is_masked": mode == "sparse-to-sparse",
@@ -139,7 +139,7 @@ def lower(
         "rows": str((folder / "rows").resolve()),
     }
     one_step = {"steps": 1, "warmup_steps": 0}
-    job = kind | protocol_of(protocol, 0) | one_step | appliance_of(Cerebras(cerebras_target="validate"), [])
+    job = kind | job_protocol(protocol, 0) | one_step | job_appliance(Cerebras(cerebras_target="validate"), [])
     write_json(folder / "job.json", job)
     write_json(folder / "base.json", {"config": str(model_config)})
     command = [str(environment.python), str(CHILD), str(folder.resolve())]
@@ -150,7 +150,7 @@ def lower(
     finally:
         guarded.stop()
     if ended.returncode:
-        raise failure_of(folder / "child.log", ended.returncode)
+        raise classify_failure(folder / "child.log", ended.returncode)
     found: dict[str, Any] = read_json(folder / "report.json")
     return found
 

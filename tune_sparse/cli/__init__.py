@@ -1,6 +1,6 @@
 """The command line. Exit status: 0 all is well, 1 it ran and found a fault, 2 bad input.
 
-tune-sparse sweep                                  # 360 cells on embedded models, on a laptop
+tune-sparse sweep                                  # 360 cells on toy models, on a laptop
 tune-sparse sweep smoke                            # 24 of them
 tune-sparse sweep matrix --dry-run                 # what the 7B matrix would run
 tune-sparse sweep --models ./my-llama --tasks boolq --data-dir ./rows --set steps=100

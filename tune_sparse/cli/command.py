@@ -39,7 +39,7 @@ def existing_folders(folders: Sequence[Path]) -> list[Path]:
     return list(folders)
 
 
-def settings_of(texts: Sequence[str]) -> dict[str, str]:
+def parse_settings(texts: Sequence[str]) -> dict[str, str]:
     """The names and values of `--set NAME=VALUE ...`; later ones win."""
     settings = {}
     for text in texts:

@@ -10,8 +10,8 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tune_sparse.cli.command import DEFAULT_RESULTS, FAULT, OK, add_command, existing_folders, settings_of
-from tune_sparse.config import EMBEDDED_ROWS, SCORING, Protocol, converted
+from tune_sparse.cli.command import DEFAULT_RESULTS, FAULT, OK, add_command, existing_folders, parse_settings
+from tune_sparse.config import SCORING, SYNTHETIC, Protocol, converted
 from tune_sparse.data.tasks import TASKS, tasks_named
 from tune_sparse.errors import InputError, unknown_name
 
@@ -26,18 +26,18 @@ EXAMPLE = """examples:
     tune-sparse evaluate --model ./my-llama --adapter ./my-adapter --tasks wikitext2 --data-dir ./rows
     tune-sparse evaluate --run torch_tiny-llama_boolq_none_s00_dense_0123abcd --evaluator lm-eval
 
-settings that scoring reads, with --set: precision, max_tokens, max_new_tokens, few_shot (default: the harness's for
+settings that scoring reads, with --set: precision, max_tokens, max_new_tokens, num_fewshot (default: the harness's for
 each task), batch_tokens, n_test, threads. Those of a run are its own."""
 
 
 def add_commands(commands: Any) -> None:
     evaluate = add_command(commands, "evaluate", _evaluate, "score a checkpoint or a finished run on tasks", EXAMPLE)
     scored = evaluate.add_mutually_exclusive_group(required=True)
-    scored.add_argument("--model", help="a checkpoint folder, an embedded name, or a hub id with @revision")
+    scored.add_argument("--model", help="a checkpoint folder, the name of a toy model, or a hub id with @revision")
     scored.add_argument("--run", help="a finished run, by its folder's name under runs/")
     evaluate.add_argument("--adapter", type=Path, metavar="DIR", help="merged into the model, as its mode deploys it")
     evaluate.add_argument("--tasks", nargs="+", metavar="TASK", help=f"of {', '.join(TASKS)}; default: the run's")
-    evaluate.add_argument("--data-dir", type=Path, help="folder of tasks, `hub` or `embedded`; default: the run's")
+    evaluate.add_argument("--data-dir", type=Path, help="folder of tasks, `hub` or `synthetic`; default: the run's")
     evaluate.add_argument("--evaluator", default="tune-sparse", help="tune-sparse, or lm-eval: the harness itself")
     evaluate.add_argument("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="see below")
     evaluate.add_argument("--results-dir", type=Path, default=DEFAULT_RESULTS)
@@ -69,7 +69,7 @@ def _evaluate(chosen: argparse.Namespace) -> int:
     folder = rows_folder(subject.data_dir, subject.tasks)
     planned = []
     for task in tasks:
-        protocol = subject.protocol(task.few_shot)
+        protocol = subject.protocol(task.num_fewshot)
         splits = load_test(task, folder, protocol)
         card = Scorecard.of(subject.name, subject.fingerprint, task, splits, protocol, chosen.evaluator)
         planned.append((card, task, splits, protocol))
@@ -96,20 +96,20 @@ def _checkpoint(chosen: argparse.Namespace) -> Subject:
             raise InputError(f"an adapter folder needs adapter_config.json, {chosen.adapter} has none. Mend --adapter.")
         fingerprint += fingerprint_of_files(files)
 
-    def protocol(few_shot: int) -> Protocol:
-        return Protocol(**{"few_shot": few_shot} | settings).within(checkpoint.shape.context_tokens)
+    def protocol(num_fewshot: int) -> Protocol:
+        return Protocol(**{"num_fewshot": num_fewshot} | settings).within(checkpoint.shape.context_tokens)
 
     def lend() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         import torch
 
         from trainables.hardware import device
-        from tune_sparse.lora.adapter_io import last_mask_of, merge_adapter_into
+        from tune_sparse.lora.adapter_io import load_last_mask, merge_adapter_into
         from tune_sparse.models.checkpoints import load_model, load_tokenizer
 
         torch.set_num_threads(protocol(0).threads)
         model = load_model(checkpoint.path, getattr(torch, protocol(0).precision), device())
         if chosen.adapter:
-            merge_adapter_into(model, chosen.adapter, last_mask_of(model, chosen.adapter))
+            merge_adapter_into(model, chosen.adapter, load_last_mask(model, chosen.adapter))
         return model, load_tokenizer(checkpoint.path)
 
     return Subject(checkpoint.name, fingerprint, chosen.tasks, chosen.data_dir, protocol, lend, {})
@@ -146,8 +146,8 @@ def _run(chosen: argparse.Namespace) -> Subject:
         chosen.run,
         run.identity,
         chosen.tasks or [run.cell.task],
-        chosen.data_dir or (Path(run.data_dir) if run.data_dir else EMBEDDED_ROWS),
-        lambda few_shot: replace(run.protocol, **settings).within(context),
+        chosen.data_dir or (Path(run.data_dir) if run.data_dir else SYNTHETIC),
+        lambda num_fewshot: replace(run.protocol, **settings).within(context),
         lend,
         {outcome.id: outcome for outcome in outcomes},
     )
@@ -155,7 +155,7 @@ def _run(chosen: argparse.Namespace) -> Subject:
 
 def _settings(texts: list[str]) -> dict[str, Any]:
     declared = {f.name: f for f in fields(Protocol) if f.name in SCORING}
-    settings = settings_of(texts)
+    settings = parse_settings(texts)
     for name in settings:
         if name not in declared:
             raise unknown_name("setting of scoring", name, declared)
@@ -180,4 +180,4 @@ def _described(evaluation: Evaluation, differing: int) -> str:
     card, values = evaluation.card, {name: v for name, v in evaluation.metrics.items() if v is not None}
     shown = ", ".join(f"{name} {v}" if isinstance(v, int) else f"{name} {v:.4f}" for name, v in values.items())
     faults = f"; {differing} examples differ from the run's record" if differing else ""
-    return f"{card.model}, {card.task}, {card.settings['few_shot']}-shot, by {card.evaluator}: {shown}{faults}"
+    return f"{card.model}, {card.task}, {card.settings['num_fewshot']}-shot, by {card.evaluator}: {shown}{faults}"

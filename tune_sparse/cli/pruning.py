@@ -25,7 +25,9 @@ def add_commands(commands: Any) -> None:
     prune = add_command(
         commands, "prune", _prune, "masks, statistics and histograms of one model, all levels in one pass", _epilog()
     )
-    prune.add_argument("model", metavar="MODEL", help="an embedded name, a checkpoint folder, or a fetched hub id")
+    prune.add_argument(
+        "model", metavar="MODEL", help="the name of a toy model, a checkpoint folder, or a fetched hub id"
+    )
     prune.add_argument("--methods", nargs="+", default=["unstructured"], metavar="METHOD", help="see below")
     prune.add_argument("--sparsities", nargs="+", type=float, default=list(SPARSITIES), metavar="SPARSITY")
     prune.add_argument("--out", type=Path, default=Path("masks"), metavar="DIR", help="default: masks")
@@ -38,7 +40,7 @@ def add_commands(commands: Any) -> None:
         metavar="SOURCE",
         help="a task, whose training rows are used, a text such as wikitext2, or a text file",
     )
-    prune.add_argument("--data-dir", type=Path, metavar="DIR", help="folder of the task, `hub` or `embedded`")
+    prune.add_argument("--data-dir", type=Path, metavar="DIR", help="folder of the task, `hub` or `synthetic`")
     prune.add_argument("--calibration-rows", type=int, default=128, metavar="ROWS")
     prune.add_argument("--calibration-tokens", type=int, default=2048, metavar="TOKENS", help="of a row, at most")
     prune.add_argument("--sequential", action="store_true", help="prune block after block, as published")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from search_spaces import subadapters
 from search_spaces.matrix import PRESETS
-from tune_sparse.cli.command import DEFAULT_RESULTS, FAULT, OK, add_command, settings_of
+from tune_sparse.cli.command import DEFAULT_RESULTS, FAULT, OK, add_command, parse_settings
 from tune_sparse.errors import InputError, RunError, unknown_name
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ A space file, for --space, maps groups to modules and ranks, the largest first; 
 
 def add_commands(commands: Any) -> None:
     search = add_command(commands, "search", _search, "search the best sub-adapter of a super-adapter", EXAMPLE)
-    search.add_argument("preset", nargs="?", default="embedded", metavar="PRESET", help="of the sweep; its protocol")
+    search.add_argument("preset", nargs="?", default="toy", metavar="PRESET", help="of the sweep; its protocol")
     tasks = search.add_mutually_exclusive_group()
     tasks.add_argument("--task", help="default: the preset's first")
     tasks.add_argument("--all-tasks", action="store_true", help="one search for each task of the preset, compared")
@@ -51,7 +51,7 @@ def add_commands(commands: Any) -> None:
     )
     search.add_argument("--no-racing", action="store_true", help="every candidate answers all selection rows")
     search.add_argument("--in-order", action="store_true", help="one candidate at a time: repeats exactly")
-    search.add_argument("--data-dir", help="folder of tasks, `hub` or `embedded`; default: the preset's")
+    search.add_argument("--data-dir", help="folder of tasks, `hub` or `synthetic`; default: the preset's")
     search.add_argument("--results-dir", type=Path, default=DEFAULT_RESULTS)
     search.add_argument("--workers", type=int, help="candidates at once; default: one per core, or per GPU")
     search.add_argument("--gpus-per-trial", type=float, help="GPUs, or a fraction of one, that a worker holds")
@@ -68,12 +68,12 @@ def search_config(chosen: argparse.Namespace, task: str | None = None) -> Search
     if chosen.preset not in PRESETS:
         raise unknown_name("preset", chosen.preset, PRESETS)
     preset: dict[str, Any] = PRESETS[chosen.preset] | subadapters.PROTOCOL
-    is_embedded = preset.get("data_dir") == "embedded"
-    if is_embedded:
+    is_toy = preset.get("data_dir") == "synthetic"
+    if is_toy:
         preset |= subadapters.EMBEDDED_PROTOCOL
     flags = {
         "models": chosen.model or preset["models"][0],
-        "tasks": task or chosen.task or tasks_of(chosen.preset)[0],
+        "tasks": task or chosen.task or preset_tasks(chosen.preset)[0],
         "methods": chosen.method,
         "sparsities": chosen.sparsity,
         "modes": chosen.mode,
@@ -82,9 +82,9 @@ def search_config(chosen: argparse.Namespace, task: str | None = None) -> Search
     }
     others = {name: getattr(chosen, name) for name in ("data_dir", "workers", "gpus_per_trial")}
     flags |= {name: value for name, value in others.items() if value is not None}
-    name = chosen.space or ("embedded" if is_embedded else "shears")
+    name = chosen.space or ("toy" if is_toy else "shears")
     return SearchConfig(
-        sweep=SweepConfig.from_names(preset | flags | settings_of(chosen.set)),
+        sweep=SweepConfig.from_names(preset | flags | parse_settings(chosen.set)),
         space=space_named(name),
         space_name=name,
         sampling=chosen.sampling,
@@ -96,7 +96,7 @@ def search_config(chosen: argparse.Namespace, task: str | None = None) -> Search
     )
 
 
-def tasks_of(preset: str) -> tuple[str, ...]:
+def preset_tasks(preset: str) -> tuple[str, ...]:
     from tune_sparse.config import SweepConfig
 
     return tuple(PRESETS[preset].get("tasks", SweepConfig.__dataclass_fields__["tasks"].default))
@@ -122,7 +122,7 @@ def space_named(name: str) -> Any:
 def _search(chosen: argparse.Namespace) -> int:
     if chosen.preset not in PRESETS:
         raise unknown_name("preset", chosen.preset, PRESETS)
-    tasks = tasks_of(chosen.preset) if chosen.all_tasks else (None,)
+    tasks = preset_tasks(chosen.preset) if chosen.all_tasks else (None,)
     configs = [search_config(chosen, task) for task in tasks]
     if chosen.dry_run:
         return _dry_run(configs, chosen.json)

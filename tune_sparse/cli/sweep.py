@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from search_spaces.matrix import PRESETS
-from tune_sparse.cli.command import FAULT, OK, add_command, settings_of
+from tune_sparse.cli.command import FAULT, OK, add_command, parse_settings
 from tune_sparse.config import HUB_ROWS, Cerebras, Protocol, SweepConfig
 from tune_sparse.data.tasks import TASKS
 from tune_sparse.errors import InputError, NotReadyError, RunError, unknown_name
@@ -45,7 +45,7 @@ def _sweep_epilog() -> str:
 
 def add_sweep_options(command: argparse.ArgumentParser) -> None:
     """A flag for each field of `SweepConfig`, so that flags, YAML and Python have the same names."""
-    command.add_argument("preset", nargs="?", default="embedded", metavar="PRESET", help="default: embedded")
+    command.add_argument("preset", nargs="?", default="toy", metavar="PRESET", help="default: toy")
     command.add_argument("--config", type=Path, metavar="FILE", help="YAML file with the names below; flags win")
     for f in (*fields(SweepConfig), *fields(Cerebras)):
         if f.name not in NESTED:
@@ -63,7 +63,7 @@ def sweep_config(chosen: argparse.Namespace) -> SweepConfig:
     flags = {name: getattr(chosen, name) for name in own}
     names = dict(PRESETS[chosen.preset]) | _yaml(chosen.config)
     names |= {name: value for name, value in flags.items() if value is not None}
-    return SweepConfig.from_names(names | settings_of(chosen.set))
+    return SweepConfig.from_names(names | parse_settings(chosen.set))
 
 
 def _yaml(path: Path | None) -> dict[str, Any]:
@@ -124,11 +124,11 @@ def _lower(config: SweepConfig, chosen: argparse.Namespace) -> int:
     from tune_sparse.cerebras.preflight import lower_all
     from tune_sparse.ledger.ledger import Ledger
     from tune_sparse.models.checkpoints import prepare_models
-    from tune_sparse.models.toy_models import EMBEDDED_MODELS
+    from tune_sparse.models.toy_models import TOY_MODELS
     from tune_sparse.sweep.plan import check_folder, plan_sweep
 
     check_folder(config.results_dir)
-    prepare_models([model for model in config.models if model in EMBEDDED_MODELS], report=print)
+    prepare_models([model for model in config.models if model in TOY_MODELS], report=print)
     plan = plan_sweep(config)
     try:
         for lowering in lower_all(config, list(plan.checkpoints.values()), Ledger(config.results_dir)):
@@ -171,15 +171,13 @@ def _run_pilots(config: SweepConfig, chosen: argparse.Namespace) -> None:
     """Run what a forecast lacks. Their failures are said, and recorded as those of every run."""
     from tune_sparse.ledger.ledger import Ledger
     from tune_sparse.models.checkpoints import prepare_models
-    from tune_sparse.models.toy_models import EMBEDDED_MODELS
+    from tune_sparse.models.toy_models import TOY_MODELS
     from tune_sparse.sweep.driver import run_sweep
     from tune_sparse.sweep.forecast import pilots
     from tune_sparse.sweep.plan import check_names, plan_sweep
 
     check_names(config)
-    prepare_models(
-        [model for model in config.models if model in EMBEDDED_MODELS], report=logging.getLogger(__name__).info
-    )
+    prepare_models([model for model in config.models if model in TOY_MODELS], report=logging.getLogger(__name__).info)
     plan, ledger = plan_sweep(config), Ledger(config.results_dir)
     lacking = pilots(plan, ledger, plan.missing(ledger, chosen.retry_failed))
     if lacking:

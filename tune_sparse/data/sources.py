@@ -1,4 +1,4 @@
-"""Where rows come from: a folder, the Hugging Face Hub (fetched once into files), or the embedded generator."""
+"""Where rows come from: a folder, the Hugging Face Hub (fetched once into files), or the synthetic generator."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tune_sparse.config import EMBEDDED_ROWS, HUB_ROWS
+from tune_sparse.config import HUB_ROWS, SYNTHETIC
 from tune_sparse.data.splits import split_path
 from tune_sparse.data.task_types import Hub, Task, TextTask
 from tune_sparse.data.tasks import tasks_named
@@ -16,16 +16,16 @@ from tune_sparse.files import aside, cache_dir, write_lines, write_text
 
 
 def rows_folder(data_dir: Path | None, tasks: Sequence[str]) -> Path | None:
-    """The folder of the rows of `tasks` (names or mixtures); None for the embedded generator.
+    """The folder of the rows of `tasks` (names or mixtures); None for the synthetic generator.
 
     Rows of the Hub are fetched if they are not here yet. Raises `NotReadyError` where that is not possible.
     """
     if data_dir is None:
         raise NotReadyError(
             "rows of the tasks are needed, got no data_dir. "
-            f"Give --data-dir FOLDER, or --data-dir {HUB_ROWS}, or --data-dir {EMBEDDED_ROWS} for generated rows."
+            f"Give --data-dir FOLDER, or --data-dir {HUB_ROWS}, or --data-dir {SYNTHETIC} for generated rows."
         )
-    if data_dir == EMBEDDED_ROWS:
+    if data_dir == SYNTHETIC:
         return None
     return fetch_rows(tasks) if data_dir == HUB_ROWS else data_dir.expanduser().resolve()
 
@@ -49,7 +49,7 @@ def fetch_rows(names: Iterable[str], report: Callable[[str], None] = lambda text
 
 def _fetch(task: Task, hub: Hub, folder: Path) -> None:
     """All splits or none."""
-    splits = _splits_of(task, hub)
+    splits = _fetch_splits(task, hub)
     missing = {"train", task.test_split} - splits.keys()
     if missing:
         raise InputError(f"{task.name} needs the splits train and {task.test_split}, {hub.path} lacks {min(missing)}.")
@@ -67,7 +67,7 @@ def _fetch(task: Task, hub: Hub, folder: Path) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _splits_of(task: Task, hub: Hub) -> Any:
+def _fetch_splits(task: Task, hub: Hub) -> Any:
     """{split: rows}"""
     import datasets
 

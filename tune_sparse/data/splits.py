@@ -40,7 +40,7 @@ class Splits:
         return hashlib.sha256(text.encode()).hexdigest()
 
 
-def fingerprint_of(splits: Sequence[Splits]) -> str:
+def fingerprint_splits(splits: Sequence[Splits]) -> str:
     """Of one task's splits, or of those of a mixture's tasks in order."""
     if len(splits) == 1:
         return splits[0].fingerprint
@@ -69,11 +69,11 @@ def load_test(task: Task, data_dir: Path | None, protocol: Protocol) -> Splits:
     """What scoring alone needs of a task: the test rows, and the pool of few-shot examples. Raises as `load_splits`."""
     limit = protocol.n_test if isinstance(task, PromptTask) else None
     test = read_split(task, task.test_split, data_dir)[:limit]
-    is_few_shot = protocol.few_shot and isinstance(task, PromptTask)
+    is_few_shot = protocol.num_fewshot and isinstance(task, PromptTask)
     examples = read_split(task, "train", data_dir) if is_few_shot else []
-    if is_few_shot and len(examples) <= protocol.few_shot:
+    if is_few_shot and len(examples) <= protocol.num_fewshot:
         raise InputError(
-            f"few_shot must be less than the {len(examples)} training rows of {task.name}, got {protocol.few_shot}. "
+            f"num_fewshot must be less than the {len(examples)} training rows of {task.name}, got {protocol.num_fewshot}. "
             "Lower it."
         )
     _refuse_leaks(task, Splits(tuple(examples), (), tuple(test)))
@@ -108,18 +108,18 @@ def has_split(task: Task, split: str, data_dir: Path | None) -> bool:
 
 
 def read_split(task: Task, split: str, data_dir: Path | None) -> list[Row]:
-    """Checked rows of one split, from the files in `data_dir/<task>/` or from the embedded generator."""
+    """Checked rows of one split, from the files in `data_dir/<task>/` or from the synthetic generator."""
     if data_dir is not None:
         path = split_path(task, split, data_dir)
         return read_text(task, split, path) if isinstance(task, TextTask) else read_rows(task, path)
-    from tune_sparse.data.synthetic import EMBEDDED_TASKS, embedded_rows
+    from tune_sparse.data.synthetic import SYNTHETIC_TASKS, synthetic_examples
 
-    if task.name not in EMBEDDED_TASKS:
+    if task.name not in SYNTHETIC_TASKS:
         raise InputError(
-            f"the embedded generator has {', '.join(EMBEDDED_TASKS)}, got {task.name!r}. "
+            f"the synthetic generator has {', '.join(SYNTHETIC_TASKS)}, got {task.name!r}. "
             "Give --data-dir with the rows of this task."
         )
-    return embedded_rows(task.name, split)
+    return synthetic_examples(task.name, split)
 
 
 def read_rows(task: Task, path: Path) -> list[Row]:

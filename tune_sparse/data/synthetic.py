@@ -20,7 +20,7 @@ from tune_sparse.data.tasks import TASKS
 from tune_sparse.errors import unknown_name
 
 GENERATOR_VERSION = 1
-"""Raised with every change of the rows: the embedded models are trained anew, runs on old rows stay apart."""
+"""Raised with every change of the rows: the toy models are trained anew, runs on old rows stay apart."""
 
 BASE_SHARE, TRAIN_SHARE = 0.5, 0.35
 """Fractions of the puzzles; the scored split has the rest."""
@@ -42,10 +42,10 @@ class Generator:
     """What no two rows may have in common."""
 
 
-def embedded_rows(task_name: str, split: str) -> list[Row]:
+def synthetic_examples(task_name: str, split: str) -> list[Row]:
     """Rows of a split: "base" (pool of the base training), "train", or the split that the task is scored on."""
     if task_name not in GENERATORS:
-        raise unknown_name("embedded task", task_name, GENERATORS)
+        raise unknown_name("synthetic task", task_name, GENERATORS)
     scored = TASKS[task_name].test_split
     if split not in ("base", "train", scored):
         raise unknown_name(f"split of {task_name}", split, ("base", "train", scored))
@@ -56,7 +56,7 @@ def embedded_rows(task_name: str, split: str) -> list[Row]:
 def _rows(task_name: str, kind: str) -> list[Row]:
     generator = GENERATORS[task_name]
     rng = random.Random(f"{task_name} {kind} {GENERATOR_VERSION}")
-    puzzles = [p for p in generator.puzzles() if _split_of(task_name, p) == kind]
+    puzzles = [p for p in generator.puzzles() if _assign_split(task_name, p) == kind]
     rows: dict[Any, Row] = {}
     while len(rows) < ROWS[kind]:
         rng.shuffle(puzzles)
@@ -68,7 +68,7 @@ def _rows(task_name: str, kind: str) -> list[Row]:
     return shuffled
 
 
-def _split_of(task_name: str, puzzle: Puzzle) -> str:
+def _assign_split(task_name: str, puzzle: Puzzle) -> str:
     digest = hashlib.sha256(f"{task_name} {puzzle}".encode()).digest()
     position = int.from_bytes(digest[:4], "big") / 2**32
     return "base" if position < BASE_SHARE else "train" if position < BASE_SHARE + TRAIN_SHARE else "scored"
@@ -129,7 +129,7 @@ def open_questions() -> list[tuple[str, str]]:
     rng = random.Random(f"open {GENERATOR_VERSION}")
     pairs = []
     for puzzle in _animal_puzzles():
-        if _split_of("boolq", puzzle) == "base":
+        if _assign_split("boolq", puzzle) == "base":
             passage, facts = _passage(puzzle)
             name = rng.choice(list(facts))
             question = OPEN_QUESTIONS[name].format(animal=puzzle[0])
@@ -195,8 +195,8 @@ def _hellaswag_row(puzzle: Puzzle, rng: random.Random, number: int) -> Row:
         "ctx_b": ctx_b,
         "ctx": f"{ctx_a} {ctx_b}",
         "endings": [f"{verb} the {thing}." for verb in (*wrong[:gold], due, *wrong[gold:])],
-        "source_id": f"embedded~{number}",
-        "split": "embedded",
+        "source_id": f"synthetic~{number}",
+        "split": "synthetic",
         "split_type": "indomain",
         "label": str(gold),
     }
@@ -241,4 +241,4 @@ GENERATORS: Mapping[str, Generator] = {
     "hellaswag": Generator(_step_puzzles, _hellaswag_row, lambda row: (row["activity_label"], row["ctx"])),
     "gsm8k": Generator(_sum_puzzles, _gsm8k_row, lambda row: row["question"]),
 }
-EMBEDDED_TASKS = tuple(GENERATORS)
+SYNTHETIC_TASKS = tuple(GENERATORS)

@@ -43,7 +43,7 @@ class Task(ABC):
     """None where the Hub has no dataset with these fields and splits."""
     chance: float | None
     """Accuracy of guessing; None where accuracy is not the metric."""
-    few_shot: int = 0
+    num_fewshot: int = 0
     """Worked examples in a test prompt of the harness."""
     prompt_version: int = 1
     """Raised when a prompt or metric changes: part of a run's identity."""

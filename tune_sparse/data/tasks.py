@@ -29,7 +29,7 @@ def tasks_named(names: str) -> tuple[Task, ...]:
     return tasks
 
 
-def chance_of(tasks: Sequence[Task]) -> float | None:
+def mean_chance(tasks: Sequence[Task]) -> float | None:
     """Accuracy of guessing, over the tasks of a mixture; None for a text."""
     chances = [task.chance for task in tasks if task.chance is not None]
     return sum(chances) / len(chances) if chances else None
@@ -152,7 +152,7 @@ TASKS: dict[str, Task] = {
             test_split="test",
             hub=Hub("openai/gsm8k", "main"),
             chance=0.0,
-            few_shot=5,
+            num_fewshot=5,
             pair=lambda row: (f"Question: {row['question']}\nAnswer:", " " + row["answer"]),
             gold=lambda row: _number_after_hashes(row["answer"]),
             extract=_gsm8k_extract,

@@ -18,7 +18,7 @@ from tune_sparse.files import cache_dir
 
 PYTHON = "3.11"
 LEAST_MEMORY_BYTES, LEAST_DISK_BYTES = 4e9, 2e9
-"""What the embedded models need with two workers, and their results."""
+"""What the toy models need with two workers, and their results."""
 SHOWN = 5
 
 
@@ -38,7 +38,7 @@ def examine(results_dir: Path) -> Iterator[Finding]:
     )
     yield _folder("results", results_dir, "Free some, or give another --results-dir.")
     yield _folder("cache", cache_dir(), "Set TUNE_SPARSE_CACHE to a folder with room.")
-    yield _embedded()
+    yield _toy_models()
 
 
 def tested() -> dict[str, str]:
@@ -102,18 +102,18 @@ def existing(folder: Path) -> Path:
     return next(path for path in (folder.resolve(), *folder.resolve().parents) if path.is_dir())
 
 
-def _embedded() -> Finding:
+def _toy_models() -> Finding:
     from tune_sparse.models.checkpoints import find_folder
-    from tune_sparse.models.toy_models import EMBEDDED_MODELS
+    from tune_sparse.models.toy_models import TOY_MODELS
 
     missing = []
-    for name in EMBEDDED_MODELS:
+    for name in TOY_MODELS:
         try:
             find_folder(name)
         except InputError:
             missing.append(name)
     return Finding(
-        "embedded models",
+        "toy models",
         True,
         f"{', '.join(missing)} not trained yet: a sweep does it, or `tune-sparse prepare`" if missing else "trained",
     )

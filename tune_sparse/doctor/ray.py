@@ -49,7 +49,7 @@ def examine(results_dir: Path, models: Sequence[str]) -> Iterator[Finding]:
         fix = "Start the head and everything else with RAY_AUTH_MODE=token: docs/security.md."
         yield Finding("token", False, f"anybody who reaches {address} may run programs there", fix)
     for node in answer:
-        yield from findings_of(node)
+        yield from check_node(node)
 
 
 def _ask(results_dir: Path, models: Sequence[str]) -> list[dict[str, Any]] | Finding:
@@ -68,7 +68,7 @@ def _ask(results_dir: Path, models: Sequence[str]) -> list[dict[str, Any]] | Fin
     return Finding("Ray", False, f"it refuses us: {said[-1]}", "Use the Python and Ray of the head.")
 
 
-def findings_of(node: dict[str, Any]) -> Iterator[Finding]:
+def check_node(node: dict[str, Any]) -> Iterator[Finding]:
     """Of what `ask_nodes` heard from a node."""
     name = f"node {node['address']}"
     amounts = node["resources"]

@@ -23,7 +23,7 @@ from tune_sparse.data.task_types import Task
 from tune_sparse.errors import InputError, unknown_name
 from tune_sparse.evaluation.outcomes import Metrics, Outcome, read_outcomes, write_outcomes
 from tune_sparse.files import read_json, write_json, write_lines, write_text
-from tune_sparse.identity import NUMERICS_VERSION, sha256_of
+from tune_sparse.identity import NUMERICS_VERSION, hash_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -63,7 +63,7 @@ class Scorecard:
     @property
     def name(self) -> str:
         """For people: settings are never read back from it."""
-        return re.sub(r"[^A-Za-z0-9._-]", "-", f"{self.model}_{self.task}_{sha256_of(asdict(self))[:8]}")
+        return re.sub(r"[^A-Za-z0-9._-]", "-", f"{self.model}_{self.task}_{hash_json(asdict(self))[:8]}")
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ def _score_on(
     protocol: Protocol,
 ) -> tuple[list[Outcome], int]:
     """All outcomes in order, and how many were known before."""
-    from tune_sparse.evaluation.scoring import encode_test, outcomes_of
+    from tune_sparse.evaluation.scoring import compute_outcomes, encode_test
 
     tests = encode_test(tokenizer, task, splits.test, protocol, splits.examples)
     path = folder / "outcomes.jsonl"
@@ -147,7 +147,7 @@ def _score_on(
     resumed = len(outcomes)
     write_lines(path, ([i, asdict(outcome)] for i, outcome in outcomes.items()))
     with path.open("a", encoding="utf-8") as lines:
-        for batch in outcomes_of(model, tokenizer, tests, protocol, frozenset(outcomes)):
+        for batch in compute_outcomes(model, tokenizer, tests, protocol, frozenset(outcomes)):
             outcomes |= batch
             lines.writelines(json.dumps([i, asdict(outcome)]) + "\n" for i, outcome in batch.items())
             lines.flush()

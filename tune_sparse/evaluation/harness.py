@@ -94,7 +94,7 @@ def harness_samples(
                 max_length=protocol.max_tokens,
             ),
             tasks=[task.name],
-            num_fewshot=protocol.few_shot,
+            num_fewshot=protocol.num_fewshot,
             gen_kwargs=None if isinstance(task, ChoiceTask) else {"max_gen_toks": protocol.max_new_tokens},
             task_manager=TaskManager(include_path=folder, include_defaults=False),
             log_samples=True,

@@ -38,7 +38,7 @@ class Outcome:
     """Whether the start of the prompt was lost."""
 
 
-def metrics_of(outcomes: Sequence[Outcome], chance: float | None, yes: str | None) -> Metrics:
+def compute_metrics(outcomes: Sequence[Outcome], chance: float | None, yes: str | None) -> Metrics:
     """Of one task: accuracy with what one needs to judge it, or perplexity.
 
     chance: accuracy of guessing. yes: in yes/no tasks, the prediction that counts as positive for F1.
@@ -48,8 +48,8 @@ def metrics_of(outcomes: Sequence[Outcome], chance: float | None, yes: str | Non
     golds, predictions = Counter(o.gold for o in outcomes), Counter(o.predicted for o in outcomes)
     correct = [float(bool(o.correct)) for o in outcomes]
     metrics: Metrics = {
-        "accuracy": mean_of(correct),
-        "accuracy_stderr": stderr_of(correct),
+        "accuracy": mean_known(correct),
+        "accuracy_stderr": standard_error(correct),
         "chance_accuracy": chance,
         "n_examples": len(outcomes),
         "truncated_fraction": truncated_fraction(outcomes),
@@ -57,9 +57,9 @@ def metrics_of(outcomes: Sequence[Outcome], chance: float | None, yes: str | Non
         "most_frequent_fraction": predictions.most_common(1)[0][1] / len(outcomes),
     }
     if outcomes[0].correct_norm is not None:
-        metrics["accuracy_norm"] = mean_of(o.correct_norm for o in outcomes)
+        metrics["accuracy_norm"] = mean_known(o.correct_norm for o in outcomes)
     if outcomes[0].correct_flexible is not None:
-        metrics["accuracy_flexible"] = mean_of(o.correct_flexible for o in outcomes)
+        metrics["accuracy_flexible"] = mean_known(o.correct_flexible for o in outcomes)
     if yes is not None:
         metrics["f1"] = _f1(outcomes, yes)
     return metrics
@@ -68,7 +68,7 @@ def metrics_of(outcomes: Sequence[Outcome], chance: float | None, yes: str | Non
 def truncated_fraction(outcomes: Sequence[Outcome]) -> float | None:
     """Examples that lost the start of their prompt; None where the evaluator does not say."""
     known = [float(o.truncated) for o in outcomes if o.truncated is not None]
-    return mean_of(known) if known else None
+    return mean_known(known) if known else None
 
 
 def _f1(outcomes: Sequence[Outcome], yes: str) -> float:
@@ -85,8 +85,8 @@ def _perplexity(windows: Sequence[Outcome]) -> Metrics:
     try:
         perplexity = math.exp(math.fsum(losses) / len(losses))
     except OverflowError as error:
-        raise RunError(f"a perplexity must be finite, got a mean loss of {mean_of(losses):.0f}.") from error
-    stderr = stderr_of(losses)
+        raise RunError(f"a perplexity must be finite, got a mean loss of {mean_known(losses):.0f}.") from error
+    stderr = standard_error(losses)
     return {
         "perplexity": perplexity,
         "perplexity_stderr": None if stderr is None else perplexity * stderr,
@@ -99,12 +99,12 @@ def headline(metrics: Metrics) -> str:
     return "accuracy" if "accuracy" in metrics else "perplexity"
 
 
-def mean_of(values: Iterable[float | None]) -> float:
+def mean_known(values: Iterable[float | None]) -> float:
     known = [float(value) for value in values if value is not None]
     return math.fsum(known) / len(known)
 
 
-def stderr_of(values: Sequence[float]) -> float | None:
+def standard_error(values: Sequence[float]) -> float | None:
     """Standard error of a mean, from the sample's variance; None for a single value."""
     n, mean = len(values), math.fsum(values) / len(values)
     return math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (n - 1) / n) if n > 1 else None
@@ -118,7 +118,7 @@ def combined(by_task: dict[str, Metrics]) -> Metrics:
     stderrs = [metrics["accuracy_stderr"] for metrics in by_task.values()]
     known = [stderr for stderr in stderrs if stderr is not None]
     return {
-        **{name: mean_of(metrics[name] for metrics in by_task.values()) for name in means},
+        **{name: mean_known(metrics[name] for metrics in by_task.values()) for name in means},
         "accuracy_stderr": math.hypot(*known) / len(known) if len(known) == len(stderrs) else None,
         "n_examples": sum(int(metrics["n_examples"] or 0) for metrics in by_task.values()),
     }

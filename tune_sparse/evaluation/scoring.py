@@ -15,7 +15,7 @@ from tune_sparse.data.task_types import AnswerTask, ChoiceTask, Pair, PromptTask
 from tune_sparse.errors import InputError, RunError
 from tune_sparse.evaluation.generation import generate
 from tune_sparse.evaluation.likelihood import batches_by_length, log_likelihoods, question_tokens
-from tune_sparse.evaluation.outcomes import Metrics, Outcome, combined, metrics_of
+from tune_sparse.evaluation.outcomes import Metrics, Outcome, combined, compute_metrics
 
 FEW_SHOT_SEED = 1234
 """Of the examples in a prompt: that of lm-evaluation-harness."""
@@ -59,7 +59,7 @@ def encode_test(
     Raises `InputError` for a choice that has no tokens, or more than a model may read.
     """
     if isinstance(task, PromptTask):
-        prefixes = few_shot_prefixes(task, rows, shots, protocol.few_shot)
+        prefixes = few_shot_prefixes(task, rows, shots, protocol.num_fewshot)
         if isinstance(task, ChoiceTask):
             return TestSet(task, tuple(_encode_choices(tokenizer, task, rows, prefixes, protocol)))
         return TestSet(task, tuple(_encode_answers(tokenizer, task, rows, prefixes, protocol)))
@@ -142,7 +142,7 @@ def score(
     found: list[Outcome] = []
     by_task = {}
     for test in tests:
-        batches = outcomes_of(model, tokenizer, test, protocol)
+        batches = compute_outcomes(model, tokenizer, test, protocol)
         outcomes = [outcome for _, outcome in sorted(pair for batch in batches for pair in batch.items())]
         by_task[test.task.name] = task_metrics(test.task, outcomes)
         found += outcomes
@@ -151,10 +151,10 @@ def score(
 
 def task_metrics(task: Task, outcomes: Sequence[Outcome]) -> Metrics:
     yes = str(task.yes) if isinstance(task, ChoiceTask) and task.yes is not None else None
-    return metrics_of(outcomes, task.chance, yes)
+    return compute_metrics(outcomes, task.chance, yes)
 
 
-def outcomes_of(
+def compute_outcomes(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     tests: TestSet,

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tune_sparse.pruning.masks import Masks, mask_sha256, sparsity_of
+from tune_sparse.pruning.masks import Masks, count_sparsity, mask_sha256
 from tune_sparse.pruning.methods import TOLERANCE
 
 
@@ -30,7 +30,7 @@ def mask_violations(masks: Masks, sparsity: float) -> list[str]:
         f"{name}: a mask must be bool, got {mask.dtype}" for name, mask in masks.items() if mask.dtype != torch.bool
     ]
     found += [f"{name}: no layer may be 100% sparse" for name, mask in masks.items() if not mask.any()]
-    counted = sparsity_of(masks)
+    counted = count_sparsity(masks)
     if abs(counted - sparsity) > TOLERANCE:
         found.append(f"the masks' sparsity must be within {TOLERANCE:g} of {sparsity:g}, got {counted:.4f}")
     return found

@@ -18,7 +18,7 @@ from tune_sparse.evaluation.validation import validation_report
 from tune_sparse.export.model_card import model_card
 from tune_sparse.files import aside, write_json, write_text
 from tune_sparse.ledger.ledger import Ledger, Record, Run
-from tune_sparse.lora.adapter_io import last_mask_of, merge_adapter_into, read_marker
+from tune_sparse.lora.adapter_io import load_last_mask, merge_adapter_into, read_marker
 from tune_sparse.models.checkpoints import (
     TOKENIZER_SETTINGS,
     TOKENIZERS,
@@ -26,7 +26,7 @@ from tune_sparse.models.checkpoints import (
     load_model,
     prunable_weights,
 )
-from tune_sparse.pruning.masks import Masks, mask_sha256, sparsity_of
+from tune_sparse.pruning.masks import Masks, count_sparsity, mask_sha256
 
 COPIED = (*TOKENIZERS, *TOKENIZER_SETTINGS, "generation_config.json", "chat_template.jinja")
 PROBE_TOKENS = 16
@@ -75,7 +75,7 @@ def merge_adapter(base: str, adapter: Path, output: Path, keep_zeros: bool = Fal
     marker, checkpoint = read_marker(adapter), check_checkpoint(base)
     precision = AutoConfig.from_pretrained(checkpoint.path, local_files_only=True).dtype or torch.float32
     model = load_model(checkpoint.path, precision, torch.device("cpu"))
-    last_mask = last_mask_of(model, adapter)
+    last_mask = load_last_mask(model, adapter)
     if marker is None and keep_zeros:
         last_mask = {name: weight != 0 for name, weight in prunable_weights(model).items()}
     merge_adapter_into(model, adapter, last_mask)
@@ -117,7 +117,7 @@ def _checked(merged: Merged, folder: Path) -> dict[str, Any]:
     faults = [] if loaded.dtype == merged.model.dtype else [f"the precision must be kept, got {loaded.dtype}"]
     if not faults and not torch.equal(_probe(loaded), expected):
         faults.append("stock transformers must compute the merged function to the last bit")
-    asked, checksum = sparsity_of(merged.masks), mask_sha256(merged.masks)
+    asked, checksum = count_sparsity(merged.masks), mask_sha256(merged.masks)
     report = validation_report(prunable_weights(loaded), merged.masks, asked, checksum, faults)
     if not report["all_valid"]:
         raise RunError("a merged model must pass its validation: " + "; ".join(report["violations"]))

@@ -41,9 +41,9 @@ def model_card(origin: Mapping[str, Any], report: Mapping[str, Any], run: Run | 
 def _of_run(run: Run, record: Record) -> dict[str, Any]:
     cell, protocol, metrics = run.cell, run.protocol, record.metrics
     rows = {"pruning method": cell.method, "task": cell.task, "run": record.run_id, "seed": cell.seed}
-    rows["data"] = f"{_data_of(run)}; fingerprint {run.data_fingerprint[:16]}"
+    rows["data"] = f"{_describe_data(run)}; fingerprint {run.data_fingerprint[:16]}"
     rows["training"] = (
-        f"{protocol.steps} steps of {protocol.global_batch} rows, learning rate {protocol.learning_rate:g}, "
+        f"{protocol.steps} steps of {protocol.global_batch_size} rows, learning rate {protocol.learning_rate:g}, "
         f"precision {protocol.precision}"
     )
     for name in ("accuracy", "perplexity"):
@@ -52,14 +52,14 @@ def _of_run(run: Run, record: Record) -> dict[str, Any]:
             spread = f" ± {error:.2g} (standard error)" if error else ""
             rows[name] = f"{metrics[name]:.4g}{spread}, {metrics.get('n_examples', 'all')} examples"
             rows[f"{name} before tuning"] = _number(metrics.get(f"{name}_before_tuning"))
-    rows["few-shot examples"] = protocol.few_shot
+    rows["few-shot examples"] = protocol.num_fewshot
     rows["chance accuracy"] = _number(metrics.get("chance_accuracy"))
     return rows
 
 
-def _data_of(run: Run) -> str:
+def _describe_data(run: Run) -> str:
     if run.data_dir is None:
-        return "synthetic rows of the embedded generator"
+        return "synthetic examples"
     places = (f"{task.hub.path} of the Hugging Face Hub" for task in tasks_named(run.cell.task) if task.hub)
     return f"training rows with the fields of {', '.join(places) or run.cell.task}"
 

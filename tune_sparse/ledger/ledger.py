@@ -29,7 +29,7 @@ from typing import Any, Literal
 from tune_sparse.config import CALIBRATION_SETTINGS, SCORING, Cell, Protocol
 from tune_sparse.evaluation.outcomes import Outcome, write_outcomes
 from tune_sparse.files import aside, flush, read_json, write_json, write_text
-from tune_sparse.identity import NUMERICS_VERSION, sha256_of
+from tune_sparse.identity import NUMERICS_VERSION, hash_json
 from tune_sparse.lora.rank_space import SuperAdapter
 from tune_sparse.pruning.methods import METHODS
 
@@ -62,7 +62,7 @@ class Run:
     @property
     def identity(self) -> str:
         """SHA-256 of the canonical run; places on disk are left out."""
-        return sha256_of(self._identified())
+        return hash_json(self._identified())
 
     @property
     def run_id(self) -> str:
@@ -77,7 +77,7 @@ class Run:
         scored = [getattr(p, name) for name in SCORING]
         inputs = (NUMERICS_VERSION, self.model_fingerprint, self.data_fingerprint, self.prompt_version)
         calibrated = (p.calibrated_by, self.calibration_fingerprint) if self.is_calibrated else ()
-        identity = sha256_of([c.model, c.task, c.method, c.sparsity, c.backend, seed, *scored, *inputs, *calibrated])
+        identity = hash_json([c.model, c.task, c.method, c.sparsity, c.backend, seed, *scored, *inputs, *calibrated])
         return readable_id(Cell(c.model, c.task, c.method, c.sparsity, "untuned", seed, c.backend), identity)
 
     def _identified(self) -> dict[str, Any]:

@@ -84,7 +84,7 @@ def merge_adapter_into(model: PreTrainedModel, folder: Path, last_mask: Masks | 
     adapted.unload()
 
 
-def last_mask_of(model: PreTrainedModel, folder: Path) -> Masks | None:
+def load_last_mask(model: PreTrainedModel, folder: Path) -> Masks | None:
     """What the mode of an adapter masks when it is deployed on a pruned model; None for a dense or a foreign one."""
     marker = read_marker(folder)
     return model_masks(model, marker) if marker is not None and marker.mode != "dense" else None

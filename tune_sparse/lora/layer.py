@@ -58,10 +58,10 @@ class SparseLora(PeftLinear):
             return super().forward(x, *args, **kwargs)
         dropout = self.lora_dropout[ADAPTER]
         if self.training and not isinstance(dropout, nn.Identity):
-            return self.base_layer(x) + self._update_of(dropout(x))
+            return self.base_layer(x) + self._low_rank_update(dropout(x))
         return self.way(x, self.base_layer.weight, self.base_layer.bias, *self.factors())
 
-    def _update_of(self, x: Tensor) -> Tensor:
+    def _low_rank_update(self, x: Tensor) -> Tensor:
         A, B, scaling = self.factors()
         if self.keep_mask is None:
             return F.linear(F.linear(x, A.to(x.dtype)), (scaling * B).to(x.dtype))

@@ -107,7 +107,7 @@ class Space:
         rng = random.Random(f"{seed}/ranks/{step}")
         return {name: rng.choice(ranks) for name, ranks in self.dimensions(layers).items()}
 
-    def rank_of(self, matrix: str, ranks: Ranks) -> int:
+    def active_rank(self, matrix: str, ranks: Ranks) -> int:
         """The active rank of a matrix, by its name in the checkpoint; 0 for one without an adapter."""
         found = re.search(r"\.layers\.(\d+)\..*?(\w+)\.weight$", matrix)
         assert found is not None, matrix
@@ -117,7 +117,7 @@ class Space:
 
     def parameters(self, ranks: Ranks, sizes: Mapping[str, tuple[int, int]]) -> int:
         """Weights of the adapters, R (I + O) of a matrix. sizes: {matrix: (O, I)}."""
-        return sum(self.rank_of(name, ranks) * sum(size) for name, size in sizes.items())
+        return sum(self.active_rank(name, ranks) * sum(size) for name, size in sizes.items())
 
 
 @dataclass(frozen=True)

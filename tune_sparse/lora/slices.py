@@ -25,7 +25,7 @@ from tune_sparse.models.checkpoints import prunable_weights
 from tune_sparse.pruning.masks import Masks
 
 
-def layers_of(model: PeftModel | PreTrainedModel) -> int:
+def count_layers(model: PeftModel | PreTrainedModel) -> int:
     """Decoder blocks of a model."""
     return int(model.config.num_hidden_layers)
 
@@ -33,7 +33,7 @@ def layers_of(model: PeftModel | PreTrainedModel) -> int:
 def set_ranks_into(adapted: PeftModel, space: Space, ranks: Ranks) -> None:
     """Activate the slice that `ranks` names, in place."""
     for name, layer in sparse_lora_layers(adapted):
-        layer.active_rank = space.rank_of(name, ranks)
+        layer.active_rank = space.active_rank(name, ranks)
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class Slices:
         """Let the model compute the slice that `ranks` names: only the matrices whose rank changes are written."""
         matrices = prunable_weights(self.model)
         for name, layer in self.layers.items():
-            rank = self.space.rank_of(name, ranks)
+            rank = self.space.active_rank(name, ranks)
             if self.active[name] != rank:
                 matrices[name].copy_(layer.deployed(rank))
                 self.active[name] = rank
@@ -105,7 +105,7 @@ class Slices:
         folder.mkdir()
         tensors, sliced = {}, {}
         for name, layer in self.layers.items():
-            rank, module = self.space.rank_of(name, ranks), name.removesuffix(".weight")
+            rank, module = self.space.active_rank(name, ranks), name.removesuffix(".weight")
             if rank:
                 sliced[module] = (rank, layer.scaling * rank)
                 tensors[f"base_model.model.{module}.lora_A.weight"] = layer.A[:rank].contiguous()

@@ -152,22 +152,22 @@ def architecture_named(name: str) -> Architecture:
     return ARCHITECTURES[name]
 
 
-def architecture_of(model: nn.Module) -> Architecture:
+def find_architecture(model: nn.Module) -> Architecture:
     return architecture_named(type(model).__name__)
 
 
-def matrices_of(model: nn.Module) -> list[Matrix]:
+def list_matrices(model: nn.Module) -> list[Matrix]:
     """The pruned matrices of a model in memory, named as its checkpoint names them."""
-    return architecture_of(model).matrices(_checkpoint_tensors(model))
+    return find_architecture(model).matrices(_checkpoint_tensors(model))
 
 
-def weights_of(model: nn.Module) -> dict[str, Tensor]:
+def read_weights(model: nn.Module) -> dict[str, Tensor]:
     """{checkpoint tensor name: weight in the checkpoint's layout} of every pruned matrix.
 
     The tensors are the model's own, or views of them: writing into one writes into the model.
     """
     tensors = _checkpoint_tensors(model)
-    return {matrix.name: tensors[matrix.name] for matrix in architecture_of(model).matrices(tensors)}
+    return {matrix.name: tensors[matrix.name] for matrix in find_architecture(model).matrices(tensors)}
 
 
 def _checkpoint_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -195,6 +195,6 @@ def unfused(name: str, parameter: Tensor) -> dict[str, Tensor]:
     }
 
 
-def blocks_of(model: nn.Module) -> list[nn.Module]:
+def list_blocks(model: nn.Module) -> list[nn.Module]:
     """The decoder blocks of a model in memory, in order."""
-    return list(cast("nn.ModuleList", model.get_submodule(architecture_of(model).blocks)))
+    return list(cast("nn.ModuleList", model.get_submodule(find_architecture(model).blocks)))

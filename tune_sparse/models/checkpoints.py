@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from tune_sparse.errors import InputError, NotReadyError
 from tune_sparse.files import cache_dir, read_json, write_json
 from tune_sparse.models.architectures import PRUNED as PRUNED
-from tune_sparse.models.architectures import architecture_named, weights_of
+from tune_sparse.models.architectures import architecture_named, read_weights
 
 if TYPE_CHECKING:
     import torch
@@ -108,17 +108,17 @@ def short_name(reference: str) -> str:
 
 
 def find_folder(reference: str) -> Path:
-    """The folder of an embedded model that was trained, a path, or a hub id that was fetched.
+    """The folder of a toy model that was trained, a path, or a hub id that was fetched.
 
     Raises `InputError` where `prepare_models` has something to do first.
     """
-    from tune_sparse.models.toy_models import EMBEDDED_MODELS, embedded_folder
+    from tune_sparse.models.toy_models import TOY_MODELS, toy_model_folder
 
-    if reference in EMBEDDED_MODELS:
-        folder = embedded_folder(reference)
+    if reference in TOY_MODELS:
+        folder = toy_model_folder(reference)
         if not folder.is_dir():
             raise NotReadyError(
-                f"an embedded model must be trained before it is used, {reference!r} is not. "
+                f"a toy model must be trained before it is used, {reference!r} is not. "
                 f"Run `tune-sparse prepare --models {reference}`."
             )
         return folder
@@ -128,16 +128,16 @@ def find_folder(reference: str) -> Path:
 
 
 def prepare_models(references: Sequence[str], report: Callable[[str], None]) -> dict[str, Path]:
-    """Train the embedded models and fetch the hub ids among `references`; returns the folder of each.
+    """Train the toy models and fetch the hub ids among `references`; returns the folder of each.
 
     Afterwards `find_folder` needs no network.
     """
-    from tune_sparse.models.toy_models import EMBEDDED_MODELS, train_embedded_models
+    from tune_sparse.models.toy_models import TOY_MODELS, train_toy_models
 
-    embedded = [reference for reference in references if reference in EMBEDDED_MODELS]
-    folders = dict(zip(embedded, train_embedded_models(embedded, report), strict=True))
+    toy = [reference for reference in references if reference in TOY_MODELS]
+    folders = dict(zip(toy, train_toy_models(toy, report), strict=True))
     for reference in references:
-        if reference not in embedded:
+        if reference not in toy:
             is_folder = Path(reference).expanduser().is_dir()
             folders[reference] = find_folder(reference) if is_folder else _hub_folder(reference, local_files_only=False)
     return folders
@@ -169,7 +169,7 @@ def _check_hub_id(hub_id: str) -> None:
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
-    from tune_sparse.models.toy_models import EMBEDDED_MODELS
+    from tune_sparse.models.toy_models import TOY_MODELS
 
     try:
         validate_repo_id(hub_id)
@@ -177,9 +177,9 @@ def _check_hub_id(hub_id: str) -> None:
     except HFValidationError:
         is_valid = False
     if not is_valid:
-        close = get_close_matches(hub_id, EMBEDDED_MODELS, n=1)
+        close = get_close_matches(hub_id, TOY_MODELS, n=1)
         raise InputError(
-            f"a model is {', '.join(EMBEDDED_MODELS)}, a folder, or a hub id such as org/name@revision, "
+            f"a model is {', '.join(TOY_MODELS)}, a folder, or a hub id such as org/name@revision, "
             f"got {hub_id!r}, which is none of them. "
             + (f"Did you mean {close[0]!r}?" if close else "Mend the name or the path.")
         )
@@ -326,12 +326,12 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 def prunable_weights(model: nn.Module) -> dict[str, torch.Tensor]:
     """{checkpoint tensor name: weight in its layout} of every prunable matrix; the tensors are the model's own."""
-    return weights_of(model)
+    return read_weights(model)
 
 
 def write_weights_into(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
     """Copy `weights` into the prunable matrices of a model."""
-    matrices = weights_of(model)
+    matrices = read_weights(model)
     assert matrices.keys() == weights.keys(), "a model with adapters has its matrices under other names"
     for name, own in matrices.items():
         own.copy_(weights[name])

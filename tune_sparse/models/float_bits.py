@@ -14,7 +14,7 @@ BITS: dict[dtype, tuple[dtype, int, int]] = {
 """{float: (integer of its size, all bits but the sign, exponent bits of NaN and inf)}"""
 
 
-def bits_of(tensor: Tensor) -> Tensor:
+def view_bits(tensor: Tensor) -> Tensor:
     """The numbers' bits as integers, flat."""
     assert tensor.dtype in BITS, tensor.dtype
     return tensor.contiguous().view(-1).view(BITS[tensor.dtype][0])
@@ -25,4 +25,4 @@ def is_finite(tensor: Tensor) -> bool:
     if tensor.dtype not in BITS:
         return bool(tensor.isfinite().all())
     _, magnitude, infinite = BITS[tensor.dtype]
-    return all(int((chunk & magnitude).max()) < infinite for chunk in bits_of(tensor).split(CHUNK) if len(chunk))
+    return all(int((chunk & magnitude).max()) < infinite for chunk in view_bits(tensor).split(CHUNK) if len(chunk))

@@ -1,4 +1,4 @@
-"""Tiny language models of real classes, trained from scratch on the embedded tasks and kept in the cache.
+"""Tiny language models of real classes, trained from scratch on the synthetic tasks and kept in the cache.
 
 The base training stops part-way: the models read and answer, but tuning still has something to add, and a pruned
 copy has something to win back.
@@ -25,7 +25,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
 
 from tune_sparse.data.splits import Encoded, encode_answers
-from tune_sparse.data.synthetic import EMBEDDED_TASKS, GENERATOR_VERSION, embedded_rows, open_questions
+from tune_sparse.data.synthetic import GENERATOR_VERSION, SYNTHETIC_TASKS, open_questions, synthetic_examples
 from tune_sparse.data.task_types import PromptTask
 from tune_sparse.data.tasks import TASKS
 from tune_sparse.errors import unknown_name
@@ -92,18 +92,18 @@ RECIPES = {
     "tiny-llama": Recipe("llama", SHAPE),
     "tiny-mistral": Recipe("mistral", SHAPE | {"sliding_window": 32}),
 }
-EMBEDDED_MODELS: tuple[str, ...] = tuple(RECIPES)
+TOY_MODELS: tuple[str, ...] = tuple(RECIPES)
 
 Report = Callable[[str], None]
 
 
-def embedded_model(name: str, report: Report | None = None, *, steps: int | None = None) -> Path:
+def toy_model(name: str, report: Report | None = None, *, steps: int | None = None) -> Path:
     """Folder of the Hugging Face checkpoint; trained first where it is missing (about a minute on one core).
 
     `steps` shortens the training, into a folder of its own.
     """
     recipe = _recipe(name, steps)
-    folder = embedded_folder(name, steps)
+    folder = toy_model_folder(name, steps)
     if not folder.is_dir():
         say = report or (lambda line: None)
         start = time.perf_counter()
@@ -114,15 +114,13 @@ def embedded_model(name: str, report: Report | None = None, *, steps: int | None
     return folder
 
 
-def train_embedded_models(
-    names: Iterable[str], report: Report | None = None, *, steps: int | None = None
-) -> list[Path]:
+def train_toy_models(names: Iterable[str], report: Report | None = None, *, steps: int | None = None) -> list[Path]:
     """Folders of several models; the missing ones are trained side by side, a process with one thread each."""
     names = list(names)
-    folders = {name: embedded_folder(name, steps) for name in names}
+    folders = {name: toy_model_folder(name, steps) for name in names}
     missing = [name for name, folder in folders.items() if not folder.is_dir()]
     if len(missing) == 1:
-        embedded_model(missing[0], report, steps=steps)
+        toy_model(missing[0], report, steps=steps)
     elif missing:
         _train_side_by_side(missing, report or (lambda line: None), steps)
     return [folders[name] for name in names]
@@ -133,19 +131,19 @@ def _train_side_by_side(names: Sequence[str], report: Report, steps: int | None)
     # Forking a process that has used torch threads can hang.
     with ProcessPoolExecutor(len(names), mp_context=get_context("spawn")) as pool:
         report(f"training from scratch, side by side: {', '.join(names)}")
-        futures = {pool.submit(embedded_model, name, steps=steps): name for name in names}
+        futures = {pool.submit(toy_model, name, steps=steps): name for name in names}
         for done in as_completed(futures):
             report(f"{futures[done]}: trained in {time.perf_counter() - start:.0f} s, saved in {done.result()}")
 
 
 def _recipe(name: str, steps: int | None) -> Recipe:
     if name not in RECIPES:
-        raise unknown_name("embedded model", name, RECIPES)
+        raise unknown_name("toy model", name, RECIPES)
     return RECIPES[name] if steps is None else replace(RECIPES[name], steps=steps)
 
 
-def embedded_folder(name: str, steps: int | None = None) -> Path:
-    """Where the checkpoint of an embedded model is, or would be."""
+def toy_model_folder(name: str, steps: int | None = None) -> Path:
+    """Where the checkpoint of a toy model is, or would be."""
     recipe = _recipe(name, steps)
     return cache_dir() / "models" / f"{name}-{recipe.hash8}"
 
@@ -168,7 +166,7 @@ def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pa
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def embedded_tokenizer(vocabulary: int = 768) -> PreTrainedTokenizerFast:
+def toy_tokenizer(vocabulary: int = 768) -> PreTrainedTokenizerFast:
     """Byte-level BPE of the base texts. All 256 bytes are in it, so that it encodes any text, and no text starts
     with a token of its own; the end-of-text token also pads."""
     tokenizer = Tokenizer(models.BPE())
@@ -194,10 +192,10 @@ def embedded_tokenizer(vocabulary: int = 768) -> PreTrainedTokenizerFast:
 def _base_pairs() -> dict[str, list[tuple[str, str]]]:
     """(prompt, answer) pairs of the base split by task, and the open questions."""
     pairs = {"open": open_questions()}
-    for name in EMBEDDED_TASKS:
+    for name in SYNTHETIC_TASKS:
         task = TASKS[name]
         assert isinstance(task, PromptTask)
-        pairs[name] = [task.training_pair(row) for row in embedded_rows(name, "base")]
+        pairs[name] = [task.training_pair(row) for row in synthetic_examples(name, "base")]
     return pairs
 
 
@@ -214,7 +212,7 @@ def _trained(recipe: Recipe, report: Report) -> tuple[PreTrainedModel, PreTraine
 
 
 def _train(recipe: Recipe, report: Report) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    tokenizer = embedded_tokenizer(recipe.vocabulary)
+    tokenizer = toy_tokenizer(recipe.vocabulary)
     pools = {name: encode_answers(tokenizer, pairs, MAX_TOKENS) for name, pairs in _base_pairs().items()}
     model = _untrained(recipe, tokenizer)
     optimizer = torch.optim.AdamW(model.parameters(), betas=recipe.betas, weight_decay=recipe.weight_decay, fused=True)

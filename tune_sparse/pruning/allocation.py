@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tune_sparse.errors import InputError
 from tune_sparse.models.architectures import Matrix
-from tune_sparse.pruning.level_maps import bin_counts, lower_counts, pattern_of, tie_counts
+from tune_sparse.pruning.level_maps import bin_counts, join_pattern, lower_counts, tie_counts
 from tune_sparse.pruning.masks import pruned_count
 
 Counts = dict[str, list[int]]
@@ -43,7 +43,7 @@ def global_order(sizes: Mapping[str, int], sparsities: Sequence[float], scores: 
     cuts = []
     for bin, rank in bins:
         value, ties = _bin_of_rank(lower[bin], rank)
-        cuts.append((pattern_of(bin, value, values.dtype), ties))
+        cuts.append((join_pattern(bin, value, values.dtype), ties))
     counts: Counts = {}
     left = [ties for _, ties in cuts]
     for name, size in sizes.items():

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tune_sparse.data.splits import Encoded
 from tune_sparse.errors import InputError
-from tune_sparse.models.architectures import Matrix, blocks_of, matrices_of, unfused, weights_of
+from tune_sparse.models.architectures import Matrix, list_blocks, list_matrices, read_weights, unfused
 from tune_sparse.models.float_bits import is_finite
 from tune_sparse.watchdog import progress
 
@@ -99,8 +99,8 @@ class ModelBlocks:
 
     def __init__(self, model: Any) -> None:
         self.model = model
-        self.matrices = matrices_of(model)
-        self._blocks, self._weights = blocks_of(model), weights_of(model)
+        self.matrices = list_matrices(model)
+        self._blocks, self._weights = list_blocks(model), read_weights(model)
 
     @property
     def count(self) -> int:
@@ -232,7 +232,7 @@ def gradient_sums(model: Any, rows: Sequence[Encoded], matrices: Sequence[Matrix
 
     Each gradient is added and dropped as soon as it is there: never two of a parameter at once.
     """
-    own = matrices_of(model)
+    own = list_matrices(model)
     wanted = {matrix.name for matrix in own}
     sums: dict[str, Tensor] = {}
     hooks = []

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tune_sparse.errors import InputError
-from tune_sparse.models.float_bits import BITS, CHUNK, bits_of
+from tune_sparse.models.float_bits import BITS, CHUNK, view_bits
 
 BINS = 1 << 15
 """Values of the upper 16 bits of a score that is not negative."""
@@ -33,7 +33,7 @@ def level_map(scores: Tensor, counts: Sequence[int]) -> Tensor:
     """
     assert len(counts) <= MAX_LEVELS
     assert list(counts) == sorted(counts)
-    bits, cuts = bits_of(scores), torch.tensor(counts)
+    bits, cuts = view_bits(scores), torch.tensor(counts)
     histogram = bin_counts(scores)
     below = histogram.cumsum(0) - histogram
     # A weight of rank r survives level k if counts[k] <= r.
@@ -66,14 +66,14 @@ def _positions(chosen: Tensor) -> Tensor:
 def bin_counts(scores: Tensor) -> Tensor:
     """How many scores have each value of the upper 16 bits: (BINS,), int64."""
     counts = torch.zeros(BINS, dtype=torch.int64)
-    for chunk in bits_of(scores).split(CHUNK):
+    for chunk in view_bits(scores).split(CHUNK):
         counts += torch.bincount(_bins(chunk), minlength=BINS).cpu()
     return counts
 
 
 def lower_counts(scores: Tensor, bin: int) -> Tensor:
     """How many scores of one bin have each value of the lower 16 bits; there is but one value in 16-bit scores."""
-    bits = bits_of(scores)
+    bits = view_bits(scores)
     if bits.dtype == torch.int16:
         return (_bins(bits) == bin).sum().cpu()[None]
     inside = bits[_bins(bits) == bin] & 0xFFFF
@@ -82,11 +82,11 @@ def lower_counts(scores: Tensor, bin: int) -> Tensor:
 
 def tie_counts(scores: Tensor, pattern: int) -> tuple[int, int]:
     """(scores below the one with these bits, scores equal to it)."""
-    bits = bits_of(scores) & BITS[scores.dtype][1]
+    bits = view_bits(scores) & BITS[scores.dtype][1]
     return int((bits < pattern).sum()), int((bits == pattern).sum())
 
 
-def pattern_of(bin: int, lower: int, dtype: torch.dtype) -> int:
+def join_pattern(bin: int, lower: int, dtype: torch.dtype) -> int:
     """The bits of a score from its bin and its value there."""
     return bin if BITS[dtype][0] is torch.int16 else (bin << 16) | lower
 

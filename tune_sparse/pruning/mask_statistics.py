@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tune_sparse.models.float_bits import BITS, CHUNK, bits_of
+from tune_sparse.models.float_bits import BITS, CHUNK, view_bits
 from tune_sparse.pruning.level_maps import MAX_LEVELS
 from tune_sparse.pruning.prune_model import PrunedMatrix
 
@@ -85,7 +85,7 @@ def by_exponent(weight: Tensor, survived: Tensor) -> Tensor:
     counts = torch.zeros(EXPONENTS * width, dtype=torch.int64)
     _, magnitude, infinite = BITS[weight.dtype]
     shift = (infinite & -infinite).bit_length() - 1  # bits of the mantissa
-    for bits, levels in zip(bits_of(weight).split(CHUNK), survived.view(-1).split(CHUNK), strict=True):
+    for bits, levels in zip(view_bits(weight).split(CHUNK), survived.view(-1).split(CHUNK), strict=True):
         index = ((bits & magnitude) >> shift).to(torch.int16).mul_(width).add_(levels.to(torch.int16))
         counts += torch.bincount(index, minlength=EXPONENTS * width)
     rebased = EXPONENT_BIAS[torch.float32] - EXPONENT_BIAS[weight.dtype]

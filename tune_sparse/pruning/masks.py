@@ -96,7 +96,7 @@ def masked(weights: Mapping[str, Tensor], masks: Masks) -> dict[str, Tensor]:
     return {name: weight * masks[name] for name, weight in weights.items()}
 
 
-def sparsity_of(masks: Mapping[str, Tensor]) -> float:
+def count_sparsity(masks: Mapping[str, Tensor]) -> float:
     """Fraction of zeros, counted over all matrices."""
     kept = sum(int(mask.sum()) for mask in masks.values())
     return 1 - kept / sum(mask.numel() for mask in masks.values())

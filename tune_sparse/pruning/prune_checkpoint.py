@@ -26,7 +26,7 @@ from tune_sparse.pruning.mask_io import FORMATS, MaskFile, PtWriter, levels_writ
 from tune_sparse.pruning.mask_statistics import LevelStatistics, add_matrix
 from tune_sparse.pruning.masks import mask_sha256
 from tune_sparse.pruning.methods import method_named
-from tune_sparse.pruning.prune_model import PrunedMatrix, measured, prune, prune_walking, refuse_sparsities_of, walks
+from tune_sparse.pruning.prune_model import PrunedMatrix, check_sparsities, measured, prune, prune_walking, walks
 from tune_sparse.pruning.streaming import OpenCheckpoint, PrunedCheckpoint, StreamedBlocks, open_checkpoint
 
 AHEAD_BYTES = 1 << 28
@@ -89,7 +89,7 @@ def run(request: Request, report: Callable[[str], None] = print) -> Path:
     """
     checkpoint = open_checkpoint(request.model)
     for method in request.methods:
-        refuse_sparsities_of(method, checkpoint.shape, request.sparsities)
+        check_sparsities(method, checkpoint.shape, request.sparsities)
     folder = request.out / checkpoint.name
     folder.mkdir(parents=True, exist_ok=True)
     _refuse_full_disk(request, checkpoint, folder)

@@ -23,14 +23,14 @@ from tune_sparse.data.tasks import tasks_named
 from tune_sparse.errors import InputError, RunError
 from tune_sparse.evaluation.outcomes import Outcome, read_outcomes
 from tune_sparse.files import read_json, write_json
-from tune_sparse.identity import sha256_of
+from tune_sparse.identity import hash_json
 from tune_sparse.ledger.lease import Holder
 from tune_sparse.ledger.ledger import Ledger, Run
 from tune_sparse.lora.rank_space import Ranks, Space, SuperAdapter, refuse_unfit
 from tune_sparse.models.checkpoints import Shape, prepare_models
-from tune_sparse.models.toy_models import EMBEDDED_MODELS
+from tune_sparse.models.toy_models import TOY_MODELS
 from tune_sparse.search.config import SearchConfig
-from tune_sparse.search.journal import Candidates, Diary, key_of
+from tune_sparse.search.journal import Candidates, Diary, configuration_key
 from tune_sparse.search.racing import Marks, Race, difference_interval
 from tune_sparse.sweep.driver import capacity, fit_trials, nodes, started_ray, stop_on_signals
 from tune_sparse.sweep.plan import check_folder, check_names, plan_sweep
@@ -92,7 +92,7 @@ def plan_search(config: SearchConfig) -> SearchPlan:
     refuse_unfit(config.space, {name.split(".")[-2] for name in sizes}, config.sweep.protocol.lora_rank)
     _refuse_too_many_workers(config.sweep, checkpoint.shape)
     run = replace(run, super_adapter=config.super_adapter)
-    identity = sha256_of([run.identity, config.described()])
+    identity = hash_json([run.identity, config.described()])
     search_id = f"{run.run_id}_{config.sampler}_{identity[:8]}"
     adapted = {name: size for name, size in sizes.items() if name.split(".")[-2] in config.space.modules}
     return SearchPlan(config, run, checkpoint.shape, search_id, adapted)
@@ -135,7 +135,7 @@ def run_search(config: SearchConfig, report: Callable[[str], None] = logger.info
     ledger = Ledger(config.sweep.results_dir)
     check_names(config.sweep)
     check_folder(ledger.folder)
-    prepare_models([model for model in config.sweep.models if model in EMBEDDED_MODELS], report=report)
+    prepare_models([model for model in config.sweep.models if model in TOY_MODELS], report=report)
     plan = plan_search(config)
     folder = ledger.folder / "searches" / plan.search_id
     started = time.perf_counter()
@@ -292,7 +292,7 @@ def _prove(
 ) -> dict[str, Any]:
     """Write and score on test rows the winner and the heuristic, beside the maximal and a plain LoRA of that size."""
     space, layers = plan.space, plan.shape.layers
-    by_key = {key_of(s.ranks): s for s in diary.suggestions}
+    by_key = {configuration_key(s.ranks): s for s in diary.suggestions}
     front, winner = race.front(), by_key[race.winner()].ranks
     maximal = plan.parameters(space.maximal(layers))
     chosen = {"winner": winner, "heuristic": space.heuristic(layers)}

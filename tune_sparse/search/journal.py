@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from tune_sparse.files import read_json, write_json
-from tune_sparse.identity import sha256_of
+from tune_sparse.identity import hash_json
 from tune_sparse.lora.rank_space import Ranks
 
 
-def key_of(ranks: Ranks) -> str:
+def configuration_key(ranks: Ranks) -> str:
     """Names a configuration: equal ones have equal keys."""
-    return sha256_of(ranks)[:16]
+    return hash_json(ranks)[:16]
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Candidate:
 
     @property
     def key(self) -> str:
-        return key_of(self.ranks)
+        return configuration_key(self.ranks)
 
 
 class Candidates:
@@ -49,7 +49,7 @@ class Candidates:
 
     def read(self, ranks: Ranks) -> Candidate | None:
         try:
-            return Candidate(**read_json(self.folder / f"{key_of(ranks)}.json"))
+            return Candidate(**read_json(self.folder / f"{configuration_key(ranks)}.json"))
         except (FileNotFoundError, json.JSONDecodeError, TypeError):
             return None
 

@@ -93,7 +93,7 @@ def asked_first(answered: Sequence[Marks], n: int, seed: int) -> list[int]:
     return sorted(order, key=lambda i: -rights[i] * (len(answered) - rights[i]))
 
 
-def stages_of(order: Sequence[int], fractions: Sequence[float] = STAGES) -> list[list[int]]:
+def cut_stages(order: Sequence[int], fractions: Sequence[float] = STAGES) -> list[list[int]]:
     """`order` cut where the fractions say; no stage is empty."""
     ends = [round(fraction * len(order)) for fraction in fractions]
     cuts = zip([0, *ends], ends, strict=False)

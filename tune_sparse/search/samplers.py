@@ -22,8 +22,8 @@ from ray.tune.search.optuna import OptunaSearch
 
 from tune_sparse.errors import RunError
 from tune_sparse.lora.rank_space import Ranks, Space
-from tune_sparse.search.journal import Candidates, Diary, Suggestion, key_of
-from tune_sparse.search.racing import WARM_UP, Marks, Race, asked_first, stages_of
+from tune_sparse.search.journal import Candidates, Diary, Suggestion, configuration_key
+from tune_sparse.search.racing import WARM_UP, Marks, Race, asked_first, cut_stages
 from tune_sparse.sweep.callbacks import Stop
 
 Suggest = Callable[[Ranks, list[list[int]]], dict[str, Any]]
@@ -74,7 +74,7 @@ class HillClimbing(Searcher):
 
     def suggest(self, trial_id: str) -> Ranks:
         ranks = self._first.pop() if self._first else self._next()
-        self._suggested.add(key_of(ranks))
+        self._suggested.add(configuration_key(ranks))
         self._open[trial_id] = ranks
         return ranks
 
@@ -82,13 +82,13 @@ class HillClimbing(Searcher):
         ranks = self._open.pop(trial_id)
         if result and not error:
             cost = result["cost"] if self._minimises_cost else 0.0
-            self._scored[key_of(ranks)] = (result["accuracy"], cost, ranks)
+            self._scored[configuration_key(ranks)] = (result["accuracy"], cost, ranks)
 
     def _next(self) -> Ranks:
         members = self._front()
         self._rng.shuffle(members)
         for member in members:
-            neighbours = [n for n in self._neighbours(member) if key_of(n) not in self._suggested]
+            neighbours = [n for n in self._neighbours(member) if configuration_key(n) not in self._suggested]
             if neighbours:
                 return self._rng.choice(neighbours)
         return {name: self._rng.choice(ranks) for name, ranks in self._choices.items()}
@@ -96,7 +96,7 @@ class HillClimbing(Searcher):
     def _front(self) -> list[Ranks]:
         front: list[Ranks] = []
         best = -1.0
-        for accuracy, _, ranks in sorted(self._scored.values(), key=lambda s: (s[1], -s[0], key_of(s[2]))):
+        for accuracy, _, ranks in sorted(self._scored.values(), key=lambda s: (s[1], -s[0], configuration_key(s[2]))):
             if accuracy > best or (not self._minimises_cost and accuracy == best):
                 front.append(ranks)
                 best = accuracy
@@ -169,7 +169,7 @@ class DiarySearch(Searcher):
                 self._tell_sampler(suggestion)
 
     def _remember(self, suggestion: Suggestion) -> None:
-        key = key_of(suggestion.ranks)
+        key = configuration_key(suggestion.ranks)
         self._results[key] = {"state": suggestion.state, "accuracy": suggestion.accuracy, "cost": suggestion.cost}
         known = self._candidates.read(suggestion.ranks)
         if suggestion.state != "failed" and known is not None:
@@ -187,8 +187,8 @@ class DiarySearch(Searcher):
             suggestion = self._open.popleft() if self._open else self._ask()
             if suggestion is None:
                 return Searcher.FINISHED
-            key = key_of(suggestion.ranks)
-            if any(key_of(other.ranks) == key for other in self._running.values()):
+            key = configuration_key(suggestion.ranks)
+            if any(configuration_key(other.ranks) == key for other in self._running.values()):
                 self._open.appendleft(suggestion)
                 return None
             known = self._results.get(key) or self._from_ledger(suggestion.ranks)
@@ -198,7 +198,7 @@ class DiarySearch(Searcher):
             self._tell(suggestion, known, 0)
 
     def _ask(self) -> Suggestion | None:
-        scored, asked = len({key_of(s.ranks) for s in self._diary.suggestions}), len(self._diary.suggestions)
+        scored, asked = len({configuration_key(s.ranks) for s in self._diary.suggestions}), len(self._diary.suggestions)
         if scored >= self._budget or asked >= SUGGESTIONS_PER_CANDIDATE * self._budget:
             return None
         return self._diary.ask(self._sampler.suggest(str(asked)))
@@ -216,7 +216,7 @@ class DiarySearch(Searcher):
             complete = [self._race.marks[key] for key in self._race.complete()[:WARM_UP]]
             if len(complete) < WARM_UP:
                 return [list(range(self._race.n))]
-            self._stages = stages_of(asked_first(complete, self._race.n, self._seed))
+            self._stages = cut_stages(asked_first(complete, self._race.n, self._seed))
             self._diary.write_stages(self._stages)
         return self._stages or [list(range(self._race.n))]
 
@@ -225,8 +225,8 @@ class DiarySearch(Searcher):
         return self._beater(self._running[trial_id].ranks, marks) is not None
 
     def _beater(self, ranks: Ranks, marks: str) -> str | None:
-        self._race.enter(key_of(ranks), self._cost(ranks), Marks.of(marks))
-        return self._race.beaten_by(key_of(ranks)) if self._is_racing else None
+        self._race.enter(configuration_key(ranks), self._cost(ranks), Marks.of(marks))
+        return self._race.beaten_by(configuration_key(ranks)) if self._is_racing else None
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """The scheduler has seen it."""
@@ -243,7 +243,7 @@ class DiarySearch(Searcher):
             self._tell(suggestion, known, Marks.of(result["marks"]).count)
 
     def _judged(self, ranks: Ranks, marks: str, error: str | None, beater: str | None) -> dict[str, Any]:
-        key = key_of(ranks)
+        key = configuration_key(ranks)
         if error is not None:
             self._race.marks.pop(key, None)
             return {"state": "failed", "error": error}
@@ -255,7 +255,7 @@ class DiarySearch(Searcher):
 
     def _tell(self, suggestion: Suggestion, known: Mapping[str, Any], examples: int) -> None:
         told = self._diary.tell(suggestion.number, **known, examples=examples)
-        self._results[key_of(suggestion.ranks)] = dict(known)
+        self._results[configuration_key(suggestion.ranks)] = dict(known)
         self._tell_sampler(told)
 
     def save(self, checkpoint_path: str) -> None:

@@ -9,14 +9,14 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from trainables.inputs import splits_of
+from trainables.inputs import load_planned_splits
 from trainables.pipeline import Bench
 from trainables.rebuild import pruned_by
 from tune_sparse.config import Protocol
 from tune_sparse.data.tasks import task_named
 from tune_sparse.errors import RunError
 from tune_sparse.evaluation.outcomes import write_outcomes
-from tune_sparse.evaluation.scoring import Scored, TestSet, encode_test, outcomes_of, score
+from tune_sparse.evaluation.scoring import Scored, TestSet, compute_outcomes, encode_test, score
 from tune_sparse.evaluation.validation import validation_report
 from tune_sparse.files import write_json
 from tune_sparse.ledger.ledger import Ledger, Run
@@ -24,7 +24,7 @@ from tune_sparse.lora.adapter_io import merge_adapter_into, read_marker
 from tune_sparse.lora.rank_space import Ranks
 from tune_sparse.lora.slices import Slices
 from tune_sparse.models.checkpoints import prunable_weights
-from tune_sparse.pruning.masks import Masks, mask_sha256, sparsity_of
+from tune_sparse.pruning.masks import Masks, count_sparsity, mask_sha256
 from tune_sparse.search.racing import Marks
 
 
@@ -52,7 +52,7 @@ class SliceScorer:
         assert marker is not None, "a super-adapter is ours, so it has a marker"
         slices = Slices.of(loaded.model, folder, run.super_adapter.space, masks, marker)
         task, protocol = task_named(run.cell.task), run.protocol.within(loaded.shape.context_tokens)
-        [splits] = splits_of(run, protocol)
+        [splits] = load_planned_splits(run, protocol)
         tests = encode_test(loaded.tokenizer, task, splits.selection, protocol, splits.examples)
         return cls(run, slices, loaded.tokenizer, masks, tests, protocol)
 
@@ -65,7 +65,7 @@ class SliceScorer:
         self.slices.switch_into(ranks)
         tests = TestSet(self.tests.task, tuple(self.tests.examples[i] for i in stage))
         done = [place for place, i in enumerate(stage) if known.knows(i)]
-        for batch in outcomes_of(self.slices.model, self.tokenizer, tests, self.protocol, done):
+        for batch in compute_outcomes(self.slices.model, self.tokenizer, tests, self.protocol, done):
             yield from ((stage[place], bool(outcome.correct)) for place, outcome in batch.items())
 
     def finish(self, ranks: Ranks, folder: Path) -> Scored:
@@ -84,11 +84,11 @@ class SliceScorer:
         differing = [name for name in searched if not torch.equal(searched[name], matrices[name])]
         violations = [f"{name}: the merged slice must be the one that was searched" for name in differing]
         checksum = mask_sha256(self.masks)
-        report = validation_report(matrices, self.masks, sparsity_of(self.masks), checksum, violations)
+        report = validation_report(matrices, self.masks, count_sparsity(self.masks), checksum, violations)
         write_json(folder / "validation_report.json", report)
         if not report["all_valid"]:
             raise RunError("a sub-adapter must pass its validation: " + "; ".join(report["violations"]))
-        [splits] = splits_of(self.run, self.protocol)
+        [splits] = load_planned_splits(self.run, self.protocol)
         tests = encode_test(self.tokenizer, self.tests.task, splits.test, self.protocol, splits.examples)
         scored = score(self.slices.model, self.tokenizer, [tests], self.protocol)
         write_outcomes(folder / "examples.parquet", scored.outcomes)

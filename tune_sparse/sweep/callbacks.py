@@ -94,7 +94,7 @@ class LedgerCallback(tune.Callback):
         if earlier is not None and earlier.status == "done":  # it was lost after it had written its last file
             self._end(earlier)
             return
-        error = _described(_error_of(trial), take_hang(self._ledger.hang(run.run_id)))
+        error = _described(_read_error(trial), take_hang(self._ledger.hang(run.run_id)))
         record = Record(run.run_id, run.identity, "failed", error=error)
         try:
             self._ledger.write_record(run, record)
@@ -127,7 +127,7 @@ class LedgerCallback(tune.Callback):
                     self._ledger.write_record(run, Record(run_id, run.identity, "interrupted"))
 
 
-def _error_of(trial: Any) -> Exception | None:
+def _read_error(trial: Any) -> Exception | None:
     """What a trial ended in: Ray's own getter looks in a storage to which nothing was written yet."""
     path = trial.pickled_error_file
     return cloudpickle.loads(Path(path).read_bytes()) if path and Path(path).exists() else None

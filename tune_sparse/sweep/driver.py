@@ -20,7 +20,7 @@ from tune_sparse.config import CS3, CS3_TRIAL, SweepConfig
 from tune_sparse.ledger.lease import Holder
 from tune_sparse.ledger.ledger import Ledger, Run, SweepRecord
 from tune_sparse.models.checkpoints import prepare_models
-from tune_sparse.models.toy_models import EMBEDDED_MODELS
+from tune_sparse.models.toy_models import TOY_MODELS
 from tune_sparse.sweep.forecast import longest_first
 from tune_sparse.sweep.nodes import refuse_silent_head
 from tune_sparse.sweep.plan import (
@@ -74,7 +74,7 @@ def run_sweep(config: SweepConfig, retry_failed: bool = False, only: Collection[
     check_names(config)
     check_rows(config)
     check_folder(ledger.folder)
-    prepare_models([model for model in config.models if model in EMBEDDED_MODELS], report=logger.info)
+    prepare_models([model for model in config.models if model in TOY_MODELS], report=logger.info)
     plan = plan_sweep(config)
     check_disk(plan, ledger, plan.missing(ledger, retry_failed))
     if "cerebras" in config.backends:
@@ -147,7 +147,7 @@ def _tune(
             placement.learn(run, ledger.record(run.run_id))
         placement.refuse_unplaceable(missing)
 
-        def trial_of(run: Run) -> dict[str, Any]:
+        def make_trial(run: Run) -> dict[str, Any]:
             trial = {
                 "run": run.as_config(),
                 "results_dir": str(ledger.folder.resolve()),
@@ -159,7 +159,7 @@ def _tune(
 
         waiting = longest_first(plan, ledger, missing)
         lanes = {name: [run for run in waiting if run.cell.backend == name] for name in SCARCEST_FIRST}
-        dispatcher = Dispatcher(lanes, trial_of, capacity, _limit(config), stop)
+        dispatcher = Dispatcher(lanes, make_trial, capacity, _limit(config), stop)
         callback = LedgerCallback(
             ledger,
             {run.run_id: run for run in missing},

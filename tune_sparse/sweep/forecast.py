@@ -92,10 +92,12 @@ def forecast(plan: Plan, ledger: Ledger, missing: Sequence[Run]) -> Forecast:
         cs3_seconds=sum(spent.cs3_seconds for _, spent in known),
         compile_seconds=sum(spent.compile_seconds for _, spent in known),
         wall_seconds=wall_seconds(known, plan.config),
-        disk_bytes=round(sum(s.disk_bytes if s else plan.bytes_of(run) for run, s in zip(missing, disk, strict=True))),
+        disk_bytes=round(
+            sum(s.disk_bytes if s else plan.estimate_bytes(run) for run, s in zip(missing, disk, strict=True))
+        ),
         bounded=disk.count(None),
         by_group=dict(Counter(", ".join(names) for _, (names, spent) in like if spent)),
-        unmeasured=dict(Counter(" ".join(key_of(run.cell)) for run, (_, spent) in like if not spent)),
+        unmeasured=dict(Counter(" ".join(pilot_key(run.cell)) for run, (_, spent) in like if not spent)),
     )
 
 
@@ -149,17 +151,17 @@ def _median(members: Sequence[Spent]) -> Spent:
     return Spent(*(statistics.median(values) for values in zip(*map(astuple, members), strict=True)))
 
 
-def key_of(cell: Cell) -> tuple[str, ...]:
+def pilot_key(cell: Cell) -> tuple[str, ...]:
     """What a pilot is run for."""
     return _values(cell, TASK)
 
 
 def pilots(plan: Plan, ledger: Ledger, missing: Sequence[Run]) -> list[Run]:
     """The middle one of the missing runs of each backend, model and task that has no measured run."""
-    measured = {key_of(run.cell) for run in plan.runs.values() if ledger.is_done(run.run_id)}
+    measured = {pilot_key(run.cell) for run in plan.runs.values() if ledger.is_done(run.run_id)}
     groups: dict[tuple[str, ...], list[Run]] = {}
     for run in missing:
-        groups.setdefault(key_of(run.cell), []).append(run)
+        groups.setdefault(pilot_key(run.cell), []).append(run)
     return [runs[len(runs) // 2] for key, runs in groups.items() if key not in measured]
 
 

@@ -16,18 +16,18 @@ from tune_sparse.cerebras.conversion import refuse_unconvertible
 from tune_sparse.cerebras.environment import cerebras_identity
 from tune_sparse.config import SPLIT, Cell, SweepConfig
 from tune_sparse.data.sources import rows_folder
-from tune_sparse.data.splits import calibration_text, fingerprint_of, load_splits
+from tune_sparse.data.splits import calibration_text, fingerprint_splits, load_splits
 from tune_sparse.data.task_types import AnswerTask, TextTask
-from tune_sparse.data.tasks import chance_of, tasks_named
+from tune_sparse.data.tasks import mean_chance, tasks_named
 from tune_sparse.errors import InputError
-from tune_sparse.identity import sha256_of
+from tune_sparse.identity import hash_json
 from tune_sparse.ledger.lease import refuse_if_held
 from tune_sparse.ledger.ledger import Ledger, Record, Run, SweepRecord, readable_id
 from tune_sparse.models.checkpoints import Checkpoint, check_checkpoint, load_tokenizer, short_name
-from tune_sparse.models.toy_models import EMBEDDED_MODELS
+from tune_sparse.models.toy_models import TOY_MODELS
 from tune_sparse.pruning.calibration import text_rows
 from tune_sparse.pruning.methods import METHODS, method_named
-from tune_sparse.pruning.prune_model import refuse_sparsities_of
+from tune_sparse.pruning.prune_model import check_sparsities
 
 OUTCOME_BYTES = 400
 """Of one scored example besides a generated text: an outcome before and after the last mask."""
@@ -51,7 +51,7 @@ class Plan:
         """Runs that no finished record serves. A run that failed for good is missing only if `retry_failed`."""
         return [run for run in self.runs.values() if is_missing(ledger.record(run.run_id), retry_failed)]
 
-    def bytes_of(self, run: Run) -> int:
+    def estimate_bytes(self, run: Run) -> int:
         """What a run will write, roughly: mostly what it trained and its outcomes."""
         shape = self.checkpoints[run.cell.model].shape
         trained = 4 * shape.adapter_weights(run.protocol.lora_rank)
@@ -119,7 +119,7 @@ def plan_sweep(config: SweepConfig) -> Plan:
             refuse_unconvertible(checkpoint.path)
     text = _calibration_text(config, data_dir, checkpoints.values())
 
-    def run_of(cell: Cell) -> Run:
+    def run_for(cell: Cell) -> Run:
         checkpoint = checkpoints[short_name(cell.model)]
         return Run(
             cell=replace(cell, model=checkpoint.name),
@@ -137,17 +137,17 @@ def plan_sweep(config: SweepConfig) -> Plan:
     owners: dict[str, str] = {}
     rows = []
     for cell in asked_cells(config):
-        asked, run = run_of(cell), run_of(cell.trained)
+        asked, run = run_for(cell), run_for(cell.trained)
         cell_id = readable_id(asked.cell, asked.identity)
         runs.setdefault(run.run_id, run)
         owner = owners.setdefault(run.run_id, cell_id)
         rows.append(
             {"cell_id": cell_id, "run_id": run.run_id, "shared_with": None if owner == cell_id else owner}
             | asdict(asked.cell)
-            | {"chance": chance_of(tasks[cell.task])}
+            | {"chance": mean_chance(tasks[cell.task])}
         )
     described = {name: _plain(value) for name, value in asdict(config).items()}
-    sweep_id = sha256_of(sorted(row["cell_id"] for row in rows))[:12]
+    sweep_id = hash_json(sorted(row["cell_id"] for row in rows))[:12]
     return Plan(config, SweepRecord(sweep_id, time.time(), described, tuple(rows)), runs, checkpoints)
 
 
@@ -155,7 +155,7 @@ def _refuse_unreachable(config: SweepConfig, checkpoint: Checkpoint) -> None:
     """Raise `InputError` for a method that cannot prune this model to a sparsity of the matrix."""
     for method in config.methods:
         try:
-            refuse_sparsities_of(method, checkpoint.shape, config.sparsities)
+            check_sparsities(method, checkpoint.shape, config.sparsities)
         except InputError as error:
             raise InputError(f"{checkpoint.name}: {error}") from error
 
@@ -178,13 +178,13 @@ def _calibration_text(config: SweepConfig, data_dir: Path | None, checkpoints: I
     for checkpoint in checkpoints:
         tokens = min(protocol.calibration_tokens, checkpoint.shape.context_tokens)
         text_rows(load_tokenizer(checkpoint.path), text, protocol.calibration_rows, tokens)
-    return sha256_of(text)
+    return hash_json(text)
 
 
 def _model_path(reference: str) -> str:
     """What finds the same model from another working directory."""
     folder = Path(reference).expanduser()
-    return reference if reference in EMBEDDED_MODELS or not folder.is_dir() else str(folder.resolve())
+    return reference if reference in TOY_MODELS or not folder.is_dir() else str(folder.resolve())
 
 
 def _plain(value: Any) -> Any:
@@ -203,7 +203,7 @@ def check_rows(config: SweepConfig) -> dict[str, str]:
                     f"calibration needs {protocol.calibration_rows} rows, {name} has {rows} training rows. "
                     "Lower calibration_rows, or raise n_train."
                 )
-    return {name: fingerprint_of(splits) for name, splits in found.items()}
+    return {name: fingerprint_splits(splits) for name, splits in found.items()}
 
 
 def check_names(config: SweepConfig) -> None:
@@ -245,7 +245,7 @@ def check_folder(folder: Path) -> None:
 
 def check_disk(plan: Plan, ledger: Ledger, missing: Sequence[Run]) -> None:
     """Raise `InputError` unless the disk has room for what the missing runs will write."""
-    needed, free = sum(plan.bytes_of(run) for run in missing), shutil.disk_usage(ledger.folder).free
+    needed, free = sum(plan.estimate_bytes(run) for run in missing), shutil.disk_usage(ledger.folder).free
     if needed > free:
         raise InputError(
             f"a sweep needs room for what it writes, about {needed / 1e9:.2f} GB, {ledger.folder} has "

@@ -36,7 +36,7 @@ class Dispatcher(Searcher):
     No trial stands in the way of another lane's, and Tune never holds, or copies, more than what runs. Beside other
     lanes a full lane has one trial wait in Tune: without it, Tune ends the lane's worker with its trial.
 
-    lanes: the scarcest hardware first, which decides between lanes that have as many trials. trial_of: the trial of an
+    lanes: the scarcest hardware first, which decides between lanes that have as many trials. make_trial: the trial of an
     item, which has `resources`, asked for when it is its turn. total: resources of the whole cluster. limit: trials at
     once, of a single lane. stop: ends it.
     """
@@ -44,14 +44,14 @@ class Dispatcher(Searcher):
     def __init__(
         self,
         lanes: Mapping[str, Iterable[Any]],
-        trial_of: Callable[[Any], dict[str, Any]],
+        make_trial: Callable[[Any], dict[str, Any]],
         total: Callable[[], Mapping[str, float]],
         limit: int | None = None,
         stop: Stop | None = None,
     ) -> None:
         super().__init__()
         self._lanes = {name: deque(items) for name, items in lanes.items()}
-        self._trial_of, self._total, self._limit, self._stop = trial_of, total, limit, stop or Stop()
+        self._trial_of, self._total, self._limit, self._stop = make_trial, total, limit, stop or Stop()
         self._live: dict[str, Live] = {}
         self._seen: Mapping[str, float] = {}
         self._looked, self._said = float("-inf"), False

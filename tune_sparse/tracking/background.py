@@ -13,7 +13,7 @@ from typing import Any
 
 from tune_sparse.ledger.ledger import Ledger, SweepRecord
 from tune_sparse.net import host_and_port, refuse_silent
-from tune_sparse.tracking.sync import Tracker, client_of
+from tune_sparse.tracking.sync import Tracker, make_client
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ class BackgroundTracker:
             self._thread.join(POLL_SECONDS)
         self._given_up.set()
         if self._thread.is_alive() or self._failure:
-            _warn_of(self._uri, self._failure or TimeoutError("it does not answer"))
+            _warn_outdated(self._uri, self._failure or TimeoutError("it does not answer"))
 
     def _silent_seconds(self) -> float:
         """Since when, after the end, an answer has been waited for."""
@@ -95,7 +95,7 @@ class BackgroundTracker:
     def _follow(self) -> None:
         """Fill, then track what is added; once more when the block has ended."""
         self._asked(refuse_silent, self._uri)
-        tracker = Tracker(self._ledger, self._uri, _Watched(client_of(self._uri), self._asked))
+        tracker = Tracker(self._ledger, self._uri, _Watched(make_client(self._uri), self._asked))
         while True:
             is_last = self._ended_at is not None
             tracker.fill(self._fill)
@@ -148,7 +148,7 @@ def _described(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".partition("\n")[0]
 
 
-def _warn_of(uri: str, error: Exception) -> None:
+def _warn_outdated(uri: str, error: Exception) -> None:
     logger.warning(
         "MLflow at %s is not up to date (%s). The ledger is; `tune-sparse track` fills MLflow later.",
         uri,

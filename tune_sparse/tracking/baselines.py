@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from urllib.parse import quote
 
 from tune_sparse.tracking.entries import RUN_TAG
-from tune_sparse.tracking.sync import EXPERIMENT, client_of, every_run
+from tune_sparse.tracking.sync import EXPERIMENT, every_run, make_client
 
 PUBLISHED_EXPERIMENT = "tune-sparse published numbers"
 PUBLISHED_TAG = "tune_sparse.published"
@@ -45,7 +45,7 @@ def track_published(runs: Sequence[PublishedRun], uri: str) -> int:
     """
     from mlflow.entities import Metric, Param, RunTag
 
-    client = client_of(uri)
+    client = make_client(uri)
     found = client.get_experiment_by_name(PUBLISHED_EXPERIMENT)
     experiment = found.experiment_id if found else client.create_experiment(PUBLISHED_EXPERIMENT)
     wanted = {run.identity: run for run in runs}
@@ -81,7 +81,7 @@ def comparison_page(uri: str) -> ComparisonPage | None:
     Best is most accurate of those that lost half their weights or more, where there are such. Published runs of our
     models come first, then Phoenix and SQFT on our tasks, then others.
     """
-    client = client_of(uri)
+    client = make_client(uri)
     experiments = {name: client.get_experiment_by_name(name) for name in (EXPERIMENT, PUBLISHED_EXPERIMENT)}
     ids = {name: found.experiment_id for name, found in experiments.items() if found}
     if EXPERIMENT not in ids:

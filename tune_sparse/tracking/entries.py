@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tune_sparse.files import read_json
-from tune_sparse.identity import sha256_of
+from tune_sparse.identity import hash_json
 from tune_sparse.ledger.ledger import Ledger, Record, SweepRecord
 
 SWEEP_TAG = "tune_sparse.sweep_id"
@@ -43,13 +43,13 @@ class Entry:
 
 
 def record_hash(record: Record) -> str:
-    return sha256_of(asdict(record))
+    return hash_json(asdict(record))
 
 
 def search_hash(folder: Path) -> str | None:
     """Of the result of a search; None if it has none yet."""
     path = folder / "result.json"
-    return sha256_of(read_json(path)) if path.exists() else None
+    return hash_json(read_json(path)) if path.exists() else None
 
 
 def sweep_entry(sweep: SweepRecord) -> Entry:
@@ -79,7 +79,7 @@ def search_entry(folder: Path) -> Entry:
     config, found = read_json(folder / "config.json"), read_json(folder / "result.json")
     return Entry(
         name=f"search {folder.name}",
-        tags={SEARCH_TAG: folder.name, RECORD_TAG: sha256_of(found)},
+        tags={SEARCH_TAG: folder.name, RECORD_TAG: hash_json(found)},
         started=config["started"],
         params={name: value for name, value in config.items() if not isinstance(value, dict | list)},
         points=tuple(_numbers(found)),

@@ -56,7 +56,7 @@ def default_uri(results_dir: Path) -> str:
     return f"sqlite:///{results_dir.resolve() / 'mlflow.db'}"
 
 
-def client_of(uri: str) -> Any:
+def make_client(uri: str) -> Any:
     """A client of one store that says nothing while it makes its tables, and reports to nobody else."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
@@ -109,7 +109,7 @@ class Tracker:
     """
 
     def __init__(self, ledger: Ledger, uri: str, client: Any = None) -> None:
-        self._ledger, self._client = ledger, client or client_of(uri)
+        self._ledger, self._client = ledger, client or make_client(uri)
         self._experiment = self._experiment_id(_artifact_location(ledger, uri))
         self._below: dict[str, str] = {}
         """{run_id: the sweep that it is shown below}"""
@@ -176,11 +176,11 @@ class Tracker:
         if record is None:
             self._wanted[RUN_TAG, run_id] = None
             return False
-        parent = self._parent_of(run_id)
+        parent = self._find_parent(run_id)
         self._show((RUN_TAG, run_id), record_hash(record), lambda: run_entry(self._ledger, record), parent)
         return True
 
-    def _parent_of(self, run_id: str) -> str:
+    def _find_parent(self, run_id: str) -> str:
         sweep = self._below[run_id]
         return self._whole[(SWEEP_TAG, sweep), sweep]
 

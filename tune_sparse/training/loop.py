@@ -51,10 +51,10 @@ def batches(rows: Sequence[Encoded], protocol: Protocol, seed: int) -> Iterator[
     shuffled = random.Random(seed)
     order: list[Encoded] = []
     while True:
-        while len(order) < protocol.global_batch:
+        while len(order) < protocol.global_batch_size:
             order += shuffled.sample(rows, len(rows))
-        yield order[: protocol.global_batch]
-        order = order[protocol.global_batch :]
+        yield order[: protocol.global_batch_size]
+        order = order[protocol.global_batch_size :]
 
 
 def answer_loss(
@@ -80,9 +80,9 @@ def mean_loss(
     """Mean cross-entropy over the learned tokens of `rows`, in evaluation mode. Raises `RunError` if not finite."""
     summed, learned, was_training = 0.0, 0, model.training
     model.eval()
-    for start in range(0, len(rows), protocol.micro_batch):
+    for start in range(0, len(rows), protocol.micro_batch_size):
         with accelerator.autocast() if accelerator else nullcontext():
-            batch = rows[start : start + protocol.micro_batch]
+            batch = rows[start : start + protocol.micro_batch_size]
             loss, count = answer_loss(model, batch, protocol.loss_on, protocol.pack_to)
         progress()
         summed, learned = summed + float(loss), learned + count
@@ -182,8 +182,8 @@ def _accumulate_gradients(
     else:
         learned = sum(len(row.context) + len(row.continuation) - 1 for row in batch)
     total = 0.0
-    for start in range(0, len(batch), protocol.micro_batch):
-        rows = batch[start : start + protocol.micro_batch]
+    for start in range(0, len(batch), protocol.micro_batch_size):
+        rows = batch[start : start + protocol.micro_batch_size]
         with accelerator.autocast():
             loss, _ = answer_loss(model, rows, protocol.loss_on, protocol.pack_to)
         accelerator.backward(loss / learned)
