@@ -86,7 +86,7 @@ def warm_worker(results_dir: Path) -> SliceScorer:
     """With a super-adapter of a few steps: what it says does not matter here."""
     few = {"models": "tiny-llama", "tasks": "boolq", "methods": "wanda", "sparsities": 0.7, "modes": "sparse-to-sparse"}
     few |= {"steps": 2, "warmup_fraction": 0.0, "n_test": 10, "results_dir": results_dir}
-    preset = PRESETS["toy"] | subadapters.PROTOCOL | subadapters.EMBEDDED_PROTOCOL
+    preset = PRESETS["toy"] | subadapters.PROTOCOL | subadapters.TOY_PROTOCOL
     space = Space.of(subadapters.PRESETS["toy"])
     run, ledger = plan_search(SearchConfig(SweepConfig.from_names(preset | few), space)).run, Ledger(results_dir)
     for _ in run_cell(run, ledger, Bench()):

@@ -70,7 +70,7 @@ def search_config(chosen: argparse.Namespace, task: str | None = None) -> Search
     preset: dict[str, Any] = PRESETS[chosen.preset] | subadapters.PROTOCOL
     is_toy = preset.get("data_dir") == "synthetic"
     if is_toy:
-        preset |= subadapters.EMBEDDED_PROTOCOL
+        preset |= subadapters.TOY_PROTOCOL
     flags = {
         "models": chosen.model or preset["models"][0],
         "tasks": task or chosen.task or preset_tasks(chosen.preset)[0],

@@ -73,8 +73,8 @@ def load_test(task: Task, data_dir: Path | None, protocol: Protocol) -> Splits:
     examples = read_split(task, "train", data_dir) if is_few_shot else []
     if is_few_shot and len(examples) <= protocol.num_fewshot:
         raise InputError(
-            f"num_fewshot must be less than the {len(examples)} training rows of {task.name}, got {protocol.num_fewshot}. "
-            "Lower it."
+            f"num_fewshot must be less than the {len(examples)} training rows of {task.name}, "
+            f"got {protocol.num_fewshot}. Lower it."
         )
     _refuse_leaks(task, Splits(tuple(examples), (), tuple(test)))
     return Splits((), (), tuple(test), tuple(examples))

@@ -36,9 +36,9 @@ class Dispatcher(Searcher):
     No trial stands in the way of another lane's, and Tune never holds, or copies, more than what runs. Beside other
     lanes a full lane has one trial wait in Tune: without it, Tune ends the lane's worker with its trial.
 
-    lanes: the scarcest hardware first, which decides between lanes that have as many trials. make_trial: the trial of an
-    item, which has `resources`, asked for when it is its turn. total: resources of the whole cluster. limit: trials at
-    once, of a single lane. stop: ends it.
+    lanes: the scarcest hardware first, which decides between lanes that have as many trials. make_trial: the trial of
+    an item, which has `resources`, asked for when it is its turn. total: resources of the whole cluster. limit: trials
+    at once, of a single lane. stop: ends it.
     """
 
     def __init__(
