@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
+from analysis.stats.paired import Z
 from analysis.stats.sparsity_claims import PASS_MARK
 
 if TYPE_CHECKING:
@@ -34,8 +35,6 @@ PERFORMANCE = [
     "inference_flops",
 ]
 COSTS = ("train_samples_per_second", "train_seconds", "peak_memory_bytes", "inference_flops")
-Z = 1.959964
-"""Half of a 95% interval, in standard errors."""
 
 
 def sparsity_vs_performance(cells: pd.DataFrame) -> pd.DataFrame:

@@ -31,7 +31,7 @@ from tune_sparse.models.checkpoints import Shape, prepare_models
 from tune_sparse.models.toy_models import TOY_MODELS
 from tune_sparse.search.config import SearchConfig
 from tune_sparse.search.journal import Candidates, Diary, configuration_key
-from tune_sparse.search.racing import Marks, Race, difference_interval
+from tune_sparse.search.racing import Marks, Race, accuracy_difference
 from tune_sparse.sweep.driver import capacity, fit_trials, nodes, started_ray, stop_on_signals
 from tune_sparse.sweep.plan import check_folder, check_names, plan_sweep
 from tune_sparse.sweep.resources import Placement
@@ -334,7 +334,8 @@ def _on_test(outcomes: Sequence[Outcome], maximal: Sequence[Outcome], parameters
     mine, other = (
         Marks(len(found)).adding((i, bool(o.correct)) for i, o in enumerate(found)) for found in (outcomes, maximal)
     )
-    difference, low, high = difference_interval(mine, other)
+    is_itself = outcomes is maximal
+    difference, low, high = (0.0, 0.0, 0.0) if is_itself else accuracy_difference(mine, other)
     return {
         "accuracy": mine.accuracy,
         "parameters": parameters,
