@@ -55,12 +55,20 @@ def test_another_backend_is_a_row_of_its_own() -> None:
     assert r"sparse-to-dense (imported) &" in main_results(cells)
 
 
+def test_tasks_are_ruled_apart_and_odd_names_are_escaped() -> None:
+    cells = pd.concat([table(), table().assign(task="my_task", model="my_llama & 50%")])
+    lines = main_results(cells).splitlines()
+    inner = [i for i, line in enumerate(lines) if line == r"\midrule"]
+    assert [lines[i + 1].split(" & ")[0] for i in inner] == ["gsm8k", r"my\_task"]
+    assert [line for line in lines if line.startswith(r"\caption{my\_llama \& 50\%. Accuracy in percent")]
+
+
 @pytest.mark.parametrize(
     ("text", "escaped"),
     [
         ("a_b", r"a\_b"),
         ("50% & more #1", r"50\% \& more \#1"),
-        ("~^\\", r"\textasciitilde{}\textasciicircum{}\textbackslash{}"),
+        ("~^\\", r"\textasciitilde \textasciicircum \textbackslash "),
         ("{$}", r"\{\$\}"),
     ],
 )

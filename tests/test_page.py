@@ -15,7 +15,7 @@ import yaml
 from factories import failed_record, make_run, sweep_of
 from sound import cells_of, sound_ledger
 
-from analysis.report.bundle import citation, write_bundle
+from analysis.report.bundle import PROGRAM, citation, write_bundle
 from analysis.report.page import said
 from analysis.report.report import write_report
 from analysis.stats.claims import Claim, number
@@ -147,6 +147,12 @@ def test_the_citation_is_yaml_and_names_the_sources() -> None:
     addresses = [reference["url"] for reference in found["references"]]
     assert len(addresses) > 20
     assert "https://doi.org/10.1145/3731599.3767395" in addresses
+
+
+def test_the_repository_says_how_to_cite_the_program() -> None:
+    path = Path(__file__).parents[1] / "CITATION.cff"
+    assert yaml.safe_load(path.read_text("utf-8")) == PROGRAM
+    assert yaml.safe_load(citation()).items() >= {name: PROGRAM[name] for name in PROGRAM if name != "message"}.items()
 
 
 def test_a_bundle_never_overwrites(ledger: Ledger, tmp_path: Path) -> None:
