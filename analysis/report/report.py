@@ -27,7 +27,7 @@ from analysis.report.tables import (
 )
 from analysis.stats.claims import as_markdown, headlines
 from analysis.stats.comparisons import Points
-from analysis.stats.findings import findings, seeds_said
+from analysis.stats.findings import describe_seeds, make_claims
 from analysis.stats.sparsity_claims import PASS_MARK
 from tune_sparse.errors import InputError, NotReadyError
 from tune_sparse.files import write_json, write_text
@@ -66,13 +66,13 @@ def write_report(
     cells = with_intervals(cells)
     summary = with_notices(with_intervals(with_imported(cells, results.imported)), found)
     points = Points(cells, {run_id: e.answers for run_id, e in results.by_run.items() if e.answers})
-    claims, tests = findings(points, results.imported)
+    claims, tests = make_claims(points, results.imported)
     performance = sparsity_vs_performance(cells)
     tables = {"summary": summary, "sparsity_vs_performance": performance, "tests": tests}
     for name, table in (tables | {"grouped_summary": grouped_summary(points)}).items():
         write_text(folder / f"{name}.csv", table.to_csv(index=False))
     write_text(folder / "main_results.tex", main_results(summary))
-    write_text(folder / "findings.md", as_markdown(claims, seeds_said(cells), found.summary()))
+    write_text(folder / "findings.md", as_markdown(claims, describe_seeds(cells), found.summary()))
     write_json(folder / "findings.json", [claim.as_json() for claim in claims])
     write_json(folder / "audit.json", [asdict(finding) for finding in found.findings])
     content = Content(
@@ -81,7 +81,7 @@ def write_report(
         folders=results_dirs,
         audited=audited(found),
         findings=[said(claim) for claim in claims],
-        seeds=seeds_said(cells),
+        seeds=describe_seeds(cells),
         passing=highest_passing_sparsity(performance),
     )
     page = present(folder, content, find_runs(results_dirs, points.answers), published)

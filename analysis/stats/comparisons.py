@@ -29,10 +29,8 @@ NAIVE_WARNING = "not behind any claim: cells share examples and base models"
 
 
 @dataclass(frozen=True)
-class Test:
+class PairedTest:
     """One comparison: `right` minus `left`, over the cells that differ in nothing else."""
-
-    __test__ = False  # pytest
 
     about: str
     left: str
@@ -67,7 +65,7 @@ class Test:
         }
 
 
-def turned(test: Test, right: str) -> Test:
+def swap_sides(test: PairedTest, right: str) -> PairedTest:
     """The same comparison with `right` on the right."""
     if test.right == right:
         return test
@@ -151,7 +149,7 @@ def difference_between_runs(answers: Mapping[str, Answers], left: str, right: st
     return paired_bootstrap((b.scores - a.scores) * a.weights * len(a.weights))
 
 
-def compare(points: Points, axis: str) -> list[Test]:
+def compare_values(points: Points, axis: str) -> list[PairedTest]:
     """Every pair of values of `axis` ("method" or "mode"): in each base, over all bases, and, with its warning, by
     the plain paired t. Corrected over the pairs and bases of each of the three."""
     values = list(dict.fromkeys(points.pruned[axis]))
@@ -169,7 +167,7 @@ def compare(points: Points, axis: str) -> list[Test]:
     ]
 
 
-def compare_cells(points: Points, axis: str, left: Any, right: Any, within: Sequence[str] = BASE) -> list[Test]:
+def compare_cells(points: Points, axis: str, left: Any, right: Any, within: Sequence[str] = BASE) -> list[PairedTest]:
     """Each pair of cells by itself: which of these very models differ."""
     pairs = points.pairs(axis, left, right, within)
     asked = [
@@ -183,12 +181,12 @@ def corrected_tests(
     asked: Sequence[tuple[str, Any, Any, pd.DataFrame]],
     estimate: Callable[[pd.DataFrame], Estimate],
     warning: str = "",
-) -> list[Test]:
+) -> list[PairedTest]:
     """A test of each (about, left, right, pairs), corrected by Holm over all of them."""
     found = [estimate(pairs) for *_, pairs in asked]
     corrected = holm([e.p for e in found])
     return [
-        Test(about, str(a), str(b), len(pairs), e, p, (*pairs["run_id_left"], *pairs["run_id_right"]), warning)
+        PairedTest(about, str(a), str(b), len(pairs), e, p, (*pairs["run_id_left"], *pairs["run_id_right"]), warning)
         for (about, a, b, pairs), e, p in zip(asked, found, corrected, strict=True)
     ]
 

@@ -71,7 +71,8 @@ def _dense_claims(about: str, dense: pd.Series[Any], known: Sequence[Imported]) 
             f"Dense: {{accuracy}} {passed} the mark of 2% within the imported baseline {{imported}} "
             f"({escaped(baseline.source)}) and {carried}: {{difference}} ({{low}} to {{high}})."
         )
-        yield Claim("RQ1", about, template, numbers | known_as | estimate_numbers(e.value, e.low, e.high, runs), e.test)
+        against = estimate_numbers(e.value, e.low, e.high, runs)
+        yield Claim("RQ1", about, template, numbers | known_as | against, e.test)
 
 
 def _half_claim(about: str, dense: pd.Series[Any], half: pd.DataFrame) -> Iterator[Claim]:

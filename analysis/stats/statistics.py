@@ -165,7 +165,7 @@ def smallest_shown(count: int, disagreement: float = 0.1) -> float:
     return (Z + float(stats.norm.ppf(0.8))) * math.sqrt(disagreement / count)
 
 
-def said_by_seeds(seeds: int) -> str:
+def seeds_sentence(seeds: int) -> str:
     """What this number of seeds can and cannot show, in words."""
     if seeds == 1:
         return (
