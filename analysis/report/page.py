@@ -19,7 +19,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from analysis.audit.audit import RULES, Audit, Finding
-from analysis.baselines.comparison import Comparison, summarised
+from analysis.baselines.comparison import PublishedComparison, summary_sentence
 from analysis.report.rounding import UNKNOWN, rounded, with_interval
 from analysis.report.runs import relative_link
 from analysis.stats.claims import QUESTIONS, Claim
@@ -124,7 +124,7 @@ class Content:
     """what can be said with so many seeds"""
     passing: pd.DataFrame
     """as `highest_passing_sparsity`"""
-    comparisons: Sequence[Comparison] = ()
+    comparisons: Sequence[PublishedComparison] = ()
     hardware: Sequence[Mapping[str, Any]] = ()
     figures: Mapping[str, str] = field(default_factory=dict)
     """{name: caption} of the PNG files beside the page"""
@@ -236,16 +236,16 @@ def _passing(content: Content) -> tuple[list[str], list[dict[str, Any]]]:
     return [f"{method}, {mode}" for method, mode in names], lines
 
 
-def _published(comparisons: Sequence[Comparison]) -> dict[str, Any]:
+def _published(comparisons: Sequence[PublishedComparison]) -> dict[str, Any]:
     rows = [(comparison, published_row(comparison)) for comparison in comparisons]
     return {
-        "summary": summarised(comparisons),
+        "summary": summary_sentence(comparisons),
         "compared": [row for comparison, row in rows if comparison.reason is None],
         "others": [row for comparison, row in rows if comparison.reason is not None],
     }
 
 
-def published_row(comparison: Comparison) -> dict[str, Any]:
+def published_row(comparison: PublishedComparison) -> dict[str, Any]:
     """A comparison in words and rounded numbers; each published number as its source prints it."""
     published = comparison.published
     low, high = comparison.low, comparison.high
@@ -262,7 +262,7 @@ def published_row(comparison: Comparison) -> dict[str, Any]:
         "theirs": UNKNOWN if published.value is None else f"{published.value:.6g}",
         "ours": rounded(comparison.value, stderr),
         "difference": with_interval(comparison.difference, low, high),
-        "described": comparison.described,
+        "our_setting": comparison.our_setting,
         "reason": comparison.reason or "",
         "run_ids": comparison.run_ids,
     }

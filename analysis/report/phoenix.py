@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from analysis.baselines.comparison import NOT_AVAILABLE, Comparison
+from analysis.baselines.comparison import NOT_AVAILABLE, PublishedComparison
 from analysis.report.rounding import rounded, with_interval
 
 SOURCE = "Phoenix"
@@ -15,7 +15,7 @@ COLUMNS = ("model", "task", "sparsity", "Phoenix", "ours", "ours $-$ Phoenix")
 HEAD = "% Made by `tune-sparse report` from published numbers and finished runs.\n"
 
 
-def phoenix_table(comparisons: Sequence[Comparison]) -> str:
+def phoenix_table(comparisons: Sequence[PublishedComparison]) -> str:
     """A line for each accuracy of the paper; why nothing is compared stands in the last column."""
     chosen = [c for c in comparisons if c.published.source == SOURCE]
     table = pd.DataFrame([_fields(c) for c in chosen], columns=list(COLUMNS))
@@ -23,7 +23,7 @@ def phoenix_table(comparisons: Sequence[Comparison]) -> str:
     return HEAD + style.to_latex(hrules=True, column_format="l" * len(COLUMNS))
 
 
-def _fields(comparison: Comparison) -> tuple[str, ...]:
+def _fields(comparison: PublishedComparison) -> tuple[str, ...]:
     published = comparison.published
     sparsity = "--" if published.sparsity is None else f"{published.sparsity:g}"
     theirs = NOT_AVAILABLE if published.value is None else f"{published.value:.6g}"
