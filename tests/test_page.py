@@ -16,7 +16,7 @@ from factories import failed_record, make_run, sweep_of
 from sound import cells_of, sound_ledger
 
 from analysis.report.bundle import PROGRAM, citation, write_bundle
-from analysis.report.page import said
+from analysis.report.page import render_claim
 from analysis.report.report import write_report
 from analysis.stats.claims import Claim, number
 from tune_sparse.cli import main
@@ -93,7 +93,7 @@ def test_links_to_figures_lead_somewhere(page: str, ledger: Ledger) -> None:
 def test_a_claim_keeps_its_words_and_numbers_in_order() -> None:
     numbers = {"difference": number(0.5, ["a", "b"], "+.2f"), "p": number(0.01, ["a"], ".2f")}
     claim = Claim("RQ1", "all", "better by {difference} (p = {p}) {{sic}}", numbers, "a test")
-    found = said(claim)
+    found = render_claim(claim)
     assert "".join(text for text, _ in found.parts) == claim.text == "better by +0.50 (p = 0.01) {sic}"
     assert [(text, ids) for text, ids in found.parts if ids] == [("+0.50", ("a", "b")), ("0.01", ("a",))]
 

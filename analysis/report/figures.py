@@ -35,7 +35,7 @@ Draw = Callable[[pd.DataFrame, Runs], Figure | None]
 
 
 @dataclass(frozen=True)
-class Shown:
+class ReportFigure:
     """A figure: the caption under it, and what draws it from the summary and the runs, or None where nothing is."""
 
     caption: str
@@ -281,28 +281,34 @@ def _over_sparsity(column: str) -> Draw:
     return lambda cells, runs: plot_over_sparsity(cells, column)
 
 
-FIGURES: dict[str, Shown] = {
-    "sparsity_vs_accuracy": Shown("Accuracy over sparsity, by method and mode.", _over_sparsity("accuracy")),
-    "sparsity_vs_perplexity": Shown("Perplexity over sparsity, by method and mode.", _over_sparsity("perplexity")),
-    "sparsity_vs_loss": Shown("Loss on held-out rows after training, over sparsity.", _over_sparsity("eval_loss")),
-    "sparsity_vs_throughput": Shown(
+FIGURES: dict[str, ReportFigure] = {
+    "sparsity_vs_accuracy": ReportFigure("Accuracy over sparsity, by method and mode.", _over_sparsity("accuracy")),
+    "sparsity_vs_perplexity": ReportFigure(
+        "Perplexity over sparsity, by method and mode.", _over_sparsity("perplexity")
+    ),
+    "sparsity_vs_loss": ReportFigure(
+        "Loss on held-out rows after training, over sparsity.", _over_sparsity("eval_loss")
+    ),
+    "sparsity_vs_throughput": ReportFigure(
         "Rows that training took in a second, over sparsity.", _over_sparsity("train_samples_per_second")
     ),
-    "method_comparison_heatmap": Shown(
+    "method_comparison_heatmap": ReportFigure(
         "Accuracy by method, mode and sparsity, to the digits that the largest standard error of a panel leaves.",
         method_comparison_heatmap,
     ),
-    "mode_difference": Shown(
+    "mode_difference": ReportFigure(
         "Accuracy trained under the mask minus accuracy masked after training; above 0 the first is better.",
         mode_difference,
     ),
-    "accuracy_vs_flops": Shown(
+    "accuracy_vs_flops": ReportFigure(
         "Accuracy over the operations of one forward pass, counted from non-zeros.", accuracy_vs_flops
     ),
-    "flops_vs_sequence_length": Shown(
+    "flops_vs_sequence_length": ReportFigure(
         "Operations of one forward pass over its tokens, counted from non-zeros.", flops_vs_sequence_length
     ),
-    "per_layer_sparsity": Shown("Counted sparsity of every matrix of every layer.", per_layer_sparsity),
-    "throughput_vs_batch_size": Shown("Training rate over batch size.", throughput_vs_batch_size),
-    "sub_adapter_fronts": Shown("The fronts of the sub-adapter searches, on selection rows.", sub_adapter_fronts),
+    "per_layer_sparsity": ReportFigure("Counted sparsity of every matrix of every layer.", per_layer_sparsity),
+    "throughput_vs_batch_size": ReportFigure("Training rate over batch size.", throughput_vs_batch_size),
+    "sub_adapter_fronts": ReportFigure(
+        "The fronts of the sub-adapter searches, on selection rows.", sub_adapter_fronts
+    ),
 }

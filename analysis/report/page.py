@@ -33,7 +33,7 @@ FINDINGS_A_RULE = 12
 
 
 @dataclass(frozen=True)
-class Said:
+class RenderedClaim:
     """A finding: what it is about, its words and numbers in order, each number with its runs, and what carries it."""
 
     question: str
@@ -42,14 +42,14 @@ class Said:
     test: str | None = None
 
 
-def said(claim: Claim) -> Said:
+def render_claim(claim: Claim) -> RenderedClaim:
     """A claim with its numbers set apart."""
     parts: list[tuple[str, tuple[str, ...]]] = []
     for words, name, _, _ in Formatter().parse(claim.template):
         parts.append((words, ()))
         if name is not None:
             parts.append((claim.numbers[name].shown, claim.numbers[name].run_ids))
-    return Said(claim.question, claim.about, parts, claim.test)
+    return RenderedClaim(claim.question, claim.about, parts, claim.test)
 
 
 class Traces:
@@ -81,7 +81,7 @@ class Traces:
 
 
 @dataclass(frozen=True)
-class Audited:
+class AuditSummary:
     """What the audit says, for the top of the page."""
 
     state: str
@@ -91,7 +91,7 @@ class Audited:
     """rule, severity, meaning, findings, and how many more there are"""
 
 
-def audited(found: Audit) -> Audited:
+def summarise_audit(found: Audit) -> AuditSummary:
     by_rule: dict[str, list[Finding]] = defaultdict(list)
     for finding in found.findings:
         by_rule[finding.rule].append(finding)
@@ -106,7 +106,7 @@ def audited(found: Audit) -> Audited:
         for rule, findings in by_rule.items()
     ]
     state = "fault" if found.faults else "notice" if groups else "sound"
-    return Audited(state, found.summary(), groups)
+    return AuditSummary(state, found.summary(), groups)
 
 
 @dataclass(frozen=True)
@@ -118,8 +118,8 @@ class Content:
     """the summary"""
     folders: Sequence[Path]
     """of results, the first the page's own"""
-    audited: Audited
-    findings: Sequence[Said]
+    audit: AuditSummary
+    findings: Sequence[RenderedClaim]
     seeds: str
     """what can be said with so many seeds"""
     passing: pd.DataFrame
@@ -141,7 +141,7 @@ def render_page(content: Content, path: Path) -> str:
         trace=traces.trace_number,
         title="tune-sparse: how sparse, and still good?",
         counts=content.counts,
-        audit=content.audited,
+        audit=content.audit,
         questions=_by_question(content.findings),
         seeds=content.seeds,
         passing=rows,
@@ -156,9 +156,9 @@ def render_page(content: Content, path: Path) -> str:
     )
 
 
-def _by_question(findings: Sequence[Said]) -> list[tuple[str, list[tuple[str, list[Said]]]]]:
+def _by_question(findings: Sequence[RenderedClaim]) -> list[tuple[str, list[tuple[str, list[RenderedClaim]]]]]:
     """Each question with what was found, by what it is about; what holds everywhere comes first, as the claims do."""
-    listed: dict[str, dict[str, list[Said]]] = {}
+    listed: dict[str, dict[str, list[RenderedClaim]]] = {}
     for finding in findings:
         listed.setdefault(finding.question, {}).setdefault(finding.about, []).append(finding)
     return [(f"{question}: {QUESTIONS[question]}", list(abouts.items())) for question, abouts in listed.items()]

@@ -13,7 +13,7 @@ from analysis.baselines.published import load_published
 from analysis.read.evidence import read_results
 from analysis.read.load import cells_table
 from analysis.report.latex import main_results
-from analysis.report.page import Content, audited, said
+from analysis.report.page import Content, render_claim, summarise_audit
 from analysis.report.presentation import present
 from analysis.report.runs import find_runs
 from analysis.report.tables import (
@@ -79,8 +79,8 @@ def write_report(
         counts=counts(cells)[0],
         cells=summary,
         folders=results_dirs,
-        audited=audited(found),
-        findings=[said(claim) for claim in claims],
+        audit=summarise_audit(found),
+        findings=[render_claim(claim) for claim in claims],
         seeds=describe_seeds(cells),
         passing=highest_passing_sparsity(performance),
     )
