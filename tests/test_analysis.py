@@ -319,10 +319,10 @@ def test_a_report_says_faults_first_and_keeps_what_is_faulty(tmp_path: Path) -> 
     edit(ledger.run_folder(run_id) / "result.json", metrics={"accuracy": 0.99})
     report = write_report([tmp_path])
     assert report.faults == 1
-    assert report.lines[0] == "fault no-run: a number that no run stands behind"
+    assert report.lines[0] == "fault unproven-number: a number that no run stands behind"
     assert report.lines[1].startswith(f"  {run_id}: the recorded accuracy is 0.99")
     summary = pd.read_csv(tmp_path / "analysis" / "summary.csv").set_index("run_id")
-    assert (summary.loc[run_id, "accuracy"], summary.loc[run_id, "notices"]) == (0.99, "NO-RUN")
+    assert (summary.loc[run_id, "accuracy"], summary.loc[run_id, "notices"]) == (0.99, "UNPROVEN-NUMBER")
     assert re.search(r"99\.0\\,\(1\.\d\)\\textdaggerdbl", (tmp_path / "analysis" / "main_results.tex").read_text())
     assert main(["report", "--results-dir", str(tmp_path)]) == FAULT
 

@@ -30,7 +30,7 @@ def table() -> pd.DataFrame:
             ("random", 0.5, 0.25, "few-examples unchecked"),
             ("random", 0.9, None, "missing"),
             ("wanda-2:4", 0.0, 0.5, "at-chance hardware"),
-            ("wanda-2:4", 0.5, 1.0, "at-chance NO-RUN"),
+            ("wanda-2:4", 0.5, 1.0, "at-chance UNPROVEN-NUMBER"),
         )
     ]
     return with_intervals(pd.DataFrame(rows).assign(accuracy_stderr=None))

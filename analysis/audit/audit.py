@@ -33,17 +33,21 @@ RULES: dict[str, Rule] = {
     "unreadable": Rule("fault", "a file is no record", errors.unreadable),
     "identity": Rule("fault", "settings and record do not belong together", errors.identity),
     "checksum": Rule("fault", "a mask is not the one that was trained", errors.checksum),
-    "twins": Rule("fault", "different settings with results identical to the last bit", errors.twins),
+    "duplicate-results": Rule(
+        "fault", "different settings with results identical to the last bit", errors.duplicate_results
+    ),
     "no-effect": Rule("fault", "a mode or mask changed nothing", errors.no_effect),
     "off-target": Rule("fault", "the sparsity is not the one that was asked", errors.off_target),
     "zeros-lost": Rule("fault", "masked weights are not 0", errors.zeros_lost),
-    "mixed-versions": Rule("fault", "code, data, prompts or models differ between compared runs", errors.mixed),
+    "mixed-versions": Rule(
+        "fault", "code, data, prompts or models differ between compared runs", errors.mixed_versions
+    ),
     "overlap": Rule("fault", "scored questions were trained on", errors.overlap),
     "counted-twice": Rule("fault", "one run is counted more than once", errors.counted_twice),
-    "no-run": Rule("fault", "a number that no run stands behind", errors.no_run),
+    "unproven-number": Rule("fault", "a number that no run stands behind", errors.unproven_number),
     "conflict": Rule("fault", "folders disagree on a run", errors.conflict),
     "at-chance": Rule("notice", "no better than guessing", warnings.at_chance),
-    "one-answer": Rule("notice", "one answer is given almost always", warnings.one_answer),
+    "constant-prediction": Rule("notice", "one answer is given almost always", warnings.constant_prediction),
     "same-answers": Rule("notice", "different runs predict the same", warnings.same_answers),
     "modes-coincide": Rule("notice", "both modes are one training here", warnings.modes_alike),
     "few-examples": Rule("notice", "too few examples for small differences", warnings.few_examples),

@@ -61,7 +61,7 @@ def checksum(results: Results) -> Found:
             yield f"{e.run_id}: the mask has several checksums: {_listed(said)}", [e.run_id]
 
 
-def twins(results: Results) -> Found:
+def duplicate_results(results: Results) -> Found:
     for first, second, alike in alike_runs(results):
         if differing(first.run, second.run) and not modes_coincide(first, second):
             names = ", ".join(differing(first.run, second.run))
@@ -148,7 +148,7 @@ def zeros_lost(results: Results) -> Found:
                 yield f"{e.run_id}: {name} has {zeros} zeros, its mask has {masked}", [e.run_id]
 
 
-def mixed(results: Results) -> Found:
+def mixed_versions(results: Results) -> Found:
     """Runs of one model, task and protocol are compared with each other; code and packages, within a backend."""
     for (model, task, _), runs in compared(results).items():
         for name in ("data_fingerprint", "prompt_version", "model_fingerprint"):
@@ -215,7 +215,7 @@ def counted_twice(results: Results) -> Found:
             yield f"one record lies in {' and '.join(e.run_id for e in same)}", [e.run_id for e in same]
 
 
-def no_run(results: Results) -> Found:
+def unproven_number(results: Results) -> Found:
     """Numbers that no run of theirs stands behind."""
     for cell_id, cell in results.cells.items():
         served_by = results.by_run.get(cell["run_id"])

@@ -31,7 +31,7 @@ def _level(e: Evidence) -> float:
     return max(metrics.get("chance_accuracy") or 0.0, metrics.get("majority_fraction") or 0.0)
 
 
-def one_answer(results: Results) -> Found:
+def constant_prediction(results: Results) -> Found:
     for (model, task, _), runs in compared(results).items():
         same = [e for e in runs if (e.record.metrics.get("most_frequent_fraction") or 0) >= ALMOST_ALWAYS]
         if same:
