@@ -1,4 +1,4 @@
-"""Every rule of the audit finds the fault that is planted for it, and only that rule speaks."""
+"""Every rule of the audit finds the error that is planted for it, and only that rule speaks."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def pattern(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def ledger(pattern: Path, tmp_path: Path) -> Ledger:
-    """Nine runs of twelve cells without a fault, to plant one in."""
+    """Nine runs of twelve cells without an error, to plant one in."""
     return Ledger(Path(shutil.copytree(pattern, tmp_path / "results")))
 
 
@@ -210,7 +210,7 @@ def test_a_sound_ledger_has_no_finding(ledger: Ledger) -> None:
     found = audited(ledger)
     assert found.findings == ()
     assert found.runs == 9
-    assert found.summary() == "Audit of 9 runs: no fault; no notice."
+    assert found.summary() == "Audit of 9 runs: no error; no warning."
 
 
 @pytest.mark.parametrize("rule", PLANTED)
@@ -218,7 +218,7 @@ def test_a_planted_fault_is_found_by_its_rule_alone(rule: str, ledger: Ledger) -
     PLANTED[rule](ledger)
     found = audited(ledger)
     assert {finding.rule for finding in found.findings} == {rule}
-    assert bool(found.faults) == (RULES[rule].severity == "fault")
+    assert bool(found.errors) == (RULES[rule].severity == "error")
     for finding in found.findings:
         assert finding.text
         assert finding.run_ids
@@ -231,7 +231,7 @@ def said(ledger: Ledger) -> str:
 def test_equal_weights_of_different_settings_are_twins(ledger: Ledger) -> None:
     for run in (A_RUN, sound_run(replace(A_CELL, method="random"))):
         edit(folder_of(ledger, run) / "result.json", metrics={"weights_sha256": "e" * 64})
-    expected = r"fault duplicate-results.*\n  .* differ in method, and to the last bit not in their weights"
+    expected = r"error duplicate-results.*\n  .* differ in method, and to the last bit not in their weights"
     assert re.search(expected, said(ledger))
 
 
@@ -324,7 +324,7 @@ def test_a_broken_file_is_listed_and_the_rest_analysed(
     (folder_of(ledger) / name).write_text(content)
     assert main(["audit", "--results-dir", str(ledger.folder)]) == FAULT
     printed = capsys.readouterr().out
-    assert re.search(rf"fault unreadable.*\n  {re.escape(str(folder_of(ledger)))}: .*{re.escape(reason)}", printed)
+    assert re.search(rf"error unreadable.*\n  {re.escape(str(folder_of(ledger)))}: .*{re.escape(reason)}", printed)
     assert "Audit of 8 runs: 1 unreadable" in printed
 
 
@@ -333,18 +333,18 @@ def test_a_broken_sweep_record_is_listed(ledger: Ledger) -> None:
     assert [finding.rule for finding in audited(ledger).findings] == ["unreadable"]
 
 
-def test_rows_that_are_gone_are_a_notice(tmp_path: Path) -> None:
+def test_rows_that_are_gone_are_a_warning(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path / "results")
     write_sound(ledger, replace(A_RUN, data_dir="/no/such/rows"))
     assert "the rows of boolq are not here any more (/no/such/rows)" in said(ledger)
 
 
-def test_notices_mark_a_run(ledger: Ledger) -> None:
+def test_warnings_mark_a_run(ledger: Ledger) -> None:
     hardware(ledger)
     unproven_number(ledger)
     found = audited(ledger)
-    assert found.rules_that_mark(A_RUN.run_id) == "UNPROVEN-NUMBER hardware"
-    assert found.rules_that_mark("another") == ""
+    assert found.marks_of(A_RUN.run_id) == "UNPROVEN-NUMBER hardware"
+    assert found.marks_of("another") == ""
 
 
 def test_the_command_prints_json_and_says_by_its_status_whether_there_is_a_fault(
@@ -357,7 +357,7 @@ def test_the_command_prints_json_and_says_by_its_status_whether_there_is_a_fault
     capsys.readouterr()
     assert main(arguments) == FAULT
     findings = json.loads(capsys.readouterr().out)["findings"]
-    assert [(f["rule"], f["severity"]) for f in findings] == [("unproven-number", "fault"), ("hardware", "notice")]
+    assert [(f["rule"], f["severity"]) for f in findings] == [("unproven-number", "error"), ("hardware", "warning")]
     assert findings[0]["run_ids"] == [A_RUN.run_id]
 
 

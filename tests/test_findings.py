@@ -261,7 +261,7 @@ def test_what_was_not_measured_is_unknown(apart: Ledger) -> None:
 def test_the_report_writes_what_it_claims(apart: Ledger) -> None:
     report = write_report([apart.folder])
     folder = apart.folder / "analysis"
-    assert report.faults == 0
+    assert report.errors == 0
     assert [line.split(":")[0] for line in report.lines if line.startswith("RQ")] == list(QUESTIONS)
     page, data = (folder / "findings.md").read_text(), json.loads((folder / "findings.json").read_text())
     assert all(claim["text"] in page for claim in data)
@@ -278,7 +278,7 @@ def test_the_report_writes_what_it_claims(apart: Ledger) -> None:
     assert (grouped["cells"] == 4).all()
     assert ((grouped["low"] < grouped["mean_score"]) & (grouped["mean_score"] < grouped["high"])).all()
     rules = {finding["rule"] for finding in json.loads((folder / "audit.json").read_text())}
-    assert rules == set(" ".join(summary["notices"].dropna()).split()) == {"at-chance"}
+    assert rules == set(" ".join(summary["warnings"].dropna()).split()) == {"at-chance"}
 
 
 def test_headlines_are_the_first_claim_of_each_question() -> None:

@@ -24,8 +24,8 @@ def table() -> pd.DataFrame:
         "n_examples": 400,
     }
     rows = [
-        names | {"method": method, "sparsity": sparsity, "accuracy": accuracy, "notices": notices}
-        for method, sparsity, accuracy, notices in (
+        names | {"method": method, "sparsity": sparsity, "accuracy": accuracy, "warnings": warnings}
+        for method, sparsity, accuracy, warnings in (
             ("random", 0.0, 0.5, ""),
             ("random", 0.5, 0.25, "few-examples unchecked"),
             ("random", 0.9, None, "missing"),

@@ -30,7 +30,7 @@ LIMIT_BYTES = 10 * 2**20
 def ledger(tmp_path_factory: pytest.TempPathFactory) -> Ledger:
     """Twelve cells, ten runs, with a report."""
     ledger = sound_ledger(tmp_path_factory.mktemp("report") / "results")
-    assert write_report([ledger.folder]).faults == 0
+    assert write_report([ledger.folder]).errors == 0
     return ledger
 
 
@@ -53,7 +53,7 @@ def test_the_page_needs_no_network_and_is_small(page: str) -> None:
 
 
 def test_the_audit_comes_first_and_then_the_findings(page: str) -> None:
-    places = [page.index(text) for text in ('id="audit"', "no fault", 'id="findings"', "RQ1", 'id="curves"')]
+    places = [page.index(text) for text in ('id="audit"', "no error", 'id="findings"', "RQ1", 'id="curves"')]
     assert places == sorted(places)
 
 

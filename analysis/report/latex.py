@@ -9,17 +9,17 @@ import pandas as pd
 MISSING = "--"
 NOTE = (
     "Accuracy in percent, half of its 95\\% interval (Wilson) in parentheses. "
-    f"{MISSING}: no finished run. \\textdagger: the audit has a notice of the run; \\textdaggerdbl: a fault."
+    f"{MISSING}: no finished run. \\textdagger: the audit has a warning about the run; \\textdaggerdbl: an error."
 )
 NAMES = ["task", "method", "mode"]
-LIGHT_NOTICES = {"few-examples", "unchecked", "uncommitted", "modes-coincide", "same-answers", "hardware", "few-steps"}
-"""Notices that speak of a whole sweep or of pairs; in a table they would mark everything. They are in summary.csv."""
+LIGHT_WARNINGS = {"few-examples", "unchecked", "uncommitted", "modes-coincide", "same-answers", "hardware", "few-steps"}
+"""Warnings that speak of a whole sweep or of pairs; in a table they would mark everything. They are in summary.csv."""
 
 
 def main_results(cells: pd.DataFrame) -> str:
     """One `table` a model. Needs \\usepackage{booktabs}.
 
-    cells: as in summary.csv, with accuracy_low, accuracy_high and notices. Seeds are averaged, their intervals too.
+    cells: as in summary.csv, with accuracy_low, accuracy_high and warnings. Seeds are averaged, their intervals too.
     """
     tables = [_latex_table(str(model), _entries(rows)) for model, rows in cells.groupby("model", sort=True)]
     return "% \\usepackage{booktabs}\n" + "\n".join(tables)
@@ -55,14 +55,14 @@ def _entry(seeds: pd.DataFrame) -> str:
         return MISSING
     half = (known["accuracy_high"] - known["accuracy_low"]).mean() / 2
     around = "" if math.isnan(half) else f"\\,({100 * half:.1f})"
-    return f"{100 * known['accuracy'].mean():.1f}{around}{_mark(' '.join(known['notices']))}"
+    return f"{100 * known['accuracy'].mean():.1f}{around}{_mark(' '.join(known['warnings']))}"
 
 
-def _mark(notices: str) -> str:
-    rules = set(notices.split())
+def _mark(warnings: str) -> str:
+    rules = set(warnings.split())
     if any(rule.isupper() for rule in rules):
         return r"\textdaggerdbl"
-    return r"\textdagger" if rules - LIGHT_NOTICES else ""
+    return r"\textdagger" if rules - LIGHT_WARNINGS else ""
 
 
 def escape(text: str) -> str:

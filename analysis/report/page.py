@@ -18,7 +18,7 @@ import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from analysis.audit.audit import RULES, Audit, Finding
+from analysis.audit.audit import RULES, Audit, AuditFinding
 from analysis.baselines.comparison import PublishedComparison, summary_sentence
 from analysis.report.rounding import UNKNOWN, rounded, with_interval
 from analysis.report.runs import relative_link
@@ -85,14 +85,14 @@ class AuditSummary:
     """What the audit says, for the top of the page."""
 
     state: str
-    """sound, notice or fault"""
+    """sound, warning or error"""
     headline: str
     groups: Sequence[Mapping[str, Any]]
     """rule, severity, meaning, findings, and how many more there are"""
 
 
 def summarise_audit(found: Audit) -> AuditSummary:
-    by_rule: dict[str, list[Finding]] = defaultdict(list)
+    by_rule: dict[str, list[AuditFinding]] = defaultdict(list)
     for finding in found.findings:
         by_rule[finding.rule].append(finding)
     groups = [
@@ -105,7 +105,7 @@ def summarise_audit(found: Audit) -> AuditSummary:
         }
         for rule, findings in by_rule.items()
     ]
-    state = "fault" if found.faults else "notice" if groups else "sound"
+    state = "error" if found.errors else "warning" if groups else "sound"
     return AuditSummary(state, found.summary(), groups)
 
 

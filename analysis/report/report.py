@@ -23,7 +23,7 @@ from analysis.report.tables import (
     sparsity_vs_performance,
     with_imported,
     with_intervals,
-    with_notices,
+    with_warnings,
 )
 from analysis.stats.claims import as_markdown, headlines
 from analysis.stats.comparisons import Points
@@ -35,10 +35,10 @@ from tune_sparse.files import write_json, write_text
 
 @dataclass(frozen=True)
 class Report:
-    """What was found, as lines to print, how many faults the audit named, and how many cells are done."""
+    """What was found, as lines to print, how many errors the audit named, and how many cells are done."""
 
     lines: list[str]
-    faults: int
+    errors: int
     done: int
 
 
@@ -64,7 +64,7 @@ def write_report(
     results = read_results(results_dirs, sweep_ids)
     found = audit(results)
     cells = with_intervals(cells)
-    summary = with_notices(with_intervals(with_imported(cells, results.imported)), found)
+    summary = with_warnings(with_intervals(with_imported(cells, results.imported)), found)
     points = Points(cells, {run_id: e.answers for run_id, e in results.by_run.items() if e.answers})
     claims, tests = make_claims(points, results.imported)
     performance = sparsity_vs_performance(cells)
@@ -85,10 +85,10 @@ def write_report(
         passing=highest_passing_sparsity(performance),
     )
     page = present(folder, content, find_runs(results_dirs, points.answers), published)
-    said_first = [*found.lines(severities=["fault"]), *counts(cells), found.summary()]
+    said_first = [*found.lines(severities=["error"]), *counts(cells), found.summary()]
     lines = [*said_first, *headlines(claims), *highest_lines(performance)]
     lines += [f"Tables, figures, findings and audit: {folder}", f"To read: {page}"]
-    return Report(lines, len(found.faults), int((cells["status"] == "done").sum()))
+    return Report(lines, len(found.errors), int((cells["status"] == "done").sum()))
 
 
 def _refuse_mixed_sweeps(cells: pd.DataFrame) -> None:

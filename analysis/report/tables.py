@@ -70,9 +70,9 @@ def with_imported(cells: pd.DataFrame, imported: Sequence[Imported]) -> pd.DataF
     return pd.concat([cells.astype({"seed": "Int64"}), added.astype({"seed": "Int64"})], ignore_index=True)
 
 
-def with_notices(cells: pd.DataFrame, found: Audit) -> pd.DataFrame:
-    """The cells with the rules of the audit that speak of their run, faults in capitals."""
-    return cells.assign(notices=[found.rules_that_mark(run_id) for run_id in cells["run_id"]])
+def with_warnings(cells: pd.DataFrame, found: Audit) -> pd.DataFrame:
+    """The cells with the rules of the audit that speak of their run, errors in capitals."""
+    return cells.assign(warnings=[found.marks_of(run_id) for run_id in cells["run_id"]])
 
 
 def grouped_summary(points: Points) -> pd.DataFrame:

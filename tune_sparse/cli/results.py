@@ -105,7 +105,7 @@ def _report(chosen: argparse.Namespace) -> int:
     print("\n".join(report.lines))
     if chosen.bundle:
         print(f"{write_bundle(folders, chosen.bundle)} files for publication: {chosen.bundle}")
-    return OK if report.done and not report.faults else FAULT
+    return OK if report.done and not report.errors else FAULT
 
 
 def _track(chosen: argparse.Namespace) -> int:
