@@ -295,7 +295,7 @@ def test_a_copied_run_folder_is_counted_twice(ledger: Ledger) -> None:
 def test_losses_that_end_early_are_no_run(ledger: Ledger) -> None:
     path = folder_of(ledger) / "metrics.jsonl"
     path.write_text("\n".join(path.read_text().splitlines()[:-2]))
-    assert "12 steps were asked, metrics.jsonl has the losses of 10" in said(ledger)
+    assert "12 steps were requested, metrics.jsonl has the losses of 10" in said(ledger)
 
 
 def test_a_backend_of_tests_is_foreign(ledger: Ledger) -> None:

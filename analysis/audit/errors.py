@@ -106,9 +106,9 @@ def modes_coincide(first: Evidence, second: Evidence) -> bool:
 def no_effect(results: Results) -> Detections:
     masks = grouped(results.done, lambda e: (e.run.model_fingerprint, e.record.metrics["mask_sha256"]))
     for same in masks.values():
-        asked = grouped(same, lambda e: _mask_asked(e.run.cell))
-        if len(asked) > 1:
-            names = " and ".join(runs[0].run_id for runs in asked.values())
+        requested = grouped(same, lambda e: _requested_mask(e.run.cell))
+        if len(requested) > 1:
+            names = " and ".join(runs[0].run_id for runs in requested.values())
             yield f"{names} have one and the same mask", [e.run_id for e in same]
     dense = {_scored(e.run): e.untuned for e in results.done if e.run.cell.sparsity == 0}
     for e in results.done:
@@ -128,9 +128,9 @@ def off_target(results: Results) -> Detections:
         said = {"counted in the masks": recounted, "in sparse_config.json": e.sparse_config["counted_sparsity"]}
         said |= {"in the deployed weights": e.validation["counted_sparsity"]}
         said |= {"in result.json": e.record.metrics["counted_sparsity"]}
-        asked = e.run.cell.sparsity
-        if any(abs(value - asked) > TOLERANCE for value in said.values()):
-            yield f"{e.run_id}: {asked:g} was asked, within {TOLERANCE:g}; {_listed(said)}", [e.run_id]
+        requested = e.run.cell.sparsity
+        if any(abs(value - requested) > TOLERANCE for value in said.values()):
+            yield f"{e.run_id}: {requested:g} was requested, within {TOLERANCE:g}; {_listed(said)}", [e.run_id]
         elif abs(recounted - e.sparse_config["counted_sparsity"]) > COUNTS_AGREE:
             yield f"{e.run_id}: the counts disagree: {_listed(said)}", [e.run_id]
 
@@ -219,8 +219,8 @@ def unproven_number(results: Results) -> Detections:
     """Numbers that no run of theirs stands behind."""
     for cell_id, cell in results.cells.items():
         served_by = results.by_run.get(cell["run_id"])
-        asked = Cell(**{name: cell[name] for name in Cell.__dataclass_fields__})
-        if served_by and served_by.run.cell != asked.trained:
+        requested = Cell(**{name: cell[name] for name in Cell.__dataclass_fields__})
+        if served_by and served_by.run.cell != requested.trained:
             yield f"{cell_id} points to {cell['run_id']}, which is a run of another cell", [cell["run_id"]]
     for e in results.done:
         for text in _unproved(e):
@@ -230,7 +230,7 @@ def unproven_number(results: Results) -> Detections:
 def _unproved(e: Evidence) -> Iterator[str]:
     metrics, steps = e.record.metrics, e.run.protocol.steps
     if len(e.losses) != steps:
-        yield f"{steps} steps were asked, metrics.jsonl has the losses of {len(e.losses)}"
+        yield f"{steps} steps were requested, metrics.jsonl has the losses of {len(e.losses)}"
     elif e.losses[-1] != metrics["train_loss"]:
         yield f"the recorded train_loss is {metrics['train_loss']!r}, the last step's {e.losses[-1]!r}"
     if e.answers is None or "accuracy" not in metrics:
@@ -294,7 +294,7 @@ def _settings(run: Run) -> dict[str, Any]:
     return asdict(run.cell) | asdict(run.protocol) | inputs
 
 
-def _mask_asked(cell: Cell) -> tuple[Any, ...]:
+def _requested_mask(cell: Cell) -> tuple[Any, ...]:
     """What must have a mask of its own."""
     is_seeded = cell.method in METHODS and METHODS[cell.method].is_seeded
     return (cell.method, cell.sparsity, cell.seed if is_seeded else None)

@@ -38,7 +38,7 @@ class PublishedComparison:
 
 
 def protocols(results_dirs: Iterable[Path]) -> dict[str, dict[str, Any]]:
-    """{run_id: protocol} of every run that a sweep asked for."""
+    """{run_id: protocol} of every run that a sweep requested."""
     sweeps = (sweep for folder in results_dirs for sweep in Ledger(folder).sweeps())
     return {cell["run_id"]: sweep.config.get("protocol", {}) for sweep in sweeps for cell in sweep.cells}
 

@@ -40,7 +40,7 @@ Made by `tune-sparse report --bundle`.
 
 - `analysis/report.html`: to be opened in a browser; every number leads to its run.
 - `analysis/`: tables (CSV, LaTeX) and figures (PNG, PDF).
-- `results*/`: the ledger: what was asked for (`sweeps/`), each run with its configuration, result, validation and
+- `results*/`: the ledger: what was requested (`sweeps/`), each run with its configuration, result, validation and
   outcomes example by example (`runs/`). Adapters and weights are left out; `tune-sparse merge` makes a model of a run
   where the whole results folder is.
 - `environment/`: the tested package versions (`constraints.txt`), those found here (`packages.json`), and each run's

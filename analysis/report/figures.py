@@ -201,7 +201,7 @@ def per_layer_sparsity(cells: pd.DataFrame, runs: Runs) -> Figure | None:
             axis.spines[:].set_visible(False)
     for axis in axes[-1]:
         axis.set_xlabel("layer")
-    figure.colorbar(image, ax=axes, label=f"{SPARSITY}, {level:g} asked", shrink=0.8, pad=0.01)
+    figure.colorbar(image, ax=axes, label=f"{SPARSITY}, {level:g} requested", shrink=0.8, pad=0.01)
     return figure
 
 
@@ -261,13 +261,13 @@ def sub_adapter_fronts(cells: pd.DataFrame, runs: Runs) -> Figure | None:
     found = list(runs.searches())
     if not found:
         return None
-    bases = list(dict.fromkeys((asked["model"], asked["task"]) for asked, _ in found))
+    bases = list(dict.fromkeys((config["model"], config["task"]) for config, _ in found))
     figure, axes = panels(1, len(bases), (4.2, 3.0), sharey=True)
     for axis, base in zip(axes[0], bases, strict=True):
-        same = [(asked, front) for asked, front in found if (asked["model"], asked["task"]) == base]
-        for colour, (asked, front) in zip(COLOURS * 9, same, strict=False):
+        same = [(config, front) for config, front in found if (config["model"], config["task"]) == base]
+        for colour, (config, front) in zip(COLOURS * 9, same, strict=False):
             points = sorted((point["parameters_fraction"], point["accuracy"]) for point in front)
-            named = f"{asked['method']} {asked['sparsity']:g}, {asked['sampler']}"
+            named = f"{config['method']} {config['sparsity']:g}, {config['sampler']}"
             axis.plot(*zip(*points, strict=True), "-o", ms=3, lw=1.2, color=colour, label=named)
         axis.set_xlabel("adapter weights (fraction of the maximal)")
         axis.set_title(", ".join(base))

@@ -57,7 +57,7 @@ class Runs:
                 yield read_json(path)
 
     def searches(self) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]]]]:
-        """(what was asked, the front) of each finished sub-adapter search."""
+        """(what was requested, the front) of each finished sub-adapter search."""
         for folder in self.folders:
             for path in sorted((folder / "searches").glob("*/result.json")):
                 yield read_json(path.with_name("config.json")), read_json(path)["front"]

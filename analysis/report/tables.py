@@ -38,7 +38,7 @@ COSTS = ("train_samples_per_second", "train_seconds", "peak_memory_bytes", "infe
 
 
 def sparsity_vs_performance(cells: pd.DataFrame) -> pd.DataFrame:
-    """One row per setting: means over the seeds that are done, and how many of the asked seeds they are."""
+    """One row per setting: means over the seeds that are done, and how many of the requested seeds they are."""
     grouped = cells.assign(done=cells["status"] == "done").groupby(SETTING, sort=True)
     table = grouped[[name for name in PERFORMANCE if name in cells]].mean()
     table.insert(0, "seeds_done", grouped["done"].sum())

@@ -98,9 +98,9 @@ def as_markdown(claims: Iterable[Claim], seeds: str, audit_summary: str) -> str:
     lines = ["# Findings", "", audit_summary, "", seeds]
     for question, words in QUESTIONS.items():
         lines += ["", f"## {question}: {words}"]
-        asked = [claim for claim in listed if claim.question == question]
-        for about in dict.fromkeys(claim.about for claim in asked):
+        same_question = [claim for claim in listed if claim.question == question]
+        for about in dict.fromkeys(claim.about for claim in same_question):
             lines += ["", f"**{about}**", ""]
-            for claim in (claim for claim in asked if claim.about == about):
+            for claim in (claim for claim in same_question if claim.about == about):
                 lines.append(f"- {claim.text}" + (f" *({claim.test})*" if claim.test else ""))
     return "\n".join(lines) + "\n"

@@ -82,9 +82,9 @@ class Points:
 
     def __init__(self, cells: pd.DataFrame, answers: Mapping[str, Answers]) -> None:
         done = cells[(cells["status"] == "done") & cells["run_id"].isin(list(answers))]
-        asked = done["run_id"].map(lambda run: hash(tuple(answers[run].ids)))
-        usual = asked.groupby([done["model"], done["task"]]).transform(lambda same: same.mode()[0])
-        done = done[asked == usual]
+        questions = done["run_id"].map(lambda run: hash(tuple(answers[run].ids)))
+        usual = questions.groupby([done["model"], done["task"]]).transform(lambda same: same.mode()[0])
+        done = done[questions == usual]
         self.pruned = done[done["sparsity"] > 0].drop_duplicates("run_id")
         self.dense = done[(done["sparsity"] == 0) & (done["mode"] != "masked-finetuning")].drop_duplicates("run_id")
         self.answers = answers
@@ -159,7 +159,7 @@ def compare_values(points: Points, axis: str) -> list[PairedTest]:
         (", ".join(map(str, base)), a, b, same) for a, b, pairs in couples for base, same in pairs.groupby(BASE)
     ]
     everywhere = [(ALL_BASES, a, b, points.accuracies(pairs)) for a, b, pairs in couples]
-    everywhere = [asked for asked in everywhere if count_bases(asked[3]) > 1]
+    everywhere = [pair for pair in everywhere if count_bases(pair[3]) > 1]
     return [
         *corrected_tests(everywhere, points.over_bases),
         *corrected_tests(in_bases, points.over_base),
@@ -170,24 +170,24 @@ def compare_values(points: Points, axis: str) -> list[PairedTest]:
 def compare_cells(points: Points, axis: str, left: Any, right: Any, within: Sequence[str] = BASE) -> list[PairedTest]:
     """Each pair of cells by itself: which of these very models differ."""
     pairs = points.pairs(axis, left, right, within)
-    asked = [
+    compared = [
         (", ".join(f"{row[name]}" for name in [*within, *AXES] if name != axis), left, right, pairs.loc[[index]])
         for index, row in pairs.iterrows()
     ]
-    return corrected_tests(asked, points.over_base)
+    return corrected_tests(compared, points.over_base)
 
 
 def corrected_tests(
-    asked: Sequence[tuple[str, Any, Any, pd.DataFrame]],
+    compared: Sequence[tuple[str, Any, Any, pd.DataFrame]],
     estimate: Callable[[pd.DataFrame], Estimate],
     warning: str = "",
 ) -> list[PairedTest]:
     """A test of each (about, left, right, pairs), corrected by Holm over all of them."""
-    found = [estimate(pairs) for *_, pairs in asked]
+    found = [estimate(pairs) for *_, pairs in compared]
     corrected = holm([e.p for e in found])
     return [
         PairedTest(about, str(a), str(b), len(pairs), e, p, (*pairs["run_id_left"], *pairs["run_id_right"]), warning)
-        for (about, a, b, pairs), e, p in zip(asked, found, corrected, strict=True)
+        for (about, a, b, pairs), e, p in zip(compared, found, corrected, strict=True)
     ]
 
 

@@ -27,8 +27,8 @@ def make_claims(points: Points, imported: Sequence[Imported] = ()) -> tuple[list
         *_mode_claims(points, modes, single),
         *_backend_claims(points, backends),
     ]
-    asked = {"RQ2": methods, "RQ3": [*modes, *single], "RQ4": backends}
-    rows = [test.row(question) for question, tests in asked.items() for test in tests]
+    by_question = {"RQ2": methods, "RQ3": [*modes, *single], "RQ4": backends}
+    rows = [test.row(question) for question, tests in by_question.items() for test in tests]
     return claims, pd.DataFrame(rows)
 
 
@@ -104,10 +104,10 @@ EFFECT_SIZES = ("eta_squared", "omega_squared")
 
 
 def _mode_claims(points: Points, tests: Sequence[PairedTest], single: Sequence[PairedTest]) -> Iterator[Claim]:
-    asked = [t for t in tests if {t.left, t.right} == set(LORA_MODES) and not t.warning]
-    if not asked:
+    between_modes = [t for t in tests if {t.left, t.right} == set(LORA_MODES) and not t.warning]
+    if not between_modes:
         yield Claim("RQ3", ALL_BASES, "No two cells differ in these modes alone: there is nothing to compare.")
-    for test in (swap_sides(t, LORA_MODES[1]) for t in asked):
+    for test in (swap_sides(t, LORA_MODES[1]) for t in between_modes):
         unit = "accuracy" if points.is_accuracy(test.run_ids[0]) else "log-likelihood a token"
         measured = MEASURED.format(unit=unit)
         if test.is_shown:

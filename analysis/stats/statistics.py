@@ -121,7 +121,7 @@ def against_published(accuracy: float, count: int, published: float, published_c
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """p corrected for how many are asked at once (Holm 1979)."""
+    """p corrected for how many are tested at once (Holm 1979)."""
     from statsmodels.stats.multitest import multipletests
 
     return [float(p) for p in multipletests(p_values, method="holm")[1]] if len(p_values) else []

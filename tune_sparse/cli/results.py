@@ -82,7 +82,9 @@ def _status(chosen: argparse.Namespace) -> int:
         values = {"cells": len(cells), "by_status": counts.to_dict(), "failed": reasons, "eta_seconds": eta}
         print(json.dumps(values))
     else:
-        print(f"{len(cells)} cells: " + (", ".join(f"{n} {status}" for status, n in counts.items()) or "none asked"))
+        print(
+            f"{len(cells)} cells: " + (", ".join(f"{n} {status}" for status, n in counts.items()) or "none requested")
+        )
         for row in failed.itertuples():
             print(f"  {row.run_id}: {row.error}")
         if eta is not None:
