@@ -132,7 +132,7 @@ def _lower(config: SweepConfig, chosen: argparse.Namespace) -> int:
     plan = plan_sweep(config)
     try:
         for lowering in lower_all(config, list(plan.checkpoints.values()), Ledger(config.results_dir)):
-            print(json.dumps(asdict(lowering)) if chosen.json else lowering.described(), flush=True)
+            print(json.dumps(asdict(lowering)) if chosen.json else lowering.summary(), flush=True)
     except (RunError, ConnectionError) as error:
         print(f"tune-sparse: {error}", file=sys.stderr)
         return FAULT
