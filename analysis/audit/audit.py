@@ -1,4 +1,4 @@
-"""Can these results be trusted? Every rule on every record; nothing suspicious is dropped, all of it is named.
+"""The audit: every rule on every record. Nothing suspicious is dropped, all of it is named.
 
 An error makes the results untrustworthy (exit status 1). A warning is true of results that may be sound; it is marked
 wherever a number of that run is shown. docs/audit.md says for each rule what to do.
@@ -62,7 +62,7 @@ RULES: dict[str, Rule] = {
 
 @dataclass(frozen=True)
 class AuditFinding:
-    """What a rule found: the evidence in words, and the runs it is about."""
+    """One thing that a rule found: the evidence in words, and the runs it is about."""
 
     rule: str
     severity: Severity

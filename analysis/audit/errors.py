@@ -1,4 +1,4 @@
-"""What makes results untrustworthy: each check yields (what was found, the runs it is about)."""
+"""Checks for what makes results untrustworthy: each yields (what was found, the runs it is about)."""
 
 from __future__ import annotations
 
@@ -262,7 +262,7 @@ def compared(results: Results) -> dict[Any, list[Evidence]]:
 
 
 def grouped(evidence: Iterable[Evidence], key: Callable[[Evidence], Any]) -> dict[Any, list[Evidence]]:
-    """By a key; what has the key None is left out."""
+    """Group runs by a key; those with the key None are left out."""
     found = defaultdict(list)
     for e in evidence:
         found[key(e)].append(e)
@@ -295,13 +295,13 @@ def _settings(run: Run) -> dict[str, Any]:
 
 
 def _requested_mask(cell: Cell) -> tuple[Any, ...]:
-    """What must have a mask of its own."""
+    """The settings that must have a mask of their own."""
     is_seeded = cell.method in METHODS and METHODS[cell.method].is_seeded
     return (cell.method, cell.sparsity, cell.seed if is_seeded else None)
 
 
 def _scored(run: Run) -> tuple[Any, ...]:
-    """What has one unpruned accuracy before tuning."""
+    """The settings that have one unpruned accuracy before tuning."""
     p = run.protocol
     limits = (p.precision, p.max_tokens, p.num_fewshot, p.batch_tokens, p.threads)
     return (run.model_fingerprint, run.data_fingerprint, run.prompt_version, run.cell.task, *limits)

@@ -1,4 +1,4 @@
-"""What a reader of results must know: each check yields (what was found, the runs it is about)."""
+"""Checks for what a reader must know: each yields (what was found, the runs it is about)."""
 
 from __future__ import annotations
 

@@ -114,7 +114,7 @@ def _nearest(row: Published, found: pd.DataFrame) -> tuple[float, float, str, tu
 
 
 def summary_sentence(comparisons: Sequence[PublishedComparison]) -> str:
-    """How many numbers were compared, in words."""
+    """Say how many numbers were compared."""
     compared = sum(comparison.reason is None for comparison in comparisons)
     missing = sum(comparison.published.value is None for comparison in comparisons)
     return (

@@ -1,4 +1,4 @@
-"""What a paper's artifact needs, in one folder: the ledger, how it was made, tables, figures, checksums, CITATION."""
+"""A paper's artifact in one folder: the ledger, how it was made, tables, figures, checksums, CITATION."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tune_sparse.files import aside, write_json, write_text
 from tune_sparse.ledger.ledger import Ledger
 
 LEFT_OUT = ("adapter", "*.safetensors")
-"""Of a run's folder: what was trained, which is large and can be published as a model."""
+"""Files of a run's folder with trained weights, which are large and can be published as a model."""
 LEDGER = ("sweeps", "runs", "untuned", "imported", "throughput", "searches", "evaluations", "set_aside")
 CHECKSUMS = "SHA256SUMS"
 CONSTRAINTS = Path(tune_sparse.__file__).parents[1] / "cluster" / "constraints.txt"

@@ -62,7 +62,7 @@ class Traces:
         self._known: dict[tuple[int, ...], int] = {}
 
     def trace_number(self, run_ids: Iterable[str]) -> int:
-        """What `#trace=` takes for these runs."""
+        """The number that `#trace=` takes for these runs."""
         places = sorted({place for run_id in run_ids for place in self._cells_by_run.get(run_id, ())})
         return self._known.setdefault(tuple(places), len(self._known))
 
@@ -82,7 +82,7 @@ class Traces:
 
 @dataclass(frozen=True)
 class AuditSummary:
-    """What the audit says, for the top of the page."""
+    """The audit's result, for the top of the page."""
 
     state: str
     """sound, warning or error"""
@@ -111,7 +111,7 @@ def summarise_audit(found: Audit) -> AuditSummary:
 
 @dataclass(frozen=True)
 class Content:
-    """What the page shows."""
+    """Everything that the page shows."""
 
     counts: str
     cells: pd.DataFrame

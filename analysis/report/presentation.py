@@ -1,4 +1,4 @@
-"""What people read: the figures, the comparison with published numbers, and the HTML page."""
+"""Writes what people read: figures, the comparison with published numbers, and the HTML page."""
 
 from __future__ import annotations
 

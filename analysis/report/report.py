@@ -35,7 +35,7 @@ from tune_sparse.files import write_json, write_text
 
 @dataclass(frozen=True)
 class Report:
-    """What was found, as lines to print, how many errors the audit named, and how many cells are done."""
+    """The lines to print, how many errors the audit named, and how many cells are done."""
 
     lines: list[str]
     errors: int
@@ -101,7 +101,7 @@ def _refuse_mixed_sweeps(cells: pd.DataFrame) -> None:
 
 
 def counts(cells: pd.DataFrame) -> list[str]:
-    """How many cells have which status."""
+    """Count the cells of each status, in one line."""
     statuses = cells["status"].value_counts()
     done = cells[cells["status"] == "done"]
     named = ", ".join(f"{count} {status}" for status, count in statuses.items())

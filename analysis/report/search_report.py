@@ -1,4 +1,4 @@
-"""What a finished search found: its findings as lines, its pictures, and searches side by side."""
+"""The report of a finished search: lines, `test.csv`, pictures, and searches side by side."""
 
 from __future__ import annotations
 

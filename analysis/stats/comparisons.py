@@ -1,4 +1,4 @@
-"""Who is compared with whom: pairs of cells that differ in one thing alone, and what the tests say of them."""
+"""Pairs of cells that differ in one thing alone, and the tests of their differences."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from analysis.stats.statistics import (
 )
 
 BASE = ["backend", "model", "task"]
-"""What cells grow from: a base model on a task."""
+"""A base model on a task, from which cells grow."""
 AXES = ["method", "mode", "sparsity", "seed"]
 ALL_BASES = "all base models and tasks"
 NAIVE_WARNING = "not behind any claim: cells share examples and base models"
@@ -107,7 +107,7 @@ class Points:
         return np.stack([self.answers[right].scores - self.answers[left].scores for left, right in both])
 
     def over_base(self, pairs: pd.DataFrame) -> Estimate:
-        """Of one base: its cells, and its examples, stand for all that could have been drawn."""
+        """The mean difference of one base: its cells and its examples stand for all that could have been drawn."""
         values, answers = self.differences(pairs), self.answers[pairs["run_id_left"].iloc[0]]
         cells, count = values.shape
         if cells == 1:
@@ -116,7 +116,7 @@ class Points:
         return clustered_mean(values.ravel(), np.tile(answers.weights, cells), by_cell, by_example, "cell")
 
     def over_bases(self, pairs: pd.DataFrame) -> Estimate:
-        """Over several bases, each counting alike: these bases stand for all that could have been taken."""
+        """The mean difference of several bases, each counting alike: they stand for all that could have been taken."""
         values, weights, bases, examples = [], [], [], []
         for base, same in pairs.groupby(BASE, sort=True):
             answers = self.answers[same["run_id_left"].iloc[0]]
@@ -127,7 +127,7 @@ class Points:
         return clustered_mean(np.concatenate(values), np.concatenate(weights), bases, examples, "base model and task")
 
     def accuracies(self, pairs: pd.DataFrame) -> pd.DataFrame:
-        """Without texts: their scores are likelihoods, which do not average with accuracies."""
+        """The pairs without texts, whose scores are likelihoods, which do not average with accuracies."""
         return pairs[np.array([self.is_accuracy(run) for run in pairs["run_id_left"]], bool)]
 
     def is_accuracy(self, run_id: str) -> bool:

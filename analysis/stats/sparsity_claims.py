@@ -1,4 +1,4 @@
-"""How sparsity affects accuracy: pass marks, how far each curve holds, and where it breaks."""
+"""Claims about sparsity and accuracy: pass marks, how far each curve holds, and where it breaks."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def sparsity_claims(points: Points, imported: Sequence[Imported]) -> Iterator[Cl
 
 
 def _loss_claims(points: Points, sparsity: float) -> Iterator[Claim]:
-    """What one sparsity costs on the whole, by method."""
+    """The accuracy that one sparsity costs over all bases, by method."""
     pairs = points.accuracies(points.to_dense(sparsity))
     compared = [(ALL_BASES, "dense", method, same) for method, same in pairs.groupby("method", sort=True)]
     tests = corrected_tests([c for c in compared if count_bases(c[3]) > 1], points.over_bases)
@@ -120,7 +120,7 @@ def _reach_claim(about: str, curve_name: str, dense: pd.Series[Any], curve: pd.D
 
 
 def _break_claim(about: str, curve_name: str, dense: pd.Series[Any], curve: pd.DataFrame, points: Points) -> Claim:
-    """Where one step of sparsity costs most, if that fall is more than noise."""
+    """The step of sparsity that costs most, if that fall is more than noise."""
     steps = list(pairwise([dense, *(row for _, row in curve.iterrows())]))
     if not steps:
         return Claim("RQ1", about, f"{curve_name}: no finished run above sparsity zero.")

@@ -1,4 +1,4 @@
-"""Which differences can be shown: pure functions of arrays and frames, computed by scipy and statsmodels.
+"""Tests and intervals of differences: pure functions of arrays and frames, computed by scipy and statsmodels.
 
 Cells of a sweep are no independent draws: they answer the same examples and grow from the same base models. What that
 does to a test, and which test therefore stands behind which claim, is in docs/statistics.md; tests/test_simulation.py
@@ -166,7 +166,7 @@ def smallest_shown(count: int, disagreement: float = 0.1) -> float:
 
 
 def seeds_sentence(seeds: int) -> str:
-    """What this number of seeds can and cannot show, in words."""
+    """Say what this number of seeds can and cannot show."""
     if seeds == 1:
         return (
             "With one seed, a difference between two single runs may be the luck of their trainings: tests of one "
