@@ -46,7 +46,7 @@ def one(count: int) -> None:
         spent = {"wall_seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
         page = (ledger.folder / "analysis" / "report.html").stat().st_size
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(json.dumps({"cells": count, **spent, "peak_bytes": peak, "page_bytes": page, "faults": report.faults}))
+    print(json.dumps({"cells": count, **spent, "peak_bytes": peak, "page_bytes": page, "errors": report.errors}))
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Makers of ledgers in which the audit finds nothing, and of one fault at a time."""
+"""Makers of ledgers in which the audit finds nothing, and of one error at a time."""
 
 from __future__ import annotations
 

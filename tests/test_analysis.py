@@ -287,7 +287,7 @@ def test_a_report_has_tables_figures_and_lines(tmp_path: Path) -> None:
     assert len(report.lines) - len(said) == 4
     assert said == [
         "6 cells: 4 done, 1 failed, 1 missing; 3 distinct runs, 1 cells point to the run they share.",
-        "Audit of 3 runs: no fault; notices: 2 missing.",
+        "Audit of 3 runs: no error; warnings: 2 missing.",
         "Highest sparsity with accuracy, or perplexity, within 10% of the dense baseline:",
         f"  tiny, boolq (dense accuracy {dense_accuracy(folder):.3f}):",
         "    unstructured   sparse-to-dense 0, sparse-to-sparse 0.3",
@@ -296,9 +296,9 @@ def test_a_report_has_tables_figures_and_lines(tmp_path: Path) -> None:
     ]
     assert {path.name for path in folder.iterdir()} == REPORT_FILES
     header = (folder / "summary.csv").read_text().splitlines()[0]
-    assert header == f"{SUMMARY},accuracy_low,accuracy_high,notices"
+    assert header == f"{SUMMARY},accuracy_low,accuracy_high,warnings"
     summary = pd.read_csv(folder / "summary.csv")
-    assert summary["notices"].fillna("").tolist() == [""] * 4 + ["missing"] * 2
+    assert summary["warnings"].fillna("").tolist() == [""] * 4 + ["missing"] * 2
     performance = pd.read_csv(folder / "sparsity_vs_performance.csv")
     assert (len(performance), performance["seeds_done"].sum()) == (6, 4)
     for name in ("sparsity_vs_accuracy.png", "sparsity_vs_loss.png"):
@@ -311,18 +311,18 @@ def dense_accuracy(folder: Path) -> float:
     return pd.read_csv(folder / "summary.csv").query("sparsity == 0")["accuracy"].iloc[0]
 
 
-def test_a_report_says_faults_first_and_keeps_what_is_faulty(tmp_path: Path) -> None:
+def test_a_report_says_errors_first_and_keeps_what_is_faulty(tmp_path: Path) -> None:
     ledger = sound_ledger(tmp_path, cells_of(methods=("unstructured",), sparsities=(0.0, 0.3)))
     [run_id] = {cell["run_id"] for cell in ledger.sweeps()[0].cells if cell["mode"] == "sparse-to-dense"} - {
         cell["run_id"] for cell in ledger.sweeps()[0].cells if cell["sparsity"] == 0
     }
     edit(ledger.run_folder(run_id) / "result.json", metrics={"accuracy": 0.99})
     report = write_report([tmp_path])
-    assert report.faults == 1
-    assert report.lines[0] == "fault no-run: a number that no run stands behind"
+    assert report.errors == 1
+    assert report.lines[0] == "error unproven-number: a number that no run stands behind"
     assert report.lines[1].startswith(f"  {run_id}: the recorded accuracy is 0.99")
     summary = pd.read_csv(tmp_path / "analysis" / "summary.csv").set_index("run_id")
-    assert (summary.loc[run_id, "accuracy"], summary.loc[run_id, "notices"]) == (0.99, "NO-RUN")
+    assert (summary.loc[run_id, "accuracy"], summary.loc[run_id, "warnings"]) == (0.99, "UNPROVEN-NUMBER")
     assert re.search(r"99\.0\\,\(1\.\d\)\\textdaggerdbl", (tmp_path / "analysis" / "main_results.tex").read_text())
     assert main(["report", "--results-dir", str(tmp_path)]) == FAULT
 
@@ -333,7 +333,7 @@ def test_a_broken_record_is_a_missing_cell_and_the_rest_is_reported(tmp_path: Pa
     (ledger.run_folder(run_id) / "result.json").write_text('{"run_id"')
     (tmp_path / "sweeps" / "half.json").write_text("{")
     report = write_report([tmp_path])
-    assert report.faults == 2
+    assert report.errors == 2
     assert "4 cells: 3 done, 1 missing; 2 distinct runs, 1 cells point to the run they share." in report.lines
 
 

@@ -1,4 +1,4 @@
-"""Every rule of the audit finds the fault that is planted for it, and only that rule speaks."""
+"""Every rule of the audit finds the error that is planted for it, and only that rule speaks."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def pattern(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def ledger(pattern: Path, tmp_path: Path) -> Ledger:
-    """Nine runs of twelve cells without a fault, to plant one in."""
+    """Nine runs of twelve cells without an error, to plant one in."""
     return Ledger(Path(shutil.copytree(pattern, tmp_path / "results")))
 
 
@@ -63,7 +63,7 @@ def checksum(ledger: Ledger) -> None:
     edit(folder_of(ledger) / "validation_report.json", mask_sha256="f" * 64)
 
 
-def twins(ledger: Ledger) -> None:
+def duplicate_results(ledger: Ledger) -> None:
     shutil.copy(folder_of(ledger, ANOTHER) / "metrics.jsonl", folder_of(ledger))
     last = json.loads((folder_of(ledger) / "metrics.jsonl").read_text().splitlines()[-1])
     edit(folder_of(ledger) / "result.json", metrics={"train_loss": last["train_loss"]})
@@ -99,7 +99,7 @@ def counted_twice(ledger: Ledger) -> None:
     edit(path, cells=[cell | {"shared_with": None} for cell in json.loads(path.read_text())["cells"]])
 
 
-def no_run(ledger: Ledger) -> None:
+def unproven_number(ledger: Ledger) -> None:
     edit(folder_of(ledger) / "result.json", metrics={"accuracy": 0.99})
 
 
@@ -113,7 +113,7 @@ def at_chance(ledger: Ledger) -> None:
     rewritten(ledger, accuracy=0.45)
 
 
-def one_answer(ledger: Ledger) -> None:
+def constant_prediction(ledger: Ledger) -> None:
     """The commonest answer nearly always, and right where it is not given."""
     golds = {o.id: str(o.gold) for o in outcomes_of(A_RUN, 1.0)}
     usual, _ = Counter(golds.values()).most_common(1)[0]
@@ -172,17 +172,17 @@ PLANTED: dict[str, Callable[[Ledger], None]] = {
     "unreadable": unreadable,
     "identity": identity,
     "checksum": checksum,
-    "twins": twins,
+    "duplicate-results": duplicate_results,
     "no-effect": no_effect,
     "off-target": off_target,
     "zeros-lost": zeros_lost,
     "mixed-versions": mixed_versions,
     "overlap": overlap,
     "counted-twice": counted_twice,
-    "no-run": no_run,
+    "unproven-number": unproven_number,
     "conflict": conflict,
     "at-chance": at_chance,
-    "one-answer": one_answer,
+    "constant-prediction": constant_prediction,
     "same-answers": same_answers,
     "modes-coincide": modes_coincide,
     "few-examples": few_examples,
@@ -210,7 +210,7 @@ def test_a_sound_ledger_has_no_finding(ledger: Ledger) -> None:
     found = audited(ledger)
     assert found.findings == ()
     assert found.runs == 9
-    assert found.summary() == "Audit of 9 runs: no fault; no notice."
+    assert found.summary() == "Audit of 9 runs: no error; no warning."
 
 
 @pytest.mark.parametrize("rule", PLANTED)
@@ -218,7 +218,7 @@ def test_a_planted_fault_is_found_by_its_rule_alone(rule: str, ledger: Ledger) -
     PLANTED[rule](ledger)
     found = audited(ledger)
     assert {finding.rule for finding in found.findings} == {rule}
-    assert bool(found.faults) == (RULES[rule].severity == "fault")
+    assert bool(found.errors) == (RULES[rule].severity == "error")
     for finding in found.findings:
         assert finding.text
         assert finding.run_ids
@@ -231,7 +231,8 @@ def said(ledger: Ledger) -> str:
 def test_equal_weights_of_different_settings_are_twins(ledger: Ledger) -> None:
     for run in (A_RUN, sound_run(replace(A_CELL, method="random"))):
         edit(folder_of(ledger, run) / "result.json", metrics={"weights_sha256": "e" * 64})
-    assert re.search(r"fault twins.*\n  .* differ in method, and to the last bit not in their weights", said(ledger))
+    expected = r"error duplicate-results.*\n  .* differ in method, and to the last bit not in their weights"
+    assert re.search(expected, said(ledger))
 
 
 def test_equal_scores_of_different_settings_are_twins(ledger: Ledger) -> None:
@@ -243,7 +244,7 @@ def test_equal_losses_under_another_limit_of_test_rows_are_no_twins(ledger: Ledg
     run = sound_run(A_CELL, replace(PROTOCOL, n_test=390))
     write_sound(ledger, run)
     shutil.copy(folder_of(ledger) / "metrics.jsonl", folder_of(ledger, run))
-    assert "twins" not in {finding.rule for finding in audited(ledger).findings}
+    assert "duplicate-results" not in {finding.rule for finding in audited(ledger).findings}
 
 
 def test_structured_modes_that_lost_heads_must_differ(ledger: Ledger) -> None:
@@ -251,7 +252,7 @@ def test_structured_modes_that_lost_heads_must_differ(ledger: Ledger) -> None:
     for mode in ("sparse-to-dense", "sparse-to-sparse"):
         run = sound_run(replace(A_CELL, method="structured", sparsity=0.1, mode=mode))
         write_sound(ledger, run, kept=kept, weights_sha256="e" * 64)
-    assert {finding.rule for finding in audited(ledger).findings} == {"twins"}
+    assert {finding.rule for finding in audited(ledger).findings} == {"duplicate-results"}
 
 
 def test_one_mask_for_two_methods_had_no_effect(ledger: Ledger) -> None:
@@ -294,7 +295,7 @@ def test_a_copied_run_folder_is_counted_twice(ledger: Ledger) -> None:
 def test_losses_that_end_early_are_no_run(ledger: Ledger) -> None:
     path = folder_of(ledger) / "metrics.jsonl"
     path.write_text("\n".join(path.read_text().splitlines()[:-2]))
-    assert "12 steps were asked, metrics.jsonl has the losses of 10" in said(ledger)
+    assert "12 steps were requested, metrics.jsonl has the losses of 10" in said(ledger)
 
 
 def test_a_backend_of_tests_is_foreign(ledger: Ledger) -> None:
@@ -323,7 +324,7 @@ def test_a_broken_file_is_listed_and_the_rest_analysed(
     (folder_of(ledger) / name).write_text(content)
     assert main(["audit", "--results-dir", str(ledger.folder)]) == FAULT
     printed = capsys.readouterr().out
-    assert re.search(rf"fault unreadable.*\n  {re.escape(str(folder_of(ledger)))}: .*{re.escape(reason)}", printed)
+    assert re.search(rf"error unreadable.*\n  {re.escape(str(folder_of(ledger)))}: .*{re.escape(reason)}", printed)
     assert "Audit of 8 runs: 1 unreadable" in printed
 
 
@@ -332,18 +333,18 @@ def test_a_broken_sweep_record_is_listed(ledger: Ledger) -> None:
     assert [finding.rule for finding in audited(ledger).findings] == ["unreadable"]
 
 
-def test_rows_that_are_gone_are_a_notice(tmp_path: Path) -> None:
+def test_rows_that_are_gone_are_a_warning(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path / "results")
     write_sound(ledger, replace(A_RUN, data_dir="/no/such/rows"))
     assert "the rows of boolq are not here any more (/no/such/rows)" in said(ledger)
 
 
-def test_notices_mark_a_run(ledger: Ledger) -> None:
+def test_warnings_mark_a_run(ledger: Ledger) -> None:
     hardware(ledger)
-    no_run(ledger)
+    unproven_number(ledger)
     found = audited(ledger)
-    assert found.rules_that_mark(A_RUN.run_id) == "NO-RUN hardware"
-    assert found.rules_that_mark("another") == ""
+    assert found.marks_of(A_RUN.run_id) == "UNPROVEN-NUMBER hardware"
+    assert found.marks_of("another") == ""
 
 
 def test_the_command_prints_json_and_says_by_its_status_whether_there_is_a_fault(
@@ -352,11 +353,11 @@ def test_the_command_prints_json_and_says_by_its_status_whether_there_is_a_fault
     arguments = ["audit", "--results-dir", str(ledger.folder), "--json"]
     hardware(ledger)
     assert main(arguments) == OK
-    no_run(ledger)
+    unproven_number(ledger)
     capsys.readouterr()
     assert main(arguments) == FAULT
     findings = json.loads(capsys.readouterr().out)["findings"]
-    assert [(f["rule"], f["severity"]) for f in findings] == [("no-run", "fault"), ("hardware", "notice")]
+    assert [(f["rule"], f["severity"]) for f in findings] == [("unproven-number", "error"), ("hardware", "warning")]
     assert findings[0]["run_ids"] == [A_RUN.run_id]
 
 

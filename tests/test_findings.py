@@ -19,8 +19,8 @@ from analysis.read.imported import Imported
 from analysis.read.load import cells_table
 from analysis.report.report import write_report
 from analysis.stats.claims import QUESTIONS, Claim, as_markdown, headlines, number
-from analysis.stats.comparisons import ALL_BASES, NAIVE_WARNING, Points, compare, turned
-from analysis.stats.findings import findings, seeds_said
+from analysis.stats.comparisons import ALL_BASES, NAIVE_WARNING, Points, compare_values, swap_sides
+from analysis.stats.findings import describe_seeds, make_claims
 from analysis.stats.statistics import wilson
 from tune_sparse.config import Cell
 from tune_sparse.ledger.ledger import Ledger
@@ -64,7 +64,7 @@ def points_of(ledger: Ledger) -> Points:
 
 @cache
 def claims_of(ledger: Ledger, *imported: Imported) -> list[Claim]:
-    return findings(points_of(ledger), imported)[0]
+    return make_claims(points_of(ledger), imported)[0]
 
 
 def texts(claims: list[Claim], question: str, about: str = "") -> str:
@@ -127,7 +127,7 @@ def test_two_backends_are_compared_cell_by_cell(alike: Ledger) -> None:
     other = points.pruned.assign(backend="cerebras", run_id=points.pruned["run_id"] + "+")
     answers = {**points.answers, **{f"{run}+": points.answers[run] for run in points.pruned["run_id"]}}
     both = Points(pd.concat([points.pruned, other]), answers)
-    said = texts(findings(both)[0], "RQ4")
+    said = texts(make_claims(both)[0], "RQ4")
     assert "Of 32 cells that ran on two backends, 0 are shown to differ in accuracy." in said
     assert "cerebras 128, torch 128" in said
 
@@ -180,7 +180,7 @@ def test_an_imported_baseline_is_measured_against(alike: Ledger) -> None:
 
 
 def test_the_naive_test_is_shown_with_its_warning_and_never_carries_a_claim(apart: Ledger) -> None:
-    tests = compare(points_of(apart), "mode")
+    tests = compare_values(points_of(apart), "mode")
     naive = [test for test in tests if test.warning]
     assert [test.warning for test in naive] == [NAIVE_WARNING]
     assert naive[0].p_corrected < 0.001
@@ -208,16 +208,16 @@ def test_runs_that_answered_other_questions_are_not_compared(apart: Ledger) -> N
 
 
 def test_turning_a_test_turns_its_numbers(apart: Ledger) -> None:
-    test = compare(points_of(apart), "mode")[0]
-    back = turned(test, test.left)
+    test = compare_values(points_of(apart), "mode")[0]
+    back = swap_sides(test, test.left)
     assert (back.left, back.right) == (test.right, test.left)
     assert (back.estimate.value, back.estimate.low) == (-test.estimate.value, -test.estimate.high)
-    assert turned(test, test.right) is test
+    assert swap_sides(test, test.right) is test
 
 
 def test_a_method_with_a_colon_in_its_name_can_be_spoken_of(apart: Ledger) -> None:
     cells = cells_table([apart.folder]).replace({"method": {"random": "wanda-2:4"}})
-    claims, _ = findings(Points(cells, points_of(apart).answers))
+    claims, _ = make_claims(Points(cells, points_of(apart).answers))
     assert "wanda-2:4" in texts(claims, "RQ2")
 
 
@@ -227,7 +227,7 @@ def test_texts_are_compared_by_their_likelihoods_and_not_averaged_with_accuracie
     cells.loc[of_text, "accuracy"] = None
     for run in set(cells.loc[of_text, "run_id"]):
         answers[run] = replace(answers[run], scores=answers[run].scores - 2.5)
-    claims, _ = findings(Points(cells, answers))
+    claims, _ = make_claims(Points(cells, answers))
     assert re.search(r"by \+0\.\d+ log-likelihood a token", texts(claims, "RQ3", "torch, other, boolq"))
     assert re.search(r"by \+0\.\d+ accuracy", texts(claims, "RQ3", "torch, tiny, boolq"))
     assert "better than sparse-to-dense" not in texts(claims, "RQ3", ALL_BASES)
@@ -237,21 +237,21 @@ def test_texts_are_compared_by_their_likelihoods_and_not_averaged_with_accuracie
 def test_one_method_and_one_mode_are_said_to_be_one(apart: Ledger) -> None:
     cells = cells_table([apart.folder])
     only = cells[(cells["method"] == "random") & (cells["mode"] == "sparse-to-dense")]
-    claims, _ = findings(Points(only, points_of(apart).answers))
+    claims, _ = make_claims(Points(only, points_of(apart).answers))
     assert texts(claims, "RQ2") == "One method only: there is nothing to compare."
     assert "No two cells differ in these modes alone" in texts(claims, "RQ3")
 
 
 def test_nothing_finished_says_nothing(apart: Ledger) -> None:
     cells = cells_table([apart.folder]).assign(status="missing")
-    claims, tests = findings(Points(cells, {}))
+    claims, tests = make_claims(Points(cells, {}))
     assert tests.empty
     assert all(not claim.numbers for claim in claims)
 
 
 def test_what_was_not_measured_is_unknown(apart: Ledger) -> None:
     cells = cells_table([apart.folder]).assign(train_samples_per_second=float("nan"))
-    claims, _ = findings(Points(cells, points_of(apart).answers))
+    claims, _ = make_claims(Points(cells, points_of(apart).answers))
     [cost] = [claim for claim in claims if claim.about == "cost on torch"]
     assert cost.numbers["rate0"].value is None
     assert "sparse-to-dense unknown samples a second" in cost.text
@@ -261,11 +261,11 @@ def test_what_was_not_measured_is_unknown(apart: Ledger) -> None:
 def test_the_report_writes_what_it_claims(apart: Ledger) -> None:
     report = write_report([apart.folder])
     folder = apart.folder / "analysis"
-    assert report.faults == 0
+    assert report.errors == 0
     assert [line.split(":")[0] for line in report.lines if line.startswith("RQ")] == list(QUESTIONS)
     page, data = (folder / "findings.md").read_text(), json.loads((folder / "findings.json").read_text())
     assert all(claim["text"] in page for claim in data)
-    assert seeds_said(cells_table([apart.folder])) in page
+    assert describe_seeds(cells_table([apart.folder])) in page
     tests = pd.read_csv(folder / "tests.csv")
     assert {"RQ2", "RQ3"} == set(tests["question"])
     assert (tests["p_corrected"] >= tests["p"] - 1e-12).all()
@@ -278,7 +278,7 @@ def test_the_report_writes_what_it_claims(apart: Ledger) -> None:
     assert (grouped["cells"] == 4).all()
     assert ((grouped["low"] < grouped["mean_score"]) & (grouped["mean_score"] < grouped["high"])).all()
     rules = {finding["rule"] for finding in json.loads((folder / "audit.json").read_text())}
-    assert rules == set(" ".join(summary["notices"].dropna()).split()) == {"at-chance"}
+    assert rules == set(" ".join(summary["warnings"].dropna()).split()) == {"at-chance"}
 
 
 def test_headlines_are_the_first_claim_of_each_question() -> None:

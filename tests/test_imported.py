@@ -77,7 +77,7 @@ def test_an_imported_number_is_seen_as_such(tmp_path: Path) -> None:
     summary = pd.read_csv(folder / "summary.csv")
     [row] = summary[summary["status"] == "imported"].to_dict("records")
     assert (row["backend"], row["accuracy"], row["n_examples"]) == ("imported", 0.93, 400)
-    assert row["notices"] == "imported"
+    assert row["warnings"] == "imported"
     assert row["accuracy_low"] < 0.93 < row["accuracy_high"]
     assert lines[0].startswith("6 cells: 6 done;")
     assert "imported" not in (folder / "sparsity_vs_performance.csv").read_text()

@@ -28,8 +28,6 @@ LEVELS = (
     {"analysis.stats"},
     {"analysis.audit", "analysis.baselines"},
     {"analysis.report"},
-    {"analysis.search_plots"},
-    {"analysis.search_report"},
     {"trainables"},
     {"tune_sparse.sweep", "tune_sparse.export"},
     {"tune_sparse.search"},
@@ -43,7 +41,7 @@ LEVEL = {folder: level for level, folders in enumerate(LEVELS) for folder in fol
 LIBRARIES = {
     "ray": {"trainables", "tune_sparse.sweep", "tune_sparse.search", "tune_sparse.doctor"},
     "mlflow": {"tune_sparse.tracking"},
-    "optuna": {"tune_sparse.search", "analysis.search_plots"},
+    "optuna": {"tune_sparse.search", "analysis.report"},
     "lm_eval": {"tune_sparse.evaluation"},
     "scipy": {"analysis.stats"},
     "statsmodels": {"analysis.stats"},

@@ -24,13 +24,13 @@ def table() -> pd.DataFrame:
         "n_examples": 400,
     }
     rows = [
-        names | {"method": method, "sparsity": sparsity, "accuracy": accuracy, "notices": notices}
-        for method, sparsity, accuracy, notices in (
+        names | {"method": method, "sparsity": sparsity, "accuracy": accuracy, "warnings": warnings}
+        for method, sparsity, accuracy, warnings in (
             ("random", 0.0, 0.5, ""),
             ("random", 0.5, 0.25, "few-examples unchecked"),
             ("random", 0.9, None, "missing"),
             ("wanda-2:4", 0.0, 0.5, "at-chance hardware"),
-            ("wanda-2:4", 0.5, 1.0, "at-chance NO-RUN"),
+            ("wanda-2:4", 0.5, 1.0, "at-chance UNPROVEN-NUMBER"),
         )
     ]
     return with_intervals(pd.DataFrame(rows).assign(accuracy_stderr=None))
@@ -55,12 +55,20 @@ def test_another_backend_is_a_row_of_its_own() -> None:
     assert r"sparse-to-dense (imported) &" in main_results(cells)
 
 
+def test_tasks_are_ruled_apart_and_odd_names_are_escaped() -> None:
+    cells = pd.concat([table(), table().assign(task="my_task", model="my_llama & 50%")])
+    lines = main_results(cells).splitlines()
+    inner = [i for i, line in enumerate(lines) if line == r"\midrule"]
+    assert [lines[i + 1].split(" & ")[0] for i in inner] == ["gsm8k", r"my\_task"]
+    assert [line for line in lines if line.startswith(r"\caption{my\_llama \& 50\%. Accuracy in percent")]
+
+
 @pytest.mark.parametrize(
     ("text", "escaped"),
     [
         ("a_b", r"a\_b"),
         ("50% & more #1", r"50\% \& more \#1"),
-        ("~^\\", r"\textasciitilde{}\textasciicircum{}\textbackslash{}"),
+        ("~^\\", r"\textasciitilde \textasciicircum \textbackslash "),
         ("{$}", r"\{\$\}"),
     ],
 )

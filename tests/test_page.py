@@ -15,8 +15,8 @@ import yaml
 from factories import failed_record, make_run, sweep_of
 from sound import cells_of, sound_ledger
 
-from analysis.report.bundle import citation, write_bundle
-from analysis.report.page import said
+from analysis.report.bundle import PROGRAM, citation, write_bundle
+from analysis.report.page import render_claim
 from analysis.report.report import write_report
 from analysis.stats.claims import Claim, number
 from tune_sparse.cli import main
@@ -30,7 +30,7 @@ LIMIT_BYTES = 10 * 2**20
 def ledger(tmp_path_factory: pytest.TempPathFactory) -> Ledger:
     """Twelve cells, ten runs, with a report."""
     ledger = sound_ledger(tmp_path_factory.mktemp("report") / "results")
-    assert write_report([ledger.folder]).faults == 0
+    assert write_report([ledger.folder]).errors == 0
     return ledger
 
 
@@ -53,7 +53,7 @@ def test_the_page_needs_no_network_and_is_small(page: str) -> None:
 
 
 def test_the_audit_comes_first_and_then_the_findings(page: str) -> None:
-    places = [page.index(text) for text in ('id="audit"', "no fault", 'id="findings"', "RQ1", 'id="curves"')]
+    places = [page.index(text) for text in ('id="audit"', "no error", 'id="findings"', "RQ1", 'id="curves"')]
     assert places == sorted(places)
 
 
@@ -93,7 +93,7 @@ def test_links_to_figures_lead_somewhere(page: str, ledger: Ledger) -> None:
 def test_a_claim_keeps_its_words_and_numbers_in_order() -> None:
     numbers = {"difference": number(0.5, ["a", "b"], "+.2f"), "p": number(0.01, ["a"], ".2f")}
     claim = Claim("RQ1", "all", "better by {difference} (p = {p}) {{sic}}", numbers, "a test")
-    found = said(claim)
+    found = render_claim(claim)
     assert "".join(text for text, _ in found.parts) == claim.text == "better by +0.50 (p = 0.01) {sic}"
     assert [(text, ids) for text, ids in found.parts if ids] == [("+0.50", ("a", "b")), ("0.01", ("a",))]
 
@@ -147,6 +147,12 @@ def test_the_citation_is_yaml_and_names_the_sources() -> None:
     addresses = [reference["url"] for reference in found["references"]]
     assert len(addresses) > 20
     assert "https://doi.org/10.1145/3731599.3767395" in addresses
+
+
+def test_the_repository_says_how_to_cite_the_program() -> None:
+    path = Path(__file__).parents[1] / "CITATION.cff"
+    assert yaml.safe_load(path.read_text("utf-8")) == PROGRAM
+    assert yaml.safe_load(citation()).items() >= {name: PROGRAM[name] for name in PROGRAM if name != "message"}.items()
 
 
 def test_a_bundle_never_overwrites(ledger: Ledger, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 from factories import done_record, make_cell, make_run, sweep_of, write_run
 from test_published import published
 
-from analysis.baselines.comparison import compare, protocols, summarised
+from analysis.baselines.comparison import compare_with_published, protocols, summary_sentence
 from analysis.read.load import cells_table
 from analysis.report.phoenix import phoenix_table
 from tune_sparse.config import Protocol
@@ -37,32 +37,32 @@ def cells(tmp_path_factory: pytest.TempPathFactory) -> tuple[pd.DataFrame, dict[
 
 
 def test_the_setting_with_their_method_stands_beside(cells: tuple[pd.DataFrame, dict[str, Any]]) -> None:
-    [found] = compare([published(**SAME)], *cells)
+    [found] = compare_with_published([published(**SAME)], *cells)
     assert found.reason is None
     assert found.value == pytest.approx(0.71)
     assert found.difference == pytest.approx(0.11)
     assert found.low is not None
     assert found.high is not None
     assert found.low < 0.11 < found.high
-    assert (found.described, len(found.run_ids)) == ("random, sparse-to-dense", 2)
+    assert (found.our_setting, len(found.run_ids)) == ("random, sparse-to-dense", 2)
 
 
 def test_without_their_method_the_best_of_ours_stands_beside_and_says_so(
     cells: tuple[pd.DataFrame, dict[str, Any]],
 ) -> None:
-    [found] = compare([published(**SAME | {"method": "lonas"})], *cells)
+    [found] = compare_with_published([published(**SAME | {"method": "lonas"})], *cells)
     assert found.value == pytest.approx(0.82)
-    assert found.described == "wanda, sparse-to-dense, the best of 2"
+    assert found.our_setting == "wanda, sparse-to-dense, the best of 2"
 
 
 def test_at_sparsity_0_the_one_dense_run_stands_beside(cells: tuple[pd.DataFrame, dict[str, Any]]) -> None:
-    [found] = compare([published(**SAME | {"sparsity": 0.0, "method": "none"})], *cells)
-    assert (found.value, found.described, len(found.run_ids)) == (0.9, "dense", 1)
+    [found] = compare_with_published([published(**SAME | {"sparsity": 0.0, "method": "none"})], *cells)
+    assert (found.value, found.our_setting, len(found.run_ids)) == (0.9, "dense", 1)
 
 
 def test_a_perplexity_needs_the_same_windows_and_has_no_interval(cells: tuple[pd.DataFrame, dict[str, Any]]) -> None:
     rows = [published(**SAME | {"metric": "perplexity", "value": 8.0, "context_tokens": t}) for t in (2048, 4096, None)]
-    same, other, unstated = compare(rows, *cells)
+    same, other, unstated = compare_with_published(rows, *cells)
     assert (same.reason, same.value, same.difference, same.low) == (None, 7.0, -1.0, None)
     assert other.reason == "theirs on windows of 4096 tokens, ours of 2048"
     assert unstated.reason == "the source does not state the tokens of its windows"
@@ -84,26 +84,27 @@ def test_a_perplexity_needs_the_same_windows_and_has_no_interval(cells: tuple[pd
 def test_what_does_not_agree_is_not_compared(
     change: dict[str, Any], reason: str, cells: tuple[pd.DataFrame, dict[str, Any]]
 ) -> None:
-    [found] = compare([published(**SAME | change)], *cells)
+    [found] = compare_with_published([published(**SAME | change)], *cells)
     assert found.reason == reason
     assert (found.value, found.difference, found.run_ids) == (None, None, ())
 
 
 def test_what_is_not_done_is_not_compared(cells: tuple[pd.DataFrame, dict[str, Any]]) -> None:
     table, job_protocol = cells
-    [found] = compare([published(**SAME)], table.assign(status="failed"), job_protocol)
+    [found] = compare_with_published([published(**SAME)], table.assign(status="failed"), job_protocol)
     assert found.reason == "no finished run of Tiny"
 
 
 def test_the_table_of_phoenix_says_what_is_missing(cells: tuple[pd.DataFrame, dict[str, Any]]) -> None:
     rows = [published(**SAME | {"source": "Phoenix", **change}) for change in ({}, {"value": None}, {"num_fewshot": 0})]
-    comparisons = compare([*rows, published(**SAME)], *cells)
+    comparisons = compare_with_published([*rows, published(**SAME)], *cells)
     lines = phoenix_table(comparisons).splitlines()[5:-2]
     assert len(lines) == 3
     assert lines[0].startswith("Tiny & boolq & 0.5 & 0.6 & 0.710 & +0.1")
     assert lines[1].endswith(r"not available & -- & not available \\")
     assert lines[2].endswith(r"-- & not comparable: theirs is 0-shot, ours 5-shot \\")
-    assert summarised(comparisons).startswith("2 of 4 published numbers have a comparable run of ours; 1 are not avail")
+    summary = summary_sentence(comparisons)
+    assert summary.startswith("2 of 4 published numbers have a comparable run of ours; 1 are not avail")
 
 
 def test_protocols_are_those_of_the_sweeps(tmp_path: Path) -> None:

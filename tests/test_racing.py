@@ -1,21 +1,26 @@
 from __future__ import annotations
 
 import random
+from math import comb
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 
+from analysis.stats.statistics import paired_difference
 from tune_sparse.search.racing import (
+    LEVEL_OF_BEST,
+    LEVEL_OF_FRONT,
     STAGES,
     Marks,
     Race,
+    accuracy_difference,
     asked_first,
     cut_stages,
-    difference_interval,
     hypervolume,
     p_value,
+    pareto_front,
     won,
 )
 
@@ -45,9 +50,29 @@ def test_the_p_value_is_the_binomial_tail(wins: int, losses: int) -> None:
 
 
 def test_the_interval_is_centred_on_the_paired_difference() -> None:
-    mean, low, high = difference_interval(Marks.of("1" * 60 + "0" * 40), Marks.of("1" * 50 + "0" * 40 + "1" * 10))
+    mean, low, high = accuracy_difference(Marks.of("1" * 60 + "0" * 40), Marks.of("1" * 50 + "0" * 40 + "1" * 10))
     assert mean == 0.0
-    assert -low == high == pytest.approx(1.96 * (20**0.5) / 100)
+    assert -low == high == pytest.approx(1.96 * (22**0.5) / 102, rel=1e-4), "one win and one loss more, of two more"
+
+
+def test_racing_and_the_report_state_one_interval() -> None:
+    a, b = "1101110111", "1011111000"
+    before, after = ([c == "1" for c in text] for text in (b, a))
+    found = paired_difference(before, after)
+    assert accuracy_difference(Marks.of(a), Marks.of(b)) == (pytest.approx(found.value), found.low, found.high)
+
+
+@given(wins=st.integers(0, 60), losses=st.integers(0, 60))
+def test_racing_stops_whom_the_binomial_tail_written_out_stops(wins: int, losses: int) -> None:
+    tail = sum(comb(wins + losses, k) for k in range(wins, wins + losses + 1)) / 2 ** (wins + losses)
+    assert all((p_value(wins, losses) <= level) == (tail <= level) for level in (LEVEL_OF_FRONT, LEVEL_OF_BEST))
+
+
+def test_of_equal_points_a_front_has_the_first_or_all() -> None:
+    points = {"b": (0.5, 1.0), "a": (0.5, 1.0), "dear": (0.5, 2.0), "best": (0.7, 3.0)}
+    assert pareto_front(points) == ["a", "best"]
+    assert pareto_front(points, keep_equal=True) == ["a", "b", "best"]
+    assert pareto_front({}) == []
 
 
 def test_examples_that_divide_candidates_are_asked_first() -> None:

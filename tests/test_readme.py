@@ -41,7 +41,7 @@ def test_every_preset_is_explained() -> None:
     assert [name for name in explained if f"`{name}`" not in README] == []
 
 
-@pytest.mark.parametrize("folder", ["tune_sparse", "search_spaces", "trainables", "analysis"])
+@pytest.mark.parametrize("folder", ["tune_sparse", "search_spaces", "trainables"])
 def test_every_module_is_in_the_file_tree(folder: str) -> None:
     modules = [path.stem for path in (ROOT / folder).glob("*.py") if not path.stem.startswith("__")]
     assert modules

@@ -10,7 +10,15 @@ from hypothesis import strategies as st
 from tune_sparse.config import Cerebras, SweepConfig
 from tune_sparse.errors import InputError
 from tune_sparse.ledger.ledger import Record, Run
-from tune_sparse.sweep.resources import MOST_TOGETHER, Placement, Resources, described, fits, gpu_share, needed_fraction
+from tune_sparse.sweep.resources import (
+    MOST_TOGETHER,
+    Placement,
+    Resources,
+    describe_resources,
+    fits,
+    gpu_share,
+    needed_fraction,
+)
 
 GB = 1_000_000_000
 LAPTOP: Resources = {"CPU": 2, "memory": 8 * GB}
@@ -108,4 +116,4 @@ def test_a_need_split_over_two_nodes_does_not_fit() -> None:
 
 
 def test_nothing_is_described_as_nothing() -> None:
-    assert described({"memory": 3.0}) == "nothing"
+    assert describe_resources({"memory": 3.0}) == "nothing"

@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 
 from analysis.read.evidence import Answers
-from analysis.stats.comparisons import ALL_BASES, Points, compare
+from analysis.stats.comparisons import ALL_BASES, Points, compare_values
 from analysis.stats.statistics import Estimate, clustered_mean, naive_paired_t, paired_difference, repeated_measures
 
 Bits = np.ndarray[Any, np.dtype[np.bool_]]
@@ -172,7 +172,7 @@ def test_no_claim_of_a_whole_report_is_wrong_more_often_than_stated(sweeps: int)
     """Over all bases together and, corrected for how many there are, in each: without any difference anywhere."""
     rng, overall, anywhere = np.random.default_rng(0), 0, 0
     for _ in range(sweeps):
-        tests = compare(points_of(EXAMPLES_SHARED.sweep(rng)), "mode")
+        tests = compare_values(points_of(EXAMPLES_SHARED.sweep(rng)), "mode")
         overall += any(t.is_shown for t in tests if t.about == ALL_BASES)
         anywhere += any(t.is_shown for t in tests if t.about != ALL_BASES)
     assert overall / sweeps <= at_most(0.05, sweeps)

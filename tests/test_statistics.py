@@ -19,7 +19,7 @@ from analysis.stats.statistics import (
     paired_bootstrap,
     paired_difference,
     repeated_measures,
-    said_by_seeds,
+    seeds_sentence,
     smallest_shown,
     wilson,
 )
@@ -168,6 +168,6 @@ def test_more_examples_show_smaller_differences() -> None:
 
 
 def test_seeds_are_spoken_of() -> None:
-    assert "nothing is known of other seeds' spread" in said_by_seeds(1)
-    assert "With 3 seeds" in said_by_seeds(3)
-    assert "below about 2.3 of its standard deviations" in said_by_seeds(3)  # t(0.975, 4) sqrt(2/3) = 2.776 * 0.816
+    assert "nothing is known of other seeds' spread" in seeds_sentence(1)
+    assert "With 3 seeds" in seeds_sentence(3)
+    assert "below about 2.3 of its standard deviations" in seeds_sentence(3)  # t(0.975, 4) sqrt(2/3) = 2.776 * 0.816

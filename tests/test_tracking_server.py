@@ -156,7 +156,7 @@ def test_four_writers_and_a_server_and_a_database_that_are_killed(
         said, _ = sweep.communicate(timeout=PATIENCE_SECONDS)
     for thread in threads:
         thread.join()
-    assert sweep.returncode in (0, 1), said  # 1 where the audit finds a fault in so small a model
+    assert sweep.returncode in (0, 1), said  # 1 where the audit finds an error in so small a model
     assert "is not up to date" not in said
     assert_shows(client, [*ledgers, live], tmp_path / "files")
     kept_at = client.get_experiment_by_name(EXPERIMENT).artifact_location

@@ -67,7 +67,7 @@ class MaskedWeights:
         """Not where training computes with float32 weights and deploys them rounded."""
         return self.precision == torch.float32
 
-    def described(self) -> str:
+    def summary(self) -> str:
         return f"{len(self.masks)} matrices trained in float32, masked after every step"
 
     def parameters(self) -> list[Tensor]:

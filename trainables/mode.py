@@ -40,7 +40,7 @@ class Trainee(Interface):
     def trains_factors(self) -> bool:
         """Whether an unmasked low-rank update is trained, for its cost."""
 
-    def described(self) -> str:
+    def summary(self) -> str:
         """How it is trained, for the log."""
 
     def parameters(self) -> list[Tensor]:
@@ -86,7 +86,7 @@ class LoraTrainee:
     def trains_factors(self) -> bool:
         return all(layer.keep_mask is None for _, layer in sparse_lora_layers(self.adapted))
 
-    def described(self) -> str:
+    def summary(self) -> str:
         return "adapted layers by way: " + ", ".join(f"{n} {way}" for way, n in ways(self.adapted).items())
 
     def parameters(self) -> list[Tensor]:

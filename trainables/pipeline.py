@@ -239,7 +239,7 @@ def _stages(
 
     pruned = bench.pruner.prune(run, loaded, rows.train)
     write_weights_into(model, pruned.weights)
-    write_json(folder / "sparse_config.json", pruned.described(run))
+    write_json(folder / "sparse_config.json", pruned.sparse_config(run))
     untuned = _untuned(run, ledger, lambda: score(model, tokenizer, rows.tests, protocol))
     judged_by = headline(untuned)
     log(f"pruned to {count_sparsity(pruned.masks):.4f}, {judged_by} before tuning {untuned[judged_by]:.4f}")
@@ -247,7 +247,7 @@ def _stages(
     masks = confining_masks(run, pruned) if run.cerebras else pruned.masks
     adapted = {"modules": run.super_adapter.space.modules} if run.super_adapter else {}
     trainee = MODES[cell.mode].begin(model, protocol, masks, cell.seed, **adapted)
-    log(trainee.described())
+    log(trainee.summary())
     trained_rows = [(len(row.context) + len(row.continuation), len(row.continuation)) for row in rows.train]
     step_flops: int | None = None  # of a super-adapter unknown: its steps train slices of different sizes
     if run.super_adapter is None:

@@ -30,7 +30,7 @@ class Pruned:
     checksum: str
     weights: dict[str, Tensor]
 
-    def described(self, run: Run) -> dict[str, Any]:
+    def sparse_config(self, run: Run) -> dict[str, Any]:
         """What `sparse_config.json` holds."""
         return {
             "method": run.cell.method,

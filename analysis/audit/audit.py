@@ -1,6 +1,6 @@
-"""Can these results be trusted? Every rule on every record; nothing suspicious is dropped, all of it is named.
+"""The audit: every rule on every record. Nothing suspicious is dropped, all of it is named.
 
-A fault makes the results untrustworthy (exit status 1). A notice is true of results that may be sound; it is marked
+An error makes the results untrustworthy (exit status 1). A warning is true of results that may be sound; it is marked
 wherever a number of that run is shown. docs/audit.md says for each rule what to do.
 """
 
@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Literal
 
 from analysis.audit import errors, warnings
-from analysis.audit.errors import Found
+from analysis.audit.errors import Detections
 from analysis.read.evidence import Results, read_results
 
-Severity = Literal["fault", "notice"]
+Severity = Literal["error", "warning"]
 
 
 @dataclass(frozen=True)
@@ -26,39 +26,43 @@ class Rule:
 
     severity: Severity
     meaning: str
-    check: Callable[[Results], Found]
+    check: Callable[[Results], Detections]
 
 
 RULES: dict[str, Rule] = {
-    "unreadable": Rule("fault", "a file is no record", errors.unreadable),
-    "identity": Rule("fault", "settings and record do not belong together", errors.identity),
-    "checksum": Rule("fault", "a mask is not the one that was trained", errors.checksum),
-    "twins": Rule("fault", "different settings with results identical to the last bit", errors.twins),
-    "no-effect": Rule("fault", "a mode or mask changed nothing", errors.no_effect),
-    "off-target": Rule("fault", "the sparsity is not the one that was asked", errors.off_target),
-    "zeros-lost": Rule("fault", "masked weights are not 0", errors.zeros_lost),
-    "mixed-versions": Rule("fault", "code, data, prompts or models differ between compared runs", errors.mixed),
-    "overlap": Rule("fault", "scored questions were trained on", errors.overlap),
-    "counted-twice": Rule("fault", "one run is counted more than once", errors.counted_twice),
-    "no-run": Rule("fault", "a number that no run stands behind", errors.no_run),
-    "conflict": Rule("fault", "folders disagree on a run", errors.conflict),
-    "at-chance": Rule("notice", "no better than guessing", warnings.at_chance),
-    "one-answer": Rule("notice", "one answer is given almost always", warnings.one_answer),
-    "same-answers": Rule("notice", "different runs predict the same", warnings.same_answers),
-    "modes-coincide": Rule("notice", "both modes are one training here", warnings.modes_alike),
-    "few-examples": Rule("notice", "too few examples for small differences", warnings.few_examples),
-    "few-steps": Rule("notice", "throughput from too few steps", warnings.few_steps),
-    "missing": Rule("notice", "a cell without a finished run", warnings.missing),
-    "hardware": Rule("notice", "hardware changed within what is compared", warnings.hardware),
-    "uncommitted": Rule("notice", "code that is in no commit", warnings.uncommitted),
-    "unchecked": Rule("notice", "something could not be checked", warnings.unchecked),
-    "imported": Rule("notice", "a number that was imported, not run", warnings.imported),
+    "unreadable": Rule("error", "a file is no record", errors.unreadable),
+    "identity": Rule("error", "settings and record do not belong together", errors.identity),
+    "checksum": Rule("error", "a mask is not the one that was trained", errors.checksum),
+    "duplicate-results": Rule(
+        "error", "different settings with results identical to the last bit", errors.duplicate_results
+    ),
+    "no-effect": Rule("error", "a mode or mask changed nothing", errors.no_effect),
+    "off-target": Rule("error", "the sparsity is not the one that was requested", errors.off_target),
+    "zeros-lost": Rule("error", "masked weights are not 0", errors.zeros_lost),
+    "mixed-versions": Rule(
+        "error", "code, data, prompts or models differ between compared runs", errors.mixed_versions
+    ),
+    "overlap": Rule("error", "scored questions were trained on", errors.overlap),
+    "counted-twice": Rule("error", "one run is counted more than once", errors.counted_twice),
+    "unproven-number": Rule("error", "a number that no run stands behind", errors.unproven_number),
+    "conflict": Rule("error", "folders disagree on a run", errors.conflict),
+    "at-chance": Rule("warning", "no better than guessing", warnings.at_chance),
+    "constant-prediction": Rule("warning", "one answer is given almost always", warnings.constant_prediction),
+    "same-answers": Rule("warning", "different runs predict the same", warnings.same_answers),
+    "modes-coincide": Rule("warning", "both modes are one training here", warnings.modes_alike),
+    "few-examples": Rule("warning", "too few examples for small differences", warnings.few_examples),
+    "few-steps": Rule("warning", "throughput from too few steps", warnings.few_steps),
+    "missing": Rule("warning", "a cell without a finished run", warnings.missing),
+    "hardware": Rule("warning", "hardware changed within what is compared", warnings.hardware),
+    "uncommitted": Rule("warning", "code that is in no commit", warnings.uncommitted),
+    "unchecked": Rule("warning", "something could not be checked", warnings.unchecked),
+    "imported": Rule("warning", "a number that was imported, not run", warnings.imported),
 }
 
 
 @dataclass(frozen=True)
-class Finding:
-    """What a rule found: the evidence in words, and the runs it is about."""
+class AuditFinding:
+    """One thing that a rule found: the evidence in words, and the runs it is about."""
 
     rule: str
     severity: Severity
@@ -68,23 +72,23 @@ class Finding:
 
 @dataclass(frozen=True)
 class Audit:
-    """Everything that was found, faults first."""
+    """Everything that was found, errors first."""
 
-    findings: tuple[Finding, ...]
+    findings: tuple[AuditFinding, ...]
     runs: int
 
     @property
-    def faults(self) -> list[Finding]:
-        return [finding for finding in self.findings if finding.severity == "fault"]
+    def errors(self) -> list[AuditFinding]:
+        return [finding for finding in self.findings if finding.severity == "error"]
 
-    def rules_that_mark(self, run_id: str) -> str:
-        """The rules that speak of a run, faults in capitals: what marks its numbers."""
-        rules = dict.fromkeys(f.rule.upper() if f.severity == "fault" else f.rule for f in self.by_run.get(run_id, ()))
+    def marks_of(self, run_id: str) -> str:
+        """The rules that speak of a run, errors in capitals: what marks its numbers."""
+        rules = dict.fromkeys(f.rule.upper() if f.severity == "error" else f.rule for f in self.by_run.get(run_id, ()))
         return " ".join(rules)
 
     @cached_property
-    def by_run(self) -> dict[str, list[Finding]]:
-        found: dict[str, list[Finding]] = {}
+    def by_run(self) -> dict[str, list[AuditFinding]]:
+        found: dict[str, list[AuditFinding]] = {}
         for finding in self.findings:
             for run_id in finding.run_ids:
                 found.setdefault(run_id, []).append(finding)
@@ -93,15 +97,14 @@ class Audit:
     def summary(self) -> str:
         """One line."""
         counts = Counter((finding.severity, finding.rule) for finding in self.findings)
-        faults, notices = (
+        named_errors, named_warnings = (
             ", ".join(f"{count} {rule}" for (kind, rule), count in counts.items() if kind == severity)
-            for severity in ("fault", "notice")
+            for severity in ("error", "warning")
         )
-        return (
-            f"Audit of {self.runs} runs: {faults or 'no fault'}; {'notices: ' + notices if notices else 'no notice'}."
-        )
+        warned = f"warnings: {named_warnings}" if named_warnings else "no warning"
+        return f"Audit of {self.runs} runs: {named_errors or 'no error'}; {warned}."
 
-    def lines(self, most: int = 5, severities: Sequence[Severity] = ("fault", "notice")) -> list[str]:
+    def lines(self, most: int = 5, severities: Sequence[Severity] = ("error", "warning")) -> list[str]:
         """A heading for each rule that found something, and its first `most` findings."""
         lines = []
         for name, rule in RULES.items():
@@ -116,7 +119,7 @@ class Audit:
 def audit(results: Results) -> Audit:
     """Every rule on what the folders hold."""
     findings = [
-        Finding(name, rule.severity, text, tuple(run_ids))
+        AuditFinding(name, rule.severity, text, tuple(run_ids))
         for name, rule in RULES.items()
         for text, run_ids in rule.check(results)
     ]

@@ -1,4 +1,4 @@
-"""What makes results untrustworthy: each check yields (what was found, the runs it is about)."""
+"""Checks for what makes results untrustworthy: each yields (what was found, the runs it is about)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tune_sparse.errors import InputError
 from tune_sparse.ledger.ledger import Run
 from tune_sparse.pruning.methods import METHODS, TOLERANCE
 
-Found = Iterator[tuple[str, list[str]]]
+Detections = Iterator[tuple[str, list[str]]]
 
 TEST_ROWS = ("n_test", "num_fewshot")
 HARMLESS = {
@@ -31,7 +31,7 @@ COUNTS_AGREE = 1e-6
 """Sparsities counted in masks and in weights; scores and the metrics made of them."""
 
 
-def unreadable(results: Results) -> Found:
+def unreadable(results: Results) -> Detections:
     for broken in results.broken:
         yield f"{broken.path}: {broken.reason}", [broken.path.name]
     for e in results.evidence:
@@ -39,7 +39,7 @@ def unreadable(results: Results) -> Found:
             yield f"{e.folder}: the backend {e.run.cell.backend!r} is none of {', '.join(BACKENDS)}", [e.run_id]
 
 
-def identity(results: Results) -> Found:
+def identity(results: Results) -> Detections:
     names = {(e.folder.parent, e.run_id) for e in results.evidence}
     for e in results.evidence:
         if e.run.identity != e.record.identity:
@@ -52,7 +52,7 @@ def identity(results: Results) -> Found:
             yield f"{e.run_id}: its settings and record are those of {e.run.run_id}", [e.run_id]
 
 
-def checksum(results: Results) -> Found:
+def checksum(results: Results) -> Detections:
     for e in results.done:
         places = {"result.json": e.record.metrics, "sparse_config.json": e.sparse_config}
         places |= {"validation_report.json": e.validation, "the adapter": e.marker or {}}
@@ -61,7 +61,7 @@ def checksum(results: Results) -> Found:
             yield f"{e.run_id}: the mask has several checksums: {_listed(said)}", [e.run_id]
 
 
-def twins(results: Results) -> Found:
+def duplicate_results(results: Results) -> Detections:
     for first, second, alike in alike_runs(results):
         if differing(first.run, second.run) and not modes_coincide(first, second):
             names = ", ".join(differing(first.run, second.run))
@@ -103,12 +103,12 @@ def modes_coincide(first: Evidence, second: Evidence) -> bool:
     )
 
 
-def no_effect(results: Results) -> Found:
+def no_effect(results: Results) -> Detections:
     masks = grouped(results.done, lambda e: (e.run.model_fingerprint, e.record.metrics["mask_sha256"]))
     for same in masks.values():
-        asked = grouped(same, lambda e: _mask_asked(e.run.cell))
-        if len(asked) > 1:
-            names = " and ".join(runs[0].run_id for runs in asked.values())
+        requested = grouped(same, lambda e: _requested_mask(e.run.cell))
+        if len(requested) > 1:
+            names = " and ".join(runs[0].run_id for runs in requested.values())
             yield f"{names} have one and the same mask", [e.run_id for e in same]
     dense = {_scored(e.run): e.untuned for e in results.done if e.run.cell.sparsity == 0}
     for e in results.done:
@@ -121,21 +121,21 @@ def no_effect(results: Results) -> Found:
             yield f"{e.run_id}: before tuning every score is the unpruned model's, to the last bit", [e.run_id]
 
 
-def off_target(results: Results) -> Found:
+def off_target(results: Results) -> Detections:
     for e in results.done:
         kept = list(e.sparse_config["kept_by_matrix"].values())
         recounted = 1 - sum(k for k, _ in kept) / sum(of for _, of in kept)
         said = {"counted in the masks": recounted, "in sparse_config.json": e.sparse_config["counted_sparsity"]}
         said |= {"in the deployed weights": e.validation["counted_sparsity"]}
         said |= {"in result.json": e.record.metrics["counted_sparsity"]}
-        asked = e.run.cell.sparsity
-        if any(abs(value - asked) > TOLERANCE for value in said.values()):
-            yield f"{e.run_id}: {asked:g} was asked, within {TOLERANCE:g}; {_listed(said)}", [e.run_id]
+        requested = e.run.cell.sparsity
+        if any(abs(value - requested) > TOLERANCE for value in said.values()):
+            yield f"{e.run_id}: {requested:g} was requested, within {TOLERANCE:g}; {_listed(said)}", [e.run_id]
         elif abs(recounted - e.sparse_config["counted_sparsity"]) > COUNTS_AGREE:
             yield f"{e.run_id}: the counts disagree: {_listed(said)}", [e.run_id]
 
 
-def zeros_lost(results: Results) -> Found:
+def zeros_lost(results: Results) -> Detections:
     for e in results.done:
         if not e.validation["all_valid"] or e.validation["max_abs_at_masked"]:
             said = (
@@ -148,7 +148,7 @@ def zeros_lost(results: Results) -> Found:
                 yield f"{e.run_id}: {name} has {zeros} zeros, its mask has {masked}", [e.run_id]
 
 
-def mixed(results: Results) -> Found:
+def mixed_versions(results: Results) -> Detections:
     """Runs of one model, task and protocol are compared with each other; code and packages, within a backend."""
     for (model, task, _), runs in compared(results).items():
         for name in ("data_fingerprint", "prompt_version", "model_fingerprint"):
@@ -168,7 +168,7 @@ def _version(package: str, e: Evidence) -> Any:
     return e.record.environment.get("packages", {}).get(package)
 
 
-def overlap(results: Results) -> Found:
+def overlap(results: Results) -> Detections:
     """Rows are read again where they still are; where they are not, `unchecked` says so."""
     for runs in grouped(results.done, rows_key).values():
         run, names = runs[0].run, [e.run_id for e in runs]
@@ -204,7 +204,7 @@ def _training_rows(run: Run) -> Iterator[tuple[PromptTask, Any]]:
             yield from ((task, row) for row in splits.train)
 
 
-def counted_twice(results: Results) -> Found:
+def counted_twice(results: Results) -> Detections:
     for sweep in results.sweeps:
         for run_id, cells in grouped_cells(sweep.cells, "run_id").items():
             owners = [cell["cell_id"] for cell in cells if cell["shared_with"] is None]
@@ -215,12 +215,12 @@ def counted_twice(results: Results) -> Found:
             yield f"one record lies in {' and '.join(e.run_id for e in same)}", [e.run_id for e in same]
 
 
-def no_run(results: Results) -> Found:
+def unproven_number(results: Results) -> Detections:
     """Numbers that no run of theirs stands behind."""
     for cell_id, cell in results.cells.items():
         served_by = results.by_run.get(cell["run_id"])
-        asked = Cell(**{name: cell[name] for name in Cell.__dataclass_fields__})
-        if served_by and served_by.run.cell != asked.trained:
+        requested = Cell(**{name: cell[name] for name in Cell.__dataclass_fields__})
+        if served_by and served_by.run.cell != requested.trained:
             yield f"{cell_id} points to {cell['run_id']}, which is a run of another cell", [cell["run_id"]]
     for e in results.done:
         for text in _unproved(e):
@@ -230,7 +230,7 @@ def no_run(results: Results) -> Found:
 def _unproved(e: Evidence) -> Iterator[str]:
     metrics, steps = e.record.metrics, e.run.protocol.steps
     if len(e.losses) != steps:
-        yield f"{steps} steps were asked, metrics.jsonl has the losses of {len(e.losses)}"
+        yield f"{steps} steps were requested, metrics.jsonl has the losses of {len(e.losses)}"
     elif e.losses[-1] != metrics["train_loss"]:
         yield f"the recorded train_loss is {metrics['train_loss']!r}, the last step's {e.losses[-1]!r}"
     if e.answers is None or "accuracy" not in metrics:
@@ -242,7 +242,7 @@ def _unproved(e: Evidence) -> Iterator[str]:
         yield f"{metrics['n_examples']} examples are recorded, {len(e.answers.ids)} have an outcome"
 
 
-def conflict(results: Results) -> Found:
+def conflict(results: Results) -> Detections:
     for run_id, same in grouped([e for e in results.evidence if e.is_done], lambda e: e.run_id).items():
         first = same[0]
         for other in same[1:]:
@@ -262,7 +262,7 @@ def compared(results: Results) -> dict[Any, list[Evidence]]:
 
 
 def grouped(evidence: Iterable[Evidence], key: Callable[[Evidence], Any]) -> dict[Any, list[Evidence]]:
-    """By a key; what has the key None is left out."""
+    """Group runs by a key; those with the key None are left out."""
     found = defaultdict(list)
     for e in evidence:
         found[key(e)].append(e)
@@ -294,14 +294,14 @@ def _settings(run: Run) -> dict[str, Any]:
     return asdict(run.cell) | asdict(run.protocol) | inputs
 
 
-def _mask_asked(cell: Cell) -> tuple[Any, ...]:
-    """What must have a mask of its own."""
+def _requested_mask(cell: Cell) -> tuple[Any, ...]:
+    """The settings that must have a mask of their own."""
     is_seeded = cell.method in METHODS and METHODS[cell.method].is_seeded
     return (cell.method, cell.sparsity, cell.seed if is_seeded else None)
 
 
 def _scored(run: Run) -> tuple[Any, ...]:
-    """What has one unpruned accuracy before tuning."""
+    """The settings that have one unpruned accuracy before tuning."""
     p = run.protocol
     limits = (p.precision, p.max_tokens, p.num_fewshot, p.batch_tokens, p.threads)
     return (run.model_fingerprint, run.data_fingerprint, run.prompt_version, run.cell.task, *limits)
@@ -313,7 +313,7 @@ def _same_scores(first: Answers | None, second: Answers | None) -> bool:
     return first.likelihoods_sha256 == second.likelihoods_sha256
 
 
-def _several(what: str, runs: list[Evidence], value: Callable[[Evidence], Any]) -> Found:
+def _several(what: str, runs: list[Evidence], value: Callable[[Evidence], Any]) -> Detections:
     by_value = grouped(runs, lambda e: str(value(e)))
     if len(by_value) > 1:
         said = {f"{v[:12]}": f"{len(same)} runs" for v, same in by_value.items()}

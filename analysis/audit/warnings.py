@@ -1,8 +1,8 @@
-"""What a reader of results must know: each check yields (what was found, the runs it is about)."""
+"""Checks for what a reader must know: each yields (what was found, the runs it is about)."""
 
 from __future__ import annotations
 
-from analysis.audit.errors import Found, alike_runs, compared, grouped, has_rows, modes_coincide, rows_key
+from analysis.audit.errors import Detections, alike_runs, compared, grouped, has_rows, modes_coincide, rows_key
 from analysis.read.evidence import Evidence, Results
 from analysis.stats.statistics import smallest_shown
 
@@ -14,7 +14,7 @@ FEW_STEPS = 10
 """A rate of fewer timed steps is of the warm-up as much as of the work."""
 
 
-def at_chance(results: Results) -> Found:
+def at_chance(results: Results) -> Detections:
     for (model, task, _), runs in compared(results).items():
         low = [e for e in runs if "accuracy" in e.record.metrics and e.record.metrics["accuracy"] <= _level(e)]
         if low:
@@ -31,7 +31,7 @@ def _level(e: Evidence) -> float:
     return max(metrics.get("chance_accuracy") or 0.0, metrics.get("majority_fraction") or 0.0)
 
 
-def one_answer(results: Results) -> Found:
+def constant_prediction(results: Results) -> Detections:
     for (model, task, _), runs in compared(results).items():
         same = [e for e in runs if (e.record.metrics.get("most_frequent_fraction") or 0) >= ALMOST_ALWAYS]
         if same:
@@ -41,7 +41,7 @@ def one_answer(results: Results) -> Found:
             )
 
 
-def same_answers(results: Results) -> Found:
+def same_answers(results: Results) -> Detections:
     for (model, task, _), runs in compared(results).items():
         answered = [e for e in runs if e.answers is not None and e.answers.scores.any()]
         alike = grouped(answered, lambda e: e.answers.predictions_sha256 if e.answers else None)
@@ -54,7 +54,7 @@ def same_answers(results: Results) -> Found:
                 )
 
 
-def modes_alike(results: Results) -> Found:
+def modes_alike(results: Results) -> Detections:
     for first, second, alike in alike_runs(results):
         if modes_coincide(first, second):
             yield (
@@ -64,7 +64,7 @@ def modes_alike(results: Results) -> Found:
             )
 
 
-def few_examples(results: Results) -> Found:
+def few_examples(results: Results) -> Detections:
     for (model, task, _), runs in compared(results).items():
         counts = [e.record.metrics["n_examples"] for e in runs if "accuracy" in e.record.metrics]
         if counts and smallest_shown(min(counts)) > SMALLEST_CLAIM:
@@ -75,13 +75,13 @@ def few_examples(results: Results) -> Found:
             )
 
 
-def few_steps(results: Results) -> Found:
+def few_steps(results: Results) -> Detections:
     short = [e for e in results.done if e.run.protocol.steps < FEW_STEPS]
     if short:
         yield f"{len(short)} runs have a throughput of fewer than {FEW_STEPS} steps", _ids(short)
 
 
-def missing(results: Results) -> Found:
+def missing(results: Results) -> Detections:
     states = {e.run_id: e for e in results.evidence if not e.is_done}
     lost = [cell for cell in results.cells.values() if cell["run_id"] not in results.by_run]
     for cell in lost:
@@ -93,7 +93,7 @@ def missing(results: Results) -> Found:
         yield f"{cell['cell_id']} is {why}{error}", [cell["run_id"]]
 
 
-def hardware(results: Results) -> Found:
+def hardware(results: Results) -> Detections:
     for (model, task, _), runs in compared(results).items():
         by_name = grouped(runs, lambda e: (e.run.cell.backend, str(e.record.environment.get("hardware"))))
         if len({name for _, name in by_name}) > len({backend for backend, _ in by_name}):
@@ -101,13 +101,13 @@ def hardware(results: Results) -> Found:
             yield f"{model}, {task} ran on several kinds of hardware ({said})", _ids(min(by_name.values(), key=len))
 
 
-def uncommitted(results: Results) -> Found:
+def uncommitted(results: Results) -> Detections:
     loose = [e for e in results.done if (e.record.environment.get("git_sha") or "-dirty").endswith("-dirty")]
     if loose:
         yield f"{len(loose)} runs were computed by code that is in no commit", _ids(loose)
 
 
-def unchecked(results: Results) -> Found:
+def unchecked(results: Results) -> Detections:
     unsummed = [e for e in results.done if "weights_sha256" not in e.record.metrics]
     if unsummed:
         yield (
@@ -123,7 +123,7 @@ def unchecked(results: Results) -> Found:
             )
 
 
-def imported(results: Results) -> Found:
+def imported(results: Results) -> Detections:
     for record in results.imported:
         yield (
             f"{record.model}, {record.task}: {record.accuracy:g} was imported from {record.source}",

@@ -18,7 +18,7 @@ NOT_AVAILABLE = "not available"
 
 
 @dataclass(frozen=True)
-class Comparison:
+class PublishedComparison:
     """A published number and the setting of ours that stands beside it, or why none does.
 
     `difference` is ours minus theirs, from `low` to `high` at 95% (`statistics.against_published`); a perplexity has no
@@ -32,20 +32,20 @@ class Comparison:
     difference: float | None = None
     low: float | None = None
     high: float | None = None
-    described: str = ""
+    our_setting: str = ""
     """method and mode of ours, and of how many settings it is the best"""
     run_ids: tuple[str, ...] = ()
 
 
 def protocols(results_dirs: Iterable[Path]) -> dict[str, dict[str, Any]]:
-    """{run_id: protocol} of every run that a sweep asked for."""
+    """{run_id: protocol} of every run that a sweep requested."""
     sweeps = (sweep for folder in results_dirs for sweep in Ledger(folder).sweeps())
     return {cell["run_id"]: sweep.config.get("protocol", {}) for sweep in sweeps for cell in sweep.cells}
 
 
-def compare(
+def compare_with_published(
     published: Iterable[Published], cells: pd.DataFrame, job_protocol: Mapping[str, Mapping[str, Any]]
-) -> list[Comparison]:
+) -> list[PublishedComparison]:
     """One comparison a published number, in their order. `cells` is the summary, `job_protocol` is by run_id."""
     done = cells[cells["status"] == "done"]
     protocol = [job_protocol.get(run_id, {}) for run_id in done["run_id"]]
@@ -57,16 +57,16 @@ def compare(
     return [_compared(row, done) for row in published]
 
 
-def _compared(row: Published, done: pd.DataFrame) -> Comparison:
+def _compared(row: Published, done: pd.DataFrame) -> PublishedComparison:
     found, reason = _same_setting(row, done)
     if reason:
-        return Comparison(row, reason)
+        return PublishedComparison(row, reason)
     assert row.value is not None
-    value, examples, described, run_ids = _nearest(row, found)
+    value, examples, our_setting, run_ids = _nearest(row, found)
     if not row.metric.startswith("accuracy") or not examples > 0:
-        return Comparison(row, None, value, value - row.value, None, None, described, run_ids)
+        return PublishedComparison(row, None, value, value - row.value, None, None, our_setting, run_ids)
     e = against_published(value, int(examples), row.value)
-    return Comparison(row, None, value, e.value, e.low, e.high, described, run_ids)
+    return PublishedComparison(row, None, value, e.value, e.low, e.high, our_setting, run_ids)
 
 
 def _same_setting(row: Published, done: pd.DataFrame) -> tuple[pd.DataFrame, str | None]:
@@ -109,12 +109,12 @@ def _nearest(row: Published, found: pd.DataFrame) -> tuple[float, float, str, tu
     rivals = found["run_id"].nunique() > found["seed"].nunique()
     label = ", ".join(best) if row.sparsity else "dense"
     runs = tuple(dict.fromkeys(settings.get_group(best)["run_id"]))
-    described = label + (f", the best of {len(means)}" if rivals else "")
-    return float(chosen[row.metric]), float(chosen["n_examples"]), described, runs
+    our_setting = label + (f", the best of {len(means)}" if rivals else "")
+    return float(chosen[row.metric]), float(chosen["n_examples"]), our_setting, runs
 
 
-def summarised(comparisons: Sequence[Comparison]) -> str:
-    """How many numbers were compared, in words."""
+def summary_sentence(comparisons: Sequence[PublishedComparison]) -> str:
+    """Say how many numbers were compared."""
     compared = sum(comparison.reason is None for comparison in comparisons)
     missing = sum(comparison.published.value is None for comparison in comparisons)
     return (

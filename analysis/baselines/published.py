@@ -37,14 +37,14 @@ MODELS = (
     *("bloom-560m", "bloom-1b1", "bloom-1b7", "bloom-3b", "bloom-7b1"),
     *("GPT-3 1.3B", "GPT-3 XL 1.3B", "GPT 6.7B", "(one kernel)"),
 )
-"""As the last part of a hub id names a model, where the Hub has it."""
+"""Names as the last part of a hub id, where the Hub has the model."""
 OTHER_TASKS = ("aqua", "siqa", "mmlu", "truthfulqa", "c4")
 """Tasks of published numbers that no run of ours has."""
 
 
 @dataclass(frozen=True)
 class Metric:
-    """What a published number may be, and whether a run of ours has the same."""
+    """The range of a published number, and whether a run of ours has the same."""
 
     highest: float
     incomparable: str | None = None
@@ -128,7 +128,7 @@ def load_published(paths: Iterable[Path] = (), models: Iterable[str] = ()) -> li
 
 
 def _place(row: Published) -> tuple[str, ...]:
-    """What a line without a value waits for."""
+    """The setting of a number; a line without a value waits for it."""
     return row.address, row.model, row.task, row.metric
 
 
@@ -223,7 +223,7 @@ SOURCE = ("source", "address", "table", "kind")
 
 
 def as_runs(rows: Iterable[Published]) -> list[PublishedRun]:
-    """What has a value, gathered by source and setting; a metric that is published twice makes two runs.
+    """Gather the numbers that have a value by source and setting; a metric that is published twice makes two runs.
 
     The parameter `backend`, which says where a run of ours computed, is `published`.
     """

@@ -95,12 +95,12 @@ class Results:
 
     @cached_property
     def cells(self) -> dict[str, dict[str, Any]]:
-        """{cell_id: what the first sweep that asked for it says}"""
+        """{cell_id: what the first sweep that requested it says}"""
         return {cell["cell_id"]: cell for sweep in reversed(self.sweeps) for cell in sweep.cells}
 
 
 def read_results(folders: Sequence[Path], sweep_ids: Sequence[str] | None = None) -> Results:
-    """Read every run of the folders, or only those that the named sweeps asked for. Raises nothing for what is broken:
+    """Read every run of the folders, or only those that the named sweeps requested. Raises nothing for what is broken:
     it is listed."""
     reader = _Reader()
     sweeps = [sweep for folder in folders for sweep in reader.sweeps(folder)]

@@ -1,4 +1,4 @@
-"""Every cell that was asked for, with what its run recorded: one row a cell."""
+"""Every cell that was requested, with what its run recorded: one row a cell."""
 
 from __future__ import annotations
 

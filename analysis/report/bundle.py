@@ -1,4 +1,4 @@
-"""What a paper's artifact needs, in one folder: the ledger, how it was made, tables, figures, checksums, CITATION."""
+"""A paper's artifact in one folder: the ledger, how it was made, tables, figures, checksums, CITATION."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ import importlib.metadata
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 import tune_sparse
 from analysis.baselines.published import load_published
@@ -17,17 +20,27 @@ from tune_sparse.files import aside, write_json, write_text
 from tune_sparse.ledger.ledger import Ledger
 
 LEFT_OUT = ("adapter", "*.safetensors")
-"""Of a run's folder: what was trained, which is large and can be published as a model."""
+"""Files of a run's folder with trained weights, which are large and can be published as a model."""
 LEDGER = ("sweeps", "runs", "untuned", "imported", "throughput", "searches", "evaluations", "set_aside")
 CHECKSUMS = "SHA256SUMS"
 CONSTRAINTS = Path(tune_sparse.__file__).parents[1] / "cluster" / "constraints.txt"
+PROGRAM: dict[str, Any] = {
+    "cff-version": "1.2.0",
+    "message": "Please cite the program.",
+    "title": "tune-sparse",
+    "type": "software",
+    "version": tune_sparse.__version__,
+    "license": "Apache-2.0",
+    "authors": [{"name": "The tune-sparse developers"}],
+}
+"""The program's own entry in a CITATION.cff; the repository's file has the same."""
 README = """# Results of tune-sparse
 
 Made by `tune-sparse report --bundle`.
 
 - `analysis/report.html`: to be opened in a browser; every number leads to its run.
 - `analysis/`: tables (CSV, LaTeX) and figures (PNG, PDF).
-- `results*/`: the ledger: what was asked for (`sweeps/`), each run with its configuration, result, validation and
+- `results*/`: the ledger: what was requested (`sweeps/`), each run with its configuration, result, validation and
   outcomes example by example (`runs/`). Adapters and weights are left out; `tune-sparse merge` makes a model of a run
   where the whole results folder is.
 - `environment/`: the tested package versions (`constraints.txt`), those found here (`packages.json`), and each run's
@@ -74,25 +87,12 @@ def refuse_bundle(bundle: Path) -> None:
 def citation() -> str:
     """CITATION.cff: the program, and the sources of the published numbers as references."""
     sources = {row.source: row.address for row in load_published()}
-    lines = [
-        "cff-version: 1.2.0",
-        "message: Please cite the program, and the sources whose numbers you show.",
-        "title: tune-sparse",
-        "type: software",
-        f"version: {tune_sparse.__version__}",
-        "license: Apache-2.0",
-        "authors:",
-        "  - name: The tune-sparse developers",
-        "references:",
+    references = [
+        {"title": source, "type": "generic", "url": address, "authors": [{"name": f"The authors of {source}"}]}
+        for source, address in sources.items()
     ]
-    for source, address in sources.items():
-        lines += [f"  - title: {_quoted(source)}", "    type: generic", f"    url: {_quoted(address)}"]
-        lines += ["    authors:", f"      - name: {_quoted('The authors of ' + source)}"]
-    return "\n".join(lines) + "\n"
-
-
-def _quoted(text: str) -> str:
-    return "'" + text.replace("'", "''") + "'"
+    message = "Please cite the program, and the sources whose numbers you show."
+    return yaml.safe_dump(PROGRAM | {"message": message, "references": references}, sort_keys=False, allow_unicode=True)
 
 
 def _ledger_name(number: int) -> str:

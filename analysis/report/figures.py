@@ -35,7 +35,7 @@ Draw = Callable[[pd.DataFrame, Runs], Figure | None]
 
 
 @dataclass(frozen=True)
-class Shown:
+class ReportFigure:
     """A figure: the caption under it, and what draws it from the summary and the runs, or None where nothing is."""
 
     caption: str
@@ -201,7 +201,7 @@ def per_layer_sparsity(cells: pd.DataFrame, runs: Runs) -> Figure | None:
             axis.spines[:].set_visible(False)
     for axis in axes[-1]:
         axis.set_xlabel("layer")
-    figure.colorbar(image, ax=axes, label=f"{SPARSITY}, {level:g} asked", shrink=0.8, pad=0.01)
+    figure.colorbar(image, ax=axes, label=f"{SPARSITY}, {level:g} requested", shrink=0.8, pad=0.01)
     return figure
 
 
@@ -261,13 +261,13 @@ def sub_adapter_fronts(cells: pd.DataFrame, runs: Runs) -> Figure | None:
     found = list(runs.searches())
     if not found:
         return None
-    bases = list(dict.fromkeys((asked["model"], asked["task"]) for asked, _ in found))
+    bases = list(dict.fromkeys((config["model"], config["task"]) for config, _ in found))
     figure, axes = panels(1, len(bases), (4.2, 3.0), sharey=True)
     for axis, base in zip(axes[0], bases, strict=True):
-        same = [(asked, front) for asked, front in found if (asked["model"], asked["task"]) == base]
-        for colour, (asked, front) in zip(COLOURS * 9, same, strict=False):
+        same = [(config, front) for config, front in found if (config["model"], config["task"]) == base]
+        for colour, (config, front) in zip(COLOURS * 9, same, strict=False):
             points = sorted((point["parameters_fraction"], point["accuracy"]) for point in front)
-            named = f"{asked['method']} {asked['sparsity']:g}, {asked['sampler']}"
+            named = f"{config['method']} {config['sparsity']:g}, {config['sampler']}"
             axis.plot(*zip(*points, strict=True), "-o", ms=3, lw=1.2, color=colour, label=named)
         axis.set_xlabel("adapter weights (fraction of the maximal)")
         axis.set_title(", ".join(base))
@@ -281,28 +281,34 @@ def _over_sparsity(column: str) -> Draw:
     return lambda cells, runs: plot_over_sparsity(cells, column)
 
 
-FIGURES: dict[str, Shown] = {
-    "sparsity_vs_accuracy": Shown("Accuracy over sparsity, by method and mode.", _over_sparsity("accuracy")),
-    "sparsity_vs_perplexity": Shown("Perplexity over sparsity, by method and mode.", _over_sparsity("perplexity")),
-    "sparsity_vs_loss": Shown("Loss on held-out rows after training, over sparsity.", _over_sparsity("eval_loss")),
-    "sparsity_vs_throughput": Shown(
+FIGURES: dict[str, ReportFigure] = {
+    "sparsity_vs_accuracy": ReportFigure("Accuracy over sparsity, by method and mode.", _over_sparsity("accuracy")),
+    "sparsity_vs_perplexity": ReportFigure(
+        "Perplexity over sparsity, by method and mode.", _over_sparsity("perplexity")
+    ),
+    "sparsity_vs_loss": ReportFigure(
+        "Loss on held-out rows after training, over sparsity.", _over_sparsity("eval_loss")
+    ),
+    "sparsity_vs_throughput": ReportFigure(
         "Rows that training took in a second, over sparsity.", _over_sparsity("train_samples_per_second")
     ),
-    "method_comparison_heatmap": Shown(
+    "method_comparison_heatmap": ReportFigure(
         "Accuracy by method, mode and sparsity, to the digits that the largest standard error of a panel leaves.",
         method_comparison_heatmap,
     ),
-    "mode_difference": Shown(
+    "mode_difference": ReportFigure(
         "Accuracy trained under the mask minus accuracy masked after training; above 0 the first is better.",
         mode_difference,
     ),
-    "accuracy_vs_flops": Shown(
+    "accuracy_vs_flops": ReportFigure(
         "Accuracy over the operations of one forward pass, counted from non-zeros.", accuracy_vs_flops
     ),
-    "flops_vs_sequence_length": Shown(
+    "flops_vs_sequence_length": ReportFigure(
         "Operations of one forward pass over its tokens, counted from non-zeros.", flops_vs_sequence_length
     ),
-    "per_layer_sparsity": Shown("Counted sparsity of every matrix of every layer.", per_layer_sparsity),
-    "throughput_vs_batch_size": Shown("Training rate over batch size.", throughput_vs_batch_size),
-    "sub_adapter_fronts": Shown("The fronts of the sub-adapter searches, on selection rows.", sub_adapter_fronts),
+    "per_layer_sparsity": ReportFigure("Counted sparsity of every matrix of every layer.", per_layer_sparsity),
+    "throughput_vs_batch_size": ReportFigure("Training rate over batch size.", throughput_vs_batch_size),
+    "sub_adapter_fronts": ReportFigure(
+        "The fronts of the sub-adapter searches, on selection rows.", sub_adapter_fronts
+    ),
 }

@@ -3,57 +3,50 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
 
 import pandas as pd
 
 MISSING = "--"
 NOTE = (
     "Accuracy in percent, half of its 95\\% interval (Wilson) in parentheses. "
-    "{dash}: no finished run. \\textdagger: the audit has a notice of the run; \\textdaggerdbl: a fault."
+    f"{MISSING}: no finished run. \\textdagger: the audit has a warning about the run; \\textdaggerdbl: an error."
 )
-SPECIAL = {
-    "\\": r"\textbackslash{}",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    **{character: f"\\{character}" for character in "&%$#_{}"},
-}
-LIGHT_NOTICES = {"few-examples", "unchecked", "uncommitted", "modes-coincide", "same-answers", "hardware", "few-steps"}
-"""Notices that speak of a whole sweep or of pairs; in a table they would mark everything. They are in summary.csv."""
+NAMES = ["task", "method", "mode"]
+LIGHT_WARNINGS = {"few-examples", "unchecked", "uncommitted", "modes-coincide", "same-answers", "hardware", "few-steps"}
+"""Warnings that speak of a whole sweep or of pairs; in a table they would mark everything. They are in summary.csv."""
 
 
 def main_results(cells: pd.DataFrame) -> str:
     """One `table` a model. Needs \\usepackage{booktabs}.
 
-    cells: as in summary.csv, with accuracy_low, accuracy_high and notices. Seeds are averaged, their intervals too.
+    cells: as in summary.csv, with accuracy_low, accuracy_high and warnings. Seeds are averaged, their intervals too.
     """
-    tables = [_table(str(model), rows) for model, rows in cells.groupby("model", sort=True)]
+    tables = [_latex_table(str(model), _entries(rows)) for model, rows in cells.groupby("model", sort=True)]
     return "% \\usepackage{booktabs}\n" + "\n".join(tables)
 
 
-def _table(model: str, cells: pd.DataFrame) -> str:
+def _entries(cells: pd.DataFrame) -> pd.DataFrame:
+    """A line each task, method, mode and backend: `NAMES`, and an entry for each sparsity."""
     sparsities = sorted(cells["sparsity"].unique())
-    lines = [
-        r"\begin{table}",
-        r"\centering\scriptsize\setlength{\tabcolsep}{3pt}",
-        rf"\caption{{{escape(model)}. {NOTE.format(dash=MISSING)}}}",
-        rf"\begin{{tabular}}{{lll{'r' * len(sparsities)}}}",
-        r"\toprule",
-        "task & method & mode & " + " & ".join(f"{s:g}" for s in sparsities) + r" \\",
-    ]
+    lines = []
     for _, of_task in cells.groupby("task", sort=False):
-        lines.append(r"\midrule")
-        for (task, method, mode, backend), curve in of_task.groupby(["task", "method", "mode", "backend"], sort=True):
+        for (task, method, mode, backend), curve in of_task.groupby([*NAMES, "backend"], sort=True):
             by_sparsity = {s: _entry(same) for s, same in curve.groupby("sparsity")}
-            named = [str(task), str(method), str(mode)]
-            named[2] += "" if backend == "torch" else f" ({backend})"
-            lines.append(" & ".join([*map(escape, named), *_row(by_sparsity, sparsities)]) + r" \\")
-    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", r"\end{table}", ""])
+            where = "" if backend == "torch" else f" ({backend})"
+            lines.append([task, method, f"{mode}{where}", *(by_sparsity.get(s, MISSING) for s in sparsities)])
+    return pd.DataFrame(lines, columns=[*NAMES, *(f"{s:g}" for s in sparsities)])
 
 
-def _row(entries: Mapping[Any, str], sparsities: list[float]) -> list[str]:
-    return [entries.get(sparsity, MISSING) for sparsity in sparsities]
+def _latex_table(model: str, entries: pd.DataFrame) -> str:
+    style = entries.style.hide(axis="index").format(escape="latex", subset=pd.IndexSlice[:, NAMES])
+    next_tasks = entries.index[~entries["task"].duplicated()][1:]
+    style = style.format("\\midrule\n{}", escape="latex", subset=(next_tasks, "task"))
+    style = style.set_table_styles(
+        [{"selector": "scriptsize", "props": ":;"}, {"selector": "setlength", "props": r":{\tabcolsep}{3pt};"}]
+    )
+    columns = "l" * len(NAMES) + "r" * (len(entries.columns) - len(NAMES))
+    caption = f"{escape(model)}. {NOTE}"
+    return style.to_latex(hrules=True, column_format=columns, caption=caption, position_float="centering")
 
 
 def _entry(seeds: pd.DataFrame) -> str:
@@ -62,16 +55,17 @@ def _entry(seeds: pd.DataFrame) -> str:
         return MISSING
     half = (known["accuracy_high"] - known["accuracy_low"]).mean() / 2
     around = "" if math.isnan(half) else f"\\,({100 * half:.1f})"
-    return f"{100 * known['accuracy'].mean():.1f}{around}{_mark(' '.join(known['notices']))}"
+    return f"{100 * known['accuracy'].mean():.1f}{around}{_mark(' '.join(known['warnings']))}"
 
 
-def _mark(notices: str) -> str:
-    rules = set(notices.split())
+def _mark(warnings: str) -> str:
+    rules = set(warnings.split())
     if any(rule.isupper() for rule in rules):
         return r"\textdaggerdbl"
-    return r"\textdagger" if rules - LIGHT_NOTICES else ""
+    return r"\textdagger" if rules - LIGHT_WARNINGS else ""
 
 
 def escape(text: str) -> str:
-    """Text as LaTeX shows it."""
-    return "".join(SPECIAL.get(character, character) for character in text)
+    """Text as LaTeX shows it, as pandas escapes a cell; a caption is not escaped by it."""
+    cell = pd.DataFrame([text]).style.hide(axis="index").hide(axis="columns").format(escape="latex")
+    return cell.to_latex().splitlines()[1].removesuffix(r" \\")

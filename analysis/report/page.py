@@ -18,8 +18,8 @@ import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from analysis.audit.audit import RULES, Audit, Finding
-from analysis.baselines.comparison import Comparison, summarised
+from analysis.audit.audit import RULES, Audit, AuditFinding
+from analysis.baselines.comparison import PublishedComparison, summary_sentence
 from analysis.report.rounding import UNKNOWN, rounded, with_interval
 from analysis.report.runs import relative_link
 from analysis.stats.claims import QUESTIONS, Claim
@@ -33,7 +33,7 @@ FINDINGS_A_RULE = 12
 
 
 @dataclass(frozen=True)
-class Said:
+class RenderedClaim:
     """A finding: what it is about, its words and numbers in order, each number with its runs, and what carries it."""
 
     question: str
@@ -42,14 +42,14 @@ class Said:
     test: str | None = None
 
 
-def said(claim: Claim) -> Said:
+def render_claim(claim: Claim) -> RenderedClaim:
     """A claim with its numbers set apart."""
     parts: list[tuple[str, tuple[str, ...]]] = []
     for words, name, _, _ in Formatter().parse(claim.template):
         parts.append((words, ()))
         if name is not None:
             parts.append((claim.numbers[name].shown, claim.numbers[name].run_ids))
-    return Said(claim.question, claim.about, parts, claim.test)
+    return RenderedClaim(claim.question, claim.about, parts, claim.test)
 
 
 class Traces:
@@ -62,7 +62,7 @@ class Traces:
         self._known: dict[tuple[int, ...], int] = {}
 
     def trace_number(self, run_ids: Iterable[str]) -> int:
-        """What `#trace=` takes for these runs."""
+        """The number that `#trace=` takes for these runs."""
         places = sorted({place for run_id in run_ids for place in self._cells_by_run.get(run_id, ())})
         return self._known.setdefault(tuple(places), len(self._known))
 
@@ -81,18 +81,18 @@ class Traces:
 
 
 @dataclass(frozen=True)
-class Audited:
-    """What the audit says, for the top of the page."""
+class AuditSummary:
+    """The audit's result, for the top of the page."""
 
     state: str
-    """sound, notice or fault"""
+    """sound, warning or error"""
     headline: str
     groups: Sequence[Mapping[str, Any]]
     """rule, severity, meaning, findings, and how many more there are"""
 
 
-def audited(found: Audit) -> Audited:
-    by_rule: dict[str, list[Finding]] = defaultdict(list)
+def summarise_audit(found: Audit) -> AuditSummary:
+    by_rule: dict[str, list[AuditFinding]] = defaultdict(list)
     for finding in found.findings:
         by_rule[finding.rule].append(finding)
     groups = [
@@ -105,26 +105,26 @@ def audited(found: Audit) -> Audited:
         }
         for rule, findings in by_rule.items()
     ]
-    state = "fault" if found.faults else "notice" if groups else "sound"
-    return Audited(state, found.summary(), groups)
+    state = "error" if found.errors else "warning" if groups else "sound"
+    return AuditSummary(state, found.summary(), groups)
 
 
 @dataclass(frozen=True)
 class Content:
-    """What the page shows."""
+    """Everything that the page shows."""
 
     counts: str
     cells: pd.DataFrame
     """the summary"""
     folders: Sequence[Path]
     """of results, the first the page's own"""
-    audited: Audited
-    findings: Sequence[Said]
+    audit: AuditSummary
+    findings: Sequence[RenderedClaim]
     seeds: str
     """what can be said with so many seeds"""
     passing: pd.DataFrame
     """as `highest_passing_sparsity`"""
-    comparisons: Sequence[Comparison] = ()
+    comparisons: Sequence[PublishedComparison] = ()
     hardware: Sequence[Mapping[str, Any]] = ()
     figures: Mapping[str, str] = field(default_factory=dict)
     """{name: caption} of the PNG files beside the page"""
@@ -141,7 +141,7 @@ def render_page(content: Content, path: Path) -> str:
         trace=traces.trace_number,
         title="tune-sparse: how sparse, and still good?",
         counts=content.counts,
-        audit=content.audited,
+        audit=content.audit,
         questions=_by_question(content.findings),
         seeds=content.seeds,
         passing=rows,
@@ -156,9 +156,9 @@ def render_page(content: Content, path: Path) -> str:
     )
 
 
-def _by_question(findings: Sequence[Said]) -> list[tuple[str, list[tuple[str, list[Said]]]]]:
+def _by_question(findings: Sequence[RenderedClaim]) -> list[tuple[str, list[tuple[str, list[RenderedClaim]]]]]:
     """Each question with what was found, by what it is about; what holds everywhere comes first, as the claims do."""
-    listed: dict[str, dict[str, list[Said]]] = {}
+    listed: dict[str, dict[str, list[RenderedClaim]]] = {}
     for finding in findings:
         listed.setdefault(finding.question, {}).setdefault(finding.about, []).append(finding)
     return [(f"{question}: {QUESTIONS[question]}", list(abouts.items())) for question, abouts in listed.items()]
@@ -236,16 +236,16 @@ def _passing(content: Content) -> tuple[list[str], list[dict[str, Any]]]:
     return [f"{method}, {mode}" for method, mode in names], lines
 
 
-def _published(comparisons: Sequence[Comparison]) -> dict[str, Any]:
+def _published(comparisons: Sequence[PublishedComparison]) -> dict[str, Any]:
     rows = [(comparison, published_row(comparison)) for comparison in comparisons]
     return {
-        "summary": summarised(comparisons),
+        "summary": summary_sentence(comparisons),
         "compared": [row for comparison, row in rows if comparison.reason is None],
         "others": [row for comparison, row in rows if comparison.reason is not None],
     }
 
 
-def published_row(comparison: Comparison) -> dict[str, Any]:
+def published_row(comparison: PublishedComparison) -> dict[str, Any]:
     """A comparison in words and rounded numbers; each published number as its source prints it."""
     published = comparison.published
     low, high = comparison.low, comparison.high
@@ -262,7 +262,7 @@ def published_row(comparison: Comparison) -> dict[str, Any]:
         "theirs": UNKNOWN if published.value is None else f"{published.value:.6g}",
         "ours": rounded(comparison.value, stderr),
         "difference": with_interval(comparison.difference, low, high),
-        "described": comparison.described,
+        "our_setting": comparison.our_setting,
         "reason": comparison.reason or "",
         "run_ids": comparison.run_ids,
     }

@@ -4,28 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from analysis.baselines.comparison import NOT_AVAILABLE, Comparison
-from analysis.report.latex import escape
+import pandas as pd
+
+from analysis.baselines.comparison import NOT_AVAILABLE, PublishedComparison
 from analysis.report.rounding import rounded, with_interval
 
 SOURCE = "Phoenix"
 NOT_COMPARABLE = "not comparable"
-HEAD = r"""% Made by `tune-sparse report` from published numbers and finished runs.
-\begin{tabular}{llllll}
-\toprule
-model & task & sparsity & Phoenix & ours & ours $-$ Phoenix \\
-\midrule
-"""
-FOOT = "\\bottomrule\n\\end{tabular}\n"
+COLUMNS = ("model", "task", "sparsity", "Phoenix", "ours", "ours $-$ Phoenix")
+HEAD = "% Made by `tune-sparse report` from published numbers and finished runs.\n"
 
 
-def phoenix_table(comparisons: Sequence[Comparison]) -> str:
+def phoenix_table(comparisons: Sequence[PublishedComparison]) -> str:
     """A line for each accuracy of the paper; why nothing is compared stands in the last column."""
     chosen = [c for c in comparisons if c.published.source == SOURCE]
-    return HEAD + "".join(f"{' & '.join(map(escape, _fields(c)))} \\\\\n" for c in chosen) + FOOT
+    table = pd.DataFrame([_fields(c) for c in chosen], columns=list(COLUMNS))
+    style = table.style.hide(axis="index").format(escape="latex")
+    return HEAD + style.to_latex(hrules=True, column_format="l" * len(COLUMNS))
 
 
-def _fields(comparison: Comparison) -> tuple[str, ...]:
+def _fields(comparison: PublishedComparison) -> tuple[str, ...]:
     published = comparison.published
     sparsity = "--" if published.sparsity is None else f"{published.sparsity:g}"
     theirs = NOT_AVAILABLE if published.value is None else f"{published.value:.6g}"

@@ -1,4 +1,4 @@
-"""What people read: the figures, the comparison with published numbers, and the HTML page."""
+"""Writes what people read: figures, the comparison with published numbers, and the HTML page."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 import pandas as pd
 
-from analysis.baselines.comparison import Comparison, compare, protocols
+from analysis.baselines.comparison import PublishedComparison, compare_with_published, protocols
 from analysis.baselines.published import COLUMNS, Published
 from analysis.report.figures import FIGURES
 from analysis.report.hardware import hardware_pairs, hardware_rows
@@ -22,7 +22,7 @@ from analysis.report.style import save
 from tune_sparse.files import write_text
 
 PAGE = "report.html"
-COMPARED = ("reason", "ours", "difference", "low", "high", "described", "run_ids")
+COMPARED = ("reason", "ours", "difference", "low", "high", "our_setting", "run_ids")
 
 
 def present(folder: Path, content: Content, runs: Runs, published: Sequence[Published]) -> Path:
@@ -31,7 +31,7 @@ def present(folder: Path, content: Content, runs: Runs, published: Sequence[Publ
     `content` has what the audit and the statistics found; hardware, comparisons and figures are added here.
     """
     cells = content.cells
-    comparisons = compare(published, cells, protocols(runs.folders))
+    comparisons = compare_with_published(published, cells, protocols(runs.folders))
     write_text(folder / "published_comparison.csv", _as_csv(comparisons))
     write_text(folder / "phoenix_comparison.tex", phoenix_table(comparisons))
     pairs = hardware_pairs(cells, runs)
@@ -61,7 +61,7 @@ def draw_figures(folder: Path, cells: pd.DataFrame, runs: Runs) -> dict[str, str
     return drawn
 
 
-def _as_csv(comparisons: Sequence[Comparison]) -> str:
+def _as_csv(comparisons: Sequence[PublishedComparison]) -> str:
     """Every published number with what stands beside it, or why nothing does."""
     file = io.StringIO()
     writer = csv.DictWriter(file, [*COLUMNS, *COMPARED], lineterminator="\n")
@@ -73,7 +73,7 @@ def _as_csv(comparisons: Sequence[Comparison]) -> str:
             "difference": comparison.difference,
             "low": comparison.low,
             "high": comparison.high,
-            "described": comparison.described,
+            "our_setting": comparison.our_setting,
             "run_ids": " ".join(comparison.run_ids),
         }
         writer.writerow(row)

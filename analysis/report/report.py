@@ -13,7 +13,7 @@ from analysis.baselines.published import load_published
 from analysis.read.evidence import read_results
 from analysis.read.load import cells_table
 from analysis.report.latex import main_results
-from analysis.report.page import Content, audited, said
+from analysis.report.page import Content, render_claim, summarise_audit
 from analysis.report.presentation import present
 from analysis.report.runs import find_runs
 from analysis.report.tables import (
@@ -23,11 +23,11 @@ from analysis.report.tables import (
     sparsity_vs_performance,
     with_imported,
     with_intervals,
-    with_notices,
+    with_warnings,
 )
 from analysis.stats.claims import as_markdown, headlines
 from analysis.stats.comparisons import Points
-from analysis.stats.findings import findings, seeds_said
+from analysis.stats.findings import describe_seeds, make_claims
 from analysis.stats.sparsity_claims import PASS_MARK
 from tune_sparse.errors import InputError, NotReadyError
 from tune_sparse.files import write_json, write_text
@@ -35,10 +35,10 @@ from tune_sparse.files import write_json, write_text
 
 @dataclass(frozen=True)
 class Report:
-    """What was found, as lines to print, how many faults the audit named, and how many cells are done."""
+    """The lines to print, how many errors the audit named, and how many cells are done."""
 
     lines: list[str]
-    faults: int
+    errors: int
     done: int
 
 
@@ -64,31 +64,31 @@ def write_report(
     results = read_results(results_dirs, sweep_ids)
     found = audit(results)
     cells = with_intervals(cells)
-    summary = with_notices(with_intervals(with_imported(cells, results.imported)), found)
+    summary = with_warnings(with_intervals(with_imported(cells, results.imported)), found)
     points = Points(cells, {run_id: e.answers for run_id, e in results.by_run.items() if e.answers})
-    claims, tests = findings(points, results.imported)
+    claims, tests = make_claims(points, results.imported)
     performance = sparsity_vs_performance(cells)
     tables = {"summary": summary, "sparsity_vs_performance": performance, "tests": tests}
     for name, table in (tables | {"grouped_summary": grouped_summary(points)}).items():
         write_text(folder / f"{name}.csv", table.to_csv(index=False))
     write_text(folder / "main_results.tex", main_results(summary))
-    write_text(folder / "findings.md", as_markdown(claims, seeds_said(cells), found.summary()))
+    write_text(folder / "findings.md", as_markdown(claims, describe_seeds(cells), found.summary()))
     write_json(folder / "findings.json", [claim.as_json() for claim in claims])
     write_json(folder / "audit.json", [asdict(finding) for finding in found.findings])
     content = Content(
         counts=counts(cells)[0],
         cells=summary,
         folders=results_dirs,
-        audited=audited(found),
-        findings=[said(claim) for claim in claims],
-        seeds=seeds_said(cells),
+        audit=summarise_audit(found),
+        findings=[render_claim(claim) for claim in claims],
+        seeds=describe_seeds(cells),
         passing=highest_passing_sparsity(performance),
     )
     page = present(folder, content, find_runs(results_dirs, points.answers), published)
-    said_first = [*found.lines(severities=["fault"]), *counts(cells), found.summary()]
+    said_first = [*found.lines(severities=["error"]), *counts(cells), found.summary()]
     lines = [*said_first, *headlines(claims), *highest_lines(performance)]
     lines += [f"Tables, figures, findings and audit: {folder}", f"To read: {page}"]
-    return Report(lines, len(found.faults), int((cells["status"] == "done").sum()))
+    return Report(lines, len(found.errors), int((cells["status"] == "done").sum()))
 
 
 def _refuse_mixed_sweeps(cells: pd.DataFrame) -> None:
@@ -101,7 +101,7 @@ def _refuse_mixed_sweeps(cells: pd.DataFrame) -> None:
 
 
 def counts(cells: pd.DataFrame) -> list[str]:
-    """How many cells have which status."""
+    """Count the cells of each status, in one line."""
     statuses = cells["status"].value_counts()
     done = cells[cells["status"] == "done"]
     named = ", ".join(f"{count} {status}" for status, count in statuses.items())

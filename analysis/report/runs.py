@@ -1,4 +1,4 @@
-"""Where the files of finished runs are, and those that figures and pages read besides the records."""
+"""Finds the folders of runs, and reads the files that figures and pages need besides the records."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Runs:
     """{run_id: what its model answered}"""
 
     def find_run_folder(self, run_id: str) -> Path | None:
-        """Of a done run, else of one that any folder has."""
+        """The folder of a done run, else that of an unfinished one."""
         found = [folder for folder in self.folders if Ledger(folder).run_folder(run_id).is_dir()]
         done = (folder for folder in found if len(found) == 1 or Ledger(folder).is_done(run_id))
         folder = next(done, found[0] if found else None)
@@ -51,13 +51,13 @@ class Runs:
         return difference_between_runs(self.answers, left, right)
 
     def throughputs(self) -> Iterator[dict[str, Any]]:
-        """What `tune-sparse throughput` measured: run_id, by_batch_size, environment."""
+        """Measurements of `tune-sparse throughput`: run_id, by_batch_size, environment."""
         for folder in self.folders:
             for path in sorted((folder / "throughput").glob("*.json")):
                 yield read_json(path)
 
     def searches(self) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]]]]:
-        """(what was asked, the front) of each finished sub-adapter search."""
+        """(what was requested, the front) of each finished sub-adapter search."""
         for folder in self.folders:
             for path in sorted((folder / "searches").glob("*/result.json")):
                 yield read_json(path.with_name("config.json")), read_json(path)["front"]

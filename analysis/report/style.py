@@ -1,4 +1,4 @@
-"""What all figures share: colours, marks, labels with units, and how they are saved."""
+"""Colours, marks, labels with units, and the saving that all figures share."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def write_numbers_into(axis: Axes, values: Any, text_of: Any, size: float) -> No
 
 
 def save(figure: Figure, path: Path) -> None:
-    """As PNG at `path` and, for print, as PDF beside it; each whole or not at all."""
+    """Save a PNG at `path` and, for print, a PDF beside it; each whole or not at all."""
     figure.draw_without_rendering()
     figure.set_layout_engine(None)  # laid out once, not again for each file
     for suffix in (".png", ".pdf"):

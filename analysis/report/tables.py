@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
+from analysis.stats.paired import Z
 from analysis.stats.sparsity_claims import PASS_MARK
 
 if TYPE_CHECKING:
@@ -34,12 +35,10 @@ PERFORMANCE = [
     "inference_flops",
 ]
 COSTS = ("train_samples_per_second", "train_seconds", "peak_memory_bytes", "inference_flops")
-Z = 1.959964
-"""Half of a 95% interval, in standard errors."""
 
 
 def sparsity_vs_performance(cells: pd.DataFrame) -> pd.DataFrame:
-    """One row per setting: means over the seeds that are done, and how many of the asked seeds they are."""
+    """One row per setting: means over the seeds that are done, and how many of the requested seeds they are."""
     grouped = cells.assign(done=cells["status"] == "done").groupby(SETTING, sort=True)
     table = grouped[[name for name in PERFORMANCE if name in cells]].mean()
     table.insert(0, "seeds_done", grouped["done"].sum())
@@ -71,9 +70,9 @@ def with_imported(cells: pd.DataFrame, imported: Sequence[Imported]) -> pd.DataF
     return pd.concat([cells.astype({"seed": "Int64"}), added.astype({"seed": "Int64"})], ignore_index=True)
 
 
-def with_notices(cells: pd.DataFrame, found: Audit) -> pd.DataFrame:
-    """The cells with the rules of the audit that speak of their run, faults in capitals."""
-    return cells.assign(notices=[found.rules_that_mark(run_id) for run_id in cells["run_id"]])
+def with_warnings(cells: pd.DataFrame, found: Audit) -> pd.DataFrame:
+    """The cells with the rules of the audit that speak of their run, errors in capitals."""
+    return cells.assign(warnings=[found.marks_of(run_id) for run_id in cells["run_id"]])
 
 
 def grouped_summary(points: Points) -> pd.DataFrame:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from analysis.stats.comparisons import Test
+from analysis.stats.comparisons import PairedTest
 
 QUESTIONS = {
     "RQ1": "How does sparsity affect the accuracy of fine-tuned models?",
@@ -59,7 +59,7 @@ def number(value: float, run_ids: Iterable[str], form: str = ".3f") -> Number:
     return Number(None, "unknown", runs) if math.isnan(value) else Number(float(value), format(value, form), runs)
 
 
-def interval(test: Test, form: str = "+.3f") -> dict[str, Number]:
+def interval(test: PairedTest, form: str = "+.3f") -> dict[str, Number]:
     """The numbers of a test: difference, low, high, p, cells."""
     e = test.estimate
     p = Number(test.p_corrected, _p(test.p_corrected), test.run_ids)
@@ -98,9 +98,9 @@ def as_markdown(claims: Iterable[Claim], seeds: str, audit_summary: str) -> str:
     lines = ["# Findings", "", audit_summary, "", seeds]
     for question, words in QUESTIONS.items():
         lines += ["", f"## {question}: {words}"]
-        asked = [claim for claim in listed if claim.question == question]
-        for about in dict.fromkeys(claim.about for claim in asked):
+        same_question = [claim for claim in listed if claim.question == question]
+        for about in dict.fromkeys(claim.about for claim in same_question):
             lines += ["", f"**{about}**", ""]
-            for claim in (claim for claim in asked if claim.about == about):
+            for claim in (claim for claim in same_question if claim.about == about):
                 lines.append(f"- {claim.text}" + (f" *({claim.test})*" if claim.test else ""))
     return "\n".join(lines) + "\n"

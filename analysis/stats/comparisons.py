@@ -1,4 +1,4 @@
-"""Who is compared with whom: pairs of cells that differ in one thing alone, and what the tests say of them."""
+"""Pairs of cells that differ in one thing alone, and the tests of their differences."""
 
 from __future__ import annotations
 
@@ -22,17 +22,15 @@ from analysis.stats.statistics import (
 )
 
 BASE = ["backend", "model", "task"]
-"""What cells grow from: a base model on a task."""
+"""A base model on a task, from which cells grow."""
 AXES = ["method", "mode", "sparsity", "seed"]
 ALL_BASES = "all base models and tasks"
 NAIVE_WARNING = "not behind any claim: cells share examples and base models"
 
 
 @dataclass(frozen=True)
-class Test:
+class PairedTest:
     """One comparison: `right` minus `left`, over the cells that differ in nothing else."""
-
-    __test__ = False  # pytest
 
     about: str
     left: str
@@ -67,7 +65,7 @@ class Test:
         }
 
 
-def turned(test: Test, right: str) -> Test:
+def swap_sides(test: PairedTest, right: str) -> PairedTest:
     """The same comparison with `right` on the right."""
     if test.right == right:
         return test
@@ -84,9 +82,9 @@ class Points:
 
     def __init__(self, cells: pd.DataFrame, answers: Mapping[str, Answers]) -> None:
         done = cells[(cells["status"] == "done") & cells["run_id"].isin(list(answers))]
-        asked = done["run_id"].map(lambda run: hash(tuple(answers[run].ids)))
-        usual = asked.groupby([done["model"], done["task"]]).transform(lambda same: same.mode()[0])
-        done = done[asked == usual]
+        questions = done["run_id"].map(lambda run: hash(tuple(answers[run].ids)))
+        usual = questions.groupby([done["model"], done["task"]]).transform(lambda same: same.mode()[0])
+        done = done[questions == usual]
         self.pruned = done[done["sparsity"] > 0].drop_duplicates("run_id")
         self.dense = done[(done["sparsity"] == 0) & (done["mode"] != "masked-finetuning")].drop_duplicates("run_id")
         self.answers = answers
@@ -109,7 +107,7 @@ class Points:
         return np.stack([self.answers[right].scores - self.answers[left].scores for left, right in both])
 
     def over_base(self, pairs: pd.DataFrame) -> Estimate:
-        """Of one base: its cells, and its examples, stand for all that could have been drawn."""
+        """The mean difference of one base: its cells and its examples stand for all that could have been drawn."""
         values, answers = self.differences(pairs), self.answers[pairs["run_id_left"].iloc[0]]
         cells, count = values.shape
         if cells == 1:
@@ -118,7 +116,7 @@ class Points:
         return clustered_mean(values.ravel(), np.tile(answers.weights, cells), by_cell, by_example, "cell")
 
     def over_bases(self, pairs: pd.DataFrame) -> Estimate:
-        """Over several bases, each counting alike: these bases stand for all that could have been taken."""
+        """The mean difference of several bases, each counting alike: they stand for all that could have been taken."""
         values, weights, bases, examples = [], [], [], []
         for base, same in pairs.groupby(BASE, sort=True):
             answers = self.answers[same["run_id_left"].iloc[0]]
@@ -129,7 +127,7 @@ class Points:
         return clustered_mean(np.concatenate(values), np.concatenate(weights), bases, examples, "base model and task")
 
     def accuracies(self, pairs: pd.DataFrame) -> pd.DataFrame:
-        """Without texts: their scores are likelihoods, which do not average with accuracies."""
+        """The pairs without texts, whose scores are likelihoods, which do not average with accuracies."""
         return pairs[np.array([self.is_accuracy(run) for run in pairs["run_id_left"]], bool)]
 
     def is_accuracy(self, run_id: str) -> bool:
@@ -151,7 +149,7 @@ def difference_between_runs(answers: Mapping[str, Answers], left: str, right: st
     return paired_bootstrap((b.scores - a.scores) * a.weights * len(a.weights))
 
 
-def compare(points: Points, axis: str) -> list[Test]:
+def compare_values(points: Points, axis: str) -> list[PairedTest]:
     """Every pair of values of `axis` ("method" or "mode"): in each base, over all bases, and, with its warning, by
     the plain paired t. Corrected over the pairs and bases of each of the three."""
     values = list(dict.fromkeys(points.pruned[axis]))
@@ -161,7 +159,7 @@ def compare(points: Points, axis: str) -> list[Test]:
         (", ".join(map(str, base)), a, b, same) for a, b, pairs in couples for base, same in pairs.groupby(BASE)
     ]
     everywhere = [(ALL_BASES, a, b, points.accuracies(pairs)) for a, b, pairs in couples]
-    everywhere = [asked for asked in everywhere if count_bases(asked[3]) > 1]
+    everywhere = [pair for pair in everywhere if count_bases(pair[3]) > 1]
     return [
         *corrected_tests(everywhere, points.over_bases),
         *corrected_tests(in_bases, points.over_base),
@@ -169,27 +167,27 @@ def compare(points: Points, axis: str) -> list[Test]:
     ]
 
 
-def compare_cells(points: Points, axis: str, left: Any, right: Any, within: Sequence[str] = BASE) -> list[Test]:
+def compare_cells(points: Points, axis: str, left: Any, right: Any, within: Sequence[str] = BASE) -> list[PairedTest]:
     """Each pair of cells by itself: which of these very models differ."""
     pairs = points.pairs(axis, left, right, within)
-    asked = [
+    compared = [
         (", ".join(f"{row[name]}" for name in [*within, *AXES] if name != axis), left, right, pairs.loc[[index]])
         for index, row in pairs.iterrows()
     ]
-    return corrected_tests(asked, points.over_base)
+    return corrected_tests(compared, points.over_base)
 
 
 def corrected_tests(
-    asked: Sequence[tuple[str, Any, Any, pd.DataFrame]],
+    compared: Sequence[tuple[str, Any, Any, pd.DataFrame]],
     estimate: Callable[[pd.DataFrame], Estimate],
     warning: str = "",
-) -> list[Test]:
+) -> list[PairedTest]:
     """A test of each (about, left, right, pairs), corrected by Holm over all of them."""
-    found = [estimate(pairs) for *_, pairs in asked]
+    found = [estimate(pairs) for *_, pairs in compared]
     corrected = holm([e.p for e in found])
     return [
-        Test(about, str(a), str(b), len(pairs), e, p, (*pairs["run_id_left"], *pairs["run_id_right"]), warning)
-        for (about, a, b, pairs), e, p in zip(asked, found, corrected, strict=True)
+        PairedTest(about, str(a), str(b), len(pairs), e, p, (*pairs["run_id_left"], *pairs["run_id_right"]), warning)
+        for (about, a, b, pairs), e, p in zip(compared, found, corrected, strict=True)
     ]
 
 

@@ -8,17 +8,17 @@ import pandas as pd
 
 from analysis.read.imported import Imported
 from analysis.stats.claims import Claim, Number, escaped, interval, number
-from analysis.stats.comparisons import ALL_BASES, BASE, Points, Test, compare, compare_cells, turned
+from analysis.stats.comparisons import ALL_BASES, BASE, PairedTest, Points, compare_cells, compare_values, swap_sides
 from analysis.stats.sparsity_claims import sparsity_claims
-from analysis.stats.statistics import anova, repeated_measures, said_by_seeds
+from analysis.stats.statistics import anova, repeated_measures, seeds_sentence
 
 MEASURED = "{{difference}} {unit} ({{low}} to {{high}}, {{p}}, {{cells}} pairs of cells)"
 LORA_MODES = ("sparse-to-dense", "sparse-to-sparse")
 
 
-def findings(points: Points, imported: Sequence[Imported] = ()) -> tuple[list[Claim], pd.DataFrame]:
+def make_claims(points: Points, imported: Sequence[Imported] = ()) -> tuple[list[Claim], pd.DataFrame]:
     """The claims, and a table of every test behind them."""
-    methods, modes = compare(points, "method"), compare(points, "mode")
+    methods, modes = compare_values(points, "method"), compare_values(points, "mode")
     single = compare_cells(points, "mode", *LORA_MODES)
     backends = _backend_tests(points)
     claims = [
@@ -27,19 +27,19 @@ def findings(points: Points, imported: Sequence[Imported] = ()) -> tuple[list[Cl
         *_mode_claims(points, modes, single),
         *_backend_claims(points, backends),
     ]
-    asked = {"RQ2": methods, "RQ3": [*modes, *single], "RQ4": backends}
-    rows = [test.row(question) for question, tests in asked.items() for test in tests]
+    by_question = {"RQ2": methods, "RQ3": [*modes, *single], "RQ4": backends}
+    rows = [test.row(question) for question, tests in by_question.items() for test in tests]
     return claims, pd.DataFrame(rows)
 
 
-def seeds_said(cells: pd.DataFrame) -> str:
-    return said_by_seeds(int(cells.loc[cells["status"] == "done", "seed"].nunique()) or 1)
+def describe_seeds(cells: pd.DataFrame) -> str:
+    return seeds_sentence(int(cells.loc[cells["status"] == "done", "seed"].nunique()) or 1)
 
 
 # RQ2
 
 
-def _method_claims(points: Points, tests: Sequence[Test]) -> Iterator[Claim]:
+def _method_claims(points: Points, tests: Sequence[PairedTest]) -> Iterator[Claim]:
     pruned = points.pruned[points.pruned["accuracy"].notna()]
     if pruned["method"].nunique() < 2:
         yield Claim("RQ2", ALL_BASES, "One method only: there is nothing to compare.")
@@ -51,7 +51,7 @@ def _method_claims(points: Points, tests: Sequence[Test]) -> Iterator[Claim]:
         yield _best_claim(about, rows, [t for t in tests if t.about == about])
 
 
-def _best_claim(about: str, rows: pd.DataFrame, tests: Sequence[Test]) -> Claim:
+def _best_claim(about: str, rows: pd.DataFrame, tests: Sequence[PairedTest]) -> Claim:
     """The method of the highest mean, and which of the others it is shown to be better than."""
     settings = rows.groupby([*BASE, "mode", "sparsity", "seed"])["method"]
     rows = rows[settings.transform("nunique") == rows["method"].nunique()]
@@ -63,7 +63,7 @@ def _best_claim(about: str, rows: pd.DataFrame, tests: Sequence[Test]) -> Claim:
         numbers[f"mean{i}"] = number(means[method], rows.loc[rows["method"] == method, "run_id"])
         parts.append(f"{method} {{mean{i}}}")
     beaten, others = list[str](), list[str]()
-    for i, test in enumerate(turned(t, best) for t in tests if best in (t.left, t.right)):
+    for i, test in enumerate(swap_sides(t, best) for t in tests if best in (t.left, t.right)):
         numbers |= {f"{name}{i}": value for name, value in interval(test).items()}
         words = f"{test.left}: {{difference{i}}} ({{low{i}}} to {{high{i}}}, {{p{i}}})"
         (beaten if test.is_shown and test.estimate.value > 0 else others).append(words)
@@ -103,11 +103,11 @@ EFFECT_SIZES = ("eta_squared", "omega_squared")
 # RQ3
 
 
-def _mode_claims(points: Points, tests: Sequence[Test], single: Sequence[Test]) -> Iterator[Claim]:
-    asked = [t for t in tests if {t.left, t.right} == set(LORA_MODES) and not t.warning]
-    if not asked:
+def _mode_claims(points: Points, tests: Sequence[PairedTest], single: Sequence[PairedTest]) -> Iterator[Claim]:
+    between_modes = [t for t in tests if {t.left, t.right} == set(LORA_MODES) and not t.warning]
+    if not between_modes:
         yield Claim("RQ3", ALL_BASES, "No two cells differ in these modes alone: there is nothing to compare.")
-    for test in (turned(t, LORA_MODES[1]) for t in asked):
+    for test in (swap_sides(t, LORA_MODES[1]) for t in between_modes):
         unit = "accuracy" if points.is_accuracy(test.run_ids[0]) else "log-likelihood a token"
         measured = MEASURED.format(unit=unit)
         if test.is_shown:
@@ -144,7 +144,7 @@ def _cost_claim(points: Points) -> Iterator[Claim]:
 # RQ4
 
 
-def _backend_tests(points: Points) -> list[Test]:
+def _backend_tests(points: Points) -> list[PairedTest]:
     backends = list(dict.fromkeys(points.pruned["backend"]))
     return [
         test
@@ -153,7 +153,7 @@ def _backend_tests(points: Points) -> list[Test]:
     ]
 
 
-def _backend_claims(points: Points, tests: Sequence[Test]) -> Iterator[Claim]:
+def _backend_claims(points: Points, tests: Sequence[PairedTest]) -> Iterator[Claim]:
     backends = list(dict.fromkeys(points.pruned["backend"]))
     if len(backends) < 2:
         name = backends[0] if backends else "none"

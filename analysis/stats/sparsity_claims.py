@@ -1,4 +1,4 @@
-"""How sparsity affects accuracy: pass marks, how far each curve holds, and where it breaks."""
+"""Claims about sparsity and accuracy: pass marks, how far each curve holds, and where it breaks."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ def sparsity_claims(points: Points, imported: Sequence[Imported]) -> Iterator[Cl
 
 
 def _loss_claims(points: Points, sparsity: float) -> Iterator[Claim]:
-    """What one sparsity costs on the whole, by method."""
+    """The accuracy that one sparsity costs over all bases, by method."""
     pairs = points.accuracies(points.to_dense(sparsity))
-    asked = [(ALL_BASES, "dense", method, same) for method, same in pairs.groupby("method", sort=True)]
-    tests = corrected_tests([a for a in asked if count_bases(a[3]) > 1], points.over_bases)
+    compared = [(ALL_BASES, "dense", method, same) for method, same in pairs.groupby("method", sort=True)]
+    tests = corrected_tests([c for c in compared if count_bases(c[3]) > 1], points.over_bases)
     if not tests:
         return
     parts, numbers = [], {"sparsity": number(sparsity, pairs["run_id_right"], "g")}
@@ -71,7 +71,8 @@ def _dense_claims(about: str, dense: pd.Series[Any], known: Sequence[Imported]) 
             f"Dense: {{accuracy}} {passed} the mark of 2% within the imported baseline {{imported}} "
             f"({escaped(baseline.source)}) and {carried}: {{difference}} ({{low}} to {{high}})."
         )
-        yield Claim("RQ1", about, template, numbers | known_as | estimate_numbers(e.value, e.low, e.high, runs), e.test)
+        against = estimate_numbers(e.value, e.low, e.high, runs)
+        yield Claim("RQ1", about, template, numbers | known_as | against, e.test)
 
 
 def _half_claim(about: str, dense: pd.Series[Any], half: pd.DataFrame) -> Iterator[Claim]:
@@ -79,8 +80,8 @@ def _half_claim(about: str, dense: pd.Series[Any], half: pd.DataFrame) -> Iterat
         return
     runs = [dense["run_id"], *half["run_id"]]
     marks = {name: (half["accuracy"] >= (1 - mark) * dense["accuracy"] - 1e-9).sum() for name, mark in HALF.items()}
-    numbers = {name: number(count, runs, ".0f") for name, count in (marks | {"asked": len(half)}).items()}
-    template = "Half of the weights gone: {ten} of {asked} runs are within 10% of dense, {five} within 5%."
+    numbers = {name: number(count, runs, ".0f") for name, count in (marks | {"all": len(half)}).items()}
+    template = "Half of the weights gone: {ten} of {all} runs are within 10% of dense, {five} within 5%."
     yield Claim("RQ1", about, template, numbers)
 
 
@@ -94,9 +95,9 @@ def _most_claim(about: str, most: pd.DataFrame) -> Iterator[Claim]:
     correct = most["accuracy"] * most["n_examples"]
     lows = [wilson(k, int(n))[0] for k, n in zip(correct, most["n_examples"], strict=True)]
     above = int((np.array(lows) > level).sum())
-    counts = {"above": number(above, most["run_id"], ".0f"), "asked": number(len(most), most["run_id"], ".0f")}
+    counts = {"above": number(above, most["run_id"], ".0f"), "all": number(len(most), most["run_id"], ".0f")}
     template = (
-        "Nine tenths gone: {above} of {asked} runs are above chance and the largest class ({level}), with their whole "
+        "Nine tenths gone: {above} of {all} runs are above chance and the largest class ({level}), with their whole "
         "interval."
     )
     yield Claim("RQ1", about, template, counts | {"level": number(level.max(), most["run_id"])}, "Wilson intervals")
@@ -119,7 +120,7 @@ def _reach_claim(about: str, curve_name: str, dense: pd.Series[Any], curve: pd.D
 
 
 def _break_claim(about: str, curve_name: str, dense: pd.Series[Any], curve: pd.DataFrame, points: Points) -> Claim:
-    """Where one step of sparsity costs most, if that fall is more than noise."""
+    """The step of sparsity that costs most, if that fall is more than noise."""
     steps = list(pairwise([dense, *(row for _, row in curve.iterrows())]))
     if not steps:
         return Claim("RQ1", about, f"{curve_name}: no finished run above sparsity zero.")

@@ -1,4 +1,4 @@
-"""Which differences can be shown: pure functions of arrays and frames, computed by scipy and statsmodels.
+"""Tests and intervals of differences: pure functions of arrays and frames, computed by scipy and statsmodels.
 
 Cells of a sweep are no independent draws: they answer the same examples and grow from the same base models. What that
 does to a test, and which test therefore stands behind which claim, is in docs/statistics.md; tests/test_simulation.py
@@ -16,8 +16,8 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy import stats
 
-LEVEL = 0.95
-"""Of every interval; a claim of a difference needs a corrected p below 1 - LEVEL."""
+from analysis.stats.paired import LEVEL, Z, difference_interval, mcnemar_p
+
 Floats = NDArray[np.float64]
 
 
@@ -49,18 +49,12 @@ def paired_difference(
 ) -> Estimate:
     """Accuracy of `after` minus that of `before` on the same examples: do these two models differ?
 
-    p: McNemar's exact test of the examples that only one of them answers. Interval: Bonett & Price (2012), which is
-    not empty where no example is answered otherwise.
+    p: McNemar's exact test of the examples that only one of them answers. Interval: Bonett & Price (2012).
     """
-    from statsmodels.stats.contingency_tables import mcnemar
-
     a, b = np.asarray(before, bool), np.asarray(after, bool)
-    lost, won, count = int((a & ~b).sum()), int((b & ~a).sum()), len(a)
-    p = mcnemar([[0, lost], [won, 0]], exact=True).pvalue if lost + won else 1.0
-    p_lost, p_won = (lost + 1) / (count + 2), (won + 1) / (count + 2)
-    half = _z() * math.sqrt((p_won + p_lost - (p_won - p_lost) ** 2) / (count + 2))
-    centre = p_won - p_lost
-    return Estimate((won - lost) / count, centre - half, centre + half, float(p), "McNemar, exact")
+    won, lost, count = int((b & ~a).sum()), int((a & ~b).sum()), len(a)
+    interval = difference_interval(won, lost, count)
+    return Estimate((won - lost) / count, *interval, mcnemar_p(won, lost), "McNemar, exact")
 
 
 def paired_bootstrap(differences: Sequence[float] | Floats, resamples: int = 2000) -> Estimate:
@@ -123,11 +117,11 @@ def against_published(accuracy: float, count: int, published: float, published_c
         variance /= 2
     stderr, value = math.sqrt(variance), accuracy - published
     p = 2 * float(stats.norm.sf(abs(value) / stderr)) if stderr else float(value == 0)
-    return Estimate(value, value - _z() * stderr, value + _z() * stderr, p, "z, binomial standard error")
+    return Estimate(value, value - Z * stderr, value + Z * stderr, p, "z, binomial standard error")
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """p corrected for how many are asked at once (Holm 1979)."""
+    """p corrected for how many are tested at once (Holm 1979)."""
     from statsmodels.stats.multitest import multipletests
 
     return [float(p) for p in multipletests(p_values, method="holm")[1]] if len(p_values) else []
@@ -168,11 +162,11 @@ def repeated_measures(table: pd.DataFrame, value: str, subject: str, factor: str
 def smallest_shown(count: int, disagreement: float = 0.1) -> float:
     """The smallest difference of two accuracies that `count` examples show with a power of 0.8, where the models
     answer a share `disagreement` of the examples otherwise (McNemar's normal approximation, Connor 1987)."""
-    return (_z() + float(stats.norm.ppf(0.8))) * math.sqrt(disagreement / count)
+    return (Z + float(stats.norm.ppf(0.8))) * math.sqrt(disagreement / count)
 
 
-def said_by_seeds(seeds: int) -> str:
-    """What this number of seeds can and cannot show, in words."""
+def seeds_sentence(seeds: int) -> str:
+    """Say what this number of seeds can and cannot show."""
     if seeds == 1:
         return (
             "With one seed, a difference between two single runs may be the luck of their trainings: tests of one "
@@ -185,7 +179,3 @@ def said_by_seeds(seeds: int) -> str:
         f"{float(stats.t.ppf(0.5 + LEVEL / 2, 2 * (seeds - 1))) * math.sqrt(2 / seeds):.1f} of its standard "
         "deviations cannot be told from luck."
     )
-
-
-def _z() -> float:
-    return float(stats.norm.ppf(0.5 + LEVEL / 2))

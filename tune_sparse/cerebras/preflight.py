@@ -44,7 +44,7 @@ class Lowering:
     sparsity_annotations: int
     sparse_matrices: int
 
-    def described(self) -> str:
+    def summary(self) -> str:
         return (
             f"{self.model} {self.mode} {self.precision}: lowered in {self.seconds:.0f} s with "
             f"{self.peak_memory_bytes / 1e9:.1f} GB, {self.sparsity_annotations} sparsity annotations for "
@@ -68,7 +68,7 @@ def prepare_cerebras(
     if config.cerebras.cerebras_target == "csx":
         refuse_unreachable_cluster()
         for lowering in lower_all(config, checkpoints, ledger):
-            report(lowering.described())
+            report(lowering.summary())
 
 
 def end_leftovers(ledger: Ledger, settings: Cerebras) -> Iterator[str]:

@@ -15,7 +15,7 @@ AUDIT_EXAMPLE = """examples:
     tune-sparse audit
     tune-sparse audit --results-dir gpu-site cs3-site --all
 
-exit status: 0 no fault (there may be notices), 1 a fault, 2 bad input. Every rule is explained in docs/audit.md."""
+exit status: 0 no error (there may be warnings), 1 an error, 2 bad input. Every rule is explained in docs/audit.md."""
 RERUN_EXAMPLE = """example:
     tune-sparse rerun torch_tiny-llama_boolq_none_s00_dense_84b51b69
 
@@ -57,7 +57,7 @@ def _audit(chosen: argparse.Namespace) -> int:
         print(json.dumps({"runs": found.runs, "findings": [asdict(finding) for finding in found.findings]}))
     else:
         print("\n".join([*found.lines(len(found.findings) if chosen.all else 5), found.summary()]))
-    return FAULT if found.faults else OK
+    return FAULT if found.errors else OK
 
 
 def _rerun(chosen: argparse.Namespace) -> int:

@@ -79,7 +79,7 @@ def _evaluate(chosen: argparse.Namespace) -> int:
         print(json.dumps([_as_json(evaluation, differing[evaluation.card.task]) for evaluation in done]))
     else:
         for evaluation in done:
-            print(_described(evaluation, differing[evaluation.card.task]))
+            print(_result_line(evaluation, differing[evaluation.card.task]))
     return FAULT if any(differing.values()) else OK
 
 
@@ -176,7 +176,7 @@ def _as_json(evaluation: Evaluation, differing: int) -> dict[str, Any]:
     return described | evaluation.metrics | {"differ_from_record": differing, "folder": str(evaluation.folder)}
 
 
-def _described(evaluation: Evaluation, differing: int) -> str:
+def _result_line(evaluation: Evaluation, differing: int) -> str:
     card, values = evaluation.card, {name: v for name, v in evaluation.metrics.items() if v is not None}
     shown = ", ".join(f"{name} {v}" if isinstance(v, int) else f"{name} {v:.4f}" for name, v in values.items())
     faults = f"; {differing} examples differ from the run's record" if differing else ""

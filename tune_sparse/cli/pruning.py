@@ -54,7 +54,7 @@ def add_commands(commands: Any) -> None:
     )
     validate.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
     validate.add_argument("--masks", type=Path, required=True, metavar="FILE")
-    validate.add_argument("--sparsity", type=float, help="the asked one; which level of a packed map")
+    validate.add_argument("--sparsity", type=float, help="the requested one; which level of a packed map")
     validate.add_argument("--tolerance", type=float, default=1e-6, help="of a masked weight; default 1e-6")
     validate.add_argument("--json", action="store_true", help="print the report as JSON")
 

@@ -82,7 +82,9 @@ def _status(chosen: argparse.Namespace) -> int:
         values = {"cells": len(cells), "by_status": counts.to_dict(), "failed": reasons, "eta_seconds": eta}
         print(json.dumps(values))
     else:
-        print(f"{len(cells)} cells: " + (", ".join(f"{n} {status}" for status, n in counts.items()) or "none asked"))
+        print(
+            f"{len(cells)} cells: " + (", ".join(f"{n} {status}" for status, n in counts.items()) or "none requested")
+        )
         for row in failed.itertuples():
             print(f"  {row.run_id}: {row.error}")
         if eta is not None:
@@ -105,7 +107,7 @@ def _report(chosen: argparse.Namespace) -> int:
     print("\n".join(report.lines))
     if chosen.bundle:
         print(f"{write_bundle(folders, chosen.bundle)} files for publication: {chosen.bundle}")
-    return OK if report.done and not report.faults else FAULT
+    return OK if report.done and not report.errors else FAULT
 
 
 def _track(chosen: argparse.Namespace) -> int:

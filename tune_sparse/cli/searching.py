@@ -126,7 +126,7 @@ def _search(chosen: argparse.Namespace) -> int:
     configs = [search_config(chosen, task) for task in tasks]
     if chosen.dry_run:
         return _dry_run(configs, chosen.json)
-    from analysis.search_report import compare, write_search_report
+    from analysis.report.search_report import write_search_report, write_search_table
     from tune_sparse.ledger.ledger import Ledger
     from tune_sparse.search.driver import run_search
     from tune_sparse.tracking.background import track_search
@@ -150,7 +150,7 @@ def _search(chosen: argparse.Namespace) -> int:
         if not chosen.json:
             print("\n".join(lines))
     if len(found) > 1:
-        lines = compare(chosen.results_dir, [one["search_id"] for one in found])
+        lines = write_search_table(chosen.results_dir, [one["search_id"] for one in found])
         if not chosen.json:
             print("\n".join(lines))
     if chosen.json:

@@ -100,11 +100,11 @@ def _sweep(chosen: argparse.Namespace) -> int:
     complete = outcome.done == len(outcome.plan.runs)
     # Of a stopped one somebody awaits the end, or the disk is full; `report` writes it all the same.
     report = None if outcome.stopped else write_report([config.results_dir], [outcome.plan.record.sweep_id])
-    faults = report.faults if report else 0
+    errors = report.errors if report else 0
     if chosen.json:
         names = ("ran", "done", "failed", "left", "stopped", "seconds", "utilisation")
-        print(json.dumps({name: getattr(outcome, name) for name in names} | {"faults": faults}))
-        return OK if complete and not faults else FAULT
+        print(json.dumps({name: getattr(outcome, name) for name in names} | {"errors": errors}))
+        return OK if complete and not errors else FAULT
     print("\n".join(report.lines if report else ()))
     used = f", utilisation {outcome.utilisation:.2f}" if outcome.utilisation is not None else ""
     print(f"{outcome.ran} trainings in {duration(outcome.seconds)}{used}.")
@@ -116,7 +116,7 @@ def _sweep(chosen: argparse.Namespace) -> int:
             "The same command resumes; `tune-sparse status` has the reasons.",
             file=sys.stderr,
         )
-    return OK if complete and not faults else FAULT
+    return OK if complete and not errors else FAULT
 
 
 def _lower(config: SweepConfig, chosen: argparse.Namespace) -> int:
@@ -132,7 +132,7 @@ def _lower(config: SweepConfig, chosen: argparse.Namespace) -> int:
     plan = plan_sweep(config)
     try:
         for lowering in lower_all(config, list(plan.checkpoints.values()), Ledger(config.results_dir)):
-            print(json.dumps(asdict(lowering)) if chosen.json else lowering.described(), flush=True)
+            print(json.dumps(asdict(lowering)) if chosen.json else lowering.summary(), flush=True)
     except (RunError, ConnectionError) as error:
         print(f"tune-sparse: {error}", file=sys.stderr)
         return FAULT

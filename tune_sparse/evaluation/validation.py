@@ -25,7 +25,7 @@ def weights_sha256(weights: Mapping[str, Tensor]) -> str:
 
 
 def mask_violations(masks: Masks, sparsity: float) -> list[str]:
-    """Broken rules of a set of masks: binary, no layer empty, within `TOLERANCE` of the asked sparsity."""
+    """Broken rules of a set of masks: binary, no layer empty, within `TOLERANCE` of the requested sparsity."""
     found = [
         f"{name}: a mask must be bool, got {mask.dtype}" for name, mask in masks.items() if mask.dtype != torch.bool
     ]
@@ -47,7 +47,7 @@ def validation_report(
     """Check deployed weights against their masks.
 
     Every masked position must be 0 (within `tolerance`, for checkpoints that come from elsewhere), the masks must
-    be those that training used, and the zeros counted in the weights must be within `TOLERANCE` of the asked
+    be those that training used, and the zeros counted in the weights must be within `TOLERANCE` of the requested
     sparsity. `violations` were found before and are reported too. Returns all_valid, violations, max_abs_at_masked,
     mask_sha256, counted_sparsity and, per matrix, the zeros and the number of weights.
     """
@@ -88,7 +88,7 @@ def checkpoint_report(
 ) -> dict[str, Any]:
     """As `validation_report`, for files: one matrix in memory at a time, every violation with its first position.
 
-    expected: the matrices that must have a mask. sparsity: the asked one, where it is known. known_sha256: the
+    expected: the matrices that must have a mask. sparsity: the requested one, where it is known. known_sha256: the
     checksum that the masks should have, where it is known. The counted sparsity is that of the masks.
     """
     violations = [f"{name}: a matrix needs a mask" for name in expected if name not in masks]

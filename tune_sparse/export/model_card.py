@@ -1,4 +1,4 @@
-"""The README.md of a merged checkpoint: what it is, how it was made, and what it was found to do."""
+"""The README.md of a merged checkpoint: its origin, how it was made, and its accuracy."""
 
 from __future__ import annotations
 
@@ -8,16 +8,9 @@ from typing import Any
 from tune_sparse.data.tasks import tasks_named
 from tune_sparse.ledger.ledger import Record, Run
 
-HEAD = """---
-library_name: transformers
-base_model: {base}
-tags: [pruned, sparse, lora, tune-sparse]
----
-# {title}
-
-| | |
-| --- | --- |
-"""
+TAGS = ("pruned", "sparse", "lora", "tune-sparse")
+CHECKED = "Every masked weight is exactly 0; stock transformers computes the function that was trained and scored."
+UNSCORED = "This checkpoint was not scored when it was merged."
 
 
 def model_card(origin: Mapping[str, Any], report: Mapping[str, Any], run: Run | None, record: Record | None) -> str:
@@ -26,19 +19,22 @@ def model_card(origin: Mapping[str, Any], report: Mapping[str, Any], run: Run | 
     `origin` has mode and base, `report` is the validation report. Without a run, as of an adapter that was merged by
     itself, nothing is said of method, data and accuracy.
     """
+    from huggingface_hub import ModelCard, ModelCardData
+
     rows = {"base model": origin["base"], "training mode": origin["mode"]}
     rows |= {"sparsity": f"{report['counted_sparsity']:.4f} of the pruned matrices, counted"}
     rows |= {"mask": f"SHA-256 {report['mask_sha256']}"}
     if run is not None and record is not None:
-        rows |= _of_run(run, record)
+        rows |= _rows_about_run(run, record)
     title = f"{run.cell.model}, {run.cell.task}" if run else str(origin["base"])
-    table = "".join(f"| {name} | {_in_table(value)} |\n" for name, value in rows.items())
-    checked = "Every masked weight is exactly 0; stock transformers computes the function that was trained and scored."
-    unscored = "" if record else "\nThis checkpoint was not scored when it was merged.\n"
-    return HEAD.format(base=_quoted(origin["base"]), title=title) + table + unscored + f"\n{checked}\n"
+    table = [f"| {name} | {_in_table(value)} |" for name, value in rows.items()]
+    data = ModelCardData(library_name="transformers", base_model=str(origin["base"]), tags=list(TAGS))
+    sentences = [CHECKED] if record else [UNSCORED, CHECKED]
+    page = [f"# {title}", "\n".join(["| | |", "| --- | --- |", *table]), *sentences]
+    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n" + "\n\n".join(page))) + "\n"
 
 
-def _of_run(run: Run, record: Record) -> dict[str, Any]:
+def _rows_about_run(run: Run, record: Record) -> dict[str, Any]:
     cell, protocol, metrics = run.cell, run.protocol, record.metrics
     rows = {"pruning method": cell.method, "task": cell.task, "run": record.run_id, "seed": cell.seed}
     rows["data"] = f"{_describe_data(run)}; fingerprint {run.data_fingerprint[:16]}"
@@ -70,7 +66,3 @@ def _number(value: float | None) -> str:
 
 def _in_table(value: Any) -> str:
     return str(value).replace("|", "\\|").replace("\n", " ")
-
-
-def _quoted(text: str) -> str:
-    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'

@@ -37,7 +37,7 @@ class LevelStatistics:
         self.kept += kept
         self.kept_by_matrix[name] = [int(kept.sum()), int(kept.sum() + pruned.sum())]
 
-    def described(self) -> dict[str, Any]:
+    def as_json(self) -> dict[str, Any]:
         kept, total = (sum(counts[i] for counts in self.kept_by_matrix.values()) for i in (0, 1))
         return {
             "method": self.method,

@@ -211,7 +211,7 @@ def _write_level(
     request: Request, checkpoint: OpenCheckpoint, level: LevelStatistics, path: Path | None, folder: Path
 ) -> None:
     """Statistics, histogram and, where asked for, the smaller checkpoint of one level."""
-    stats = level.described() | {"seed": request.seed, "format": request.format}
+    stats = level.as_json() | {"seed": request.seed, "format": request.format}
     stats["mask_sha256"] = mask_sha256(MaskFile(path)) if path else None
     if method_named(level.method).is_calibrated:
         stats["calibration"] = request.calibration | {"sequential": request.sequential}

@@ -68,7 +68,7 @@ class SearchConfig:
     def super_adapter(self) -> SuperAdapter:
         return SuperAdapter(self.space, self.sampling)
 
-    def described(self) -> dict[str, Any]:
+    def candidate_settings(self) -> dict[str, Any]:
         """What decides which candidates are suggested, beside the super-adapter: part of a search's identity."""
         order = {"in_order": True} if self.in_order else {}
         return {"sampler": self.sampler, "objectives": list(self.objectives), "is_racing": self.is_racing} | order

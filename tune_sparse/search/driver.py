@@ -31,7 +31,7 @@ from tune_sparse.models.checkpoints import Shape, prepare_models
 from tune_sparse.models.toy_models import TOY_MODELS
 from tune_sparse.search.config import SearchConfig
 from tune_sparse.search.journal import Candidates, Diary, configuration_key
-from tune_sparse.search.racing import Marks, Race, difference_interval
+from tune_sparse.search.racing import Marks, Race, accuracy_difference
 from tune_sparse.sweep.driver import capacity, fit_trials, nodes, started_ray, stop_on_signals
 from tune_sparse.sweep.plan import check_folder, check_names, plan_sweep
 from tune_sparse.sweep.resources import Placement
@@ -92,7 +92,7 @@ def plan_search(config: SearchConfig) -> SearchPlan:
     refuse_unfit(config.space, {name.split(".")[-2] for name in sizes}, config.sweep.protocol.lora_rank)
     _refuse_too_many_workers(config.sweep, checkpoint.shape)
     run = replace(run, super_adapter=config.super_adapter)
-    identity = hash_json([run.identity, config.described()])
+    identity = hash_json([run.identity, config.candidate_settings()])
     search_id = f"{run.run_id}_{config.sampler}_{identity[:8]}"
     adapted = {name: size for name, size in sizes.items() if name.split(".")[-2] in config.space.modules}
     return SearchPlan(config, run, checkpoint.shape, search_id, adapted)
@@ -142,7 +142,7 @@ def run_search(config: SearchConfig, report: Callable[[str], None] = logger.info
     with Holder(ledger.folder) as holder:
         ledger.remove_partial()
         diary, candidates = Diary(folder), Candidates(ledger.folder, plan.run.run_id)
-        write_json(folder / "config.json", described(plan))
+        write_json(folder / "config.json", config_json(plan))
         with started_ray(config.sweep) as workers:
             Placement(config.sweep, nodes).refuse_unplaceable([plan.run])
             refuse_unshared(ledger, holder.token)
@@ -167,7 +167,7 @@ def refuse_unshared(ledger: Ledger, token: str) -> None:
         refuse_unseen(ledger.folder.resolve(), token, "a search needs", lambda resources: True)
 
 
-def described(plan: SearchPlan) -> dict[str, Any]:
+def config_json(plan: SearchPlan) -> dict[str, Any]:
     """What `config.json` holds."""
     config = plan.config
     return {
@@ -178,7 +178,7 @@ def described(plan: SearchPlan) -> dict[str, Any]:
         "space": asdict(config.space),
         "sampling": config.sampling,
         "trials": config.trials,
-        **config.described(),
+        **config.candidate_settings(),
         "maximal_parameters": plan.parameters(plan.space.maximal(plan.shape.layers)),
         "dimensions": plan.space.dimensions(plan.shape.layers),
         "started": time.time(),
@@ -334,7 +334,8 @@ def _on_test(outcomes: Sequence[Outcome], maximal: Sequence[Outcome], parameters
     mine, other = (
         Marks(len(found)).adding((i, bool(o.correct)) for i, o in enumerate(found)) for found in (outcomes, maximal)
     )
-    difference, low, high = difference_interval(mine, other)
+    is_itself = outcomes is maximal
+    difference, low, high = (0.0, 0.0, 0.0) if is_itself else accuracy_difference(mine, other)
     return {
         "accuracy": mine.accuracy,
         "parameters": parameters,

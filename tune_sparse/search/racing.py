@@ -1,16 +1,17 @@
 """Racing: candidates answer the same examples in stages, and one that is beaten beyond doubt stops. Pure.
 
 Whether one is better is asked on the examples that both answered: of those on which they differ, each is right on half
-if they are equally good (McNemar's exact test: McNemar 1947, Psychometrika 12, p. 153).
+if they are equally good (McNemar's exact test).
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from math import comb, sqrt
+
+from analysis.stats.paired import difference_interval, mcnemar_p
 
 LEVEL_OF_FRONT, LEVEL_OF_BEST = 0.1, 0.15
 """A candidate stops when another is more accurate with at most this p-value; the first where costs count too, since
@@ -71,18 +72,14 @@ def won(a: Marks, b: Marks) -> tuple[int, int]:
 @cache
 def p_value(wins: int, losses: int) -> float:
     """How likely at least so many wins are, if win and loss were equally likely: one-sided McNemar, exact."""
-    n = wins + losses
-    return sum(comb(n, k) for k in range(wins, n + 1)) / 2**n
+    return mcnemar_p(wins, losses, "greater")
 
 
-def difference_interval(a: Marks, b: Marks, z: float = 1.96) -> tuple[float, float, float]:
-    """The accuracy of a less that of b, with its paired interval of `z` standard errors (Newcombe 1998, Statist. Med.
-    17, p. 2635, the simple asymptotic method without continuity correction)."""
-    n = (a.known & b.known).bit_count()
+def accuracy_difference(a: Marks, b: Marks) -> tuple[float, float, float]:
+    """The accuracy of a less that of b on the examples that both answered, and the ends of its paired interval."""
+    count = (a.known & b.known).bit_count()
     wins, losses = won(a, b)
-    mean = (wins - losses) / n
-    margin = z * sqrt(wins + losses - (wins - losses) ** 2 / n) / n
-    return mean, mean - margin, mean + margin
+    return (wins - losses) / count, *difference_interval(wins, losses, count)
 
 
 def asked_first(answered: Sequence[Marks], n: int, seed: int) -> list[int]:
@@ -139,11 +136,7 @@ class Race:
 
     def front(self) -> list[str]:
         """The complete candidates that no other is at least as accurate and cheap as, the cheapest first."""
-        front: list[str] = []
-        for key in sorted(self.complete(), key=lambda k: (self.costs[k], -self.marks[k].accuracy, k)):
-            if not front or self.marks[key].accuracy > self.marks[front[-1]].accuracy:
-                front.append(key)
-        return front
+        return pareto_front({key: (self.marks[key].accuracy, self.costs[key]) for key in self.complete()})
 
     def winner(self) -> str:
         """The cheapest of the front whose accuracy is within one paired standard error of the best, that of McNemar's
@@ -164,3 +157,14 @@ def hypervolume(points: Collection[tuple[float, float]], reference: tuple[float,
             area += (accuracy - lowest_accuracy) * (reference[1] - cost)
             lowest_accuracy = accuracy
     return area
+
+
+def pareto_front(points: Mapping[str, tuple[float, float]], keep_equal: bool = False) -> list[str]:
+    """The keys of the (accuracy, cost) points that no other is at least as accurate and cheap as, the cheapest first;
+    of equal points the first key, or with `keep_equal` every key."""
+    front: list[str] = []
+    for key in sorted(points, key=lambda k: (points[k][1], -points[k][0], k)):
+        best = points[front[-1]] if front else None
+        if best is None or points[key][0] > best[0] or (keep_equal and points[key] == best):
+            front.append(key)
+    return front

@@ -23,7 +23,7 @@ from ray.tune.search.optuna import OptunaSearch
 from tune_sparse.errors import RunError
 from tune_sparse.lora.rank_space import Ranks, Space
 from tune_sparse.search.journal import Candidates, Diary, Suggestion, configuration_key
-from tune_sparse.search.racing import WARM_UP, Marks, Race, asked_first, cut_stages
+from tune_sparse.search.racing import WARM_UP, Marks, Race, asked_first, cut_stages, pareto_front
 from tune_sparse.sweep.callbacks import Stop
 
 Suggest = Callable[[Ranks, list[list[int]]], dict[str, Any]]
@@ -94,13 +94,8 @@ class HillClimbing(Searcher):
         return {name: self._rng.choice(ranks) for name, ranks in self._choices.items()}
 
     def _front(self) -> list[Ranks]:
-        front: list[Ranks] = []
-        best = -1.0
-        for accuracy, _, ranks in sorted(self._scored.values(), key=lambda s: (s[1], -s[0], configuration_key(s[2]))):
-            if accuracy > best or (not self._minimises_cost and accuracy == best):
-                front.append(ranks)
-                best = accuracy
-        return front
+        points = {key: (accuracy, cost) for key, (accuracy, cost, _) in self._scored.items()}
+        return [self._scored[key][2] for key in pareto_front(points, keep_equal=not self._minimises_cost)]
 
     def _neighbours(self, ranks: Ranks) -> list[Ranks]:
         return [

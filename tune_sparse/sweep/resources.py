@@ -75,9 +75,10 @@ class Placement:
         for run in {run.cell.backend: run for run in runs}.values():
             needed = self.resources(run)
             if not any(fits(needed, node) for node in nodes):
-                has = "; ".join(described(node) for node in nodes) or "no node"
+                has = "; ".join(describe_resources(node) for node in nodes) or "no node"
                 raise InputError(
-                    f"a trial of the backend {run.cell.backend} needs a node with {described(needed)}, Ray has {has}. "
+                    f"a trial of the backend {run.cell.backend} needs a node with {describe_resources(needed)}, "
+                    f"Ray has {has}. "
                     f"Lower threads or gpus_per_trial, or start a node with these resources (docs/cluster.md)."
                 )
             if run.cerebras and not any(node.get(CS3) for node in nodes):
@@ -111,7 +112,7 @@ def gpu_share(needed: float) -> float:
     return int(10_000 / max(1, min(int(1 / needed), MOST_TOGETHER))) / 10_000
 
 
-def described(resources: Mapping[str, float]) -> str:
+def describe_resources(resources: Mapping[str, float]) -> str:
     """What a trial may hold of `resources`, for people."""
     named = [f"{resources[name]:g} {name}" for name in ("CPU", "GPU", CS3_TRIAL, CS3) if resources.get(name)]
     return ", ".join(named) or "nothing"

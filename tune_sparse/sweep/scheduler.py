@@ -12,7 +12,7 @@ from typing import Any
 from ray.tune.search import Searcher
 
 from tune_sparse.sweep.callbacks import Stop
-from tune_sparse.sweep.resources import described, fits
+from tune_sparse.sweep.resources import describe_resources, fits
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +82,7 @@ class Dispatcher(Searcher):
         return len(own) < len(self._live) and any(own) and not any(live.waits for live in own)
 
     def _warn_if_stuck(self, heads: Iterable[Mapping[str, Any]]) -> None:
-        needed = [described(trial["resources"]) for trial in heads]
+        needed = [describe_resources(trial["resources"]) for trial in heads]
         if needed and not self._live and not self._said:
             self._said = True
             logger.warning("waiting for a node with %s", " or ".join(needed))

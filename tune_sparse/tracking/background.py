@@ -82,7 +82,7 @@ class BackgroundTracker:
                 self._follow()
             except Exception as error:
                 if self._failure is None:
-                    logger.info("MLflow at %s fails (%s); it is tried again.", self._uri, _described(error))
+                    logger.info("MLflow at %s fails (%s); it is tried again.", self._uri, _first_line(error))
                 self._failure = error
             else:
                 self._failure = None
@@ -144,7 +144,7 @@ def track_sweep(ledger: Ledger, uri: str, sweep: SweepRecord) -> BackgroundTrack
     return BackgroundTracker(ledger, uri, lambda tracker: tracker.fill_sweep(sweep))
 
 
-def _described(error: Exception) -> str:
+def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".partition("\n")[0]
 
 
@@ -152,5 +152,5 @@ def _warn_outdated(uri: str, error: Exception) -> None:
     logger.warning(
         "MLflow at %s is not up to date (%s). The ledger is; `tune-sparse track` fills MLflow later.",
         uri,
-        _described(error),
+        _first_line(error),
     )

@@ -23,7 +23,7 @@ OURS_SHOWN, PUBLISHED_SHOWN = 6, 6
 HALF = 0.5
 
 
-class PublishedRun(Protocol):
+class BaselineRun(Protocol):
     """What others published about one setting, named as our runs name it."""
 
     @property
@@ -38,7 +38,7 @@ class PublishedRun(Protocol):
     def identity(self) -> str: ...
 
 
-def track_published(runs: Sequence[PublishedRun], uri: str) -> int:
+def track_published(runs: Sequence[BaselineRun], uri: str) -> int:
     """Bring MLflow up to date with published numbers; returns how many runs it now shows.
 
     What is there in full is left alone, what was cut off is logged anew, what is published no more is removed.

@@ -15,7 +15,7 @@ const place = new Map(cells.map((cell, i) => [cell, i]));
 const FILTERS = ["backend", "model", "task", "method", "mode", "status"].filter((name) => data.columns[name]);
 const CONSTANT = new Set(names.filter((name) => new Set(cells.map((c) => c[name])).size < 2));
 const SHOWN = ["run_id", ...[...FILTERS, "seed"].filter((name) => !CONSTANT.has(name)), "sparsity", "accuracy", "perplexity",
-  "notices", "accuracy_before_tuning", "eval_loss", "train_samples_per_second", "error"]
+  "warnings", "accuracy_before_tuning", "eval_loss", "train_samples_per_second", "error"]
   .filter((name) => data.columns[name] && cells.some((c) => c[name] != null));
 const METRICS = [["accuracy", "accuracy (fraction right)"], ["perplexity", "perplexity (per token)"],
   ["eval_loss", "eval loss (nats per token)"], ["train_samples_per_second", "training rate (samples/s)"],
@@ -212,7 +212,7 @@ function matching() {
   const least = parseFloat(value("least")), most = parseFloat(value("most")), text = value("text").toLowerCase();
   const found = cells.filter((c) => (!traceOf || traceOf.has(c)) &&
     wanted.every(([name, v]) => c[name] === v) && !(c.sparsity < least) && !(c.sparsity > most) &&
-    (!text || [c.cell_id, c.run_id, c.error, c.notices].some((t) => t?.toLowerCase().includes(text))));
+    (!text || [c.cell_id, c.run_id, c.error, c.warnings].some((t) => t?.toLowerCase().includes(text))));
   if (sorted) found.sort((a, b) => {
     const [p, q] = [a[sorted], b[sorted]];
     if (p == null || q == null) return (p == null) - (q == null);

@@ -18,12 +18,12 @@ from analysis.report.style import COLOURS
 from tune_sparse.config import FLOPS_TOKENS
 from tune_sparse.files import aside
 
-Found = Mapping[str, Any]
+SearchRecord = Mapping[str, Any]
 
 
-def draw_search(found: Found, folder: Path) -> None:
+def draw_search(found: SearchRecord, folder: Path) -> None:
     """Draw all pictures of one search into its folder, as PNG files."""
-    pictures: dict[str, Callable[[Axes, Found], None]] = {
+    pictures: dict[str, Callable[[Axes, SearchRecord], None]] = {
         "pareto_front": draw_front,
         "accuracy_over_trials": draw_trials,
         "ranks": draw_ranks,
@@ -38,7 +38,7 @@ def draw_search(found: Found, folder: Path) -> None:
         plt.close(figure)
 
 
-def draw_front(axis: Axes, found: Found) -> None:
+def draw_front(axis: Axes, found: SearchRecord) -> None:
     """Accuracy on selection rows over the share of the maximal's parameters."""
     for state, colour, label in (("stopped", "0.8", "stopped early (estimated)"), ("done", COLOURS[5], "scored")):
         trials = [t for t in found["trials"] if t["state"] == state]
@@ -52,13 +52,13 @@ def draw_front(axis: Axes, found: Found) -> None:
     axis.legend(fontsize=7)
 
 
-def _share(trial: Mapping[str, Any], found: Found) -> float:
+def _share(trial: Mapping[str, Any], found: SearchRecord) -> float:
     maximal = max(p["parameters"] / p["parameters_fraction"] for p in found["result"]["front"])
     per_parameter = 2 * FLOPS_TOKENS if "inference_flops" in found["config"]["objectives"] else 1
     return float(trial["cost"] / per_parameter / maximal)
 
 
-def draw_trials(axis: Axes, found: Found) -> None:
+def draw_trials(axis: Axes, found: SearchRecord) -> None:
     """Accuracy of each suggestion, and the best so far."""
     scored = [t for t in found["trials"] if t["state"] in ("done", "stopped")]
     best, so_far = [], 0.0
@@ -73,7 +73,7 @@ def draw_trials(axis: Axes, found: Found) -> None:
     axis.legend(fontsize=7)
 
 
-def draw_ranks(axis: Axes, found: Found) -> None:
+def draw_ranks(axis: Axes, found: SearchRecord) -> None:
     """The winner's rank in each layer and group."""
     winner = found["result"]["winner"]
     layers, groups = (list(dict.fromkeys(name.split(".", 1)[part] for name in winner)) for part in (0, 1))
@@ -89,7 +89,7 @@ def draw_ranks(axis: Axes, found: Found) -> None:
     axis.set_title("ranks of the winner", fontsize=9)
 
 
-def draw_importance(axis: Axes, found: Found) -> None:
+def draw_importance(axis: Axes, found: SearchRecord) -> None:
     """How much of the variance of the accuracy each dimension explains (fANOVA, Hutter et al. 2014, by Optuna)."""
     shares = importances(found)
     names = list(shares)[:20][::-1]
@@ -98,7 +98,7 @@ def draw_importance(axis: Axes, found: Found) -> None:
     axis.set_xlabel("importance for the accuracy")
 
 
-def importances(found: Found) -> dict[str, float]:
+def importances(found: SearchRecord) -> dict[str, float]:
     """{dimension: its importance}, the largest first; none where the accuracies do not differ."""
     import optuna
     from optuna.distributions import BaseDistribution, CategoricalDistribution

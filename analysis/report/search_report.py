@@ -1,4 +1,4 @@
-"""What a finished search found: its findings as lines, its pictures, and searches side by side."""
+"""The report of a finished search: lines, `test.csv`, pictures, and searches side by side."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ def read_search(results_dir: Path, search_id: str) -> dict[str, Any]:
 
 def write_search_report(results_dir: Path, search_id: str) -> list[str]:
     """Write `test.csv` and the pictures of a finished search into its folder; returns the findings as lines."""
-    from analysis.search_plots import draw_search
+    from analysis.report.search_plots import draw_search
 
     found = read_search(results_dir, search_id)
     folder = results_dir / "searches" / search_id
     table = on_test(found)
     write_text(folder / "test.csv", table.to_csv(index=False))
     draw_search(found, folder)
-    return [*findings(found, table), f"Adapter: {folder / 'winner' / 'adapter'}", f"Pictures: {folder}"]
+    return [*summary_lines(found, table), f"Adapter: {folder / 'winner' / 'adapter'}", f"Pictures: {folder}"]
 
 
 def on_test(found: dict[str, Any]) -> pd.DataFrame:
@@ -49,7 +49,7 @@ def on_test(found: dict[str, Any]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=list(COLUMNS))
 
 
-def findings(found: dict[str, Any], table: pd.DataFrame) -> list[str]:
+def summary_lines(found: dict[str, Any], table: pd.DataFrame) -> list[str]:
     config, result = found["config"], found["result"]
     head = (
         f"{config['model']}, {config['task']}, {config['method']} at {config['sparsity']:g}, {config['mode']}: "
@@ -64,7 +64,7 @@ def findings(found: dict[str, Any], table: pd.DataFrame) -> list[str]:
     return [head, *rows]
 
 
-def compare(results_dir: Path, search_ids: Sequence[str]) -> list[str]:
+def write_search_table(results_dir: Path, search_ids: Sequence[str]) -> list[str]:
     """Write `analysis/searches.csv`, one row a search and adapter; returns its lines."""
     tables = []
     for search_id in search_ids:
