@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tune_sparse.errors import InputError
-from tune_sparse.models.architectures import ARCHITECTURES, read_weights
+from tune_sparse.models.architectures import ARCHITECTURES, pruned_weights, read_weights
 from tune_sparse.pruning.compact import find_cut, shrink
 from tune_sparse.pruning.masks import kept_lines, line_mask, masked
 from tune_sparse.pruning.prune_model import prune
@@ -35,11 +35,11 @@ def test_a_shrunk_checkpoint_computes_what_the_masked_model_does(
 ) -> None:
     checkpoint = open_checkpoint(str(architecture_folders[name]))
     masks = structured_masks(checkpoint, sparsity)
-    shape = shrink(checkpoint, masks, tmp_path / "small")
+    dims = shrink(checkpoint, masks, tmp_path / "small")
     torch.testing.assert_close(logits_of(tmp_path / "small"), logits_of(checkpoint.path, masks), atol=1e-5, rtol=1e-5)
-    assert shape.channels < checkpoint.shape.channels
-    assert shape.pruned_weights < checkpoint.shape.pruned_weights
-    assert open_checkpoint(str(tmp_path / "small")).shape == shape
+    assert dims.intermediate_size < checkpoint.dims.intermediate_size
+    assert pruned_weights(dims) < pruned_weights(checkpoint.dims)
+    assert open_checkpoint(str(tmp_path / "small")).dims == dims
     assert len(AutoTokenizer.from_pretrained(tmp_path / "small")) == len(AutoTokenizer.from_pretrained(checkpoint.path))
     names = {path.name for path in (tmp_path / "small").glob("*.safetensors*")}
     assert names == {path.name for path in checkpoint.path.glob("*.safetensors*")}
@@ -47,9 +47,9 @@ def test_a_shrunk_checkpoint_computes_what_the_masked_model_does(
 
 def test_half_of_a_model_is_half_of_its_matrices(architecture_folders: dict[str, Path], tmp_path: Path) -> None:
     checkpoint = open_checkpoint(str(architecture_folders["MistralForCausalLM"]))
-    shape = shrink(checkpoint, structured_masks(checkpoint, 0.5), tmp_path / "small")
-    assert (shape.heads, shape.key_value_heads, shape.head_dim, shape.channels) == (4, 2, 8, 48)
-    assert 2 * shape.pruned_weights == checkpoint.shape.pruned_weights
+    dims = shrink(checkpoint, structured_masks(checkpoint, 0.5), tmp_path / "small")
+    assert (dims.num_heads, dims.num_kv_heads, dims.head_dim, dims.intermediate_size) == (4, 2, 8, 48)
+    assert 2 * pruned_weights(dims) == pruned_weights(checkpoint.dims)
 
 
 def test_heads_of_a_llama_must_divide_its_hidden_size(architecture_folders: dict[str, Path]) -> None:
@@ -64,12 +64,12 @@ def test_heads_of_a_llama_must_divide_its_hidden_size(architecture_folders: dict
 
 def masks_of_sizes(checkpoint: OpenCheckpoint, groups: list[int], channels: list[int]) -> dict[str, Tensor]:
     """By block, masks that keep the last so many groups and channels."""
-    shape = checkpoint.shape
+    dims = checkpoint.dims
     masks = {}
     for matrix in checkpoint.prunable.matrices:
-        kept = torch.arange(shape.key_value_heads) >= shape.key_value_heads - groups[matrix.block]
-        left = torch.arange(shape.channels) >= shape.channels - channels[matrix.block]
-        masks[matrix.name] = line_mask(matrix, shape, kept_lines(matrix, shape, kept, left)).contiguous()
+        kept = torch.arange(dims.num_kv_heads) >= dims.num_kv_heads - groups[matrix.block]
+        left = torch.arange(dims.intermediate_size) >= dims.intermediate_size - channels[matrix.block]
+        masks[matrix.name] = line_mask(matrix, dims, kept_lines(matrix, dims, kept, left)).contiguous()
     return masks
 
 
@@ -79,9 +79,9 @@ def test_blocks_of_different_sizes_are_filled_up_to_the_largest(
 ) -> None:
     checkpoint = open_checkpoint(str(architecture_folders[name]))
     masks = masks_of_sizes(checkpoint, groups=[1, 3], channels=[40, 7])
-    shape = shrink(checkpoint, masks, tmp_path / "small")
-    assert shape.channels == 40
-    assert shape.key_value_heads == (3 if name == "MistralForCausalLM" else 8)
+    dims = shrink(checkpoint, masks, tmp_path / "small")
+    assert dims.intermediate_size == 40
+    assert dims.num_kv_heads == (3 if name == "MistralForCausalLM" else 8)
     torch.testing.assert_close(logits_of(tmp_path / "small"), logits_of(checkpoint.path, masks), atol=1e-5, rtol=1e-5)
 
 

@@ -71,7 +71,7 @@ def pruned(llama: Path, tmp_path: Path) -> Path:
     """A pruned checkpoint."""
     model = load_model(llama, torch.float32, torch.device("cpu"))
     weights = prunable_weights(model)
-    masks = make_masks("unstructured", weights, check_checkpoint(str(llama)).shape, 0.5, seed=0)
+    masks = make_masks("unstructured", weights, check_checkpoint(str(llama)).dims, 0.5, seed=0)
     write_weights_into(model, masked(weights, masks))
     folder = Path(shutil.copytree(llama, tmp_path / "pruned"))
     model.save_pretrained(folder)

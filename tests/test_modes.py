@@ -63,7 +63,7 @@ def train(llama: Path) -> Train:
         protocol = replace(TINY_PROTOCOL, **changes)
         model = load_model(llama, getattr(torch, protocol.precision), torch.device("cpu"))
         weights = prunable_weights(model)
-        masks = make_masks(method, weights, check_checkpoint(str(llama)).shape, sparsity, seed=0)
+        masks = make_masks(method, weights, check_checkpoint(str(llama)).dims, sparsity, seed=0)
         pruned = masked(weights, masks)
         write_weights_into(model, pruned)
         trainee = MODES[mode].begin(model, protocol, masks, 0)
@@ -342,7 +342,7 @@ def test_a_merge_that_changes_the_function_fails_its_validation(
 def test_the_recorded_mask_is_that_of_the_method(make_run: MakeRun, ledger: Ledger, llama: Path) -> None:
     record = finished(make_run(), ledger, Bench())
     weights = prunable_weights(load_model(llama, torch.float32, torch.device("cpu")))
-    masks = make_masks("unstructured", weights, check_checkpoint(str(llama)).shape, 0.5, seed=0)
+    masks = make_masks("unstructured", weights, check_checkpoint(str(llama)).dims, 0.5, seed=0)
     assert record.metrics["mask_sha256"] == mask_sha256(masks)
 
 

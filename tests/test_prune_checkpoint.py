@@ -94,7 +94,7 @@ def test_a_prune_in_memory_and_from_files_agree(folder: Path, tmp_path: Path) ->
     checkpoint = open_checkpoint(str(folder))
     weights = {matrix.name: checkpoint.tensors[matrix.name] for matrix in checkpoint.prunable.matrices}
     for method in ("unstructured", "structured", "random"):
-        expected = mask_sha256(make_masks(method, weights, checkpoint.shape, 0.5, seed=3))
+        expected = mask_sha256(make_masks(method, weights, checkpoint.dims, 0.5, seed=3))
         stats = json.loads((tmp_path / folder.name / f"stats_sparsity50_{method}.json").read_text())
         assert stats["mask_sha256"] == expected
 

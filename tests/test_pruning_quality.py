@@ -26,7 +26,7 @@ class Calibrated:
         self.model = load_model(folder, torch.float32, torch.device("cpu"))
         self.blocks = ModelBlocks(self.model)
         self.dense = {name: weight.clone() for b in range(3) for name, weight in self.blocks.weights(b).items()}
-        self.prunable = Prunable.of(self.dense, check_checkpoint(str(folder)).shape)
+        self.prunable = Prunable.of(self.dense, check_checkpoint(str(folder)).dims)
         self.inputs = {source: sums for _, found in walk(self.blocks, rows, True) for source, sums in found.items()}
         statistics = Statistics(norms={source: sums.norms for source, sums in self.inputs.items()})
         found = {method: prune(method, self.prunable, [0.5], 0, statistics) for method in METHODS[:2]}

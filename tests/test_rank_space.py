@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from search_spaces.subadapters import PRESETS
 from tune_sparse.errors import InputError
 from tune_sparse.lora.rank_space import SAMPLINGS, Group, Space, SuperAdapter, refuse_unfit
+from tune_sparse.models.architectures import ATTENTION, GATED
 
 SMALL = Space((Group("qkv", ("q_proj", "k_proj"), (8, 4, 2, 0)), Group("up", ("up_proj",), (8, 4))))
 SIZES = {
@@ -23,7 +24,8 @@ each_preset = pytest.mark.parametrize("name", PRESETS)
 @each_preset
 def test_every_preset_is_a_space_between_its_smallest_and_largest_configuration(name: str) -> None:
     space = Space.of(PRESETS[name])
-    sizes = {f"model.layers.{n}.mlp.{m}.weight": (3, 5) for n in range(2) for m in space.modules}
+    layers = [layer for layer in ATTENTION | GATED if layer.rsplit(".", 1)[-1] in space.modules]
+    sizes = {f"model.layers.{n}.{layer}.weight": (3, 5) for n in range(2) for layer in layers}
     small, middle, large = (space.parameters(r(2), sizes) for r in (space.minimal, space.heuristic, space.maximal))
     assert 0 <= small < middle < large
     assert SuperAdapter.from_config(SuperAdapter(space).as_config()) == SuperAdapter(space)

@@ -36,7 +36,8 @@ from tune_sparse.evaluation.validation import validation_report, weights_sha256
 from tune_sparse.files import write_json, write_text
 from tune_sparse.ledger.ledger import Ledger, Record, Run, write_config
 from tune_sparse.lora.layer import lost_fraction
-from tune_sparse.models.checkpoints import Shape, load_model, load_tokenizer, prunable_weights, write_weights_into
+from tune_sparse.models.checkpoints import load_model, load_tokenizer, prunable_weights, write_weights_into
+from tune_sparse.models.dims import ModelDims
 from tune_sparse.pruning.masks import count_sparsity
 from tune_sparse.training.loop import Step, accelerator_for, mean_loss
 from tune_sparse.watchdog import progress
@@ -76,7 +77,7 @@ class Loaded:
     key: tuple[str, str]
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    shape: Shape
+    dims: ModelDims
     dense_weights: dict[str, Tensor]
 
 
@@ -113,7 +114,7 @@ class Bench:
 
 
 def _encode(run: Run, loaded: Loaded) -> Rows:
-    tokenizer, protocol = loaded.tokenizer, run.protocol.within(loaded.shape.context_tokens)
+    tokenizer, protocol = loaded.tokenizer, run.protocol.within(loaded.dims.max_positions)
     tasks, splits = tasks_named(run.cell.task), load_planned_splits(run, protocol)
     train, selection = [], []
     for task, split in zip(tasks, splits, strict=True):
@@ -130,7 +131,7 @@ def _load(run: Run, key: tuple[str, str]) -> Loaded:
     checkpoint = load_planned_checkpoint(run)
     model = load_model(checkpoint.path, getattr(torch, run.protocol.precision), device())
     dense_weights = {name: weight.clone() for name, weight in prunable_weights(model).items()}
-    return Loaded(key, model, load_tokenizer(checkpoint.path), checkpoint.shape, dense_weights)
+    return Loaded(key, model, load_tokenizer(checkpoint.path), checkpoint.dims, dense_weights)
 
 
 Stage = Callable[[Run, Trainee, Pruned, Rows, Ledger, "Log"], Generator[Step | None, None, Training]]
@@ -251,7 +252,7 @@ def _stages(
     trained_rows = [(len(row.context) + len(row.continuation), len(row.continuation)) for row in rows.train]
     step_flops: int | None = None  # of a super-adapter unknown: its steps train slices of different sizes
     if run.super_adapter is None:
-        flops = training_flops(pruned.masks, loaded.shape, trained_rows, protocol.lora_rank, trainee.trains_factors)
+        flops = training_flops(pruned.masks, loaded.dims, trained_rows, protocol.lora_rank, trainee.trains_factors)
         step_flops = round(flops * protocol.global_batch_size / len(rows.train))
     training = yield from stage(run, trainee, pruned, rows, ledger, log)
     trainee.save(folder)
@@ -296,7 +297,7 @@ def _stages(
             "epochs": training.rows / len(rows.train),
             "update_rounded_away_fraction": rounded_away,
             "train_step_flops": step_flops,
-            "inference_flops": {str(t): inference_flops(pruned.masks, loaded.shape, t) for t in SEQUENCE_LENGTHS},
+            "inference_flops": {str(t): inference_flops(pruned.masks, loaded.dims, t) for t in SEQUENCE_LENGTHS},
         }
         | deployed.metrics
     )

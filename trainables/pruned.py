@@ -59,12 +59,12 @@ class Pruner:
         statistics = self._measured(run, loaded, rows) if run.is_calibrated else NO_STATISTICS
         sequential = run.protocol.calibration_order == "sequential"
         if sparsity and walks(method, sequential):
-            model, blocks = Prunable.of(loaded.dense_weights, loaded.shape), ModelBlocks(loaded.model)
+            model, blocks = Prunable.of(loaded.dense_weights, loaded.dims), ModelBlocks(loaded.model)
             found = list(prune_walking(method, model, blocks, rows, [sparsity], seed, statistics, sequential))
             masks = {matrix.name: matrix.keep(0) for matrix in found}
             weights = {matrix.name: matrix.weight(0) for matrix in found}
         else:
-            masks = make_masks(method, loaded.dense_weights, loaded.shape, sparsity, seed, statistics)
+            masks = make_masks(method, loaded.dense_weights, loaded.dims, sparsity, seed, statistics)
             weights = masked(loaded.dense_weights, masks)
         violations = mask_violations(masks, sparsity)
         if violations:
@@ -78,7 +78,7 @@ class Pruner:
         needs = (method.needs_inputs, method.needs_gradients, method.allocation == "owl")
         key = (*inputs, *needs, protocol.max_tokens, *protocol.calibrated_by.values())
         if key not in self._statistics:
-            model = Prunable.of(loaded.dense_weights, loaded.shape)
+            model = Prunable.of(loaded.dense_weights, loaded.dims)
             self._statistics[key] = measured([method], model, ModelBlocks(loaded.model), rows)
         return self._statistics[key]
 
@@ -88,5 +88,5 @@ def calibration_rows(run: Run, loaded: Loaded, train: Sequence[Encoded]) -> list
     protocol = run.protocol
     if protocol.calibration == "task":
         return checked_rows(train, protocol.calibration_rows)
-    tokens = min(protocol.calibration_tokens, loaded.shape.context_tokens)
+    tokens = min(protocol.calibration_tokens, loaded.dims.max_positions)
     return text_rows(loaded.tokenizer, load_planned_calibration_text(run), protocol.calibration_rows, tokens)

@@ -17,6 +17,7 @@ from tune_sparse.data.task_types import PromptTask
 from tune_sparse.data.tasks import tasks_named
 from tune_sparse.errors import InputError
 from tune_sparse.ledger.ledger import Run
+from tune_sparse.models.architectures import matrix_named
 from tune_sparse.pruning.methods import METHODS, TOLERANCE
 
 Found = Iterator[tuple[str, list[str]]]
@@ -99,8 +100,13 @@ def modes_coincide(first: Evidence, second: Evidence) -> bool:
         and method is not None
         and method.pattern == "structured"
         and first.sparse_config["mask_sha256"] == second.sparse_config["mask_sha256"]
-        and all(kept == of for name, (kept, of) in first.sparse_config["kept_by_matrix"].items() if "attn" in name)
+        and all(kept == of for name, (kept, of) in first.sparse_config["kept_by_matrix"].items() if _is_attention(name))
     )
+
+
+def _is_attention(name: str) -> bool:
+    matrix = matrix_named(name)
+    return matrix is not None and matrix.is_attention
 
 
 def no_effect(results: Results) -> Found:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -27,6 +26,7 @@ from analysis.report.style import (
     write_numbers_into,
 )
 from tune_sparse.config import FLOPS_TOKENS
+from tune_sparse.models.architectures import matrix_named
 
 GIGA = 1e9
 LAYERS_WITH_NUMBERS = 12
@@ -209,9 +209,8 @@ def _layer_grid(kept: dict[str, tuple[int, int]]) -> pd.DataFrame:
     """Sparsity by matrix (rows) and layer (columns) from {tensor: (kept, weights)}."""
     rows = []
     for name, (left, size) in kept.items():
-        found = re.search(r"\.(\d+)\.(.+?)(?:\.weight)?$", name)
-        if found:
-            rows.append((found[2].rsplit(".", 1)[-1].removesuffix("_proj"), int(found[1]), left, size))
+        if found := matrix_named(name):
+            rows.append((found.module.removesuffix("_proj"), found.block, left, size))
     table = pd.DataFrame(rows, columns=["matrix", "layer", "kept", "size"])
     sums = table.groupby(["matrix", "layer"], sort=False)[["kept", "size"]].sum()
     return (1 - sums["kept"] / sums["size"]).unstack("layer").reindex(list(table["matrix"].unique()))

@@ -97,7 +97,7 @@ def _checkpoint(chosen: argparse.Namespace) -> Subject:
         fingerprint += fingerprint_of_files(files)
 
     def protocol(num_fewshot: int) -> Protocol:
-        return Protocol(**{"num_fewshot": num_fewshot} | settings).within(checkpoint.shape.context_tokens)
+        return Protocol(**{"num_fewshot": num_fewshot} | settings).within(checkpoint.dims.max_positions)
 
     def lend() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         import torch
@@ -128,7 +128,7 @@ def _run(chosen: argparse.Namespace) -> Subject:
     if chosen.adapter:
         raise InputError(f"a run has an adapter of its own, got --adapter {chosen.adapter}. Leave it out.")
     run, settings = ledger.run(chosen.run), _settings(chosen.set)
-    context = check_checkpoint(run.model_path).shape.context_tokens
+    context = check_checkpoint(run.model_path).dims.max_positions
 
     def lend() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         import torch

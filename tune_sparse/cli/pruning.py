@@ -110,7 +110,7 @@ def calibration_rows(chosen: argparse.Namespace) -> Sequence[Encoded]:
     if count < 1 or tokens < 2:
         raise InputError(f"calibration needs a row of at least 2 tokens, got {count} rows of {tokens}. Raise them.")
     checkpoint = open_checkpoint(chosen.model)
-    tokenizer, tokens = load_tokenizer(checkpoint.path), min(tokens, checkpoint.shape.context_tokens)
+    tokenizer, tokens = load_tokenizer(checkpoint.path), min(tokens, checkpoint.dims.max_positions)
     if Path(source).is_file():
         return text_rows(tokenizer, _read_text(Path(source)), count, tokens)
     if source not in TASKS:

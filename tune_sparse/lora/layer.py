@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from tune_sparse.config import Protocol
 from tune_sparse.lora.masked_linear import Plain, Way, Workspace, choose_way, effective_weight
-from tune_sparse.models.checkpoints import PRUNED
+from tune_sparse.models.architectures import PRUNED
 from tune_sparse.pruning.masks import Masks
 from tune_sparse.pruning.scores import uniform
 

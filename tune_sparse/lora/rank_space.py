@@ -1,7 +1,7 @@
 """A space of sub-adapters: which modules share a rank, which ranks there are, and what a choice of them costs.
 
 A configuration gives a rank to every dimension, a (layer, group) named "l<layer>.<group>"; a matrix of a checkpoint
-belongs to the group that has its module, in its layer. Pure: standard library alone.
+belongs to the group that has its module, in its layer. Importing this loads no torch.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from tune_sparse.errors import InputError, unknown_name
+from tune_sparse.models.architectures import matrix_named
 
 Ranks = dict[str, int]
 """A configuration: {dimension: active rank}."""
@@ -109,11 +110,10 @@ class Space:
 
     def active_rank(self, matrix: str, ranks: Ranks) -> int:
         """The active rank of a matrix, by its name in the checkpoint; 0 for one without an adapter."""
-        found = re.search(r"\.layers\.(\d+)\..*?(\w+)\.weight$", matrix)
+        found = matrix_named(matrix)
         assert found is not None, matrix
-        layer, module = int(found[1]), found[2]
-        group = next((g.name for g in self.groups if module in g.modules), None)
-        return ranks[f"l{layer:02}.{group}"] if group else 0
+        group = next((g.name for g in self.groups if found.module in g.modules), None)
+        return ranks[f"l{found.block:02}.{group}"] if group else 0
 
     def parameters(self, ranks: Ranks, sizes: Mapping[str, tuple[int, int]]) -> int:
         """Weights of the adapters, R (I + O) of a matrix. sizes: {matrix: (O, I)}."""

@@ -19,7 +19,7 @@ from torch import Tensor
 from tune_sparse.errors import InputError
 from tune_sparse.files import aside, read_json, replace_folder, write_json
 from tune_sparse.models.architectures import Matrix
-from tune_sparse.models.checkpoints import Shape
+from tune_sparse.models.dims import ModelDims
 from tune_sparse.models.safetensors_io import TensorWriter, weight_files
 from tune_sparse.pruning.masks import kept_lines
 from tune_sparse.pruning.streaming import OpenCheckpoint, write_rest
@@ -49,34 +49,35 @@ class Cut:
 
 def find_cut(checkpoint: OpenCheckpoint, masks: Mapping[str, Tensor]) -> Cut:
     """What masks leave whole. Raises `InputError` where they remove single weights and not whole lines."""
-    shape, architecture = checkpoint.shape, checkpoint.architecture
-    groups = {block: torch.zeros(shape.key_value_heads, dtype=torch.bool) for block in range(shape.layers)}
+    dims, architecture = checkpoint.dims, checkpoint.architecture
+    groups = {block: torch.zeros(dims.num_kv_heads, dtype=torch.bool) for block in range(dims.num_layers)}
     channels: dict[tuple[int, int | None], Tensor] = {}
     for matrix in checkpoint.prunable.matrices:
         lines = _whole_lines(matrix, masks[matrix.name])
-        if matrix.role in ("rows", "columns"):
+        if not matrix.is_attention:
             key = matrix.block, matrix.expert
             channels[key] = channels.get(key, torch.zeros_like(lines)) | lines
         else:
-            per_group = lines.view(3, -1) if matrix.role == "fused" else lines[None]
-            groups[matrix.block] |= per_group.view(len(per_group), shape.key_value_heads, -1).any(dim=2).any(dim=0)
+            per_group = lines.view(3, -1) if matrix.role == "qkv" else lines[None]
+            groups[matrix.block] |= per_group.view(len(per_group), dims.num_kv_heads, -1).any(dim=2).any(dim=0)
     for matrix in checkpoint.prunable.matrices:
-        is_channel = matrix.role in ("rows", "columns")
+        is_channel = not matrix.is_attention
         kept = channels[matrix.block, matrix.expert] if is_channel else groups[matrix.block]
-        if not torch.equal(_whole_lines(matrix, masks[matrix.name]), kept_lines(matrix, shape, kept, kept)):
+        if not torch.equal(_whole_lines(matrix, masks[matrix.name]), kept_lines(matrix, dims, kept, kept)):
             raise InputError(
                 f"a model shrinks where whole heads and channels are masked, {matrix.name} keeps a part of one. "
                 "Use masks of a structured method."
             )
     most_groups = max(int(kept.sum()) for kept in groups.values())
     if not architecture.heads_shrink:
-        most_groups = shape.key_value_heads
+        most_groups = dims.num_kv_heads
     elif architecture.heads_divide:
-        queries = shape.heads // shape.key_value_heads
-        most_groups = next(n for n in range(most_groups, shape.key_value_heads + 1) if not shape.hidden % (n * queries))
+        most_groups = next(
+            n for n in range(most_groups, dims.num_kv_heads + 1) if not dims.hidden_size % (n * dims.heads_per_group)
+        )
     most_channels = max(int(kept.sum()) for kept in channels.values())
-    if shape.experts > 1:
-        most_channels = min(math.ceil(most_channels / CHANNEL_MULTIPLE) * CHANNEL_MULTIPLE, shape.channels)
+    if dims.num_experts > 1:
+        most_channels = min(math.ceil(most_channels / CHANNEL_MULTIPLE) * CHANNEL_MULTIPLE, dims.intermediate_size)
     return Cut(
         {block: _filled(kept, most_groups) for block, kept in groups.items()},
         {key: _filled(kept, most_channels) for key, kept in channels.items()},
@@ -85,7 +86,7 @@ def find_cut(checkpoint: OpenCheckpoint, masks: Mapping[str, Tensor]) -> Cut:
 
 def _whole_lines(matrix: Matrix, mask: Tensor) -> Tensor:
     """Lines that are kept, (lines,) bool. Raises `InputError` for a line that is kept in part."""
-    across = int((matrix.role in ("output", "columns")) == matrix.transposed)
+    across = int(matrix.has_channel_columns == matrix.transposed)
     kept = mask.bool().any(dim=across)
     if not torch.equal(kept, mask.bool().all(dim=across)):
         raise InputError(
@@ -100,7 +101,7 @@ def _filled(kept: Tensor, wanted: int) -> Tensor:
     return (~kept).to(torch.uint8).argsort(stable=True)[:wanted].sort().values
 
 
-def shrink(checkpoint: OpenCheckpoint, masks: Mapping[str, Tensor], folder: Path) -> Shape:
+def shrink(checkpoint: OpenCheckpoint, masks: Mapping[str, Tensor], folder: Path) -> ModelDims:
     """Write the smaller checkpoint of `checkpoint` under structured `masks` into `folder`; returns its shape.
 
     Read and written tensor by tensor. Raises `InputError` for masks that are not structured.
@@ -119,7 +120,7 @@ def shrink(checkpoint: OpenCheckpoint, masks: Mapping[str, Tensor], folder: Path
         replace_folder(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return Shape.of(type(checkpoint.config)(**read_json(folder / "config.json")))
+    return ModelDims.from_config(type(checkpoint.config)(**read_json(folder / "config.json")))
 
 
 def _write_shard(
@@ -143,14 +144,14 @@ def _write_shard(
 
 def _lines_left(checkpoint: OpenCheckpoint, matrix: Matrix, cut: Cut) -> dict[str, Lines]:
     """Of one layer: the lines of its matrix that are left, and the entries of a bias of its rows."""
-    shape = checkpoint.shape
-    if matrix.role in ("rows", "columns"):
+    dims = checkpoint.dims
+    if not matrix.is_attention:
         left = cut.channels[matrix.block, matrix.expert]
     else:
-        groups = torch.zeros(shape.key_value_heads, dtype=torch.bool)
+        groups = torch.zeros(dims.num_kv_heads, dtype=torch.bool)
         groups[cut.groups[matrix.block]] = True
-        left = kept_lines(matrix, shape, groups, groups).nonzero().squeeze(1)
-    is_rows = matrix.role not in ("output", "columns")
+        left = kept_lines(matrix, dims, groups, groups).nonzero().squeeze(1)
+    is_rows = not matrix.has_channel_columns
     lines = {matrix.name: (int(is_rows == matrix.transposed), left)}
     bias = matrix.name.removesuffix("weight") + "bias"
     return lines | ({bias: (0, left)} if is_rows and bias in checkpoint.tensors else {})
@@ -160,8 +161,8 @@ def _config(checkpoint: OpenCheckpoint, cut: Cut) -> dict[str, Any]:
     config: dict[str, Any] = read_json(checkpoint.path / "config.json")
     config[checkpoint.architecture.channels] = cut.kept_channels
     if checkpoint.architecture.heads_shrink:
-        shape = checkpoint.shape
+        dims = checkpoint.dims
         config["num_key_value_heads"] = cut.kept_groups
-        config["num_attention_heads"] = cut.kept_groups * (shape.heads // shape.key_value_heads)
-        config["head_dim"] = shape.head_dim
+        config["num_attention_heads"] = cut.kept_groups * dims.heads_per_group
+        config["head_dim"] = dims.head_dim
     return config

@@ -89,7 +89,7 @@ def run(request: Request, report: Callable[[str], None] = print) -> Path:
     """
     checkpoint = open_checkpoint(request.model)
     for method in request.methods:
-        check_sparsities(method, checkpoint.shape, request.sparsities)
+        check_sparsities(method, checkpoint.dims, request.sparsities)
     folder = request.out / checkpoint.name
     folder.mkdir(parents=True, exist_ok=True)
     _refuse_full_disk(request, checkpoint, folder)

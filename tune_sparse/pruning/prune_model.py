@@ -16,7 +16,7 @@ from torch import Tensor
 from tune_sparse.data.splits import Encoded
 from tune_sparse.errors import InputError
 from tune_sparse.models.architectures import Matrix, architecture_named
-from tune_sparse.models.checkpoints import Shape
+from tune_sparse.models.dims import ModelDims
 from tune_sparse.models.safetensors_io import TensorFiles
 from tune_sparse.pruning import allocation, scores
 from tune_sparse.pruning.allocation import Counts
@@ -38,15 +38,15 @@ class Prunable:
     weights: Mapping[str, Tensor]
     """by checkpoint name, in the checkpoint's layout"""
     shapes: Mapping[str, tuple[int, ...]]
-    shape: Shape
+    dims: ModelDims
 
     @classmethod
-    def of(cls, weights: Mapping[str, Tensor], shape: Shape) -> Prunable:
+    def of(cls, weights: Mapping[str, Tensor], dims: ModelDims) -> Prunable:
         """What can be pruned among the tensors of a checkpoint of this shape."""
-        matrices = architecture_named(shape.architecture).matrices(weights)
+        matrices = architecture_named(dims.architecture).matrices(weights)
         if isinstance(weights, TensorFiles):
-            return cls(matrices, weights, weights.shapes, shape)
-        return cls(matrices, weights, {name: tuple(weight.shape) for name, weight in weights.items()}, shape)
+            return cls(matrices, weights, weights.shapes, dims)
+        return cls(matrices, weights, {name: tuple(weight.shape) for name, weight in weights.items()}, dims)
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -121,7 +121,7 @@ class Job:
     def of(cls, name: str, model: Prunable, sparsities: Sequence[float], seed: int, statistics: Statistics) -> Job:
         method = method_named(name)
         assert list(sparsities) == sorted(sparsities)
-        check_sparsities(name, model.shape, sparsities)
+        check_sparsities(name, model.dims, sparsities)
         job = cls(method, model, sparsities, seed, {})
         if method.pattern != "element-wise":
             return job
@@ -192,31 +192,30 @@ class Job:
 
     def _structured(self, matrices: Sequence[Matrix], statistics: Statistics) -> Iterator[PrunedMatrix]:
         """Whole key/value groups and feed-forward channels go, the same number in every block and expert."""
-        shape = self.model.shape
-        lost = [structured_counts(shape, sparsity) for sparsity in self.sparsities]
+        dims = self.model.dims
+        lost = [structured_counts(dims, sparsity) for sparsity in self.sparsities]
         # An expert's channels are its own; the heads belong to the block.
-        for _, part in groupby(matrices, key=lambda m: (m.expert, m.role in ("rows", "columns"))):
+        for _, part in groupby(matrices, key=lambda m: (m.expert, m.is_attention)):
             together = list(part)
-            is_feed_forward = together[0].role in ("rows", "columns")
             norms = scores.group_norms(*(self._group_scores(matrix, statistics) for matrix in together))
-            keeps = [keep_highest(norms, counts[is_feed_forward]) for counts in lost]
+            keeps = [keep_highest(norms, counts[not together[0].is_attention]) for counts in lost]
             for matrix in together:
-                yield self._of_lines(matrix, [kept_lines(matrix, shape, keep, keep) for keep in keeps])
+                yield self._of_lines(matrix, [kept_lines(matrix, dims, keep, keep) for keep in keeps])
 
     def _group_scores(self, matrix: Matrix, statistics: Statistics) -> Tensor:
         weight = matrix.oriented(self.model.weights[matrix.name])
         if self.method.score != "magnitude":  # a norm ignores the sign
             weight = oriented_scores(self.method.score, matrix, weight, self.seed, statistics)
-        return group_parts(matrix, self.model.shape, weight)
+        return group_parts(matrix, self.model.dims, weight)
 
     def _of_lines(self, matrix: Matrix, lines: Sequence[Tensor]) -> PrunedMatrix:
         def keep(level: int) -> Tensor:
-            return line_mask(matrix, self.model.shape, lines[level]).contiguous()
+            return line_mask(matrix, self.model.dims, lines[level]).contiguous()
 
         weights, name = self.model.weights, matrix.name
         nested = all(bool((sparser <= denser).all()) for denser, sparser in pairwise(lines))
         survived = torch.stack(list(lines)).sum(dim=0).to(torch.uint8)
-        levels = line_mask(matrix, self.model.shape, survived).contiguous() if nested else None
+        levels = line_mask(matrix, self.model.dims, survived).contiguous() if nested else None
         return PrunedMatrix(name, lambda: weights[name], keep, lambda level: weights[name] * keep(level), levels)
 
 
@@ -232,15 +231,15 @@ def oriented_scores(score: str, matrix: Matrix, weight: Tensor, seed: int, stati
     return scores.SCORES[score](weight, known)
 
 
-def check_sparsities(name: str, shape: Shape, sparsities: Iterable[float]) -> None:
+def check_sparsities(name: str, dims: ModelDims, sparsities: Iterable[float]) -> None:
     """Raise `InputError` for a method that cannot prune a model of this shape to one of the sparsities."""
     method = method_named(name)
     for sparsity in sparsities:
         method.refuse_sparsity(name, sparsity)
         if method.pattern == "structured":
-            structured_counts(shape, sparsity)
+            structured_counts(dims, sparsity)
     _, group = GROUPS.get(method.pattern, (1, 1))
-    for width in (shape.hidden, shape.heads * shape.head_dim, shape.channels):
+    for width in (dims.hidden_size, dims.query_rows, dims.intermediate_size):
         if width % group:
             raise InputError(
                 f"{method.pattern} needs rows of a multiple of {group} weights, the model has rows of {width}. "
@@ -284,7 +283,7 @@ def measured_outliers(model: Prunable, norms: Mapping[Source, Tensor]) -> tuple[
 def make_masks(
     method: str,
     weights: Mapping[str, Tensor],
-    shape: Shape,
+    dims: ModelDims,
     sparsity: float,
     seed: int,
     statistics: Statistics = NO_STATISTICS,
@@ -292,6 +291,6 @@ def make_masks(
     """Keep-masks of a model's prunable weights. At sparsity 0 everything is kept, whatever the method."""
     if sparsity == 0:
         return {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in weights.items()}
-    model = Prunable.of(weights, shape)
+    model = Prunable.of(weights, dims)
     masks = {pruned.name: pruned.keep(0) for pruned in prune(method, model, [sparsity], seed, statistics)}
     return {name: masks[name] for name in weights}

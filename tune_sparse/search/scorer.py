@@ -51,7 +51,7 @@ class SliceScorer:
         marker = read_marker(folder)
         assert marker is not None, "a super-adapter is ours, so it has a marker"
         slices = Slices.of(loaded.model, folder, run.super_adapter.space, masks, marker)
-        task, protocol = task_named(run.cell.task), run.protocol.within(loaded.shape.context_tokens)
+        task, protocol = task_named(run.cell.task), run.protocol.within(loaded.dims.max_positions)
         [splits] = load_planned_splits(run, protocol)
         tests = encode_test(loaded.tokenizer, task, splits.selection, protocol, splits.examples)
         return cls(run, slices, loaded.tokenizer, masks, tests, protocol)
