@@ -139,7 +139,7 @@ def test_masks_repeat_and_only_random_ones_depend_on_the_seed(method: str, train
     torch.manual_seed(99)
     first, again, other = (trained.masks(method, 0.5, seed) for seed in (3, 3, 4))
     assert mask_sha256(first) == mask_sha256(again)
-    assert (mask_sha256(first) != mask_sha256(other)) == METHODS[method].is_seeded
+    assert (mask_sha256(first) != mask_sha256(other)) == METHODS[method].needs.seed
 
 
 @pytest.mark.parametrize("method", ["unstructured", "random", "gradient", "taylor"])

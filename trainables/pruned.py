@@ -75,7 +75,7 @@ class Pruner:
         """What the run's method uses of its calibration rows, measured once on the dense model."""
         method, protocol = method_named(run.cell.method), run.protocol
         inputs = (run.cell.task, run.data_fingerprint, run.prompt_version, run.calibration_fingerprint)
-        needs = (method.needs_inputs, method.needs_gradients, method.allocation == "owl")
+        needs = (method.needs.input_norms, method.needs.gradients, method.allocation == "owl")
         key = (*inputs, *needs, protocol.max_tokens, *protocol.calibrated_by.values())
         if key not in self._statistics:
             model = Prunable.of(loaded.dense_weights, loaded.dims)

@@ -302,7 +302,7 @@ def _settings(run: Run) -> dict[str, Any]:
 
 def _mask_asked(cell: Cell) -> tuple[Any, ...]:
     """What must have a mask of its own."""
-    is_seeded = cell.method in METHODS and METHODS[cell.method].is_seeded
+    is_seeded = cell.method in METHODS and METHODS[cell.method].needs.seed
     return (cell.method, cell.sparsity, cell.seed if is_seeded else None)
 
 

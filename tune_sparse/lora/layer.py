@@ -20,7 +20,7 @@ from tune_sparse.config import Protocol
 from tune_sparse.lora.masked_linear import Plain, Way, Workspace, choose_way, effective_weight
 from tune_sparse.models.architectures import PRUNED
 from tune_sparse.pruning.masks import Masks
-from tune_sparse.pruning.scores import uniform
+from tune_sparse.pruning.seeded import seeded_uniform
 
 ADAPTER = "default"
 """PEFT's name for the only adapter."""
@@ -98,7 +98,7 @@ def adapt_model(
     confine(adapted, update_masks, protocol.masked_way)
     for name, layer in sparse_lora_layers(adapted):
         A, B, _ = layer.factors()
-        A.data.copy_((2 * uniform(A.shape, f"{seed}/adapter/{name}") - 1) / math.sqrt(A.shape[1]))
+        A.data.copy_((2 * seeded_uniform(A.shape, f"{seed}/adapter/{name}") - 1) / math.sqrt(A.shape[1]))
         B.data.zero_()
     return adapted
 

@@ -18,6 +18,8 @@ from tune_sparse.pruning.methods import TOLERANCE
 
 Masks = dict[str, Tensor]
 """{checkpoint tensor name: keep-mask in the checkpoint's layout, bool}"""
+SCORES_AT_ONCE = 1 << 22
+"""Scores that are normed together, as fp32."""
 
 
 def keep_highest(scores: Tensor, pruned: int) -> Tensor:
@@ -92,6 +94,19 @@ def group_parts(matrix: Matrix, dims: ModelDims, scores: Tensor) -> Tensor:
     if matrix.role == "o":
         return scores.T.reshape(groups, -1)
     return scores if matrix.role == "up" else scores.T
+
+
+def group_norms(*parts: Tensor) -> Tensor:
+    """L2 norm of each group of scores that fall together (Li et al. 2017, arXiv:1608.08710).
+
+    parts: (G, ...) each, row g holding the scores that group g has in that matrix; the result is (G,).
+    """
+    groups = max(1, SCORES_AT_ONCE * len(parts[0]) // sum(part.numel() for part in parts))
+    norms = [
+        torch.cat([part.flatten(1).float() for part in some], dim=1).norm(dim=1)
+        for some in zip(*(part.split(groups) for part in parts), strict=True)
+    ]
+    return torch.cat(norms)
 
 
 def line_mask(matrix: Matrix, dims: ModelDims, lines: Tensor) -> Tensor:

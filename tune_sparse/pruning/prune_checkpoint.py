@@ -66,7 +66,7 @@ class Request:
             method = method_named(name)
             if method.is_calibrated and not self.rows:
                 raise InputError(f"{name} needs calibration rows, got none. Give --calibration.")
-            if self.sequential and method.is_calibrated and (method.needs_gradients or self.format == "levels"):
+            if self.sequential and method.is_calibrated and (method.needs.gradients or self.format == "levels"):
                 raise InputError(
                     f"--sequential prunes block after block by their inputs, got {name} as {self.format}. "
                     "Leave it out, or choose wanda or sparsegpt with a file a level."
@@ -95,7 +95,7 @@ def run(request: Request, report: Callable[[str], None] = print) -> Path:
     _refuse_full_disk(request, checkpoint, folder)
     statistics = Statistics()
     methods = [method_named(name) for name in request.methods]
-    if any(method.needs_inputs or method.needs_gradients for method in methods):
+    if any(method.needs.input_norms or method.needs.gradients for method in methods):
         blocks = StreamedBlocks(checkpoint, _dtype(checkpoint))
         statistics = measured(methods, checkpoint.prunable, blocks, request.rows)
     for method in request.methods:

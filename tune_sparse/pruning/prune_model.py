@@ -18,12 +18,21 @@ from tune_sparse.errors import InputError
 from tune_sparse.models.architectures import Matrix, architecture_named
 from tune_sparse.models.dims import ModelDims
 from tune_sparse.models.safetensors_io import TensorFiles
-from tune_sparse.pruning import allocation, scores
+from tune_sparse.pruning import allocation
 from tune_sparse.pruning.allocation import Counts
 from tune_sparse.pruning.calibration import Blocks, Inputs, Source, Statistics, gradient_sums, walk
 from tune_sparse.pruning.level_maps import group_level_map, level_map, row_level_map
-from tune_sparse.pruning.masks import Masks, group_parts, keep_highest, kept_lines, line_mask, structured_counts
+from tune_sparse.pruning.masks import (
+    Masks,
+    group_norms,
+    group_parts,
+    keep_highest,
+    kept_lines,
+    line_mask,
+    structured_counts,
+)
 from tune_sparse.pruning.methods import GROUPS, Method, method_named
+from tune_sparse.pruning.scores import SCORES, ScoreInputs
 from tune_sparse.pruning.sparsegpt import inverse_factor, sparsegpt
 from tune_sparse.watchdog import progress
 
@@ -163,7 +172,7 @@ class Job:
         if self.method.pattern in GROUPS:
             kept, group = GROUPS[self.method.pattern]
             levels = matrix.oriented(group_level_map(matrix.oriented(found), group, kept))
-        elif self.method.score == "wanda":
+        elif SCORES[self.method.score].by_row:
             by_row = row_level_map(matrix.oriented(found), self.counts[matrix.name], matrix.transposed)
             levels = matrix.oriented(by_row)
         else:
@@ -197,7 +206,7 @@ class Job:
         # An expert's channels are its own; the heads belong to the block.
         for _, part in groupby(matrices, key=lambda m: (m.expert, m.is_attention)):
             together = list(part)
-            norms = scores.group_norms(*(self._group_scores(matrix, statistics) for matrix in together))
+            norms = group_norms(*(self._group_scores(matrix, statistics) for matrix in together))
             keeps = [keep_highest(norms, counts[not together[0].is_attention]) for counts in lost]
             for matrix in together:
                 yield self._of_lines(matrix, [kept_lines(matrix, dims, keep, keep) for keep in keeps])
@@ -222,13 +231,15 @@ class Job:
 def oriented_scores(score: str, matrix: Matrix, weight: Tensor, seed: int, statistics: Statistics) -> Tensor:
     """Importance of each weight of a matrix: (O, I), as `weight`."""
     gradients = statistics.gradients.get(matrix.name)
-    known = scores.Known(
+    compute = SCORES[score].compute
+    assert compute is not None, score
+    inputs = ScoreInputs(
         matrix.name,
         seed,
         input_norms=statistics.norms.get(matrix.source),
         gradients=None if gradients is None else matrix.oriented(gradients),
     )
-    return scores.SCORES[score](weight, known)
+    return compute(weight, inputs)
 
 
 def check_sparsities(name: str, dims: ModelDims, sparsities: Iterable[float]) -> None:
@@ -250,7 +261,7 @@ def check_sparsities(name: str, dims: ModelDims, sparsities: Iterable[float]) ->
 def walks(method: str, sequential: bool) -> bool:
     """Whether a method prunes while the calibration rows walk through the blocks, or from statistics alone."""
     chosen = method_named(method)
-    return chosen.updates_weights or (sequential and chosen.needs_inputs)
+    return chosen.updates_weights or (sequential and chosen.needs.input_norms)
 
 
 def measured(methods: Iterable[Method], model: Prunable, blocks: Blocks, rows: Sequence[Encoded]) -> Statistics:
@@ -258,9 +269,9 @@ def measured(methods: Iterable[Method], model: Prunable, blocks: Blocks, rows: S
     needs = list(methods)
     gradients: dict[str, Tensor] = {}
     norms: dict[Source, Tensor] = {}
-    if any(method.needs_gradients for method in needs):
+    if any(method.needs.gradients for method in needs):
         gradients = gradient_sums(blocks.whole(), rows, model.matrices)
-    if any(method.needs_inputs for method in needs):
+    if any(method.needs.input_norms for method in needs):
         for _, inputs in walk(blocks, rows):
             norms |= {source: sums.norms for source, sums in inputs.items()}
     owl = any(method.allocation == "owl" for method in needs)

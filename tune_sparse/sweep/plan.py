@@ -213,7 +213,7 @@ def check_names(config: SweepConfig) -> None:
     for task in config.tasks:
         tasks_named(task)
     for method in config.methods:
-        if method_named(method).needs_gradients and config.protocol.calibration_order == "sequential":
+        if method_named(method).needs.gradients and config.protocol.calibration_order == "sequential":
             raise InputError(
                 f"{method} needs gradients of the whole dense model, got calibration_order sequential. "
                 "Set calibration_order=dense, or leave the method out."
