@@ -70,8 +70,8 @@ def test_experts_share_the_blocks_attention_and_no_inputs() -> None:
     names = [f"model.layers.3.block_sparse_moe.experts.{e}.{w}.weight" for e in (10, 2) for w in ("w2", "w1", "w3")]
     matrices = architecture_named("MixtralForCausalLM").matrices(names)
     assert [(m.expert, m.layer[-2:]) for m in matrices] == [(e, w) for e in (2, 10) for w in ("w1", "w3", "w2")]
-    assert len({m.source for m in matrices}) == 4
-    assert matrices[0].source == matrices[1].source != matrices[3].source
+    assert len({m.input_key for m in matrices}) == 4
+    assert matrices[0].input_key == matrices[1].input_key != matrices[3].input_key
 
 
 @pytest.mark.parametrize("name", ["h.11.attn.c_attn.weight", "transformer.h.11.attn.c_attn.weight"])

@@ -16,7 +16,7 @@ from tune_sparse.errors import InputError
 from tune_sparse.models.architectures import ARCHITECTURES, PRUNED, pruned_weights
 from tune_sparse.models.checkpoints import check_checkpoint, load_model, prunable_weights, write_weights_into
 from tune_sparse.models.dims import ModelDims
-from tune_sparse.pruning.calibration import ModelBlocks, Statistics
+from tune_sparse.pruning.calibration import CalibrationStats, ModelBlocks
 from tune_sparse.pruning.masks import Masks, count_sparsity, keep_highest, mask_sha256, masked, pruned_count
 from tune_sparse.pruning.methods import GROUPS, METHODS, TOLERANCE
 from tune_sparse.pruning.prune_model import (
@@ -27,7 +27,7 @@ from tune_sparse.pruning.prune_model import (
     measured,
     oriented_scores,
     prune,
-    prune_walking,
+    prune_blockwise,
 )
 from tune_sparse.pruning.streaming import open_checkpoint
 
@@ -43,7 +43,7 @@ class Measured:
 
     blocks: ModelBlocks
     model: Prunable
-    statistics: Statistics
+    statistics: CalibrationStats
 
     def masks(self, method: str, sparsity: float, seed: int = 0) -> Masks:
         return {pruned.name: pruned.keep(0) for pruned in self.pruned(method, [sparsity], seed)}
@@ -51,7 +51,7 @@ class Measured:
     def pruned(self, method: str, sparsities: Sequence[float], seed: int = 0) -> list[PrunedMatrix]:
         if METHODS[method].updates_weights:
             blocks, statistics = self.blocks, self.statistics
-            return list(prune_walking(method, self.model, blocks, ROWS, sparsities, seed, statistics))
+            return list(prune_blockwise(method, self.model, blocks, ROWS, sparsities, seed, statistics))
         return list(prune(method, self.model, sparsities, seed, self.statistics))
 
 
@@ -159,7 +159,7 @@ def test_wanda_masks_are_those_of_its_own_code(every: dict[str, Measured]) -> No
         masks = found.masks("wanda", 0.5)
         for matrix in found.model.matrices:
             weight = matrix.oriented(found.model.weights[matrix.name])
-            metric = weight.abs() * found.statistics.norms[matrix.source].reshape(1, -1)
+            metric = weight.abs() * found.statistics.norms[matrix.input_key].reshape(1, -1)
             lowest = metric.sort(dim=-1, stable=True).indices[:, : metric.shape[1] // 2]
             pruned = torch.zeros_like(metric, dtype=torch.bool).scatter_(1, lowest, True)
             assert torch.equal(matrix.oriented(masks[matrix.name]), ~pruned)
@@ -193,7 +193,7 @@ def test_unknown_rows_of_a_multiple_are_refused(trained: Measured) -> None:
 def test_sequential_pruning_of_the_first_block_is_that_of_the_dense_model(llama: Path, trained: Measured) -> None:
     def found(sequential: bool) -> dict[str, PrunedMatrix]:
         blocks = ModelBlocks(load_model(llama, torch.float32, torch.device("cpu")))
-        walked = prune_walking("wanda", trained.model, blocks, ROWS, [0.5], sequential=sequential)
+        walked = prune_blockwise("wanda", trained.model, blocks, ROWS, [0.5], sequential=sequential)
         pruned = {matrix.name: matrix for matrix in walked}
         own = blocks.weights(0)
         changed = any(not own[name].all() for name in own)

@@ -10,7 +10,7 @@ import torch
 from tune_sparse.errors import InputError
 from tune_sparse.models.dims import ModelDims
 from tune_sparse.pruning import masks, methods, scores
-from tune_sparse.pruning.calibration import Statistics
+from tune_sparse.pruning.calibration import CalibrationStats
 from tune_sparse.pruning.masks import group_norms
 from tune_sparse.pruning.prune_model import make_masks
 from tune_sparse.pruning.scores import Needs, Score, ScoreInputs, magnitude, random, taylor, wanda
@@ -113,7 +113,7 @@ def test_the_entry_of_a_new_score_states_what_it_needs_and_refuses(monkeypatch: 
     added = add_score(monkeypatch, "fisher", entry)
     assert [*added] == ["fisher", "fisher-2:4", "fisher-4:8", "fisher-owl"]
     assert all(method.needs.gradients for method in added.values())
-    statistics = Statistics(gradients={UP: torch.tensor([[5.0, 4.0], [1.0, 2.0]])})
+    statistics = CalibrationStats(gradients={UP: torch.tensor([[5.0, 4.0], [1.0, 2.0]])})
     found = make_masks("fisher", {UP: torch.ones(2, 2)}, SMALL, 0.5, seed=0, statistics=statistics)
     assert found[UP].int().tolist() == [[1, 0], [0, 1]], "each row loses its lowest"
     with pytest.raises(InputError, match=r"got 'fisher-global': rows alone compare\. Choose another"):

@@ -13,10 +13,17 @@ from tune_sparse.data.splits import Encoded
 from tune_sparse.errors import RunError
 from tune_sparse.evaluation.validation import mask_violations
 from tune_sparse.ledger.ledger import Run
-from tune_sparse.pruning.calibration import ModelBlocks, Statistics, checked_rows, text_rows
+from tune_sparse.pruning.calibration import CalibrationStats, ModelBlocks, checked_rows, text_rows
 from tune_sparse.pruning.masks import Masks, count_sparsity, mask_sha256, masked
 from tune_sparse.pruning.methods import method_named
-from tune_sparse.pruning.prune_model import NO_STATISTICS, Prunable, make_masks, measured, prune_walking, walks
+from tune_sparse.pruning.prune_model import (
+    NO_STATISTICS,
+    Prunable,
+    make_masks,
+    measured,
+    needs_blockwise,
+    prune_blockwise,
+)
 
 if TYPE_CHECKING:
     from trainables.pipeline import Loaded
@@ -47,7 +54,7 @@ class Pruner:
     """Prunes the model that a worker holds, and keeps what its calibration rows said."""
 
     def __init__(self) -> None:
-        self._statistics: dict[tuple[Any, ...], Statistics] = {}
+        self._statistics: dict[tuple[Any, ...], CalibrationStats] = {}
 
     def prune(self, run: Run, loaded: Loaded, train: Sequence[Encoded]) -> Pruned:
         """Masks and pruned weights. The model may be left half-pruned: the caller writes the weights into it.
@@ -58,9 +65,9 @@ class Pruner:
         rows = calibration_rows(run, loaded, train) if run.is_calibrated else []
         statistics = self._measured(run, loaded, rows) if run.is_calibrated else NO_STATISTICS
         sequential = run.protocol.calibration_order == "sequential"
-        if sparsity and walks(method, sequential):
+        if sparsity and needs_blockwise(method, sequential):
             model, blocks = Prunable.of(loaded.dense_weights, loaded.dims), ModelBlocks(loaded.model)
-            found = list(prune_walking(method, model, blocks, rows, [sparsity], seed, statistics, sequential))
+            found = list(prune_blockwise(method, model, blocks, rows, [sparsity], seed, statistics, sequential))
             masks = {matrix.name: matrix.keep(0) for matrix in found}
             weights = {matrix.name: matrix.weight(0) for matrix in found}
         else:
@@ -71,7 +78,7 @@ class Pruner:
             raise RunError("masks must be valid: " + "; ".join(violations))
         return Pruned(masks, mask_sha256(masks), weights)
 
-    def _measured(self, run: Run, loaded: Loaded, rows: Sequence[Encoded]) -> Statistics:
+    def _measured(self, run: Run, loaded: Loaded, rows: Sequence[Encoded]) -> CalibrationStats:
         """What the run's method uses of its calibration rows, measured once on the dense model."""
         method, protocol = method_named(run.cell.method), run.protocol
         inputs = (run.cell.task, run.data_fingerprint, run.prompt_version, run.calibration_fingerprint)

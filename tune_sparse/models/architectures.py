@@ -49,7 +49,7 @@ class Matrix:
     """Stored as (I, O), not (O, I)."""
 
     @property
-    def source(self) -> tuple[int, int | None, str]:
+    def input_key(self) -> tuple[int, int | None, str]:
         """Names what it reads: equal for matrices with the same input."""
         return self.block, self.expert, INPUTS[self.role]
 

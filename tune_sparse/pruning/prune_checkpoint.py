@@ -19,14 +19,21 @@ from tune_sparse.data.splits import Encoded
 from tune_sparse.errors import InputError, unknown_name
 from tune_sparse.files import write_json
 from tune_sparse.models.safetensors_io import TensorWriter
-from tune_sparse.pruning.calibration import Statistics
+from tune_sparse.pruning.calibration import CalibrationStats
 from tune_sparse.pruning.compact import shrink
 from tune_sparse.pruning.level_maps import MAX_LEVELS, pack
 from tune_sparse.pruning.mask_io import FORMATS, MaskFile, PtWriter, levels_writer, masks_writer, stem
 from tune_sparse.pruning.mask_statistics import LevelStatistics, add_matrix
 from tune_sparse.pruning.masks import mask_sha256
 from tune_sparse.pruning.methods import method_named
-from tune_sparse.pruning.prune_model import PrunedMatrix, check_sparsities, measured, prune, prune_walking, walks
+from tune_sparse.pruning.prune_model import (
+    PrunedMatrix,
+    check_sparsities,
+    measured,
+    needs_blockwise,
+    prune,
+    prune_blockwise,
+)
 from tune_sparse.pruning.streaming import OpenCheckpoint, PrunedCheckpoint, StreamedBlocks, open_checkpoint
 
 AHEAD_BYTES = 1 << 28
@@ -93,13 +100,13 @@ def run(request: Request, report: Callable[[str], None] = print) -> Path:
     folder = request.out / checkpoint.name
     folder.mkdir(parents=True, exist_ok=True)
     _refuse_full_disk(request, checkpoint, folder)
-    statistics = Statistics()
+    statistics = CalibrationStats()
     methods = [method_named(name) for name in request.methods]
     if any(method.needs.input_norms or method.needs.gradients for method in methods):
         blocks = StreamedBlocks(checkpoint, _dtype(checkpoint))
         statistics = measured(methods, checkpoint.prunable, blocks, request.rows)
     for method in request.methods:
-        # The inputs of a block depend on what was pruned before it: each level walks for itself.
+        # The inputs of a block depend on what was pruned before it: each level is calibrated for itself.
         passes = [[s] for s in request.sparsities] if _is_sequential(request, method) else [request.sparsities]
         for sparsities in passes:
             _write_method(request, method, sparsities, checkpoint, statistics, folder)
@@ -108,7 +115,7 @@ def run(request: Request, report: Callable[[str], None] = print) -> Path:
 
 
 def _is_sequential(request: Request, method: str) -> bool:
-    return request.sequential and walks(method, sequential=True)
+    return request.sequential and needs_blockwise(method, sequential=True)
 
 
 def _refuse_full_disk(request: Request, checkpoint: OpenCheckpoint, folder: Path) -> None:
@@ -131,15 +138,15 @@ def _dtype(checkpoint: OpenCheckpoint) -> torch.dtype:
 
 
 def _pruned_matrices(
-    request: Request, name: str, sparsities: Sequence[float], checkpoint: OpenCheckpoint, statistics: Statistics
+    request: Request, name: str, sparsities: Sequence[float], checkpoint: OpenCheckpoint, statistics: CalibrationStats
 ) -> Iterator[PrunedMatrix]:
     sequential = _is_sequential(request, name)
-    if not walks(name, sequential):
+    if not needs_blockwise(name, sequential):
         found = prune(name, checkpoint.prunable, sparsities, request.seed, statistics)
         is_small = _largest_bytes(checkpoint) <= AHEAD_BYTES and method_named(name).pattern != "structured"
         return ahead(found) if is_small else found
     blocks = StreamedBlocks(checkpoint, _dtype(checkpoint))
-    return prune_walking(
+    return prune_blockwise(
         name, checkpoint.prunable, blocks, request.rows, sparsities, request.seed, statistics, sequential
     )
 
@@ -163,7 +170,7 @@ def _write_method(
     method: str,
     sparsities: Sequence[float],
     checkpoint: OpenCheckpoint,
-    statistics: Statistics,
+    statistics: CalibrationStats,
     folder: Path,
 ) -> None:
     shapes = {matrix.name: checkpoint.prunable.shapes[matrix.name] for matrix in checkpoint.prunable.matrices}

@@ -20,7 +20,14 @@ from tune_sparse.models.dims import ModelDims
 from tune_sparse.models.safetensors_io import TensorFiles
 from tune_sparse.pruning import allocation
 from tune_sparse.pruning.allocation import Counts
-from tune_sparse.pruning.calibration import Blocks, Inputs, Source, Statistics, gradient_sums, walk
+from tune_sparse.pruning.calibration import (
+    Blocks,
+    CalibrationStats,
+    InputKey,
+    InputStats,
+    calibrate_blockwise,
+    gradient_sums,
+)
 from tune_sparse.pruning.level_maps import group_level_map, level_map, row_level_map
 from tune_sparse.pruning.masks import (
     Masks,
@@ -36,7 +43,7 @@ from tune_sparse.pruning.scores import SCORES, ScoreInputs
 from tune_sparse.pruning.sparsegpt import inverse_factor, sparsegpt
 from tune_sparse.watchdog import progress
 
-NO_STATISTICS = Statistics()
+NO_STATISTICS = CalibrationStats()
 
 
 @dataclass(frozen=True)
@@ -78,7 +85,11 @@ class PrunedMatrix:
 
 
 def prune(
-    method: str, model: Prunable, sparsities: Sequence[float], seed: int = 0, statistics: Statistics = NO_STATISTICS
+    method: str,
+    model: Prunable,
+    sparsities: Sequence[float],
+    seed: int = 0,
+    statistics: CalibrationStats = NO_STATISTICS,
 ) -> Iterator[PrunedMatrix]:
     """Every matrix pruned to ascending sparsities, block after block, by a method that updates no weights.
 
@@ -90,14 +101,14 @@ def prune(
         yield from job.prune_block(list(block), statistics)
 
 
-def prune_walking(
+def prune_blockwise(
     method: str,
     model: Prunable,
     blocks: Blocks,
     rows: Sequence[Encoded],
     sparsities: Sequence[float],
     seed: int = 0,
-    statistics: Statistics = NO_STATISTICS,
+    statistics: CalibrationStats = NO_STATISTICS,
     sequential: bool = False,
 ) -> Iterator[PrunedMatrix]:
     """As `prune`, with the inputs of each block measured just before it is pruned.
@@ -107,7 +118,7 @@ def prune_walking(
     """
     assert not sequential or len(sparsities) == 1
     job = Job.of(method, model, sparsities, seed, statistics)
-    for number, inputs in walk(blocks, rows, job.method.updates_weights, sequential):
+    for number, inputs in calibrate_blockwise(blocks, rows, job.method.updates_weights, sequential):
         here = replace(statistics, norms=statistics.norms | {source: sums.norms for source, sums in inputs.items()})
         own = blocks.weights(number)
         for pruned in job.prune_block([m for m in model.matrices if m.block == number], here, inputs):
@@ -127,7 +138,9 @@ class Job:
     counts: Counts
 
     @classmethod
-    def of(cls, name: str, model: Prunable, sparsities: Sequence[float], seed: int, statistics: Statistics) -> Job:
+    def of(
+        cls, name: str, model: Prunable, sparsities: Sequence[float], seed: int, statistics: CalibrationStats
+    ) -> Job:
         method = method_named(name)
         assert list(sparsities) == sorted(sparsities)
         check_sparsities(name, model.dims, sparsities)
@@ -145,7 +158,7 @@ class Job:
             counts = allocation.uniform(model.sizes, sparsities)
         return replace(job, counts=counts)
 
-    def scores(self, matrix: Matrix, statistics: Statistics) -> Tensor:
+    def scores(self, matrix: Matrix, statistics: CalibrationStats) -> Tensor:
         """Importance of each weight, in the checkpoint's layout; up to the sign, which `level_map` ignores."""
         progress()
         if self.method.score == "magnitude" and self.method.pattern not in GROUPS:
@@ -154,7 +167,10 @@ class Job:
         return matrix.oriented(oriented_scores(self.method.score, matrix, weight, self.seed, statistics)).contiguous()
 
     def prune_block(
-        self, matrices: Sequence[Matrix], statistics: Statistics, inputs: Mapping[Source, Inputs] | None = None
+        self,
+        matrices: Sequence[Matrix],
+        statistics: CalibrationStats,
+        inputs: Mapping[InputKey, InputStats] | None = None,
     ) -> Iterator[PrunedMatrix]:
         """inputs: with Hessians, for a method that updates weights."""
         if self.method.pattern == "structured":
@@ -162,11 +178,11 @@ class Job:
         elif self.method.updates_weights:
             assert inputs is not None
             factor = cache(lambda source: inverse_factor(inputs[source].hessian))
-            yield from (self._updated(matrix, factor(matrix.source)) for matrix in matrices)
+            yield from (self._updated(matrix, factor(matrix.input_key)) for matrix in matrices)
         else:
             yield from (self._elementwise(matrix, statistics) for matrix in matrices)
 
-    def _elementwise(self, matrix: Matrix, statistics: Statistics) -> PrunedMatrix:
+    def _elementwise(self, matrix: Matrix, statistics: CalibrationStats) -> PrunedMatrix:
         weight = self.model.weights[matrix.name]
         found = self.scores(matrix, statistics)
         if self.method.pattern in GROUPS:
@@ -199,7 +215,7 @@ class Job:
 
         return PrunedMatrix(matrix.name, lambda: weight, lambda level: at(level)[1], lambda level: at(level)[0])
 
-    def _structured(self, matrices: Sequence[Matrix], statistics: Statistics) -> Iterator[PrunedMatrix]:
+    def _structured(self, matrices: Sequence[Matrix], statistics: CalibrationStats) -> Iterator[PrunedMatrix]:
         """Whole key/value groups and feed-forward channels go, the same number in every block and expert."""
         dims = self.model.dims
         lost = [structured_counts(dims, sparsity) for sparsity in self.sparsities]
@@ -211,7 +227,7 @@ class Job:
             for matrix in together:
                 yield self._of_lines(matrix, [kept_lines(matrix, dims, keep, keep) for keep in keeps])
 
-    def _group_scores(self, matrix: Matrix, statistics: Statistics) -> Tensor:
+    def _group_scores(self, matrix: Matrix, statistics: CalibrationStats) -> Tensor:
         weight = matrix.oriented(self.model.weights[matrix.name])
         if self.method.score != "magnitude":  # a norm ignores the sign
             weight = oriented_scores(self.method.score, matrix, weight, self.seed, statistics)
@@ -228,7 +244,7 @@ class Job:
         return PrunedMatrix(name, lambda: weights[name], keep, lambda level: weights[name] * keep(level), levels)
 
 
-def oriented_scores(score: str, matrix: Matrix, weight: Tensor, seed: int, statistics: Statistics) -> Tensor:
+def oriented_scores(score: str, matrix: Matrix, weight: Tensor, seed: int, statistics: CalibrationStats) -> Tensor:
     """Importance of each weight of a matrix: (O, I), as `weight`."""
     gradients = statistics.gradients.get(matrix.name)
     compute = SCORES[score].compute
@@ -236,7 +252,7 @@ def oriented_scores(score: str, matrix: Matrix, weight: Tensor, seed: int, stati
     inputs = ScoreInputs(
         matrix.name,
         seed,
-        input_norms=statistics.norms.get(matrix.source),
+        input_norms=statistics.norms.get(matrix.input_key),
         gradients=None if gradients is None else matrix.oriented(gradients),
     )
     return compute(weight, inputs)
@@ -258,29 +274,29 @@ def check_sparsities(name: str, dims: ModelDims, sparsities: Iterable[float]) ->
             )
 
 
-def walks(method: str, sequential: bool) -> bool:
-    """Whether a method prunes while the calibration rows walk through the blocks, or from statistics alone."""
+def needs_blockwise(method: str, sequential: bool) -> bool:
+    """True where a method prunes each block as the calibration rows reach it, False where statistics alone are enough."""
     chosen = method_named(method)
     return chosen.updates_weights or (sequential and chosen.needs.input_norms)
 
 
-def measured(methods: Iterable[Method], model: Prunable, blocks: Blocks, rows: Sequence[Encoded]) -> Statistics:
+def measured(methods: Iterable[Method], model: Prunable, blocks: Blocks, rows: Sequence[Encoded]) -> CalibrationStats:
     """What the scores of `methods` use of calibration rows, from the dense model. Gradients need all of it."""
     needs = list(methods)
     gradients: dict[str, Tensor] = {}
-    norms: dict[Source, Tensor] = {}
+    norms: dict[InputKey, Tensor] = {}
     if any(method.needs.gradients for method in needs):
         gradients = gradient_sums(blocks.whole(), rows, model.matrices)
     if any(method.needs.input_norms for method in needs):
-        for _, inputs in walk(blocks, rows):
+        for _, inputs in calibrate_blockwise(blocks, rows):
             norms |= {source: sums.norms for source, sums in inputs.items()}
     owl = any(method.allocation == "owl" for method in needs)
-    return Statistics(norms, gradients, measured_outliers(model, norms) if owl else ())
+    return CalibrationStats(norms, gradients, measured_outliers(model, norms) if owl else ())
 
 
-def measured_outliers(model: Prunable, norms: Mapping[Source, Tensor]) -> tuple[float, ...]:
+def measured_outliers(model: Prunable, norms: Mapping[InputKey, Tensor]) -> tuple[float, ...]:
     """OWL's fraction of outliers of each block, from the norms of the dense model's inputs."""
-    statistics = Statistics(norms=dict(norms))
+    statistics = CalibrationStats(norms=dict(norms))
 
     def block_scores(block: Sequence[Matrix]) -> Iterator[Tensor]:
         for matrix in block:
@@ -297,7 +313,7 @@ def make_masks(
     dims: ModelDims,
     sparsity: float,
     seed: int,
-    statistics: Statistics = NO_STATISTICS,
+    statistics: CalibrationStats = NO_STATISTICS,
 ) -> Masks:
     """Keep-masks of a model's prunable weights. At sparsity 0 everything is kept, whatever the method."""
     if sparsity == 0:
