@@ -193,8 +193,8 @@ def test_unknown_rows_of_a_multiple_are_refused(trained: Measured) -> None:
 def test_sequential_pruning_of_the_first_block_is_that_of_the_dense_model(llama: Path, trained: Measured) -> None:
     def found(sequential: bool) -> dict[str, PrunedMatrix]:
         blocks = ModelBlocks(load_model(llama, torch.float32, torch.device("cpu")))
-        walked = prune_blockwise("wanda", trained.model, blocks, ROWS, [0.5], sequential=sequential)
-        pruned = {matrix.name: matrix for matrix in walked}
+        blockwise = prune_blockwise("wanda", trained.model, blocks, ROWS, [0.5], sequential=sequential)
+        pruned = {matrix.name: matrix for matrix in blockwise}
         own = blocks.weights(0)
         changed = any(not own[name].all() for name in own)
         assert changed == sequential

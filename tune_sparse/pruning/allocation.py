@@ -9,8 +9,8 @@ from torch import Tensor
 
 from tune_sparse.errors import InputError
 from tune_sparse.models.architectures import Matrix
-from tune_sparse.pruning.level_maps import bin_counts, join_pattern, lower_counts, tie_counts
 from tune_sparse.pruning.masks import pruned_count
+from tune_sparse.pruning.survival_map import bin_counts, join_pattern, lower_counts, tie_counts
 
 Counts = dict[str, list[int]]
 """{matrix: weights pruned at each level}"""

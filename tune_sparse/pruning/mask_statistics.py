@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from tune_sparse.models.float_bits import BITS, CHUNK, view_bits
-from tune_sparse.pruning.level_maps import MAX_LEVELS
 from tune_sparse.pruning.prune_model import PrunedMatrix
+from tune_sparse.pruning.survival_map import MAX_LEVELS
 
 EXPONENTS = 256
 """Values of the exponent of a float32: the bins of the histogram are powers of two."""

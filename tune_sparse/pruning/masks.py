@@ -25,7 +25,7 @@ SCORES_AT_ONCE = 1 << 22
 def keep_highest(scores: Tensor, pruned: int) -> Tensor:
     """A keep-mask without the `pruned` lowest of `scores`; on a tie the earlier position goes first.
 
-    The plain definition: `tune_sparse.pruning.level_maps` computes the same for many counts at once.
+    The plain definition: `tune_sparse.pruning.survival_map` computes the same for many counts at once.
     """
     keep = torch.ones(scores.numel(), dtype=torch.bool, device=scores.device)
     keep[scores.flatten().argsort(stable=True)[:pruned]] = False

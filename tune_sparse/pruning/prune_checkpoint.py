@@ -21,7 +21,6 @@ from tune_sparse.files import write_json
 from tune_sparse.models.safetensors_io import TensorWriter
 from tune_sparse.pruning.calibration import CalibrationStats
 from tune_sparse.pruning.compact import shrink
-from tune_sparse.pruning.level_maps import MAX_LEVELS, pack
 from tune_sparse.pruning.mask_io import FORMATS, MaskFile, PtWriter, levels_writer, masks_writer, stem
 from tune_sparse.pruning.mask_statistics import LevelStatistics, add_matrix
 from tune_sparse.pruning.masks import mask_sha256
@@ -35,6 +34,7 @@ from tune_sparse.pruning.prune_model import (
     prune_blockwise,
 )
 from tune_sparse.pruning.streaming import OpenCheckpoint, PrunedCheckpoint, StreamedBlocks, open_checkpoint
+from tune_sparse.pruning.survival_map import MAX_LEVELS, pack
 
 AHEAD_BYTES = 1 << 28
 """Larger matrices, and structured ones, which need several at once, are not made ahead: memory stays within three of
@@ -79,7 +79,7 @@ class Request:
                     "Leave it out, or choose wanda or sparsegpt with a file a level."
                 )
             if self.format == "levels" and method.updates_weights:
-                raise InputError(f"a level map needs nested masks, those of {name} are not. Choose safetensors.")
+                raise InputError(f"a survival map needs nested masks, those of {name} are not. Choose safetensors.")
             if self.shrunk and self.format == "levels":
                 raise InputError(
                     "a smaller model is made from a file a level, got --format levels. Choose safetensors."
@@ -209,7 +209,7 @@ def _write_method(
 def _nested(method: str, pruned: PrunedMatrix) -> Tensor:
     if pruned.levels is None:
         raise InputError(
-            f"a level map needs nested masks, those of {method} are not at these sparsities. Choose safetensors."
+            f"a survival map needs nested masks, those of {method} are not at these sparsities. Choose safetensors."
         )
     return pruned.levels
 

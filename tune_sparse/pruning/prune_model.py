@@ -28,7 +28,6 @@ from tune_sparse.pruning.calibration import (
     calibrate_blockwise,
     gradient_sums,
 )
-from tune_sparse.pruning.level_maps import group_level_map, level_map, row_level_map
 from tune_sparse.pruning.masks import (
     Masks,
     group_norms,
@@ -41,6 +40,7 @@ from tune_sparse.pruning.masks import (
 from tune_sparse.pruning.methods import GROUPS, Method, method_named
 from tune_sparse.pruning.scores import SCORES, ScoreInputs
 from tune_sparse.pruning.sparsegpt import inverse_factor, sparsegpt
+from tune_sparse.pruning.survival_map import group_survival_map, row_survival_map, survival_map
 from tune_sparse.watchdog import progress
 
 NO_STATISTICS = CalibrationStats()
@@ -159,7 +159,7 @@ class Job:
         return replace(job, counts=counts)
 
     def scores(self, matrix: Matrix, statistics: CalibrationStats) -> Tensor:
-        """Importance of each weight, in the checkpoint's layout; up to the sign, which `level_map` ignores."""
+        """Importance of each weight, in the checkpoint's layout; up to the sign, which `survival_map` ignores."""
         progress()
         if self.method.score == "magnitude" and self.method.pattern not in GROUPS:
             return self.model.weights[matrix.name]
@@ -187,12 +187,12 @@ class Job:
         found = self.scores(matrix, statistics)
         if self.method.pattern in GROUPS:
             kept, group = GROUPS[self.method.pattern]
-            levels = matrix.oriented(group_level_map(matrix.oriented(found), group, kept))
+            levels = matrix.oriented(group_survival_map(matrix.oriented(found), group, kept))
         elif SCORES[self.method.score].by_row:
-            by_row = row_level_map(matrix.oriented(found), self.counts[matrix.name], matrix.transposed)
+            by_row = row_survival_map(matrix.oriented(found), self.counts[matrix.name], matrix.transposed)
             levels = matrix.oriented(by_row)
         else:
-            levels = level_map(found, self.counts[matrix.name])
+            levels = survival_map(found, self.counts[matrix.name])
         nested = levels.contiguous()
         return PrunedMatrix(
             matrix.name, lambda: weight, lambda level: nested > level, lambda level: weight * (nested > level), nested
