@@ -13,10 +13,10 @@ from tune_sparse.errors import InputError
 from tune_sparse.models.architectures import architecture_named
 from tune_sparse.models.dims import ModelDims
 from tune_sparse.pruning.masks import (
+    channel_mask,
     count_sparsity,
     keep_highest,
-    kept_lines,
-    line_mask,
+    kept_channels,
     mask_sha256,
     masked,
     pruned_count,
@@ -30,7 +30,7 @@ def block_masks(dims: ModelDims, groups: Tensor, channels: Tensor) -> dict[str, 
     architecture = architecture_named(dims.architecture)
     names = (f"{architecture.blocks}.0.{layer}.weight" for layer in architecture.layers)
     return {
-        matrix.layer.rsplit(".", 1)[-1]: line_mask(matrix, dims, kept_lines(matrix, dims, groups, channels))
+        matrix.layer.rsplit(".", 1)[-1]: channel_mask(matrix, dims, kept_channels(matrix, dims, groups, channels))
         for matrix in architecture.matrices(names)
     }
 

@@ -127,9 +127,9 @@ def test_a_packed_map_of_nine_levels_is_half_a_byte_a_weight(llama_folder: Path,
     assert 2 * sum(levels.numel() for levels in packed.values()) == weights
 
 
-def test_structured_checkpoints_shrink(llama_folder: Path, tmp_path: Path) -> None:
-    assert prune(llama_folder, tmp_path, "--methods", "structured", "--shrink", "--checkpoints") == OK
-    small, masked = (tmp_path / "llama" / f"{kind}_sparsity50_structured" for kind in ("shrunk", "checkpoint"))
+def test_structured_checkpoints_become_compact(llama_folder: Path, tmp_path: Path) -> None:
+    assert prune(llama_folder, tmp_path, "--methods", "structured", "--compact", "--checkpoints") == OK
+    small, masked = (tmp_path / "llama" / f"{kind}_sparsity50_structured" for kind in ("compact", "checkpoint"))
     sizes = [sum(path.stat().st_size for path in weight_files(folder)) for folder in (small, masked)]
     assert sizes[0] < sizes[1]
     ids = torch.arange(20)[None]
@@ -249,7 +249,7 @@ def test_a_broken_checkpoint_leaves_no_file(
         (("--format", "onnx"), "unknown format 'onnx'"),
         (("--format", "levels", "--methods", "sparsegpt", *CALIBRATION), "those of sparsegpt are not"),
         (("--format", "levels", "--sequential", "--methods", "wanda", *CALIBRATION), "--sequential prunes block after"),
-        (("--shrink",), "only structured masks make a model smaller, got unstructured"),
+        (("--compact",), "only structured masks make a model smaller, got unstructured"),
         (("--methods", "wanda", "--calibration", "bolq"), "unknown task or text file 'bolq'. Did you mean 'boolq'?"),
         (("--methods", "wanda", "--calibration", "boolq"), "rows of the tasks are needed, got no data_dir"),
         (("--methods", "wanda", *CALIBRATION, "--calibration-rows", "99999"), "calibration needs 99999 rows, got"),

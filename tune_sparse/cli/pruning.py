@@ -34,7 +34,7 @@ def add_commands(commands: Any) -> None:
     prune.add_argument("--seed", type=int, default=0, help="of random scores")
     prune.add_argument("--format", default="safetensors", help="safetensors or pt: a file a level; levels: one packed")
     prune.add_argument("--checkpoints", action="store_true", help="write each pruned checkpoint too")
-    prune.add_argument("--shrink", action="store_true", help="write each structured checkpoint in its smaller form")
+    prune.add_argument("--compact", action="store_true", help="write each structured checkpoint in its smaller form")
     prune.add_argument(
         "--calibration",
         metavar="SOURCE",
@@ -82,7 +82,7 @@ def _prune(chosen: argparse.Namespace) -> int:
         seed=chosen.seed,
         format=chosen.format,
         checkpoints=chosen.checkpoints,
-        shrunk=chosen.shrink,
+        compact=chosen.compact,
         calibration={"source": chosen.calibration, "rows": len(rows), "tokens": chosen.calibration_tokens},
         rows=rows,
         sequential=chosen.sequential,

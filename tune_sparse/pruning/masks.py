@@ -71,8 +71,8 @@ def _unit_weights(dims: ModelDims) -> tuple[int, int]:
     return attention // dims.num_kv_heads, (whole - attention) // dims.intermediate_size
 
 
-def kept_lines(matrix: Matrix, dims: ModelDims, groups: Tensor, channels: Tensor) -> Tensor:
-    """Rows, or columns for the roles o and down, of a matrix that stay: (lines,), bool.
+def kept_channels(matrix: Matrix, dims: ModelDims, groups: Tensor, channels: Tensor) -> Tensor:
+    """Rows, or columns for the roles o and down, of a matrix that stay: (channels,), bool.
 
     groups: (key/value heads,), channels: (channels,), both bool.
     """
@@ -109,11 +109,11 @@ def group_norms(*parts: Tensor) -> Tensor:
     return torch.cat(norms)
 
 
-def line_mask(matrix: Matrix, dims: ModelDims, lines: Tensor) -> Tensor:
-    """The keep-mask, in the checkpoint's layout, of a matrix that loses whole lines."""
+def channel_mask(matrix: Matrix, dims: ModelDims, channels: Tensor) -> Tensor:
+    """The keep-mask, in the checkpoint's layout, of a matrix that loses whole channels."""
     if matrix.has_channel_columns != matrix.transposed:
-        return lines[None, :].expand(dims.hidden_size, -1)
-    return lines[:, None].expand(-1, dims.hidden_size)
+        return channels[None, :].expand(dims.hidden_size, -1)
+    return channels[:, None].expand(-1, dims.hidden_size)
 
 
 def masked(weights: Mapping[str, Tensor], masks: Masks) -> dict[str, Tensor]:

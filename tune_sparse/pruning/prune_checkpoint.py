@@ -20,7 +20,7 @@ from tune_sparse.errors import InputError, unknown_name
 from tune_sparse.files import write_json
 from tune_sparse.models.safetensors_io import TensorWriter
 from tune_sparse.pruning.calibration import CalibrationStats
-from tune_sparse.pruning.compact import shrink
+from tune_sparse.pruning.compact import compact
 from tune_sparse.pruning.mask_io import FORMATS, MaskFile, PtWriter, levels_writer, masks_writer, stem
 from tune_sparse.pruning.mask_statistics import LevelStatistics, add_matrix
 from tune_sparse.pruning.masks import mask_sha256
@@ -54,7 +54,7 @@ class Request:
     format: str = "safetensors"
     checkpoints: bool = False
     """Write each pruned checkpoint too."""
-    shrunk: bool = False
+    compact: bool = False
     """Write each structured checkpoint in its smaller form too."""
     calibration: dict[str, Any] = field(default_factory=dict)
     """What `rows` are: recorded, not read."""
@@ -80,12 +80,12 @@ class Request:
                 )
             if self.format == "levels" and method.updates_weights:
                 raise InputError(f"a survival map needs nested masks, those of {name} are not. Choose safetensors.")
-            if self.shrunk and self.format == "levels":
+            if self.compact and self.format == "levels":
                 raise InputError(
                     "a smaller model is made from a file a level, got --format levels. Choose safetensors."
                 )
-            if self.shrunk and method.pattern != "structured":
-                raise InputError(f"only structured masks make a model smaller, got {name}. Leave --shrink out.")
+            if self.compact and method.pattern != "structured":
+                raise InputError(f"only structured masks make a model smaller, got {name}. Leave --compact out.")
 
 
 def run(request: Request, report: Callable[[str], None] = print) -> Path:
@@ -123,7 +123,7 @@ def _refuse_full_disk(request: Request, checkpoint: OpenCheckpoint, folder: Path
     files = len(request.methods) * len(request.sparsities)
     needed = len(request.methods) * weights // 2 if request.format == "levels" else files * weights
     whole = sum(path.stat().st_size for path in set(checkpoint.tensors.paths.values()))
-    needed += files * whole * (request.checkpoints + request.shrunk)
+    needed += files * whole * (request.checkpoints + request.compact)
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise InputError(
@@ -224,6 +224,6 @@ def _write_level(
         stats["calibration"] = request.calibration | {"sequential": request.sequential}
     write_json(folder / f"{stem('stats', level.method, level.sparsity)}.json", stats)
     level.draw(folder / f"{stem('histogram', level.method, level.sparsity)}.png")
-    if request.shrunk:
+    if request.compact:
         assert path is not None
-        shrink(checkpoint, MaskFile(path), folder / stem("shrunk", level.method, level.sparsity))
+        compact(checkpoint, MaskFile(path), folder / stem("compact", level.method, level.sparsity))

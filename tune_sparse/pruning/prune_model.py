@@ -30,11 +30,11 @@ from tune_sparse.pruning.calibration import (
 )
 from tune_sparse.pruning.masks import (
     Masks,
+    channel_mask,
     group_norms,
     group_parts,
     keep_highest,
-    kept_lines,
-    line_mask,
+    kept_channels,
     structured_counts,
 )
 from tune_sparse.pruning.methods import GROUPS, Method, method_named
@@ -225,7 +225,7 @@ class Job:
             norms = group_norms(*(self._group_scores(matrix, statistics) for matrix in together))
             keeps = [keep_highest(norms, counts[not together[0].is_attention]) for counts in lost]
             for matrix in together:
-                yield self._of_lines(matrix, [kept_lines(matrix, dims, keep, keep) for keep in keeps])
+                yield self._of_channels(matrix, [kept_channels(matrix, dims, keep, keep) for keep in keeps])
 
     def _group_scores(self, matrix: Matrix, statistics: CalibrationStats) -> Tensor:
         weight = matrix.oriented(self.model.weights[matrix.name])
@@ -233,14 +233,14 @@ class Job:
             weight = oriented_scores(self.method.score, matrix, weight, self.seed, statistics)
         return group_parts(matrix, self.model.dims, weight)
 
-    def _of_lines(self, matrix: Matrix, lines: Sequence[Tensor]) -> PrunedMatrix:
+    def _of_channels(self, matrix: Matrix, channels: Sequence[Tensor]) -> PrunedMatrix:
         def keep(level: int) -> Tensor:
-            return line_mask(matrix, self.model.dims, lines[level]).contiguous()
+            return channel_mask(matrix, self.model.dims, channels[level]).contiguous()
 
         weights, name = self.model.weights, matrix.name
-        nested = all(bool((sparser <= denser).all()) for denser, sparser in pairwise(lines))
-        survived = torch.stack(list(lines)).sum(dim=0).to(torch.uint8)
-        levels = line_mask(matrix, self.model.dims, survived).contiguous() if nested else None
+        nested = all(bool((sparser <= denser).all()) for denser, sparser in pairwise(channels))
+        survived = torch.stack(list(channels)).sum(dim=0).to(torch.uint8)
+        levels = channel_mask(matrix, self.model.dims, survived).contiguous() if nested else None
         return PrunedMatrix(name, lambda: weights[name], keep, lambda level: weights[name] * keep(level), levels)
 
 
@@ -275,7 +275,7 @@ def check_sparsities(name: str, dims: ModelDims, sparsities: Iterable[float]) ->
 
 
 def needs_blockwise(method: str, sequential: bool) -> bool:
-    """True where a method prunes each block as the calibration rows reach it, False where statistics alone are enough."""
+    """True where a method prunes each block as the calibration rows reach it, not from statistics alone."""
     chosen = method_named(method)
     return chosen.updates_weights or (sequential and chosen.needs.input_norms)
 

@@ -41,9 +41,9 @@ def survival_map(scores: Tensor, counts: Sequence[int]) -> Tensor:
     bits, cuts = view_bits(scores), torch.tensor(counts)
     histogram = bin_counts(scores)
     below = histogram.cumsum(0) - histogram
-    # A weight of rank r survives level k if counts[k] <= r. A bin holds the ranks from `below` to below + histogram - 1:
-    # if both ends survive as many levels, so does all of it. In the example the bin of 0.4 holds the ranks 3 and 4, and
-    # the cut at 4 lies between them: such a bin is unsettled.
+    # A weight of rank r survives level k if counts[k] <= r. A bin holds the ranks from below to below + histogram - 1:
+    # if both ends survive as many levels, so does all of it. In the example the bin of 0.4 holds ranks 3 and 4, and the
+    # cut at 4 lies between them: such a bin is unsettled.
     table = torch.searchsorted(cuts, below, right=True).to(torch.uint8)
     last = torch.searchsorted(cuts, below + histogram - 1, right=True).to(torch.uint8)
     shared = (table != last) & (histogram > 0)
@@ -54,8 +54,8 @@ def survival_map(scores: Tensor, counts: Sequence[int]) -> Tensor:
     for start, chunk, out in zip(count(step=CHUNK), bits.split(CHUNK), levels.split(CHUNK), strict=False):
         torch.index_select(table, 0, _bins(chunk), out=out)
         unsettled.append(_positions(out == UNSETTLED) + start)
-    # The unsettled weights, sorted, by position on a tie: a rank is how many are before it here, and how many are in the
-    # settled bins below (`jumps`). The two 0.4 are number 0 and 1 here, three weights are below: ranks 3 and 4.
+    # The unsettled weights, sorted, by position on a tie: a rank is how many come before it here, plus how many are in
+    # the settled bins below (jumps). The two 0.4 are number 0 and 1 here, three weights are below: ranks 3 and 4.
     positions = torch.cat(unsettled)
     values, order = (bits[positions] & BITS[scores.dtype][1]).sort(stable=True)
     jumps = (below - (histogram * shared).cumsum(0) + histogram * shared).to(scores.device)
