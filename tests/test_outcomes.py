@@ -19,8 +19,8 @@ from tune_sparse.evaluation.outcomes import (
     Outcome,
     combined,
     compute_metrics,
-    headline,
     mean_known,
+    primary_metric,
     read_outcomes,
     standard_error,
     truncated_fraction,
@@ -139,8 +139,8 @@ def test_the_error_of_perplexity_is_that_of_its_exponent_to_first_order(values: 
 
 
 def test_a_task_is_judged_by_accuracy_or_perplexity() -> None:
-    assert headline(compute_metrics(choices("01", "01"), 0.5, None)) == "accuracy"
-    assert headline(compute_metrics(windows(-1.0, -2.0), None, None)) == "perplexity"
+    assert primary_metric(compute_metrics(choices("01", "01"), 0.5, None)) == "accuracy"
+    assert primary_metric(compute_metrics(windows(-1.0, -2.0), None, None)) == "perplexity"
 
 
 def accuracy_metrics(accuracy: float, stderr: float | None, chance: float, n: int, truncated: float = 0.0) -> Metrics:

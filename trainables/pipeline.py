@@ -30,7 +30,7 @@ from tune_sparse.data.splits import Encoded, encode_training
 from tune_sparse.data.tasks import tasks_named
 from tune_sparse.errors import DISK_FULL, NotReadyError, RunError
 from tune_sparse.evaluation.flops import SEQUENCE_LENGTHS, inference_flops, training_flops
-from tune_sparse.evaluation.outcomes import Metrics, headline, write_outcomes
+from tune_sparse.evaluation.outcomes import Metrics, primary_metric, write_outcomes
 from tune_sparse.evaluation.scoring import Scored, TestSet, encode_test, score
 from tune_sparse.evaluation.validation import validation_report, weights_sha256
 from tune_sparse.files import write_json, write_text
@@ -242,7 +242,7 @@ def _stages(
     write_weights_into(model, pruned.weights)
     write_json(folder / "sparse_config.json", pruned.described(run))
     untuned = _untuned(run, ledger, lambda: score(model, tokenizer, rows.tests, protocol))
-    judged_by = headline(untuned)
+    judged_by = primary_metric(untuned)
     log(f"pruned to {count_sparsity(pruned.masks):.4f}, {judged_by} before tuning {untuned[judged_by]:.4f}")
 
     masks = confining_masks(run, pruned) if run.cerebras else pruned.masks

@@ -94,7 +94,7 @@ def _perplexity(windows: Sequence[Outcome]) -> Metrics:
     }
 
 
-def headline(metrics: Metrics) -> str:
+def primary_metric(metrics: Metrics) -> str:
     """The name of the metric that a task is judged by."""
     return "accuracy" if "accuracy" in metrics else "perplexity"
 
