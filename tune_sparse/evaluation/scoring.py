@@ -38,22 +38,20 @@ class Example:
 
 
 @dataclass(frozen=True)
-class TestSet:
+class EvalSet:
     """A task's test rows as a model's tokens: encoded once, scored many times."""
 
     task: Task
     examples: tuple[Example, ...]
 
-    __test__ = False
 
-
-def encode_test(
+def encode_eval_set(
     tokenizer: PreTrainedTokenizerBase,
     task: Task,
     rows: Sequence[Row],
     protocol: Protocol,
     shots: Sequence[Row] = (),
-) -> TestSet:
+) -> EvalSet:
     """Encode test rows for `score`; `shots` is the pool of the few-shot examples.
 
     Raises `InputError` for a choice that has no tokens, or more than a model may read.
@@ -61,12 +59,12 @@ def encode_test(
     if isinstance(task, PromptTask):
         prefixes = few_shot_prefixes(task, rows, shots, protocol.num_fewshot)
         if isinstance(task, ChoiceTask):
-            return TestSet(task, tuple(_encode_choices(tokenizer, task, rows, prefixes, protocol)))
-        return TestSet(task, tuple(_encode_answers(tokenizer, task, rows, prefixes, protocol)))
+            return EvalSet(task, tuple(_encode_choices(tokenizer, task, rows, prefixes, protocol)))
+        return EvalSet(task, tuple(_encode_answers(tokenizer, task, rows, prefixes, protocol)))
     windows = [e for row in rows for e in encode_windows(tokenizer, row["text"], protocol.max_tokens, protocol.n_test)]
     if not all(e.continuation for e in windows):
         raise InputError(f"the text of {task.name} must have at least 2 tokens, it has fewer. Give a longer text.")
-    return TestSet(task, tuple(Example(f"window {i}", None, (e,)) for i, e in enumerate(windows)))
+    return EvalSet(task, tuple(Example(f"window {i}", None, (e,)) for i, e in enumerate(windows)))
 
 
 def few_shot_prefixes(task: PromptTask, rows: Sequence[Row], shots: Sequence[Row], count: int) -> list[str]:
@@ -136,7 +134,7 @@ class Scored:
 
 
 def score(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tests: Sequence[TestSet], protocol: Protocol
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tests: Sequence[EvalSet], protocol: Protocol
 ) -> Scored:
     """Score a model on encoded test rows; the model is not changed. Raises `RunError` if it computes NaN."""
     found: list[Outcome] = []
@@ -157,7 +155,7 @@ def task_metrics(task: Task, outcomes: Sequence[Outcome]) -> Metrics:
 def compute_outcomes(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    tests: TestSet,
+    tests: EvalSet,
     protocol: Protocol,
     known: Collection[int] = (),
 ) -> Iterator[dict[int, Outcome]]:
