@@ -32,7 +32,7 @@ EVALUATORS = ("tune-sparse", "lm-eval")
 
 
 @dataclass(frozen=True)
-class Scorecard:
+class EvaluationKey:
     """What is scored, on what, and how: all that changes the numbers."""
 
     model: str
@@ -48,7 +48,7 @@ class Scorecard:
     @classmethod
     def of(
         cls, model: str, fingerprint: str, task: Task, splits: Splits, protocol: Protocol, evaluator: str
-    ) -> Scorecard:
+    ) -> EvaluationKey:
         """Raises `InputError` for an unknown evaluator, or one that has not this task."""
         if evaluator not in EVALUATORS:
             raise unknown_name("evaluator", evaluator, EVALUATORS)
@@ -68,9 +68,9 @@ class Scorecard:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A finished scorecard."""
+    """A finished evaluation."""
 
-    card: Scorecard
+    key: EvaluationKey
     folder: Path
     metrics: Metrics
 
@@ -84,18 +84,18 @@ Lend = Callable[[], tuple["PreTrainedModel", "PreTrainedTokenizerBase"]]
 
 
 def evaluate(
-    card: Scorecard, task: Task, splits: Splits, protocol: Protocol, lend: Lend, results_dir: Path
+    key: EvaluationKey, task: Task, splits: Splits, protocol: Protocol, lend: Lend, results_dir: Path
 ) -> Evaluation:
     """Score a model on a task's test rows, or find that this was done.
 
     A scoring that was stopped goes on after its last whole batch, and ends with the same numbers.
     Raises `InputError` while another process scores the same, `RunError` if the model computes NaN.
     """
-    folder = results_dir / "evaluations" / card.name
+    folder = results_dir / "evaluations" / key.name
     with _alone(folder):
         if not (folder / "result.json").exists():
-            _evaluate_into(folder, card, task, splits, protocol, lend)
-    return Evaluation(card, folder, read_json(folder / "result.json")["metrics"])
+            _evaluate_into(folder, key, task, splits, protocol, lend)
+    return Evaluation(key, folder, read_json(folder / "result.json")["metrics"])
 
 
 @contextmanager
@@ -108,15 +108,17 @@ def _alone(folder: Path) -> Iterator[None]:
         raise InputError(f"one process at a time scores a model, another one is at {folder}. Wait for it.") from error
 
 
-def _evaluate_into(folder: Path, card: Scorecard, task: Task, splits: Splits, protocol: Protocol, lend: Lend) -> None:
+def _evaluate_into(
+    folder: Path, key: EvaluationKey, task: Task, splits: Splits, protocol: Protocol, lend: Lend
+) -> None:
     import yaml
 
     from tune_sparse.evaluation.scoring import task_metrics
 
-    write_text(folder / "config.yaml", yaml.safe_dump(asdict(card), sort_keys=False))
+    write_text(folder / "config.yaml", yaml.safe_dump(asdict(key), sort_keys=False))
     model, tokenizer = lend()
     started = time.perf_counter()
-    if card.evaluator == "lm-eval":
+    if key.evaluator == "lm-eval":
         from tune_sparse.evaluation.harness import harness_outcomes
 
         outcomes, resumed = harness_outcomes(model, tokenizer, task, splits.test, splits.examples, protocol), 0
