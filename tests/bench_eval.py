@@ -40,7 +40,7 @@ from tune_sparse.data.splits import Encoded, load_test
 from tune_sparse.data.task_types import AnswerTask, ChoiceTask, Row
 from tune_sparse.data.tasks import TASKS
 from tune_sparse.evaluation.likelihood import log_likelihoods
-from tune_sparse.evaluation.scoring import encode_eval_set, score
+from tune_sparse.evaluation.scoring import encode_test, score
 from tune_sparse.models.checkpoints import load_model, load_tokenizer
 from tune_sparse.models.toy_models import toy_model
 
@@ -64,7 +64,7 @@ class Case:
 
     def ours(self) -> list[Any]:
         """Log-likelihoods of the choices, or the text, of each row."""
-        tests = encode_eval_set(self.tokenizer, self.task, self.rows, PROTOCOL)
+        tests = encode_test(self.tokenizer, self.task, self.rows, PROTOCOL)
         outcomes = score(self.model, self.tokenizer, [tests], PROTOCOL).outcomes
         return [list(outcome.log_likelihoods) if outcome.text is None else outcome.text for outcome in outcomes]
 

@@ -27,7 +27,7 @@ from tune_sparse.errors import InputError
 from tune_sparse.evaluation import harness, scoring
 from tune_sparse.evaluation.harness import TASK_FILES, check_harness, harness_outcomes, harness_samples
 from tune_sparse.evaluation.outcomes import Outcome
-from tune_sparse.evaluation.scoring import EvalSet, encode_eval_set, few_shot_prefixes, score
+from tune_sparse.evaluation.scoring import EvalSet, encode_test, few_shot_prefixes, score
 from tune_sparse.models.checkpoints import load_model, load_tokenizer
 
 lm_eval = pytest.importorskip("lm_eval")
@@ -91,7 +91,7 @@ def assert_agreement(
         assert {tuple(settings["until"]) for s in samples for _, settings in s["arguments"]} == {task.until}
     monkeypatch.setattr(harness, "harness_samples", lambda *_: samples)
     theirs = harness_outcomes(*lent, task, rows, examples, protocol)
-    ours = score(*lent, [encode_eval_set(lent[1], task, rows, protocol, examples)], protocol).outcomes
+    ours = score(*lent, [encode_test(lent[1], task, rows, protocol, examples)], protocol).outcomes
     assert len(ours) == len(theirs) == len(rows) == protocol.n_test
     for our, their in zip(ours, theirs, strict=True):
         assert our.log_likelihoods == pytest.approx(their.log_likelihoods, abs=TOLERANCE)
@@ -153,14 +153,14 @@ def test_a_tokenizer_that_begins_texts_with_a_token_is_heeded_alike(
     assert tokenizer("a")["input_ids"] == [1, *plain("a")["input_ids"]]
     begun = assert_agreement((model, tokenizer), name, None, PROTOCOL, monkeypatch)
     rows = load_splits(TASKS[name], None, PROTOCOL).test
-    assert begun != score(model, plain, [encode_eval_set(plain, TASKS[name], rows, PROTOCOL)], PROTOCOL).outcomes
+    assert begun != score(model, plain, [encode_test(plain, TASKS[name], rows, PROTOCOL)], PROTOCOL).outcomes
 
 
 def test_answers_end_alike_at_the_end_of_text(llama_lent: Lent, monkeypatch: pytest.MonkeyPatch) -> None:
     """The end-of-text token is a word that the model writes in the middle of an answer."""
     model, plain = llama_lent
     rows = load_splits(TASKS["gsm8k"], None, PROTOCOL).test
-    wholes = score(model, plain, [encode_eval_set(plain, TASKS["gsm8k"], rows, PROTOCOL)], PROTOCOL).outcomes
+    wholes = score(model, plain, [encode_test(plain, TASKS["gsm8k"], rows, PROTOCOL)], PROTOCOL).outcomes
     ids = [token for outcome in wholes for token in plain(outcome.text)["input_ids"][2:]]
     tokenizer = copy.deepcopy(plain)
     tokenizer.eos_token = plain.convert_ids_to_tokens(next(i for i in ids if len(plain.decode(i)) > 4))
@@ -237,7 +237,7 @@ def test_numbers_are_judged_alike(name: str, llama_lent: Lent, monkeypatch: pyte
 
     protocol = replace(PROTOCOL, n_test=100)
     task, rows = prompt_task(name), load_splits(TASKS[name], None, protocol).test
-    tests = encode_eval_set(llama_lent[1], task, rows, protocol)
+    tests = encode_test(llama_lent[1], task, rows, protocol)
     rng = random.Random(name)
     values = [[-float(rng.randrange(15, 18)) for _ in example.encoded] for example in tests.examples]
     monkeypatch.setattr(

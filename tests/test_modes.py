@@ -246,10 +246,8 @@ def test_a_bench_encodes_the_rows_of_a_task_once(
     make_run: MakeRun, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     encoded = []
-    encode_eval_set = pipeline.encode_eval_set
-    monkeypatch.setattr(
-        pipeline, "encode_eval_set", lambda *args: encoded.append(args[1].name) or encode_eval_set(*args)
-    )
+    encode_test = pipeline.encode_test
+    monkeypatch.setattr(pipeline, "encode_test", lambda *args: encoded.append(args[1].name) or encode_test(*args))
     bench = Bench()
     for task in ("boolq", "gsm8k", "boolq"):
         for mode in ("sparse-to-dense", "sparse-to-sparse"):

@@ -14,7 +14,7 @@ from tune_sparse.data.splits import load_splits
 from tune_sparse.data.tasks import TASKS
 from tune_sparse.errors import InputError
 from tune_sparse.evaluation.outcomes import read_outcomes
-from tune_sparse.evaluation.scoring import encode_eval_set, score
+from tune_sparse.evaluation.scoring import encode_test, score
 from tune_sparse.files import read_json, write_json
 from tune_sparse.ledger.ledger import Ledger
 from tune_sparse.lora.adapter_io import load_last_mask, merge_adapter_into
@@ -44,7 +44,7 @@ def test_a_rebuilt_run_answers_as_its_record_says(
     recorded = read_outcomes(ledger.run_folder(run.run_id) / "examples.parquet")
     loaded, _ = deployed_by(run, ledger, Bench())
     task = TASKS["boolq"]
-    tests = encode_eval_set(loaded.tokenizer, task, load_splits(task, None, run.protocol).test, run.protocol)
+    tests = encode_test(loaded.tokenizer, task, load_splits(task, None, run.protocol).test, run.protocol)
     assert list(score(loaded.model, loaded.tokenizer, [tests], run.protocol).outcomes) == recorded
 
 

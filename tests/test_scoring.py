@@ -20,7 +20,7 @@ from tune_sparse.data.tasks import TASKS
 from tune_sparse.errors import InputError, RunError
 from tune_sparse.evaluation import scoring
 from tune_sparse.evaluation.outcomes import Outcome, compute_metrics
-from tune_sparse.evaluation.scoring import EvalSet, Example, encode_eval_set, few_shot_prefixes, outcomes_of, score
+from tune_sparse.evaluation.scoring import EvalSet, Example, encode_test, few_shot_prefixes, outcomes_of, score
 
 PROTOCOL = Protocol(max_tokens=256, max_new_tokens=8, precision="float32", batch_tokens=1024)
 BOOLQ, HELLASWAG, GSM8K, TEXT = (TASKS[name] for name in ("boolq", "hellaswag", "gsm8k", "tinyshakespeare"))
@@ -33,7 +33,7 @@ def rows_of(task: Task, count: int) -> list[Row]:
 
 
 def eval_set(tokenizer: PreTrainedTokenizerBase, task: Task, count: int, **settings: Any) -> EvalSet:
-    return encode_eval_set(tokenizer, task, rows_of(task, count), replace(PROTOCOL, **settings))
+    return encode_test(tokenizer, task, rows_of(task, count), replace(PROTOCOL, **settings))
 
 
 # What a model is asked.
@@ -43,7 +43,7 @@ def test_choices_are_encoded_with_their_gold_and_their_lengths_in_characters(
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
     rows = rows_of(HELLASWAG, 3)
-    tests = encode_eval_set(tokenizer, HELLASWAG, rows, PROTOCOL)
+    tests = encode_test(tokenizer, HELLASWAG, rows, PROTOCOL)
     assert tests.task is HELLASWAG
     for row, example in zip(rows, tests.examples, strict=True):
         assert example.id == HELLASWAG.question_id(row)
@@ -54,7 +54,7 @@ def test_choices_are_encoded_with_their_gold_and_their_lengths_in_characters(
 
 def test_questions_are_encoded_without_their_answer(tokenizer: PreTrainedTokenizerBase) -> None:
     rows = rows_of(GSM8K, 3)
-    for row, example in zip(rows, encode_eval_set(tokenizer, GSM8K, rows, PROTOCOL).examples, strict=True):
+    for row, example in zip(rows, encode_test(tokenizer, GSM8K, rows, PROTOCOL).examples, strict=True):
         assert example.gold == GSM8K.gold(row)
         [prompt] = example.encoded
         assert tokenizer.decode(prompt.context) == f"Question: {row['question']}\nAnswer:"
@@ -73,7 +73,7 @@ def test_a_text_is_windows_of_the_longest_rows(tokenizer: PreTrainedTokenizerBas
 @pytest.mark.parametrize("text", ["a", "<|endoftext|>"])
 def test_a_text_in_which_no_token_follows_another_is_refused(tokenizer: PreTrainedTokenizerBase, text: str) -> None:
     with pytest.raises(InputError, match=r"tinyshakespeare.*tokens"):
-        encode_eval_set(tokenizer, TEXT, [{"text": text}], PROTOCOL)
+        encode_test(tokenizer, TEXT, [{"text": text}], PROTOCOL)
 
 
 @pytest.mark.parametrize("name", ["boolq", "hellaswag"])
@@ -110,17 +110,17 @@ def test_a_choice_of_more_tokens_than_a_model_may_read_is_refused(tokenizer: Pre
     row["endings"] = [*row["endings"][:3], "tall trees " * 40]
     message = r"a choice must have between 1 and max_tokens = 64 tokens, hellaswag has ' tall trees .*Raise max_tokens"
     with pytest.raises(InputError, match=message):
-        encode_eval_set(tokenizer, HELLASWAG, [row], replace(PROTOCOL, max_tokens=64))
+        encode_test(tokenizer, HELLASWAG, [row], replace(PROTOCOL, max_tokens=64))
 
 
 def test_a_choice_that_just_fits_follows_one_token(tokenizer: PreTrainedTokenizerBase) -> None:
     row = dict(rows_of(HELLASWAG, 1)[0])
     row["endings"] = [*row["endings"][:3], "tall trees " * 10]
-    ending = encode_eval_set(tokenizer, HELLASWAG, [row], PROTOCOL).examples[0].encoded[3].continuation
-    example = encode_eval_set(tokenizer, HELLASWAG, [row], replace(PROTOCOL, max_tokens=len(ending))).examples[0]
+    ending = encode_test(tokenizer, HELLASWAG, [row], PROTOCOL).examples[0].encoded[3].continuation
+    example = encode_test(tokenizer, HELLASWAG, [row], replace(PROTOCOL, max_tokens=len(ending))).examples[0]
     assert len(example.encoded[3].context) == 1
     with pytest.raises(InputError, match="a choice must have"):
-        encode_eval_set(tokenizer, HELLASWAG, [row], replace(PROTOCOL, max_tokens=len(ending) - 1))
+        encode_test(tokenizer, HELLASWAG, [row], replace(PROTOCOL, max_tokens=len(ending) - 1))
 
 
 # Worked examples before a question; tests/test_harness.py compares the drawn ones with those of the harness.
@@ -169,8 +169,8 @@ def test_a_prompt_is_asked_after_its_shots(tokenizer: PreTrainedTokenizerBase) -
     pool = synthetic_examples("boolq", "train")[:10]
     rows, protocol = rows_of(BOOLQ, 4), replace(PROTOCOL, num_fewshot=2)
     prefixes = few_shot_prefixes(BOOLQ, rows, pool, 2)
-    plain = encode_eval_set(tokenizer, BOOLQ, rows, PROTOCOL)
-    shown = encode_eval_set(tokenizer, BOOLQ, rows, protocol, pool)
+    plain = encode_test(tokenizer, BOOLQ, rows, PROTOCOL)
+    shown = encode_test(tokenizer, BOOLQ, rows, protocol, pool)
     for prefix, before, after in zip(prefixes, plain.examples, shown.examples, strict=True):
         assert (before.id, before.lengths) == (after.id, after.lengths)
         for zero_shot, num_fewshot in zip(before.encoded, after.encoded, strict=True):
@@ -241,7 +241,7 @@ def test_answers_are_extracted_and_compared(
     row = {"question": "q", "answer": "so\n#### 1,234"}
     texts = [" #### 1234.", " #### 12, not 1,234", " no number"]
     answers(texts, monkeypatch)
-    found = score(model, tokenizer, [encode_eval_set(tokenizer, GSM8K, [row] * 3, PROTOCOL)], PROTOCOL).outcomes
+    found = score(model, tokenizer, [encode_test(tokenizer, GSM8K, [row] * 3, PROTOCOL)], PROTOCOL).outcomes
     known = [(o.gold, o.predicted, o.correct, o.correct_flexible, o.text) for o in found]
     assert known == [
         ("1234", "1234", True, True, texts[0]),
@@ -254,7 +254,7 @@ def test_generation_is_asked_for_what_the_task_says(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = answers([""], monkeypatch)
-    tests = encode_eval_set(tokenizer, GSM8K, [{"question": "How many?", "answer": "#### 1"}], PROTOCOL)
+    tests = encode_test(tokenizer, GSM8K, [{"question": "How many?", "answer": "#### 1"}], PROTOCOL)
     score(model, tokenizer, [tests], PROTOCOL)
     [([prompt], limit, until)] = asked
     assert tokenizer.decode(prompt) == "Question: How many?\nAnswer:"

@@ -31,7 +31,7 @@ from tune_sparse.data.tasks import tasks_named
 from tune_sparse.errors import DISK_FULL, NotReadyError, RunError
 from tune_sparse.evaluation.flops import SEQUENCE_LENGTHS, inference_flops, training_flops
 from tune_sparse.evaluation.outcomes import Metrics, primary_metric, write_outcomes
-from tune_sparse.evaluation.scoring import EvalSet, Scored, encode_eval_set, score
+from tune_sparse.evaluation.scoring import EvalSet, Scored, encode_test, score
 from tune_sparse.evaluation.validation import validation_report, weights_sha256
 from tune_sparse.files import write_json, write_text
 from tune_sparse.ledger.ledger import Ledger, Record, Run, write_config
@@ -121,7 +121,7 @@ def _encode(run: Run, loaded: Loaded) -> Rows:
         train += encode_training(tokenizer, task, split.train, protocol.max_tokens, protocol.n_train)
         selection += encode_training(tokenizer, task, split.selection, protocol.max_tokens, protocol.n_selection)
     tests = (
-        encode_eval_set(tokenizer, task, split.test, protocol, split.examples)
+        encode_test(tokenizer, task, split.test, protocol, split.examples)
         for task, split in zip(tasks, splits, strict=True)
     )
     return Rows(train, selection, tuple(tests))

@@ -141,9 +141,9 @@ def _score_on(
     protocol: Protocol,
 ) -> tuple[list[Outcome], int]:
     """All outcomes in order, and how many were known before."""
-    from tune_sparse.evaluation.scoring import compute_outcomes, encode_eval_set
+    from tune_sparse.evaluation.scoring import compute_outcomes, encode_test
 
-    tests = encode_eval_set(tokenizer, task, splits.test, protocol, splits.examples)
+    tests = encode_test(tokenizer, task, splits.test, protocol, splits.examples)
     path = folder / "outcomes.jsonl"
     outcomes = _known(path)
     resumed = len(outcomes)

@@ -45,7 +45,7 @@ class EvalSet:
     examples: tuple[Example, ...]
 
 
-def encode_eval_set(
+def encode_test(
     tokenizer: PreTrainedTokenizerBase,
     task: Task,
     rows: Sequence[Row],

@@ -16,7 +16,7 @@ from tune_sparse.config import Protocol
 from tune_sparse.data.tasks import task_named
 from tune_sparse.errors import RunError
 from tune_sparse.evaluation.outcomes import write_outcomes
-from tune_sparse.evaluation.scoring import EvalSet, Scored, compute_outcomes, encode_eval_set, score
+from tune_sparse.evaluation.scoring import EvalSet, Scored, compute_outcomes, encode_test, score
 from tune_sparse.evaluation.validation import validation_report
 from tune_sparse.files import write_json
 from tune_sparse.ledger.ledger import Ledger, Run
@@ -53,7 +53,7 @@ class SliceScorer:
         slices = Slices.of(loaded.model, folder, run.super_adapter.space, masks, marker)
         task, protocol = task_named(run.cell.task), run.protocol.within(loaded.dims.max_positions)
         [splits] = load_planned_splits(run, protocol)
-        tests = encode_eval_set(loaded.tokenizer, task, splits.selection, protocol, splits.examples)
+        tests = encode_test(loaded.tokenizer, task, splits.selection, protocol, splits.examples)
         return cls(run, slices, loaded.tokenizer, masks, tests, protocol)
 
     def parameters(self, ranks: Ranks) -> int:
@@ -89,7 +89,7 @@ class SliceScorer:
         if not report["all_valid"]:
             raise RunError("a sub-adapter must pass its validation: " + "; ".join(report["violations"]))
         [splits] = load_planned_splits(self.run, self.protocol)
-        tests = encode_eval_set(self.tokenizer, self.tests.task, splits.test, self.protocol, splits.examples)
+        tests = encode_test(self.tokenizer, self.tests.task, splits.test, self.protocol, splits.examples)
         scored = score(self.slices.model, self.tokenizer, [tests], self.protocol)
         write_outcomes(folder / "examples.parquet", scored.outcomes)
         write_json(folder / "result.json", {"ranks": ranks, "parameters": self.parameters(ranks), **scored.metrics})
