@@ -21,15 +21,15 @@ ROWS = [Encoded((1, 2, 3), (4,)), Encoded((5,), (6, 7)), Encoded((), (8, 9))]
 def test_padding_by_hand() -> None:
     batch = padded(ROWS, "answer")
     assert batch.ids.tolist() == [[1, 2, 3, 4], [5, 6, 7, 0], [8, 9, 0, 0]]
-    assert batch.learned.int().tolist() == [[0, 0, 0, 1], [0, 1, 1, 0], [0, 1, 0, 0]]
+    assert batch.loss_mask.int().tolist() == [[0, 0, 0, 1], [0, 1, 1, 0], [0, 1, 0, 0]]
     assert batch.positions is None
-    assert padded(ROWS, "prompt-and-answer").learned.int().tolist() == [[0, 1, 1, 1], [0, 1, 1, 0], [0, 1, 0, 0]]
+    assert padded(ROWS, "prompt-and-answer").loss_mask.int().tolist() == [[0, 1, 1, 1], [0, 1, 1, 0], [0, 1, 0, 0]]
 
 
 def test_packing_by_hand() -> None:
     batch = packed(ROWS, "answer", 6)
     assert batch.ids.tolist() == [[1, 2, 3, 4, 8, 9], [5, 6, 7, 0, 0, 0]]
-    assert batch.learned.int().tolist() == [[0, 0, 0, 1, 0, 1], [0, 1, 1, 0, 0, 0]]
+    assert batch.loss_mask.int().tolist() == [[0, 0, 0, 1, 0, 1], [0, 1, 1, 0, 0, 0]]
     assert batch.positions.tolist() == [[0, 1, 2, 3, 0, 1], [0, 1, 2, 0, 0, 0]]
 
 
@@ -38,8 +38,8 @@ def test_packing_loses_no_token_and_stays_within_its_length(lengths: list[tuple[
     rows = [Encoded(tuple(range(1, c + 1)), tuple(range(50, 50 + a))) for c, a in lengths]
     together, apart = packed(rows, "answer", pack_to), padded(rows, "answer")
     assert together.ids.shape[1] <= pack_to
-    assert together.learned.sum() == apart.learned.sum()
-    assert sorted(together.ids[together.learned].tolist()) == sorted(apart.ids[apart.learned].tolist())
+    assert together.loss_mask.sum() == apart.loss_mask.sum()
+    assert sorted(together.ids[together.loss_mask].tolist()) == sorted(apart.ids[apart.loss_mask].tolist())
     assert sorted(together.ids[together.ids > 0].tolist()) == sorted(apart.ids[apart.ids > 0].tolist())
 
 

@@ -136,7 +136,7 @@ def rows_in_order(rows: Sequence[Encoded], protocol: Protocol, seed: int) -> Pat
 def encoded_tokens(rows: Sequence[Encoded], loss_on: str) -> Tensor:
     """(N, 3, T) int32: input ids, loss mask, and the ids that follow; T is the longest row, without its last token."""
     batch = padded(rows, loss_on)
-    inputs, labels, learned = batch.ids[:, :-1], batch.ids[:, 1:], batch.learned[:, 1:]
+    inputs, labels, loss_mask = batch.ids[:, :-1], batch.ids[:, 1:], batch.loss_mask[:, 1:]
     return torch.stack([inputs, learned.long(), labels], dim=1).to(torch.int32)
 
 

@@ -16,8 +16,8 @@ class Batch:
     """Sequences of one width: (B, T) each."""
 
     ids: Tensor
-    learned: Tensor
-    """bool: which tokens are predicted and learned"""
+    loss_mask: Tensor
+    """bool: the target tokens, which are predicted and count in the loss"""
     positions: Tensor | None = None
     """of each token in its own row, where several rows share a sequence: transformers keeps attention within them"""
 
@@ -43,13 +43,13 @@ def packed(rows: Sequence[Encoded], loss_on: str, pack_to: int) -> Batch:
     for i, found in enumerate(bins):
         places = torch.cat([torch.arange(_length(row)) for row in found])
         positions[i, : len(places)] = places
-    return Batch(batch.ids, batch.learned, positions)
+    return Batch(batch.ids, batch.loss_mask, positions)
 
 
 def _batch(sequences: Sequence[Sequence[Encoded]], loss_on: str) -> Batch:
     width = max(sum(map(_length, rows)) for rows in sequences)
     ids = torch.zeros(len(sequences), width, dtype=torch.long)
-    learned = torch.zeros(len(sequences), width, dtype=torch.bool)
+    loss_mask = torch.zeros(len(sequences), width, dtype=torch.bool)
     for i, rows in enumerate(sequences):
         start = 0
         for row in rows:
@@ -57,9 +57,9 @@ def _batch(sequences: Sequence[Sequence[Encoded]], loss_on: str) -> Batch:
             ids[i, start:end] = torch.tensor(row.context + row.continuation)
             # The first token of a row has nothing before it that could predict it.
             first = max(1, len(row.context)) if loss_on == "answer" else 1
-            learned[i, start + first : end] = True
+            loss_mask[i, start + first : end] = True
             start = end
-    return Batch(ids, learned)
+    return Batch(ids, loss_mask)
 
 
 def _length(row: Encoded) -> int:

@@ -33,19 +33,19 @@ def inference_flops(masks: Masks, dims: ModelDims, tokens: int) -> int:
 def training_flops(
     masks: Masks, dims: ModelDims, rows: Sequence[tuple[int, int]], rank: int, trains_factors: bool
 ) -> int:
-    """Operations of forward and backward over `rows`, each (tokens, learned tokens).
+    """Operations of forward and backward over `rows`, each (tokens, target tokens).
 
     Forward and input gradient take 2 per token and kept weight each, attention three times its forward (Kaplan et al.
-    2020, section 2.1), the head 4 per learned token and weight. An unmasked update adds 6 R (I + O) per token and
+    2020, section 2.1), the head 4 per target token and weight. An unmasked update adds 6 R (I + O) per token and
     matrix for its factors (`trains_factors`), a masked one or a trained weight 2 per token and kept weight for the
     gradient there. What does not grow with the tokens is left out: building an effective weight, the optimizer.
     """
     kept, channels = _kept_weights(masks), _kept_channels(masks, dims)
     factors = rank * sum(sum(mask.shape) for mask in masks.values())
-    tokens, learned = (sum(counts) for counts in zip(*rows, strict=True))
+    tokens, targets = (sum(counts) for counts in zip(*rows, strict=True))
     pairs = sum(attended_pairs(length, dims.sliding_window) for length, _ in rows)
     update = 6 * factors if trains_factors else 2 * kept
-    return tokens * (4 * kept + update) + 12 * pairs * channels + 4 * learned * dims.hidden_size * dims.vocab_size
+    return tokens * (4 * kept + update) + 12 * pairs * channels + 4 * targets * dims.hidden_size * dims.vocab_size
 
 
 def _kept_weights(masks: Masks) -> int:
