@@ -137,7 +137,7 @@ def encoded_tokens(rows: Sequence[Encoded], loss_on: str) -> Tensor:
     """(N, 3, T) int32: input ids, loss mask, and the ids that follow; T is the longest row, without its last token."""
     batch = padded(rows, loss_on)
     inputs, labels, loss_mask = batch.ids[:, :-1], batch.ids[:, 1:], batch.loss_mask[:, 1:]
-    return torch.stack([inputs, learned.long(), labels], dim=1).to(torch.int32)
+    return torch.stack([inputs, loss_mask.long(), labels], dim=1).to(torch.int32)
 
 
 def step_order(rows: Sequence[Encoded], protocol: Protocol, seed: int) -> list[int]:
