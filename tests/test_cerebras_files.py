@@ -75,7 +75,7 @@ def test_masks_are_packed_the_first_weight_in_the_highest_bit() -> None:
 
 
 def test_tokens_are_inputs_loss_mask_and_what_follows() -> None:
-    tokens = encoded_tokens([Encoded((5, 6), (7, 8)), Encoded((9,), (3,))], "answer")
+    tokens = encoded_tokens([Encoded((5, 6), (7, 8)), Encoded((9,), (3,))], train_on_prompt=False)
     assert tokens.dtype == torch.int32
     assert tokens.tolist() == [[[5, 6, 7], [0, 1, 1], [6, 7, 8]], [[9, 3, 0], [1, 0, 0], [3, 0, 0]]]
 
@@ -86,7 +86,9 @@ def test_rows_are_in_the_order_of_the_torch_backend(site: Path) -> None:
     assert [ROWS[at] for at in step_order(ROWS, protocol, 3)] == expected
     folder = rows_in_order(ROWS, protocol, 3)
     written = load_file(folder / "tokens.safetensors")
-    assert torch.equal(written["rows"][written["order"]], encoded_tokens(ROWS, "answer")[step_order(ROWS, protocol, 3)])
+    assert torch.equal(
+        written["rows"][written["order"]], encoded_tokens(ROWS, train_on_prompt=False)[step_order(ROWS, protocol, 3)]
+    )
     assert rows_in_order(ROWS, protocol, 3) == folder, "written once"
     assert rows_in_order(ROWS, protocol, 4) != folder
 

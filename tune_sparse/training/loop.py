@@ -58,14 +58,14 @@ def batches(rows: Sequence[Encoded], protocol: Protocol, seed: int) -> Iterator[
 
 
 def answer_loss(
-    model: PreTrainedModel, rows: Sequence[Encoded], loss_on: str = "answer", pack_to: int | None = None
+    model: PreTrainedModel, rows: Sequence[Encoded], train_on_prompt: bool = False, pack_to: int | None = None
 ) -> tuple[Tensor, int]:
     """Summed cross-entropy of the target tokens and how many they are.
 
     Rows are padded on the right, where a causal model never looks, or with `pack_to` put behind one another in
     sequences of at most so many tokens. Logits are computed only where a token is a target, a chunk at a time.
     """
-    batch = padded(rows, loss_on) if pack_to is None else packed(rows, loss_on, pack_to)
+    batch = padded(rows, train_on_prompt) if pack_to is None else packed(rows, train_on_prompt, pack_to)
     ids, loss_mask = batch.ids.to(model.device), batch.loss_mask.to(model.device)
     positions = {} if batch.positions is None else {"position_ids": batch.positions.to(model.device)}
     hidden = model.model(input_ids=ids, use_cache=False, **positions).last_hidden_state
@@ -83,7 +83,7 @@ def mean_loss(
     for start in range(0, len(rows), protocol.micro_batch_size):
         with accelerator.autocast() if accelerator else nullcontext():
             batch = rows[start : start + protocol.micro_batch_size]
-            loss, count = answer_loss(model, batch, protocol.loss_on, protocol.pack_to)
+            loss, count = answer_loss(model, batch, protocol.train_on_prompt, protocol.pack_to)
         progress()
         summed, targets = summed + float(loss), targets + count
     model.train(was_training)
@@ -177,15 +177,15 @@ def _accumulate_gradients(
     model: PreTrainedModel, batch: Sequence[Encoded], protocol: Protocol, accelerator: Accelerator
 ) -> float:
     """Gradients of the mean loss over all target tokens of the batch, whatever the micro-batch."""
-    if protocol.loss_on == "answer":
-        targets = sum(len(row.continuation) - (not row.context) for row in batch)
-    else:
+    if protocol.train_on_prompt:
         targets = sum(len(row.context) + len(row.continuation) - 1 for row in batch)
+    else:
+        targets = sum(len(row.continuation) - (not row.context) for row in batch)
     total = 0.0
     for start in range(0, len(batch), protocol.micro_batch_size):
         rows = batch[start : start + protocol.micro_batch_size]
         with accelerator.autocast():
-            loss, _ = answer_loss(model, rows, protocol.loss_on, protocol.pack_to)
+            loss, _ = answer_loss(model, rows, protocol.train_on_prompt, protocol.pack_to)
         accelerator.backward(loss / targets)
         progress()
         total += loss.item()
