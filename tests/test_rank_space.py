@@ -45,15 +45,15 @@ def test_parameters_are_rank_times_both_sides_of_each_adapted_matrix() -> None:
 
 @given(step=st.integers(0, 10_000), seed=st.integers(0, 5), sampling=st.sampled_from(SAMPLINGS))
 def test_a_step_draws_the_same_ranks_whenever_it_is_asked(step: int, seed: int, sampling: str) -> None:
-    drawn = SMALL.drawn(3, step, seed, sampling)
-    assert drawn == SMALL.drawn(3, step, seed, sampling)
+    drawn = SMALL.sample_ranks(3, step, seed, sampling)
+    assert drawn == SMALL.sample_ranks(3, step, seed, sampling)
     assert all(rank in SMALL.dimensions(3)[name] for name, rank in drawn.items())
 
 
 def test_uniform_draws_every_rank_alike_and_sandwich_the_extremes_in_turn() -> None:
-    uniform = [SMALL.drawn(1, step, 0, "uniform")["l00.qkv"] for step in range(4000)]
+    uniform = [SMALL.sample_ranks(1, step, 0, "uniform")["l00.qkv"] for step in range(4000)]
     assert all(900 < uniform.count(rank) < 1100 for rank in (8, 4, 2, 0))
-    sandwich = [SMALL.drawn(2, step, 0, "sandwich") for step in range(6)]
+    sandwich = [SMALL.sample_ranks(2, step, 0, "sandwich") for step in range(6)]
     assert sandwich[0] == sandwich[3] == SMALL.maximal(2)
     assert sandwich[1] == sandwich[4] == SMALL.minimal(2)
     assert sandwich[2] != sandwich[5]

@@ -97,10 +97,10 @@ class Space:
     def minimal(self, layers: int) -> Ranks:
         return {name: ranks[-1] for name, ranks in self.dimensions(layers).items()}
 
-    def drawn(self, layers: int, step: int, seed: int, sampling: str) -> Ranks:
+    def sample_ranks(self, layers: int, step: int, seed: int, sampling: str) -> Ranks:
         """The configuration that an optimizer step trains, from the step and the seed alone.
 
-        uniform: each rank alike. sandwich: the largest, the smallest and a drawn one in turn (Yu & Huang 2019,
+        uniform: each rank alike. sandwich: the largest, the smallest and a sampled one in turn (Yu & Huang 2019,
         arXiv:1903.05134, who take all three in one step).
         """
         if sampling == "sandwich" and step % 3 < 2:
@@ -122,7 +122,7 @@ class Space:
 
 @dataclass(frozen=True)
 class SuperAdapter:
-    """A LoRA training in which every optimizer step trains a slice that is drawn from a space."""
+    """A LoRA training in which every optimizer step trains a slice that is sampled from a space."""
 
     space: Space
     sampling: str = "uniform"

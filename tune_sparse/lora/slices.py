@@ -87,7 +87,7 @@ class Slices:
         return cls(adapted.unload(), space, marker, layers, dict.fromkeys(layers, 0))
 
     @torch.no_grad()
-    def switch_into(self, ranks: Ranks) -> None:
+    def activate(self, ranks: Ranks) -> None:
         """Let the model compute the slice that `ranks` names: only the matrices whose rank changes are written."""
         matrices = prunable_weights(self.model)
         for name, layer in self.layers.items():

@@ -62,7 +62,7 @@ class SliceScorer:
 
     def answers(self, ranks: Ranks, stage: Sequence[int], known: Marks) -> Iterator[tuple[int, bool]]:
         """(example, whether the slice is right) for each example of a stage that is not known."""
-        self.slices.switch_into(ranks)
+        self.slices.activate(ranks)
         tests = EvalSet(self.tests.task, tuple(self.tests.examples[i] for i in stage))
         done = [place for place, i in enumerate(stage) if known.knows(i)]
         for batch in compute_outcomes(self.slices.model, self.tokenizer, tests, self.protocol, done):
@@ -75,9 +75,9 @@ class SliceScorer:
         """
         folder.mkdir(parents=True)
         self.slices.save(ranks, folder / "adapter")
-        self.slices.switch_into(ranks)
+        self.slices.activate(ranks)
         searched = {name: weight.clone() for name, weight in prunable_weights(self.slices.model).items()}
-        self.slices.switch_into(dict.fromkeys(ranks, 0))
+        self.slices.activate(dict.fromkeys(ranks, 0))
         last_mask = None if self.run.cell.mode == "dense" else self.masks
         merge_adapter_into(self.slices.model, folder / "adapter", last_mask)
         matrices = prunable_weights(self.slices.model)
