@@ -92,7 +92,7 @@ def test_losses_are_those_of_the_torch_backend(
     assert found[-4:].mean() < found[:4].mean()
     report = json.loads((ledger.run_folder(there.run_id) / "validation_report.json").read_text())
     assert report["all_valid"]
-    assert report["counted_sparsity"] == pytest.approx(sparsity, abs=0.01)
+    assert report["actual_sparsity"] == pytest.approx(sparsity, abs=0.01)
 
 
 @pytest.mark.modelzoo

@@ -54,7 +54,7 @@ def test_a_merged_run_is_the_model_that_was_scored(mode: str, precision: str, ll
     report = merge_run(ledger, run.run_id, tmp_path / "merged")
     assert report["all_valid"]
     assert report["mask_sha256"] == record.metrics["mask_sha256"]
-    assert report["counted_sparsity"] == record.metrics["counted_sparsity"]
+    assert report["actual_sparsity"] == record.metrics["actual_sparsity"]
     model = stock(tmp_path / "merged")
     assert model.dtype == getattr(torch, precision)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")

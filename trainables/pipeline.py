@@ -289,7 +289,7 @@ def _stages(
             f"{judged_by}_before_tuning": untuned[judged_by],
             f"{judged_by}_before_merge": before_mask.metrics[judged_by] if before_mask else None,
             "by_task": scored.by_task if len(scored.by_task) > 1 else None,
-            "counted_sparsity": report["counted_sparsity"],
+            "actual_sparsity": report["actual_sparsity"],
             "mask_sha256": pruned.checksum,
             "weights_sha256": weights_sha256(prunable_weights(model)),
             "train_loss": training.last_loss,

@@ -44,7 +44,7 @@ class Pruned:
             "sparsity": run.cell.sparsity,
             "seed": run.cell.seed,
             "mask_sha256": self.checksum,
-            "counted_sparsity": count_sparsity(self.masks),
+            "actual_sparsity": count_sparsity(self.masks),
             "kept_by_matrix": {name: [int(mask.sum()), mask.numel()] for name, mask in self.masks.items()},
             "calibration": run.protocol.calibrated_by if run.is_calibrated else None,
         }

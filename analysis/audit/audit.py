@@ -35,7 +35,7 @@ RULES: dict[str, Rule] = {
     "checksum": Rule("fault", "a mask is not the one that was trained", errors.checksum),
     "twins": Rule("fault", "different settings with results identical to the last bit", errors.twins),
     "no-effect": Rule("fault", "a mode or mask changed nothing", errors.no_effect),
-    "off-target": Rule("fault", "the sparsity is not the one that was asked", errors.off_target),
+    "off-target": Rule("fault", "the actual sparsity is not the target sparsity", errors.off_target),
     "zeros-lost": Rule("fault", "masked weights are not 0", errors.zeros_lost),
     "mixed-versions": Rule("fault", "code, data, prompts or models differ between compared runs", errors.mixed),
     "overlap": Rule("fault", "scored questions were trained on", errors.overlap),

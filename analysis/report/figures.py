@@ -170,7 +170,7 @@ def mode_difference(cells: pd.DataFrame, runs: Runs) -> Figure | None:
 
 
 def per_layer_sparsity(cells: pd.DataFrame, runs: Runs) -> Figure | None:
-    """Counted sparsity of every matrix of every layer, at the sparsity nearest to one half, a panel each method."""
+    """Actual sparsity of every matrix of every layer, at the sparsity nearest to one half, a panel each method."""
     done = cells[(cells["status"] == "done") & (cells["sparsity"] > 0)]
     if done.empty:
         return None
@@ -201,7 +201,7 @@ def per_layer_sparsity(cells: pd.DataFrame, runs: Runs) -> Figure | None:
             axis.spines[:].set_visible(False)
     for axis in axes[-1]:
         axis.set_xlabel("layer")
-    figure.colorbar(image, ax=axes, label=f"{SPARSITY}, {level:g} asked", shrink=0.8, pad=0.01)
+    figure.colorbar(image, ax=axes, label=f"{SPARSITY}, target {level:g}", shrink=0.8, pad=0.01)
     return figure
 
 
@@ -301,7 +301,7 @@ FIGURES: dict[str, Shown] = {
     "flops_vs_sequence_length": Shown(
         "Operations of one forward pass over its tokens, counted from non-zeros.", flops_vs_sequence_length
     ),
-    "per_layer_sparsity": Shown("Counted sparsity of every matrix of every layer.", per_layer_sparsity),
+    "per_layer_sparsity": Shown("Actual sparsity of every matrix of every layer.", per_layer_sparsity),
     "throughput_vs_batch_size": Shown("Training rate over batch size.", throughput_vs_batch_size),
     "sub_adapter_fronts": Shown("The fronts of the sub-adapter searches, on selection rows.", sub_adapter_fronts),
 }

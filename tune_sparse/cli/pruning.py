@@ -54,7 +54,7 @@ def add_commands(commands: Any) -> None:
     )
     validate.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
     validate.add_argument("--masks", type=Path, required=True, metavar="FILE")
-    validate.add_argument("--sparsity", type=float, help="the asked one; which level of a packed map")
+    validate.add_argument("--sparsity", type=float, help="the target; which level of a packed map")
     validate.add_argument("--tolerance", type=float, default=1e-6, help="of a masked weight; default 1e-6")
     validate.add_argument("--json", action="store_true", help="print the report as JSON")
 
@@ -152,6 +152,6 @@ def _validate(chosen: argparse.Namespace) -> int:
         print(json.dumps(report))
     else:
         verdict = "valid" if report["all_valid"] else f"{len(report['violations'])} violations"
-        print(f"{chosen.checkpoint}: {verdict}, sparsity {report['counted_sparsity']:.4f}")
+        print(f"{chosen.checkpoint}: {verdict}, sparsity {report['actual_sparsity']:.4f}")
         print("".join(f"  {text}\n" for text in report["violations"]), end="")
     return OK if report["all_valid"] else FAULT

@@ -79,7 +79,7 @@ def owl(
     """Blocks with many outliers keep more (Yin et al. 2024, arXiv:2310.05175, section 3.3).
 
     outliers: fraction of outliers of each block. The sparsities of the blocks span twice the spread around the
-    asked one, less near 0 and 1, where the published spread would leave [0, 1).
+    target, less near 0 and 1, where the published spread would leave [0, 1).
     """
     fractions = torch.tensor(outliers, dtype=torch.float64)
     span = fractions.max() - fractions.min()

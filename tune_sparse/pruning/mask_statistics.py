@@ -42,7 +42,7 @@ class LevelStatistics:
         return {
             "method": self.method,
             "sparsity": self.sparsity,
-            "counted_sparsity": 1 - kept / total,
+            "actual_sparsity": 1 - kept / total,
             "kept": kept,
             "weights": total,
             "empty_matrices": [name for name, (kept, _) in self.kept_by_matrix.items() if not kept],

@@ -33,7 +33,7 @@ def keep_highest(scores: Tensor, pruned: int) -> Tensor:
 
 
 def pruned_count(total: int, sparsity: float) -> int:
-    """How many of `total` go: the asked number, rounded, but never all of them."""
+    """How many of `total` go: the target number, rounded, but never all of them."""
     return min(round(sparsity * total), total - 1)
 
 

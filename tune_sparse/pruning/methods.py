@@ -19,7 +19,7 @@ GROUPS = {"2:4": (2, 4), "4:8": (4, 8)}
 """{pattern: (weights kept, of so many neighbours in a row)}"""
 PATTERNS = ("element-wise", "structured", *GROUPS)
 TOLERANCE = 0.01
-"""How far the achieved sparsity may be from the asked one."""
+"""How far the actual sparsity may be from the target sparsity."""
 OWN_NAMES = {
     ("magnitude", "uniform", "element-wise"): "unstructured",
     ("magnitude", "uniform", "structured"): "structured",
