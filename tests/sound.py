@@ -16,7 +16,8 @@ from tune_sparse.config import Cell, Protocol
 from tune_sparse.data.splits import Splits, fingerprint_splits, load_splits
 from tune_sparse.data.task_types import PromptTask
 from tune_sparse.data.tasks import TASKS
-from tune_sparse.evaluation.outcomes import Outcome, compute_metrics, write_outcomes
+from tune_sparse.evaluation.metrics import compute_metrics
+from tune_sparse.evaluation.outcomes import Outcome, write_outcomes
 from tune_sparse.files import read_json, write_json, write_lines
 from tune_sparse.ledger.ledger import Ledger, Record, Run, write_config
 

@@ -19,7 +19,8 @@ from tune_sparse.data.task_types import Row, Task
 from tune_sparse.data.tasks import TASKS
 from tune_sparse.errors import InputError, RunError
 from tune_sparse.evaluation import scoring
-from tune_sparse.evaluation.outcomes import Outcome, compute_metrics
+from tune_sparse.evaluation.metrics import compute_metrics
+from tune_sparse.evaluation.outcomes import Outcome
 from tune_sparse.evaluation.scoring import EvalSet, Example, encode_test, few_shot_prefixes, outcomes_of, score
 
 PROTOCOL = Protocol(max_tokens=256, max_new_tokens=8, precision="float32", batch_tokens=1024)

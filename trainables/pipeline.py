@@ -30,7 +30,8 @@ from tune_sparse.data.splits import Encoded, encode_training
 from tune_sparse.data.tasks import tasks_named
 from tune_sparse.errors import DISK_FULL, NotReadyError, RunError
 from tune_sparse.evaluation.flops import SEQUENCE_LENGTHS, inference_flops, training_flops
-from tune_sparse.evaluation.outcomes import Metrics, primary_metric, write_outcomes
+from tune_sparse.evaluation.metrics import Metrics, primary_metric
+from tune_sparse.evaluation.outcomes import write_outcomes
 from tune_sparse.evaluation.scoring import EvalSet, Scored, encode_test, score
 from tune_sparse.evaluation.validation import validation_report, weights_sha256
 from tune_sparse.files import write_json, write_text

@@ -21,7 +21,8 @@ from tune_sparse.config import SCORING, Protocol
 from tune_sparse.data.splits import Splits
 from tune_sparse.data.task_types import Task
 from tune_sparse.errors import InputError, unknown_name
-from tune_sparse.evaluation.outcomes import Metrics, Outcome, read_outcomes, write_outcomes
+from tune_sparse.evaluation.metrics import Metrics
+from tune_sparse.evaluation.outcomes import Outcome, read_outcomes, write_outcomes
 from tune_sparse.files import read_json, write_json, write_lines, write_text
 from tune_sparse.identity import NUMERICS_VERSION, hash_json
 

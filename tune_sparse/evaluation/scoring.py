@@ -15,7 +15,8 @@ from tune_sparse.data.task_types import AnswerTask, ChoiceTask, Pair, PromptTask
 from tune_sparse.errors import InputError, RunError
 from tune_sparse.evaluation.generation import generate
 from tune_sparse.evaluation.likelihood import batches_by_length, log_likelihoods, question_tokens
-from tune_sparse.evaluation.outcomes import Metrics, Outcome, combined, compute_metrics
+from tune_sparse.evaluation.metrics import Metrics, combined, compute_metrics
+from tune_sparse.evaluation.outcomes import Outcome
 
 FEW_SHOT_SEED = 1234
 """Of the examples in a prompt: that of lm-evaluation-harness."""
