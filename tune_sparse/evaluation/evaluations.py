@@ -34,7 +34,7 @@ EVALUATORS = ("tune-sparse", "lm-eval")
 
 @dataclass(frozen=True)
 class EvaluationKey:
-    """What is scored, on what, and how: all that changes the numbers."""
+    """Everything that changes the numbers: the model, the task and its rows, the evaluator and its settings."""
 
     model: str
     fingerprint: str
@@ -158,7 +158,7 @@ def _score_on(
 
 
 def _known(path: Path) -> dict[int, Outcome]:
-    """What a stopped scoring wrote; the last line may be torn."""
+    """Read what a stopped scoring wrote; the last line may be torn."""
     known = {}
     for line in path.read_text(encoding="utf-8").split("\n") if path.exists() else ():
         try:

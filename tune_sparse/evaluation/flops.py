@@ -1,4 +1,4 @@
-"""What inference and training cost: floating-point operations counted from the non-zeros that are left."""
+"""Floating-point operations of inference and training, counted from the non-zeros that are left."""
 
 from __future__ import annotations
 

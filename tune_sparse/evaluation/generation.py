@@ -103,7 +103,7 @@ def _padded_left(prompts: Sequence[tuple[int, ...]]) -> tuple[Tensor, Tensor]:
 
 
 def _has_ended(tokenizer: PreTrainedTokenizerBase, tokens: list[int], until: Sequence[str]) -> bool:
-    """Whether one of `until` was completed since the last look: a token has at least one byte of it."""
+    """True if one of `until` was completed since the last look: a token has at least one byte of it."""
     newest = tokens[-CHECK_EVERY - max((len(stop.encode()) for stop in until), default=0) :]
     text = tokenizer.decode(newest, skip_special_tokens=True)
     return any(stop in text for stop in until)

@@ -1,4 +1,4 @@
-"""How likely is each choice? All choices of a question are one row of tokens: what they share, then each branch.
+"""Log-likelihoods of choices. All choices of a question are one row of tokens: a shared prefix, then each branch.
 
 A branch sees the shared tokens and itself, and its positions go on from the shared ones, so that each choice is
 read as if it stood alone, while the shared tokens are computed once.
@@ -20,13 +20,13 @@ from tune_sparse.data.splits import Encoded
 from tune_sparse.watchdog import progress
 
 LOGITS_BYTES = 2**27
-"""Of the fp32 logits that are held at once."""
+"""Bytes of the fp32 logits that are held at once."""
 WORTHWHILE = 0.8
 """Choices are one row if it has at most this fraction of their tokens: a mask of its own costs time too."""
 ALIKE = 0.9
 """Rows of one pass: padding costs as much as tokens."""
 SHARED, PADDING = 0, -1
-"""As a token's branch; branches count from 1."""
+"""Branch of a shared token, and of padding; branches count from 1."""
 
 
 @dataclass(frozen=True)
@@ -64,12 +64,12 @@ def pack_choices(choices: Sequence[Encoded], limit: int) -> list[SharedPrefixBat
 
 
 def _read_tokens(choice: Encoded) -> tuple[int, ...]:
-    """What a model reads: nothing follows the last token."""
+    """Tokens that a model reads: nothing follows the last one."""
     return (choice.context + choice.continuation)[:-1]
 
 
 def _shared_tokens(choices: Sequence[Encoded]) -> tuple[int, ...]:
-    """What all choices begin with: what the first and the last in order have in common."""
+    """The common prefix of all choices: that of the first and the last in sorted order."""
     rows = sorted(map(_read_tokens, choices))
     differing = (i for i, (a, b) in enumerate(zip(rows[0], rows[-1], strict=False)) if a != b)
     return rows[0][: next(differing, len(rows[0]))]

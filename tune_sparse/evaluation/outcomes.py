@@ -30,7 +30,7 @@ class Outcome:
     text: str | None = None
     """answer: what was generated."""
     truncated: bool | None = None
-    """Whether the start of the prompt was lost."""
+    """True if the start of the prompt was lost."""
 
 
 def write_outcomes(path: Path, outcomes: Iterable[Outcome]) -> None:

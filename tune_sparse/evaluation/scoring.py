@@ -1,4 +1,4 @@
-"""How good is a model at a task? Every example's outcome is kept; accuracy or perplexity follows from them."""
+"""Score a model on a task. Every example's outcome is kept; accuracy or perplexity follows from them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tune_sparse.evaluation.metrics import Metrics, combined, compute_metrics
 from tune_sparse.evaluation.outcomes import Outcome
 
 FEW_SHOT_SEED = 1234
-"""Of the examples in a prompt: that of lm-evaluation-harness."""
+"""Seed of the worked examples in a prompt: that of lm-evaluation-harness."""
 
 
 @dataclass(frozen=True)
@@ -123,14 +123,14 @@ def _encode_answers(
 
 @dataclass(frozen=True)
 class Scored:
-    """How a model did on one or several tasks."""
+    """Outcomes and metrics of a model on one or several tasks."""
 
     outcomes: tuple[Outcome, ...]
     by_task: dict[str, Metrics]
 
     @property
     def metrics(self) -> Metrics:
-        """Of the only task, or of all together."""
+        """Metrics of the only task, or of all together."""
         return combined(self.by_task)
 
 

@@ -120,7 +120,7 @@ def confine(adapted: PeftModel, masks: Masks | None, asked: str = "auto") -> Non
 
 
 def ways(adapted: PeftModel) -> Counter[str]:
-    """How many layers compute in which way."""
+    """Count the layers that compute in each way."""
     return Counter(layer.way.name for _, layer in sparse_lora_layers(adapted))
 
 
@@ -132,7 +132,7 @@ def sparse_lora_layers(adapted: PeftModel) -> Iterator[tuple[str, SparseLora]]:
 
 
 def merged_weights(adapted: PeftModel) -> dict[str, Tensor]:
-    """What each adapted layer computes with: (O, I) by checkpoint name."""
+    """The weight that each adapted layer computes with: (O, I) by checkpoint name."""
     return {name: layer.merged_weight() for name, layer in sparse_lora_layers(adapted)}
 
 

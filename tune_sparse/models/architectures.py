@@ -1,4 +1,4 @@
-"""Where each model class keeps the matrices that are pruned: one table entry a class.
+"""The matrices that are pruned, by model class: their names, roles and sizes, one table entry a class.
 
 Matrices are named by the checkpoint's tensors and keep the checkpoint's layout, even where a model in memory fuses
 them (Mixtral's experts) or where the checkpoint stores them transposed (GPT-2).
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 Role = Literal["q", "kv", "qkv", "o", "up", "down"]
-"""What the channels of a matrix (O, I) belong to.
+"""The channels of a matrix (O, I), heads or feed-forward channels, by the part that it plays.
 
 q, kv: rows of heads. qkv: query, key and value rows one after the other. o: columns of heads. up (and gate): a row
 for each feed-forward channel. down: a column for each feed-forward channel."""
@@ -32,7 +32,7 @@ INPUTS: dict[Role, str] = {
     "up": "feed-forward",
     "down": "channels",
 }
-"""What a matrix reads: those of one block and expert that read the same share their input statistics."""
+"""The input of a matrix: matrices of one block and expert with the same input share its statistics."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class Architecture:
     layers: Mapping[str, Role]
     transposed: bool = False
     channels: str = "intermediate_size"
-    """What the config calls the number of feed-forward channels."""
+    """The config's name for the number of feed-forward channels."""
     heads_shrink: bool = True
     """Stock transformers can load fewer heads: heads x head size may differ from the hidden size."""
     heads_divide: bool = False
@@ -235,7 +235,7 @@ def _checkpoint_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def unfused(name: str, parameter: Tensor) -> dict[str, Tensor]:
-    """What a checkpoint stores of one parameter of a model in memory, as views.
+    """Split one parameter of a model in memory into the tensors of its checkpoint, as views.
 
     transformers 5 renames Mixtral's router and fuses its experts: gate_up_proj is (E, 2 channels, hidden), w1
     before w3, and down_proj is (E, hidden, channels).

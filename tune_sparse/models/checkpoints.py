@@ -24,7 +24,7 @@ SWEPT = ("LlamaForCausalLM", "MistralForCausalLM")
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 TOKENIZER_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 SIDE_FILES = (*TOKENIZERS, *TOKENIZER_SETTINGS, "vocab.json", "merges.txt", "generation_config.json")
-"""What a copy of a checkpoint takes along."""
+"""Files that a copy of a checkpoint takes along."""
 REQUIRED_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
 
 
@@ -151,7 +151,7 @@ def check_checkpoint(reference: str) -> Checkpoint:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """What `config.json` says. Raises `InputError` unless it is there and maps names to values."""
+    """Read `config.json`. Raises `InputError` unless it is there and maps names to values."""
     path = folder / "config.json"
     if not path.is_file():
         raise InputError(f"a model folder needs config.json, {folder} has none. Give a Hugging Face checkpoint.")

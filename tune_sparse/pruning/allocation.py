@@ -1,4 +1,4 @@
-"""How many weights go in each layer: weights pruned at each level, by matrix."""
+"""Allocation: the number of weights that each matrix loses at each level."""
 
 from __future__ import annotations
 

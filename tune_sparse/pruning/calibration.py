@@ -1,4 +1,4 @@
-"""What a model does with calibration rows: the inputs of its matrices block by block, and its gradients.
+"""Statistics of a model on calibration rows: the inputs of its matrices block by block, and its gradients.
 
 Rows are encoded as for training: a context, and the continuation whose loss counts.
 """
@@ -22,10 +22,10 @@ from tune_sparse.models.float_bits import is_finite
 from tune_sparse.watchdog import progress
 
 InputKey = tuple[int, int | None, str]
-"""What a matrix reads, see `Matrix.input_key`."""
+"""Names the input of a matrix, see `Matrix.input_key`."""
 
 BlockArgs = tuple[tuple[Any, ...], dict[str, Any]]
-"""What a block is given besides hidden states: by position and by name."""
+"""Arguments of a block besides the hidden states: by position and by name."""
 
 
 @dataclass
@@ -63,7 +63,7 @@ class InputStats:
 
 @dataclass(frozen=True)
 class CalibrationStats:
-    """What the scores use: by what a matrix reads, and by matrix."""
+    """Statistics that the scores use, by input and by matrix."""
 
     norms: dict[InputKey, Tensor] = field(default_factory=dict)
     gradients: dict[str, Tensor] = field(default_factory=dict)
@@ -125,7 +125,7 @@ class _ReachedError(Exception):
 
 @torch.no_grad()
 def first_inputs(blocks: Blocks, rows: Sequence[Encoded]) -> tuple[list[Tensor], list[BlockArgs]]:
-    """What the first block is given for each row: hidden states (1, T, hidden), and its other arguments."""
+    """Arguments of the first block for each row: hidden states (1, T, hidden), and the others."""
     hidden: list[Tensor] = []
     others: list[BlockArgs] = []
 

@@ -33,7 +33,7 @@ Positions = tuple[int, Tensor]
 
 @dataclass(frozen=True)
 class KeptStructure:
-    """What is left of a model: by block the key/value groups, by block and expert the channels, all equally many."""
+    """The part of a model that stays: key/value groups by block, channels by block and expert, all equally many."""
 
     groups: dict[int, Tensor]
     channels: dict[tuple[int, int | None], Tensor]

@@ -115,7 +115,7 @@ def _load_pt(path: Path) -> dict[str, Tensor]:
 
 
 def recorded_statistics(masks: Path) -> dict[str, Any]:
-    """What `prune` recorded beside a mask file, or nothing if the masks come from elsewhere."""
+    """Read what `prune` recorded beside a mask file; empty if the masks come from elsewhere."""
     path = masks.with_name(f"{masks.stem.replace('masks_', 'stats_', 1)}.json")
     return read_json(path) if path != masks and path.is_file() else {}
 

@@ -1,4 +1,4 @@
-"""What a set of masks took away: counts by matrix, and the magnitudes of the weights that went and stayed."""
+"""Statistics of a set of masks: counts by matrix, and the magnitudes of the weights that went and stayed."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def add_matrix(levels: Sequence[LevelStatistics], matrix: PrunedMatrix) -> None:
 
 
 def by_exponent(weight: Tensor, survived: Tensor) -> Tensor:
-    """How many weights have each exponent and survive so many levels: (EXPONENTS, MAX_LEVELS + 1)."""
+    """Count weights by exponent and by the levels that they survive: (EXPONENTS, MAX_LEVELS + 1)."""
     width = MAX_LEVELS + 1
     counts = torch.zeros(EXPONENTS * width, dtype=torch.int64)
     _, magnitude, infinite = BITS[weight.dtype]

@@ -1,4 +1,4 @@
-"""Which weights go: keep-masks (True = kept) from scores, and how to count, compare and apply them."""
+"""Keep-masks (True = kept): made from scores, counted, compared and applied."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def keep_highest(scores: Tensor, pruned: int) -> Tensor:
 
 
 def pruned_count(total: int, sparsity: float) -> int:
-    """How many of `total` go: the target number, rounded, but never all of them."""
+    """The number of weights that go, of `total`: the target rounded, but never all of them."""
     return min(round(sparsity * total), total - 1)
 
 

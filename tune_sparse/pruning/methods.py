@@ -19,7 +19,7 @@ GROUPS = {"2:4": (2, 4), "4:8": (4, 8)}
 """{pattern: (weights kept, of so many neighbours in a row)}"""
 PATTERNS = ("element-wise", "structured", *GROUPS)
 TOLERANCE = 0.01
-"""How far the actual sparsity may be from the target sparsity."""
+"""The actual sparsity may be this far from the target sparsity."""
 OWN_NAMES = {
     ("magnitude", "uniform", "element-wise"): "unstructured",
     ("magnitude", "uniform", "structured"): "structured",
@@ -36,7 +36,7 @@ class Method:
 
     @property
     def needs(self) -> Needs:
-        """What its score needs, and OWL's norms of the inputs."""
+        """The needs of its score, and OWL's norms of the inputs."""
         needs = SCORES[self.score].needs
         return replace(needs, input_norms=True) if self.allocation == "owl" else needs
 

@@ -43,7 +43,7 @@ the largest tensor and 500 MB."""
 
 @dataclass(frozen=True)
 class Request:
-    """What to make of one model."""
+    """A request to prune one model."""
 
     model: str
     methods: Sequence[str]
@@ -57,7 +57,7 @@ class Request:
     compact: bool = False
     """Write each structured checkpoint in its smaller form too."""
     calibration: dict[str, Any] = field(default_factory=dict)
-    """What `rows` are: recorded, not read."""
+    """Describes `rows`: recorded, not read."""
     rows: Sequence[Encoded] = ()
     sequential: bool = False
 
@@ -133,7 +133,7 @@ def _refuse_full_disk(request: Request, checkpoint: OpenCheckpoint, folder: Path
 
 
 def _dtype(checkpoint: OpenCheckpoint) -> torch.dtype:
-    """What calibration computes in: as the weights are stored."""
+    """The dtype of calibration: that of the stored weights."""
     return checkpoint.tensors.dtypes[checkpoint.prunable.matrices[0].name]
 
 

@@ -48,7 +48,7 @@ NO_STATISTICS = CalibrationStats()
 
 @dataclass(frozen=True)
 class Prunable:
-    """What is pruned of a model. weights may read each tensor when it is asked for."""
+    """The matrices of a model that are pruned. weights may read each tensor when it is asked for."""
 
     matrices: Sequence[Matrix]
     weights: Mapping[str, Tensor]
@@ -58,7 +58,7 @@ class Prunable:
 
     @classmethod
     def of(cls, weights: Mapping[str, Tensor], dims: ModelDims) -> Prunable:
-        """What can be pruned among the tensors of a checkpoint of this shape."""
+        """Find the prunable matrices among the tensors of a checkpoint of these dims."""
         matrices = architecture_named(dims.architecture).matrices(weights)
         if isinstance(weights, TensorFiles):
             return cls(matrices, weights, weights.shapes, dims)
@@ -281,7 +281,7 @@ def needs_blockwise(method: str, sequential: bool) -> bool:
 
 
 def measured(methods: Iterable[Method], model: Prunable, blocks: Blocks, rows: Sequence[Encoded]) -> CalibrationStats:
-    """What the scores of `methods` use of calibration rows, from the dense model. Gradients need all of it."""
+    """Measure what the scores of `methods` need, on the dense model. Gradients need all of it in memory."""
     needs = list(methods)
     gradients: dict[str, Tensor] = {}
     norms: dict[InputKey, Tensor] = {}

@@ -1,4 +1,4 @@
-"""How important is each weight? A score is a function of one matrix; the lowest scores are pruned first.
+"""Scores: the importance of each weight of one matrix; the lowest are pruned first.
 
 Scores are finite and not negative. weight: (O, I); the result has its shape. A new score is a function and an entry
 in `SCORES`: methods, calibration and checks follow from the entry. Importing this loads no torch.
@@ -60,7 +60,7 @@ def wanda(weight: Tensor, inputs: ScoreInputs) -> Tensor:
 
 @dataclass(frozen=True)
 class Needs:
-    """What a score needs besides the weight and its name."""
+    """Needs of a score besides the weight and its name."""
 
     seed: bool = False
     input_norms: bool = False

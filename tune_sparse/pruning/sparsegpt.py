@@ -13,7 +13,7 @@ from torch import Tensor
 from tune_sparse.pruning.survival_map import survival_map
 
 DAMPING = 0.01
-"""Of the mean of the Hessian's diagonal, added to it."""
+"""Fraction of the mean of the Hessian's diagonal that is added to it."""
 BLOCK = 128
 """Columns whose mask is chosen at once."""
 SUB_BLOCK = 16

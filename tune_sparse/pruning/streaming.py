@@ -175,7 +175,7 @@ class PrunedCheckpoint:
 
 
 def write_rest(checkpoint: OpenCheckpoint, folder: Path) -> None:
-    """What a checkpoint has besides weights and config: the index of its shards, the tokenizer, settings."""
+    """Copy all but weights and config: the tokenizer, settings, and a new index of the shards."""
     for name in SIDE_FILES:
         if (checkpoint.path / name).is_file():
             shutil.copy(checkpoint.path / name, folder)

@@ -21,12 +21,12 @@ from tune_sparse.models.float_bits import BITS, CHUNK, view_bits
 BINS = 1 << 15
 """Values of the upper 16 bits of a score that is not negative."""
 MAX_LEVELS = 15
-"""What 4 bits hold."""
+"""The largest number of 4 bits."""
 UNSETTLED = 255
 
 
 def survival_map(scores: Tensor, counts: Sequence[int]) -> Tensor:
-    """How many levels each weight survives, uint8, in the shape of `scores`.
+    """Count the levels that each weight survives: uint8, in the shape of `scores`.
 
     scores: finite, of 16 or 32 bits, compared by their absolute values, so that magnitudes need no copy. counts:
     weights pruned at each level, ascending. Level k keeps what `keep_highest(scores.abs(), counts[k])` keeps.
@@ -65,14 +65,14 @@ def survival_map(scores: Tensor, counts: Sequence[int]) -> Tensor:
 
 
 def _positions(chosen: Tensor) -> Tensor:
-    """Where a flat bool tensor is true, ascending."""
+    """Positions at which a flat bool tensor is true, ascending."""
     if chosen.device.type == "cpu":  # NumPy's is several times faster there
         return torch.from_numpy(np.flatnonzero(chosen.numpy()))
     return chosen.nonzero().squeeze(1)
 
 
 def bin_counts(scores: Tensor) -> Tensor:
-    """How many scores have each value of the upper 16 bits: (BINS,), int64."""
+    """Count the scores with each value of the upper 16 bits: (BINS,), int64."""
     counts = torch.zeros(BINS, dtype=torch.int64)
     for chunk in view_bits(scores).split(CHUNK):
         counts += torch.bincount(_bins(chunk), minlength=BINS).cpu()
@@ -80,7 +80,7 @@ def bin_counts(scores: Tensor) -> Tensor:
 
 
 def lower_counts(scores: Tensor, bin: int) -> Tensor:
-    """How many scores of one bin have each value of the lower 16 bits; there is but one value in 16-bit scores."""
+    """Count the scores of one bin with each value of the lower 16 bits; 16-bit scores have only one value there."""
     bits = view_bits(scores)
     if bits.dtype == torch.int16:
         return (_bins(bits) == bin).sum().cpu()[None]
