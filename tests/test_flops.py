@@ -86,6 +86,14 @@ def test_removed_heads_save_their_attention(dense: Dense) -> None:
     assert inference_flops(masks, dims, 100) == 200 * (kept + 64 * dims.vocab_size) + attention
 
 
+def test_heads_of_a_fused_and_transposed_matrix_are_those_of_its_queries() -> None:
+    dims = ModelDims(4, 1, 2, 2, 2, 3, 5, sliding_window=None, max_positions=64, architecture="GPT2LMHeadModel")
+    mask = torch.ones(4, 12, dtype=torch.bool)
+    mask[:, :2] = False  # the queries of the first of two heads
+    masks = {"transformer.h.0.attn.c_attn.weight": mask}
+    assert inference_flops(masks, dims, 3) == 2 * 3 * (40 + 4 * 5) + 4 * 6 * 2
+
+
 def test_a_sliding_window_makes_long_texts_cheaper() -> None:
     sizes = {
         "hidden_size": 4,

@@ -85,7 +85,7 @@ def merge_adapter_into(model: PreTrainedModel, folder: Path, last_mask: Masks | 
 
 
 def load_last_mask(model: PreTrainedModel, folder: Path) -> Masks | None:
-    """The mask that an adapter's mode applies when it is deployed on a pruned model; None for a dense or foreign one."""
+    """The mask that an adapter's mode applies when it is deployed on a pruned model; None for a dense or foreign."""
     marker = read_marker(folder)
     return model_masks(model, marker) if marker is not None and marker.mode != "dense" else None
 
