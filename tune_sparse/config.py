@@ -166,9 +166,9 @@ class Protocol:
         """What decides calibrated scores, besides the rows themselves: part of the identity of calibrated runs."""
         return {name: getattr(self, name) for name in CALIBRATION_SETTINGS}
 
-    def within(self, context_tokens: int) -> Protocol:
+    def within(self, max_positions: int) -> Protocol:
         """For a model whose context may be shorter than `max_tokens`. Raises `InputError` if no prompt would fit."""
-        return replace(self, max_tokens=min(self.max_tokens, context_tokens))
+        return replace(self, max_tokens=min(self.max_tokens, max_positions))
 
     @property
     def warmup(self) -> int:

@@ -166,7 +166,7 @@ class DenseStored(nn.Module):
         kept_zeros = empty if mask is None else (mask & (weight == 0)).flatten().nonzero().flatten()
         self.register_buffer("kept_zeros", kept_zeros, persistent=False)
         # A chunk of W is some rows that fit into the processor's cache. kept_zeros count over all of W, and chunk i has
-        # kept_zeros[cuts[i] : cuts[i + 1]]. With rows of 4 weights in chunks of 2 rows, kept zeros at 3, 9 and 10 are cut
+        # kept_zeros[cuts[i] : cuts[i + 1]]. With rows of 4 weights in chunks of 2 rows, kept zeros at 3, 9, 10 are cut
         # at 0, 1, 3: the first chunk has the one at 3, the second those at 9 - 8 and 10 - 8 of its own.
         rows, width = weight.shape
         self._rows = rows if weight.is_cuda else max(1, CHUNK_BYTES // (width * weight.element_size()))
