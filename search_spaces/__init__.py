@@ -1,1 +1,1 @@
-"""What can be swept or searched: plain data and pure functions, standard library only."""
+"""Matrices to sweep and spaces to search: plain data and pure functions, standard library only."""

@@ -45,6 +45,6 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 PROTOCOL = {"lora_rank": 32, "lora_alpha": 64.0}
-"""Of a super-adapter: s = 2 at every active rank."""
+"""Settings of a super-adapter: s = 2 at every active rank."""
 TOY_PROTOCOL = {"n_selection": 400, "calibration_rows": 32}
 """Accuracies of candidates differ by points: so many rows tell them apart."""

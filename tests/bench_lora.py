@@ -29,7 +29,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from tune_sparse.config import Protocol
 from tune_sparse.lora.layer import adapt_model
 from tune_sparse.lora.masked_linear import Workspace, choose_way
-from tune_sparse.models.checkpoints import PRUNED, prunable_weights, write_weights_into
+from tune_sparse.models.architectures import PRUNED
+from tune_sparse.models.checkpoints import prunable_weights, write_weights_into
 
 RANK, SCALING, WIDTH = 16, 2.0, 4096
 

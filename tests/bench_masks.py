@@ -29,9 +29,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tune_sparse.pruning.level_maps import level_map, pack, row_level_map
 from tune_sparse.pruning.masks import pruned_count
 from tune_sparse.pruning.sparsegpt import BLOCK, inverse_factor, sparsegpt
+from tune_sparse.pruning.survival_map import pack, row_survival_map, survival_map
 
 SPARSITIES = [round(0.1 * level, 1) for level in range(1, 10)]
 SIZE = 4096
@@ -71,12 +71,12 @@ def bench_levels() -> dict[str, float]:
     counts = [pruned_count(weight.numel(), sparsity) for sparsity in SPARSITIES]
     seconds = medians(
         {
-            "ours": lambda: pack(level_map(weight.abs(), counts)),
+            "ours": lambda: pack(survival_map(weight.abs(), counts)),
             "one sort": lambda: weight.abs().flatten().sort(),
             "nine sorts": lambda: sort_and_compare(weight.abs(), counts),
         }
     )
-    levels = level_map(weight.abs(), counts)
+    levels = survival_map(weight.abs(), counts)
     usual = sort_and_compare(weight.abs(), counts)
     return {
         "levels_seconds": seconds["ours"],
@@ -102,11 +102,11 @@ def bench_wanda() -> dict[str, float]:
     scores = gaussian(torch.float32).abs()
     sparsities = [pruned_count(SIZE, sparsity) / SIZE for sparsity in SPARSITIES]
     counts = [round(sparsity * scores.numel()) for sparsity in sparsities]
-    ours = row_level_map(scores, counts)
+    ours = row_survival_map(scores, counts)
     usual = sort_rows_each_level(scores, sparsities)
     seconds = medians(
         {
-            "ours": lambda: row_level_map(scores, counts),
+            "ours": lambda: row_survival_map(scores, counts),
             "nine sorts": lambda: sort_rows_each_level(scores, sparsities),
         },
     )

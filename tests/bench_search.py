@@ -96,7 +96,7 @@ def warm_worker(results_dir: Path) -> SliceScorer:
 
 def candidates_of(scorer: SliceScorer, count: int) -> list[Ranks]:
     space, layers = scorer.slices.space, count_layers(scorer.slices.model)
-    return [space.drawn(layers, number, 0, "uniform") for number in range(count)]
+    return [space.sample_ranks(layers, number, 0, "uniform") for number in range(count)]
 
 
 def score(scorer: SliceScorer, ranks: Ranks, examples: Sequence[int]) -> Marks:

@@ -109,7 +109,7 @@ def done_record(run: Run, accuracy: float = 0.75, **metrics: Any) -> Record:
             "accuracy_before_tuning": 0.5,
             "accuracy_before_merge": None if run.cell.mode == "dense" else accuracy,
             "n_examples": 200,
-            "counted_sparsity": run.cell.sparsity,
+            "actual_sparsity": run.cell.sparsity,
             "mask_sha256": "ab" * 32,
             "train_loss": 0.25,
             "eval_loss": 0.5,

@@ -16,7 +16,8 @@ from tune_sparse.config import Cell, Protocol
 from tune_sparse.data.splits import Splits, fingerprint_splits, load_splits
 from tune_sparse.data.task_types import PromptTask
 from tune_sparse.data.tasks import TASKS
-from tune_sparse.evaluation.outcomes import Outcome, compute_metrics, write_outcomes
+from tune_sparse.evaluation.metrics import compute_metrics
+from tune_sparse.evaluation.outcomes import Outcome, write_outcomes
 from tune_sparse.files import read_json, write_json, write_lines
 from tune_sparse.ledger.ledger import Ledger, Record, Run, write_config
 
@@ -94,7 +95,7 @@ def write_sound(
         **compute_metrics(outcomes, chance, None),
         "accuracy_before_tuning": compute_metrics(untuned, chance, None)["accuracy"],
         "accuracy_before_merge": None,
-        "counted_sparsity": counted,
+        "actual_sparsity": counted,
         "mask_sha256": mask,
         "weights_sha256": hashlib.sha256(name.encode()).hexdigest(),
         "train_loss": losses[-1],
@@ -111,7 +112,7 @@ def write_sound(
         ledger.write_untuned(run.untuned_id, {"metrics": {}, "run_id": run.run_id}, untuned)
     with ledger.writing(run.run_id) as folder:
         write_config(folder, run)
-        described = {"mask_sha256": mask, "counted_sparsity": counted}
+        described = {"mask_sha256": mask, "actual_sparsity": counted}
         write_json(folder / "sparse_config.json", described | {"kept_by_matrix": kept_by_matrix})
         zeros = {matrix: [of - k, of] for matrix, (k, of) in kept_by_matrix.items()}
         report = {"all_valid": True, "violations": [], "max_abs_at_masked": 0.0, "zeros_by_matrix": zeros}

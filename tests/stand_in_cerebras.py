@@ -101,11 +101,12 @@ def _first_loss(job: dict[str, object], model_folder: str) -> float:
     from safetensors.torch import load_file
 
     from tune_sparse.cerebras.conversion import cerebras_name, separated
-    from tune_sparse.models.checkpoints import Shape, load_model, prunable_weights
+    from tune_sparse.models.checkpoints import load_model, prunable_weights
+    from tune_sparse.models.dims import ModelDims
 
     model = load_model(Path(model_folder), torch.float32, torch.device("cpu"))
     masks = load_file(job["masks"])  # type: ignore[arg-type]
-    head_dim = Shape.of(model.config).head_dim
+    head_dim = ModelDims.from_config(model.config).head_dim
     for name, weight in prunable_weights(model).items():
         bits = np.unpackbits(masks[cerebras_name(name)].numpy())[: weight.numel()]
         weight.mul_(separated(name, torch.from_numpy(bits).view(weight.shape), head_dim))

@@ -19,7 +19,8 @@ from tune_sparse.config import Protocol
 from tune_sparse.errors import InputError
 from tune_sparse.lora.adapter_io import MARKER, WEIGHTS, load_adapter, read_marker, save_adapter
 from tune_sparse.lora.layer import adapt_model, sparse_lora_layers, ways
-from tune_sparse.models.checkpoints import PRUNED, check_checkpoint, load_model, prunable_weights, write_weights_into
+from tune_sparse.models.architectures import PRUNED
+from tune_sparse.models.checkpoints import check_checkpoint, load_model, prunable_weights, write_weights_into
 from tune_sparse.pruning.masks import Masks, mask_sha256, masked
 from tune_sparse.pruning.prune_model import make_masks
 
@@ -37,7 +38,7 @@ def pruned(llama: Path) -> Pruned:
     def make(method: str = "unstructured", kept_zero: bool = False) -> tuple[PreTrainedModel, Masks]:
         model = load_model(llama, torch.float32, torch.device("cpu"))
         weights = prunable_weights(model)
-        masks = make_masks(method, weights, check_checkpoint(str(llama)).shape, 0.5, seed=0)
+        masks = make_masks(method, weights, check_checkpoint(str(llama)).dims, 0.5, seed=0)
         if kept_zero:
             weights[Q][0, int(masks[Q][0].nonzero()[0])] = 0
         write_weights_into(model, masked(weights, masks))

@@ -45,7 +45,7 @@ def test_global_counts_are_those_of_one_long_matrix(model: dict[str, Tensor], sp
 
 
 def matrix(block: int) -> Matrix:
-    return Matrix(f"layers.{block}.w", block, "w", None, "rows", transposed=False)
+    return Matrix(f"layers.{block}.w", block, "w", None, "up", transposed=False)
 
 
 def test_owl_by_hand() -> None:

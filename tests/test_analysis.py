@@ -26,14 +26,14 @@ from tune_sparse.ledger.ledger import Ledger
 
 MODES = ("sparse-to-dense", "sparse-to-sparse")
 SUMMARY = (
-    "cell_id,run_id,shared_with,backend,model,task,method,sparsity,counted_sparsity,mode,seed,status,accuracy,"
+    "cell_id,run_id,shared_with,backend,model,task,method,sparsity,actual_sparsity,mode,seed,status,accuracy,"
     "accuracy_stderr,accuracy_before_tuning,accuracy_before_merge,chance_accuracy,n_examples,majority_fraction,most_frequent_fraction,"
     "truncated_fraction,accuracy_norm,accuracy_flexible,f1,perplexity,perplexity_stderr,perplexity_before_tuning,"
     "perplexity_before_merge,train_loss,eval_loss,"
     "train_samples_per_second,train_tokens_per_second,train_seconds,peak_memory_bytes,compile_seconds,"
     "inference_flops,hardware,error"
 )
-NUMBERS = SUMMARY.split(",")[12:16] + SUMMARY.split(",")[17:26] + ["counted_sparsity"]
+NUMBERS = SUMMARY.split(",")[12:16] + SUMMARY.split(",")[17:26] + ["actual_sparsity"]
 """Columns that only a finished run can fill."""
 
 
@@ -81,7 +81,7 @@ def test_there_is_one_row_a_cell(mixed: pd.DataFrame) -> None:
 
 def test_a_done_cell_has_its_numbers(mixed: pd.DataFrame) -> None:
     row = mixed.loc[0.5, "sparse-to-sparse"]
-    assert (row["status"], row["accuracy"], row["counted_sparsity"]) == ("done", 0.65, 0.5)
+    assert (row["status"], row["accuracy"], row["actual_sparsity"]) == ("done", 0.65, 0.5)
     assert (row["accuracy_before_tuning"], row["chance_accuracy"], row["n_examples"]) == (0.5, 0.5, 200)
     assert (row["train_seconds"], row["inference_flops"], row["hardware"]) == (2.0, 2_000, "abacus")
     assert pd.isna(row["compile_seconds"])

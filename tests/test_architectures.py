@@ -7,9 +7,19 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tune_sparse.errors import InputError
-from tune_sparse.models.architectures import ARCHITECTURES, Matrix, architecture_named, list_matrices, read_weights
-from tune_sparse.models.checkpoints import Shape
-from tune_sparse.pruning.streaming import matrix_shape, open_checkpoint
+from tune_sparse.models.architectures import (
+    ARCHITECTURES,
+    ATTENTION,
+    GATED,
+    Matrix,
+    architecture_named,
+    list_matrices,
+    matrix_named,
+    pruned_weights,
+    read_weights,
+)
+from tune_sparse.models.dims import ModelDims
+from tune_sparse.pruning.streaming import open_checkpoint
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -38,11 +48,11 @@ def test_writing_into_a_matrix_writes_into_the_model(name: str, architecture_fol
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_sizes_are_those_of_the_config(name: str, architecture_folders: dict[str, Path]) -> None:
     checkpoint = open_checkpoint(str(architecture_folders[name]))
-    shape = checkpoint.shape
-    assert shape.architecture == name
+    dims = checkpoint.dims
+    assert dims.architecture == name
     for matrix in checkpoint.prunable.matrices:
-        assert checkpoint.prunable.shapes[matrix.name] == matrix_shape(matrix, shape)
-    assert shape.pruned_weights == sum(checkpoint.prunable.sizes.values())
+        assert checkpoint.prunable.shapes[matrix.name] == matrix.shape(dims)
+    assert pruned_weights(dims) == sum(checkpoint.prunable.sizes.values())
 
 
 def test_everything_else_is_left_alone(architecture_folders: dict[str, Path]) -> None:
@@ -60,14 +70,14 @@ def test_experts_share_the_blocks_attention_and_no_inputs() -> None:
     names = [f"model.layers.3.block_sparse_moe.experts.{e}.{w}.weight" for e in (10, 2) for w in ("w2", "w1", "w3")]
     matrices = architecture_named("MixtralForCausalLM").matrices(names)
     assert [(m.expert, m.layer[-2:]) for m in matrices] == [(e, w) for e in (2, 10) for w in ("w1", "w3", "w2")]
-    assert len({m.source for m in matrices}) == 4
-    assert matrices[0].source == matrices[1].source != matrices[3].source
+    assert len({m.input_key for m in matrices}) == 4
+    assert matrices[0].input_key == matrices[1].input_key != matrices[3].input_key
 
 
 @pytest.mark.parametrize("name", ["h.11.attn.c_attn.weight", "transformer.h.11.attn.c_attn.weight"])
 def test_a_checkpoint_of_the_bare_decoder_is_known_too(name: str) -> None:
     [matrix] = architecture_named("GPT2LMHeadModel").matrices([name, "h.11.attn.c_attn.bias", "wte.weight"])
-    assert matrix == Matrix(name, 11, "attn.c_attn", None, "fused", transposed=True)
+    assert matrix == Matrix(name, 11, "attn.c_attn", None, "qkv", transposed=True)
 
 
 def test_an_unknown_class_is_refused() -> None:
@@ -75,11 +85,52 @@ def test_an_unknown_class_is_refused() -> None:
         architecture_named("BertForMaskedLM")
 
 
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_checkpoint_has_the_matrices_that_are_expected_of_its_dims(
+    name: str, architecture_folders: dict[str, Path]
+) -> None:
+    checkpoint = open_checkpoint(str(architecture_folders[name]))
+    assert architecture_named(name).expected(checkpoint.dims) == checkpoint.prunable.matrices
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_name_alone_tells_the_matrix(name: str, architecture_folders: dict[str, Path]) -> None:
+    checkpoint = open_checkpoint(str(architecture_folders[name]))
+    assert [matrix_named(matrix.name) for matrix in checkpoint.prunable.matrices] == checkpoint.prunable.matrices
+    assert all(matrix_named(other) is None for other in checkpoint.tensors if other not in checkpoint.prunable.sizes)
+
+
+def test_a_matrix_knows_its_module_size_and_shape() -> None:
+    dims = ModelDims(6, 1, 4, 2, 3, 5, 9, sliding_window=None, max_positions=64)
+    found = [matrix_named(f"model.layers.0.{layer}.weight") for layer in ATTENTION | GATED]
+    assert [(m.module, m.size(dims), m.shape(dims), m.is_attention) for m in found if m] == [
+        ("q_proj", (12, 6), (12, 6), True),
+        ("k_proj", (6, 6), (6, 6), True),
+        ("v_proj", (6, 6), (6, 6), True),
+        ("o_proj", (6, 12), (6, 12), True),
+        ("gate_proj", (5, 6), (5, 6), False),
+        ("up_proj", (5, 6), (5, 6), False),
+        ("down_proj", (6, 5), (6, 5), False),
+    ]
+    gpt2 = matrix_named("transformer.h.0.mlp.c_fc.weight")
+    assert gpt2 is not None
+    assert (gpt2.size(dims), gpt2.shape(dims)) == ((5, 6), (6, 5))
+
+
 def test_a_shape_counts_the_matrices_of_its_class() -> None:
-    sizes = {"hidden": 8, "layers": 1, "heads": 2, "key_value_heads": 2, "head_dim": 4, "channels": 16}
+    sizes = {
+        "hidden_size": 8,
+        "num_layers": 1,
+        "num_heads": 2,
+        "num_kv_heads": 2,
+        "head_dim": 4,
+        "intermediate_size": 16,
+    }
     shapes = {
-        name: Shape(**sizes, vocabulary=9, sliding_window=None, context_tokens=64, architecture=name, experts=experts)
+        name: ModelDims(
+            **sizes, vocab_size=9, sliding_window=None, max_positions=64, architecture=name, num_experts=experts
+        )
         for name, experts in (("LlamaForCausalLM", 1), ("OPTForCausalLM", 1), ("MixtralForCausalLM", 4))
     }
-    feed_forward = {name: shape.pruned_weights - 4 * 64 for name, shape in shapes.items()}
+    feed_forward = {name: pruned_weights(dims) - 4 * 64 for name, dims in shapes.items()}
     assert feed_forward == {"LlamaForCausalLM": 384, "OPTForCausalLM": 256, "MixtralForCausalLM": 4 * 384}

@@ -74,7 +74,7 @@ def no_effect(ledger: Ledger) -> None:
 
 
 def off_target(ledger: Ledger) -> None:
-    edit(folder_of(ledger) / "result.json", metrics={"counted_sparsity": 0.28})
+    edit(folder_of(ledger) / "result.json", metrics={"actual_sparsity": 0.28})
 
 
 def zeros_lost(ledger: Ledger) -> None:
@@ -312,7 +312,7 @@ def test_a_backend_of_tests_is_foreign(ledger: Ledger) -> None:
         ("result.json", "[]", "TypeError"),
         ("config.yaml", "a: [", "ParserError"),
         ("config.yaml", "cell: {}", "TypeError"),
-        ("sparse_config.json", "{}", "it has no mask_sha256, counted_sparsity, kept_by_matrix"),
+        ("sparse_config.json", "{}", "it has no mask_sha256, actual_sparsity, kept_by_matrix"),
         ("validation_report.json", '{"all_valid": true}', "foreign, or of an older format"),
         ("metrics.jsonl", "{", "JSONDecodeError"),
         ("examples.parquet", "PAR1", "ArrowInvalid"),

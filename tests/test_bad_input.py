@@ -111,6 +111,10 @@ FLAGS = [
     (["--set", "steps=0"], r"steps must be at least 1, got 0\. Give a larger number\."),
     (["--set", "warmup_steps=2000", "steps=200"], r"warm-up must be shorter .* 200 steps, got 2000\. Lower warmup_"),
     (["--set", "precision=fp16"], r"unknown precision 'fp16'\. .*Known: bfloat16, float32\."),
+    (
+        ["--set", "train_on_prompt=answer"],
+        r"train_on_prompt \(.*\) must be bool, got 'answer' \(neither true nor false\)\. Mend",
+    ),
     (["--set", "n_selection=20"], r"n_selection must leave rows to train on: boolq has 20 training rows, got 20\. L"),
     (["--sparsities", "1.0"], r"a sparsity is the fraction of zeros, in \[0, 1\), got 1\.0\. Give a fraction\."),
     (["--sparsities", "-0.1"], r"a sparsity is the fraction of zeros, in \[0, 1\), got -0\.1\. Give a fraction\."),

@@ -19,27 +19,27 @@ ROWS = [Encoded((1, 2, 3), (4,)), Encoded((5,), (6, 7)), Encoded((), (8, 9))]
 
 
 def test_padding_by_hand() -> None:
-    batch = padded(ROWS, "answer")
+    batch = padded(ROWS, train_on_prompt=False)
     assert batch.ids.tolist() == [[1, 2, 3, 4], [5, 6, 7, 0], [8, 9, 0, 0]]
-    assert batch.learned.int().tolist() == [[0, 0, 0, 1], [0, 1, 1, 0], [0, 1, 0, 0]]
+    assert batch.loss_mask.int().tolist() == [[0, 0, 0, 1], [0, 1, 1, 0], [0, 1, 0, 0]]
     assert batch.positions is None
-    assert padded(ROWS, "prompt-and-answer").learned.int().tolist() == [[0, 1, 1, 1], [0, 1, 1, 0], [0, 1, 0, 0]]
+    assert padded(ROWS, train_on_prompt=True).loss_mask.int().tolist() == [[0, 1, 1, 1], [0, 1, 1, 0], [0, 1, 0, 0]]
 
 
 def test_packing_by_hand() -> None:
-    batch = packed(ROWS, "answer", 6)
+    batch = packed(ROWS, False, 6)
     assert batch.ids.tolist() == [[1, 2, 3, 4, 8, 9], [5, 6, 7, 0, 0, 0]]
-    assert batch.learned.int().tolist() == [[0, 0, 0, 1, 0, 1], [0, 1, 1, 0, 0, 0]]
+    assert batch.loss_mask.int().tolist() == [[0, 0, 0, 1, 0, 1], [0, 1, 1, 0, 0, 0]]
     assert batch.positions.tolist() == [[0, 1, 2, 3, 0, 1], [0, 1, 2, 0, 0, 0]]
 
 
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(1, 9)), min_size=1, max_size=20), st.integers(18, 40))
 def test_packing_loses_no_token_and_stays_within_its_length(lengths: list[tuple[int, int]], pack_to: int) -> None:
     rows = [Encoded(tuple(range(1, c + 1)), tuple(range(50, 50 + a))) for c, a in lengths]
-    together, apart = packed(rows, "answer", pack_to), padded(rows, "answer")
+    together, apart = packed(rows, False, pack_to), padded(rows, train_on_prompt=False)
     assert together.ids.shape[1] <= pack_to
-    assert together.learned.sum() == apart.learned.sum()
-    assert sorted(together.ids[together.learned].tolist()) == sorted(apart.ids[apart.learned].tolist())
+    assert together.loss_mask.sum() == apart.loss_mask.sum()
+    assert sorted(together.ids[together.loss_mask].tolist()) == sorted(apart.ids[apart.loss_mask].tolist())
     assert sorted(together.ids[together.ids > 0].tolist()) == sorted(apart.ids[apart.ids > 0].tolist())
 
 
@@ -57,12 +57,12 @@ def long_rows() -> list[Encoded]:
     ]
 
 
-@pytest.mark.parametrize("loss_on", ["answer", "prompt-and-answer"])
+@pytest.mark.parametrize("train_on_prompt", [False, True])
 @torch.no_grad()
-def test_packing_does_not_change_the_loss(loss_on: str, model: PreTrainedModel) -> None:
+def test_packing_does_not_change_the_loss(train_on_prompt: bool, model: PreTrainedModel) -> None:
     rows = long_rows()
-    apart, count = answer_loss(model, rows, loss_on)
-    together, packed_count = answer_loss(model, rows, loss_on, pack_to=200)
+    apart, count = answer_loss(model, rows, train_on_prompt)
+    together, packed_count = answer_loss(model, rows, train_on_prompt, pack_to=200)
     assert packed_count == count
     torch.testing.assert_close(together, apart, atol=1e-3, rtol=1e-5)
 
@@ -77,4 +77,4 @@ def test_a_row_does_not_see_its_neighbour(model: PreTrainedModel) -> None:
 
 def test_packing_computes_fewer_tokens() -> None:
     rows = long_rows()
-    assert packed(rows, "answer", 120).ids.numel() < 0.8 * padded(rows, "answer").ids.numel()
+    assert packed(rows, False, 120).ids.numel() < 0.8 * padded(rows, train_on_prompt=False).ids.numel()

@@ -104,7 +104,7 @@ def test_a_number_leads_to_its_record_in_two_clicks(link: str, page: Browser) ->
 
 def test_a_row_opens_its_whole_record(page: Browser) -> None:
     page.run("document.querySelector('#table tbody tr.cell').click()")
-    assert "counted sparsity" in page.run("document.querySelector('#table tr.detail').textContent")
+    assert "actual sparsity" in page.run("document.querySelector('#table tr.detail').textContent")
     page.run("document.querySelector('#table tbody tr.cell').click()")
     assert page.run("document.querySelector('#table tr.detail')") is None
 

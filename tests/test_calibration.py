@@ -11,7 +11,15 @@ from tune_sparse.data.splits import Encoded
 from tune_sparse.errors import InputError
 from tune_sparse.models.architectures import ARCHITECTURES, read_weights
 from tune_sparse.models.checkpoints import load_model, load_tokenizer
-from tune_sparse.pruning.calibration import Inputs, ModelBlocks, checked_rows, gradient_sums, row_loss, text_rows, walk
+from tune_sparse.pruning.calibration import (
+    InputStats,
+    ModelBlocks,
+    calibrate_blockwise,
+    checked_rows,
+    gradient_sums,
+    row_loss,
+    text_rows,
+)
 from tune_sparse.pruning.streaming import StreamedBlocks, open_checkpoint
 
 RNG = random.Random(0)
@@ -23,7 +31,7 @@ def model_of(folder: Path) -> nn.Module:
 
 
 def test_sums_by_hand() -> None:
-    inputs = Inputs(wants_hessian=True)
+    inputs = InputStats(wants_hessian=True)
     inputs.add(torch.tensor([[3.0, 0.0], [0.0, 1.0]]))
     inputs.add(torch.tensor([[[4.0, 0.0]]]))
     assert inputs.norms.tolist() == [5.0, 1.0]
@@ -45,18 +53,24 @@ def test_inputs_are_what_each_layer_reads_in_one_forward_pass(name: str, archite
             model(torch.tensor([row.continuation]), use_cache=False)
     for hook in hooks:
         hook.remove()
-    inputs = {source: sums for _, found in walk(blocks, ROWS, wants_hessians=True) for source, sums in found.items()}
+    inputs = {
+        source: sums
+        for _, found in calibrate_blockwise(blocks, ROWS, wants_hessians=True)
+        for source, sums in found.items()
+    }
     for matrix in blocks.matrices:
         x = torch.cat([part.reshape(-1, part.shape[-1]) for part in seen[matrix.name]])
-        torch.testing.assert_close(inputs[matrix.source].norms, x.norm(dim=0))
-        torch.testing.assert_close(inputs[matrix.source].hessian, 2 * x.T @ x / len(x), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(inputs[matrix.input_key].norms, x.norm(dim=0))
+        torch.testing.assert_close(inputs[matrix.input_key].hessian, 2 * x.T @ x / len(x), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_a_model_read_block_by_block_computes_the_same(name: str, architecture_folders: dict[str, Path]) -> None:
     folder = architecture_folders[name]
-    whole = walk(ModelBlocks(model_of(folder)), ROWS, wants_hessians=True)
-    streamed = walk(StreamedBlocks(open_checkpoint(str(folder)), torch.float32), ROWS, wants_hessians=True)
+    whole = calibrate_blockwise(ModelBlocks(model_of(folder)), ROWS, wants_hessians=True)
+    streamed = calibrate_blockwise(
+        StreamedBlocks(open_checkpoint(str(folder)), torch.float32), ROWS, wants_hessians=True
+    )
     for (_, expected), (_, found) in zip(whole, streamed, strict=True):
         assert list(found) == list(expected)
         for source, sums in expected.items():
@@ -67,7 +81,9 @@ def test_a_model_read_block_by_block_computes_the_same(name: str, architecture_f
 
 def test_experts_read_the_tokens_that_are_sent_to_them(architecture_folders: dict[str, Path]) -> None:
     model = model_of(architecture_folders["MixtralForCausalLM"])
-    inputs = {source: sums for _, found in walk(ModelBlocks(model), ROWS) for source, sums in found.items()}
+    inputs = {
+        source: sums for _, found in calibrate_blockwise(ModelBlocks(model), ROWS) for source, sums in found.items()
+    }
     tokens = sum(len(row.continuation) for row in ROWS)
     for block in range(2):
         sent = [inputs[block, expert, "feed-forward"].tokens for expert in range(4)]
@@ -78,14 +94,14 @@ def test_experts_read_the_tokens_that_are_sent_to_them(architecture_folders: dic
 def test_an_expert_without_a_token_is_refused(architecture_folders: dict[str, Path]) -> None:
     model = model_of(architecture_folders["MixtralForCausalLM"])
     with pytest.raises(InputError, match=r"experts\.\d\.w1\.weight was given no token by 1 rows\. Give more rows"):
-        list(walk(ModelBlocks(model), [Encoded((), (5,))]))
+        list(calibrate_blockwise(ModelBlocks(model), [Encoded((), (5,))]))
 
 
 def test_activations_that_overflow_are_refused(architecture_folders: dict[str, Path]) -> None:
     model = model_of(architecture_folders["LlamaForCausalLM"])
     read_weights(model)["model.layers.0.mlp.up_proj.weight"].fill_(1e38)
     with pytest.raises(InputError, match=r"activations must be finite, the input of model\.layers\.0\.mlp\.down_proj"):
-        list(walk(ModelBlocks(model), ROWS))
+        list(calibrate_blockwise(ModelBlocks(model), ROWS))
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

@@ -54,16 +54,19 @@ def test_names_go_there_and_back(module: str) -> None:
     assert hugging_face_name(cerebras_name(weight)) == weight
 
 
+Q, K, V = (f"model.layers.0.self_attn.{module}.weight" for module in ("q_proj", "k_proj", "v_proj"))
+
+
 def test_rotated_rows_are_interleaved_within_each_head() -> None:
     rows = torch.arange(8)[:, None]  # two heads of four rows: halves 0 1 | 2 3
-    assert interleaved("q_proj.weight", rows, 4).flatten().tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
-    assert torch.equal(interleaved("v_proj.weight", rows, 4), rows)
+    assert interleaved(Q, rows, 4).flatten().tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
+    assert torch.equal(interleaved(V, rows, 4), rows)
 
 
 @given(heads=st.integers(1, 4), half=st.integers(1, 5))
 def test_rows_come_back_where_they_were(heads: int, half: int) -> None:
     rows = torch.rand(heads * 2 * half, 3)
-    assert torch.equal(separated("k_proj.weight", interleaved("k_proj.weight", rows, 2 * half), 2 * half), rows)
+    assert torch.equal(separated(K, interleaved(K, rows, 2 * half), 2 * half), rows)
 
 
 def test_masks_are_packed_the_first_weight_in_the_highest_bit() -> None:
@@ -72,7 +75,7 @@ def test_masks_are_packed_the_first_weight_in_the_highest_bit() -> None:
 
 
 def test_tokens_are_inputs_loss_mask_and_what_follows() -> None:
-    tokens = encoded_tokens([Encoded((5, 6), (7, 8)), Encoded((9,), (3,))], "answer")
+    tokens = encoded_tokens([Encoded((5, 6), (7, 8)), Encoded((9,), (3,))], train_on_prompt=False)
     assert tokens.dtype == torch.int32
     assert tokens.tolist() == [[[5, 6, 7], [0, 1, 1], [6, 7, 8]], [[9, 3, 0], [1, 0, 0], [3, 0, 0]]]
 
@@ -83,7 +86,9 @@ def test_rows_are_in_the_order_of_the_torch_backend(site: Path) -> None:
     assert [ROWS[at] for at in step_order(ROWS, protocol, 3)] == expected
     folder = rows_in_order(ROWS, protocol, 3)
     written = load_file(folder / "tokens.safetensors")
-    assert torch.equal(written["rows"][written["order"]], encoded_tokens(ROWS, "answer")[step_order(ROWS, protocol, 3)])
+    assert torch.equal(
+        written["rows"][written["order"]], encoded_tokens(ROWS, train_on_prompt=False)[step_order(ROWS, protocol, 3)]
+    )
     assert rows_in_order(ROWS, protocol, 3) == folder, "written once"
     assert rows_in_order(ROWS, protocol, 4) != folder
 

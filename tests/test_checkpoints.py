@@ -16,9 +16,8 @@ from tune_sparse.config import Protocol
 from tune_sparse.errors import InputError
 from tune_sparse.lora.layer import adapt_model
 from tune_sparse.models import checkpoints
+from tune_sparse.models.architectures import PRUNED, adapter_weights, pruned_weights
 from tune_sparse.models.checkpoints import (
-    PRUNED,
-    Shape,
     check_checkpoint,
     find_folder,
     load_model,
@@ -27,6 +26,7 @@ from tune_sparse.models.checkpoints import (
     short_name,
     write_weights_into,
 )
+from tune_sparse.models.dims import ModelDims
 
 CPU = torch.device("cpu")
 
@@ -59,21 +59,21 @@ def test_a_sound_checkpoint_is_described(folder: Path) -> None:
     checkpoint = check_checkpoint(str(folder))
     assert (checkpoint.name, checkpoint.path) == ("model", folder)
     assert re.fullmatch("[0-9a-f]{64}", checkpoint.fingerprint)
-    assert checkpoint.shape == Shape(
-        hidden=64,
-        layers=3,
-        heads=8,
-        key_value_heads=4,
+    assert checkpoint.dims == ModelDims(
+        hidden_size=64,
+        num_layers=3,
+        num_heads=8,
+        num_kv_heads=4,
         head_dim=8,
-        channels=192,
-        vocabulary=len(load_tokenizer(folder)),
+        intermediate_size=192,
+        vocab_size=len(load_tokenizer(folder)),
         sliding_window=None,
-        context_tokens=2048,
+        max_positions=2048,
     )
 
 
 def test_the_sliding_window_of_mistral_is_read(mistral: Path) -> None:
-    assert check_checkpoint(str(mistral)).shape.sliding_window == 32
+    assert check_checkpoint(str(mistral)).dims.sliding_window == 32
 
 
 def test_a_missing_config_is_refused(folder: Path) -> None:
@@ -277,7 +277,7 @@ def sharded(llama: Path, tmp_path: Path) -> Path:
 
 def test_a_checkpoint_in_shards_is_whole(sharded: Path, llama: Path) -> None:
     assert len(list(sharded.glob("*.safetensors"))) > 1
-    assert check_checkpoint(str(sharded)).shape == check_checkpoint(str(llama)).shape
+    assert check_checkpoint(str(sharded)).dims == check_checkpoint(str(llama)).dims
     whole, parts = (prunable_weights(load_model(folder, torch.float32, CPU)) for folder in (llama, sharded))
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
 
@@ -308,7 +308,7 @@ def checkpoint(request: pytest.FixtureRequest) -> Path:
 
 def test_pruned_weights_are_those_of_the_loaded_model(checkpoint: Path) -> None:
     weights = prunable_weights(load_model(checkpoint, torch.float32, CPU))
-    assert check_checkpoint(str(checkpoint)).shape.pruned_weights == sum(w.numel() for w in weights.values())
+    assert pruned_weights(check_checkpoint(str(checkpoint)).dims) == sum(w.numel() for w in weights.values())
 
 
 @pytest.mark.parametrize("rank", [1, 16])
@@ -316,7 +316,7 @@ def test_adapter_weights_are_those_of_the_adapted_model(rank: int, checkpoint: P
     model = load_model(checkpoint, torch.float32, CPU)
     adapted = adapt_model(model, Protocol(lora_rank=rank, lora_alpha=1.0), None, seed=0)
     trained = sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
-    assert check_checkpoint(str(checkpoint)).shape.adapter_weights(rank) == trained
+    assert adapter_weights(check_checkpoint(str(checkpoint)).dims, rank) == trained
 
 
 @pytest.mark.parametrize(
@@ -327,8 +327,8 @@ def test_sizes_that_a_config_leaves_out_are_the_defaults_of_its_class(
     kind: type, left_out: dict[str, int], key_value_heads: int, sliding_window: int | None
 ) -> None:
     sizes = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 8}
-    shape = Shape.of(kind(**sizes, **left_out))
-    assert (shape.key_value_heads, shape.head_dim, shape.sliding_window) == (key_value_heads, 16, sliding_window)
+    dims = ModelDims.from_config(kind(**sizes, **left_out))
+    assert (dims.num_kv_heads, dims.head_dim, dims.sliding_window) == (key_value_heads, 16, sliding_window)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -9,9 +9,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tune_sparse.errors import InputError
-from tune_sparse.models.architectures import ARCHITECTURES, read_weights
-from tune_sparse.pruning.compact import find_cut, shrink
-from tune_sparse.pruning.masks import kept_lines, line_mask, masked
+from tune_sparse.models.architectures import ARCHITECTURES, pruned_weights, read_weights
+from tune_sparse.pruning.compact import compact, find_structure
+from tune_sparse.pruning.masks import channel_mask, kept_channels, masked
 from tune_sparse.pruning.prune_model import prune
 from tune_sparse.pruning.streaming import OpenCheckpoint, open_checkpoint
 
@@ -30,16 +30,16 @@ def logits_of(folder: Path, masks: dict[str, Tensor] | None = None) -> Tensor:
 
 @pytest.mark.parametrize("sparsity", [0.3, 0.5, 0.8])
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_a_shrunk_checkpoint_computes_what_the_masked_model_does(
+def test_a_compact_checkpoint_computes_what_the_masked_model_does(
     name: str, sparsity: float, architecture_folders: dict[str, Path], tmp_path: Path
 ) -> None:
     checkpoint = open_checkpoint(str(architecture_folders[name]))
     masks = structured_masks(checkpoint, sparsity)
-    shape = shrink(checkpoint, masks, tmp_path / "small")
+    dims = compact(checkpoint, masks, tmp_path / "small")
     torch.testing.assert_close(logits_of(tmp_path / "small"), logits_of(checkpoint.path, masks), atol=1e-5, rtol=1e-5)
-    assert shape.channels < checkpoint.shape.channels
-    assert shape.pruned_weights < checkpoint.shape.pruned_weights
-    assert open_checkpoint(str(tmp_path / "small")).shape == shape
+    assert dims.intermediate_size < checkpoint.dims.intermediate_size
+    assert pruned_weights(dims) < pruned_weights(checkpoint.dims)
+    assert open_checkpoint(str(tmp_path / "small")).dims == dims
     assert len(AutoTokenizer.from_pretrained(tmp_path / "small")) == len(AutoTokenizer.from_pretrained(checkpoint.path))
     names = {path.name for path in (tmp_path / "small").glob("*.safetensors*")}
     assert names == {path.name for path in checkpoint.path.glob("*.safetensors*")}
@@ -47,29 +47,29 @@ def test_a_shrunk_checkpoint_computes_what_the_masked_model_does(
 
 def test_half_of_a_model_is_half_of_its_matrices(architecture_folders: dict[str, Path], tmp_path: Path) -> None:
     checkpoint = open_checkpoint(str(architecture_folders["MistralForCausalLM"]))
-    shape = shrink(checkpoint, structured_masks(checkpoint, 0.5), tmp_path / "small")
-    assert (shape.heads, shape.key_value_heads, shape.head_dim, shape.channels) == (4, 2, 8, 48)
-    assert 2 * shape.pruned_weights == checkpoint.shape.pruned_weights
+    dims = compact(checkpoint, structured_masks(checkpoint, 0.5), tmp_path / "small")
+    assert (dims.num_heads, dims.num_kv_heads, dims.head_dim, dims.intermediate_size) == (4, 2, 8, 48)
+    assert 2 * pruned_weights(dims) == pruned_weights(checkpoint.dims)
 
 
 def test_heads_of_a_llama_must_divide_its_hidden_size(architecture_folders: dict[str, Path]) -> None:
     """Stock transformers refuses 3 groups of 2 heads at hidden size 64: one masked group is kept, all zero."""
     checkpoint = open_checkpoint(str(architecture_folders["LlamaForCausalLM"]))
     masks = structured_masks(checkpoint, 0.25)
-    cut = find_cut(checkpoint, masks)
+    structure = find_structure(checkpoint, masks)
     assert masks["model.layers.0.self_attn.k_proj.weight"].any(dim=1).sum() == 3 * 8
-    assert cut.kept_groups == 4
-    assert cut.kept_channels < 96
+    assert structure.kept_groups == 4
+    assert structure.kept_channels < 96
 
 
 def masks_of_sizes(checkpoint: OpenCheckpoint, groups: list[int], channels: list[int]) -> dict[str, Tensor]:
     """By block, masks that keep the last so many groups and channels."""
-    shape = checkpoint.shape
+    dims = checkpoint.dims
     masks = {}
     for matrix in checkpoint.prunable.matrices:
-        kept = torch.arange(shape.key_value_heads) >= shape.key_value_heads - groups[matrix.block]
-        left = torch.arange(shape.channels) >= shape.channels - channels[matrix.block]
-        masks[matrix.name] = line_mask(matrix, shape, kept_lines(matrix, shape, kept, left)).contiguous()
+        kept = torch.arange(dims.num_kv_heads) >= dims.num_kv_heads - groups[matrix.block]
+        left = torch.arange(dims.intermediate_size) >= dims.intermediate_size - channels[matrix.block]
+        masks[matrix.name] = channel_mask(matrix, dims, kept_channels(matrix, dims, kept, left)).contiguous()
     return masks
 
 
@@ -79,9 +79,9 @@ def test_blocks_of_different_sizes_are_filled_up_to_the_largest(
 ) -> None:
     checkpoint = open_checkpoint(str(architecture_folders[name]))
     masks = masks_of_sizes(checkpoint, groups=[1, 3], channels=[40, 7])
-    shape = shrink(checkpoint, masks, tmp_path / "small")
-    assert shape.channels == 40
-    assert shape.key_value_heads == (3 if name == "MistralForCausalLM" else 8)
+    dims = compact(checkpoint, masks, tmp_path / "small")
+    assert dims.intermediate_size == 40
+    assert dims.num_kv_heads == (3 if name == "MistralForCausalLM" else 8)
     torch.testing.assert_close(logits_of(tmp_path / "small"), logits_of(checkpoint.path, masks), atol=1e-5, rtol=1e-5)
 
 
@@ -96,5 +96,5 @@ def test_masks_that_are_not_structured_are_refused(architecture_folders: dict[st
         else:
             mask[mask.any(dim=1).nonzero()[0]] = False
         with pytest.raises(InputError, match=rf"whole heads and channels are masked, {re.escape(name)} keeps a part"):
-            shrink(checkpoint, masks | {name: mask}, tmp_path / "small")
+            compact(checkpoint, masks | {name: mask}, tmp_path / "small")
     assert list(tmp_path.iterdir()) == []

@@ -49,7 +49,6 @@ BROKEN_PROTOCOLS: list[tuple[dict[str, Any], str]] = [
     ({"warmup_steps": 200}, r"the warm-up must be shorter than the training of 200 steps, got 200\."),
     ({"warmup_steps": -1}, r"the warm-up must be shorter than the training of 200 steps, got -1\."),
     ({"steps": 2, "warmup_fraction": 0.9}, r"the warm-up must be shorter than the training of 2 steps, got 2\."),
-    ({"loss_on": "answers"}, r"unknown loss_on 'answers'\. Did you mean 'answer'"),
     ({"masked_way": "dense"}, r"unknown masked_way 'dense'\. Did you mean 'dense-stored'"),
     ({"masked_way": "csr"}, r"masked_way csr computes in float32, got 'bfloat16'\. Set precision=float32"),
     ({"precision": "bfloat"}, r"unknown precision 'bfloat'\. Did you mean 'bfloat16'"),
@@ -123,7 +122,7 @@ def test_the_defaults_are_the_protocol_of_the_matrix() -> None:
     assert (p.steps, p.global_batch_size, p.max_tokens) == (200, 256, 2048)
     assert (p.learning_rate, p.final_learning_rate, p.warmup_fraction) == (3e-4, 3e-5, 0.03)
     assert (p.beta1, p.beta2, p.weight_decay) == (0.9, 0.95, 0.1)
-    assert (p.lora_rank, p.lora_alpha, p.lora_dropout, p.loss_on) == (16, 32.0, 0.0, "answer")
+    assert (p.lora_rank, p.lora_alpha, p.lora_dropout, p.train_on_prompt) == (16, 32.0, 0.0, False)
     assert p.warmup == 6
     assert (p.num_fewshot, p.batch_tokens, p.max_new_tokens) == (0, 8192, 256)
 

@@ -21,7 +21,7 @@ from tune_sparse.config import SCORING, Protocol
 from tune_sparse.data.splits import Splits, load_splits
 from tune_sparse.data.tasks import TASKS
 from tune_sparse.errors import InputError
-from tune_sparse.evaluation.evaluations import Evaluation, Lend, Scorecard, evaluate
+from tune_sparse.evaluation.evaluations import Evaluation, EvaluationKey, Lend, evaluate
 from tune_sparse.evaluation.outcomes import read_outcomes
 from tune_sparse.files import read_json
 from tune_sparse.models.checkpoints import load_model, load_tokenizer
@@ -49,14 +49,14 @@ def lend(llama: Path) -> Lend:
     return lambda: (load_model(llama, torch.float32, torch.device("cpu")), load_tokenizer(llama))
 
 
-def card(
+def key(
     splits: Splits, protocol: Protocol = PROTOCOL, fingerprint: str = "f", evaluator: str = "tune-sparse"
-) -> Scorecard:
-    return Scorecard.of("tiny", fingerprint, BOOLQ, splits, protocol, evaluator)
+) -> EvaluationKey:
+    return EvaluationKey.of("tiny", fingerprint, BOOLQ, splits, protocol, evaluator)
 
 
 def scored(splits: Splits, lend: Lend, results: Path) -> Evaluation:
-    return evaluate(card(splits), BOOLQ, splits, PROTOCOL, lend, results)
+    return evaluate(key(splits), BOOLQ, splits, PROTOCOL, lend, results)
 
 
 def no_model() -> Any:
@@ -74,21 +74,21 @@ def test_a_scoring_is_kept_whole_and_found_again(splits: Splits, lend: Lend, tmp
 @pytest.mark.parametrize("setting", SCORING)
 def test_each_setting_is_a_scoring_of_its_own(setting: str, splits: Splits) -> None:
     assert set(OTHER) == set(SCORING)
-    assert card(splits, replace(PROTOCOL, **{setting: OTHER[setting]})).name != card(splits).name
+    assert key(splits, replace(PROTOCOL, **{setting: OTHER[setting]})).name != key(splits).name
 
 
 def test_weights_rows_and_evaluators_are_told_apart(splits: Splits) -> None:
-    names = {card(splits).name, card(splits, fingerprint="g").name, card(splits, evaluator="lm-eval").name}
-    assert len(names | {card(replace(splits, test=splits.test[:3])).name}) == 4
+    names = {key(splits).name, key(splits, fingerprint="g").name, key(splits, evaluator="lm-eval").name}
+    assert len(names | {key(replace(splits, test=splits.test[:3])).name}) == 4
 
 
 def test_an_unknown_evaluator_offers_the_closest(splits: Splits) -> None:
     with pytest.raises(InputError, match=r"unknown evaluator 'lm-evall'\. Did you mean 'lm-eval'"):
-        card(splits, evaluator="lm-evall")
+        key(splits, evaluator="lm-evall")
 
 
 def test_a_second_process_is_refused(splits: Splits, tmp_path: Path) -> None:
-    folder = tmp_path / "evaluations" / card(splits).name
+    folder = tmp_path / "evaluations" / key(splits).name
     folder.mkdir(parents=True)
     with FileLock(folder / ".lock"), pytest.raises(InputError, match="one process at a time scores a model"):
         scored(splits, no_model, tmp_path)
@@ -96,7 +96,7 @@ def test_a_second_process_is_refused(splits: Splits, tmp_path: Path) -> None:
 
 def test_what_a_stopped_scoring_knew_is_kept_but_not_a_torn_line(splits: Splits, lend: Lend, tmp_path: Path) -> None:
     whole = scored(splits, lend, tmp_path / "whole")
-    folder = tmp_path / "stopped" / "evaluations" / whole.card.name
+    folder = tmp_path / "stopped" / "evaluations" / whole.key.name
     folder.mkdir(parents=True)
     lines = [json.dumps([i, asdict(outcome)]) + "\n" for i, outcome in enumerate(whole.outcomes)]
     (folder / "outcomes.jsonl").write_text("".join(lines[:5]) + lines[5][:20])

@@ -13,23 +13,25 @@ from tune_sparse.config import Protocol
 from tune_sparse.data.splits import Encoded
 from tune_sparse.evaluation.flops import attended_pairs, inference_flops, training_flops
 from tune_sparse.lora.layer import adapt_model, ways
-from tune_sparse.models.checkpoints import Shape, check_checkpoint, load_model, prunable_weights
+from tune_sparse.models.architectures import pruned_weights
+from tune_sparse.models.checkpoints import check_checkpoint, load_model, prunable_weights
+from tune_sparse.models.dims import ModelDims
 from tune_sparse.pruning.masks import Masks
 from tune_sparse.pruning.prune_model import make_masks
 from tune_sparse.training.loop import answer_loss
 
-Dense = tuple[PreTrainedModel, Shape]
+Dense = tuple[PreTrainedModel, ModelDims]
 
 
 @pytest.fixture(params=["llama", "mistral"])
 def dense(request: pytest.FixtureRequest) -> Dense:
     folder: Path = request.getfixturevalue(request.param)
-    return load_model(folder, torch.float32, torch.device("cpu")), check_checkpoint(str(folder)).shape
+    return load_model(folder, torch.float32, torch.device("cpu")), check_checkpoint(str(folder)).dims
 
 
 def masks_of(dense: Dense, method: str, sparsity: float) -> Masks:
-    model, shape = dense
-    return make_masks(method, prunable_weights(model), shape, sparsity, seed=0)
+    model, dims = dense
+    return make_masks(method, prunable_weights(model), dims, sparsity, seed=0)
 
 
 @given(st.integers(1, 60), st.none() | st.integers(1, 80))
@@ -46,21 +48,21 @@ def test_attended_pairs_by_hand() -> None:
 
 @pytest.mark.parametrize("tokens", [1, 20, 1024])
 def test_flops_of_a_dense_model_by_hand(tokens: int, dense: Dense) -> None:
-    _, shape = dense
+    _, dims = dense
     block = 64 * 64 + 32 * 64 + 32 * 64 + 64 * 64 + 3 * 64 * 192
-    pairs = sum(min(query + 1, shape.sliding_window or tokens) for query in range(tokens))
-    expected = 2 * tokens * (3 * block + 64 * shape.vocabulary) + 3 * 4 * pairs * 64
-    assert inference_flops(masks_of(dense, "none", 0.0), shape, tokens) == expected
+    pairs = sum(min(query + 1, dims.sliding_window or tokens) for query in range(tokens))
+    expected = 2 * tokens * (3 * block + 64 * dims.vocab_size) + 3 * 4 * pairs * 64
+    assert inference_flops(masks_of(dense, "none", 0.0), dims, tokens) == expected
 
 
 def test_flops_of_the_matrices_are_those_that_torch_counts(dense: Dense) -> None:
-    model, shape = dense
+    model, dims = dense
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.arange(40)[None])
     products = {torch.ops.aten.mm, torch.ops.aten.addmm}
     counted = sum(flops for op, flops in counter.get_flop_counts()["Global"].items() if op in products)
-    attention = 3 * 4 * attended_pairs(40, shape.sliding_window) * 64
-    assert inference_flops(masks_of(dense, "none", 0.0), shape, 40) - attention == counted
+    attention = 3 * 4 * attended_pairs(40, dims.sliding_window) * 64
+    assert inference_flops(masks_of(dense, "none", 0.0), dims, 40) - attention == counted
 
 
 @pytest.mark.parametrize("method", ["unstructured", "structured", "random", "random-structured"])
@@ -70,51 +72,59 @@ def test_flops_fall_with_sparsity(method: str, dense: Dense) -> None:
 
 
 def test_elementwise_sparsity_saves_two_operations_a_weight_and_token(dense: Dense) -> None:
-    _, shape = dense
-    whole, half = (inference_flops(masks_of(dense, "random", s), shape, 100) for s in (0.0, 0.5))
-    assert whole - half == 2 * 100 * shape.pruned_weights // 2
+    _, dims = dense
+    whole, half = (inference_flops(masks_of(dense, "random", s), dims, 100) for s in (0.0, 0.5))
+    assert whole - half == 2 * 100 * pruned_weights(dims) // 2
 
 
 def test_removed_heads_save_their_attention(dense: Dense) -> None:
-    _, shape = dense
+    _, dims = dense
     masks = masks_of(dense, "structured", 0.5)
     kept = sum(int(mask.sum()) for mask in masks.values())
     heads_left = 4
-    attention = 3 * 4 * attended_pairs(100, shape.sliding_window) * heads_left * 8
-    assert inference_flops(masks, shape, 100) == 200 * (kept + 64 * shape.vocabulary) + attention
+    attention = 3 * 4 * attended_pairs(100, dims.sliding_window) * heads_left * 8
+    assert inference_flops(masks, dims, 100) == 200 * (kept + 64 * dims.vocab_size) + attention
+
+
+def test_heads_of_a_fused_and_transposed_matrix_are_those_of_its_queries() -> None:
+    dims = ModelDims(4, 1, 2, 2, 2, 3, 5, sliding_window=None, max_positions=64, architecture="GPT2LMHeadModel")
+    mask = torch.ones(4, 12, dtype=torch.bool)
+    mask[:, :2] = False  # the queries of the first of two heads
+    masks = {"transformer.h.0.attn.c_attn.weight": mask}
+    assert inference_flops(masks, dims, 3) == 2 * 3 * (40 + 4 * 5) + 4 * 6 * 2
 
 
 def test_a_sliding_window_makes_long_texts_cheaper() -> None:
     sizes = {
-        "hidden": 4,
-        "layers": 1,
-        "heads": 1,
-        "key_value_heads": 1,
+        "hidden_size": 4,
+        "num_layers": 1,
+        "num_heads": 1,
+        "num_kv_heads": 1,
         "head_dim": 4,
-        "channels": 2,
-        "vocabulary": 5,
-        "context_tokens": 64,
+        "intermediate_size": 2,
+        "vocab_size": 5,
+        "max_positions": 64,
     }
     masks = {"model.layers.0.self_attn.q_proj.weight": torch.ones(4, 4, dtype=torch.bool)}
-    unlimited, limited = Shape(**sizes, sliding_window=None), Shape(**sizes, sliding_window=3)
+    unlimited, limited = ModelDims(**sizes, sliding_window=None), ModelDims(**sizes, sliding_window=3)
     assert inference_flops(masks, unlimited, 3) == inference_flops(masks, limited, 3)
     assert inference_flops(masks, unlimited, 10) - inference_flops(masks, limited, 10) == 4 * 4 * (55 - 27)
 
 
 @pytest.mark.parametrize("trains_factors", [False, True])
 def test_training_flops_by_hand(trains_factors: bool, dense: Dense) -> None:
-    _, shape = dense
+    _, dims = dense
     masks = masks_of(dense, "unstructured", 0.5)
     kept = sum(int(mask.sum()) for mask in masks.values())
     factors = 4 * 3 * (2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + 192))
-    pairs = attended_pairs(20, shape.sliding_window) + attended_pairs(50, shape.sliding_window)
+    pairs = attended_pairs(20, dims.sliding_window) + attended_pairs(50, dims.sliding_window)
     expected = 70 * (4 * kept + (6 * factors if trains_factors else 2 * kept))
-    expected += 12 * pairs * 3 * 64 + 4 * 5 * 64 * shape.vocabulary
-    assert training_flops(masks, shape, [(20, 2), (50, 3)], 4, trains_factors) == expected
+    expected += 12 * pairs * 3 * 64 + 4 * 5 * 64 * dims.vocab_size
+    assert training_flops(masks, dims, [(20, 2), (50, 3)], 4, trains_factors) == expected
 
 
 def test_training_flops_of_plain_lora_are_those_that_torch_counts(dense: Dense) -> None:
-    model, shape = dense
+    model, dims = dense
     masks = masks_of(dense, "none", 0.0)
     adapted = adapt_model(model, Protocol(lora_rank=2, lora_alpha=4.0), None, seed=0)
     assert set(ways(adapted)) == {"plain"}
@@ -125,5 +135,5 @@ def test_training_flops_of_plain_lora_are_those_that_torch_counts(dense: Dense) 
         loss.backward()
     products = {torch.ops.aten.mm, torch.ops.aten.addmm}
     counted = sum(flops for op, flops in counter.get_flop_counts()["Global"].items() if op in products)
-    attention = 12 * attended_pairs(40, shape.sliding_window) * 3 * 64
-    assert training_flops(masks, shape, [(40, learned)], 2, True) - attention == counted
+    attention = 12 * attended_pairs(40, dims.sliding_window) * 3 * 64
+    assert training_flops(masks, dims, [(40, learned)], 2, True) - attention == counted

@@ -27,7 +27,7 @@ from tune_sparse.errors import InputError
 from tune_sparse.evaluation import harness, scoring
 from tune_sparse.evaluation.harness import TASK_FILES, check_harness, harness_outcomes, harness_samples
 from tune_sparse.evaluation.outcomes import Outcome
-from tune_sparse.evaluation.scoring import TestSet, encode_test, few_shot_prefixes, score
+from tune_sparse.evaluation.scoring import EvalSet, encode_test, few_shot_prefixes, score
 from tune_sparse.models.checkpoints import load_model, load_tokenizer
 
 lm_eval = pytest.importorskip("lm_eval")
@@ -250,7 +250,7 @@ def test_numbers_are_judged_alike(name: str, llama_lent: Lent, monkeypatch: pyte
     assert len({(o.correct, o.correct_norm) for o in ours}) == (4 if name == "hellaswag" else 2)
 
 
-def known(tests: TestSet, values: Sequence[Sequence[float]]) -> Any:
+def known(tests: EvalSet, values: Sequence[Sequence[float]]) -> Any:
     by_question = {example.encoded: own for example, own in zip(tests.examples, values, strict=True)}
 
     def log_likelihoods(model: Any, questions: Sequence[tuple[Encoded, ...]], limit: int) -> list[Sequence[float]]:

@@ -14,12 +14,12 @@ from tune_sparse.evaluation import likelihood
 from tune_sparse.evaluation.likelihood import (
     PADDING,
     WORTHWHILE,
-    Tree,
+    SharedPrefixBatch,
     batches_by_length,
+    branch_mask,
     log_likelihoods,
+    pack_choices,
     question_tokens,
-    tree_mask,
-    trees_of,
 )
 from tune_sparse.models.checkpoints import load_model
 
@@ -139,58 +139,58 @@ def questions(draw: st.DrawFn) -> list[Encoded]:
     return [Encoded(prefix + choice.context, choice.continuation) for choice in choices]
 
 
-def seen_from(tree: Tree, at: int) -> list[tuple[int, int]]:
+def seen_from(packed: SharedPrefixBatch, at: int) -> list[tuple[int, int]]:
     """(position, token) of what the token at `at` sees."""
-    [mask] = tree_mask(torch.tensor([tree.positions]), torch.tensor([tree.branches]), None)
-    return sorted((tree.positions[k], tree.tokens[k]) for k in mask[at].nonzero().flatten().tolist())
+    [mask] = branch_mask(torch.tensor([packed.positions]), torch.tensor([packed.branches]), None)
+    return sorted((packed.positions[k], packed.tokens[k]) for k in mask[at].nonzero().flatten().tolist())
 
 
 @settings(deadline=None, max_examples=150)
 @given(questions(), st.integers(0, 40))
 def test_every_choice_of_a_tree_is_read_as_if_it_stood_alone(choices: list[Encoded], limit: int) -> None:
-    trees = trees_of(choices, limit)
-    read = [(tree, reads) for tree in trees for reads in tree.reads]
+    batches = pack_choices(choices, limit)
+    read = [(packed, targets) for packed in batches for targets in packed.targets]
     assert len(read) == len(choices)
-    for choice, (tree, reads) in zip(choices, read, strict=True):
+    for choice, (packed, targets) in zip(choices, read, strict=True):
         whole = choice.context + choice.continuation
-        assert len(reads) == len(choice.continuation)
-        for read_before, (at, token) in enumerate(reads, start=len(choice.context)):
-            assert seen_from(tree, at) == list(enumerate(whole[:read_before]))
+        assert len(targets) == len(choice.continuation)
+        for read_before, (at, token) in enumerate(targets, start=len(choice.context)):
+            assert seen_from(packed, at) == list(enumerate(whole[:read_before]))
             assert token == whole[read_before]
 
 
 @settings(deadline=None)
 @given(questions(), st.integers(0, 40))
 def test_trees_obey_their_limit_and_never_read_more_than_the_choices_have(choices: list[Encoded], limit: int) -> None:
-    trees = trees_of(choices, limit)
+    batches = pack_choices(choices, limit)
     own = sum(len(choice.context + choice.continuation) - 1 for choice in choices)
-    assert sum(len(tree.tokens) for tree in trees) <= own
-    assert all(len(tree.tokens) <= limit or len(tree.reads) == 1 for tree in trees)
-    unlimited = trees_of(choices, 1000)
+    assert sum(len(packed.tokens) for packed in batches) <= own
+    assert all(len(packed.tokens) <= limit or len(packed.targets) == 1 for packed in batches)
+    unlimited = pack_choices(choices, 1000)
     assert len(unlimited) in (1, len(choices))
-    assert question_tokens(choices) == sum(len(tree.tokens) for tree in unlimited)
+    assert question_tokens(choices) == sum(len(packed.tokens) for packed in unlimited)
     if len(unlimited) == 1 < len(choices):
         assert question_tokens(choices) <= WORTHWHILE * own
 
 
 def test_a_tree_by_hand() -> None:
-    [tree] = trees_of([Encoded((1, 2, 3), (4, 5, 6)), Encoded((1, 2, 3), (4, 8)), Encoded((1, 2, 3), (7,))], 100)
-    assert tree.tokens == (1, 2, 3, 4, 5, 4)
-    assert tree.positions == (0, 1, 2, 3, 4, 3)
-    assert tree.branches == (0, 0, 0, 1, 1, 2)
-    assert tree.reads == (((2, 4), (3, 5), (4, 6)), ((2, 4), (5, 8)), ((2, 7),))
+    [packed] = pack_choices([Encoded((1, 2, 3), (4, 5, 6)), Encoded((1, 2, 3), (4, 8)), Encoded((1, 2, 3), (7,))], 100)
+    assert packed.tokens == (1, 2, 3, 4, 5, 4)
+    assert packed.positions == (0, 1, 2, 3, 4, 3)
+    assert packed.branches == (0, 0, 0, 1, 1, 2)
+    assert packed.targets == (((2, 4), (3, 5), (4, 6)), ((2, 4), (5, 8)), ((2, 7),))
 
 
 def test_choices_that_share_little_are_rows_of_their_own() -> None:
     choices = [Encoded((1, 2), (3, 4, 5, 6, 7)), Encoded((1, 8), (3, 4, 5, 6, 7))]
-    trees = trees_of(choices, 100)
-    assert [tree.tokens for tree in trees] == [(1, 2, 3, 4, 5, 6), (1, 8, 3, 4, 5, 6)]
-    assert not any(tree.is_branched for tree in trees)
+    batches = pack_choices(choices, 100)
+    assert [packed.tokens for packed in batches] == [(1, 2, 3, 4, 5, 6), (1, 8, 3, 4, 5, 6)]
+    assert not any(packed.is_branched for packed in batches)
 
 
 def test_a_question_of_many_choices_is_divided_at_the_limit() -> None:
-    trees = trees_of([Encoded((1, 2, 3, 4), (n, n)) for n in range(5, 10)], 6)
-    assert [tree.tokens for tree in trees] == [(1, 2, 3, 4, 5, 6), (1, 2, 3, 4, 7, 8), (1, 2, 3, 4, 9)]
+    batches = pack_choices([Encoded((1, 2, 3, 4), (n, n)) for n in range(5, 10)], 6)
+    assert [packed.tokens for packed in batches] == [(1, 2, 3, 4, 5, 6), (1, 2, 3, 4, 7, 8), (1, 2, 3, 4, 9)]
 
 
 NO, YES = False, True
@@ -200,7 +200,7 @@ def test_a_mask_by_hand() -> None:
     """Two shared tokens, a branch of two, a branch of one, and padding."""
     positions = torch.tensor([[0, 1, 2, 3, 2, 0]])
     branches = torch.tensor([[0, 0, 1, 1, 2, PADDING]])
-    assert tree_mask(positions, branches, None)[0].tolist() == [
+    assert branch_mask(positions, branches, None)[0].tolist() == [
         [YES, NO, NO, NO, NO, NO],
         [YES, YES, NO, NO, NO, NO],
         [YES, YES, YES, NO, NO, NO],
@@ -213,7 +213,7 @@ def test_a_mask_by_hand() -> None:
 def test_a_mask_with_a_window_of_two_by_hand() -> None:
     positions = torch.tensor([[0, 1, 2, 3, 2, 0]])
     branches = torch.tensor([[0, 0, 1, 1, 2, PADDING]])
-    assert tree_mask(positions, branches, 2)[0].tolist() == [
+    assert branch_mask(positions, branches, 2)[0].tolist() == [
         [YES, NO, NO, NO, NO, NO],
         [YES, YES, NO, NO, NO, NO],
         [NO, YES, YES, NO, NO, NO],

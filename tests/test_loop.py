@@ -139,8 +139,8 @@ def test_the_loss_is_that_of_transformers_on_the_answers(model: PreTrainedModel)
 
 
 @torch.no_grad()
-def test_the_loss_on_prompt_and_answer_is_that_of_transformers(model: PreTrainedModel) -> None:
-    loss, count = answer_loss(model, ROWS, "prompt-and-answer")
+def test_the_loss_of_prompt_and_answer_is_that_of_transformers(model: PreTrainedModel) -> None:
+    loss, count = answer_loss(model, ROWS, train_on_prompt=True)
     torch.testing.assert_close(loss, sum(stock_loss(model, row, 0) for row in ROWS))
     assert count == sum(len(row.context) + len(row.continuation) - 1 for row in ROWS)
 
@@ -167,19 +167,19 @@ def test_mean_loss_is_over_tokens_not_over_micro_batches(model: PreTrainedModel)
         assert mean == pytest.approx(float(loss) / count, rel=1e-5)
 
 
-@pytest.mark.parametrize("loss_on", ["answer", "prompt-and-answer"])
-def test_the_micro_batch_does_not_change_the_gradients(loss_on: str, adapted: PeftModel) -> None:
+@pytest.mark.parametrize("train_on_prompt", [False, True])
+def test_the_micro_batch_does_not_change_the_gradients(train_on_prompt: bool, adapted: PeftModel) -> None:
     rows = [*ROWS[:7], Encoded((), (3, 4, 5))]
     for _, layer in sparse_lora_layers(adapted):
         nn.init.normal_(layer.factors()[1], std=0.02)
     found = []
     for micro_batch_size in (8, 2):
-        protocol = changed(micro_batch_size=micro_batch_size, loss_on=loss_on)
+        protocol = changed(micro_batch_size=micro_batch_size, train_on_prompt=train_on_prompt)
         loss = _accumulate_gradients(adapted.get_base_model(), rows, protocol, accelerator_for())
         found.append((loss, [parameter.grad.clone() for parameter in trainable(adapted)]))
         adapted.zero_grad()
     (whole_loss, whole), (parts_loss, parts) = found
-    expected = mean_loss(adapted.get_base_model(), rows, changed(loss_on=loss_on))
+    expected = mean_loss(adapted.get_base_model(), rows, changed(train_on_prompt=train_on_prompt))
     assert (whole_loss, parts_loss) == pytest.approx((expected, expected), rel=1e-5)
     torch.testing.assert_close(parts, whole, atol=1e-6, rtol=1e-3)
     assert all(gradient.any() for gradient in whole)

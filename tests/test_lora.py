@@ -25,7 +25,8 @@ from tune_sparse.lora.layer import (
     ways,
 )
 from tune_sparse.lora.masked_linear import Workspace, choose_way, effective_weight
-from tune_sparse.models.checkpoints import PRUNED, check_checkpoint, load_model, prunable_weights, write_weights_into
+from tune_sparse.models.architectures import PRUNED
+from tune_sparse.models.checkpoints import check_checkpoint, load_model, prunable_weights, write_weights_into
 from tune_sparse.pruning.masks import Masks, masked
 from tune_sparse.pruning.prune_model import make_masks
 from tune_sparse.training.loop import adamw, fit
@@ -56,7 +57,7 @@ def adapt(llama: Path) -> Adapt:
     def make(confined: bool, dtype: torch.dtype = torch.float32, **changes: Any) -> tuple[PeftModel, Masks]:
         model = load_model(llama, dtype, torch.device("cpu"))
         weights = prunable_weights(model)
-        masks = make_masks("unstructured", weights, check_checkpoint(str(llama)).shape, 0.5, seed=0)
+        masks = make_masks("unstructured", weights, check_checkpoint(str(llama)).dims, 0.5, seed=0)
         write_weights_into(model, masked(weights, masks))
         protocol = Protocol(**(vars(PROTOCOL) | changes))
         adapted = adapt_model(model, protocol, masks if confined else None, seed=0)

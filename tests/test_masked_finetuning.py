@@ -39,7 +39,7 @@ def trainee(llama: Path, protocol: Protocol, method: str = "unstructured") -> tu
     """(trainee, pruned weights)."""
     model = load_model(llama, getattr(torch, protocol.precision), torch.device("cpu"))
     weights = prunable_weights(model)
-    masks: Masks = make_masks(method, weights, check_checkpoint(str(llama)).shape, 0.5, seed=0)
+    masks: Masks = make_masks(method, weights, check_checkpoint(str(llama)).dims, 0.5, seed=0)
     pruned = masked(weights, masks)
     write_weights_into(model, pruned)
     return masked_finetuning.begin(model, protocol, masks, 0), pruned
@@ -116,7 +116,7 @@ def test_without_zeros_it_is_a_training_of_its_own_that_all_methods_share(llama:
     lora, weights = plan.runs.values()
     assert plan.estimate_bytes(weights) - plan.estimate_bytes(lora) == 2 * plan.checkpoints[
         lora.cell.model
-    ].shape.pruned_weights - (4 * plan.checkpoints[lora.cell.model].shape.adapter_weights(16))
+    ].dims.pruned_weights - (4 * plan.checkpoints[lora.cell.model].dims.adapter_weights(16))
 
 
 def test_the_table_has_it() -> None:

@@ -11,12 +11,12 @@ from torch.nn.utils import prune
 
 from tune_sparse.errors import InputError
 from tune_sparse.models.architectures import architecture_named
-from tune_sparse.models.checkpoints import Shape
+from tune_sparse.models.dims import ModelDims
 from tune_sparse.pruning.masks import (
+    channel_mask,
     count_sparsity,
     keep_highest,
-    kept_lines,
-    line_mask,
+    kept_channels,
     mask_sha256,
     masked,
     pruned_count,
@@ -25,26 +25,26 @@ from tune_sparse.pruning.masks import (
 from tune_sparse.pruning.methods import TOLERANCE
 
 
-def block_masks(shape: Shape, groups: Tensor, channels: Tensor) -> dict[str, Tensor]:
+def block_masks(dims: ModelDims, groups: Tensor, channels: Tensor) -> dict[str, Tensor]:
     """Masks of one block's matrices, by layer name."""
-    architecture = architecture_named(shape.architecture)
+    architecture = architecture_named(dims.architecture)
     names = (f"{architecture.blocks}.0.{layer}.weight" for layer in architecture.layers)
     return {
-        matrix.layer.rsplit(".", 1)[-1]: line_mask(matrix, shape, kept_lines(matrix, shape, groups, channels))
+        matrix.layer.rsplit(".", 1)[-1]: channel_mask(matrix, dims, kept_channels(matrix, dims, groups, channels))
         for matrix in architecture.matrices(names)
     }
 
 
-GQA = Shape(
-    hidden=3,
-    layers=1,
-    heads=4,
-    key_value_heads=2,
+GQA = ModelDims(
+    hidden_size=3,
+    num_layers=1,
+    num_heads=4,
+    num_kv_heads=2,
     head_dim=2,
-    channels=3,
-    vocabulary=10,
+    intermediate_size=3,
+    vocab_size=10,
     sliding_window=None,
-    context_tokens=64,
+    max_positions=64,
 )
 
 
@@ -123,55 +123,57 @@ def test_pruned_count_never_empties_a_layer(total: int, sparsity: float) -> None
 
 
 @st.composite
-def shapes(draw: st.DrawFn) -> Shape:
+def model_dims(draw: st.DrawFn) -> ModelDims:
     key_value_heads = draw(st.integers(1, 8))
-    return Shape(
-        hidden=draw(st.integers(1, 16)),
-        layers=1,
-        heads=key_value_heads * draw(st.integers(1, 4)),
-        key_value_heads=key_value_heads,
+    return ModelDims(
+        hidden_size=draw(st.integers(1, 16)),
+        num_layers=1,
+        num_heads=key_value_heads * draw(st.integers(1, 4)),
+        num_kv_heads=key_value_heads,
         head_dim=draw(st.integers(1, 4)),
-        channels=draw(st.integers(1, 300)),
-        vocabulary=10,
+        intermediate_size=draw(st.integers(1, 300)),
+        vocab_size=10,
         sliding_window=None,
-        context_tokens=2048,
+        max_positions=2048,
     )
 
 
 @settings(deadline=None)
-@given(shapes(), st.floats(0, 1, exclude_max=True))
-def test_structured_sparsity_is_within_tolerance_or_refused(shape: Shape, sparsity: float) -> None:
+@given(model_dims(), st.floats(0, 1, exclude_max=True))
+def test_structured_sparsity_is_within_tolerance_or_refused(dims: ModelDims, sparsity: float) -> None:
     try:
-        groups, channels = structured_counts(shape, sparsity)
+        groups, channels = structured_counts(dims, sparsity)
     except InputError:
         return
-    assert 0 <= groups < shape.key_value_heads
-    assert 0 <= channels < shape.channels
-    masks = block_masks(shape, torch.arange(shape.key_value_heads) >= groups, torch.arange(shape.channels) >= channels)
+    assert 0 <= groups < dims.num_kv_heads
+    assert 0 <= channels < dims.intermediate_size
+    masks = block_masks(
+        dims, torch.arange(dims.num_kv_heads) >= groups, torch.arange(dims.intermediate_size) >= channels
+    )
     assert abs(count_sparsity(masks) - sparsity) <= TOLERANCE + 1e-9
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9])
 def test_blocks_of_7b_models_reach_the_sparsities_of_the_matrix(sparsity: float) -> None:
-    llama = Shape(4096, 32, 32, 32, 128, 11008, 32000, None, 2048)
-    mistral = Shape(4096, 32, 32, 8, 128, 14336, 32000, 4096, 32768)
-    for shape in (llama, mistral):
-        groups, channels = structured_counts(shape, sparsity)
-        assert abs(groups / shape.key_value_heads - sparsity) <= 0.5 / shape.key_value_heads
-        assert abs(channels / shape.channels - sparsity) < 0.05
+    llama = ModelDims(4096, 32, 32, 32, 128, 11008, 32000, None, 2048)
+    mistral = ModelDims(4096, 32, 32, 8, 128, 14336, 32000, 4096, 32768)
+    for dims in (llama, mistral):
+        groups, channels = structured_counts(dims, sparsity)
+        assert abs(groups / dims.num_kv_heads - sparsity) <= 0.5 / dims.num_kv_heads
+        assert abs(channels / dims.intermediate_size - sparsity) < 0.05
 
 
 def test_a_block_too_small_for_a_sparsity_is_refused_with_its_numbers() -> None:
-    tiny = Shape(
-        hidden=4,
-        layers=1,
-        heads=2,
-        key_value_heads=1,
+    tiny = ModelDims(
+        hidden_size=4,
+        num_layers=1,
+        num_heads=2,
+        num_kv_heads=1,
         head_dim=2,
-        channels=3,
-        vocabulary=9,
+        intermediate_size=3,
+        vocab_size=9,
         sliding_window=None,
-        context_tokens=64,
+        max_positions=64,
     )
     message = "within 0.01 of the target: with 1 key/value groups and 3 channels a block reaches 0.286, got 0.5. Choose"
     with pytest.raises(InputError, match=re.escape(message)):

@@ -54,7 +54,7 @@ def test_a_merged_run_is_the_model_that_was_scored(mode: str, precision: str, ll
     report = merge_run(ledger, run.run_id, tmp_path / "merged")
     assert report["all_valid"]
     assert report["mask_sha256"] == record.metrics["mask_sha256"]
-    assert report["counted_sparsity"] == record.metrics["counted_sparsity"]
+    assert report["actual_sparsity"] == record.metrics["actual_sparsity"]
     model = stock(tmp_path / "merged")
     assert model.dtype == getattr(torch, precision)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
@@ -71,7 +71,7 @@ def pruned(llama: Path, tmp_path: Path) -> Path:
     """A pruned checkpoint."""
     model = load_model(llama, torch.float32, torch.device("cpu"))
     weights = prunable_weights(model)
-    masks = make_masks("unstructured", weights, check_checkpoint(str(llama)).shape, 0.5, seed=0)
+    masks = make_masks("unstructured", weights, check_checkpoint(str(llama)).dims, 0.5, seed=0)
     write_weights_into(model, masked(weights, masks))
     folder = Path(shutil.copytree(llama, tmp_path / "pruned"))
     model.save_pretrained(folder)

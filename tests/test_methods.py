@@ -69,5 +69,5 @@ def test_a_pattern_of_groups_has_one_sparsity(sparsity: float, accepted: bool) -
 def test_what_a_method_needs() -> None:
     calibrated = {name for name, method in METHODS.items() if method.is_calibrated}
     assert {name for name in METHODS if re.match("wanda|sparsegpt|taylor|gradient|.*-owl", name)} == calibrated
-    assert {name for name, method in METHODS.items() if method.is_seeded} == {n for n in METHODS if "random" in n}
+    assert {name for name, method in METHODS.items() if method.needs.seed} == {n for n in METHODS if "random" in n}
     assert {name for name, method in METHODS.items() if method.updates_weights} == {n for n in METHODS if "gpt" in n}

@@ -12,7 +12,7 @@ from tune_sparse.export.merge import merge_run
 from tune_sparse.export.model_card import model_card
 from tune_sparse.ledger.ledger import Ledger
 
-REPORT = {"counted_sparsity": 0.5, "mask_sha256": "ab" * 32}
+REPORT = {"actual_sparsity": 0.5, "mask_sha256": "ab" * 32}
 ORIGIN = {"mode": "sparse-to-dense", "base": "/models/a|b"}
 
 

@@ -63,7 +63,7 @@ def train(llama: Path) -> Train:
         protocol = replace(TINY_PROTOCOL, **changes)
         model = load_model(llama, getattr(torch, protocol.precision), torch.device("cpu"))
         weights = prunable_weights(model)
-        masks = make_masks(method, weights, check_checkpoint(str(llama)).shape, sparsity, seed=0)
+        masks = make_masks(method, weights, check_checkpoint(str(llama)).dims, sparsity, seed=0)
         pruned = masked(weights, masks)
         write_weights_into(model, pruned)
         trainee = MODES[mode].begin(model, protocol, masks, 0)
@@ -202,7 +202,7 @@ def test_a_run_leaves_its_record_and_every_file(mode: str, make_run: MakeRun, le
         expected.add("examples_before_merge.parquet")
     assert {path.name for path in folder.iterdir()} == expected
     assert (record.metrics["accuracy_before_merge"] is not None) == (mode == "sparse-to-dense")
-    assert record.metrics["counted_sparsity"] == pytest.approx(run.cell.sparsity, abs=0.001)
+    assert record.metrics["actual_sparsity"] == pytest.approx(run.cell.sparsity, abs=0.001)
     assert record.metrics["n_examples"] == len(read_outcomes(folder / "examples.parquet")) == 8
     validation = json.loads((folder / "validation_report.json").read_text())
     assert validation["all_valid"]
@@ -342,7 +342,7 @@ def test_a_merge_that_changes_the_function_fails_its_validation(
 def test_the_recorded_mask_is_that_of_the_method(make_run: MakeRun, ledger: Ledger, llama: Path) -> None:
     record = finished(make_run(), ledger, Bench())
     weights = prunable_weights(load_model(llama, torch.float32, torch.device("cpu")))
-    masks = make_masks("unstructured", weights, check_checkpoint(str(llama)).shape, 0.5, seed=0)
+    masks = make_masks("unstructured", weights, check_checkpoint(str(llama)).dims, 0.5, seed=0)
     assert record.metrics["mask_sha256"] == mask_sha256(masks)
 
 
@@ -358,7 +358,7 @@ def test_every_kind_of_method_trains(method: str, order: str, make_run: MakeRun,
     run = make_run(method=method, calibration_order=order)
     record = finished(run, ledger, Bench())
     assert record.status == "done", record.error
-    assert record.metrics["counted_sparsity"] == pytest.approx(0.5, abs=0.01)
+    assert record.metrics["actual_sparsity"] == pytest.approx(0.5, abs=0.01)
     described = json.loads((ledger.run_folder(run.run_id) / "sparse_config.json").read_text())
     calibration = {"calibration": "task", "calibration_rows": 6, "calibration_tokens": 2048, "calibration_order": order}
     assert described["calibration"] == (calibration if run.is_calibrated else None)

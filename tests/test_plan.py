@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from search_spaces.matrix import PRESETS
 from tune_sparse.config import BACKENDS, Cerebras, SweepConfig
 from tune_sparse.ledger.ledger import Ledger, Run, SweepRecord
-from tune_sparse.models.checkpoints import Checkpoint, Shape
+from tune_sparse.models.checkpoints import Checkpoint
+from tune_sparse.models.dims import ModelDims
 from tune_sparse.sweep.forecast import longest_first
 from tune_sparse.sweep.plan import Plan, asked_cells, split_blocks
 
@@ -69,10 +70,10 @@ def runs() -> list[Run]:
 
 @pytest.fixture
 def plan() -> Plan:
-    shape = Shape(64, 2, 4, 2, 16, 128, 500, None, 256)
+    dims = ModelDims(64, 2, 4, 2, 16, 128, 500, None, 256)
     checkpoints = {
-        "small": Checkpoint("small", Path("small"), "s" * 64, shape),
-        "large": Checkpoint("large", Path("large"), "l" * 64, replace(shape, layers=9)),
+        "small": Checkpoint("small", Path("small"), "s" * 64, dims),
+        "large": Checkpoint("large", Path("large"), "l" * 64, replace(dims, num_layers=9)),
     }
     record = SweepRecord("sweep", 0.0, {}, ())
     return Plan(SweepConfig(models=("small", "large")), record, {run.run_id: run for run in runs()}, checkpoints)

@@ -57,8 +57,8 @@ def test_every_class_is_pruned_and_what_was_written_is_valid(folder: Path, tmp_p
         checkpoint = written / stem("checkpoint", method, 0.5)
         stats = json.loads((written / f"{stem('stats', method, 0.5)}.json").read_text())
         assert stats["mask_sha256"] == mask_sha256(masks)
-        assert stats["counted_sparsity"] == pytest.approx(count_sparsity(masks), abs=1e-12)
-        assert abs(stats["counted_sparsity"] - 0.5) < 0.01
+        assert stats["actual_sparsity"] == pytest.approx(count_sparsity(masks), abs=1e-12)
+        assert abs(stats["actual_sparsity"] - 0.5) < 0.01
         assert stats["kept_by_matrix"] == {name: [int(masks[name].sum()), masks[name].numel()] for name in masks}
         assert ("calibration" in stats) == (method in ("wanda", "sparsegpt"))
         assert (written / f"{stem('histogram', method, 0.5)}.png").read_bytes().startswith(b"\x89PNG")
@@ -94,7 +94,7 @@ def test_a_prune_in_memory_and_from_files_agree(folder: Path, tmp_path: Path) ->
     checkpoint = open_checkpoint(str(folder))
     weights = {matrix.name: checkpoint.tensors[matrix.name] for matrix in checkpoint.prunable.matrices}
     for method in ("unstructured", "structured", "random"):
-        expected = mask_sha256(make_masks(method, weights, checkpoint.shape, 0.5, seed=3))
+        expected = mask_sha256(make_masks(method, weights, checkpoint.dims, 0.5, seed=3))
         stats = json.loads((tmp_path / folder.name / f"stats_sparsity50_{method}.json").read_text())
         assert stats["mask_sha256"] == expected
 
@@ -127,9 +127,9 @@ def test_a_packed_map_of_nine_levels_is_half_a_byte_a_weight(llama_folder: Path,
     assert 2 * sum(levels.numel() for levels in packed.values()) == weights
 
 
-def test_structured_checkpoints_shrink(llama_folder: Path, tmp_path: Path) -> None:
-    assert prune(llama_folder, tmp_path, "--methods", "structured", "--shrink", "--checkpoints") == OK
-    small, masked = (tmp_path / "llama" / f"{kind}_sparsity50_structured" for kind in ("shrunk", "checkpoint"))
+def test_structured_checkpoints_become_compact(llama_folder: Path, tmp_path: Path) -> None:
+    assert prune(llama_folder, tmp_path, "--methods", "structured", "--compact", "--checkpoints") == OK
+    small, masked = (tmp_path / "llama" / f"{kind}_sparsity50_structured" for kind in ("compact", "checkpoint"))
     sizes = [sum(path.stat().st_size for path in weight_files(folder)) for folder in (small, masked)]
     assert sizes[0] < sizes[1]
     ids = torch.arange(20)[None]
@@ -249,7 +249,7 @@ def test_a_broken_checkpoint_leaves_no_file(
         (("--format", "onnx"), "unknown format 'onnx'"),
         (("--format", "levels", "--methods", "sparsegpt", *CALIBRATION), "those of sparsegpt are not"),
         (("--format", "levels", "--sequential", "--methods", "wanda", *CALIBRATION), "--sequential prunes block after"),
-        (("--shrink",), "only structured masks make a model smaller, got unstructured"),
+        (("--compact",), "only structured masks make a model smaller, got unstructured"),
         (("--methods", "wanda", "--calibration", "bolq"), "unknown task or text file 'bolq'. Did you mean 'boolq'?"),
         (("--methods", "wanda", "--calibration", "boolq"), "rows of the tasks are needed, got no data_dir"),
         (("--methods", "wanda", *CALIBRATION, "--calibration-rows", "99999"), "calibration needs 99999 rows, got"),

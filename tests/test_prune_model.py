@@ -13,16 +13,10 @@ from transformers import PreTrainedModel
 
 from tune_sparse.data.splits import Encoded
 from tune_sparse.errors import InputError
-from tune_sparse.models.architectures import ARCHITECTURES
-from tune_sparse.models.checkpoints import (
-    PRUNED,
-    Shape,
-    check_checkpoint,
-    load_model,
-    prunable_weights,
-    write_weights_into,
-)
-from tune_sparse.pruning.calibration import ModelBlocks, Statistics
+from tune_sparse.models.architectures import ARCHITECTURES, PRUNED, pruned_weights
+from tune_sparse.models.checkpoints import check_checkpoint, load_model, prunable_weights, write_weights_into
+from tune_sparse.models.dims import ModelDims
+from tune_sparse.pruning.calibration import CalibrationStats, ModelBlocks
 from tune_sparse.pruning.masks import Masks, count_sparsity, keep_highest, mask_sha256, masked, pruned_count
 from tune_sparse.pruning.methods import GROUPS, METHODS, TOLERANCE
 from tune_sparse.pruning.prune_model import (
@@ -33,14 +27,14 @@ from tune_sparse.pruning.prune_model import (
     measured,
     oriented_scores,
     prune,
-    prune_walking,
+    prune_blockwise,
 )
 from tune_sparse.pruning.streaming import open_checkpoint
 
 SPARSITIES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 ROWS = [Encoded(tuple(range(i, i + 9)), (i + 3, i + 1, i + 2)) for i in range(6)]
 
-Model = tuple[dict[str, Tensor], Shape]
+Model = tuple[dict[str, Tensor], ModelDims]
 
 
 @dataclass(frozen=True)
@@ -49,7 +43,7 @@ class Measured:
 
     blocks: ModelBlocks
     model: Prunable
-    statistics: Statistics
+    statistics: CalibrationStats
 
     def masks(self, method: str, sparsity: float, seed: int = 0) -> Masks:
         return {pruned.name: pruned.keep(0) for pruned in self.pruned(method, [sparsity], seed)}
@@ -57,14 +51,14 @@ class Measured:
     def pruned(self, method: str, sparsities: Sequence[float], seed: int = 0) -> list[PrunedMatrix]:
         if METHODS[method].updates_weights:
             blocks, statistics = self.blocks, self.statistics
-            return list(prune_walking(method, self.model, blocks, ROWS, sparsities, seed, statistics))
+            return list(prune_blockwise(method, self.model, blocks, ROWS, sparsities, seed, statistics))
         return list(prune(method, self.model, sparsities, seed, self.statistics))
 
 
 @pytest.fixture(scope="module")
 def model(llama: Path) -> Model:
     weights = prunable_weights(load_model(llama, torch.float32, torch.device("cpu")))
-    return weights, check_checkpoint(str(llama)).shape
+    return weights, check_checkpoint(str(llama)).dims
 
 
 def measured_model(folder: Path) -> Measured:
@@ -145,7 +139,7 @@ def test_masks_repeat_and_only_random_ones_depend_on_the_seed(method: str, train
     torch.manual_seed(99)
     first, again, other = (trained.masks(method, 0.5, seed) for seed in (3, 3, 4))
     assert mask_sha256(first) == mask_sha256(again)
-    assert (mask_sha256(first) != mask_sha256(other)) == METHODS[method].is_seeded
+    assert (mask_sha256(first) != mask_sha256(other)) == METHODS[method].needs.seed
 
 
 @pytest.mark.parametrize("method", ["unstructured", "random", "gradient", "taylor"])
@@ -165,7 +159,7 @@ def test_wanda_masks_are_those_of_its_own_code(every: dict[str, Measured]) -> No
         masks = found.masks("wanda", 0.5)
         for matrix in found.model.matrices:
             weight = matrix.oriented(found.model.weights[matrix.name])
-            metric = weight.abs() * found.statistics.norms[matrix.source].reshape(1, -1)
+            metric = weight.abs() * found.statistics.norms[matrix.input_key].reshape(1, -1)
             lowest = metric.sort(dim=-1, stable=True).indices[:, : metric.shape[1] // 2]
             pruned = torch.zeros_like(metric, dtype=torch.bool).scatter_(1, lowest, True)
             assert torch.equal(matrix.oriented(masks[matrix.name]), ~pruned)
@@ -191,7 +185,7 @@ def test_global_masks_are_the_lowest_of_all_matrices(trained: Measured) -> None:
 
 
 def test_unknown_rows_of_a_multiple_are_refused(trained: Measured) -> None:
-    odd = replace(trained.model.shape, channels=99)
+    odd = replace(trained.model.dims, intermediate_size=99)
     with pytest.raises(InputError, match="2:4 needs rows of a multiple of 4 weights, the model has rows of 99"):
         check_sparsities("wanda-2:4", odd, [0.5])
 
@@ -199,8 +193,8 @@ def test_unknown_rows_of_a_multiple_are_refused(trained: Measured) -> None:
 def test_sequential_pruning_of_the_first_block_is_that_of_the_dense_model(llama: Path, trained: Measured) -> None:
     def found(sequential: bool) -> dict[str, PrunedMatrix]:
         blocks = ModelBlocks(load_model(llama, torch.float32, torch.device("cpu")))
-        walked = prune_walking("wanda", trained.model, blocks, ROWS, [0.5], sequential=sequential)
-        pruned = {matrix.name: matrix for matrix in walked}
+        blockwise = prune_blockwise("wanda", trained.model, blocks, ROWS, [0.5], sequential=sequential)
+        pruned = {matrix.name: matrix for matrix in blockwise}
         own = blocks.weights(0)
         changed = any(not own[name].all() for name in own)
         assert changed == sequential
@@ -220,13 +214,13 @@ def test_at_sparsity_0_everything_is_kept(method: str, model: Model) -> None:
 
 
 def test_masks_do_not_change_the_weights_and_keep_their_order(model: Model) -> None:
-    weights, shape = model
+    weights, dims = model
     before = {name: weight.clone() for name, weight in weights.items()}
     backwards = dict(reversed(weights.items()))
     for method in ("unstructured", "structured", "random"):
-        masks = make_masks(method, weights, shape, 0.5, seed=0)
+        masks = make_masks(method, weights, dims, 0.5, seed=0)
         assert list(masks) == list(weights)
-        assert mask_sha256(masks) == mask_sha256(make_masks(method, backwards, shape, 0.5, seed=0))
+        assert mask_sha256(masks) == mask_sha256(make_masks(method, backwards, dims, 0.5, seed=0))
     assert all(torch.equal(weights[name], before[name]) for name in weights)
 
 
@@ -254,13 +248,13 @@ def block_of(masks: Masks, block: int) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("sparsity", SPARSITIES)
 def test_structured_masks_remove_whole_groups_and_channels(sparsity: float, model: Model) -> None:
-    weights, shape = model
-    masks = make_masks("structured", weights, shape, sparsity, seed=0)
+    weights, dims = model
+    masks = make_masks("structured", weights, dims, sparsity, seed=0)
     removed = set()
-    for block in range(shape.layers):
+    for block in range(dims.num_layers):
         mask = block_of(masks, block)
         queries, keys, channels = mask["q_proj"][:, 0], mask["k_proj"][:, 0], mask["gate_proj"][:, 0]
-        groups = keys.view(shape.key_value_heads, -1)[:, 0]
+        groups = keys.view(dims.num_kv_heads, -1)[:, 0]
         assert torch.equal(keys, groups.repeat_interleave(8))
         assert torch.equal(queries, groups.repeat_interleave(16))
         for layer, rows in {"q_proj": queries, "k_proj": keys, "v_proj": keys}.items():
@@ -289,20 +283,20 @@ def with_small_group_and_channel(weights: dict[str, Tensor], group: int, channel
 
 @pytest.mark.parametrize("group", range(4))
 def test_structured_removes_the_group_and_channel_of_smallest_norm(group: int, model: Model) -> None:
-    weights, shape = model
+    weights, dims = model
     small = with_small_group_and_channel(weights, group, channel=100)
-    mask = block_of(make_masks("structured", small, shape, 0.25, seed=0), block=1)
+    mask = block_of(make_masks("structured", small, dims, 0.25, seed=0), block=1)
     assert mask["k_proj"][:, 0].view(4, 8).all(dim=1).tolist() == [g != group for g in range(4)]
     assert not mask["gate_proj"][100].any()
 
 
 @pytest.mark.parametrize("layer", ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"])
 def test_one_large_matrix_keeps_its_group_or_channel(layer: str, model: Model) -> None:
-    weights, shape = model
+    weights, dims = model
     small = with_small_group_and_channel(weights, group=2, channel=100)
     name = next(name for name in small if name.startswith("model.layers.1.") and layer in name)
     small[name] = torch.where(small[name] == weights[name], small[name], weights[name] * 100)
-    mask = block_of(make_masks("structured", small, shape, 0.25, seed=0), block=1)
+    mask = block_of(make_masks("structured", small, dims, 0.25, seed=0), block=1)
     kept_by_size = mask["gate_proj"][100] if layer in ("gate_proj", "up_proj", "down_proj") else mask["k_proj"][16:24]
     assert kept_by_size.all()
 
@@ -330,12 +324,12 @@ def folder(request: pytest.FixtureRequest) -> Path:
 @pytest.mark.parametrize("sparsity", [0.3, 0.5, 0.9])
 def test_a_structured_model_computes_the_same_as_a_physically_smaller_one(folder: Path, sparsity: float) -> None:
     model = load_model(folder, torch.float32, torch.device("cpu"))
-    shape = check_checkpoint(str(folder)).shape
-    masks = make_masks("structured", prunable_weights(model), shape, sparsity, seed=0)
+    dims = check_checkpoint(str(folder)).dims
+    masks = make_masks("structured", prunable_weights(model), dims, sparsity, seed=0)
     write_weights_into(model, masked(prunable_weights(model), masks))
     small = physically_smaller(model, masks)
     ids = torch.arange(2 * 48).view(2, 48)
     with torch.no_grad():
         torch.testing.assert_close(small(ids).logits, model(ids).logits, atol=1e-5, rtol=1e-5)
     left = sum(weight.numel() for weight in prunable_weights(small).values())
-    assert left == round((1 - count_sparsity(masks)) * shape.pruned_weights)
+    assert left == round((1 - count_sparsity(masks)) * pruned_weights(dims))

@@ -13,8 +13,8 @@ from tune_sparse.data.splits import Encoded, encode_answers, load_splits
 from tune_sparse.data.tasks import TASKS
 from tune_sparse.models.checkpoints import check_checkpoint, load_model, load_tokenizer, write_weights_into
 from tune_sparse.models.toy_models import toy_model
-from tune_sparse.pruning.calibration import ModelBlocks, Statistics, row_loss, text_rows, walk
-from tune_sparse.pruning.prune_model import Prunable, prune, prune_walking
+from tune_sparse.pruning.calibration import CalibrationStats, ModelBlocks, calibrate_blockwise, row_loss, text_rows
+from tune_sparse.pruning.prune_model import Prunable, prune, prune_blockwise
 
 METHODS = ("unstructured", "wanda", "sparsegpt")
 
@@ -26,18 +26,20 @@ class Calibrated:
         self.model = load_model(folder, torch.float32, torch.device("cpu"))
         self.blocks = ModelBlocks(self.model)
         self.dense = {name: weight.clone() for b in range(3) for name, weight in self.blocks.weights(b).items()}
-        self.prunable = Prunable.of(self.dense, check_checkpoint(str(folder)).shape)
-        self.inputs = {source: sums for _, found in walk(self.blocks, rows, True) for source, sums in found.items()}
-        statistics = Statistics(norms={source: sums.norms for source, sums in self.inputs.items()})
+        self.prunable = Prunable.of(self.dense, check_checkpoint(str(folder)).dims)
+        self.inputs = {
+            source: sums for _, found in calibrate_blockwise(self.blocks, rows, True) for source, sums in found.items()
+        }
+        statistics = CalibrationStats(norms={source: sums.norms for source, sums in self.inputs.items()})
         found = {method: prune(method, self.prunable, [0.5], 0, statistics) for method in METHODS[:2]}
-        found["sparsegpt"] = prune_walking("sparsegpt", self.prunable, self.blocks, rows, [0.5])
+        found["sparsegpt"] = prune_blockwise("sparsegpt", self.prunable, self.blocks, rows, [0.5])
         self.pruned = {method: {m.name: m.weight(0) for m in matrices} for method, matrices in found.items()}
 
     def errors(self, method: str) -> dict[str, float]:
         """|Wx - W'x|² / |Wx|² of each matrix over the rows."""
         found = {}
         for matrix in self.prunable.matrices:
-            hessian, dense = self.inputs[matrix.source].hessian, self.dense[matrix.name]
+            hessian, dense = self.inputs[matrix.input_key].hessian, self.dense[matrix.name]
             lost = self.pruned[method][matrix.name] - dense
             found[matrix.name] = float(((lost @ hessian) * lost).sum() / ((dense @ hessian) * dense).sum())
         return found

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from search_spaces.subadapters import PRESETS
 from tune_sparse.errors import InputError
 from tune_sparse.lora.rank_space import SAMPLINGS, Group, Space, SuperAdapter, refuse_unfit
+from tune_sparse.models.architectures import ATTENTION, GATED
 
 SMALL = Space((Group("qkv", ("q_proj", "k_proj"), (8, 4, 2, 0)), Group("up", ("up_proj",), (8, 4))))
 SIZES = {
@@ -23,7 +24,8 @@ each_preset = pytest.mark.parametrize("name", PRESETS)
 @each_preset
 def test_every_preset_is_a_space_between_its_smallest_and_largest_configuration(name: str) -> None:
     space = Space.of(PRESETS[name])
-    sizes = {f"model.layers.{n}.mlp.{m}.weight": (3, 5) for n in range(2) for m in space.modules}
+    layers = [layer for layer in ATTENTION | GATED if layer.rsplit(".", 1)[-1] in space.modules]
+    sizes = {f"model.layers.{n}.{layer}.weight": (3, 5) for n in range(2) for layer in layers}
     small, middle, large = (space.parameters(r(2), sizes) for r in (space.minimal, space.heuristic, space.maximal))
     assert 0 <= small < middle < large
     assert SuperAdapter.from_config(SuperAdapter(space).as_config()) == SuperAdapter(space)
@@ -43,15 +45,15 @@ def test_parameters_are_rank_times_both_sides_of_each_adapted_matrix() -> None:
 
 @given(step=st.integers(0, 10_000), seed=st.integers(0, 5), sampling=st.sampled_from(SAMPLINGS))
 def test_a_step_draws_the_same_ranks_whenever_it_is_asked(step: int, seed: int, sampling: str) -> None:
-    drawn = SMALL.drawn(3, step, seed, sampling)
-    assert drawn == SMALL.drawn(3, step, seed, sampling)
+    drawn = SMALL.sample_ranks(3, step, seed, sampling)
+    assert drawn == SMALL.sample_ranks(3, step, seed, sampling)
     assert all(rank in SMALL.dimensions(3)[name] for name, rank in drawn.items())
 
 
 def test_uniform_draws_every_rank_alike_and_sandwich_the_extremes_in_turn() -> None:
-    uniform = [SMALL.drawn(1, step, 0, "uniform")["l00.qkv"] for step in range(4000)]
+    uniform = [SMALL.sample_ranks(1, step, 0, "uniform")["l00.qkv"] for step in range(4000)]
     assert all(900 < uniform.count(rank) < 1100 for rank in (8, 4, 2, 0))
-    sandwich = [SMALL.drawn(2, step, 0, "sandwich") for step in range(6)]
+    sandwich = [SMALL.sample_ranks(2, step, 0, "sandwich") for step in range(6)]
     assert sandwich[0] == sandwich[3] == SMALL.maximal(2)
     assert sandwich[1] == sandwich[4] == SMALL.minimal(2)
     assert sandwich[2] != sandwich[5]

@@ -67,7 +67,7 @@ def test_an_adapter_is_merged_into_the_pruned_checkpoint_as_its_mode_deploys_it(
     expected = prunable_weights(deployed_by(run, ledger, Bench())[0].model)
     model, adapter = load_model(llama, torch.float32, torch.device("cpu")), ledger.run_folder(run.run_id) / "adapter"
     weights = prunable_weights(model)
-    masks = make_masks("unstructured", weights, check_checkpoint(str(llama)).shape, 0.5, seed=0)
+    masks = make_masks("unstructured", weights, check_checkpoint(str(llama)).dims, 0.5, seed=0)
     write_weights_into(model, masked(weights, masks))
     merge_adapter_into(model, adapter, load_last_mask(model, adapter))
     for name, weight in prunable_weights(model).items():

@@ -29,7 +29,7 @@ OTHER_PROTOCOL: dict[str, Any] = {
     "lora_alpha": 16.0,
     "lora_dropout": 0.05,
     "masked_way": "dense-stored",
-    "loss_on": "prompt-and-answer",
+    "train_on_prompt": True,
     "packing": True,
     "activation_checkpointing": True,
     "precision": "float32",

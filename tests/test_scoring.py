@@ -19,8 +19,9 @@ from tune_sparse.data.task_types import Row, Task
 from tune_sparse.data.tasks import TASKS
 from tune_sparse.errors import InputError, RunError
 from tune_sparse.evaluation import scoring
-from tune_sparse.evaluation.outcomes import Outcome, compute_metrics
-from tune_sparse.evaluation.scoring import Example, TestSet, encode_test, few_shot_prefixes, outcomes_of, score
+from tune_sparse.evaluation.metrics import compute_metrics
+from tune_sparse.evaluation.outcomes import Outcome
+from tune_sparse.evaluation.scoring import EvalSet, Example, encode_test, few_shot_prefixes, outcomes_of, score
 
 PROTOCOL = Protocol(max_tokens=256, max_new_tokens=8, precision="float32", batch_tokens=1024)
 BOOLQ, HELLASWAG, GSM8K, TEXT = (TASKS[name] for name in ("boolq", "hellaswag", "gsm8k", "tinyshakespeare"))
@@ -32,11 +33,8 @@ def rows_of(task: Task, count: int) -> list[Row]:
     return synthetic_examples(task.name, task.test_split)[:count]
 
 
-def test_set(tokenizer: PreTrainedTokenizerBase, task: Task, count: int, **settings: Any) -> TestSet:
+def eval_set(tokenizer: PreTrainedTokenizerBase, task: Task, count: int, **settings: Any) -> EvalSet:
     return encode_test(tokenizer, task, rows_of(task, count), replace(PROTOCOL, **settings))
-
-
-test_set.__test__ = False  # type: ignore[attr-defined]
 
 
 # What a model is asked.
@@ -67,10 +65,10 @@ def test_questions_are_encoded_without_their_answer(tokenizer: PreTrainedTokeniz
 def test_a_text_is_windows_of_the_longest_rows(tokenizer: PreTrainedTokenizerBase) -> None:
     [row] = rows_of(TEXT, 20)
     ids = tokenizer(row["text"])["input_ids"]
-    examples = test_set(tokenizer, TEXT, 20, max_tokens=64).examples
+    examples = eval_set(tokenizer, TEXT, 20, max_tokens=64).examples
     assert [example.id for example in examples] == [f"window {i}" for i in range(len(ids) // 64)]
     assert [len(e.context + e.continuation) for example in examples for e in example.encoded] == [64] * len(examples)
-    assert test_set(tokenizer, TEXT, 20, max_tokens=64, n_test=2).examples == examples[:2]
+    assert eval_set(tokenizer, TEXT, 20, max_tokens=64, n_test=2).examples == examples[:2]
 
 
 @pytest.mark.parametrize("text", ["a", "<|endoftext|>"])
@@ -84,8 +82,8 @@ def test_a_prompt_beyond_the_limit_loses_its_start_and_is_counted(
     name: str, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     """A model reads all but the last token of a pair, so that a pair may have one more than `max_tokens`."""
-    whole = test_set(tokenizer, TASKS[name], 10)
-    cut = test_set(tokenizer, TASKS[name], 10, max_tokens=12)
+    whole = eval_set(tokenizer, TASKS[name], 10)
+    cut = eval_set(tokenizer, TASKS[name], 10, max_tokens=12)
     assert not any(example.is_truncated for example in whole.examples)
     assert all(example.is_truncated for example in cut.examples)
     for before, after in zip(whole.examples, cut.examples, strict=True):
@@ -97,7 +95,7 @@ def test_a_prompt_beyond_the_limit_loses_its_start_and_is_counted(
 
 
 def test_a_long_question_leaves_room_for_its_answer(tokenizer: PreTrainedTokenizerBase) -> None:
-    [whole, cut] = (test_set(tokenizer, GSM8K, 5, max_tokens=limit).examples for limit in (256, 20))
+    [whole, cut] = (eval_set(tokenizer, GSM8K, 5, max_tokens=limit).examples for limit in (256, 20))
     for before, after in zip(whole, cut, strict=True):
         assert after.encoded == (Encoded(before.encoded[0].context[-12:], (), truncated=True),)
 
@@ -184,9 +182,9 @@ def test_a_prompt_is_asked_after_its_shots(tokenizer: PreTrainedTokenizerBase) -
 # What becomes of its answers.
 
 
-def example_choices(*lengths: int, gold: str = "0") -> TestSet:
+def example_choices(*lengths: int, gold: str = "0") -> EvalSet:
     choice = Encoded((1,), (2,))
-    return TestSet(HELLASWAG, (Example("a", gold, (choice,) * len(lengths), lengths),))
+    return EvalSet(HELLASWAG, (Example("a", gold, (choice,) * len(lengths), lengths),))
 
 
 def said(values: Sequence[float], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,7 +223,7 @@ def test_the_first_of_the_likeliest_choices_is_the_prediction(
 def test_tasks_without_a_normalised_accuracy_have_none(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    scored = score(model, tokenizer, [test_set(tokenizer, BOOLQ, 4)], PROTOCOL)
+    scored = score(model, tokenizer, [eval_set(tokenizer, BOOLQ, 4)], PROTOCOL)
     assert {outcome.correct_norm for outcome in scored.outcomes} == {None}
     assert "accuracy_norm" not in scored.metrics
     assert "f1" in scored.metrics
@@ -267,7 +265,7 @@ def test_generation_is_asked_for_what_the_task_says(
 def test_the_perplexity_is_that_of_transformers_own_loss(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    tests = test_set(tokenizer, TEXT, 20, max_tokens=64)
+    tests = eval_set(tokenizer, TEXT, 20, max_tokens=64)
     windows = [e.context + e.continuation for example in tests.examples for e in example.encoded]
     with torch.no_grad():
         ids = [torch.tensor([window]) for window in windows]
@@ -279,7 +277,7 @@ def test_the_perplexity_is_that_of_transformers_own_loss(
 
 
 def test_several_tasks_are_scored_in_their_order(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    tests = [test_set(tokenizer, GSM8K, 3), test_set(tokenizer, BOOLQ, 5)]
+    tests = [eval_set(tokenizer, GSM8K, 3), eval_set(tokenizer, BOOLQ, 5)]
     scored = score(model, tokenizer, tests, PROTOCOL)
     alone = [score(model, tokenizer, [test], PROTOCOL) for test in tests]
     assert scored.outcomes == alone[0].outcomes + alone[1].outcomes
@@ -290,7 +288,7 @@ def test_several_tasks_are_scored_in_their_order(model: PreTrainedModel, tokeniz
 
 
 def test_outcomes_are_in_the_order_of_the_rows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    tests = test_set(tokenizer, HELLASWAG, 20)
+    tests = eval_set(tokenizer, HELLASWAG, 20)
     scored = score(model, tokenizer, [tests], replace(PROTOCOL, batch_tokens=200))
     assert [outcome.id for outcome in scored.outcomes] == [example.id for example in tests.examples]
     assert len({outcome.predicted for outcome in scored.outcomes}) > 1
@@ -308,7 +306,7 @@ def test_a_stopped_scoring_goes_on_to_the_same_bits(
 ) -> None:
     """Whichever batches were done before, and whichever examples of them are still known."""
     protocol = replace(PROTOCOL, batch_tokens=120, max_tokens=64)
-    tests = test_set(tokenizer, task, 24, max_tokens=64)
+    tests = eval_set(tokenizer, task, 24, max_tokens=64)
     batches = list(outcomes_of(model, tokenizer, tests, protocol))
     whole = {i: outcome for batch in batches for i, outcome in batch.items()}
     assert len(batches) >= 4
@@ -329,7 +327,7 @@ def test_a_stopped_scoring_goes_on_to_the_same_bits(
 def test_a_scoring_computes_only_what_is_taken(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     passes: Counter[str] = Counter()
     hook = model.model.register_forward_pre_hook(lambda module, args: passes.update(["pass"]))
-    batches = outcomes_of(model, tokenizer, test_set(tokenizer, HELLASWAG, 24), replace(PROTOCOL, batch_tokens=200))
+    batches = outcomes_of(model, tokenizer, eval_set(tokenizer, HELLASWAG, 24), replace(PROTOCOL, batch_tokens=200))
     next(batches)
     hook.remove()
     assert passes["pass"] == 1
@@ -346,4 +344,4 @@ def test_a_model_that_overflows_gets_no_metrics(
     broken = copy.deepcopy(model)
     broken.model.norm.weight.data.fill_(torch.nan)
     with pytest.raises(RunError, match=message):
-        score(broken, tokenizer, [test_set(tokenizer, task, 4)], PROTOCOL)
+        score(broken, tokenizer, [eval_set(tokenizer, task, 4)], PROTOCOL)

@@ -20,8 +20,9 @@ from tune_sparse.errors import InputError
 from tune_sparse.files import read_json
 from tune_sparse.ledger.ledger import Ledger
 from tune_sparse.lora.rank_space import Space
+from tune_sparse.models.architectures import matrix_sizes
 from tune_sparse.search.config import SearchConfig
-from tune_sparse.search.driver import matrix_sizes, plan_search
+from tune_sparse.search.driver import plan_search
 from tune_sparse.search.journal import Diary
 
 GROUPS = {
@@ -170,15 +171,15 @@ def test_parameters_are_those_of_the_models_matrices(llama: Path, tmp_path: Path
 
     plan = plan_search(config(llama, tmp_path))
     own = prunable_weights(load_model(llama, torch.float32, torch.device("cpu")))
-    assert matrix_sizes(plan.shape) == {name: tuple(weight.shape) for name, weight in own.items()}
+    assert matrix_sizes(plan.dims) == {name: tuple(weight.shape) for name, weight in own.items()}
     flops = plan_search(config(llama, tmp_path, objectives=("accuracy", "inference_flops")))
-    ranks = plan.space.heuristic(plan.shape.layers)
+    ranks = plan.space.heuristic(plan.dims.num_layers)
     assert flops.cost(ranks) == 2 * 2048 * plan.cost(ranks) == 2 * 2048 * plan.parameters(ranks)
 
 
 def test_the_plain_lora_has_the_size_that_is_asked_and_the_same_scaling(llama: Path, tmp_path: Path) -> None:
     plan = plan_search(config(llama, tmp_path))
-    maximal = plan.parameters(plan.space.maximal(plan.shape.layers))
+    maximal = plan.parameters(plan.space.maximal(plan.dims.num_layers))
     plain = plan.plain_run(maximal // 2)
     assert plain.protocol.lora_rank == 2
     assert plain.protocol.lora_alpha / 2 == plan.run.protocol.lora_alpha / 4

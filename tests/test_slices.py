@@ -52,7 +52,7 @@ class Trained:
     scorer: SliceScorer
 
     def drawn(self, seed: int) -> Ranks:
-        return SPACE.drawn(count_layers(self.scorer.slices.model), 0, seed, "uniform")
+        return SPACE.sample_ranks(count_layers(self.scorer.slices.model), 0, seed, "uniform")
 
 
 @pytest.fixture(scope="module", params=MODES)
@@ -66,8 +66,8 @@ def trained(request: pytest.FixtureRequest, llama: Path, tmp_path_factory: pytes
 
 def test_a_slice_scores_exactly_as_the_same_sub_adapter_loaded_alone(trained: Trained, tmp_path: Path) -> None:
     scorer, ranks = trained.scorer, trained.drawn(1)
-    scorer.slices.switch_into(trained.drawn(2))
-    scorer.slices.switch_into(ranks)
+    scorer.slices.activate(trained.drawn(2))
+    scorer.slices.activate(ranks)
     weights = {name: weight.clone() for name, weight in prunable_weights(scorer.slices.model).items()}
     sliced = score(scorer.slices.model, scorer.tokenizer, [scorer.tests], scorer.protocol)
     scorer.slices.save(ranks, tmp_path / "adapter")
@@ -80,7 +80,7 @@ def test_a_slice_scores_exactly_as_the_same_sub_adapter_loaded_alone(trained: Tr
 
 def test_the_maximal_slice_is_what_the_super_adapter_deployed(trained: Trained) -> None:
     scorer = trained.scorer
-    scorer.slices.switch_into(SPACE.maximal(count_layers(scorer.slices.model)))
+    scorer.slices.activate(SPACE.maximal(count_layers(scorer.slices.model)))
     loaded, masks = pruned_by(trained.run, trained.ledger, Bench())
     adapter = trained.ledger.run_folder(trained.run.run_id) / "adapter"
     merge_adapter_into(loaded.model, adapter, None if trained.run.cell.mode == "dense" else masks)
@@ -104,7 +104,7 @@ def test_a_slice_keeps_the_zeros_and_its_scaling_in_stock_peft(trained: Trained,
     wanted = [name for name in scorer.slices.layers if SPACE.active_rank(name, ranks)]
     assert seen == len(wanted) < len(scorer.slices.layers)
     if trained.run.cell.mode != "dense":
-        scorer.slices.switch_into(ranks)
+        scorer.slices.activate(ranks)
         for name, weight in prunable_weights(scorer.slices.model).items():
             assert not weight[~scorer.masks[name]].any()
 
@@ -137,17 +137,17 @@ def test_stages_answer_what_is_not_known_and_the_same_as_at_once(trained: Traine
 def test_a_candidate_that_computes_nan_fails(trained: Trained) -> None:
     slices, ranks = trained.scorer.slices, SPACE.maximal(count_layers(trained.scorer.slices.model))
     layer = next(iter(slices.layers.values()))
-    slices.switch_into(dict.fromkeys(ranks, 0))
+    slices.activate(dict.fromkeys(ranks, 0))
     kept = layer.A[3].clone()
     layer.A[3] = math.nan
     try:
         with pytest.raises(RunError, match="log-likelihoods must be finite"):
             score_all(trained.scorer, ranks)
-        slices.switch_into(dict.fromkeys(ranks, 0))
+        slices.activate(dict.fromkeys(ranks, 0))
         assert score_all(trained.scorer, ranks | {"l00.qkv": 2}), "a slice without that row is sound"
     finally:
         layer.A[3] = kept
-        slices.switch_into(dict.fromkeys(ranks, 0))
+        slices.activate(dict.fromkeys(ranks, 0))
 
 
 @pytest.mark.parametrize("way", ["dense-stored", "csr", "plain"])
@@ -217,9 +217,9 @@ def test_ranks_are_drawn_once_a_step_also_with_activation_checkpointing(
 ) -> None:
     run = super_run(llama, write_boolq(tmp_path / "rows"), "sparse-to-sparse", micro_batch_size=2)
     drawn: list[int] = []
-    draw = Space.drawn
+    draw = Space.sample_ranks
     monkeypatch.setattr(
-        Space, "drawn", lambda self, layers, step, *rest: drawn.append(step) or draw(self, layers, step, *rest)
+        Space, "sample_ranks", lambda self, layers, step, *rest: drawn.append(step) or draw(self, layers, step, *rest)
     )
     plain, recomputed = Ledger(tmp_path / "plain"), Ledger(tmp_path / "recomputed")
     again = replace(run, protocol=replace(run.protocol, activation_checkpointing=True))

@@ -297,9 +297,9 @@ def test_a_cell_whose_loss_is_not_finite_fails_alone(llama: Path, tmp_path: Path
 
 def _position_that_random_prunes(weight: torch.Tensor, name: str) -> int:
     from tune_sparse.pruning.masks import keep_highest, pruned_count
-    from tune_sparse.pruning.scores import Known, random
+    from tune_sparse.pruning.scores import ScoreInputs, random
 
-    keep = keep_highest(random(weight, Known(name)), pruned_count(weight.numel(), 0.5))
+    keep = keep_highest(random(weight, ScoreInputs(name)), pruned_count(weight.numel(), 0.5))
     return int((~keep[0]).nonzero()[0])
 
 

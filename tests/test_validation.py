@@ -31,7 +31,7 @@ def test_a_clean_model_passes(weights: dict[str, Tensor], masks: Masks) -> None:
         "violations": [],
         "max_abs_at_masked": 0.0,
         "mask_sha256": mask_sha256(masks),
-        "counted_sparsity": 0.5,
+        "actual_sparsity": 0.5,
         "zeros_by_matrix": {"a": [50, 100], "b": [50, 100]},
     }
 

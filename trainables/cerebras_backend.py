@@ -30,7 +30,8 @@ from tune_sparse.files import read_json, write_json
 from tune_sparse.identity import hash_json
 from tune_sparse.ledger.ledger import Ledger, Run
 from tune_sparse.lora.layer import sparse_lora_layers
-from tune_sparse.models.checkpoints import Shape, find_folder
+from tune_sparse.models.checkpoints import find_folder
+from tune_sparse.models.dims import ModelDims
 from tune_sparse.models.safetensors_io import TensorFiles, weight_files
 from tune_sparse.pruning.masks import Masks
 from tune_sparse.training.loop import Step, batches, learning_rate_at, mean_loss
@@ -255,4 +256,4 @@ def _write_adapters_into(trainee: LoraTrainee, folder: Path) -> None:
 
 
 def _head_dim(trainee: LoraTrainee) -> int:
-    return Shape.of(trainee.model.config).head_dim
+    return ModelDims.from_config(trainee.model.config).head_dim

@@ -30,13 +30,15 @@ from tune_sparse.data.splits import Encoded, encode_training
 from tune_sparse.data.tasks import tasks_named
 from tune_sparse.errors import DISK_FULL, NotReadyError, RunError
 from tune_sparse.evaluation.flops import SEQUENCE_LENGTHS, inference_flops, training_flops
-from tune_sparse.evaluation.outcomes import Metrics, headline, write_outcomes
-from tune_sparse.evaluation.scoring import Scored, TestSet, encode_test, score
+from tune_sparse.evaluation.metrics import Metrics, primary_metric
+from tune_sparse.evaluation.outcomes import write_outcomes
+from tune_sparse.evaluation.scoring import EvalSet, Scored, encode_test, score
 from tune_sparse.evaluation.validation import validation_report, weights_sha256
 from tune_sparse.files import write_json, write_text
 from tune_sparse.ledger.ledger import Ledger, Record, Run, write_config
 from tune_sparse.lora.layer import lost_fraction
-from tune_sparse.models.checkpoints import Shape, load_model, load_tokenizer, prunable_weights, write_weights_into
+from tune_sparse.models.checkpoints import load_model, load_tokenizer, prunable_weights, write_weights_into
+from tune_sparse.models.dims import ModelDims
 from tune_sparse.pruning.masks import count_sparsity
 from tune_sparse.training.loop import Step, accelerator_for, mean_loss
 from tune_sparse.watchdog import progress
@@ -66,7 +68,7 @@ class Rows:
 
     train: list[Encoded]
     selection: list[Encoded]
-    tests: tuple[TestSet, ...]
+    tests: tuple[EvalSet, ...]
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ class Loaded:
     key: tuple[str, str]
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    shape: Shape
+    dims: ModelDims
     dense_weights: dict[str, Tensor]
 
 
@@ -113,7 +115,7 @@ class Bench:
 
 
 def _encode(run: Run, loaded: Loaded) -> Rows:
-    tokenizer, protocol = loaded.tokenizer, run.protocol.within(loaded.shape.context_tokens)
+    tokenizer, protocol = loaded.tokenizer, run.protocol.within(loaded.dims.max_positions)
     tasks, splits = tasks_named(run.cell.task), load_planned_splits(run, protocol)
     train, selection = [], []
     for task, split in zip(tasks, splits, strict=True):
@@ -130,7 +132,7 @@ def _load(run: Run, key: tuple[str, str]) -> Loaded:
     checkpoint = load_planned_checkpoint(run)
     model = load_model(checkpoint.path, getattr(torch, run.protocol.precision), device())
     dense_weights = {name: weight.clone() for name, weight in prunable_weights(model).items()}
-    return Loaded(key, model, load_tokenizer(checkpoint.path), checkpoint.shape, dense_weights)
+    return Loaded(key, model, load_tokenizer(checkpoint.path), checkpoint.dims, dense_weights)
 
 
 Stage = Callable[[Run, Trainee, Pruned, Rows, Ledger, "Log"], Generator[Step | None, None, Training]]
@@ -241,7 +243,7 @@ def _stages(
     write_weights_into(model, pruned.weights)
     write_json(folder / "sparse_config.json", pruned.sparse_config(run))
     untuned = _untuned(run, ledger, lambda: score(model, tokenizer, rows.tests, protocol))
-    judged_by = headline(untuned)
+    judged_by = primary_metric(untuned)
     log(f"pruned to {count_sparsity(pruned.masks):.4f}, {judged_by} before tuning {untuned[judged_by]:.4f}")
 
     masks = confining_masks(run, pruned) if run.cerebras else pruned.masks
@@ -251,7 +253,7 @@ def _stages(
     trained_rows = [(len(row.context) + len(row.continuation), len(row.continuation)) for row in rows.train]
     step_flops: int | None = None  # of a super-adapter unknown: its steps train slices of different sizes
     if run.super_adapter is None:
-        flops = training_flops(pruned.masks, loaded.shape, trained_rows, protocol.lora_rank, trainee.trains_factors)
+        flops = training_flops(pruned.masks, loaded.dims, trained_rows, protocol.lora_rank, trainee.trains_factors)
         step_flops = round(flops * protocol.global_batch_size / len(rows.train))
     training = yield from stage(run, trainee, pruned, rows, ledger, log)
     trainee.save(folder)
@@ -288,7 +290,7 @@ def _stages(
             f"{judged_by}_before_tuning": untuned[judged_by],
             f"{judged_by}_before_merge": before_mask.metrics[judged_by] if before_mask else None,
             "by_task": scored.by_task if len(scored.by_task) > 1 else None,
-            "counted_sparsity": report["counted_sparsity"],
+            "actual_sparsity": report["actual_sparsity"],
             "mask_sha256": pruned.checksum,
             "weights_sha256": weights_sha256(prunable_weights(model)),
             "train_loss": training.last_loss,
@@ -296,7 +298,7 @@ def _stages(
             "epochs": training.rows / len(rows.train),
             "update_rounded_away_fraction": rounded_away,
             "train_step_flops": step_flops,
-            "inference_flops": {str(t): inference_flops(pruned.masks, loaded.shape, t) for t in SEQUENCE_LENGTHS},
+            "inference_flops": {str(t): inference_flops(pruned.masks, loaded.dims, t) for t in SEQUENCE_LENGTHS},
         }
         | deployed.metrics
     )

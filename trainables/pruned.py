@@ -13,10 +13,17 @@ from tune_sparse.data.splits import Encoded
 from tune_sparse.errors import RunError
 from tune_sparse.evaluation.validation import mask_violations
 from tune_sparse.ledger.ledger import Run
-from tune_sparse.pruning.calibration import ModelBlocks, Statistics, checked_rows, text_rows
+from tune_sparse.pruning.calibration import CalibrationStats, ModelBlocks, checked_rows, text_rows
 from tune_sparse.pruning.masks import Masks, count_sparsity, mask_sha256, masked
 from tune_sparse.pruning.methods import method_named
-from tune_sparse.pruning.prune_model import NO_STATISTICS, Prunable, make_masks, measured, prune_walking, walks
+from tune_sparse.pruning.prune_model import (
+    NO_STATISTICS,
+    Prunable,
+    make_masks,
+    measured,
+    needs_blockwise,
+    prune_blockwise,
+)
 
 if TYPE_CHECKING:
     from trainables.pipeline import Loaded
@@ -37,7 +44,7 @@ class Pruned:
             "sparsity": run.cell.sparsity,
             "seed": run.cell.seed,
             "mask_sha256": self.checksum,
-            "counted_sparsity": count_sparsity(self.masks),
+            "actual_sparsity": count_sparsity(self.masks),
             "kept_by_matrix": {name: [int(mask.sum()), mask.numel()] for name, mask in self.masks.items()},
             "calibration": run.protocol.calibrated_by if run.is_calibrated else None,
         }
@@ -47,7 +54,7 @@ class Pruner:
     """Prunes the model that a worker holds, and keeps what its calibration rows said."""
 
     def __init__(self) -> None:
-        self._statistics: dict[tuple[Any, ...], Statistics] = {}
+        self._statistics: dict[tuple[Any, ...], CalibrationStats] = {}
 
     def prune(self, run: Run, loaded: Loaded, train: Sequence[Encoded]) -> Pruned:
         """Masks and pruned weights. The model may be left half-pruned: the caller writes the weights into it.
@@ -58,27 +65,27 @@ class Pruner:
         rows = calibration_rows(run, loaded, train) if run.is_calibrated else []
         statistics = self._measured(run, loaded, rows) if run.is_calibrated else NO_STATISTICS
         sequential = run.protocol.calibration_order == "sequential"
-        if sparsity and walks(method, sequential):
-            model, blocks = Prunable.of(loaded.dense_weights, loaded.shape), ModelBlocks(loaded.model)
-            found = list(prune_walking(method, model, blocks, rows, [sparsity], seed, statistics, sequential))
+        if sparsity and needs_blockwise(method, sequential):
+            model, blocks = Prunable.of(loaded.dense_weights, loaded.dims), ModelBlocks(loaded.model)
+            found = list(prune_blockwise(method, model, blocks, rows, [sparsity], seed, statistics, sequential))
             masks = {matrix.name: matrix.keep(0) for matrix in found}
             weights = {matrix.name: matrix.weight(0) for matrix in found}
         else:
-            masks = make_masks(method, loaded.dense_weights, loaded.shape, sparsity, seed, statistics)
+            masks = make_masks(method, loaded.dense_weights, loaded.dims, sparsity, seed, statistics)
             weights = masked(loaded.dense_weights, masks)
         violations = mask_violations(masks, sparsity)
         if violations:
             raise RunError("masks must be valid: " + "; ".join(violations))
         return Pruned(masks, mask_sha256(masks), weights)
 
-    def _measured(self, run: Run, loaded: Loaded, rows: Sequence[Encoded]) -> Statistics:
+    def _measured(self, run: Run, loaded: Loaded, rows: Sequence[Encoded]) -> CalibrationStats:
         """What the run's method uses of its calibration rows, measured once on the dense model."""
         method, protocol = method_named(run.cell.method), run.protocol
         inputs = (run.cell.task, run.data_fingerprint, run.prompt_version, run.calibration_fingerprint)
-        needs = (method.needs_inputs, method.needs_gradients, method.allocation == "owl")
+        needs = (method.needs.input_norms, method.needs.gradients, method.allocation == "owl")
         key = (*inputs, *needs, protocol.max_tokens, *protocol.calibrated_by.values())
         if key not in self._statistics:
-            model = Prunable.of(loaded.dense_weights, loaded.shape)
+            model = Prunable.of(loaded.dense_weights, loaded.dims)
             self._statistics[key] = measured([method], model, ModelBlocks(loaded.model), rows)
         return self._statistics[key]
 
@@ -88,5 +95,5 @@ def calibration_rows(run: Run, loaded: Loaded, train: Sequence[Encoded]) -> list
     protocol = run.protocol
     if protocol.calibration == "task":
         return checked_rows(train, protocol.calibration_rows)
-    tokens = min(protocol.calibration_tokens, loaded.shape.context_tokens)
+    tokens = min(protocol.calibration_tokens, loaded.dims.max_positions)
     return text_rows(loaded.tokenizer, load_planned_calibration_text(run), protocol.calibration_rows, tokens)

@@ -9,7 +9,7 @@ from trainables.deployed import Deployed
 from trainables.mode import LoraTrainee
 from tune_sparse.config import Protocol
 from tune_sparse.lora.layer import adapt_model, merged_weights
-from tune_sparse.models.checkpoints import PRUNED
+from tune_sparse.models.architectures import PRUNED
 from tune_sparse.pruning.masks import Masks
 
 

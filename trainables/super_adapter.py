@@ -27,14 +27,14 @@ class SampledSlices:
         assert isinstance(trainee, LoraTrainee), "a mode without adapters trains no super-adapter"
         return cls(trainee, run.super_adapter, run.cell.seed, count_layers(trainee.adapted))
 
-    def draw_into(self, step: int) -> None:
-        """Once before each step: a rank that were drawn in the forward would be drawn again where activation
+    def activate_sampled(self, step: int) -> None:
+        """Once before each step, in place: a rank sampled in the forward would be sampled again where activation
         checkpointing computes it again."""
         space = self.super_adapter.space
         set_ranks_into(
-            self.trainee.adapted, space, space.drawn(self.layers, step, self.seed, self.super_adapter.sampling)
+            self.trainee.adapted, space, space.sample_ranks(self.layers, step, self.seed, self.super_adapter.sampling)
         )
 
-    def widen_into(self) -> None:
+    def activate_full(self) -> None:
         space = self.super_adapter.space
         set_ranks_into(self.trainee.adapted, space, space.maximal(self.layers))

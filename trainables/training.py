@@ -103,10 +103,10 @@ def train(
     slices = SampledSlices.of(run, trainee)
     saved, first = time.monotonic(), training.steps
     accelerator = accelerator_for(trainee.mixed_precision)
-    seed, draw_into = run.cell.seed, slices.draw_into if slices else None
-    for step in fit(trainee.model, optimizer, rows, protocol, seed, training.steps, accelerator, draw_into):
+    seed, activate_sampled = run.cell.seed, slices.activate_sampled if slices else None
+    for step in fit(trainee.model, optimizer, rows, protocol, seed, training.steps, accelerator, activate_sampled):
         if slices:
-            slices.widen_into()
+            slices.activate_full()
         training.add(step, cold=step.step - first <= WARM_UP_STEPS)
         note(step=step.step, train_loss=step.loss, learning_rate=step.learning_rate)
         if step.step % protocol.eval_every == 0 or step.step == protocol.steps:

@@ -29,7 +29,6 @@ CS3_TRIAL = "CS3_TRIAL"
 One more than there are CS3 keeps these busy, and other trials are never crowded out."""
 CEREBRAS_TARGETS = ("cpu", "validate", "csx")
 PRECISIONS = ("float32", "bfloat16")
-LOSSES = ("answer", "prompt-and-answer")
 MASKED_WAYS = ("auto", "structured", "dense-stored", "csr")
 CALIBRATIONS = ("task", "wikitext2")
 CALIBRATION_ORDERS = ("dense", "sequential")
@@ -80,7 +79,7 @@ class Protocol:
     lora_alpha: float = option("scaling s = alpha / R", 32.0)
     lora_dropout: float = option("dropout on the adapters' input", 0.0)
     masked_way: str = option(f"how masked adapters compute: {', '.join(MASKED_WAYS)}", "auto")
-    loss_on: str = option(f"which tokens are learned: {' or '.join(LOSSES)}", "answer")
+    train_on_prompt: bool = option("the prompt's tokens count in the loss too, not the answer's alone", False)
     packing: bool = option("rows share sequences of max_tokens, without attention from row to row", False)
     activation_checkpointing: bool = option("activations are computed again in the backward, to save memory", False)
     precision: str = option(f"of the weights: {' or '.join(PRECISIONS)}", "bfloat16")
@@ -147,8 +146,6 @@ class Protocol:
             self.warmup,
             "Lower warmup_steps or raise steps.",
         )
-        if self.loss_on not in LOSSES:
-            raise unknown_name("loss_on", self.loss_on, LOSSES)
         if self.precision not in PRECISIONS:
             raise unknown_name("precision", self.precision, PRECISIONS)
         if self.masked_way not in MASKED_WAYS:
@@ -169,9 +166,9 @@ class Protocol:
         """What decides calibrated scores, besides the rows themselves: part of the identity of calibrated runs."""
         return {name: getattr(self, name) for name in CALIBRATION_SETTINGS}
 
-    def within(self, context_tokens: int) -> Protocol:
+    def within(self, max_positions: int) -> Protocol:
         """For a model whose context may be shorter than `max_tokens`. Raises `InputError` if no prompt would fit."""
-        return replace(self, max_tokens=min(self.max_tokens, context_tokens))
+        return replace(self, max_tokens=min(self.max_tokens, max_positions))
 
     @property
     def warmup(self) -> int:

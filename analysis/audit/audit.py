@@ -37,7 +37,7 @@ RULES: dict[str, Rule] = {
         "error", "different settings with results identical to the last bit", errors.duplicate_results
     ),
     "no-effect": Rule("error", "a mode or mask changed nothing", errors.no_effect),
-    "off-target": Rule("error", "the sparsity is not the one that was requested", errors.off_target),
+    "off-target": Rule("error", "the actual sparsity is not the target sparsity", errors.off_target),
     "zeros-lost": Rule("error", "masked weights are not 0", errors.zeros_lost),
     "mixed-versions": Rule(
         "error", "code, data, prompts or models differ between compared runs", errors.mixed_versions

@@ -17,6 +17,7 @@ from tune_sparse.data.task_types import PromptTask
 from tune_sparse.data.tasks import tasks_named
 from tune_sparse.errors import InputError
 from tune_sparse.ledger.ledger import Run
+from tune_sparse.models.architectures import matrix_named
 from tune_sparse.pruning.methods import METHODS, TOLERANCE
 
 Detections = Iterator[tuple[str, list[str]]]
@@ -99,8 +100,13 @@ def modes_coincide(first: Evidence, second: Evidence) -> bool:
         and method is not None
         and method.pattern == "structured"
         and first.sparse_config["mask_sha256"] == second.sparse_config["mask_sha256"]
-        and all(kept == of for name, (kept, of) in first.sparse_config["kept_by_matrix"].items() if "attn" in name)
+        and all(kept == of for name, (kept, of) in first.sparse_config["kept_by_matrix"].items() if _is_attention(name))
     )
+
+
+def _is_attention(name: str) -> bool:
+    matrix = matrix_named(name)
+    return matrix is not None and matrix.is_attention
 
 
 def no_effect(results: Results) -> Detections:
@@ -125,13 +131,13 @@ def off_target(results: Results) -> Detections:
     for e in results.done:
         kept = list(e.sparse_config["kept_by_matrix"].values())
         recounted = 1 - sum(k for k, _ in kept) / sum(of for _, of in kept)
-        said = {"counted in the masks": recounted, "in sparse_config.json": e.sparse_config["counted_sparsity"]}
-        said |= {"in the deployed weights": e.validation["counted_sparsity"]}
-        said |= {"in result.json": e.record.metrics["counted_sparsity"]}
-        requested = e.run.cell.sparsity
-        if any(abs(value - requested) > TOLERANCE for value in said.values()):
-            yield f"{e.run_id}: {requested:g} was requested, within {TOLERANCE:g}; {_listed(said)}", [e.run_id]
-        elif abs(recounted - e.sparse_config["counted_sparsity"]) > COUNTS_AGREE:
+        said = {"in the masks": recounted, "in sparse_config.json": e.sparse_config["actual_sparsity"]}
+        said |= {"in the deployed weights": e.validation["actual_sparsity"]}
+        said |= {"in result.json": e.record.metrics["actual_sparsity"]}
+        target = e.run.cell.sparsity
+        if any(abs(value - target) > TOLERANCE for value in said.values()):
+            yield f"{e.run_id}: the target sparsity is {target:g}, within {TOLERANCE:g}; {_listed(said)}", [e.run_id]
+        elif abs(recounted - e.sparse_config["actual_sparsity"]) > COUNTS_AGREE:
             yield f"{e.run_id}: the counts disagree: {_listed(said)}", [e.run_id]
 
 
@@ -296,7 +302,7 @@ def _settings(run: Run) -> dict[str, Any]:
 
 def _requested_mask(cell: Cell) -> tuple[Any, ...]:
     """The settings that must have a mask of their own."""
-    is_seeded = cell.method in METHODS and METHODS[cell.method].is_seeded
+    is_seeded = cell.method in METHODS and METHODS[cell.method].needs.seed
     return (cell.method, cell.sparsity, cell.seed if is_seeded else None)
 
 

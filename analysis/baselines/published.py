@@ -64,7 +64,7 @@ METRICS = {
     "accuracy_unstated_variant_before_tuning": Metric(
         1.0, "the source does not say whether accuracy is length-normalised"
     ),
-    "counted_sparsity": Metric(1.0, "a sparsity after a merge that does not keep zeros"),
+    "actual_sparsity": Metric(1.0, "a sparsity after a merge that does not keep zeros"),
     "train_seconds": Metric(math.inf, "seconds on other hardware"),
     "peak_memory_bytes": Metric(math.inf, "memory of another program"),
     "peak_memory_bytes_at_least": Metric(math.inf, "memory of another program"),

@@ -211,9 +211,9 @@ READING_ERRORS = _reading_errors()
 """What a file raises that is missing, cut short, or of another kind (pyarrow's and JSON's errors are ValueErrors)."""
 
 
-METRICS = ("n_examples", "counted_sparsity", "mask_sha256", "train_loss", "eval_loss")
-SPARSE_CONFIG = ("mask_sha256", "counted_sparsity", "kept_by_matrix")
-VALIDATION = ("all_valid", "violations", "max_abs_at_masked", "mask_sha256", "counted_sparsity", "zeros_by_matrix")
+METRICS = ("n_examples", "actual_sparsity", "mask_sha256", "train_loss", "eval_loss")
+SPARSE_CONFIG = ("mask_sha256", "actual_sparsity", "kept_by_matrix")
+VALIDATION = ("all_valid", "violations", "max_abs_at_masked", "mask_sha256", "actual_sparsity", "zeros_by_matrix")
 
 
 def _refuse_incomplete(place: dict[str, Any], names: Sequence[str]) -> None:

@@ -22,7 +22,7 @@ COLUMNS = (
     "task",
     "method",
     "sparsity",
-    "counted_sparsity",
+    "actual_sparsity",
     "mode",
     "seed",
     "status",
@@ -53,7 +53,7 @@ COLUMNS = (
     "hardware",
     "error",
 )
-NUMBERS = ["sparsity", "counted_sparsity", *COLUMNS[COLUMNS.index("accuracy") : COLUMNS.index("hardware")]]
+NUMBERS = ["sparsity", "actual_sparsity", *COLUMNS[COLUMNS.index("accuracy") : COLUMNS.index("hardware")]]
 
 
 def cells_table(results_dirs: Sequence[Path], sweep_ids: Sequence[str] | None = None) -> pd.DataFrame:

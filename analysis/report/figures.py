@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -27,6 +26,7 @@ from analysis.report.style import (
     write_numbers_into,
 )
 from tune_sparse.config import FLOPS_TOKENS
+from tune_sparse.models.architectures import matrix_named
 
 GIGA = 1e9
 LAYERS_WITH_NUMBERS = 12
@@ -170,7 +170,7 @@ def mode_difference(cells: pd.DataFrame, runs: Runs) -> Figure | None:
 
 
 def per_layer_sparsity(cells: pd.DataFrame, runs: Runs) -> Figure | None:
-    """Counted sparsity of every matrix of every layer, at the sparsity nearest to one half, a panel each method."""
+    """Actual sparsity of every matrix of every layer, at the sparsity nearest to one half, a panel each method."""
     done = cells[(cells["status"] == "done") & (cells["sparsity"] > 0)]
     if done.empty:
         return None
@@ -201,7 +201,7 @@ def per_layer_sparsity(cells: pd.DataFrame, runs: Runs) -> Figure | None:
             axis.spines[:].set_visible(False)
     for axis in axes[-1]:
         axis.set_xlabel("layer")
-    figure.colorbar(image, ax=axes, label=f"{SPARSITY}, {level:g} requested", shrink=0.8, pad=0.01)
+    figure.colorbar(image, ax=axes, label=f"{SPARSITY}, target {level:g}", shrink=0.8, pad=0.01)
     return figure
 
 
@@ -209,9 +209,8 @@ def _layer_grid(kept: dict[str, tuple[int, int]]) -> pd.DataFrame:
     """Sparsity by matrix (rows) and layer (columns) from {tensor: (kept, weights)}."""
     rows = []
     for name, (left, size) in kept.items():
-        found = re.search(r"\.(\d+)\.(.+?)(?:\.weight)?$", name)
-        if found:
-            rows.append((found[2].rsplit(".", 1)[-1].removesuffix("_proj"), int(found[1]), left, size))
+        if found := matrix_named(name):
+            rows.append((found.module.removesuffix("_proj"), found.block, left, size))
     table = pd.DataFrame(rows, columns=["matrix", "layer", "kept", "size"])
     sums = table.groupby(["matrix", "layer"], sort=False)[["kept", "size"]].sum()
     return (1 - sums["kept"] / sums["size"]).unstack("layer").reindex(list(table["matrix"].unique()))
@@ -306,7 +305,7 @@ FIGURES: dict[str, ReportFigure] = {
     "flops_vs_sequence_length": ReportFigure(
         "Operations of one forward pass over its tokens, counted from non-zeros.", flops_vs_sequence_length
     ),
-    "per_layer_sparsity": ReportFigure("Counted sparsity of every matrix of every layer.", per_layer_sparsity),
+    "per_layer_sparsity": ReportFigure("Actual sparsity of every matrix of every layer.", per_layer_sparsity),
     "throughput_vs_batch_size": ReportFigure("Training rate over batch size.", throughput_vs_batch_size),
     "sub_adapter_fronts": ReportFigure(
         "The fronts of the sub-adapter searches, on selection rows.", sub_adapter_fronts

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 SETTING = ["backend", "model", "task", "method", "mode", "sparsity"]
 PERFORMANCE = [
     "chance_accuracy",
-    "counted_sparsity",
+    "actual_sparsity",
     "accuracy",
     "accuracy_stderr",
     "accuracy_low",

@@ -25,6 +25,7 @@ from tune_sparse.cerebras.environment import SiteEnvironment
 from tune_sparse.cerebras.failures import classify_failure
 from tune_sparse.errors import InputError, RunError
 from tune_sparse.files import write_json
+from tune_sparse.models.architectures import matrix_named
 from tune_sparse.models.checkpoints import read_config
 from tune_sparse.models.safetensors_io import INDEX, TensorFiles, weight_files
 
@@ -41,7 +42,7 @@ NAMES = {
     "mlp.down_proj": "ffn.ffn.1.linear_layer",
 }
 
-ROTATED = ("q_proj.weight", "k_proj.weight")
+ROTATED = ("self_attn.q_proj", "self_attn.k_proj")
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,9 @@ class Converted:
 
 def cerebras_name(weight: str) -> str:
     """Of a prunable matrix: model.layers.0.mlp.up_proj.weight -> transformer_decoder.layers.0.ffn.ffn.0..."""
-    _, layers, number, *module, kind = weight.split(".")
-    return ".".join(("transformer_decoder", layers, number, NAMES[".".join(module)], kind))
+    matrix = matrix_named(weight)
+    assert matrix is not None, weight
+    return f"transformer_decoder.layers.{matrix.block}.{NAMES[matrix.layer]}.weight"
 
 
 def hugging_face_name(weight: str) -> str:
@@ -67,16 +69,21 @@ def hugging_face_name(weight: str) -> str:
 
 def interleaved(weight: str, rows: Tensor, head_dim: int) -> Tensor:
     """Rows (O, ...) of the matrix `weight`, or of its mask or its B, in the order of Model Zoo."""
-    if not weight.endswith(ROTATED):
+    if not _is_rotated(weight):
         return rows
     return rows.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).reshape(rows.shape)
 
 
 def separated(weight: str, rows: Tensor, head_dim: int) -> Tensor:
     """The inverse of `interleaved`."""
-    if not weight.endswith(ROTATED):
+    if not _is_rotated(weight):
         return rows
     return rows.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).reshape(rows.shape)
+
+
+def _is_rotated(weight: str) -> bool:
+    matrix = matrix_named(weight)
+    return matrix is not None and matrix.layer in ROTATED
 
 
 def refuse_unconvertible(folder: Path) -> None:

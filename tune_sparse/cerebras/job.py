@@ -123,7 +123,7 @@ def rows_in_order(rows: Sequence[Encoded], protocol: Protocol, seed: int) -> Pat
 
     `tokens.safetensors` has each row once and the order; the child makes of it the HDF5 file that Model Zoo reads.
     """
-    tokens = encoded_tokens(rows, protocol.loss_on)
+    tokens = encoded_tokens(rows, protocol.train_on_prompt)
     order = step_order(rows, protocol, seed)
     content = hashlib.sha256(tokens.numpy().tobytes() + repr((tuple(tokens.shape), order)).encode()).hexdigest()
 
@@ -133,11 +133,11 @@ def rows_in_order(rows: Sequence[Encoded], protocol: Protocol, seed: int) -> Pat
     return cached(f"rows-{content[:32]}", write)
 
 
-def encoded_tokens(rows: Sequence[Encoded], loss_on: str) -> Tensor:
+def encoded_tokens(rows: Sequence[Encoded], train_on_prompt: bool) -> Tensor:
     """(N, 3, T) int32: input ids, loss mask, and the ids that follow; T is the longest row, without its last token."""
-    batch = padded(rows, loss_on)
-    inputs, labels, learned = batch.ids[:, :-1], batch.ids[:, 1:], batch.learned[:, 1:]
-    return torch.stack([inputs, learned.long(), labels], dim=1).to(torch.int32)
+    batch = padded(rows, train_on_prompt)
+    inputs, labels, loss_mask = batch.ids[:, :-1], batch.ids[:, 1:], batch.loss_mask[:, 1:]
+    return torch.stack([inputs, loss_mask.long(), labels], dim=1).to(torch.int32)
 
 
 def step_order(rows: Sequence[Encoded], protocol: Protocol, seed: int) -> list[int]:

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from tune_sparse.cerebras import appliance
-from tune_sparse.cerebras.conversion import NAMES, cerebras_name, to_cerebras
+from tune_sparse.cerebras.conversion import cerebras_name, to_cerebras
 from tune_sparse.cerebras.environment import SiteEnvironment, find_environment, refuse_unreachable_cluster
 from tune_sparse.cerebras.failures import classify_failure
 from tune_sparse.cerebras.guard import STOP_SECONDS, Guarded, is_guarded, remove_working_files
@@ -24,6 +24,7 @@ from tune_sparse.errors import DISK_FULL, InputError
 from tune_sparse.files import read_json, write_json
 from tune_sparse.identity import hash_json
 from tune_sparse.ledger.ledger import Ledger
+from tune_sparse.models.architectures import matrix_named, pruned_weights
 from tune_sparse.models.checkpoints import Checkpoint
 from tune_sparse.models.safetensors_io import TensorFiles, weight_files
 
@@ -95,7 +96,7 @@ def lower_all(config: SweepConfig, checkpoints: Sequence[Checkpoint], ledger: Le
     """Lower each distinct (model, mode, precision) of a sweep. Raises `RunError` that names what has no lowering."""
     environment, precision = find_environment(), config.protocol.precision
     for checkpoint in checkpoints:
-        protocol = config.protocol.within(checkpoint.shape.context_tokens)
+        protocol = config.protocol.within(checkpoint.dims.max_positions)
         converted = to_cerebras(checkpoint.path, checkpoint.fingerprint, environment)
         for mode in trained_modes(config):
             shapes = matrix_shapes(checkpoint.path) if mode != "dense" else {}
@@ -177,10 +178,10 @@ def refuse_full(folder: Path, needed_bytes: int) -> None:
 
 def working_bytes(checkpoints: Sequence[Checkpoint], trainings_at_once: int) -> int:
     """What trainings write while they run, at most: two checkpoints of the largest model each."""
-    weights = max(c.shape.pruned_weights + 2 * c.shape.vocabulary * c.shape.hidden for c in checkpoints)
+    weights = max(pruned_weights(c.dims) + 2 * c.dims.vocab_size * c.dims.hidden_size for c in checkpoints)
     return CHECKPOINT_BYTES * weights * trainings_at_once
 
 
 def matrix_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     weights = TensorFiles(weight_files(folder))
-    return {n: s for n, s in weights.shapes.items() if any(n.endswith(f".{end}.weight") for end in NAMES)}
+    return {n: s for n, s in weights.shapes.items() if matrix_named(n)}

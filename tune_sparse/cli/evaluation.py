@@ -62,7 +62,7 @@ class Subject:
 def _evaluate(chosen: argparse.Namespace) -> int:
     from tune_sparse.data.sources import rows_folder
     from tune_sparse.data.splits import load_test
-    from tune_sparse.evaluation.evaluations import Scorecard, evaluate
+    from tune_sparse.evaluation.evaluations import EvaluationKey, evaluate
 
     subject = _run(chosen) if chosen.run else _checkpoint(chosen)
     tasks = [task for name in subject.tasks for task in tasks_named(name)]
@@ -71,15 +71,15 @@ def _evaluate(chosen: argparse.Namespace) -> int:
     for task in tasks:
         protocol = subject.protocol(task.num_fewshot)
         splits = load_test(task, folder, protocol)
-        card = Scorecard.of(subject.name, subject.fingerprint, task, splits, protocol, chosen.evaluator)
-        planned.append((card, task, splits, protocol))
+        key = EvaluationKey.of(subject.name, subject.fingerprint, task, splits, protocol, chosen.evaluator)
+        planned.append((key, task, splits, protocol))
     done = [evaluate(*what, subject.lend, chosen.results_dir) for what in planned]
-    differing = {evaluation.card.task: _differing(evaluation, subject.recorded) for evaluation in done}
+    differing = {evaluation.key.task: _differing(evaluation, subject.recorded) for evaluation in done}
     if chosen.json:
-        print(json.dumps([_as_json(evaluation, differing[evaluation.card.task]) for evaluation in done]))
+        print(json.dumps([_as_json(evaluation, differing[evaluation.key.task]) for evaluation in done]))
     else:
         for evaluation in done:
-            print(_result_line(evaluation, differing[evaluation.card.task]))
+            print(_result_line(evaluation, differing[evaluation.key.task]))
     return FAULT if any(differing.values()) else OK
 
 
@@ -97,7 +97,7 @@ def _checkpoint(chosen: argparse.Namespace) -> Subject:
         fingerprint += fingerprint_of_files(files)
 
     def protocol(num_fewshot: int) -> Protocol:
-        return Protocol(**{"num_fewshot": num_fewshot} | settings).within(checkpoint.shape.context_tokens)
+        return Protocol(**{"num_fewshot": num_fewshot} | settings).within(checkpoint.dims.max_positions)
 
     def lend() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         import torch
@@ -128,7 +128,7 @@ def _run(chosen: argparse.Namespace) -> Subject:
     if chosen.adapter:
         raise InputError(f"a run has an adapter of its own, got --adapter {chosen.adapter}. Leave it out.")
     run, settings = ledger.run(chosen.run), _settings(chosen.set)
-    context = check_checkpoint(run.model_path).shape.context_tokens
+    context = check_checkpoint(run.model_path).dims.max_positions
 
     def lend() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         import torch
@@ -172,12 +172,12 @@ def _differing(evaluation: Evaluation, recorded: dict[str, Outcome]) -> int:
 
 
 def _as_json(evaluation: Evaluation, differing: int) -> dict[str, Any]:
-    described = {name: getattr(evaluation.card, name) for name in ("model", "task", "evaluator", "settings")}
+    described = {name: getattr(evaluation.key, name) for name in ("model", "task", "evaluator", "settings")}
     return described | evaluation.metrics | {"differ_from_record": differing, "folder": str(evaluation.folder)}
 
 
 def _result_line(evaluation: Evaluation, differing: int) -> str:
-    card, values = evaluation.card, {name: v for name, v in evaluation.metrics.items() if v is not None}
+    key, values = evaluation.key, {name: v for name, v in evaluation.metrics.items() if v is not None}
     shown = ", ".join(f"{name} {v}" if isinstance(v, int) else f"{name} {v:.4f}" for name, v in values.items())
     faults = f"; {differing} examples differ from the run's record" if differing else ""
-    return f"{card.model}, {card.task}, {card.settings['num_fewshot']}-shot, by {card.evaluator}: {shown}{faults}"
+    return f"{key.model}, {key.task}, {key.settings['num_fewshot']}-shot, by {key.evaluator}: {shown}{faults}"

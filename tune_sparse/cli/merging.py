@@ -44,6 +44,6 @@ def _merge(chosen: argparse.Namespace) -> int:
     except RunError as error:
         print(f"tune-sparse: {error}", file=sys.stderr)
         return FAULT
-    sparsity = f"{report['counted_sparsity']:.4f}"
+    sparsity = f"{report['actual_sparsity']:.4f}"
     print(json.dumps(report) if chosen.json else f"{chosen.output}: sparsity {sparsity}, every masked weight is 0")
     return OK

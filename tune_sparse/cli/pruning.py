@@ -34,7 +34,7 @@ def add_commands(commands: Any) -> None:
     prune.add_argument("--seed", type=int, default=0, help="of random scores")
     prune.add_argument("--format", default="safetensors", help="safetensors or pt: a file a level; levels: one packed")
     prune.add_argument("--checkpoints", action="store_true", help="write each pruned checkpoint too")
-    prune.add_argument("--shrink", action="store_true", help="write each structured checkpoint in its smaller form")
+    prune.add_argument("--compact", action="store_true", help="write each structured checkpoint in its smaller form")
     prune.add_argument(
         "--calibration",
         metavar="SOURCE",
@@ -54,7 +54,7 @@ def add_commands(commands: Any) -> None:
     )
     validate.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
     validate.add_argument("--masks", type=Path, required=True, metavar="FILE")
-    validate.add_argument("--sparsity", type=float, help="the requested one; which level of a packed map")
+    validate.add_argument("--sparsity", type=float, help="the target; which level of a packed map")
     validate.add_argument("--tolerance", type=float, default=1e-6, help="of a masked weight; default 1e-6")
     validate.add_argument("--json", action="store_true", help="print the report as JSON")
 
@@ -82,7 +82,7 @@ def _prune(chosen: argparse.Namespace) -> int:
         seed=chosen.seed,
         format=chosen.format,
         checkpoints=chosen.checkpoints,
-        shrunk=chosen.shrink,
+        compact=chosen.compact,
         calibration={"source": chosen.calibration, "rows": len(rows), "tokens": chosen.calibration_tokens},
         rows=rows,
         sequential=chosen.sequential,
@@ -110,7 +110,7 @@ def calibration_rows(chosen: argparse.Namespace) -> Sequence[Encoded]:
     if count < 1 or tokens < 2:
         raise InputError(f"calibration needs a row of at least 2 tokens, got {count} rows of {tokens}. Raise them.")
     checkpoint = open_checkpoint(chosen.model)
-    tokenizer, tokens = load_tokenizer(checkpoint.path), min(tokens, checkpoint.shape.context_tokens)
+    tokenizer, tokens = load_tokenizer(checkpoint.path), min(tokens, checkpoint.dims.max_positions)
     if Path(source).is_file():
         return text_rows(tokenizer, _read_text(Path(source)), count, tokens)
     if source not in TASKS:
@@ -152,6 +152,6 @@ def _validate(chosen: argparse.Namespace) -> int:
         print(json.dumps(report))
     else:
         verdict = "valid" if report["all_valid"] else f"{len(report['violations'])} violations"
-        print(f"{chosen.checkpoint}: {verdict}, sparsity {report['counted_sparsity']:.4f}")
+        print(f"{chosen.checkpoint}: {verdict}, sparsity {report['actual_sparsity']:.4f}")
         print("".join(f"  {text}\n" for text in report["violations"]), end="")
     return OK if report["all_valid"] else FAULT

@@ -171,7 +171,7 @@ def _dry_run(configs: list[SearchConfig], as_json: bool) -> int:
             values.append({"task": config.sweep.tasks[0], "not_ready": str(error)})
             lines.append(f"{config.sweep.tasks[0]}: not ready to run: {error}")
             continue
-        ranks = plan.space.dimensions(plan.shape.layers)
+        ranks = plan.space.dimensions(plan.dims.num_layers)
         is_trained = Ledger(config.sweep.results_dir).is_done(plan.run.run_id)
         value = {
             "search_id": plan.search_id,

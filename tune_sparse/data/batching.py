@@ -16,18 +16,18 @@ class Batch:
     """Sequences of one width: (B, T) each."""
 
     ids: Tensor
-    learned: Tensor
-    """bool: which tokens are predicted and learned"""
+    loss_mask: Tensor
+    """bool: the target tokens, which are predicted and count in the loss"""
     positions: Tensor | None = None
     """of each token in its own row, where several rows share a sequence: transformers keeps attention within them"""
 
 
-def padded(rows: Sequence[Encoded], loss_on: str) -> Batch:
+def padded(rows: Sequence[Encoded], train_on_prompt: bool) -> Batch:
     """Each row a sequence, padded on the right."""
-    return _batch([[row] for row in rows], loss_on)
+    return _batch([[row] for row in rows], train_on_prompt)
 
 
-def packed(rows: Sequence[Encoded], loss_on: str, pack_to: int) -> Batch:
+def packed(rows: Sequence[Encoded], train_on_prompt: bool, pack_to: int) -> Batch:
     """Rows behind one another in sequences of at most `pack_to` tokens, longer rows first, each in the first sequence
     that has room for it."""
     bins: list[list[Encoded]] = []
@@ -38,28 +38,28 @@ def packed(rows: Sequence[Encoded], loss_on: str, pack_to: int) -> Batch:
             bins.append([row])
         else:
             found.append(row)
-    batch = _batch(bins, loss_on)
+    batch = _batch(bins, train_on_prompt)
     positions = torch.zeros_like(batch.ids)
     for i, found in enumerate(bins):
         places = torch.cat([torch.arange(_length(row)) for row in found])
         positions[i, : len(places)] = places
-    return Batch(batch.ids, batch.learned, positions)
+    return Batch(batch.ids, batch.loss_mask, positions)
 
 
-def _batch(sequences: Sequence[Sequence[Encoded]], loss_on: str) -> Batch:
+def _batch(sequences: Sequence[Sequence[Encoded]], train_on_prompt: bool) -> Batch:
     width = max(sum(map(_length, rows)) for rows in sequences)
     ids = torch.zeros(len(sequences), width, dtype=torch.long)
-    learned = torch.zeros(len(sequences), width, dtype=torch.bool)
+    loss_mask = torch.zeros(len(sequences), width, dtype=torch.bool)
     for i, rows in enumerate(sequences):
         start = 0
         for row in rows:
             end = start + _length(row)
             ids[i, start:end] = torch.tensor(row.context + row.continuation)
             # The first token of a row has nothing before it that could predict it.
-            first = max(1, len(row.context)) if loss_on == "answer" else 1
-            learned[i, start + first : end] = True
+            first = 1 if train_on_prompt else max(1, len(row.context))
+            loss_mask[i, start + first : end] = True
             start = end
-    return Batch(ids, learned)
+    return Batch(ids, loss_mask)
 
 
 def _length(row: Encoded) -> int:

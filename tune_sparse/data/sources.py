@@ -1,4 +1,4 @@
-"""Where rows come from: a folder, the Hugging Face Hub (fetched once into files), or the synthetic generator."""
+"""Sources of rows: a folder, the Hugging Face Hub (fetched once into files), or the synthetic generator."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SPLIT_SEED = 0
-"""Of the selection rows carved from train. Not the seed of a cell: all cells are compared on the same rows."""
+"""Seed of the selection rows carved from train. Not the seed of a cell: all cells are compared on the same rows."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Splits:
     selection: tuple[Row, ...]
     test: tuple[Row, ...]
     examples: tuple[Row, ...] = ()
-    """Where few-shot examples are drawn from: the train split in its own order, if the protocol asks for them."""
+    """The pool of few-shot examples: the train split in its own order, if the protocol asks for them."""
 
     @property
     def fingerprint(self) -> str:
@@ -41,7 +41,7 @@ class Splits:
 
 
 def fingerprint_splits(splits: Sequence[Splits]) -> str:
-    """Of one task's splits, or of those of a mixture's tasks in order."""
+    """Fingerprint of one task's splits, or of those of a mixture's tasks in order."""
     if len(splits) == 1:
         return splits[0].fingerprint
     return hashlib.sha256("".join(split.fingerprint for split in splits).encode()).hexdigest()
@@ -66,7 +66,7 @@ def load_splits(task: Task, data_dir: Path | None, protocol: Protocol) -> Splits
 
 
 def load_test(task: Task, data_dir: Path | None, protocol: Protocol) -> Splits:
-    """What scoring alone needs of a task: the test rows, and the pool of few-shot examples. Raises as `load_splits`."""
+    """Load only what scoring needs: the test rows, and the pool of few-shot examples. Raises as `load_splits`."""
     limit = protocol.n_test if isinstance(task, PromptTask) else None
     test = read_split(task, task.test_split, data_dir)[:limit]
     is_few_shot = protocol.num_fewshot and isinstance(task, PromptTask)
@@ -173,7 +173,7 @@ LEAK_CHARACTERS = 200
 
 
 def _questions(task: Task, rows: Sequence[Row]) -> set[Any]:
-    """What must not be in two splits: what the rows ask, or the long lines of a text."""
+    """Questions that must not be in two splits, or the long lines of a text."""
     if isinstance(task, PromptTask):
         return {task.asked(row) for row in rows}
     return {(line,) for row in rows for line in row["text"].splitlines() if len(line) >= LEAK_CHARACTERS}

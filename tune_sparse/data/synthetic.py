@@ -32,14 +32,14 @@ Puzzle = tuple[Any, ...]
 
 @dataclass(frozen=True)
 class Generator:
-    """How the rows of one task are made. A row is drawn for each puzzle in turn, until there are enough."""
+    """The generator of one task's rows. A row is drawn for each puzzle in turn, until there are enough."""
 
     puzzles: Callable[[], Iterator[Puzzle]]
     """Every puzzle, once, in a fixed order."""
     row: Callable[[Puzzle, random.Random, int], Row]
     """A row that asks the puzzle; the number counts the rows, to balance the gold labels."""
     prompt: Callable[[Row], Any]
-    """What no two rows may have in common."""
+    """The part that no two rows may have in common."""
 
 
 def synthetic_examples(task_name: str, split: str) -> list[Row]:
@@ -170,7 +170,7 @@ def _step_puzzles() -> Iterator[Puzzle]:
 
 @cache
 def _neighbors(verb: str) -> frozenset[str]:
-    """What follows or precedes `verb` in any activity."""
+    """Steps that follow or precede `verb` in any activity."""
     pairs = {pair for order in ACTIVITIES.values() for pair in pairwise(order)}
     return frozenset(b for a, b in pairs if a == verb) | frozenset(a for a, b in pairs if b == verb)
 

@@ -1,4 +1,4 @@
-"""What a task is: how one benchmark is read, asked and scored.
+"""Tasks: one benchmark each, as it is read, asked and scored.
 
 A task turns source rows (the schema of its Hugging Face dataset) into what a model reads and what is right. There
 are three kinds:
@@ -24,7 +24,7 @@ Pair = tuple[str, str]
 
 @dataclass(frozen=True)
 class Hub:
-    """Where the Hugging Face Hub has a task's rows."""
+    """The place of a task's rows on the Hugging Face Hub."""
 
     path: str
     config: str | None = None
@@ -32,7 +32,7 @@ class Hub:
 
 @dataclass(frozen=True, kw_only=True)
 class Task(ABC):
-    """How one benchmark is read, asked and scored."""
+    """One benchmark, as it is read, asked and scored."""
 
     name: str
     fields: Mapping[str, type | tuple[type, ...]]
@@ -83,7 +83,7 @@ class PromptTask(Task):
 
     @abstractmethod
     def asked(self, row: Row) -> tuple[str, ...]:
-        """What a row asks, without what is right: two rows that ask the same are the same."""
+        """The question of a row, without its answer: two rows that ask the same are the same."""
 
     def question_id(self, row: Row) -> str:
         """Names what a row asks in every run and file."""
@@ -97,7 +97,7 @@ class ChoiceTask(PromptTask):
     pairs: Callable[[Row], list[Pair]]
     """(context, continuation) of each choice; a continuation begins with the space that divides the two."""
     has_normalised_accuracy: bool = True
-    """Whether the harness also divides log-likelihoods by the continuations' lengths in characters."""
+    """True if the harness also divides log-likelihoods by the continuations' lengths in characters."""
     yes: int | None = None
     """yes/no tasks: the index that counts as positive for F1."""
 
@@ -127,7 +127,7 @@ class AnswerTask(PromptTask):
     extract_flexibly: Callable[[str], str | None] | None = None
     """A second, more lenient reading, where the harness has one."""
     equal: Callable[[str, str], bool] = str.__eq__
-    """Whether an extracted answer and the gold answer agree."""
+    """True if an extracted answer and the gold answer agree."""
     until: tuple[str, ...]
     """Texts that end an answer."""
 
@@ -153,7 +153,7 @@ class TextTask(Task):
     files: Mapping[str, str]
     """{split: file}, plain text."""
     parts: Mapping[str, tuple[float, float]] = field(default_factory=dict)
-    """Where splits share a file: first and last line of each, as fractions of the file."""
+    """For splits that share a file: first and last line of each, as fractions of the file."""
     joined: Callable[[list[str]], str] = "".join
     """The text that is scored, made of the file's lines with their line ends."""
 

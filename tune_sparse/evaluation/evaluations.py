@@ -21,7 +21,8 @@ from tune_sparse.config import SCORING, Protocol
 from tune_sparse.data.splits import Splits
 from tune_sparse.data.task_types import Task
 from tune_sparse.errors import InputError, unknown_name
-from tune_sparse.evaluation.outcomes import Metrics, Outcome, read_outcomes, write_outcomes
+from tune_sparse.evaluation.metrics import Metrics
+from tune_sparse.evaluation.outcomes import Outcome, read_outcomes, write_outcomes
 from tune_sparse.files import read_json, write_json, write_lines, write_text
 from tune_sparse.identity import NUMERICS_VERSION, hash_json
 
@@ -32,8 +33,8 @@ EVALUATORS = ("tune-sparse", "lm-eval")
 
 
 @dataclass(frozen=True)
-class Scorecard:
-    """What is scored, on what, and how: all that changes the numbers."""
+class EvaluationKey:
+    """Everything that changes the numbers: the model, the task and its rows, the evaluator and its settings."""
 
     model: str
     fingerprint: str
@@ -48,7 +49,7 @@ class Scorecard:
     @classmethod
     def of(
         cls, model: str, fingerprint: str, task: Task, splits: Splits, protocol: Protocol, evaluator: str
-    ) -> Scorecard:
+    ) -> EvaluationKey:
         """Raises `InputError` for an unknown evaluator, or one that has not this task."""
         if evaluator not in EVALUATORS:
             raise unknown_name("evaluator", evaluator, EVALUATORS)
@@ -68,9 +69,9 @@ class Scorecard:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A finished scorecard."""
+    """A finished evaluation."""
 
-    card: Scorecard
+    key: EvaluationKey
     folder: Path
     metrics: Metrics
 
@@ -84,18 +85,18 @@ Lend = Callable[[], tuple["PreTrainedModel", "PreTrainedTokenizerBase"]]
 
 
 def evaluate(
-    card: Scorecard, task: Task, splits: Splits, protocol: Protocol, lend: Lend, results_dir: Path
+    key: EvaluationKey, task: Task, splits: Splits, protocol: Protocol, lend: Lend, results_dir: Path
 ) -> Evaluation:
     """Score a model on a task's test rows, or find that this was done.
 
     A scoring that was stopped goes on after its last whole batch, and ends with the same numbers.
     Raises `InputError` while another process scores the same, `RunError` if the model computes NaN.
     """
-    folder = results_dir / "evaluations" / card.name
+    folder = results_dir / "evaluations" / key.name
     with _alone(folder):
         if not (folder / "result.json").exists():
-            _evaluate_into(folder, card, task, splits, protocol, lend)
-    return Evaluation(card, folder, read_json(folder / "result.json")["metrics"])
+            _evaluate_into(folder, key, task, splits, protocol, lend)
+    return Evaluation(key, folder, read_json(folder / "result.json")["metrics"])
 
 
 @contextmanager
@@ -108,15 +109,17 @@ def _alone(folder: Path) -> Iterator[None]:
         raise InputError(f"one process at a time scores a model, another one is at {folder}. Wait for it.") from error
 
 
-def _evaluate_into(folder: Path, card: Scorecard, task: Task, splits: Splits, protocol: Protocol, lend: Lend) -> None:
+def _evaluate_into(
+    folder: Path, key: EvaluationKey, task: Task, splits: Splits, protocol: Protocol, lend: Lend
+) -> None:
     import yaml
 
     from tune_sparse.evaluation.scoring import task_metrics
 
-    write_text(folder / "config.yaml", yaml.safe_dump(asdict(card), sort_keys=False))
+    write_text(folder / "config.yaml", yaml.safe_dump(asdict(key), sort_keys=False))
     model, tokenizer = lend()
     started = time.perf_counter()
-    if card.evaluator == "lm-eval":
+    if key.evaluator == "lm-eval":
         from tune_sparse.evaluation.harness import harness_outcomes
 
         outcomes, resumed = harness_outcomes(model, tokenizer, task, splits.test, splits.examples, protocol), 0
@@ -155,7 +158,7 @@ def _score_on(
 
 
 def _known(path: Path) -> dict[int, Outcome]:
-    """What a stopped scoring wrote; the last line may be torn."""
+    """Read what a stopped scoring wrote; the last line may be torn."""
     known = {}
     for line in path.read_text(encoding="utf-8").split("\n") if path.exists() else ():
         try:

@@ -1,10 +1,11 @@
-"""What inference and training cost: floating-point operations counted from the non-zeros that are left."""
+"""Floating-point operations of inference and training, counted from the non-zeros that are left."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tune_sparse.models.checkpoints import Shape
+from tune_sparse.models.architectures import architecture_named
+from tune_sparse.models.dims import ModelDims
 from tune_sparse.pruning.masks import Masks
 
 SEQUENCE_LENGTHS = (1024, 2048, 4096, 8192)
@@ -17,42 +18,45 @@ def attended_pairs(tokens: int, window: int | None) -> int:
     return window * (window + 1) // 2 + (tokens - window) * window
 
 
-def inference_flops(masks: Masks, shape: Shape, tokens: int) -> int:
+def inference_flops(masks: Masks, dims: ModelDims, tokens: int) -> int:
     """Operations of one forward pass over `tokens`, a multiply-add counted as two.
 
     2 per token and kept weight of the pruned matrices and the head, and 4 per attended pair and channel of the
     heads that are left (QKᵀ and AV). Norms, softmax, rotary embeddings and the embedding look-up are left out
     (Kaplan et al. 2020, arXiv:2001.08361, section 2.1, with the causal and sliding-window pairs counted exactly).
     """
-    head = shape.hidden * shape.vocabulary
-    pairs = attended_pairs(tokens, shape.sliding_window)
-    return 2 * tokens * (_kept_weights(masks) + head) + 4 * pairs * _kept_channels(masks, shape)
+    head = dims.hidden_size * dims.vocab_size
+    pairs = attended_pairs(tokens, dims.sliding_window)
+    return 2 * tokens * (_kept_weights(masks) + head) + 4 * pairs * _kept_channels(masks, dims)
 
 
-def training_flops(masks: Masks, shape: Shape, rows: Sequence[tuple[int, int]], rank: int, trains_factors: bool) -> int:
-    """Operations of forward and backward over `rows`, each (tokens, learned tokens).
+def training_flops(
+    masks: Masks, dims: ModelDims, rows: Sequence[tuple[int, int]], rank: int, trains_factors: bool
+) -> int:
+    """Operations of forward and backward over `rows`, each (tokens, target tokens).
 
     Forward and input gradient take 2 per token and kept weight each, attention three times its forward (Kaplan et al.
-    2020, section 2.1), the head 4 per learned token and weight. An unmasked update adds 6 R (I + O) per token and
+    2020, section 2.1), the head 4 per target token and weight. An unmasked update adds 6 R (I + O) per token and
     matrix for its factors (`trains_factors`), a masked one or a trained weight 2 per token and kept weight for the
     gradient there. What does not grow with the tokens is left out: building an effective weight, the optimizer.
     """
-    kept, channels = _kept_weights(masks), _kept_channels(masks, shape)
+    kept, channels = _kept_weights(masks), _kept_channels(masks, dims)
     factors = rank * sum(sum(mask.shape) for mask in masks.values())
-    tokens, learned = (sum(counts) for counts in zip(*rows, strict=True))
-    pairs = sum(attended_pairs(length, shape.sliding_window) for length, _ in rows)
+    tokens, targets = (sum(counts) for counts in zip(*rows, strict=True))
+    pairs = sum(attended_pairs(length, dims.sliding_window) for length, _ in rows)
     update = 6 * factors if trains_factors else 2 * kept
-    return tokens * (4 * kept + update) + 12 * pairs * channels + 4 * learned * shape.hidden * shape.vocabulary
+    return tokens * (4 * kept + update) + 12 * pairs * channels + 4 * targets * dims.hidden_size * dims.vocab_size
 
 
 def _kept_weights(masks: Masks) -> int:
     return sum(int(mask.sum()) for mask in masks.values())
 
 
-def _kept_channels(masks: Masks, shape: Shape) -> int:
+def _kept_channels(masks: Masks, dims: ModelDims) -> int:
     """Channels of the attention heads that are left, over all blocks."""
-    return sum(
-        int(mask.view(shape.heads, -1).any(dim=1).sum()) * shape.head_dim
-        for name, mask in masks.items()
-        if ".q_proj." in name
+    queries = (
+        matrix.oriented(masks[matrix.name])[: dims.query_rows]
+        for matrix in architecture_named(dims.architecture).matrices(masks)
+        if matrix.role in ("q", "qkv")
     )
+    return sum(int(rows.reshape(dims.num_heads, -1).any(dim=1).sum()) * dims.head_dim for rows in queries)

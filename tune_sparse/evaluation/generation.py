@@ -18,34 +18,37 @@ SHRINK_BELOW = 0.75
 """The batch is rebuilt when fewer than this fraction of its rows are still being written."""
 CHECK_EVERY = 4
 """Steps between two looks for the end of an answer in the text: each look decodes."""
-
-
-ROOM = 64
+CACHE_GROWTH = 64
 """Tokens that a cache makes room for at a time."""
 
 
-class RoomyLayer(DynamicLayer):
-    """A key-value cache to which a step writes its own token; transformers' copies all that was there at each step."""
+class PreallocatedCache(DynamicLayer):
+    """The key-value cache of a layer, with room for the next tokens: a step writes its own token alone.
+
+    The cache of transformers copies all that was there at each step.
+    """
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """The keys and values of all tokens so far, with the new ones: (B, heads, T, head size) each."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-            self._rooms: tuple[Tensor, ...] = (key_states[:, :, :0], value_states[:, :, :0])
+            self._buffers: tuple[Tensor, ...] = (key_states[:, :, :0], value_states[:, :, :0])
         start = self.get_seq_length()
         end = start + key_states.shape[-2]
-        if end > self._rooms[0].shape[-2]:
-            self._rooms = tuple(F.pad(room[:, :, :start], (0, 0, 0, end + ROOM - start)) for room in self._rooms)
-        for room, new in zip(self._rooms, (key_states, value_states), strict=True):
-            room[:, :, start:end] = new
-        self.keys, self.values = (room[:, :, :end] for room in self._rooms)
+        if end > self._buffers[0].shape[-2]:
+            self._buffers = tuple(
+                F.pad(buffer[:, :, :start], (0, 0, 0, end + CACHE_GROWTH - start)) for buffer in self._buffers
+            )
+        for buffer, new in zip(self._buffers, (key_states, value_states), strict=True):
+            buffer[:, :, start:end] = new
+        self.keys, self.values = (buffer[:, :, :end] for buffer in self._buffers)
         return self.keys, self.values
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these rows of the batch."""
         end = self.get_seq_length()
-        self._rooms = tuple(room[indices] for room in self._rooms)
-        self.keys, self.values = (room[:, :, :end] for room in self._rooms)
+        self._buffers = tuple(buffer[indices] for buffer in self._buffers)
+        self.keys, self.values = (buffer[:, :, :end] for buffer in self._buffers)
 
 
 @torch.no_grad()
@@ -63,7 +66,7 @@ def generate(
     written: list[list[int]] = [[] for _ in prompts]
     present, open_rows = list(range(len(prompts))), set(range(len(prompts)))
     ids, attended = (tensor.to(model.device) for tensor in _padded_left(prompts))
-    head, cache = model.get_output_embeddings(), Cache(layer_class_to_replicate=RoomyLayer)
+    head, cache = model.get_output_embeddings(), Cache(layer_class_to_replicate=PreallocatedCache)
     for step in range(1, max_new_tokens + 1):
         progress()
         positions = (attended.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
@@ -100,7 +103,7 @@ def _padded_left(prompts: Sequence[tuple[int, ...]]) -> tuple[Tensor, Tensor]:
 
 
 def _has_ended(tokenizer: PreTrainedTokenizerBase, tokens: list[int], until: Sequence[str]) -> bool:
-    """Whether one of `until` was completed since the last look: a token has at least one byte of it."""
+    """True if one of `until` was completed since the last look: a token has at least one byte of it."""
     newest = tokens[-CHECK_EVERY - max((len(stop.encode()) for stop in until), default=0) :]
     text = tokenizer.decode(newest, skip_special_tokens=True)
     return any(stop in text for stop in until)

@@ -77,7 +77,7 @@ def harness_samples(
     examples: Sequence[Row],
     protocol: Protocol,
 ) -> list[dict[str, Any]]:
-    """What the harness logs of every row: prompt, continuations, answers, metrics."""
+    """The harness's log of every row: prompt, continuations, answers, metrics."""
     import datasets
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM

@@ -1,4 +1,4 @@
-"""How likely is each choice? All choices of a question are one row of tokens: what they share, then each branch.
+"""Log-likelihoods of choices. All choices of a question are one row of tokens: a shared prefix, then each branch.
 
 A branch sees the shared tokens and itself, and its positions go on from the shared ones, so that each choice is
 read as if it stood alone, while the shared tokens are computed once.
@@ -20,32 +20,32 @@ from tune_sparse.data.splits import Encoded
 from tune_sparse.watchdog import progress
 
 LOGITS_BYTES = 2**27
-"""Of the fp32 logits that are held at once."""
+"""Bytes of the fp32 logits that are held at once."""
 WORTHWHILE = 0.8
 """Choices are one row if it has at most this fraction of their tokens: a mask of its own costs time too."""
 ALIKE = 0.9
 """Rows of one pass: padding costs as much as tokens."""
 SHARED, PADDING = 0, -1
-"""As a token's branch; branches count from 1."""
+"""Branch of a shared token, and of padding; branches count from 1."""
 
 
 @dataclass(frozen=True)
-class Tree:
+class SharedPrefixBatch:
     """Some choices of one question as one row of T tokens."""
 
     tokens: tuple[int, ...]
     positions: tuple[int, ...]
     branches: tuple[int, ...]
     """The branch of each token."""
-    reads: tuple[tuple[tuple[int, int], ...], ...]
-    """For each choice: (where in the row, which token follows there) for each token of its continuation."""
+    targets: tuple[tuple[tuple[int, int], ...], ...]
+    """For each choice, for each token of its continuation: (place in the row, token that follows there)."""
 
     @property
     def is_branched(self) -> bool:
         return self.branches[-1] != SHARED
 
 
-def trees_of(choices: Sequence[Encoded], limit: int) -> list[Tree]:
+def pack_choices(choices: Sequence[Encoded], limit: int) -> list[SharedPrefixBatch]:
     """The choices, in order, as few rows of at most `limit` tokens (more, if one choice alone has more).
 
     Choices that share too little, as those that lost different starts, are rows of their own.
@@ -53,32 +53,45 @@ def trees_of(choices: Sequence[Encoded], limit: int) -> list[Tree]:
     shared = _shared_tokens(choices)
     lengths = [len(_read_tokens(choice)) for choice in choices]
     if len(shared) + sum(n - len(shared) for n in lengths) > WORTHWHILE * sum(lengths):
-        return [_tree([choice], _read_tokens(choice)) for choice in choices]
-    trees, start, size = [], 0, len(shared)
+        return [_share_prefix([choice], _read_tokens(choice)) for choice in choices]
+    batches, start, size = [], 0, len(shared)
     for i, length in enumerate(lengths):
         size += length - len(shared)
         if i > start and size > limit:
-            trees.append(_tree(choices[start:i], shared))
+            batches.append(_share_prefix(choices[start:i], shared))
             start, size = i, length
-    return [*trees, _tree(choices[start:], shared)]
+    return [*batches, _share_prefix(choices[start:], shared)]
 
 
 def _read_tokens(choice: Encoded) -> tuple[int, ...]:
-    """What a model reads: nothing follows the last token."""
+    """Tokens that a model reads: nothing follows the last one."""
     return (choice.context + choice.continuation)[:-1]
 
 
 def _shared_tokens(choices: Sequence[Encoded]) -> tuple[int, ...]:
-    """What all choices begin with: what the first and the last in order have in common."""
+    """The common prefix of all choices: that of the first and the last in sorted order."""
     rows = sorted(map(_read_tokens, choices))
     differing = (i for i, (a, b) in enumerate(zip(rows[0], rows[-1], strict=False)) if a != b)
     return rows[0][: next(differing, len(rows[0]))]
 
 
-def _tree(choices: Sequence[Encoded], shared: tuple[int, ...]) -> Tree:
+def _share_prefix(choices: Sequence[Encoded], shared: tuple[int, ...]) -> SharedPrefixBatch:
+    """One row: the shared tokens, then a branch for each continuation that differs before its last token.
+
+    The choices 4 5 6, 4 8 and 7 after the context 1 2 3, which they share (a last token is never read):
+
+        place      0 1 2 3 4 5
+        tokens     1 2 3 4 5 4
+        positions  0 1 2 3 4 3
+        branches   0 0 0 1 1 2
+        targets    (2, 4) (3, 5) (4, 6);  (2, 4) (5, 8);  (2, 7)
+
+    A target (2, 4) asks for the probability of token 4 after place 2. 7 is the last token of its choice, so that it
+    needs no branch.
+    """
     tokens, positions, branches = list(shared), list(range(len(shared))), [SHARED] * len(shared)
     starts: dict[tuple[int, ...], int] = {}
-    reads = []
+    targets = []
     for choice in choices:
         whole = choice.context + choice.continuation
         branch = _read_tokens(choice)[len(shared) :]
@@ -88,8 +101,8 @@ def _tree(choices: Sequence[Encoded], shared: tuple[int, ...]) -> Tree:
             positions += range(len(shared), len(whole) - 1)
             branches += [len(starts)] * len(branch)
         read_at = range(len(choice.context) - 1, len(whole) - 1)
-        reads.append(tuple((p if p < len(shared) else p + starts[branch], whole[p + 1]) for p in read_at))
-    return Tree(tuple(tokens), tuple(positions), tuple(branches), tuple(reads))
+        targets.append(tuple((p if p < len(shared) else p + starts[branch], whole[p + 1]) for p in read_at))
+    return SharedPrefixBatch(tuple(tokens), tuple(positions), tuple(branches), tuple(targets))
 
 
 def batches_by_length(sizes: Sequence[int], batch_tokens: int, alike: float = 0.0) -> list[list[int]]:
@@ -106,7 +119,7 @@ def batches_by_length(sizes: Sequence[int], batch_tokens: int, alike: float = 0.
 
 def question_tokens(choices: Sequence[Encoded]) -> int:
     """Tokens that are read to score a question."""
-    return sum(len(tree.tokens) for tree in trees_of(choices, sys.maxsize))
+    return sum(len(packed.tokens) for packed in pack_choices(choices, sys.maxsize))
 
 
 @torch.no_grad()
@@ -118,29 +131,29 @@ def log_likelihoods(
     Contexts must have at least one token. Memory is bounded by `batch_tokens`, whatever the number of questions and
     choices: a question with many choices is divided.
     """
-    owned = [(i, tree) for i, choices in enumerate(questions) for tree in trees_of(choices, batch_tokens // 4)]
-    of_tree: dict[int, list[float]] = {}
-    for batch in batches_by_length([len(tree.tokens) for _, tree in owned], batch_tokens, ALIKE):
+    owned = [(i, packed) for i, choices in enumerate(questions) for packed in pack_choices(choices, batch_tokens // 4)]
+    by_row: dict[int, list[float]] = {}
+    for batch in batches_by_length([len(packed.tokens) for _, packed in owned], batch_tokens, ALIKE):
         values = _read(model, [owned[k][1] for k in batch])
         progress()
-        of_tree |= dict(zip(batch, values, strict=True))
+        by_row |= dict(zip(batch, values, strict=True))
     result: list[list[float]] = [[] for _ in questions]
     for k, (i, _) in enumerate(owned):
-        result[i] += of_tree[k]
+        result[i] += by_row[k]
     return result
 
 
-def _read(model: PreTrainedModel, trees: Sequence[Tree]) -> list[list[float]]:
-    """Log-likelihoods of each tree's choices, from one forward pass. Logits are computed only where they are read,
+def _read(model: PreTrainedModel, batches: Sequence[SharedPrefixBatch]) -> list[list[float]]:
+    """Log-likelihoods of the choices of each row, from one forward pass. Logits are computed only where they are read,
     once for each place."""
-    hidden = _hidden(model, trees)
-    reads = [(row, at, token) for row, tree in enumerate(trees) for choice in tree.reads for at, token in choice]
-    places = sorted({(row, at) for row, at, _ in reads})
+    hidden = _hidden(model, batches)
+    targets = [(row, *target) for row, packed in enumerate(batches) for choice in packed.targets for target in choice]
+    places = sorted({(row, at) for row, at, _ in targets})
     index = {place: k for k, place in enumerate(places)}
     rows, ats = torch.tensor(places, device=model.device).T
-    wanted = torch.tensor([index[row, at] for row, at, _ in reads], device=model.device)
-    tokens = torch.tensor([token for _, _, token in reads], device=model.device)
-    log_probabilities = torch.empty(len(reads), device=model.device)
+    wanted = torch.tensor([index[row, at] for row, at, _ in targets], device=model.device)
+    tokens = torch.tensor([token for _, _, token in targets], device=model.device)
+    log_probabilities = torch.empty(len(targets), device=model.device)
     head = model.get_output_embeddings()
     step = max(1, LOGITS_BYTES // (4 * head.weight.shape[0]))
     for start in range(0, len(places), step):
@@ -149,27 +162,27 @@ def _read(model: PreTrainedModel, trees: Sequence[Tree]) -> list[list[float]]:
         k = wanted[here] - start
         log_probabilities[here] = logits[k, tokens[here]] - logits.logsumexp(-1)[k]
     values = iter(log_probabilities.tolist())
-    return [[math.fsum(next(values) for _ in choice) for choice in tree.reads] for tree in trees]
+    return [[math.fsum(next(values) for _ in choice) for choice in packed.targets] for packed in batches]
 
 
-def _hidden(model: PreTrainedModel, trees: Sequence[Tree]) -> Tensor:
+def _hidden(model: PreTrainedModel, batches: Sequence[SharedPrefixBatch]) -> Tensor:
     """Last hidden states of each row: (B, T, hidden)."""
 
     def padded(rows: Sequence[tuple[int, ...]], value: int) -> Tensor:
         return pad_sequence([torch.tensor(row) for row in rows], True, value).to(model.device)
 
-    ids = padded([tree.tokens for tree in trees], 0)
-    if not any(tree.is_branched for tree in trees):
+    ids = padded([packed.tokens for packed in batches], 0)
+    if not any(packed.is_branched for packed in batches):
         return model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-    positions = padded([tree.positions for tree in trees], 0)
-    branches = padded([tree.branches for tree in trees], PADDING)
-    mask = tree_mask(positions, branches, getattr(model.config, "sliding_window", None))
+    positions = padded([packed.positions for packed in batches], 0)
+    branches = padded([packed.branches for packed in batches], PADDING)
+    mask = branch_mask(positions, branches, getattr(model.config, "sliding_window", None))
     return model.base_model(
         input_ids=ids, attention_mask=mask[:, None], position_ids=positions, use_cache=False
     ).last_hidden_state
 
 
-def tree_mask(positions: Tensor, branches: Tensor, window: int | None) -> Tensor:
+def branch_mask(positions: Tensor, branches: Tensor, window: int | None) -> Tensor:
     """Which key each query sees: (B, T, T) of bool, from positions and branches (B, T).
 
     A token sees the shared tokens and its own branch up to itself; with a sliding window, the last `window` of them.

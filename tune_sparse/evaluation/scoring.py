@@ -1,4 +1,4 @@
-"""How good is a model at a task? Every example's outcome is kept; accuracy or perplexity follows from them."""
+"""Score a model on a task. Every example's outcome is kept; accuracy or perplexity follows from them."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from tune_sparse.data.task_types import AnswerTask, ChoiceTask, Pair, PromptTask
 from tune_sparse.errors import InputError, RunError
 from tune_sparse.evaluation.generation import generate
 from tune_sparse.evaluation.likelihood import batches_by_length, log_likelihoods, question_tokens
-from tune_sparse.evaluation.outcomes import Metrics, Outcome, combined, compute_metrics
+from tune_sparse.evaluation.metrics import Metrics, combined, compute_metrics
+from tune_sparse.evaluation.outcomes import Outcome
 
 FEW_SHOT_SEED = 1234
-"""Of the examples in a prompt: that of lm-evaluation-harness."""
+"""Seed of the worked examples in a prompt: that of lm-evaluation-harness."""
 
 
 @dataclass(frozen=True)
@@ -38,13 +39,11 @@ class Example:
 
 
 @dataclass(frozen=True)
-class TestSet:
+class EvalSet:
     """A task's test rows as a model's tokens: encoded once, scored many times."""
 
     task: Task
     examples: tuple[Example, ...]
-
-    __test__ = False
 
 
 def encode_test(
@@ -53,7 +52,7 @@ def encode_test(
     rows: Sequence[Row],
     protocol: Protocol,
     shots: Sequence[Row] = (),
-) -> TestSet:
+) -> EvalSet:
     """Encode test rows for `score`; `shots` is the pool of the few-shot examples.
 
     Raises `InputError` for a choice that has no tokens, or more than a model may read.
@@ -61,12 +60,12 @@ def encode_test(
     if isinstance(task, PromptTask):
         prefixes = few_shot_prefixes(task, rows, shots, protocol.num_fewshot)
         if isinstance(task, ChoiceTask):
-            return TestSet(task, tuple(_encode_choices(tokenizer, task, rows, prefixes, protocol)))
-        return TestSet(task, tuple(_encode_answers(tokenizer, task, rows, prefixes, protocol)))
+            return EvalSet(task, tuple(_encode_choices(tokenizer, task, rows, prefixes, protocol)))
+        return EvalSet(task, tuple(_encode_answers(tokenizer, task, rows, prefixes, protocol)))
     windows = [e for row in rows for e in encode_windows(tokenizer, row["text"], protocol.max_tokens, protocol.n_test)]
     if not all(e.continuation for e in windows):
         raise InputError(f"the text of {task.name} must have at least 2 tokens, it has fewer. Give a longer text.")
-    return TestSet(task, tuple(Example(f"window {i}", None, (e,)) for i, e in enumerate(windows)))
+    return EvalSet(task, tuple(Example(f"window {i}", None, (e,)) for i, e in enumerate(windows)))
 
 
 def few_shot_prefixes(task: PromptTask, rows: Sequence[Row], shots: Sequence[Row], count: int) -> list[str]:
@@ -124,19 +123,19 @@ def _encode_answers(
 
 @dataclass(frozen=True)
 class Scored:
-    """How a model did on one or several tasks."""
+    """Outcomes and metrics of a model on one or several tasks."""
 
     outcomes: tuple[Outcome, ...]
     by_task: dict[str, Metrics]
 
     @property
     def metrics(self) -> Metrics:
-        """Of the only task, or of all together."""
+        """Metrics of the only task, or of all together."""
         return combined(self.by_task)
 
 
 def score(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tests: Sequence[TestSet], protocol: Protocol
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tests: Sequence[EvalSet], protocol: Protocol
 ) -> Scored:
     """Score a model on encoded test rows; the model is not changed. Raises `RunError` if it computes NaN."""
     found: list[Outcome] = []
@@ -157,7 +156,7 @@ def task_metrics(task: Task, outcomes: Sequence[Outcome]) -> Metrics:
 def compute_outcomes(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    tests: TestSet,
+    tests: EvalSet,
     protocol: Protocol,
     known: Collection[int] = (),
 ) -> Iterator[dict[int, Outcome]]:

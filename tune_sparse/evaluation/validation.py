@@ -25,14 +25,14 @@ def weights_sha256(weights: Mapping[str, Tensor]) -> str:
 
 
 def mask_violations(masks: Masks, sparsity: float) -> list[str]:
-    """Broken rules of a set of masks: binary, no layer empty, within `TOLERANCE` of the requested sparsity."""
+    """Broken rules of a set of masks: binary, no layer empty, within `TOLERANCE` of the target sparsity."""
     found = [
         f"{name}: a mask must be bool, got {mask.dtype}" for name, mask in masks.items() if mask.dtype != torch.bool
     ]
     found += [f"{name}: no layer may be 100% sparse" for name, mask in masks.items() if not mask.any()]
-    counted = count_sparsity(masks)
-    if abs(counted - sparsity) > TOLERANCE:
-        found.append(f"the masks' sparsity must be within {TOLERANCE:g} of {sparsity:g}, got {counted:.4f}")
+    actual = count_sparsity(masks)
+    if abs(actual - sparsity) > TOLERANCE:
+        found.append(f"the masks' sparsity must be within {TOLERANCE:g} of {sparsity:g}, got {actual:.4f}")
     return found
 
 
@@ -47,9 +47,9 @@ def validation_report(
     """Check deployed weights against their masks.
 
     Every masked position must be 0 (within `tolerance`, for checkpoints that come from elsewhere), the masks must
-    be those that training used, and the zeros counted in the weights must be within `TOLERANCE` of the requested
+    be those that training used, and the zeros counted in the weights must be within `TOLERANCE` of the target
     sparsity. `violations` were found before and are reported too. Returns all_valid, violations, max_abs_at_masked,
-    mask_sha256, counted_sparsity and, per matrix, the zeros and the number of weights.
+    mask_sha256, actual_sparsity and, per matrix, the zeros and the number of weights.
     """
     violations = [*violations, *mask_violations(masks, sparsity)]
     violations += [f"{name}: a matrix needs a mask, and a mask a matrix" for name in weights.keys() ^ masks.keys()]
@@ -65,15 +65,15 @@ def validation_report(
         if not value <= tolerance
     ]
     zeros = {name: [int((w == 0).sum()), w.numel()] for name, w in weights.items()}
-    counted = sum(z for z, _ in zeros.values()) / sum(n for _, n in zeros.values())
-    if abs(counted - sparsity) > TOLERANCE:
-        violations.append(f"the weights' sparsity must be within {TOLERANCE:g} of {sparsity:g}, got {counted:.4f}")
+    actual = sum(z for z, _ in zeros.values()) / sum(n for _, n in zeros.values())
+    if abs(actual - sparsity) > TOLERANCE:
+        violations.append(f"the weights' sparsity must be within {TOLERANCE:g} of {sparsity:g}, got {actual:.4f}")
     return {
         "all_valid": not violations,
         "violations": violations,
         "max_abs_at_masked": max(filter(math.isfinite, at_masked.values()), default=None),
         "mask_sha256": checksum,
-        "counted_sparsity": counted,
+        "actual_sparsity": actual,
         "zeros_by_matrix": zeros,
     }
 
@@ -88,8 +88,8 @@ def checkpoint_report(
 ) -> dict[str, Any]:
     """As `validation_report`, for files: one matrix in memory at a time, every violation with its first position.
 
-    expected: the matrices that must have a mask. sparsity: the requested one, where it is known. known_sha256: the
-    checksum that the masks should have, where it is known. The counted sparsity is that of the masks.
+    expected: the matrices that must have a mask. sparsity: the target, where it is known. known_sha256: the
+    checksum that the masks should have, where it is known. The actual sparsity is that of the masks.
     """
     violations = [f"{name}: a matrix needs a mask" for name in expected if name not in masks]
     by_matrix: dict[str, dict[str, Any]] = {}
@@ -101,15 +101,15 @@ def checkpoint_report(
     if known_sha256 is not None and checksum != known_sha256:
         violations.append(f"the masks must be the ones that were made, {known_sha256}, got {checksum}")
     total = sum(counts["weights"] for counts in by_matrix.values())
-    counted = 1 - sum(counts["kept"] for counts in by_matrix.values()) / total
-    if sparsity is not None and abs(counted - sparsity) > TOLERANCE:
-        violations.append(f"the masks' sparsity must be within {TOLERANCE:g} of {sparsity:g}, got {counted:.4f}")
+    actual = 1 - sum(counts["kept"] for counts in by_matrix.values()) / total
+    if sparsity is not None and abs(actual - sparsity) > TOLERANCE:
+        violations.append(f"the masks' sparsity must be within {TOLERANCE:g} of {sparsity:g}, got {actual:.4f}")
     return {
         "all_valid": not violations,
         "violations": violations,
         "max_abs_at_masked": max((counts["max_abs_at_masked"] for counts in by_matrix.values()), default=None),
         "mask_sha256": checksum,
-        "counted_sparsity": counted,
+        "actual_sparsity": actual,
         "by_matrix": by_matrix,
     }
 

@@ -101,7 +101,7 @@ def _write(merged: Merged, output: Path) -> dict[str, Any]:
                 shutil.copyfile(merged.base / name, partial / name)
         report = _checked(merged, partial)
         write_json(partial / "validation_report.json", report)
-        known = {"mask_sha256": report["mask_sha256"], "counted_sparsity": report["counted_sparsity"]}
+        known = {"mask_sha256": report["mask_sha256"], "actual_sparsity": report["actual_sparsity"]}
         write_json(partial / "tune_sparse_merge.json", merged.origin | known)
         write_text(partial / "README.md", model_card(merged.origin, report, merged.run, merged.record))
         partial.rename(output)

@@ -22,7 +22,7 @@ def model_card(origin: Mapping[str, Any], report: Mapping[str, Any], run: Run | 
     from huggingface_hub import ModelCard, ModelCardData
 
     rows = {"base model": origin["base"], "training mode": origin["mode"]}
-    rows |= {"sparsity": f"{report['counted_sparsity']:.4f} of the pruned matrices, counted"}
+    rows |= {"sparsity": f"{report['actual_sparsity']:.4f} of the pruned matrices, counted"}
     rows |= {"mask": f"SHA-256 {report['mask_sha256']}"}
     if run is not None and record is not None:
         rows |= _rows_about_run(run, record)

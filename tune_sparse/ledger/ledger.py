@@ -73,7 +73,7 @@ class Run:
     def untuned_id(self) -> str:
         """Names the accuracy before tuning, which neither the mode nor the training changes."""
         c, p = self.cell, self.protocol
-        seed = c.seed if c.method in METHODS and METHODS[c.method].is_seeded else 0
+        seed = c.seed if c.method in METHODS and METHODS[c.method].needs.seed else 0
         scored = [getattr(p, name) for name in SCORING]
         inputs = (NUMERICS_VERSION, self.model_fingerprint, self.data_fingerprint, self.prompt_version)
         calibrated = (p.calibrated_by, self.calibration_fingerprint) if self.is_calibrated else ()

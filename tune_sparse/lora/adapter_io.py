@@ -24,7 +24,7 @@ WEIGHTS = "adapter_model.safetensors"
 
 @dataclass(frozen=True)
 class Marker:
-    """What an adapter says of itself beside PEFT's files: the mode that trained it and the mask it belongs to."""
+    """The record of an adapter beside PEFT's files: the mode that trained it and the mask it belongs to."""
 
     mode: str
     mask_sha256: str
@@ -85,7 +85,7 @@ def merge_adapter_into(model: PreTrainedModel, folder: Path, last_mask: Masks | 
 
 
 def load_last_mask(model: PreTrainedModel, folder: Path) -> Masks | None:
-    """What the mode of an adapter masks when it is deployed on a pruned model; None for a dense or a foreign one."""
+    """The mask that an adapter's mode applies when it is deployed on a pruned model; None for a dense or foreign."""
     marker = read_marker(folder)
     return model_masks(model, marker) if marker is not None and marker.mode != "dense" else None
 

@@ -18,9 +18,9 @@ from transformers import PreTrainedModel
 
 from tune_sparse.config import Protocol
 from tune_sparse.lora.masked_linear import Plain, Way, Workspace, choose_way, effective_weight
-from tune_sparse.models.checkpoints import PRUNED
+from tune_sparse.models.architectures import PRUNED
 from tune_sparse.pruning.masks import Masks
-from tune_sparse.pruning.scores import uniform
+from tune_sparse.pruning.seeded import seeded_uniform
 
 ADAPTER = "default"
 """PEFT's name for the only adapter."""
@@ -98,7 +98,7 @@ def adapt_model(
     confine(adapted, update_masks, protocol.masked_way)
     for name, layer in sparse_lora_layers(adapted):
         A, B, _ = layer.factors()
-        A.data.copy_((2 * uniform(A.shape, f"{seed}/adapter/{name}") - 1) / math.sqrt(A.shape[1]))
+        A.data.copy_((2 * seeded_uniform(A.shape, f"{seed}/adapter/{name}") - 1) / math.sqrt(A.shape[1]))
         B.data.zero_()
     return adapted
 
@@ -120,7 +120,7 @@ def confine(adapted: PeftModel, masks: Masks | None, asked: str = "auto") -> Non
 
 
 def ways(adapted: PeftModel) -> Counter[str]:
-    """How many layers compute in which way."""
+    """Count the layers that compute in each way."""
     return Counter(layer.way.name for _, layer in sparse_lora_layers(adapted))
 
 
@@ -132,7 +132,7 @@ def sparse_lora_layers(adapted: PeftModel) -> Iterator[tuple[str, SparseLora]]:
 
 
 def merged_weights(adapted: PeftModel) -> dict[str, Tensor]:
-    """What each adapted layer computes with: (O, I) by checkpoint name."""
+    """The weight that each adapted layer computes with: (O, I) by checkpoint name."""
     return {name: layer.merged_weight() for name, layer in sparse_lora_layers(adapted)}
 
 

@@ -165,6 +165,9 @@ class DenseStored(nn.Module):
         empty = torch.zeros(0, dtype=torch.long, device=weight.device)
         kept_zeros = empty if mask is None else (mask & (weight == 0)).flatten().nonzero().flatten()
         self.register_buffer("kept_zeros", kept_zeros, persistent=False)
+        # A chunk of W is some rows that fit into the processor's cache. kept_zeros count over all of W, and chunk i has
+        # kept_zeros[cuts[i] : cuts[i + 1]]. With rows of 4 weights in chunks of 2 rows, kept zeros at 3, 9, 10 are cut
+        # at 0, 1, 3: the first chunk has the one at 3, the second those at 9 - 8 and 10 - 8 of its own.
         rows, width = weight.shape
         self._rows = rows if weight.is_cuda else max(1, CHUNK_BYTES // (width * weight.element_size()))
         starts = torch.arange(0, rows + self._rows, self._rows)
@@ -280,7 +283,7 @@ def best_way(weight: Tensor, mask: Tensor, rank: int) -> str:
 
 
 def _pays_by_factors(rows: int, columns: int, rank: int) -> bool:
-    """Whether B(Ax) is cheaper than (BA)x in training, forward and backward.
+    """True if B(Ax) is cheaper than (BA)x in training, forward and backward.
 
     The factors take 6 R (I + O) operations a token, the gradient of their product 2 I O; but matrices as thin as the
     factors are multiplied at about a third of the speed.
@@ -289,7 +292,7 @@ def _pays_by_factors(rows: int, columns: int, rank: int) -> bool:
 
 
 def is_structured(mask: Tensor) -> bool:
-    """Whether a mask keeps whole rows and columns and drops whole ones: whether it is r cᵀ."""
+    """True if a mask keeps whole rows and columns and drops whole ones: if it is r cᵀ."""
     return int(mask.sum()) == int(mask.any(dim=1).sum()) * int(mask.any(dim=0).sum())
 
 

@@ -1,7 +1,7 @@
 """A space of sub-adapters: which modules share a rank, which ranks there are, and what a choice of them costs.
 
 A configuration gives a rank to every dimension, a (layer, group) named "l<layer>.<group>"; a matrix of a checkpoint
-belongs to the group that has its module, in its layer. Pure: standard library alone.
+belongs to the group that has its module, in its layer. Importing this loads no torch.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from tune_sparse.errors import InputError, unknown_name
+from tune_sparse.models.architectures import matrix_named
 
 Ranks = dict[str, int]
 """A configuration: {dimension: active rank}."""
@@ -96,10 +97,10 @@ class Space:
     def minimal(self, layers: int) -> Ranks:
         return {name: ranks[-1] for name, ranks in self.dimensions(layers).items()}
 
-    def drawn(self, layers: int, step: int, seed: int, sampling: str) -> Ranks:
+    def sample_ranks(self, layers: int, step: int, seed: int, sampling: str) -> Ranks:
         """The configuration that an optimizer step trains, from the step and the seed alone.
 
-        uniform: each rank alike. sandwich: the largest, the smallest and a drawn one in turn (Yu & Huang 2019,
+        uniform: each rank alike. sandwich: the largest, the smallest and a sampled one in turn (Yu & Huang 2019,
         arXiv:1903.05134, who take all three in one step).
         """
         if sampling == "sandwich" and step % 3 < 2:
@@ -109,11 +110,10 @@ class Space:
 
     def active_rank(self, matrix: str, ranks: Ranks) -> int:
         """The active rank of a matrix, by its name in the checkpoint; 0 for one without an adapter."""
-        found = re.search(r"\.layers\.(\d+)\..*?(\w+)\.weight$", matrix)
+        found = matrix_named(matrix)
         assert found is not None, matrix
-        layer, module = int(found[1]), found[2]
-        group = next((g.name for g in self.groups if module in g.modules), None)
-        return ranks[f"l{layer:02}.{group}"] if group else 0
+        group = next((g.name for g in self.groups if found.module in g.modules), None)
+        return ranks[f"l{found.block:02}.{group}"] if group else 0
 
     def parameters(self, ranks: Ranks, sizes: Mapping[str, tuple[int, int]]) -> int:
         """Weights of the adapters, R (I + O) of a matrix. sizes: {matrix: (O, I)}."""
@@ -122,7 +122,7 @@ class Space:
 
 @dataclass(frozen=True)
 class SuperAdapter:
-    """A LoRA training in which every optimizer step trains a slice that is drawn from a space."""
+    """A LoRA training in which every optimizer step trains a slice that is sampled from a space."""
 
     space: Space
     sampling: str = "uniform"

@@ -38,7 +38,7 @@ def set_ranks_into(adapted: PeftModel, space: Space, ranks: Ranks) -> None:
 
 @dataclass(frozen=True)
 class Layer:
-    """What one layer of a super-adapter needs to deploy any of its slices."""
+    """One layer of a super-adapter, ready to deploy any of its slices."""
 
     weight: Tensor
     """W⊙M: (O, I)"""
@@ -48,7 +48,7 @@ class Layer:
     way: DenseStored
     """It masks the update where the mode does."""
     last_mask: Tensor | None
-    """What is masked once more when the mode deploys: (O, I)."""
+    """The mask that the mode applies once more when it deploys: (O, I)."""
 
     def deployed(self, rank: int) -> Tensor:
         """The weight that the mode deploys with this slice, in a workspace: (O, I). The same bits as a merge of the
@@ -87,7 +87,7 @@ class Slices:
         return cls(adapted.unload(), space, marker, layers, dict.fromkeys(layers, 0))
 
     @torch.no_grad()
-    def switch_into(self, ranks: Ranks) -> None:
+    def activate(self, ranks: Ranks) -> None:
         """Let the model compute the slice that `ranks` names: only the matrices whose rank changes are written."""
         matrices = prunable_weights(self.model)
         for name, layer in self.layers.items():

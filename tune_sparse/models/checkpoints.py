@@ -11,83 +11,21 @@ from typing import TYPE_CHECKING, Any
 
 from tune_sparse.errors import InputError, NotReadyError
 from tune_sparse.files import cache_dir, read_json, write_json
-from tune_sparse.models.architectures import PRUNED as PRUNED
-from tune_sparse.models.architectures import architecture_named, read_weights
+from tune_sparse.models.architectures import read_weights
+from tune_sparse.models.dims import ModelDims
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SWEPT = ("LlamaForCausalLM", "MistralForCausalLM")
 """Classes that a sweep trains; more can be pruned, see `tune_sparse.models.architectures`."""
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 TOKENIZER_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 SIDE_FILES = (*TOKENIZERS, *TOKENIZER_SETTINGS, "vocab.json", "merges.txt", "generation_config.json")
-"""What a copy of a checkpoint takes along."""
+"""Files that a copy of a checkpoint takes along."""
 REQUIRED_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Sizes of a decoder, from its config."""
-
-    hidden: int
-    layers: int
-    heads: int
-    key_value_heads: int
-    head_dim: int
-    channels: int
-    vocabulary: int
-    sliding_window: int | None
-    context_tokens: int
-    """The longest text that the model was made for."""
-    experts: int = 1
-    """Feed-forward parts of a block."""
-    architecture: str = "LlamaForCausalLM"
-
-    @classmethod
-    def of(cls, config: PretrainedConfig) -> Shape:
-        """What a config says, with the defaults of its own class for what it leaves out."""
-        heads = config.num_attention_heads
-        return cls(
-            hidden=config.hidden_size,
-            layers=config.num_hidden_layers,
-            heads=heads,
-            key_value_heads=getattr(config, "num_key_value_heads", None) or heads,
-            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
-            channels=_channels(config),
-            vocabulary=config.vocab_size,
-            sliding_window=getattr(config, "sliding_window", None),
-            context_tokens=config.max_position_embeddings,
-            experts=getattr(config, "num_local_experts", None) or 1,
-            architecture=(config.architectures or [cls.architecture])[0],
-        )
-
-    @property
-    def channel_matrices(self) -> int:
-        """Matrices of a block in which a channel has a row or column, over all experts."""
-        return (3 if architecture_named(self.architecture).gated else 2) * self.experts
-
-    @property
-    def pruned_weights(self) -> int:
-        """Weights of all prunable matrices."""
-        attention = 2 * self.hidden * self.head_dim * (self.heads + self.key_value_heads)
-        return self.layers * (attention + self.channel_matrices * self.hidden * self.channels)
-
-    def adapter_weights(self, rank: int) -> int:
-        """Weights of LoRA adapters of `rank` on every prunable matrix: R (I + O) each."""
-        queries, keys = self.head_dim * self.heads, self.head_dim * self.key_value_heads
-        attention = 2 * (self.hidden + queries) + 2 * (self.hidden + keys)
-        return self.layers * rank * (attention + 3 * (self.hidden + self.channels))
-
-
-def _channels(config: PretrainedConfig) -> int:
-    """Each class has its own word for it, and GPT-2 a default: 4 hidden sizes."""
-    for name in ("intermediate_size", "ffn_dim", "n_inner"):
-        if isinstance(getattr(config, name, None), int):
-            return getattr(config, name)
-    return 4 * config.hidden_size
 
 
 @dataclass(frozen=True)
@@ -98,7 +36,7 @@ class Checkpoint:
     path: Path
     fingerprint: str
     """SHA-256 of config, weights and tokenizer: part of a run's identity."""
-    shape: Shape
+    dims: ModelDims
 
 
 def short_name(reference: str) -> str:
@@ -208,12 +146,12 @@ def check_checkpoint(reference: str) -> Checkpoint:
         write_json(memory, known)
     from transformers import AutoConfig
 
-    shape = Shape.of(AutoConfig.from_pretrained(folder, local_files_only=True))
-    return Checkpoint(short_name(reference), folder, known["fingerprint"], shape)
+    dims = ModelDims.from_config(AutoConfig.from_pretrained(folder, local_files_only=True))
+    return Checkpoint(short_name(reference), folder, known["fingerprint"], dims)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """What `config.json` says. Raises `InputError` unless it is there and maps names to values."""
+    """Read `config.json`. Raises `InputError` unless it is there and maps names to values."""
     path = folder / "config.json"
     if not path.is_file():
         raise InputError(f"a model folder needs config.json, {folder} has none. Give a Hugging Face checkpoint.")

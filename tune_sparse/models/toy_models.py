@@ -74,7 +74,7 @@ class Recipe:
     batch: dict[str, int] = field(default_factory=lambda: {"boolq": 60, "hellaswag": 16, "gsm8k": 20})
     """Rows of each task in one step."""
     open_fraction: float = 0.3
-    """Of the boolq rows, those that ask for the attribute itself: without them yes and no are learned late."""
+    """Share of the boolq rows that ask for the attribute itself: without them yes and no are learned late."""
     seed: int = 0
     generator_version: int = GENERATOR_VERSION
 
@@ -143,7 +143,7 @@ def _recipe(name: str, steps: int | None) -> Recipe:
 
 
 def toy_model_folder(name: str, steps: int | None = None) -> Path:
-    """Where the checkpoint of a toy model is, or would be."""
+    """The folder of a toy model's checkpoint, whether it is trained yet or not."""
     recipe = _recipe(name, steps)
     return cache_dir() / "models" / f"{name}-{recipe.hash8}"
 

@@ -1,4 +1,4 @@
-"""How many weights go in each layer: weights pruned at each level, by matrix."""
+"""Allocation: the number of weights that each matrix loses at each level."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from torch import Tensor
 
 from tune_sparse.errors import InputError
 from tune_sparse.models.architectures import Matrix
-from tune_sparse.pruning.level_maps import bin_counts, join_pattern, lower_counts, tie_counts
 from tune_sparse.pruning.masks import pruned_count
+from tune_sparse.pruning.survival_map import bin_counts, join_pattern, lower_counts, tie_counts
 
 Counts = dict[str, list[int]]
 """{matrix: weights pruned at each level}"""
@@ -79,7 +79,7 @@ def owl(
     """Blocks with many outliers keep more (Yin et al. 2024, arXiv:2310.05175, section 3.3).
 
     outliers: fraction of outliers of each block. The sparsities of the blocks span twice the spread around the
-    asked one, less near 0 and 1, where the published spread would leave [0, 1).
+    target, less near 0 and 1, where the published spread would leave [0, 1).
     """
     fractions = torch.tensor(outliers, dtype=torch.float64)
     span = fractions.max() - fractions.min()

@@ -1,4 +1,4 @@
-"""What a model does with calibration rows: the inputs of its matrices block by block, and its gradients.
+"""Statistics of a model on calibration rows: the inputs of its matrices block by block, and its gradients.
 
 Rows are encoded as for training: a context, and the continuation whose loss counts.
 """
@@ -21,15 +21,15 @@ from tune_sparse.models.architectures import Matrix, list_blocks, list_matrices,
 from tune_sparse.models.float_bits import is_finite
 from tune_sparse.watchdog import progress
 
-Source = tuple[int, int | None, str]
-"""What a matrix reads, see `Matrix.source`."""
+InputKey = tuple[int, int | None, str]
+"""Names the input of a matrix, see `Matrix.input_key`."""
 
-Others = tuple[tuple[Any, ...], dict[str, Any]]
-"""What a block is given besides hidden states: by position and by name."""
+BlockArgs = tuple[tuple[Any, ...], dict[str, Any]]
+"""Arguments of a block besides the hidden states: by position and by name."""
 
 
 @dataclass
-class Inputs:
+class InputStats:
     """Sums over the tokens that a matrix read: of squares (I,), and of products (I, I) where they are wanted."""
 
     wants_hessian: bool
@@ -62,10 +62,10 @@ class Inputs:
 
 
 @dataclass(frozen=True)
-class Statistics:
-    """What the scores use: by what a matrix reads, and by matrix."""
+class CalibrationStats:
+    """Statistics that the scores use, by input and by matrix."""
 
-    norms: dict[Source, Tensor] = field(default_factory=dict)
+    norms: dict[InputKey, Tensor] = field(default_factory=dict)
     gradients: dict[str, Tensor] = field(default_factory=dict)
     """{matrix: Σ |g| in the checkpoint's layout}"""
     outliers: tuple[float, ...] = ()
@@ -124,10 +124,10 @@ class _ReachedError(Exception):
 
 
 @torch.no_grad()
-def first_inputs(blocks: Blocks, rows: Sequence[Encoded]) -> tuple[list[Tensor], list[Others]]:
-    """What the first block is given for each row: hidden states (1, T, hidden), and its other arguments."""
+def first_inputs(blocks: Blocks, rows: Sequence[Encoded]) -> tuple[list[Tensor], list[BlockArgs]]:
+    """Arguments of the first block for each row: hidden states (1, T, hidden), and the others."""
     hidden: list[Tensor] = []
-    others: list[Others] = []
+    others: list[BlockArgs] = []
 
     def reached(block: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
         hidden.append(arguments[0])
@@ -147,9 +147,9 @@ def first_inputs(blocks: Blocks, rows: Sequence[Encoded]) -> tuple[list[Tensor],
 
 
 @torch.no_grad()
-def walk(
+def calibrate_blockwise(
     blocks: Blocks, rows: Sequence[Encoded], wants_hessians: bool = False, sequential: bool = False
-) -> Iterator[tuple[int, dict[Source, Inputs]]]:
+) -> Iterator[tuple[int, dict[InputKey, InputStats]]]:
     """The inputs of each block's matrices, block after block.
 
     With `sequential`, what the caller writes into the block's weights before it asks for the next one is what the
@@ -163,7 +163,7 @@ def walk(
         with recorded(block, matrices, wants_hessians) as inputs:
             outputs = [_run(block, x, other) for x, other in zip(hidden, others, strict=True)]
         for matrix in matrices:
-            sums = inputs[matrix.source]
+            sums = inputs[matrix.input_key]
             if sums.squares is not None and not is_finite(sums.squares):
                 raise InputError(f"activations must be finite, the input of {matrix.name} is not. Use float32.")
             if not sums.tokens:
@@ -177,18 +177,20 @@ def walk(
         hidden = outputs
 
 
-def _run(block: nn.Module, hidden: Tensor, others: Others) -> Tensor:
+def _run(block: nn.Module, hidden: Tensor, others: BlockArgs) -> Tensor:
     progress()
     output = block(hidden, *others[0], **others[1])
     return output[0] if isinstance(output, tuple) else output
 
 
 @contextmanager
-def recorded(block: nn.Module, matrices: Sequence[Matrix], wants_hessians: bool) -> Iterator[dict[Source, Inputs]]:
+def recorded(
+    block: nn.Module, matrices: Sequence[Matrix], wants_hessians: bool
+) -> Iterator[dict[InputKey, InputStats]]:
     """While it lasts, what the matrices of a block read is summed; matrices with one input share the sums."""
-    inputs = {matrix.source: Inputs(wants_hessians) for matrix in matrices}
+    inputs = {matrix.input_key: InputStats(wants_hessians) for matrix in matrices}
     hooks = []
-    for source, matrix in {matrix.source: matrix for matrix in reversed(matrices)}.items():
+    for source, matrix in {matrix.input_key: matrix for matrix in reversed(matrices)}.items():
         if matrix.expert is None:
             layer = block.get_submodule(matrix.layer)
             hooks.append(layer.register_forward_pre_hook(_adder(inputs[source])))
@@ -201,16 +203,16 @@ def recorded(block: nn.Module, matrices: Sequence[Matrix], wants_hessians: bool)
             hook.remove()
 
 
-def _adder(inputs: Inputs) -> Callable[..., None]:
+def _adder(inputs: InputStats) -> Callable[..., None]:
     def add(layer: nn.Module, arguments: tuple[Tensor, ...]) -> None:
         inputs.add(arguments[0])
 
     return add
 
 
-def _expert_adder(inputs: Mapping[Source, Inputs]) -> Callable[..., None]:
+def _expert_adder(inputs: Mapping[InputKey, InputStats]) -> Callable[..., None]:
     """Fused experts have no layers to listen at: what reaches each one is computed from what all are given."""
-    by_expert: dict[int, dict[str, Inputs]] = {}
+    by_expert: dict[int, dict[str, InputStats]] = {}
     for (_, expert, kind), sums in inputs.items():
         if expert is not None:
             by_expert.setdefault(expert, {})[kind] = sums

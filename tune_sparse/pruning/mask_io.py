@@ -14,11 +14,11 @@ from torch import Tensor
 from tune_sparse.errors import InputError
 from tune_sparse.files import aside, read_json
 from tune_sparse.models.safetensors_io import TensorFiles, TensorWriter
-from tune_sparse.pruning.level_maps import unpack
+from tune_sparse.pruning.survival_map import unpack
 
 FORMATS = ("safetensors", "pt", "levels")
 LEVELS = "tune_sparse.levels"
-"""Metadata of a packed level map: its sparsities."""
+"""Metadata of a packed survival map: its sparsities."""
 SHAPES = "tune_sparse.shapes"
 
 
@@ -31,7 +31,7 @@ def stem(kind: str, method: str, sparsity: float | None = None) -> str:
 def levels_writer(
     path: Path, shapes: Mapping[str, Sequence[int]], sparsities: Sequence[float], metadata: Mapping[str, str]
 ) -> TensorWriter:
-    """Writes packed level maps of all matrices."""
+    """Writes packed survival maps of all matrices."""
     described = {LEVELS: json.dumps(list(sparsities)), SHAPES: json.dumps({k: list(v) for k, v in shapes.items()})}
     packed = {name: ([(torch.Size(shape).numel() + 1) // 2], torch.uint8) for name, shape in shapes.items()}
     return TensorWriter(path, packed, {**metadata, **described})
@@ -115,7 +115,7 @@ def _load_pt(path: Path) -> dict[str, Tensor]:
 
 
 def recorded_statistics(masks: Path) -> dict[str, Any]:
-    """What `prune` recorded beside a mask file, or nothing if the masks come from elsewhere."""
+    """Read what `prune` recorded beside a mask file; empty if the masks come from elsewhere."""
     path = masks.with_name(f"{masks.stem.replace('masks_', 'stats_', 1)}.json")
     return read_json(path) if path != masks and path.is_file() else {}
 

@@ -1,4 +1,4 @@
-"""What a set of masks took away: counts by matrix, and the magnitudes of the weights that went and stayed."""
+"""Statistics of a set of masks: counts by matrix, and the magnitudes of the weights that went and stayed."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from tune_sparse.models.float_bits import BITS, CHUNK, view_bits
-from tune_sparse.pruning.level_maps import MAX_LEVELS
 from tune_sparse.pruning.prune_model import PrunedMatrix
+from tune_sparse.pruning.survival_map import MAX_LEVELS
 
 EXPONENTS = 256
 """Values of the exponent of a float32: the bins of the histogram are powers of two."""
@@ -42,7 +42,7 @@ class LevelStatistics:
         return {
             "method": self.method,
             "sparsity": self.sparsity,
-            "counted_sparsity": 1 - kept / total,
+            "actual_sparsity": 1 - kept / total,
             "kept": kept,
             "weights": total,
             "empty_matrices": [name for name, (kept, _) in self.kept_by_matrix.items() if not kept],
@@ -80,7 +80,7 @@ def add_matrix(levels: Sequence[LevelStatistics], matrix: PrunedMatrix) -> None:
 
 
 def by_exponent(weight: Tensor, survived: Tensor) -> Tensor:
-    """How many weights have each exponent and survive so many levels: (EXPONENTS, MAX_LEVELS + 1)."""
+    """Count weights by exponent and by the levels that they survive: (EXPONENTS, MAX_LEVELS + 1)."""
     width = MAX_LEVELS + 1
     counts = torch.zeros(EXPONENTS * width, dtype=torch.int64)
     _, magnitude, infinite = BITS[weight.dtype]

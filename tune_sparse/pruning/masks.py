@@ -1,27 +1,31 @@
-"""Which weights go: keep-masks (True = kept) from scores, and how to count, compare and apply them."""
+"""Keep-masks (True = kept): made from scores, counted, compared and applied."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from dataclasses import replace
+from math import prod
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from tune_sparse.errors import InputError
-from tune_sparse.models.architectures import Matrix
-from tune_sparse.models.checkpoints import Shape
+from tune_sparse.models.architectures import Matrix, architecture_named
+from tune_sparse.models.dims import ModelDims
 from tune_sparse.pruning.methods import TOLERANCE
 
 Masks = dict[str, Tensor]
 """{checkpoint tensor name: keep-mask in the checkpoint's layout, bool}"""
+SCORES_AT_ONCE = 1 << 22
+"""Scores that are normed together, as fp32."""
 
 
 def keep_highest(scores: Tensor, pruned: int) -> Tensor:
     """A keep-mask without the `pruned` lowest of `scores`; on a tie the earlier position goes first.
 
-    The plain definition: `tune_sparse.pruning.level_maps` computes the same for many counts at once.
+    The plain definition: `tune_sparse.pruning.survival_map` computes the same for many counts at once.
     """
     keep = torch.ones(scores.numel(), dtype=torch.bool, device=scores.device)
     keep[scores.flatten().argsort(stable=True)[:pruned]] = False
@@ -29,66 +33,87 @@ def keep_highest(scores: Tensor, pruned: int) -> Tensor:
 
 
 def pruned_count(total: int, sparsity: float) -> int:
-    """How many of `total` go: the requested number, rounded, but never all of them."""
+    """The number of weights that go, of `total`: the target rounded, but never all of them."""
     return min(round(sparsity * total), total - 1)
 
 
-def structured_counts(shape: Shape, sparsity: float) -> tuple[int, int]:
+def structured_counts(dims: ModelDims, sparsity: float) -> tuple[int, int]:
     """(key/value groups, feed-forward channels) that each block loses to reach `sparsity`.
 
     A group is the query rows that share a key/value head, its key and value rows and its output columns. Each
     expert of a block loses the same number of channels. Groups are coarse, so the channels make up the difference.
     Raises `InputError` where that cannot come within `TOLERANCE`.
     """
-    group = 2 * shape.hidden * shape.head_dim * (shape.heads // shape.key_value_heads + 1)
-    channel = shape.channel_matrices * shape.hidden
-    total = shape.key_value_heads * group + shape.channels * channel
-    nearest = sorted(range(shape.key_value_heads), key=lambda groups: abs(groups - sparsity * shape.key_value_heads))
+    group, channel = _unit_weights(dims)
+    total = dims.num_kv_heads * group + dims.intermediate_size * channel
+    nearest = sorted(range(dims.num_kv_heads), key=lambda groups: abs(groups - sparsity * dims.num_kv_heads))
     reached = []
     for groups in nearest:
         channels = round((sparsity * total - groups * group) / channel)
-        channels = max(0, min(channels, shape.channels - 1))
+        channels = max(0, min(channels, dims.intermediate_size - 1))
         reached.append((groups * group + channels * channel) / total)
         if abs(reached[-1] - sparsity) <= TOLERANCE:
             return groups, channels
     raise InputError(
-        f"structured sparsity must come within {TOLERANCE:g} of the target: with {shape.key_value_heads} key/value "
-        f"groups and {shape.channels} channels a block reaches {reached[0]:.3f}, got {sparsity:g}. "
+        f"structured sparsity must come within {TOLERANCE:g} of the target: with {dims.num_kv_heads} key/value "
+        f"groups and {dims.intermediate_size} channels a block reaches {reached[0]:.3f}, got {sparsity:g}. "
         "Choose another sparsity or an element-wise method."
     )
 
 
-def kept_lines(matrix: Matrix, shape: Shape, groups: Tensor, channels: Tensor) -> Tensor:
-    """Rows, or columns for the roles output and columns, of a matrix that stay: (lines,), bool.
+def _unit_weights(dims: ModelDims) -> tuple[int, int]:
+    """Weights of a key/value group, and of a feed-forward channel over all experts, in one block."""
+    matrices = architecture_named(dims.architecture).expected(replace(dims, num_layers=1))
+    attention, whole = (
+        sum(prod(matrix.size(dims)) for matrix in part)
+        for part in ([matrix for matrix in matrices if matrix.is_attention], matrices)
+    )
+    return attention // dims.num_kv_heads, (whole - attention) // dims.intermediate_size
+
+
+def kept_channels(matrix: Matrix, dims: ModelDims, groups: Tensor, channels: Tensor) -> Tensor:
+    """Rows, or columns for the roles o and down, of a matrix that stay: (channels,), bool.
 
     groups: (key/value heads,), channels: (channels,), both bool.
     """
-    if matrix.role in ("rows", "columns"):
+    if not matrix.is_attention:
         return channels
-    if matrix.role == "keys":
-        return groups.repeat_interleave(shape.head_dim)
-    queries = groups.repeat_interleave(shape.head_dim * (shape.heads // shape.key_value_heads))
-    return queries.repeat(3) if matrix.role == "fused" else queries
+    if matrix.role == "kv":
+        return groups.repeat_interleave(dims.head_dim)
+    queries = groups.repeat_interleave(dims.head_dim * dims.heads_per_group)
+    return queries.repeat(3) if matrix.role == "qkv" else queries
 
 
-def group_parts(matrix: Matrix, shape: Shape, scores: Tensor) -> Tensor:
+def group_parts(matrix: Matrix, dims: ModelDims, scores: Tensor) -> Tensor:
     """The scores (O, I) of one matrix by the group or channel that they fall with: (G, ...)."""
-    groups = shape.key_value_heads
-    if matrix.role == "fused":
+    groups = dims.num_kv_heads
+    if matrix.role == "qkv":
         return scores.reshape(3, groups, -1).transpose(0, 1)
-    if matrix.role in ("queries", "keys"):
+    if matrix.role in ("q", "kv"):
         return scores.reshape(groups, -1)
-    if matrix.role == "output":
+    if matrix.role == "o":
         return scores.T.reshape(groups, -1)
-    return scores if matrix.role == "rows" else scores.T
+    return scores if matrix.role == "up" else scores.T
 
 
-def line_mask(matrix: Matrix, shape: Shape, lines: Tensor) -> Tensor:
-    """The keep-mask, in the checkpoint's layout, of a matrix that loses whole lines."""
-    is_columns = matrix.role in ("output", "columns")
-    if is_columns != matrix.transposed:
-        return lines[None, :].expand(shape.hidden, -1)
-    return lines[:, None].expand(-1, shape.hidden)
+def group_norms(*parts: Tensor) -> Tensor:
+    """L2 norm of each group of scores that fall together (Li et al. 2017, arXiv:1608.08710).
+
+    parts: (G, ...) each, row g holding the scores that group g has in that matrix; the result is (G,).
+    """
+    groups = max(1, SCORES_AT_ONCE * len(parts[0]) // sum(part.numel() for part in parts))
+    norms = [
+        torch.cat([part.flatten(1).float() for part in some], dim=1).norm(dim=1)
+        for some in zip(*(part.split(groups) for part in parts), strict=True)
+    ]
+    return torch.cat(norms)
+
+
+def channel_mask(matrix: Matrix, dims: ModelDims, channels: Tensor) -> Tensor:
+    """The keep-mask, in the checkpoint's layout, of a matrix that loses whole channels."""
+    if matrix.has_channel_columns != matrix.transposed:
+        return channels[None, :].expand(dims.hidden_size, -1)
+    return channels[:, None].expand(-1, dims.hidden_size)
 
 
 def masked(weights: Mapping[str, Tensor], masks: Masks) -> dict[str, Tensor]:

@@ -7,18 +7,19 @@ SCORE[-ALLOCATION][-PATTERN], what is left out being uniform and element-wise: `
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from itertools import product
 
 from tune_sparse.errors import InputError, unknown_name
+from tune_sparse.pruning.scores import SCORES, Needs
 
-SCORES = ("magnitude", "random", "gradient", "taylor", "wanda", "sparsegpt")
 ALLOCATIONS = ("uniform", "global", "owl")
 GROUPS = {"2:4": (2, 4), "4:8": (4, 8)}
 """{pattern: (weights kept, of so many neighbours in a row)}"""
 PATTERNS = ("element-wise", "structured", *GROUPS)
 TOLERANCE = 0.01
-"""How far the achieved sparsity may be from the requested one."""
+"""The actual sparsity may be this far from the target sparsity."""
 OWN_NAMES = {
     ("magnitude", "uniform", "element-wise"): "unstructured",
     ("magnitude", "uniform", "structured"): "structured",
@@ -34,27 +35,19 @@ class Method:
     pattern: str
 
     @property
-    def needs_inputs(self) -> bool:
-        """Norms of the inputs on calibration rows."""
-        return self.score == "wanda" or self.allocation == "owl"
-
-    @property
-    def needs_gradients(self) -> bool:
-        return self.score in ("gradient", "taylor")
+    def needs(self) -> Needs:
+        """The needs of its score, and OWL's norms of the inputs."""
+        needs = SCORES[self.score].needs
+        return replace(needs, input_norms=True) if self.allocation == "owl" else needs
 
     @property
     def updates_weights(self) -> bool:
         """Kept weights change, by the Hessian of the layer's output on calibration rows."""
-        return self.score == "sparsegpt"
+        return self.needs.hessian
 
     @property
     def is_calibrated(self) -> bool:
-        return self.needs_inputs or self.needs_gradients or self.updates_weights
-
-    @property
-    def is_seeded(self) -> bool:
-        """Its masks depend on the seed."""
-        return self.score == "random"
+        return self.needs.input_norms or self.needs.gradients or self.needs.hessian
 
     @property
     def fixed_sparsity(self) -> float | None:
@@ -77,24 +70,24 @@ def nonsense(score: str, allocation: str, pattern: str) -> str | None:
         return "structured pruning takes as much from every block, so that the smaller model is one that loads"
     if allocation != "uniform" and pattern in GROUPS:
         return f"{pattern} fixes the sparsity of every row, which leaves nothing to allocate"
-    if allocation == "global" and score == "wanda":
-        return "Wanda's scores compare within an output row, not between layers"
-    if allocation == "global" and score == "sparsegpt":
-        return "SparseGPT's errors compare within one layer, whose weights it updates"
-    if pattern == "structured" and score == "sparsegpt":
-        return "SparseGPT spreads the error of single weights over their row, a removed channel has no row left"
-    return None
+    refused = SCORES[score].refuses
+    return refused.get(allocation) or refused.get(pattern)
 
 
 def _plain_name(score: str, allocation: str, pattern: str) -> str:
     return "-".join([score, *(part for part in (allocation, pattern) if part not in ("uniform", "element-wise"))])
 
 
-METHODS = {
-    OWN_NAMES.get(parts) or _plain_name(*parts): Method(*parts)
-    for parts in product(SCORES, ALLOCATIONS, PATTERNS)
-    if not nonsense(*parts)
-}
+def methods_of(scores: Iterable[str]) -> dict[str, Method]:
+    """{name: method} of every combination of these scores that makes sense."""
+    return {
+        OWN_NAMES.get(parts) or _plain_name(*parts): Method(*parts)
+        for parts in product(scores, ALLOCATIONS, PATTERNS)
+        if not nonsense(*parts)
+    }
+
+
+METHODS = methods_of(SCORES)
 
 
 def method_named(name: str) -> Method:

@@ -19,15 +19,22 @@ from tune_sparse.data.splits import Encoded
 from tune_sparse.errors import InputError, unknown_name
 from tune_sparse.files import write_json
 from tune_sparse.models.safetensors_io import TensorWriter
-from tune_sparse.pruning.calibration import Statistics
-from tune_sparse.pruning.compact import shrink
-from tune_sparse.pruning.level_maps import MAX_LEVELS, pack
+from tune_sparse.pruning.calibration import CalibrationStats
+from tune_sparse.pruning.compact import compact
 from tune_sparse.pruning.mask_io import FORMATS, MaskFile, PtWriter, levels_writer, masks_writer, stem
 from tune_sparse.pruning.mask_statistics import LevelStatistics, add_matrix
 from tune_sparse.pruning.masks import mask_sha256
 from tune_sparse.pruning.methods import method_named
-from tune_sparse.pruning.prune_model import PrunedMatrix, check_sparsities, measured, prune, prune_walking, walks
+from tune_sparse.pruning.prune_model import (
+    PrunedMatrix,
+    check_sparsities,
+    measured,
+    needs_blockwise,
+    prune,
+    prune_blockwise,
+)
 from tune_sparse.pruning.streaming import OpenCheckpoint, PrunedCheckpoint, StreamedBlocks, open_checkpoint
+from tune_sparse.pruning.survival_map import MAX_LEVELS, pack
 
 AHEAD_BYTES = 1 << 28
 """Larger matrices, and structured ones, which need several at once, are not made ahead: memory stays within three of
@@ -36,7 +43,7 @@ the largest tensor and 500 MB."""
 
 @dataclass(frozen=True)
 class Request:
-    """What to make of one model."""
+    """A request to prune one model."""
 
     model: str
     methods: Sequence[str]
@@ -47,10 +54,10 @@ class Request:
     format: str = "safetensors"
     checkpoints: bool = False
     """Write each pruned checkpoint too."""
-    shrunk: bool = False
+    compact: bool = False
     """Write each structured checkpoint in its smaller form too."""
     calibration: dict[str, Any] = field(default_factory=dict)
-    """What `rows` are: recorded, not read."""
+    """Describes `rows`: recorded, not read."""
     rows: Sequence[Encoded] = ()
     sequential: bool = False
 
@@ -66,19 +73,19 @@ class Request:
             method = method_named(name)
             if method.is_calibrated and not self.rows:
                 raise InputError(f"{name} needs calibration rows, got none. Give --calibration.")
-            if self.sequential and method.is_calibrated and (method.needs_gradients or self.format == "levels"):
+            if self.sequential and method.is_calibrated and (method.needs.gradients or self.format == "levels"):
                 raise InputError(
                     f"--sequential prunes block after block by their inputs, got {name} as {self.format}. "
                     "Leave it out, or choose wanda or sparsegpt with a file a level."
                 )
             if self.format == "levels" and method.updates_weights:
-                raise InputError(f"a level map needs nested masks, those of {name} are not. Choose safetensors.")
-            if self.shrunk and self.format == "levels":
+                raise InputError(f"a survival map needs nested masks, those of {name} are not. Choose safetensors.")
+            if self.compact and self.format == "levels":
                 raise InputError(
                     "a smaller model is made from a file a level, got --format levels. Choose safetensors."
                 )
-            if self.shrunk and method.pattern != "structured":
-                raise InputError(f"only structured masks make a model smaller, got {name}. Leave --shrink out.")
+            if self.compact and method.pattern != "structured":
+                raise InputError(f"only structured masks make a model smaller, got {name}. Leave --compact out.")
 
 
 def run(request: Request, report: Callable[[str], None] = print) -> Path:
@@ -89,17 +96,17 @@ def run(request: Request, report: Callable[[str], None] = print) -> Path:
     """
     checkpoint = open_checkpoint(request.model)
     for method in request.methods:
-        check_sparsities(method, checkpoint.shape, request.sparsities)
+        check_sparsities(method, checkpoint.dims, request.sparsities)
     folder = request.out / checkpoint.name
     folder.mkdir(parents=True, exist_ok=True)
     _refuse_full_disk(request, checkpoint, folder)
-    statistics = Statistics()
+    statistics = CalibrationStats()
     methods = [method_named(name) for name in request.methods]
-    if any(method.needs_inputs or method.needs_gradients for method in methods):
+    if any(method.needs.input_norms or method.needs.gradients for method in methods):
         blocks = StreamedBlocks(checkpoint, _dtype(checkpoint))
         statistics = measured(methods, checkpoint.prunable, blocks, request.rows)
     for method in request.methods:
-        # The inputs of a block depend on what was pruned before it: each level walks for itself.
+        # The inputs of a block depend on what was pruned before it: each level is calibrated for itself.
         passes = [[s] for s in request.sparsities] if _is_sequential(request, method) else [request.sparsities]
         for sparsities in passes:
             _write_method(request, method, sparsities, checkpoint, statistics, folder)
@@ -108,7 +115,7 @@ def run(request: Request, report: Callable[[str], None] = print) -> Path:
 
 
 def _is_sequential(request: Request, method: str) -> bool:
-    return request.sequential and walks(method, sequential=True)
+    return request.sequential and needs_blockwise(method, sequential=True)
 
 
 def _refuse_full_disk(request: Request, checkpoint: OpenCheckpoint, folder: Path) -> None:
@@ -116,7 +123,7 @@ def _refuse_full_disk(request: Request, checkpoint: OpenCheckpoint, folder: Path
     files = len(request.methods) * len(request.sparsities)
     needed = len(request.methods) * weights // 2 if request.format == "levels" else files * weights
     whole = sum(path.stat().st_size for path in set(checkpoint.tensors.paths.values()))
-    needed += files * whole * (request.checkpoints + request.shrunk)
+    needed += files * whole * (request.checkpoints + request.compact)
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise InputError(
@@ -126,20 +133,20 @@ def _refuse_full_disk(request: Request, checkpoint: OpenCheckpoint, folder: Path
 
 
 def _dtype(checkpoint: OpenCheckpoint) -> torch.dtype:
-    """What calibration computes in: as the weights are stored."""
+    """The dtype of calibration: that of the stored weights."""
     return checkpoint.tensors.dtypes[checkpoint.prunable.matrices[0].name]
 
 
 def _pruned_matrices(
-    request: Request, name: str, sparsities: Sequence[float], checkpoint: OpenCheckpoint, statistics: Statistics
+    request: Request, name: str, sparsities: Sequence[float], checkpoint: OpenCheckpoint, statistics: CalibrationStats
 ) -> Iterator[PrunedMatrix]:
     sequential = _is_sequential(request, name)
-    if not walks(name, sequential):
+    if not needs_blockwise(name, sequential):
         found = prune(name, checkpoint.prunable, sparsities, request.seed, statistics)
         is_small = _largest_bytes(checkpoint) <= AHEAD_BYTES and method_named(name).pattern != "structured"
         return ahead(found) if is_small else found
     blocks = StreamedBlocks(checkpoint, _dtype(checkpoint))
-    return prune_walking(
+    return prune_blockwise(
         name, checkpoint.prunable, blocks, request.rows, sparsities, request.seed, statistics, sequential
     )
 
@@ -163,7 +170,7 @@ def _write_method(
     method: str,
     sparsities: Sequence[float],
     checkpoint: OpenCheckpoint,
-    statistics: Statistics,
+    statistics: CalibrationStats,
     folder: Path,
 ) -> None:
     shapes = {matrix.name: checkpoint.prunable.shapes[matrix.name] for matrix in checkpoint.prunable.matrices}
@@ -202,7 +209,7 @@ def _write_method(
 def _nested(method: str, pruned: PrunedMatrix) -> Tensor:
     if pruned.levels is None:
         raise InputError(
-            f"a level map needs nested masks, those of {method} are not at these sparsities. Choose safetensors."
+            f"a survival map needs nested masks, those of {method} are not at these sparsities. Choose safetensors."
         )
     return pruned.levels
 
@@ -217,6 +224,6 @@ def _write_level(
         stats["calibration"] = request.calibration | {"sequential": request.sequential}
     write_json(folder / f"{stem('stats', level.method, level.sparsity)}.json", stats)
     level.draw(folder / f"{stem('histogram', level.method, level.sparsity)}.png")
-    if request.shrunk:
+    if request.compact:
         assert path is not None
-        shrink(checkpoint, MaskFile(path), folder / stem("shrunk", level.method, level.sparsity))
+        compact(checkpoint, MaskFile(path), folder / stem("compact", level.method, level.sparsity))

@@ -16,37 +16,53 @@ from torch import Tensor
 from tune_sparse.data.splits import Encoded
 from tune_sparse.errors import InputError
 from tune_sparse.models.architectures import Matrix, architecture_named
-from tune_sparse.models.checkpoints import Shape
+from tune_sparse.models.dims import ModelDims
 from tune_sparse.models.safetensors_io import TensorFiles
-from tune_sparse.pruning import allocation, scores
+from tune_sparse.pruning import allocation
 from tune_sparse.pruning.allocation import Counts
-from tune_sparse.pruning.calibration import Blocks, Inputs, Source, Statistics, gradient_sums, walk
-from tune_sparse.pruning.level_maps import group_level_map, level_map, row_level_map
-from tune_sparse.pruning.masks import Masks, group_parts, keep_highest, kept_lines, line_mask, structured_counts
+from tune_sparse.pruning.calibration import (
+    Blocks,
+    CalibrationStats,
+    InputKey,
+    InputStats,
+    calibrate_blockwise,
+    gradient_sums,
+)
+from tune_sparse.pruning.masks import (
+    Masks,
+    channel_mask,
+    group_norms,
+    group_parts,
+    keep_highest,
+    kept_channels,
+    structured_counts,
+)
 from tune_sparse.pruning.methods import GROUPS, Method, method_named
+from tune_sparse.pruning.scores import SCORES, ScoreInputs
 from tune_sparse.pruning.sparsegpt import inverse_factor, sparsegpt
+from tune_sparse.pruning.survival_map import group_survival_map, row_survival_map, survival_map
 from tune_sparse.watchdog import progress
 
-NO_STATISTICS = Statistics()
+NO_STATISTICS = CalibrationStats()
 
 
 @dataclass(frozen=True)
 class Prunable:
-    """What is pruned of a model. weights may read each tensor when it is asked for."""
+    """The matrices of a model that are pruned. weights may read each tensor when it is asked for."""
 
     matrices: Sequence[Matrix]
     weights: Mapping[str, Tensor]
     """by checkpoint name, in the checkpoint's layout"""
     shapes: Mapping[str, tuple[int, ...]]
-    shape: Shape
+    dims: ModelDims
 
     @classmethod
-    def of(cls, weights: Mapping[str, Tensor], shape: Shape) -> Prunable:
-        """What can be pruned among the tensors of a checkpoint of this shape."""
-        matrices = architecture_named(shape.architecture).matrices(weights)
+    def of(cls, weights: Mapping[str, Tensor], dims: ModelDims) -> Prunable:
+        """Find the prunable matrices among the tensors of a checkpoint of these dims."""
+        matrices = architecture_named(dims.architecture).matrices(weights)
         if isinstance(weights, TensorFiles):
-            return cls(matrices, weights, weights.shapes, shape)
-        return cls(matrices, weights, {name: tuple(weight.shape) for name, weight in weights.items()}, shape)
+            return cls(matrices, weights, weights.shapes, dims)
+        return cls(matrices, weights, {name: tuple(weight.shape) for name, weight in weights.items()}, dims)
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -69,7 +85,11 @@ class PrunedMatrix:
 
 
 def prune(
-    method: str, model: Prunable, sparsities: Sequence[float], seed: int = 0, statistics: Statistics = NO_STATISTICS
+    method: str,
+    model: Prunable,
+    sparsities: Sequence[float],
+    seed: int = 0,
+    statistics: CalibrationStats = NO_STATISTICS,
 ) -> Iterator[PrunedMatrix]:
     """Every matrix pruned to ascending sparsities, block after block, by a method that updates no weights.
 
@@ -81,14 +101,14 @@ def prune(
         yield from job.prune_block(list(block), statistics)
 
 
-def prune_walking(
+def prune_blockwise(
     method: str,
     model: Prunable,
     blocks: Blocks,
     rows: Sequence[Encoded],
     sparsities: Sequence[float],
     seed: int = 0,
-    statistics: Statistics = NO_STATISTICS,
+    statistics: CalibrationStats = NO_STATISTICS,
     sequential: bool = False,
 ) -> Iterator[PrunedMatrix]:
     """As `prune`, with the inputs of each block measured just before it is pruned.
@@ -98,7 +118,7 @@ def prune_walking(
     """
     assert not sequential or len(sparsities) == 1
     job = Job.of(method, model, sparsities, seed, statistics)
-    for number, inputs in walk(blocks, rows, job.method.updates_weights, sequential):
+    for number, inputs in calibrate_blockwise(blocks, rows, job.method.updates_weights, sequential):
         here = replace(statistics, norms=statistics.norms | {source: sums.norms for source, sums in inputs.items()})
         own = blocks.weights(number)
         for pruned in job.prune_block([m for m in model.matrices if m.block == number], here, inputs):
@@ -118,10 +138,12 @@ class Job:
     counts: Counts
 
     @classmethod
-    def of(cls, name: str, model: Prunable, sparsities: Sequence[float], seed: int, statistics: Statistics) -> Job:
+    def of(
+        cls, name: str, model: Prunable, sparsities: Sequence[float], seed: int, statistics: CalibrationStats
+    ) -> Job:
         method = method_named(name)
         assert list(sparsities) == sorted(sparsities)
-        check_sparsities(name, model.shape, sparsities)
+        check_sparsities(name, model.dims, sparsities)
         job = cls(method, model, sparsities, seed, {})
         if method.pattern != "element-wise":
             return job
@@ -136,8 +158,8 @@ class Job:
             counts = allocation.uniform(model.sizes, sparsities)
         return replace(job, counts=counts)
 
-    def scores(self, matrix: Matrix, statistics: Statistics) -> Tensor:
-        """Importance of each weight, in the checkpoint's layout; up to the sign, which `level_map` ignores."""
+    def scores(self, matrix: Matrix, statistics: CalibrationStats) -> Tensor:
+        """Importance of each weight, in the checkpoint's layout; up to the sign, which `survival_map` ignores."""
         progress()
         if self.method.score == "magnitude" and self.method.pattern not in GROUPS:
             return self.model.weights[matrix.name]
@@ -145,7 +167,10 @@ class Job:
         return matrix.oriented(oriented_scores(self.method.score, matrix, weight, self.seed, statistics)).contiguous()
 
     def prune_block(
-        self, matrices: Sequence[Matrix], statistics: Statistics, inputs: Mapping[Source, Inputs] | None = None
+        self,
+        matrices: Sequence[Matrix],
+        statistics: CalibrationStats,
+        inputs: Mapping[InputKey, InputStats] | None = None,
     ) -> Iterator[PrunedMatrix]:
         """inputs: with Hessians, for a method that updates weights."""
         if self.method.pattern == "structured":
@@ -153,21 +178,21 @@ class Job:
         elif self.method.updates_weights:
             assert inputs is not None
             factor = cache(lambda source: inverse_factor(inputs[source].hessian))
-            yield from (self._updated(matrix, factor(matrix.source)) for matrix in matrices)
+            yield from (self._updated(matrix, factor(matrix.input_key)) for matrix in matrices)
         else:
             yield from (self._elementwise(matrix, statistics) for matrix in matrices)
 
-    def _elementwise(self, matrix: Matrix, statistics: Statistics) -> PrunedMatrix:
+    def _elementwise(self, matrix: Matrix, statistics: CalibrationStats) -> PrunedMatrix:
         weight = self.model.weights[matrix.name]
         found = self.scores(matrix, statistics)
         if self.method.pattern in GROUPS:
             kept, group = GROUPS[self.method.pattern]
-            levels = matrix.oriented(group_level_map(matrix.oriented(found), group, kept))
-        elif self.method.score == "wanda":
-            by_row = row_level_map(matrix.oriented(found), self.counts[matrix.name], matrix.transposed)
+            levels = matrix.oriented(group_survival_map(matrix.oriented(found), group, kept))
+        elif SCORES[self.method.score].by_row:
+            by_row = row_survival_map(matrix.oriented(found), self.counts[matrix.name], matrix.transposed)
             levels = matrix.oriented(by_row)
         else:
-            levels = level_map(found, self.counts[matrix.name])
+            levels = survival_map(found, self.counts[matrix.name])
         nested = levels.contiguous()
         return PrunedMatrix(
             matrix.name, lambda: weight, lambda level: nested > level, lambda level: weight * (nested > level), nested
@@ -190,57 +215,58 @@ class Job:
 
         return PrunedMatrix(matrix.name, lambda: weight, lambda level: at(level)[1], lambda level: at(level)[0])
 
-    def _structured(self, matrices: Sequence[Matrix], statistics: Statistics) -> Iterator[PrunedMatrix]:
+    def _structured(self, matrices: Sequence[Matrix], statistics: CalibrationStats) -> Iterator[PrunedMatrix]:
         """Whole key/value groups and feed-forward channels go, the same number in every block and expert."""
-        shape = self.model.shape
-        lost = [structured_counts(shape, sparsity) for sparsity in self.sparsities]
+        dims = self.model.dims
+        lost = [structured_counts(dims, sparsity) for sparsity in self.sparsities]
         # An expert's channels are its own; the heads belong to the block.
-        for _, part in groupby(matrices, key=lambda m: (m.expert, m.role in ("rows", "columns"))):
+        for _, part in groupby(matrices, key=lambda m: (m.expert, m.is_attention)):
             together = list(part)
-            is_feed_forward = together[0].role in ("rows", "columns")
-            norms = scores.group_norms(*(self._group_scores(matrix, statistics) for matrix in together))
-            keeps = [keep_highest(norms, counts[is_feed_forward]) for counts in lost]
+            norms = group_norms(*(self._group_scores(matrix, statistics) for matrix in together))
+            keeps = [keep_highest(norms, counts[not together[0].is_attention]) for counts in lost]
             for matrix in together:
-                yield self._of_lines(matrix, [kept_lines(matrix, shape, keep, keep) for keep in keeps])
+                yield self._of_channels(matrix, [kept_channels(matrix, dims, keep, keep) for keep in keeps])
 
-    def _group_scores(self, matrix: Matrix, statistics: Statistics) -> Tensor:
+    def _group_scores(self, matrix: Matrix, statistics: CalibrationStats) -> Tensor:
         weight = matrix.oriented(self.model.weights[matrix.name])
         if self.method.score != "magnitude":  # a norm ignores the sign
             weight = oriented_scores(self.method.score, matrix, weight, self.seed, statistics)
-        return group_parts(matrix, self.model.shape, weight)
+        return group_parts(matrix, self.model.dims, weight)
 
-    def _of_lines(self, matrix: Matrix, lines: Sequence[Tensor]) -> PrunedMatrix:
+    def _of_channels(self, matrix: Matrix, channels: Sequence[Tensor]) -> PrunedMatrix:
         def keep(level: int) -> Tensor:
-            return line_mask(matrix, self.model.shape, lines[level]).contiguous()
+            return channel_mask(matrix, self.model.dims, channels[level]).contiguous()
 
         weights, name = self.model.weights, matrix.name
-        nested = all(bool((sparser <= denser).all()) for denser, sparser in pairwise(lines))
-        survived = torch.stack(list(lines)).sum(dim=0).to(torch.uint8)
-        levels = line_mask(matrix, self.model.shape, survived).contiguous() if nested else None
+        nested = all(bool((sparser <= denser).all()) for denser, sparser in pairwise(channels))
+        survived = torch.stack(list(channels)).sum(dim=0).to(torch.uint8)
+        levels = channel_mask(matrix, self.model.dims, survived).contiguous() if nested else None
         return PrunedMatrix(name, lambda: weights[name], keep, lambda level: weights[name] * keep(level), levels)
 
 
-def oriented_scores(score: str, matrix: Matrix, weight: Tensor, seed: int, statistics: Statistics) -> Tensor:
+def oriented_scores(score: str, matrix: Matrix, weight: Tensor, seed: int, statistics: CalibrationStats) -> Tensor:
     """Importance of each weight of a matrix: (O, I), as `weight`."""
     gradients = statistics.gradients.get(matrix.name)
-    known = scores.Known(
+    compute = SCORES[score].compute
+    assert compute is not None, score
+    inputs = ScoreInputs(
         matrix.name,
         seed,
-        input_norms=statistics.norms.get(matrix.source),
+        input_norms=statistics.norms.get(matrix.input_key),
         gradients=None if gradients is None else matrix.oriented(gradients),
     )
-    return scores.SCORES[score](weight, known)
+    return compute(weight, inputs)
 
 
-def check_sparsities(name: str, shape: Shape, sparsities: Iterable[float]) -> None:
+def check_sparsities(name: str, dims: ModelDims, sparsities: Iterable[float]) -> None:
     """Raise `InputError` for a method that cannot prune a model of this shape to one of the sparsities."""
     method = method_named(name)
     for sparsity in sparsities:
         method.refuse_sparsity(name, sparsity)
         if method.pattern == "structured":
-            structured_counts(shape, sparsity)
+            structured_counts(dims, sparsity)
     _, group = GROUPS.get(method.pattern, (1, 1))
-    for width in (shape.hidden, shape.heads * shape.head_dim, shape.channels):
+    for width in (dims.hidden_size, dims.query_rows, dims.intermediate_size):
         if width % group:
             raise InputError(
                 f"{method.pattern} needs rows of a multiple of {group} weights, the model has rows of {width}. "
@@ -248,29 +274,29 @@ def check_sparsities(name: str, shape: Shape, sparsities: Iterable[float]) -> No
             )
 
 
-def walks(method: str, sequential: bool) -> bool:
-    """Whether a method prunes while the calibration rows walk through the blocks, or from statistics alone."""
+def needs_blockwise(method: str, sequential: bool) -> bool:
+    """True where a method prunes each block as the calibration rows reach it, not from statistics alone."""
     chosen = method_named(method)
-    return chosen.updates_weights or (sequential and chosen.needs_inputs)
+    return chosen.updates_weights or (sequential and chosen.needs.input_norms)
 
 
-def measured(methods: Iterable[Method], model: Prunable, blocks: Blocks, rows: Sequence[Encoded]) -> Statistics:
-    """What the scores of `methods` use of calibration rows, from the dense model. Gradients need all of it."""
+def measured(methods: Iterable[Method], model: Prunable, blocks: Blocks, rows: Sequence[Encoded]) -> CalibrationStats:
+    """Measure what the scores of `methods` need, on the dense model. Gradients need all of it in memory."""
     needs = list(methods)
     gradients: dict[str, Tensor] = {}
-    norms: dict[Source, Tensor] = {}
-    if any(method.needs_gradients for method in needs):
+    norms: dict[InputKey, Tensor] = {}
+    if any(method.needs.gradients for method in needs):
         gradients = gradient_sums(blocks.whole(), rows, model.matrices)
-    if any(method.needs_inputs for method in needs):
-        for _, inputs in walk(blocks, rows):
+    if any(method.needs.input_norms for method in needs):
+        for _, inputs in calibrate_blockwise(blocks, rows):
             norms |= {source: sums.norms for source, sums in inputs.items()}
     owl = any(method.allocation == "owl" for method in needs)
-    return Statistics(norms, gradients, measured_outliers(model, norms) if owl else ())
+    return CalibrationStats(norms, gradients, measured_outliers(model, norms) if owl else ())
 
 
-def measured_outliers(model: Prunable, norms: Mapping[Source, Tensor]) -> tuple[float, ...]:
+def measured_outliers(model: Prunable, norms: Mapping[InputKey, Tensor]) -> tuple[float, ...]:
     """OWL's fraction of outliers of each block, from the norms of the dense model's inputs."""
-    statistics = Statistics(norms=dict(norms))
+    statistics = CalibrationStats(norms=dict(norms))
 
     def block_scores(block: Sequence[Matrix]) -> Iterator[Tensor]:
         for matrix in block:
@@ -284,14 +310,14 @@ def measured_outliers(model: Prunable, norms: Mapping[Source, Tensor]) -> tuple[
 def make_masks(
     method: str,
     weights: Mapping[str, Tensor],
-    shape: Shape,
+    dims: ModelDims,
     sparsity: float,
     seed: int,
-    statistics: Statistics = NO_STATISTICS,
+    statistics: CalibrationStats = NO_STATISTICS,
 ) -> Masks:
     """Keep-masks of a model's prunable weights. At sparsity 0 everything is kept, whatever the method."""
     if sparsity == 0:
         return {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in weights.items()}
-    model = Prunable.of(weights, shape)
+    model = Prunable.of(weights, dims)
     masks = {pruned.name: pruned.keep(0) for pruned in prune(method, model, [sparsity], seed, statistics)}
     return {name: masks[name] for name in weights}

@@ -1,20 +1,22 @@
-"""How important is each weight? A score is a function of one matrix; the lowest scores are pruned first.
+"""Scores: the importance of each weight of one matrix; the lowest are pruned first.
 
-Scores are finite and not negative. weight: (O, I); the result has its shape.
+Scores are finite and not negative. weight: (O, I); the result has its shape. A new score is a function and an entry
+in `SCORES`: methods, calibration and checks follow from the entry. Importing this loads no torch.
 """
 
 from __future__ import annotations
 
-import hashlib
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Known:
-    """What a score may use besides the weight."""
+class ScoreInputs:
+    """A score reads these besides the weight; calibration measures what the score's entry needs."""
 
     name: str
     """The matrix."""
@@ -25,56 +27,81 @@ class Known:
     """(O, I): sum over calibration rows of |g|, g the gradient of the row's loss."""
 
 
-def magnitude(weight: Tensor, known: Known) -> Tensor:
+def magnitude(weight: Tensor, inputs: ScoreInputs) -> Tensor:
     """|w| (Han et al. 2015, arXiv:1506.02626)."""
     return weight.abs()
 
 
-def random(weight: Tensor, known: Known) -> Tensor:
+def random(weight: Tensor, inputs: ScoreInputs) -> Tensor:
     """Uniform in [0, 1), the same for one (seed, matrix name) on every machine and in any order of the matrices."""
-    return uniform(weight.shape, f"{known.seed}/{known.name}").to(weight.device)
+    from tune_sparse.pruning.seeded import seeded_uniform
+
+    return seeded_uniform(weight.shape, f"{inputs.seed}/{inputs.name}").to(weight.device)
 
 
-def gradient(weight: Tensor, known: Known) -> Tensor:
+def gradient(weight: Tensor, inputs: ScoreInputs) -> Tensor:
     """Σ |g| over the calibration rows."""
-    assert known.gradients is not None
-    return known.gradients
+    assert inputs.gradients is not None
+    return inputs.gradients
 
 
-def taylor(weight: Tensor, known: Known) -> Tensor:
+def taylor(weight: Tensor, inputs: ScoreInputs) -> Tensor:
     """Σ |w g| over the calibration rows: the first-order change of each loss if the weight were 0
     (Molchanov et al. 2017, arXiv:1611.06440, eq. 7)."""
-    assert known.gradients is not None
-    return weight.abs() * known.gradients
+    assert inputs.gradients is not None
+    return weight.abs() * inputs.gradients
 
 
-def wanda(weight: Tensor, known: Known) -> Tensor:
+def wanda(weight: Tensor, inputs: ScoreInputs) -> Tensor:
     """|w| ‖x‖ (Sun et al. 2023, arXiv:2306.11695, eq. 1)."""
-    assert known.input_norms is not None
-    return weight.abs() * known.input_norms
+    assert inputs.input_norms is not None
+    return weight.abs() * inputs.input_norms
 
 
-SCORES = {"magnitude": magnitude, "random": random, "gradient": gradient, "taylor": taylor, "wanda": wanda}
+@dataclass(frozen=True)
+class Needs:
+    """Needs of a score besides the weight and its name."""
+
+    seed: bool = False
+    input_norms: bool = False
+    """Calibration: the L2 norm of each input."""
+    gradients: bool = False
+    """Calibration: sums of |gradient| for each weight."""
+    hessian: bool = False
+    """Calibration: the Hessian of the layer's output error, by which the kept weights are updated."""
 
 
-def uniform(shape: torch.Size, key: str) -> Tensor:
-    """Uniform in [0, 1) on the CPU, from a stream of random numbers that `key` names."""
-    stream = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8]) >> 1
-    return torch.rand(shape, generator=torch.Generator().manual_seed(stream))
+@dataclass(frozen=True)
+class Score:
+    """An entry of the table."""
+
+    compute: Callable[[Tensor, ScoreInputs], Tensor] | None
+    """None where `sparsegpt` scores column by column, as it updates the weights."""
+    needs: Needs = Needs()
+    by_row: bool = False
+    """Scores compare within an output row: each row loses the same number of weights."""
+    refuses: Mapping[str, str] = field(default_factory=dict)
+    """{allocation or pattern that makes no sense with this score: why}"""
 
 
-SCORES_AT_ONCE = 1 << 22
-"""Scores that are normed together, as fp32."""
-
-
-def group_norms(*parts: Tensor) -> Tensor:
-    """L2 norm of each group of scores that fall together (Li et al. 2017, arXiv:1608.08710).
-
-    parts: (G, ...) each, row g holding the scores that group g has in that matrix; the result is (G,).
-    """
-    groups = max(1, SCORES_AT_ONCE * len(parts[0]) // sum(part.numel() for part in parts))
-    norms = [
-        torch.cat([part.flatten(1).float() for part in some], dim=1).norm(dim=1)
-        for some in zip(*(part.split(groups) for part in parts), strict=True)
-    ]
-    return torch.cat(norms)
+SCORES = {
+    "magnitude": Score(magnitude),
+    "random": Score(random, Needs(seed=True)),
+    "gradient": Score(gradient, Needs(gradients=True)),
+    "taylor": Score(taylor, Needs(gradients=True)),
+    "wanda": Score(
+        wanda,
+        Needs(input_norms=True),
+        by_row=True,
+        refuses={"global": "Wanda's scores compare within an output row, not between layers"},
+    ),
+    "sparsegpt": Score(
+        None,
+        Needs(hessian=True),
+        refuses={
+            "global": "SparseGPT's errors compare within one layer, whose weights it updates",
+            "structured": "SparseGPT spreads the error of single weights over their row, a removed channel has no "
+            "row left",
+        },
+    ),
+}

@@ -10,10 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tune_sparse.pruning.level_maps import level_map
+from tune_sparse.pruning.survival_map import survival_map
 
 DAMPING = 0.01
-"""Of the mean of the Hessian's diagonal, added to it."""
+"""Fraction of the mean of the Hessian's diagonal that is added to it."""
 BLOCK = 128
 """Columns whose mask is chosen at once."""
 SUB_BLOCK = 16
@@ -79,7 +79,7 @@ def _scores(columns: Tensor, diagonal: Tensor) -> Tensor:
 
 def _keep(columns: Tensor, diagonal: Tensor, pruned: int, transposed: bool) -> Tensor:
     scores = _scores(columns, diagonal)
-    return level_map(scores, [pruned]) > 0 if transposed else (level_map(scores.T, [pruned]) > 0).T
+    return survival_map(scores, [pruned]) > 0 if transposed else (survival_map(scores.T, [pruned]) > 0).T
 
 
 def _keep_group(columns: Tensor, keep: Tensor, factor: Tensor, at: slice, kept: int) -> None:

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from tune_sparse.errors import InputError
 from tune_sparse.files import aside, replace_folder, write_json
-from tune_sparse.models.architectures import Architecture, Matrix, architecture_named, unfused
-from tune_sparse.models.checkpoints import SIDE_FILES, Shape, find_folder, load_model, read_config, short_name
+from tune_sparse.models.architectures import Architecture, architecture_named, unfused
+from tune_sparse.models.checkpoints import SIDE_FILES, find_folder, load_model, read_config, short_name
+from tune_sparse.models.dims import ModelDims
 from tune_sparse.models.safetensors_io import INDEX, FiniteTensors, TensorFiles, TensorWriter, weight_files
 from tune_sparse.pruning.prune_model import Prunable
 
@@ -29,13 +30,13 @@ class OpenCheckpoint:
     name: str
     path: Path
     config: PretrainedConfig
-    shape: Shape
+    dims: ModelDims
     tensors: FiniteTensors
     prunable: Prunable
 
     @property
     def architecture(self) -> Architecture:
-        return architecture_named(self.shape.architecture)
+        return architecture_named(self.dims.architecture)
 
 
 def open_checkpoint(reference: str) -> OpenCheckpoint:
@@ -49,39 +50,26 @@ def open_checkpoint(reference: str) -> OpenCheckpoint:
     architecture_named((read_config(folder).get("architectures") or ["no class at all"])[0])
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
-        shape = Shape.of(config)
+        dims = ModelDims.from_config(config)
     except (ValueError, TypeError, AttributeError) as error:
         raise InputError(f"{folder / 'config.json'} must be the config of its class: {error}. Mend it.") from error
     tensors = FiniteTensors(weight_files(folder))
-    prunable = Prunable.of(tensors, shape)
+    prunable = Prunable.of(tensors, dims)
     _refuse_incomplete(folder, prunable)
-    return OpenCheckpoint(short_name(reference), folder, config, shape, tensors, prunable)
+    return OpenCheckpoint(short_name(reference), folder, config, dims, tensors, prunable)
 
 
 def _refuse_incomplete(folder: Path, model: Prunable) -> None:
-    architecture = architecture_named(model.shape.architecture)
     found = {(m.block, m.layer, m.expert) for m in model.matrices}
-    for block in range(model.shape.layers):
-        for layer in architecture.layers:
-            for expert in range(model.shape.experts) if "*" in layer else (None,):
-                if (block, layer, expert) not in found:
-                    name = f"{architecture.blocks}.{block}.{layer}.weight".replace("*", str(expert))
-                    raise InputError(f"a checkpoint needs all its weights, {folder} lacks {name}. Fetch it again.")
+    for wanted in architecture_named(model.dims.architecture).expected(model.dims):
+        if (wanted.block, wanted.layer, wanted.expert) not in found:
+            raise InputError(f"a checkpoint needs all its weights, {folder} lacks {wanted.name}. Fetch it again.")
     for matrix in model.matrices:
-        wanted = matrix_shape(matrix, model.shape)
-        if model.shapes[matrix.name] != wanted:
+        shape = matrix.shape(model.dims)
+        if model.shapes[matrix.name] != shape:
             raise InputError(
-                f"{matrix.name} in {folder} must be {wanted}, got {model.shapes[matrix.name]}. Fetch it again."
+                f"{matrix.name} in {folder} must be {shape}, got {model.shapes[matrix.name]}. Fetch it again."
             )
-
-
-def matrix_shape(matrix: Matrix, shape: Shape) -> tuple[int, int]:
-    """The shape that a matrix has in the checkpoint."""
-    queries, keys = shape.heads * shape.head_dim, shape.key_value_heads * shape.head_dim
-    lines = {"queries": queries, "keys": keys, "fused": queries + 2 * keys, "output": queries}
-    wide = lines.get(matrix.role, shape.channels)
-    is_columns = matrix.role in ("output", "columns")
-    return (shape.hidden, wide) if is_columns != matrix.transposed else (wide, shape.hidden)
 
 
 class StreamedBlocks:
@@ -91,7 +79,7 @@ class StreamedBlocks:
         from transformers import AutoConfig, AutoModel
 
         self.matrices = checkpoint.prunable.matrices
-        self.count = checkpoint.shape.layers
+        self.count = checkpoint.dims.num_layers
         self._checkpoint = checkpoint
         # One block serves all: their tensors are copied into it in turn.
         config = AutoConfig.from_pretrained(checkpoint.path, local_files_only=True)
@@ -187,7 +175,7 @@ class PrunedCheckpoint:
 
 
 def write_rest(checkpoint: OpenCheckpoint, folder: Path) -> None:
-    """What a checkpoint has besides weights and config: the index of its shards, the tokenizer, settings."""
+    """Copy all but weights and config: the tokenizer, settings, and a new index of the shards."""
     for name in SIDE_FILES:
         if (checkpoint.path / name).is_file():
             shutil.copy(checkpoint.path / name, folder)

@@ -27,7 +27,9 @@ from tune_sparse.identity import hash_json
 from tune_sparse.ledger.lease import Holder
 from tune_sparse.ledger.ledger import Ledger, Run
 from tune_sparse.lora.rank_space import Ranks, Space, SuperAdapter, refuse_unfit
-from tune_sparse.models.checkpoints import Shape, prepare_models
+from tune_sparse.models.architectures import architecture_named, pruned_weights
+from tune_sparse.models.checkpoints import prepare_models
+from tune_sparse.models.dims import ModelDims
 from tune_sparse.models.toy_models import TOY_MODELS
 from tune_sparse.search.config import SearchConfig
 from tune_sparse.search.journal import Candidates, Diary, configuration_key
@@ -49,7 +51,7 @@ class SearchPlan:
     config: SearchConfig
     run: Run
     """of the super-adapter"""
-    shape: Shape
+    dims: ModelDims
     search_id: str
     sizes: dict[str, tuple[int, int]]
     """{adapted matrix: (O, I)}"""
@@ -88,36 +90,21 @@ def plan_search(config: SearchConfig) -> SearchPlan:
     if len(plan.runs) != 1:
         raise InputError("a search adapts one cell. Name one model, task, method, sparsity, mode and seed.")
     [run], [checkpoint] = plan.runs.values(), plan.checkpoints.values()
-    sizes = matrix_sizes(checkpoint.shape)
-    refuse_unfit(config.space, {name.split(".")[-2] for name in sizes}, config.sweep.protocol.lora_rank)
-    _refuse_too_many_workers(config.sweep, checkpoint.shape)
+    matrices = architecture_named(checkpoint.dims.architecture).expected(checkpoint.dims)
+    refuse_unfit(config.space, {matrix.module for matrix in matrices}, config.sweep.protocol.lora_rank)
+    _refuse_too_many_workers(config.sweep, checkpoint.dims)
     run = replace(run, super_adapter=config.super_adapter)
     identity = hash_json([run.identity, config.candidate_settings()])
     search_id = f"{run.run_id}_{config.sampler}_{identity[:8]}"
-    adapted = {name: size for name, size in sizes.items() if name.split(".")[-2] in config.space.modules}
-    return SearchPlan(config, run, checkpoint.shape, search_id, adapted)
+    adapted = {m.name: m.size(checkpoint.dims) for m in matrices if m.module in config.space.modules}
+    return SearchPlan(config, run, checkpoint.dims, search_id, adapted)
 
 
-def matrix_sizes(shape: Shape) -> dict[str, tuple[int, int]]:
-    """{matrix: (O, I)} of a Llama or Mistral, by checkpoint name."""
-    queries, keys = shape.head_dim * shape.heads, shape.head_dim * shape.key_value_heads
-    sizes = {
-        "self_attn.q_proj": (queries, shape.hidden),
-        "self_attn.k_proj": (keys, shape.hidden),
-        "self_attn.v_proj": (keys, shape.hidden),
-        "self_attn.o_proj": (shape.hidden, queries),
-        "mlp.gate_proj": (shape.channels, shape.hidden),
-        "mlp.up_proj": (shape.channels, shape.hidden),
-        "mlp.down_proj": (shape.hidden, shape.channels),
-    }
-    return {f"model.layers.{n}.{name}.weight": size for n in range(shape.layers) for name, size in sizes.items()}
-
-
-def _refuse_too_many_workers(sweep: SweepConfig, shape: Shape) -> None:
+def _refuse_too_many_workers(sweep: SweepConfig, dims: ModelDims) -> None:
     if sweep.workers is None or "RAY_ADDRESS" in os.environ or sweep.gpus_per_trial != 0:
         return
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    each = COPIES * shape.pruned_weights * (2 if sweep.protocol.precision == "bfloat16" else 4)
+    each = COPIES * pruned_weights(dims) * (2 if sweep.protocol.precision == "bfloat16" else 4)
     fitting = min(cores // sweep.protocol.threads, int(psutil.virtual_memory().total // max(1, each)))
     if sweep.workers > fitting:
         raise InputError(
@@ -179,8 +166,8 @@ def config_json(plan: SearchPlan) -> dict[str, Any]:
         "sampling": config.sampling,
         "trials": config.trials,
         **config.candidate_settings(),
-        "maximal_parameters": plan.parameters(plan.space.maximal(plan.shape.layers)),
-        "dimensions": plan.space.dimensions(plan.shape.layers),
+        "maximal_parameters": plan.parameters(plan.space.maximal(plan.dims.num_layers)),
+        "dimensions": plan.space.dimensions(plan.dims.num_layers),
         "started": time.time(),
     }
 
@@ -231,7 +218,7 @@ def _race(
     from tune_sparse.search.trainable import CandidateTrainable
     from tune_sparse.sweep.callbacks import Stop
 
-    config, layers, seed = plan.config, plan.shape.layers, plan.run.cell.seed
+    config, layers, seed = plan.config, plan.dims.num_layers, plan.run.cell.seed
     common, race = _common(plan.run, ledger, config.sweep), Race(selection_rows(plan), config.minimises_cost)
     search = DiarySearch(
         searcher_named(config.sampler, plan.space, layers, seed, config.objectives),
@@ -291,7 +278,7 @@ def _prove(
     report: Callable[[str], None],
 ) -> dict[str, Any]:
     """Write and score on test rows the winner and the heuristic, beside the maximal and a plain LoRA of that size."""
-    space, layers = plan.space, plan.shape.layers
+    space, layers = plan.space, plan.dims.num_layers
     by_key = {configuration_key(s.ranks): s for s in diary.suggestions}
     front, winner = race.front(), by_key[race.winner()].ranks
     maximal = plan.parameters(space.maximal(layers))

@@ -16,7 +16,7 @@ from tune_sparse.config import Protocol
 from tune_sparse.data.tasks import task_named
 from tune_sparse.errors import RunError
 from tune_sparse.evaluation.outcomes import write_outcomes
-from tune_sparse.evaluation.scoring import Scored, TestSet, compute_outcomes, encode_test, score
+from tune_sparse.evaluation.scoring import EvalSet, Scored, compute_outcomes, encode_test, score
 from tune_sparse.evaluation.validation import validation_report
 from tune_sparse.files import write_json
 from tune_sparse.ledger.ledger import Ledger, Run
@@ -36,7 +36,7 @@ class SliceScorer:
     slices: Slices
     tokenizer: PreTrainedTokenizerBase
     masks: Masks
-    tests: TestSet
+    tests: EvalSet
     """of the selection rows"""
     protocol: Protocol
 
@@ -51,7 +51,7 @@ class SliceScorer:
         marker = read_marker(folder)
         assert marker is not None, "a super-adapter is ours, so it has a marker"
         slices = Slices.of(loaded.model, folder, run.super_adapter.space, masks, marker)
-        task, protocol = task_named(run.cell.task), run.protocol.within(loaded.shape.context_tokens)
+        task, protocol = task_named(run.cell.task), run.protocol.within(loaded.dims.max_positions)
         [splits] = load_planned_splits(run, protocol)
         tests = encode_test(loaded.tokenizer, task, splits.selection, protocol, splits.examples)
         return cls(run, slices, loaded.tokenizer, masks, tests, protocol)
@@ -62,8 +62,8 @@ class SliceScorer:
 
     def answers(self, ranks: Ranks, stage: Sequence[int], known: Marks) -> Iterator[tuple[int, bool]]:
         """(example, whether the slice is right) for each example of a stage that is not known."""
-        self.slices.switch_into(ranks)
-        tests = TestSet(self.tests.task, tuple(self.tests.examples[i] for i in stage))
+        self.slices.activate(ranks)
+        tests = EvalSet(self.tests.task, tuple(self.tests.examples[i] for i in stage))
         done = [place for place, i in enumerate(stage) if known.knows(i)]
         for batch in compute_outcomes(self.slices.model, self.tokenizer, tests, self.protocol, done):
             yield from ((stage[place], bool(outcome.correct)) for place, outcome in batch.items())
@@ -75,9 +75,9 @@ class SliceScorer:
         """
         folder.mkdir(parents=True)
         self.slices.save(ranks, folder / "adapter")
-        self.slices.switch_into(ranks)
+        self.slices.activate(ranks)
         searched = {name: weight.clone() for name, weight in prunable_weights(self.slices.model).items()}
-        self.slices.switch_into(dict.fromkeys(ranks, 0))
+        self.slices.activate(dict.fromkeys(ranks, 0))
         last_mask = None if self.run.cell.mode == "dense" else self.masks
         merge_adapter_into(self.slices.model, folder / "adapter", last_mask)
         matrices = prunable_weights(self.slices.model)

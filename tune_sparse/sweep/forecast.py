@@ -12,6 +12,7 @@ from typing import Any
 
 from tune_sparse.config import Cell, SweepConfig
 from tune_sparse.ledger.ledger import Ledger, Record, Run
+from tune_sparse.models.architectures import pruned_weights
 from tune_sparse.sweep.plan import Plan
 from tune_sparse.sweep.progress import duration
 
@@ -118,7 +119,7 @@ def longest_first(plan: Plan, ledger: Ledger, runs: Sequence[Run]) -> list[Run]:
     def expected(run: Run) -> float:
         if is_measured:
             return statistics.median(seconds[_values(run.cell, kind)])
-        return plan.checkpoints[run.cell.model].shape.pruned_weights
+        return pruned_weights(plan.checkpoints[run.cell.model].dims)
 
     return sorted(runs, key=expected, reverse=True)
 

@@ -23,6 +23,7 @@ from tune_sparse.errors import InputError
 from tune_sparse.identity import hash_json
 from tune_sparse.ledger.lease import refuse_if_held
 from tune_sparse.ledger.ledger import Ledger, Record, Run, SweepRecord, readable_id
+from tune_sparse.models.architectures import adapter_weights, pruned_weights
 from tune_sparse.models.checkpoints import Checkpoint, check_checkpoint, load_tokenizer, short_name
 from tune_sparse.models.toy_models import TOY_MODELS
 from tune_sparse.pruning.calibration import text_rows
@@ -53,10 +54,10 @@ class Plan:
 
     def estimate_bytes(self, run: Run) -> int:
         """What a run will write, roughly: mostly what it trained and its outcomes."""
-        shape = self.checkpoints[run.cell.model].shape
-        trained = 4 * shape.adapter_weights(run.protocol.lora_rank)
+        dims = self.checkpoints[run.cell.model].dims
+        trained = 4 * adapter_weights(dims, run.protocol.lora_rank)
         if run.cell.mode == "masked-finetuning":
-            trained = shape.pruned_weights * (2 if run.protocol.precision == "bfloat16" else 4)
+            trained = pruned_weights(dims) * (2 if run.protocol.precision == "bfloat16" else 4)
         generates = any(isinstance(task, AnswerTask) for task in tasks_named(run.cell.task))
         outcome = OUTCOME_BYTES + TOKEN_BYTES * (run.protocol.max_new_tokens if generates else 0)
         return trained + outcome * (run.protocol.n_test or 10_000) + RUN_BYTES
@@ -113,7 +114,7 @@ def plan_sweep(config: SweepConfig) -> Plan:
     cerebras = cerebras_identity(config.cerebras) if "cerebras" in config.backends else None
     model_paths = {short_name(model): _model_path(model) for model in config.models}
     for checkpoint in checkpoints.values():
-        config.protocol.within(checkpoint.shape.context_tokens)
+        config.protocol.within(checkpoint.dims.max_positions)
         _refuse_unreachable(config, checkpoint)
         if cerebras:
             refuse_unconvertible(checkpoint.path)
@@ -155,7 +156,7 @@ def _refuse_unreachable(config: SweepConfig, checkpoint: Checkpoint) -> None:
     """Raise `InputError` for a method that cannot prune this model to a sparsity of the matrix."""
     for method in config.methods:
         try:
-            check_sparsities(method, checkpoint.shape, config.sparsities)
+            check_sparsities(method, checkpoint.dims, config.sparsities)
         except InputError as error:
             raise InputError(f"{checkpoint.name}: {error}") from error
 
@@ -176,7 +177,7 @@ def _calibration_text(config: SweepConfig, data_dir: Path | None, checkpoints: I
     protocol = config.protocol
     text = calibration_text(protocol.calibration, data_dir)
     for checkpoint in checkpoints:
-        tokens = min(protocol.calibration_tokens, checkpoint.shape.context_tokens)
+        tokens = min(protocol.calibration_tokens, checkpoint.dims.max_positions)
         text_rows(load_tokenizer(checkpoint.path), text, protocol.calibration_rows, tokens)
     return hash_json(text)
 
@@ -212,7 +213,7 @@ def check_names(config: SweepConfig) -> None:
     for task in config.tasks:
         tasks_named(task)
     for method in config.methods:
-        if method_named(method).needs_gradients and config.protocol.calibration_order == "sequential":
+        if method_named(method).needs.gradients and config.protocol.calibration_order == "sequential":
             raise InputError(
                 f"{method} needs gradients of the whole dense model, got calibration_order sequential. "
                 "Set calibration_order=dense, or leave the method out."

@@ -30,7 +30,7 @@ class Step:
 
     step: int
     loss: float
-    """Mean cross-entropy over the batch's learned tokens, before the step."""
+    """Mean cross-entropy over the batch's target tokens, before the step."""
     learning_rate: float
     rows: int
     tokens: int
@@ -58,36 +58,36 @@ def batches(rows: Sequence[Encoded], protocol: Protocol, seed: int) -> Iterator[
 
 
 def answer_loss(
-    model: PreTrainedModel, rows: Sequence[Encoded], loss_on: str = "answer", pack_to: int | None = None
+    model: PreTrainedModel, rows: Sequence[Encoded], train_on_prompt: bool = False, pack_to: int | None = None
 ) -> tuple[Tensor, int]:
-    """Summed cross-entropy of the learned tokens and how many they are.
+    """Summed cross-entropy of the target tokens and how many they are.
 
     Rows are padded on the right, where a causal model never looks, or with `pack_to` put behind one another in
-    sequences of at most so many tokens. Logits are computed only where a token is learned, a chunk at a time.
+    sequences of at most so many tokens. Logits are computed only where a token is a target, a chunk at a time.
     """
-    batch = padded(rows, loss_on) if pack_to is None else packed(rows, loss_on, pack_to)
-    ids, learned = batch.ids.to(model.device), batch.learned.to(model.device)
+    batch = padded(rows, train_on_prompt) if pack_to is None else packed(rows, train_on_prompt, pack_to)
+    ids, loss_mask = batch.ids.to(model.device), batch.loss_mask.to(model.device)
     positions = {} if batch.positions is None else {"position_ids": batch.positions.to(model.device)}
     hidden = model.model(input_ids=ids, use_cache=False, **positions).last_hidden_state
-    targets = ids[learned]
-    return summed_cross_entropy(hidden[:, :-1][learned[:, 1:]], model.lm_head, targets), len(targets)
+    targets = ids[loss_mask]
+    return summed_cross_entropy(hidden[:, :-1][loss_mask[:, 1:]], model.lm_head, targets), len(targets)
 
 
 @torch.no_grad()
 def mean_loss(
     model: PreTrainedModel, rows: Sequence[Encoded], protocol: Protocol, accelerator: Accelerator | None = None
 ) -> float:
-    """Mean cross-entropy over the learned tokens of `rows`, in evaluation mode. Raises `RunError` if not finite."""
-    summed, learned, was_training = 0.0, 0, model.training
+    """Mean cross-entropy over the target tokens of `rows`, in evaluation mode. Raises `RunError` if not finite."""
+    summed, targets, was_training = 0.0, 0, model.training
     model.eval()
     for start in range(0, len(rows), protocol.micro_batch_size):
         with accelerator.autocast() if accelerator else nullcontext():
             batch = rows[start : start + protocol.micro_batch_size]
-            loss, count = answer_loss(model, batch, protocol.loss_on, protocol.pack_to)
+            loss, count = answer_loss(model, batch, protocol.train_on_prompt, protocol.pack_to)
         progress()
-        summed, learned = summed + float(loss), learned + count
+        summed, targets = summed + float(loss), targets + count
     model.train(was_training)
-    mean = summed / learned
+    mean = summed / targets
     if not math.isfinite(mean):
         raise RunError(f"the eval loss must stay finite, got {mean}. Lower learning_rate.")
     return mean
@@ -176,17 +176,17 @@ def in_training(model: PreTrainedModel, checkpoint_activations: bool) -> Iterato
 def _accumulate_gradients(
     model: PreTrainedModel, batch: Sequence[Encoded], protocol: Protocol, accelerator: Accelerator
 ) -> float:
-    """Gradients of the mean loss over all learned tokens of the batch, whatever the micro-batch."""
-    if protocol.loss_on == "answer":
-        learned = sum(len(row.continuation) - (not row.context) for row in batch)
+    """Gradients of the mean loss over all target tokens of the batch, whatever the micro-batch."""
+    if protocol.train_on_prompt:
+        targets = sum(len(row.context) + len(row.continuation) - 1 for row in batch)
     else:
-        learned = sum(len(row.context) + len(row.continuation) - 1 for row in batch)
+        targets = sum(len(row.continuation) - (not row.context) for row in batch)
     total = 0.0
     for start in range(0, len(batch), protocol.micro_batch_size):
         rows = batch[start : start + protocol.micro_batch_size]
         with accelerator.autocast():
-            loss, _ = answer_loss(model, rows, protocol.loss_on, protocol.pack_to)
-        accelerator.backward(loss / learned)
+            loss, _ = answer_loss(model, rows, protocol.train_on_prompt, protocol.pack_to)
+        accelerator.backward(loss / targets)
         progress()
         total += loss.item()
-    return total / learned
+    return total / targets

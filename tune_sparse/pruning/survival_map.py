@@ -1,6 +1,6 @@
-"""All levels of a matrix from one pass over its scores, in the strict order (score, position).
+"""Every level of a matrix from one pass over its scores, in the strict order (score, position).
 
-The level map of a matrix says of each weight how many levels it survives: with ascending pruned counts, level k
+The survival map of a matrix says of each weight how many levels it survives: with ascending pruned counts, level k
 keeps exactly the weights whose value is above k. Finite scores that are not negative are ordered as their bits are,
 so a histogram over the bits finds where each level cuts, and a table look-up applies all cuts at once. Only weights
 that share a bin with a cut are sorted.
@@ -21,22 +21,29 @@ from tune_sparse.models.float_bits import BITS, CHUNK, view_bits
 BINS = 1 << 15
 """Values of the upper 16 bits of a score that is not negative."""
 MAX_LEVELS = 15
-"""What 4 bits hold."""
+"""The largest number of 4 bits."""
 UNSETTLED = 255
 
 
-def level_map(scores: Tensor, counts: Sequence[int]) -> Tensor:
-    """How many levels each weight survives, uint8, in the shape of `scores`.
+def survival_map(scores: Tensor, counts: Sequence[int]) -> Tensor:
+    """Count the levels that each weight survives: uint8, in the shape of `scores`.
 
     scores: finite, of 16 or 32 bits, compared by their absolute values, so that magnitudes need no copy. counts:
     weights pruned at each level, ascending. Level k keeps what `keep_highest(scores.abs(), counts[k])` keeps.
+
+    >>> survival_map(torch.tensor([0.1, 0.4, 0.2, 0.4, 0.3, 0.9]), [2, 4]).tolist()
+    [0, 1, 0, 2, 1, 2]
+
+    The first level prunes 0.1 and 0.2 (0), the second 0.3 and the earlier 0.4 too (1), the rest survives both (2).
     """
     assert len(counts) <= MAX_LEVELS
     assert list(counts) == sorted(counts)
     bits, cuts = view_bits(scores), torch.tensor(counts)
     histogram = bin_counts(scores)
     below = histogram.cumsum(0) - histogram
-    # A weight of rank r survives level k if counts[k] <= r.
+    # A weight of rank r survives level k if counts[k] <= r. A bin holds the ranks from below to below + histogram - 1:
+    # if both ends survive as many levels, so does all of it. In the example the bin of 0.4 holds ranks 3 and 4, and the
+    # cut at 4 lies between them: such a bin is unsettled.
     table = torch.searchsorted(cuts, below, right=True).to(torch.uint8)
     last = torch.searchsorted(cuts, below + histogram - 1, right=True).to(torch.uint8)
     shared = (table != last) & (histogram > 0)
@@ -47,7 +54,8 @@ def level_map(scores: Tensor, counts: Sequence[int]) -> Tensor:
     for start, chunk, out in zip(count(step=CHUNK), bits.split(CHUNK), levels.split(CHUNK), strict=False):
         torch.index_select(table, 0, _bins(chunk), out=out)
         unsettled.append(_positions(out == UNSETTLED) + start)
-    # Weights that share a bin with a cut, sorted: ranks rise by one, and jump over the bins between.
+    # The unsettled weights, sorted, by position on a tie: a rank is how many come before it here, plus how many are in
+    # the settled bins below (jumps). The two 0.4 are number 0 and 1 here, three weights are below: ranks 3 and 4.
     positions = torch.cat(unsettled)
     values, order = (bits[positions] & BITS[scores.dtype][1]).sort(stable=True)
     jumps = (below - (histogram * shared).cumsum(0) + histogram * shared).to(scores.device)
@@ -57,14 +65,14 @@ def level_map(scores: Tensor, counts: Sequence[int]) -> Tensor:
 
 
 def _positions(chosen: Tensor) -> Tensor:
-    """Where a flat bool tensor is true, ascending."""
+    """Positions at which a flat bool tensor is true, ascending."""
     if chosen.device.type == "cpu":  # NumPy's is several times faster there
         return torch.from_numpy(np.flatnonzero(chosen.numpy()))
     return chosen.nonzero().squeeze(1)
 
 
 def bin_counts(scores: Tensor) -> Tensor:
-    """How many scores have each value of the upper 16 bits: (BINS,), int64."""
+    """Count the scores with each value of the upper 16 bits: (BINS,), int64."""
     counts = torch.zeros(BINS, dtype=torch.int64)
     for chunk in view_bits(scores).split(CHUNK):
         counts += torch.bincount(_bins(chunk), minlength=BINS).cpu()
@@ -72,7 +80,7 @@ def bin_counts(scores: Tensor) -> Tensor:
 
 
 def lower_counts(scores: Tensor, bin: int) -> Tensor:
-    """How many scores of one bin have each value of the lower 16 bits; there is but one value in 16-bit scores."""
+    """Count the scores of one bin with each value of the lower 16 bits; 16-bit scores have only one value there."""
     bits = view_bits(scores)
     if bits.dtype == torch.int16:
         return (_bins(bits) == bin).sum().cpu()[None]
@@ -96,8 +104,8 @@ def _bins(bits: Tensor) -> Tensor:
     return (bits if bits.dtype == torch.int16 else bits >> 16).int() & (BINS - 1)
 
 
-def row_level_map(scores: Tensor, counts: Sequence[int], transposed: bool = False) -> Tensor:
-    """As `level_map`, compared within rows: each row loses the same number of weights at a level.
+def row_survival_map(scores: Tensor, counts: Sequence[int], transposed: bool = False) -> Tensor:
+    """As `survival_map`, compared within rows: each row loses the same number of weights at a level.
 
     scores: (O, I). What a count leaves after the division by O goes to the rows whose next weight is lowest, in the
     strict order; `transposed` says that positions count down the columns, as where the checkpoint stores (I, O).
@@ -129,17 +137,17 @@ def pack(levels: Tensor) -> Tensor:
 
 
 def unpack(packed: Tensor, shape: Sequence[int]) -> Tensor:
-    """The level map that was packed."""
+    """The survival map that was packed."""
     total = torch.Size(shape).numel()
     if packed.numel() != (total + 1) // 2:
         raise InputError(
-            f"a packed level map of {tuple(shape)} must have {(total + 1) // 2} bytes, got {packed.numel()}. "
+            f"a packed survival map of {tuple(shape)} must have {(total + 1) // 2} bytes, got {packed.numel()}. "
             "Make the masks again."
         )
     return torch.cat([packed & 15, packed >> 4])[:total].view(tuple(shape))
 
 
-def group_level_map(scores: Tensor, group: int, kept: int) -> Tensor:
+def group_survival_map(scores: Tensor, group: int, kept: int) -> Tensor:
     """One level: of each `group` neighbours in a row of scores (O, I), the `kept` highest survive, 1 else 0.
 
     On a tie the earlier goes (NVIDIA's 2:4 with the strict order; Mishra et al. 2021, arXiv:2104.08378).

@@ -11,8 +11,15 @@ from torch.nn.utils import prune
 
 from tune_sparse.errors import InputError
 from tune_sparse.models.float_bits import BITS, is_finite
-from tune_sparse.pruning.level_maps import MAX_LEVELS, group_level_map, level_map, pack, row_level_map, unpack
 from tune_sparse.pruning.masks import keep_highest, pruned_count
+from tune_sparse.pruning.survival_map import (
+    MAX_LEVELS,
+    group_survival_map,
+    pack,
+    row_survival_map,
+    survival_map,
+    unpack,
+)
 
 DTYPES = sorted(BITS, key=str)
 
@@ -38,7 +45,7 @@ def plain_levels(scores: Tensor, counts: list[int]) -> Tensor:
 @given(matrices(), sparsity_lists)
 def test_one_pass_gives_what_the_plain_definition_gives(scores: Tensor, sparsities: list[float]) -> None:
     counts = [pruned_count(scores.numel(), sparsity) for sparsity in sparsities]
-    levels = level_map(scores, counts)
+    levels = survival_map(scores, counts)
     assert levels.dtype == torch.uint8
     assert torch.equal(levels, plain_levels(scores, counts))
     assert [int((levels <= k).sum()) for k in range(len(counts))] == counts
@@ -49,17 +56,17 @@ def test_one_pass_gives_what_the_plain_definition_gives(scores: Tensor, sparsiti
 def test_matrices_of_several_chunks(dtype: torch.dtype, shape: tuple[int, int]) -> None:
     scores = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
     counts = [pruned_count(scores.numel(), level / 10) for level in range(1, 10)]
-    assert torch.equal(level_map(scores, counts), plain_levels(scores, counts))
+    assert torch.equal(survival_map(scores, counts), plain_levels(scores, counts))
 
 
 def test_a_matrix_of_equal_scores_loses_its_first_positions() -> None:
-    levels = level_map(torch.full((2, 3), 0.5, dtype=torch.bfloat16), [1, 3, 5])
+    levels = survival_map(torch.full((2, 3), 0.5, dtype=torch.bfloat16), [1, 3, 5])
     assert levels.tolist() == [[0, 1, 1], [2, 2, 3]]
 
 
 def test_a_transposed_view_counts_its_own_positions() -> None:
     view = torch.tensor([[1.0, 9.0], [1.0, 9.0], [1.0, 9.0]]).T
-    assert level_map(view, [2]).tolist() == [[0, 0, 1], [1, 1, 1]]
+    assert survival_map(view, [2]).tolist() == [[0, 0, 1], [1, 1, 1]]
 
 
 @pytest.mark.parametrize("amount", [1, 7, 30, 34])
@@ -67,7 +74,7 @@ def test_counts_are_those_of_torch(amount: int) -> None:
     layer = torch.nn.Linear(5, 7)
     layer.weight.data = torch.randint(-2, 3, (7, 5), generator=torch.Generator().manual_seed(0)).float()
     zeros = int((prune.l1_unstructured(layer, "weight", amount=amount).weight_mask == 0).sum())
-    assert int((level_map(layer.weight_orig.detach(), [amount]) == 0).sum()) == zeros == amount
+    assert int((survival_map(layer.weight_orig.detach(), [amount]) == 0).sum()) == zeros == amount
 
 
 def plain_row_levels(scores: Tensor, counts: list[int], transposed: bool) -> Tensor:
@@ -96,7 +103,7 @@ def test_rows_share_the_count_and_the_rest_goes_in_the_strict_order(
 ) -> None:
     scores = scores.abs()
     counts = [pruned_count(scores.numel(), sparsity) for sparsity in sparsities]
-    levels = row_level_map(scores, counts, transposed)
+    levels = row_survival_map(scores, counts, transposed)
     assert torch.equal(levels, plain_row_levels(scores, counts, transposed))
     for level, count in enumerate(counts):
         lost = (levels <= level).sum(dim=1)
@@ -109,7 +116,7 @@ def test_rows_share_the_count_and_the_rest_goes_in_the_strict_order(
 def test_groups_keep_their_highest(rows: int, groups: int, pattern: tuple[int, int], seed: int) -> None:
     kept, group = pattern
     scores = torch.randint(0, 4, (rows, groups * group), generator=torch.Generator().manual_seed(seed)).float()
-    levels = group_level_map(scores, group, kept)
+    levels = group_survival_map(scores, group, kept)
     for mask, values in zip(levels.view(-1, group), scores.view(-1, group), strict=True):
         assert torch.equal(mask.bool(), keep_highest(values, group - kept))
 
@@ -141,3 +148,8 @@ def test_one_number_that_is_not_finite_is_seen(dtype: torch.dtype, value: float)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_largest_finite_number_is_finite(dtype: torch.dtype) -> None:
     assert is_finite(torch.tensor([torch.finfo(dtype).max, torch.finfo(dtype).min], dtype=dtype))
+
+
+def test_the_example_of_the_docstring() -> None:
+    scores = torch.tensor([0.1, 0.4, 0.2, 0.4, 0.3, 0.9])
+    assert survival_map(scores, [2, 4]).tolist() == [0, 1, 0, 2, 1, 2]
