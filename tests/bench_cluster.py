@@ -1,5 +1,5 @@
-"""A cluster's scheduling and a large matrix: `python tests/bench_cluster.py` (a table, one JSON line; ten minutes, or one
-for the small numbers of `--smoke`).
+"""A cluster's scheduling and a large matrix: `python tests/bench_cluster.py` (a table, one JSON line; ten minutes, or
+one for the small numbers of `--smoke`).
 
 - trial_seconds: of a warm worker and a trial that does nothing, median of the first 1,000 of 10,000 through the Tuner
   of a real sweep on two workers: workers x gap between two ends. Goal: at most 50 ms.
