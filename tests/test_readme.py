@@ -39,10 +39,3 @@ def test_every_command_that_is_shown_parses(page: Path) -> None:
 def test_every_preset_is_explained() -> None:
     explained = [name for name in PRESETS if "pilot" not in name]
     assert [name for name in explained if f"`{name}`" not in README] == []
-
-
-@pytest.mark.parametrize("folder", ["tune_sparse", "search_spaces", "trainables", "analysis"])
-def test_every_module_is_in_the_file_tree(folder: str) -> None:
-    modules = [path.stem for path in (ROOT / folder).glob("*.py") if not path.stem.startswith("__")]
-    assert modules
-    assert [name for name in modules if not re.search(rf"\b{name}\b", README)] == []
