@@ -6,6 +6,8 @@ PYTHON ?= python3.11
 VENV ?= .venv
 # Options for pip where torch is installed, such as the index of a CPU or a CUDA build (see the README).
 TORCH_OPTIONS ?=
+# Options for every benchmark.
+BENCH_OPTIONS ?=
 CEREBRAS_ENV ?= .venv-cerebras
 # cerebras_pytorch, what Model Zoo's Trainer imports, and what its checkpoint converter imports.
 CEREBRAS_PACKAGES := cerebras_pytorch transformers tokenizers pydantic requests Pillow torchvision slack-sdk \
@@ -44,8 +46,9 @@ lint: $(READY)
 types: $(READY)
 	$(BIN)/mypy
 
+# BENCH_OPTIONS=--smoke: each with its smallest setting, in a few minutes.
 bench: $(READY)
-	for bench in tests/bench_*.py; do $(BIN)/python $$bench || exit 1; done
+	for bench in tests/bench_*.py; do $(BIN)/python $$bench $(BENCH_OPTIONS) || exit 1; done
 
 ui: $(READY)
 	$(BIN)/tune-sparse track --baselines

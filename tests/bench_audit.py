@@ -1,6 +1,6 @@
 """How long the audit takes for 10,000 cells: files of a real run's size, written by hand, read and checked.
 
-    python tests/bench_audit.py [CELLS]
+    python tests/bench_audit.py [CELLS] [--smoke]
 
 Limits: 60 s and 2 GB. What takes time is reading: YAML settings, JSON records and a Parquet file of outcomes a run.
 """
@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import json
 import resource
-import sys
 import tempfile
 import time
 from pathlib import Path
 
+from benchmarks import bench_parser
 from sound import PROTOCOL, cells_of, sound_ledger
 
 from analysis.audit.audit import audit
@@ -22,9 +22,17 @@ from analysis.read.evidence import read_results
 METHODS = ("unstructured", "random", "wanda", "gradient", "taylor")
 SPARSITIES = 10
 SEEDS_OF_ONE_MODEL = 5
+SMOKE_CELLS = 20
 
 
-def main(count: int) -> None:
+def main() -> None:
+    parser = bench_parser(__doc__)
+    parser.add_argument("cells", type=int, nargs="?", default=10_000, metavar="CELLS")
+    chosen = parser.parse_args()
+    measure(SMOKE_CELLS if chosen.smoke else chosen.cells)
+
+
+def measure(count: int) -> None:
     sparsities = [i / SPARSITIES for i in range(1, SPARSITIES)]
     cells = [
         cell
@@ -47,4 +55,4 @@ def main(count: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 10_000)
+    main()

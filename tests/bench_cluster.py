@@ -1,4 +1,5 @@
-"""A cluster's scheduling and a large matrix: `python tests/bench_cluster.py` (a table, one JSON line; ten minutes).
+"""A cluster's scheduling and a large matrix: `python tests/bench_cluster.py` (a table, one JSON line; ten minutes, or
+one for the small numbers of `--smoke`).
 
 - trial_seconds: of a warm worker and a trial that does nothing, median of the first 1,000 of 10,000 through the Tuner
   of a real sweep on two workers: workers x gap between two ends. Goal: at most 50 ms.
@@ -22,8 +23,8 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,6 +32,7 @@ from typing import Any
 
 import ray
 from bench_sweep import Clock, Nothing
+from benchmarks import bench_parser, toy
 from factories import done_record, make_cell, make_run
 from ray import tune
 
@@ -42,32 +44,39 @@ from tune_sparse.sweep.forecast import longest_first
 from tune_sparse.sweep.plan import plan_sweep
 from tune_sparse.sweep.scheduler import Dispatcher
 
-TRIALS = 10_000
-FIRST = 1_000
-SEEDS = 28
 TOKENS = {"cerebras": ("CS3", 2), "torch": ("GPU", 4)}
-IDEAL_SECONDS = 120.0
 
 
-def scheduling() -> dict[str, float]:
+@dataclass(frozen=True)
+class Sizes:
+    """Of the three parts."""
+
+    trials: int = 10_000
+    first: int = 1_000
+    seeds: int = 28
+    ideal_seconds: float = 120.0
+    models: tuple[str, ...] = ("tiny-llama", "tiny-mistral")
+
+
+def scheduling(sizes: Sizes) -> dict[str, float]:
     config = SweepConfig.from_names(PRESETS["toy"] | {"workers": 2})
     run, clock = make_run().as_config(), Clock()
-    trials = [{"run": run, "number": n, "resources": {"CPU": 1}} for n in range(TRIALS)]
+    trials = [{"run": run, "number": n, "resources": {"CPU": 1}} for n in range(sizes.trials)]
     with started_ray(config) as workers:
         fit_trials(Nothing, Dispatcher({"torch": trials}, dict, capacity), clock)
     gaps = [later - earlier for earlier, later in pairwise(clock.ended)]
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
-    return {"trial_seconds": workers * statistics.median(gaps[:FIRST]), "driver_mb": memory}
+    return {"trial_seconds": workers * statistics.median(gaps[: sizes.first]), "driver_mb": memory}
 
 
-def known_lengths() -> list[tuple[Run, float]]:
+def known_lengths(ideal_seconds: float) -> list[tuple[Run, float]]:
     """Runs of both kinds, six blocks of (model, task) each, whose trials take the same time within a block."""
     rng, runs = random.Random(0), []
     for backend, (_, tokens) in TOKENS.items():
         weights = [rng.uniform(1, 6) for _ in range(6)]
         for block, weight in enumerate(weights):
-            seconds = 0.1 * weight * IDEAL_SECONDS / 6
-            count = round(tokens * IDEAL_SECONDS / 6 / seconds)
+            seconds = 0.1 * weight * ideal_seconds / 6
+            count = round(tokens * ideal_seconds / 6 / seconds)
             for seed in range(count):
                 model, task = f"model{block // 3}", ("boolq", "hellaswag", "gsm8k")[block % 3]
                 cerebras = {"target": "csx", "release": "2.10.0"} if backend == "cerebras" else None
@@ -112,9 +121,11 @@ class Spans(tune.Callback):
         self.found.append((last["backend"], last["began"], last["ended"]))
 
 
-def makespan(ordered: Callable[[Sequence[Run]], Sequence[Run]], lengths: dict[str, float]) -> tuple[float, float]:
+def makespan(
+    ordered: Callable[[Sequence[Run]], Sequence[Run]], lengths: dict[str, float], known: Mapping[str, Run]
+) -> tuple[float, float]:
     """(ideal / actual, idle share) of all trials in the order that `ordered` makes of the worst one."""
-    runs = sorted((run for run, _ in known_lengths()), key=lambda run: (run.cell.backend, lengths[run.run_id]))
+    runs = sorted(known.values(), key=lambda run: (run.cell.backend, lengths[run.run_id]))
     lanes = {name: [run for run in ordered(runs) if run.cell.backend == name] for name in TOKENS}
 
     def make_trial(run: Run) -> dict[str, Any]:
@@ -145,11 +156,12 @@ def makespan(ordered: Callable[[Sequence[Run]], Sequence[Run]], lengths: dict[st
     return ideal / actual, idle
 
 
-def makespans() -> dict[str, float]:
-    lengths = {run.run_id: seconds for run, seconds in known_lengths()}
+def makespans(sizes: Sizes) -> dict[str, float]:
+    known = known_lengths(sizes.ideal_seconds)
+    lengths = {run.run_id: seconds for run, seconds in known}
     with tempfile.TemporaryDirectory() as folder:
         ledger = Ledger(Path(folder))
-        runs = {run.run_id: run for run, _ in known_lengths()}
+        runs = {run.run_id: run for run, _ in known}
         measured: dict[tuple[str, str, str], Run] = {}
         for run in runs.values():  # one measured run of each block, as a pilot leaves it
             measured.setdefault((run.cell.backend, run.cell.model, run.cell.task), run)
@@ -157,15 +169,16 @@ def makespans() -> dict[str, float]:
             record = done_record(run)
             ledger.write_record(run, replace(record, measured={"trial_seconds": lengths[run.run_id]}))
         plan: Any = SimpleNamespace(runs=runs, checkpoints={})
-        sorted_ratio, idle = makespan(lambda missing: longest_first(plan, ledger, missing), lengths)
-    in_order, _ = makespan(lambda missing: missing, lengths)
+        sorted_ratio, idle = makespan(lambda missing: longest_first(plan, ledger, missing), lengths, runs)
+    in_order, _ = makespan(lambda missing: missing, lengths, runs)
     return {"makespan": sorted_ratio, "idle": idle, "makespan_in_order": in_order}
 
 
-def growth() -> dict[str, float]:
+def growth(sizes: Sizes) -> dict[str, float]:
     """Seconds that planning, resuming and `status` take with a large ledger."""
     with tempfile.TemporaryDirectory() as folder:
-        config = SweepConfig.from_names(PRESETS["toy"] | {"seeds": tuple(range(SEEDS)), "results_dir": folder})
+        axes = {"seeds": tuple(range(sizes.seeds)), "models": sizes.models}
+        config = SweepConfig.from_names(PRESETS["toy"] | axes | {"results_dir": folder})
         started = time.perf_counter()
         plan = plan_sweep(config)
         planned = time.perf_counter() - started
@@ -176,7 +189,7 @@ def growth() -> dict[str, float]:
         started = time.perf_counter()
         assert not plan.missing(ledger)
         missing = time.perf_counter() - started
-        program = [Path(sys.executable).with_name("tune-sparse"), "status", "--results-dir", folder]
+        program = [sys.executable, "-m", "tune_sparse", "status", "--results-dir", folder]
         started = time.perf_counter()
         subprocess.run(program, check=True, capture_output=True, env=os.environ)
         status = time.perf_counter() - started
@@ -185,7 +198,10 @@ def growth() -> dict[str, float]:
 
 
 def main() -> None:
-    figures = growth() | makespans() | scheduling()
+    smoke = bench_parser(__doc__).parse_args().smoke
+    models = tuple(toy(name, smoke) for name in Sizes.models)
+    sizes = Sizes(20, 10, 1, 3.0, models) if smoke else Sizes(models=models)
+    figures = growth(sizes) | makespans(sizes) | scheduling(sizes)
     for name, value in figures.items():
         print(f"{name:20} {value:.3f}")
     print(json.dumps(figures))

@@ -1,4 +1,5 @@
-"""Scoring against lm-evaluation-harness: `python tests/bench_eval.py` (a table, then one JSON line). Two minutes.
+"""Scoring against lm-evaluation-harness: `python tests/bench_eval.py` (a table, then one JSON line). Two minutes;
+`--smoke`: few rows, once.
 
 Both sides get the same model, rows and tokens a pass, tokenise their prompts, and compute on one thread in fp32. The
 harness is measured inside its model class (HFLM), without its reading of tasks and its statistics. Medians of process
@@ -14,7 +15,7 @@ CPU time, the two sides in turn; what they find is compared, row by row.
 - memory: peak resident MB of scoring choices at one budget of tokens, then of ten times the rows, then of ten times
   the choices. Goal: no growth.
 
-Real rows where the project is developed, else toy ones; the table says which.
+Rows are the real ones of tests/data, but for those of the tiny model.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from conftest import SHARED_DATA
+from benchmarks import bench_parser
+from conftest import REAL_ROWS
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
@@ -44,9 +46,22 @@ from tune_sparse.evaluation.scoring import encode_test, score
 from tune_sparse.models.checkpoints import load_model, load_tokenizer
 from tune_sparse.models.toy_models import toy_model
 
-REPEATS = 3
-DATA_DIR = SHARED_DATA if SHARED_DATA.is_dir() else None
 PROTOCOL = Protocol(max_tokens=1024, max_new_tokens=256, precision="float32", batch_tokens=6144)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much is measured."""
+
+    repeats: int = 3
+    rows: int = 20
+    tiny_rows: int = 128
+    tiny_steps: int | None = None
+    """None: the tiny model is trained to its end."""
+    memory_rows: int = 10
+
+
+SMOKE = Sizes(1, 3, 4, 2, 1)
 
 
 @dataclass(frozen=True)
@@ -99,12 +114,12 @@ def cpu_seconds(compute: Callable[[], Any]) -> tuple[float, Any]:
     return time.process_time() - start, found
 
 
-def measured(case: Case) -> dict[str, Any]:
+def measured(case: Case, repeats: int) -> dict[str, Any]:
     """Both sides are warmed up by the first two rows."""
     lm = HFLM(case.model, tokenizer=case.tokenizer, batch_size=case.batch_rows, max_length=PROTOCOL.max_tokens)
     few = replace(case, rows=case.rows[:2])
     few.harness(lm), few.ours()
-    turns = [(cpu_seconds(lambda: case.harness(lm)), cpu_seconds(case.ours)) for _ in range(REPEATS)]
+    turns = [(cpu_seconds(lambda: case.harness(lm)), cpu_seconds(case.ours)) for _ in range(repeats)]
     theirs, ours = (statistics.median(turn[side][0] for turn in turns) for side in (0, 1))
     (_, expected), (_, found) = turns[0]
     differing = sum(best(a) != best(b) for a, b in zip(expected, found, strict=True))
@@ -141,18 +156,21 @@ def random_model(tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
 class EndsOnTime:
     """Hooks that make a model end each text after a given number of tokens, by the length of its prompt.
 
-    All rows of a batch are at the same step: the tokens that a row sees, less the steps, are its prompt.
+    All rows of a batch are at the same step: the tokens that a row sees, less the steps, are its prompt. Where all
+    prompts of a batch are of one length, transformers makes no attention mask: a row sees everything.
     """
 
     def __init__(self, model: PreTrainedModel, end: int, answer_tokens: Mapping[int, int]) -> None:
-        self.end, self.answer_tokens, self.step = end, answer_tokens, 0
+        self.end, self.answer_tokens, self.step, self.width = end, answer_tokens, 0, 0
         self.ended: Tensor
         model.model.register_forward_pre_hook(self.look, with_kwargs=True)
         model.lm_head.register_forward_hook(self.end_rows)
 
     def look(self, module: Any, args: Any, kwargs: dict[str, Tensor]) -> None:
-        self.step = 0 if kwargs["input_ids"].shape[1] > 1 else self.step + 1
-        prompts = (kwargs["attention_mask"].sum(-1) - self.step).tolist()
+        rows, width = kwargs["input_ids"].shape
+        self.step, self.width = (0, width) if width > 1 else (self.step + 1, self.width)
+        attended = kwargs.get("attention_mask")
+        prompts = [self.width] * rows if attended is None else (attended.sum(-1) - self.step).tolist()
         self.ended = torch.tensor([self.step >= self.answer_tokens[prompt] for prompt in prompts])
 
     def end_rows(self, module: Any, args: Any, logits: Tensor) -> Tensor:
@@ -167,22 +185,22 @@ def answer_tokens(tokenizer: PreTrainedTokenizerBase, task: AnswerTask, rows: Se
     return {len(prompt): len(answer) for prompt, answer in zip(prompts, answers, strict=True)}
 
 
-def cases() -> Iterator[Case]:
-    folder = toy_model("tiny-llama", print)
+def cases(sizes: Sizes) -> Iterator[Case]:
+    folder = toy_model("tiny-llama", print, steps=sizes.tiny_steps)
     tiny, tokenizer = load_model(folder, torch.float32, torch.device("cpu")), load_tokenizer(folder)
 
-    def rows_of(name: str, count: int, data_dir: Path | None = DATA_DIR) -> Sequence[Row]:
+    def rows_of(name: str, count: int, data_dir: Path | None = REAL_ROWS) -> Sequence[Row]:
         return load_test(TASKS[name], data_dir, replace(PROTOCOL, n_test=count)).test
 
-    for name, count in (("hellaswag", 32), ("boolq", 12)):
+    for name, count in (("hellaswag", sizes.rows), ("boolq", min(sizes.rows, 12))):
         yield Case(name, rows_of(name, count), random_model(tokenizer), tokenizer)
-    rows, model = rows_of("gsm8k", 20), random_model(tokenizer)
+    rows, model = rows_of("gsm8k", sizes.rows), random_model(tokenizer)
     EndsOnTime(model, tokenizer.eos_token_id, answer_tokens(tokenizer, TASKS["gsm8k"], rows))
     yield Case("gsm8k", rows, model, tokenizer)
-    yield Case("gsm8k, tiny", rows_of("gsm8k", 128, None), tiny, tokenizer)
+    yield Case("gsm8k, tiny", rows_of("gsm8k", sizes.tiny_rows, None), tiny, tokenizer)
 
 
-def memory(tokenizer: PreTrainedTokenizerBase) -> dict[str, float]:
+def memory(tokenizer: PreTrainedTokenizerBase, n: int) -> dict[str, float]:
     """Peak resident MB, each the most since the one before."""
     model, context = random_model(tokenizer), tuple(range(1, 101))
 
@@ -190,7 +208,8 @@ def memory(tokenizer: PreTrainedTokenizerBase) -> dict[str, float]:
         return [Encoded(context, tuple(range(i + 1, i + 21))) for i in range(choices)]
 
     found = {}
-    for name, rows, choices in (("10 rows", 10, 4), ("100 rows", 100, 4), ("10 rows of 40 choices", 10, 40)):
+    cases = ((f"{n} rows", n, 4), (f"{10 * n} rows", 10 * n, 4), (f"{n} rows of 40 choices", n, 40))
+    for name, rows, choices in cases:
         Path("/proc/self/clear_refs").write_text("5")
         log_likelihoods(model, [question(choices)] * rows, 2048)
         status = Path("/proc/self/status").read_text()
@@ -201,14 +220,14 @@ def memory(tokenizer: PreTrainedTokenizerBase) -> dict[str, float]:
 def main() -> None:
     torch.set_num_threads(1)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    figures: dict[str, Any] = {"rows_are": "real" if DATA_DIR else "toy"}
-    print(f"{figures['rows_are']} rows")
+    sizes = SMOKE if bench_parser(__doc__).parse_args().smoke else Sizes()
+    figures: dict[str, Any] = {}
     columns = ("rows", "harness_seconds", "seconds", "times", "differing_rows", "worst_log_probability")
     print(f"{'':12}" + "".join(f"{column:>23}" for column in columns))
-    for case in cases():
-        found = figures[case.name] = measured(case)
+    for case in cases(sizes):
+        found = figures[case.name] = measured(case, sizes.repeats)
         print(f"{case.name:12}" + "".join(f"{cell(found[column]):>23}" for column in columns))
-    figures["peak_mb"] = memory(load_tokenizer(toy_model("tiny-llama")))
+    figures["peak_mb"] = memory(load_tokenizer(toy_model("tiny-llama", steps=sizes.tiny_steps)), sizes.memory_rows)
     print("peak MB: " + ", ".join(f"{mb:.0f} ({name})" for name, mb in figures["peak_mb"].items()))
     print(json.dumps(figures))
 

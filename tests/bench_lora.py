@@ -1,4 +1,5 @@
-"""What masked LoRA costs: `python tests/bench_lora.py` (tables, then one JSON line; ten minutes on one core).
+"""What masked LoRA costs: `python tests/bench_lora.py` (tables, then one JSON line; ten minutes on one core, or with
+`--smoke` seconds for small layers).
 
 Process CPU seconds on one thread, medians over interleaved repeats after a warm-up, forward and backward, R = 16.
 
@@ -11,16 +12,17 @@ With `--model 7b` a whole training step of a 7B-shaped model of random weights i
 
 from __future__ import annotations
 
-import argparse
 import gc
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from benchmarks import bench_parser
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import Tensor, nn
@@ -32,7 +34,21 @@ from tune_sparse.lora.masked_linear import Workspace, choose_way
 from tune_sparse.models.architectures import PRUNED
 from tune_sparse.models.checkpoints import prunable_weights, write_weights_into
 
-RANK, SCALING, WIDTH = 16, 2.0, 4096
+RANK, SCALING = 16, 2.0
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of a layer, of the stack of layers whose memory is counted, and of the model that takes a step."""
+
+    width: int = 4096
+    tokens: tuple[int, ...] = (128, 512, 1024)
+    stack_width: int = 2048
+    step_tokens: tuple[int, ...] = (512, 1024)
+    model: Mapping[str, int] = field(default_factory=dict)
+
+
+SMOKE = Sizes(128, (16,), 128, (16,), {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2})
 
 
 class SparsePeft(PeftLinear):
@@ -99,19 +115,21 @@ def step_of(layer: nn.Module, x: Tensor, dY: Tensor) -> Callable[[], None]:
     return run
 
 
-def pruned(dtype: torch.dtype, density: float, device: torch.device, structured: bool = False) -> tuple[Tensor, Tensor]:
-    """(weight, mask) of WIDTH x WIDTH; structured: whole rows."""
-    kept = torch.rand(WIDTH, 1 if structured else WIDTH, device=device) < density
-    mask = kept.expand(WIDTH, WIDTH).contiguous()
-    return (torch.randn(WIDTH, WIDTH, device=device) / 64 * mask).to(dtype), mask
+def pruned(
+    width: int, dtype: torch.dtype, density: float, device: torch.device, structured: bool
+) -> tuple[Tensor, Tensor]:
+    """(weight, mask) of width x width; structured: whole rows."""
+    kept = torch.rand(width, 1 if structured else width, device=device) < density
+    mask = kept.expand(width, width).contiguous()
+    return (torch.randn(width, width, device=device) / 64 * mask).to(dtype), mask
 
 
 def layer_row(
-    dtype: torch.dtype, tokens: int, way: str, density: float, repeats: int, device: torch.device
+    width: int, dtype: torch.dtype, tokens: int, way: str, density: float, repeats: int, device: torch.device
 ) -> dict[str, Any]:
-    weight, mask = pruned(dtype, density, device, structured=way == "structured")
-    x = torch.randn(tokens, WIDTH, device=device).to(dtype).requires_grad_()
-    dY = torch.randn(tokens, WIDTH, device=device).to(dtype)
+    weight, mask = pruned(width, dtype, density, device, structured=way == "structured")
+    x = torch.randn(tokens, width, device=device).to(dtype).requires_grad_()
+    dY = torch.randn(tokens, width, device=device).to(dtype)
     layers = {
         "sparse_peft": peft_layer(SparsePeft, weight),
         "lora": peft_layer(PeftLinear, weight),
@@ -169,11 +187,11 @@ def saved_bytes(layers: list[nn.Module], x: Tensor) -> int:
     return sum(kept.values())
 
 
-def memory(device: torch.device) -> dict[str, float]:
-    """MiB saved for backward by 12 layers of 2048 x 2048 in bfloat16 at 1,024 tokens."""
-    mask = torch.rand(2048, 2048, device=device) < 0.5
-    weights = [(torch.randn(2048, 2048, device=device) * mask).bfloat16() for _ in range(12)]
-    x = torch.randn(1024, 2048, device=device).bfloat16().requires_grad_()
+def memory(width: int, device: torch.device) -> dict[str, float]:
+    """MiB saved for backward by 12 layers of width x width in bfloat16 at 1,024 tokens."""
+    mask = torch.rand(width, width, device=device) < 0.5
+    weights = [(torch.randn(width, width, device=device) * mask).bfloat16() for _ in range(12)]
+    x = torch.randn(1024, width, device=device).bfloat16().requires_grad_()
     found = {
         "sparse_peft": saved_bytes([peft_layer(SparsePeft, w) for w in weights], x),
         "lora": saved_bytes([peft_layer(PeftLinear, w) for w in weights], x),
@@ -250,7 +268,7 @@ def seven_b(tokens: int, repeats: int, device: torch.device) -> list[dict[str, A
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options = bench_parser(__doc__)
     options.add_argument("--device", default="cpu")
     options.add_argument("--model", choices=["4x1024", "7b"], default="4x1024")
     options.add_argument(
@@ -259,7 +277,7 @@ def main() -> None:
     options.add_argument("--repeats", type=int, default=3)
     chosen = options.parse_args()
     torch.set_num_threads(1)
-    device, repeats = torch.device(chosen.device), chosen.repeats
+    device, repeats, sizes = torch.device(chosen.device), chosen.repeats, SMOKE if chosen.smoke else Sizes()
     if chosen.model == "7b":
         rows = [row for tokens in (1024, 2048, 4096) for row in seven_b(tokens, repeats, device)]
         for row in rows:
@@ -269,22 +287,23 @@ def main() -> None:
     figures: dict[str, Any] = {}
     if "layers" in chosen.only:
         bf16, fp32 = torch.bfloat16, torch.float32
-        cases = [(dtype, tokens, "dense-stored", 0.5) for dtype in (fp32, bf16) for tokens in (128, 512, 1024)]
-        cases += [(fp32, 512, "structured", 0.5), (fp32, 512, "structured", 0.2)]
-        cases += [(fp32, tokens, "csr", 0.1) for tokens in (128, 512, 1024) if device.type == "cpu"]
-        figures["layers"] = [layer_row(*case, repeats, device) for case in cases]
+        cases = [(dtype, tokens, "dense-stored", 0.5) for dtype in (fp32, bf16) for tokens in sizes.tokens]
+        middle = sizes.tokens[len(sizes.tokens) // 2]
+        cases += [(fp32, middle, "structured", 0.5), (fp32, middle, "structured", 0.2)]
+        cases += [(fp32, tokens, "csr", 0.1) for tokens in sizes.tokens if device.type == "cpu"]
+        figures["layers"] = [layer_row(sizes.width, *case, repeats, device) for case in cases]
         print_layers(figures["layers"], LAYER_GOALS)
     if "memory" in chosen.only:
-        found = figures["saved_mib"] = memory(device)
-        print("\nMiB saved for backward, 12 layers of 2048 x 2048 in bfloat16, 1,024 tokens")
+        found = figures["saved_mib"] = memory(sizes.stack_width, device)
+        print(f"\nMiB saved for backward, 12 layers of width {sizes.stack_width} in bfloat16, 1,024 tokens")
         print("  ".join(f"{name} {mib:.1f}" for name, mib in found.items()), end="; ")
         lora, peft = (found["ours"] / found[name] for name in ("lora", "sparse_peft"))
         print(f"ours / LoRA {lora:.2f} (goal 1.05), / SparsePEFT {peft:.2f} (goal 0.30)")
     if "step" in chosen.only:
         print("\nforward and backward of a 4 x 1024 Llama in bfloat16, half of the weights kept, seconds")
         figures["step"] = {}
-        for tokens in (512, 1024):
-            taken = figures["step"][tokens] = whole_step(tokens, repeats, device)
+        for tokens in sizes.step_tokens:
+            taken = figures["step"][tokens] = whole_step(tokens, repeats, device, **sizes.model)
             ratios = {name: taken["ours"] / value for name, value in taken.items() if name != "ours"}
             print(f"{tokens} tokens: " + "  ".join(f"{name} {value:.2f}" for name, value in taken.items()))
             print("  ours / " + ", ".join(f"{name} {value:.2f}" for name, value in ratios.items()))

@@ -1,4 +1,5 @@
-"""What pruning costs: `python tests/bench_masks.py` (a table, then one JSON line). One thread, process CPU time.
+"""What pruning costs: `python tests/bench_masks.py` (a table, then one JSON line; `--smoke`: small
+matrices). One thread, process CPU time.
 
 Both sides of a ratio run in turns; medians of three or more.
 
@@ -14,7 +15,6 @@ Both sides of a ratio run in turns; medians of three or more.
 
 from __future__ import annotations
 
-import argparse
 import json
 import multiprocessing
 import os
@@ -22,10 +22,12 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from benchmarks import bench_parser
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -34,8 +36,20 @@ from tune_sparse.pruning.sparsegpt import BLOCK, inverse_factor, sparsegpt
 from tune_sparse.pruning.survival_map import pack, row_survival_map, survival_map
 
 SPARSITIES = [round(0.1 * level, 1) for level in range(1, 10)]
-SIZE = 4096
 LAYERS_7B = 32
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of the matrices, and of the checkpoint of four blocks."""
+
+    matrix: int = 4096
+    hidden: int = 4096
+    channels: int = 11008
+    vocabulary: int = 32000
+
+
+SMOKE = Sizes(256, 128, 256, 512)
 
 
 def cpu_seconds(run: Callable[[], Any]) -> float:
@@ -53,8 +67,8 @@ def medians(sides: dict[str, Callable[[], Any]], repeats: int = 3) -> dict[str, 
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def gaussian(dtype: torch.dtype) -> Tensor:
-    return torch.randn(SIZE, SIZE, generator=torch.Generator().manual_seed(0)).to(dtype)
+def gaussian(size: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(size, size, generator=torch.Generator().manual_seed(0)).to(dtype)
 
 
 def sort_and_compare(scores: Tensor, counts: Sequence[int]) -> list[Tensor]:
@@ -66,8 +80,8 @@ def sort_and_compare(scores: Tensor, counts: Sequence[int]) -> list[Tensor]:
     return masks
 
 
-def bench_levels() -> dict[str, float]:
-    weight = gaussian(torch.bfloat16)
+def bench_levels(sizes: Sizes) -> dict[str, float]:
+    weight = gaussian(sizes.matrix, torch.bfloat16)
     counts = [pruned_count(weight.numel(), sparsity) for sparsity in SPARSITIES]
     seconds = medians(
         {
@@ -98,9 +112,9 @@ def sort_rows_each_level(scores: Tensor, sparsities: Sequence[float]) -> list[Te
     return masks
 
 
-def bench_wanda() -> dict[str, float]:
-    scores = gaussian(torch.float32).abs()
-    sparsities = [pruned_count(SIZE, sparsity) / SIZE for sparsity in SPARSITIES]
+def bench_wanda(sizes: Sizes) -> dict[str, float]:
+    scores, width = gaussian(sizes.matrix, torch.float32).abs(), sizes.matrix
+    sparsities = [pruned_count(width, sparsity) / width for sparsity in SPARSITIES]
     counts = [round(sparsity * scores.numel()) for sparsity in sparsities]
     ours = row_survival_map(scores, counts)
     usual = sort_rows_each_level(scores, sparsities)
@@ -141,8 +155,8 @@ def plain_sparsegpt(weight: Tensor, factor: Tensor, pruned: int) -> tuple[Tensor
     return weight, keep
 
 
-def bench_sparsegpt(size: int = SIZE) -> dict[str, float]:
-    generator = torch.Generator().manual_seed(0)
+def bench_sparsegpt(sizes: Sizes) -> dict[str, float]:
+    size, generator = sizes.matrix, torch.Generator().manual_seed(0)
     weight = torch.randn(size, size, generator=generator)
     # A few strong directions on top of noise, as the inputs of a language model's layers have.
     strong = torch.randn(2 * size, 8, generator=generator) @ torch.randn(8, size, generator=generator)
@@ -235,11 +249,11 @@ def prune_slice(scratch: str, method: str, queue: Any) -> None:
     queue.put((seconds("slice"), fixed, peak_memory_bytes(), before))
 
 
-def bench_slice() -> dict[str, float]:
+def bench_slice(sizes: Sizes) -> dict[str, float]:
     figures: dict[str, float] = {}
     with tempfile.TemporaryDirectory(dir=os.environ.get("BENCH_DIR")) as scratch:
         folder = Path(scratch) / "slice"
-        write_llama(folder, layers=4, hidden=4096, channels=11008, vocabulary=32000)
+        write_llama(folder, 4, sizes.hidden, sizes.channels, sizes.vocabulary)
         write_llama(Path(scratch) / "small", layers=1, hidden=64, channels=128, vocabulary=64)
         context = multiprocessing.get_context("spawn")
         for method in ("unstructured", "random", "structured"):
@@ -262,7 +276,7 @@ def bench_slice() -> dict[str, float]:
                 f"{method}_idle_mb": before / 1e6,
             }
         figures["slice_gb"] = sum(path.stat().st_size for path in folder.glob("*.safetensors")) / 1e9
-        figures["slice_largest_tensor_mb"] = 32000 * 4096 * 2 / 1e6
+        figures["slice_largest_tensor_mb"] = sizes.vocabulary * sizes.hidden * 2 / 1e6
     return figures
 
 
@@ -270,12 +284,12 @@ BENCHES = {"levels": bench_levels, "wanda": bench_wanda, "sparsegpt": bench_spar
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = bench_parser(__doc__)
     parser.add_argument("benches", nargs="*", default=list(BENCHES), metavar="BENCH", help=", ".join(BENCHES))
     torch.set_num_threads(1)
-    figures: dict[str, float] = {}
-    for name in parser.parse_args().benches:
-        figures |= BENCHES[name]()
+    chosen, figures = parser.parse_args(), dict[str, float]()
+    for name in chosen.benches:
+        figures |= BENCHES[name](SMOKE if chosen.smoke else Sizes())
     for name, value in figures.items():
         print(f"{name:36} {value:.5g}")
     print(json.dumps(figures))

@@ -20,10 +20,12 @@ from dataclasses import replace
 from itertools import islice, product
 from pathlib import Path
 
+from benchmarks import bench_parser
 from sound import PROTOCOL, sound_ledger
 
 from tune_sparse.config import Cell
 
+SMOKE_CELLS = 24
 GOALS = {360: (20.0, 2e9), 10_000: (90.0, 2e9)}
 
 
@@ -50,7 +52,7 @@ def one(count: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = bench_parser(__doc__)
     parser.add_argument("--cells", type=int, nargs="+", default=list(GOALS))
     parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
     chosen = parser.parse_args()
@@ -58,7 +60,7 @@ def main() -> None:
         return one(chosen.one)
     found = []
     print(f"{'cells':>7}{'cpu s':>8}{'wall s':>8}{'GB':>7}{'page MB':>9}  goal")
-    for count in chosen.cells:
+    for count in [SMOKE_CELLS] if chosen.smoke else chosen.cells:
         run = subprocess.run(
             [sys.executable, __file__, "--one", str(count)], capture_output=True, text=True, check=True
         )

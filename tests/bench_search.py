@@ -1,5 +1,6 @@
 """What a candidate costs besides its evaluation, and what racing saves: `python tests/bench_search.py [RESULTS ...]`
-(a table, then one JSON line). Trains a small super-adapter first.
+(a table, then one JSON line; `--smoke`: few suggestions and candidates, small layers). Trains a small super-adapter
+first.
 
 - score_fraction: CPU seconds to score a candidate in a warm worker (switch, answers, marks), over those of the
   evaluation alone; median of 9 pairs. Goal: at most 1.05.
@@ -17,16 +18,17 @@ from __future__ import annotations
 import json
 import random
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 import torch.nn.functional as F
+from benchmarks import bench_parser, toy
 
 from search_spaces import subadapters
 from search_spaces.matrix import PRESETS
@@ -47,7 +49,19 @@ from tune_sparse.search.scorer import SliceScorer
 
 TOKENS = 20_000
 """Of an evaluation: 200 questions of 100 tokens."""
-MEASURED_TOKENS = 500
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much is measured."""
+
+    width: int = 4096
+    measured_tokens: int = 500
+    suggestions: int = 500
+    candidates: int = 300
+
+
+SMOKE = Sizes(256, 50, 30, 20)
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -61,16 +75,17 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 @torch.no_grad()
-def switch_fraction() -> float:
-    mask = torch.rand(4096, 4096) > 0.5
-    weight, A, B = torch.randn(4096, 4096) * mask, torch.randn(32, 4096), torch.randn(4096, 32)
+def switch_fraction(sizes: Sizes) -> float:
+    width = sizes.width
+    mask = torch.rand(width, width) > 0.5
+    weight, A, B = torch.randn(width, width) * mask, torch.randn(32, width), torch.randn(width, 32)
     layer, own = Layer(weight, A, B, 2.0, DenseStored(weight, mask, Workspace()), None), weight.clone()
-    x = torch.randn(MEASURED_TOKENS, 4096)
+    x = torch.randn(sizes.measured_tokens, width)
     switch = seconds(lambda: own.copy_(layer.deployed(24)))
-    return switch / (seconds(lambda: F.linear(x, own)) * TOKENS / MEASURED_TOKENS)
+    return switch / (seconds(lambda: F.linear(x, own)) * TOKENS / sizes.measured_tokens)
 
 
-def suggest_ms(sampler: str, trials: int = 500, last: int = 20) -> float:
+def suggest_ms(sampler: str, trials: int, last: int = 20) -> float:
     space = Space(tuple(Group(f"g{n}", (f"m{n}",), (32, 24, 16)) for n in range(10)))
     searcher, rng, found = searcher_named(sampler, space, 10, 0, ("accuracy", "parameters")), random.Random(0), []
     for number in range(trials):
@@ -82,9 +97,9 @@ def suggest_ms(sampler: str, trials: int = 500, last: int = 20) -> float:
     return 1000 * statistics.fmean(found[-last:])
 
 
-def warm_worker(results_dir: Path) -> SliceScorer:
+def warm_worker(results_dir: Path, model: str) -> SliceScorer:
     """With a super-adapter of a few steps: what it says does not matter here."""
-    few = {"models": "tiny-llama", "tasks": "boolq", "methods": "wanda", "sparsities": 0.7, "modes": "sparse-to-sparse"}
+    few = {"models": model, "tasks": "boolq", "methods": "wanda", "sparsities": 0.7, "modes": "sparse-to-sparse"}
     few |= {"steps": 2, "warmup_fraction": 0.0, "n_test": 10, "results_dir": results_dir}
     preset = PRESETS["toy"] | subadapters.PROTOCOL | subadapters.TOY_PROTOCOL
     space = Space.of(subadapters.PRESETS["toy"])
@@ -116,9 +131,9 @@ def score_fraction(scorer: SliceScorer) -> float:
     return statistics.median(found)
 
 
-def worker_mb(scorer: SliceScorer) -> tuple[float, float]:
+def worker_mb(scorer: SliceScorer, count: int) -> tuple[float, float]:
     resident = []
-    for ranks in candidates_of(scorer, 300):
+    for ranks in candidates_of(scorer, count):
         score(scorer, ranks, range(10))
         resident.append(psutil.Process().memory_info().rss / 1e6)
     return resident[19], resident[-1]
@@ -162,15 +177,20 @@ def racing(results_dirs: Sequence[Path]) -> dict[str, Any]:
 
 
 def main() -> None:
+    parser = bench_parser(__doc__)
+    parser.add_argument("results", type=Path, nargs="*", metavar="RESULTS")
+    chosen = parser.parse_args()
+    sizes = SMOKE if chosen.smoke else Sizes()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        scorer = warm_worker(Path(folder))
+        scorer = warm_worker(Path(folder), toy("tiny-llama", chosen.smoke))
         values: dict[str, Any] = {"score_fraction": score_fraction(scorer)}
-        values["worker_mb_20"], values["worker_mb_300"] = worker_mb(scorer)
-    values |= {"switch_fraction": switch_fraction()} | {f"suggest_ms_{name}": suggest_ms(name) for name in SAMPLERS}
+        values["worker_mb_20"], values[f"worker_mb_{sizes.candidates}"] = worker_mb(scorer, sizes.candidates)
+    values["switch_fraction"] = switch_fraction(sizes)
+    values |= {f"suggest_ms_{name}": suggest_ms(name, sizes.suggestions) for name in SAMPLERS}
     for name, value in values.items():
         print(f"{name:26}{value:10.4f}")
-    values["racing"] = racing([Path(name) for name in sys.argv[1:]])
+    values["racing"] = racing(chosen.results)
     for name, by_objectives in values["racing"].items():
         for objectives, race in by_objectives.items():
             print(name, objectives, *(f"{key} {value:.3g}" for key, value in race.items()))

@@ -1,4 +1,5 @@
-"""What a sweep costs besides training: `python tests/bench_sweep.py` (a table, then one JSON line).
+"""What a sweep costs besides training: `python tests/bench_sweep.py` (a table, then one JSON line; `--smoke`: a
+few trials, cells and steps of training).
 
 - trial_overhead: what a worker spends on a trial that does nothing, through the Tuner of a real sweep: workers x
   seconds / trials over the last three quarters of 100 trials, two workers. The ledger, progress and MLflow are not
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from benchmarks import bench_parser, toy
 from ray import tune
 
 from search_spaces.matrix import PRESETS
@@ -31,6 +33,7 @@ from tune_sparse.sweep.plan import plan_sweep
 from tune_sparse.sweep.scheduler import Dispatcher
 
 TRIALS = 100
+SMOKE_TRIALS = 10
 
 
 class Nothing(tune.Trainable):
@@ -59,23 +62,23 @@ class Clock(tune.Callback):
         self.ended.append(time.perf_counter())
 
 
-def trial_overhead_seconds() -> float:
+def trial_overhead_seconds(trials: int) -> float:
     """Seconds that a warm worker spends on a trial which does nothing."""
     config = SweepConfig.from_names(PRESETS["toy"] | {"workers": 2})
     clock = Clock()
-    trials = [{"number": i, "resources": {"CPU": 1}} for i in range(TRIALS)]
+    queued = [{"number": i, "resources": {"CPU": 1}} for i in range(trials)]
     with started_ray(config) as workers:
-        fit_trials(Nothing, Dispatcher({"torch": trials}, dict, capacity), clock)
+        fit_trials(Nothing, Dispatcher({"torch": queued}, dict, capacity), clock)
     warm = clock.ended[len(clock.ended) // 4 :]
     return workers * (warm[-1] - warm[0]) / (len(warm) - 1)
 
 
-def worker_memory(cells: int = TRIALS) -> tuple[list[float], int]:
+def worker_memory(cells: int, model: str) -> tuple[list[float], int]:
     """Resident MB after every tenth of `cells` cells in one worker, and its model loads."""
     from trainables.pipeline import Bench, run_cell
 
     with tempfile.TemporaryDirectory() as folder:
-        few = {"steps": 2, "n_test": 40, "results_dir": folder, "models": ("tiny-llama",), "warmup_fraction": 0.0}
+        few = {"steps": 2, "n_test": 40, "results_dir": folder, "models": (model,), "warmup_fraction": 0.0}
         plan = plan_sweep(SweepConfig.from_names(PRESETS["toy"] | few))
         bench, process, ledger = Bench(), psutil.Process(), Ledger(Path(folder))
         resident = []
@@ -94,19 +97,21 @@ def exhaust(steps: Iterable[Any]) -> None:
 def help_seconds() -> float:
     def once() -> float:
         start = time.perf_counter()
-        subprocess.run([Path(sys.executable).with_name("tune-sparse"), "--help"], check=True, capture_output=True)
+        subprocess.run([sys.executable, "-m", "tune_sparse", "--help"], check=True, capture_output=True)
         return time.perf_counter() - start
 
     return statistics.median(once() for _ in range(7))
 
 
 def main() -> None:
-    resident, loads = worker_memory()
+    smoke = bench_parser(__doc__).parse_args().smoke
+    trials = SMOKE_TRIALS if smoke else TRIALS
+    resident, loads = worker_memory(trials, toy("tiny-llama", smoke))
     figures = {
         "help_seconds": help_seconds(),
-        "trial_overhead_seconds": trial_overhead_seconds(),
+        "trial_overhead_seconds": trial_overhead_seconds(trials),
         "worker_mb_after_10_cells": resident[0],
-        "worker_mb_after_100_cells": resident[-1],
+        f"worker_mb_after_{trials}_cells": resident[-1],
         "worker_mb_per_ten_cells": [round(mb, 1) for mb in resident],
         "model_loads": loads,
     }

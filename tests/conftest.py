@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 # As a trial computes. More threads than cores wait for each other, here and in every process that a test starts.
 os.environ["OMP_NUM_THREADS"] = "1"
 
-SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
-"""Real rows, present only where the project is developed."""
+REAL_ROWS = Path(__file__).parent / "data"
+"""A few real rows of each task; its README has their licences and sources."""
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -99,11 +99,9 @@ def architecture_folders(llama: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 
 @pytest.fixture
-def shared_data() -> Path:
-    """The folder of real rows; tests on them are skipped where it is absent."""
-    if not SHARED_DATA.is_dir():
-        pytest.skip(f"no real rows at {SHARED_DATA}")
-    return SHARED_DATA
+def real_rows() -> Path:
+    """A data folder of real rows: 20 of each scored split and of each train split, and pieces of the texts."""
+    return REAL_ROWS
 
 
 @pytest.fixture(scope="module", params=["llama", "mistral"])

@@ -43,8 +43,8 @@ def run_id(llama: Path, tmp_path: Path) -> str:
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_every_task_is_scored_on_real_rows(task: str, llama: Path, shared_data: Path, evaluate: Evaluate) -> None:
-    chosen = ["--model", str(llama), "--tasks", task, "--data-dir", str(shared_data)]
+def test_every_task_is_scored_on_real_rows(task: str, llama: Path, real_rows: Path, evaluate: Evaluate) -> None:
+    chosen = ["--model", str(llama), "--tasks", task, "--data-dir", str(real_rows)]
     status, [found] = evaluate(*chosen, *SMALL, "num_fewshot=0")
     assert (status, found["task"], found["n_examples"]) == (OK, task, 4)
     assert found["perplexity"] > 1 if TASKS[task].chance is None else 0 <= found["accuracy"] <= 1

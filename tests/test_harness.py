@@ -102,23 +102,23 @@ def assert_agreement(
 @pytest.mark.parametrize("num_fewshot", [0, 2])
 @pytest.mark.parametrize("name", TASK_FILES)
 def test_real_rows_are_asked_and_judged_alike(
-    name: str, num_fewshot: int, llama_lent: Lent, shared_data: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, num_fewshot: int, llama_lent: Lent, real_rows: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert_agreement(llama_lent, name, shared_data, replace(PROTOCOL, num_fewshot=num_fewshot), monkeypatch)
+    assert_agreement(llama_lent, name, real_rows, replace(PROTOCOL, num_fewshot=num_fewshot), monkeypatch)
 
 
 @pytest.mark.parametrize("name", ["hellaswag", "winogrande", "gsm8k"])
 def test_real_rows_are_judged_alike_with_a_sliding_window(
-    name: str, mistral_lent: Lent, shared_data: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, mistral_lent: Lent, real_rows: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert_agreement(mistral_lent, name, shared_data, replace(PROTOCOL, num_fewshot=1), monkeypatch)
+    assert_agreement(mistral_lent, name, real_rows, replace(PROTOCOL, num_fewshot=1), monkeypatch)
 
 
 def test_gsm8k_is_asked_with_its_own_number_of_shots(
-    llama_lent: Lent, shared_data: Path, monkeypatch: pytest.MonkeyPatch
+    llama_lent: Lent, real_rows: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     protocol = replace(PROTOCOL, num_fewshot=TASKS["gsm8k"].num_fewshot, max_tokens=2048, batch_tokens=8192, n_test=2)
-    assert_agreement(llama_lent, "gsm8k", shared_data, protocol, monkeypatch)
+    assert_agreement(llama_lent, "gsm8k", real_rows, protocol, monkeypatch)
 
 
 @pytest.mark.parametrize(("model", "num_fewshot"), [("llama_lent", 0), ("llama_lent", 2), ("mistral_lent", 2)])

@@ -70,13 +70,13 @@ def test_sparsegpt_reconstructs_best_then_wanda_then_magnitude(own_cache: Path) 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["tiny-llama", "tiny-mistral"])
-def test_the_order_holds_on_fully_trained_models_and_real_text(name: str, own_cache: Path, shared_data: Path) -> None:
+def test_the_order_holds_on_fully_trained_models_and_real_text(name: str, own_cache: Path, real_rows: Path) -> None:
     """Perplexities are printed beside the errors. The models never saw English text: they are far from good at it."""
     folder = toy_model(name)
     assert_ordered(calibrated_on_boolq(folder))
     tokenizer = load_tokenizer(folder)
     for text in ("wikitext2/train.txt", "tinyshakespeare/input.txt"):
-        rows = text_rows(tokenizer, (shared_data / text).read_text(encoding="utf-8"), rows=96, tokens=128)
+        rows = text_rows(tokenizer, (real_rows / text).read_text(encoding="utf-8"), rows=96, tokens=128)
         calibrated = Calibrated(folder, rows[:64])
         assert_ordered(calibrated)
         found = {method or "dense": round(calibrated.perplexity(method, rows[64:]), 1) for method in (None, *METHODS)}
