@@ -33,6 +33,8 @@ PROTOCOL = Protocol(
 )
 METHODS = ("unstructured", "random")
 MODES = ("sparse-to-dense", "sparse-to-sparse")
+SEED = 19
+"""With it the modes differ where a report tells them apart (tests/test_analysis.py)."""
 SPARSITIES = (0.0, 0.3, 0.6)
 MATRICES = ("model.layers.0.self_attn.q_proj.weight", "model.layers.0.mlp.up_proj.weight")
 
@@ -59,9 +61,15 @@ def cells_of(methods: Iterable[str] = METHODS, sparsities: Iterable[float] = SPA
     return [Cell(method=m, sparsity=s, mode=mode, **base) for m in methods for s in sparsities for mode in MODES]
 
 
+def stream_of(run: Run) -> str:
+    """Names a run's random numbers by values alone: renaming a setting changes identities, and not these."""
+    changed = [str(value) for name, value in vars(run.protocol).items() if value != getattr(PROTOCOL, name)]
+    return "-".join([str(SEED), *map(str, asdict(run.cell).values()), run.model_fingerprint, *changed])
+
+
 def outcomes_of(run: Run, accuracy: float, salt: str = "", answers: Mapping[str, str] | None = None) -> list[Outcome]:
-    """Of the run's test rows, by its identity or `salt`: right as likely as `accuracy`, or as `answers` says."""
-    rng, task = random.Random(salt or run.identity), TASKS[run.cell.task]
+    """Outcomes on the run's test rows, drawn by the run or `salt`: right with probability `accuracy`, or `answers`."""
+    rng, task = random.Random(salt or stream_of(run)), TASKS[run.cell.task]
     assert isinstance(task, PromptTask)
     found = []
     for row in splits(run.protocol, run.cell.task).test:
@@ -84,7 +92,9 @@ def write_sound(
     """A whole finished run. kept: the share of each matrix that its mask keeps; 1 - sparsity if not given."""
     cell, name = run.cell, "-".join(map(str, asdict(run.cell).values()))
     outcomes = outcomes_of(run, 0.95 - 0.3 * cell.sparsity if accuracy is None else accuracy, answers=answers)
-    untuned = outcomes_of(run, 0.8 - 0.3 * cell.sparsity, f"untuned{run.untuned_id}")
+    untuned = outcomes_of(
+        run, 0.8 - 0.3 * cell.sparsity, f"untuned-{stream_of(replace(run, cell=replace(run.cell, mode=MODES[0])))}"
+    )
     chance, shares = 0.5, kept or dict.fromkeys(MATRICES, 1 - cell.sparsity)
     kept_by_matrix = {matrix: [round(1000 * share), 1000] for matrix, share in shares.items()}
     counted = 1 - sum(k for k, _ in kept_by_matrix.values()) / (1000 * len(kept_by_matrix))
