@@ -16,7 +16,7 @@ from analysis.read.load import cells_table
 from tune_sparse.cli import main
 from tune_sparse.files import read_json, write_json
 from tune_sparse.ledger.ledger import Ledger, Record
-from tune_sparse.ledger.reader import UnitedLedger
+from tune_sparse.ledger.reader import MergedLedger
 from tune_sparse.tracking.sync import EXPERIMENT, RUN_TAG, SWEEP_TAG, default_uri
 
 BOTH, HERE, THERE, FAILED, MISSING = (make_run(make_cell(seed=seed)) for seed in range(5))
@@ -51,23 +51,23 @@ def in_mlflow(folder: Path) -> dict[str, str]:
 
 @pytest.mark.parametrize("order", [1, -1])
 def test_a_run_is_that_of_the_folder_where_it_came_furthest(sites: list[Path], order: int) -> None:
-    united, first = UnitedLedger(sites[::order]), sites[::order][0]
-    assert united.run_folder(BOTH.run_id).parents[1] == first
-    assert united.run_folder(HERE.run_id).parents[1] == sites[0]
-    assert united.run_folder(THERE.run_id).parents[1] == sites[1]
-    assert united.record(FAILED.run_id).status == "failed"  # type: ignore[union-attr]
-    assert united.record(MISSING.run_id) is None
+    merged, first = MergedLedger(sites[::order]), sites[::order][0]
+    assert merged.run_folder(BOTH.run_id).parents[1] == first
+    assert merged.run_folder(HERE.run_id).parents[1] == sites[0]
+    assert merged.run_folder(THERE.run_id).parents[1] == sites[1]
+    assert merged.record(FAILED.run_id).status == "failed"  # type: ignore[union-attr]
+    assert merged.record(MISSING.run_id) is None
 
 
 def test_a_sweep_of_both_is_one_that_began_when_the_first_did(sites: list[Path]) -> None:
-    [sweep] = UnitedLedger(sites).sweeps()
+    [sweep] = MergedLedger(sites).sweeps()
     assert sweep.started == 900
 
 
 def test_searches_of_all_folders_are_found(sites: list[Path]) -> None:
     for folder in sites:
         (folder / "searches" / folder.name).mkdir(parents=True)
-    assert [folder.name for folder in UnitedLedger(sites).searches()] == ["here", "there"]
+    assert [folder.name for folder in MergedLedger(sites).searches()] == ["here", "there"]
 
 
 def test_track_has_each_run_of_two_folders_once_and_keeps_it(sites: list[Path]) -> None:

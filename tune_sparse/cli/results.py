@@ -62,7 +62,7 @@ def _status(chosen: argparse.Namespace) -> int:
     from analysis.read.load import cells_table
     from tune_sparse.ledger.lease import shown_holder
     from tune_sparse.ledger.ledger import Ledger
-    from tune_sparse.ledger.reader import UnitedLedger
+    from tune_sparse.ledger.reader import MergedLedger
     from tune_sparse.sweep.progress import duration
 
     folders = existing_folders(chosen.results_dir)
@@ -74,8 +74,8 @@ def _status(chosen: argparse.Namespace) -> int:
     counts, failed = cells["status"].value_counts(), runs[runs["status"] == "failed"]
     left = int((~runs["status"].isin(["done", "failed"])).sum())
     done = runs.loc[runs["status"] == "done", "run_id"]
-    united = UnitedLedger(folders)
-    seconds = [r.measured["trial_seconds"] for run_id in done if (r := united.record(run_id))]
+    merged = MergedLedger(folders)
+    seconds = [r.measured["trial_seconds"] for run_id in done if (r := merged.record(run_id))]
     eta = left * statistics.median(seconds) / len(running) if running and seconds else None
     if chosen.json:
         reasons = dict(zip(failed["run_id"], failed["error"], strict=True))
@@ -109,14 +109,14 @@ def _report(chosen: argparse.Namespace) -> int:
 
 
 def _track(chosen: argparse.Namespace) -> int:
-    from tune_sparse.ledger.reader import UnitedLedger
+    from tune_sparse.ledger.reader import MergedLedger
     from tune_sparse.tracking.sync import chosen_uri, track_ledger
 
     folders = existing_folders(chosen.results_dir)
     uri = chosen_uri(chosen.tracking_uri, folders[0])
     published = _published(folders, chosen.baselines)
     try:
-        tracked = track_ledger(UnitedLedger(folders), uri)
+        tracked = track_ledger(MergedLedger(folders), uri)
     except OSError as error:
         print(f"tune-sparse: MLflow at {uri} is not up to date: {error}. The same command goes on.", file=sys.stderr)
         return FAULT

@@ -11,7 +11,7 @@ PREFERENCE = ("done", "failed", "interrupted", "missing")
 """A run that several folders have is taken from the one where it came furthest, the first of equals."""
 
 
-class UnitedLedger(Ledger):
+class MergedLedger(Ledger):
     """Only to be read: each run lies in one of the folders."""
 
     def __init__(self, folders: Sequence[Path]) -> None:
