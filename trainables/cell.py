@@ -41,13 +41,13 @@ class CellTrainable(tune.Trainable):
         from trainables.cs3 import on_cs3
         from trainables.hardware import keep_within
         from trainables.pipeline import run_cell
-        from trainables.remote_ledger import ledger_here
+        from trainables.remote_ledger import connect_ledger
 
         trial = config["trial"]
         keep_within(trial["resources"].get("GPU", 0))
         run = Run.from_config(trial["run"])
         stage = on_cs3(trial["cerebras"]) if run.cerebras else None
-        ledger = ledger_here(Path(trial["results_dir"]), trial["token"])
+        ledger = connect_ledger(Path(trial["results_dir"]), trial["token"])
         self._steps = run_cell(run, ledger, self._bench, stage, trial["resources"])
         self._watched = partial(watched, ledger.hang(run.run_id), trial["hang_seconds"])
         self._result: dict[str, Any] = {"run_id": run.run_id, "steps": run.protocol.steps, "step": 0}

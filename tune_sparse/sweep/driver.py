@@ -190,12 +190,12 @@ def gathered(ledger: Ledger, token: str, missing: Sequence[Run]) -> Iterator[Non
     if "RAY_ADDRESS" not in os.environ:
         yield
         return
-    from trainables.remote_ledger import open_desk, refuse_unseen
+    from trainables.remote_ledger import refuse_unseen, serve_ledger
 
     folder = ledger.folder.resolve()
     if any(run.cerebras for run in missing):
         refuse_unseen(folder, token, "the backend cerebras needs", lambda held: bool({CS3, CS3_TRIAL} & held.keys()))
-    with open_desk(folder, token):
+    with serve_ledger(folder, token):
         yield
 
 
