@@ -18,7 +18,7 @@ from ray.exceptions import RayTaskError
 
 from tune_sparse.config import SweepConfig
 from tune_sparse.errors import is_out_of_memory
-from tune_sparse.ledger.lease import Holder
+from tune_sparse.ledger.lease import FolderLease
 from tune_sparse.ledger.ledger import Ledger, Record, Run
 from tune_sparse.sweep.callbacks import LedgerCallback, Stop, _described, _read_error
 from tune_sparse.sweep.driver import capacity, fit_trials, nodes
@@ -96,14 +96,14 @@ def sweep(folder: Path, *endings: str, retries: int = 2) -> Ended:
         return {"run": run.as_config(), "results_dir": str(folder), "resources": placement.resources(run)}
 
     dispatcher = Dispatcher({"torch": runs}, make_trial, capacity, stop=stop)
-    with Holder(folder) as holder:
+    with FolderLease(folder) as lease:
         progress = Progress(len(runs), 0)
         callback = LedgerCallback(
             ledger,
             {run.run_id: run for run in runs},
             progress,
             BackgroundTracker(ledger, default_uri(folder), lambda tracker: None),
-            holder,
+            lease,
             stop,
             placement,
             again=lambda run: dispatcher.again("torch", run),

@@ -235,15 +235,15 @@ def test_what_killed_writers_left_is_removed_and_nothing_else(ledger: Ledger) ->
     folder = write_run(ledger, run, done_record(run))
     ledger.write_untuned("u", {"accuracy": 0.5}, [Outcome("boolq", "a", correct=True)])
     half_run, half_file = aside(folder), aside(ledger.folder / "untuned" / "v.json")
-    half_holder = aside(ledger.folder / "holder.json")
+    half_lease = aside(ledger.folder / "lease.json")
     half_run.mkdir()
     (half_run / "result.json").write_text("{")
     half_file.write_text("{")
-    half_holder.write_text("{")
+    half_lease.write_text("{")
     ledger.remove_partial()
     assert not half_run.exists()
     assert not half_file.exists()
-    assert not half_holder.exists()
+    assert not half_lease.exists()
     assert ledger.is_done(run.run_id)
     assert ledger.untuned("u") == {"accuracy": 0.5}
 

@@ -32,7 +32,7 @@ from trainables.remote_ledger import (
 )
 from tune_sparse.config import CS3
 from tune_sparse.errors import InputError
-from tune_sparse.ledger.lease import Holder
+from tune_sparse.ledger.lease import FolderLease
 from tune_sparse.ledger.ledger import Ledger
 from tune_sparse.sweep.driver import gathered
 
@@ -44,23 +44,23 @@ def sha256(*pieces: bytes) -> str:
 
 
 @pytest.fixture
-def held(tmp_path: Path) -> Iterator[Holder]:
-    """A results folder and who holds it."""
+def lease(tmp_path: Path) -> Iterator[FolderLease]:
+    """A results folder and its lease."""
     folder = tmp_path / "results"
     folder.mkdir()
-    with Holder(folder) as holder:
-        yield holder
+    with FolderLease(folder) as own:
+        yield own
 
 
 @pytest.fixture
-def ledger(held: Holder) -> Ledger:
-    return Ledger(held.path.parent)
+def ledger(lease: FolderLease) -> Ledger:
+    return Ledger(lease.path.parent)
 
 
 class TestLedgerServer:
     @pytest.fixture
-    def server(self, held: Holder) -> LedgerServer:
-        return LedgerServer(held.path.parent, held.token)
+    def server(self, lease: FolderLease) -> LedgerServer:
+        return LedgerServer(lease.path.parent, lease.token)
 
     def test_a_run_has_its_name_once_all_of_it_has_arrived(self, server: LedgerServer, ledger: Ledger) -> None:
         name = server.begin("run")
@@ -98,7 +98,9 @@ class TestLedgerServer:
         assert (ledger.run_folder("run") / "result.json").read_bytes() == b"{}"
         assert len(list((ledger.folder / "runs").iterdir())) == 1
 
-    def test_nothing_is_written_into_a_folder_that_another_sweep_took_over(self, held: Holder, ledger: Ledger) -> None:
+    def test_nothing_is_written_into_a_folder_that_another_sweep_took_over(
+        self, lease: FolderLease, ledger: Ledger
+    ) -> None:
         server = LedgerServer(ledger.folder, "a token of before")
         name = server.begin("run")
         with pytest.raises(ConnectionError, match="another process holds the results folder now"):
@@ -139,11 +141,11 @@ def local_ray() -> Iterator[None]:
 
 
 @pytest.fixture
-def remote(held: Holder, local_ray: None) -> Iterator[RemoteLedger]:
+def remote(lease: FolderLease, local_ray: None) -> Iterator[RemoteLedger]:
     """The ledger as a worker reaches it that does not see the folder."""
-    folder = held.path.parent
-    with serve_ledger(folder, held.token):
-        found = connect_ledger(folder.with_name("elsewhere"), held.token)
+    folder = lease.path.parent
+    with serve_ledger(folder, lease.token):
+        found = connect_ledger(folder.with_name("elsewhere"), lease.token)
         assert isinstance(found, RemoteLedger)
         yield found
 
@@ -158,8 +160,8 @@ def write(ledger: Ledger, adapter: bytes = b"", error: Exception | None = None) 
 
 
 class TestRemoteLedger:
-    def test_a_worker_that_sees_the_folder_uses_it(self, held: Holder, ledger: Ledger) -> None:
-        found = connect_ledger(ledger.folder, held.token)
+    def test_a_worker_that_sees_the_folder_uses_it(self, lease: FolderLease, ledger: Ledger) -> None:
+        found = connect_ledger(ledger.folder, lease.token)
         assert type(found) is Ledger
         assert found.folder == ledger.folder
 
@@ -196,21 +198,21 @@ class TestRemoteLedger:
         with remote.writing("run"):
             assert ledger.running() == {"run"}
 
-    def test_a_full_disk_at_the_driver_is_said(self, held: Holder, local_ray: None, small_disk: Path) -> None:
-        with Holder(small_disk) as holder, serve_ledger(small_disk, holder.token):
-            remote = RemoteLedger(remote_ledger.ray.get_actor(remote_ledger._actor_name(holder.token)))
+    def test_a_full_disk_at_the_driver_is_said(self, lease: FolderLease, local_ray: None, small_disk: Path) -> None:
+        with FolderLease(small_disk) as own, serve_ledger(small_disk, own.token):
+            remote = RemoteLedger(remote_ledger.ray.get_actor(remote_ledger._actor_name(own.token)))
             with pytest.raises(OSError, match="No space left on device"):
                 write(remote, adapter=bytes(70 << 20))
             assert list((small_disk / "runs").iterdir()) == []
 
     def test_a_checkpoint_outlives_its_worker_and_goes_once_the_run_is_done(
-        self, remote: RemoteLedger, held: Holder, ledger: Ledger
+        self, remote: RemoteLedger, lease: FolderLease, ledger: Ledger
     ) -> None:
         for run_id in (RUN.run_id, "other"):
             remote.checkpoint(run_id).parent.mkdir(parents=True, exist_ok=True)
             remote.checkpoint(run_id).write_bytes(b"steps")
         write_run(ledger, RUN, done_record(RUN))
-        again = connect_ledger(ledger.folder.with_name("elsewhere"), held.token)
+        again = connect_ledger(ledger.folder.with_name("elsewhere"), lease.token)
         assert not again.checkpoint(RUN.run_id).exists()
         assert again.checkpoint("other").read_bytes() == b"steps"
 
@@ -219,9 +221,11 @@ class TestRemoteLedger:
         with pytest.raises(ConnectionError, match=r"must reach the driver of its sweep, .+ lost it"):
             wait_until(lambda: remote.untuned("id") is not None)
 
-    def test_without_a_ledger_server_and_without_the_folder_it_says_so(self, held: Holder, local_ray: None) -> None:
+    def test_without_a_ledger_server_and_without_the_folder_it_says_so(
+        self, lease: FolderLease, local_ray: None
+    ) -> None:
         with pytest.raises(ConnectionError, match=r"does not see .+elsewhere and finds none"):
-            connect_ledger(held.path.parent.with_name("elsewhere"), held.token)
+            connect_ledger(lease.path.parent.with_name("elsewhere"), lease.token)
 
     def test_a_ledger_server_that_does_not_see_the_folder_refuses(self, local_ray: None, tmp_path: Path) -> None:
         with pytest.raises(InputError, match=f"does not see {tmp_path}"), serve_ledger(tmp_path, "token"):
@@ -231,22 +235,22 @@ class TestRemoteLedger:
 class TestRefusal:
     """Before anything is trained, of what needs a folder that nodes see."""
 
-    def test_nodes_that_matter_must_see_the_folder(self, held: Holder, local_ray: None, tmp_path: Path) -> None:
-        refuse_unseen(held.path.parent, held.token, "a search needs", lambda resources: True)
-        refuse_unseen(tmp_path / "elsewhere", held.token, "a search needs", lambda resources: "GPU" in resources)
+    def test_nodes_that_matter_must_see_the_folder(self, lease: FolderLease, local_ray: None, tmp_path: Path) -> None:
+        refuse_unseen(lease.path.parent, lease.token, "a search needs", lambda resources: True)
+        refuse_unseen(tmp_path / "elsewhere", lease.token, "a search needs", lambda resources: "GPU" in resources)
         with pytest.raises(InputError, match=r"a search needs a results folder that all its nodes see, .+ is not"):
-            refuse_unseen(tmp_path / "elsewhere", held.token, "a search needs", lambda resources: CS3 in resources)
+            refuse_unseen(tmp_path / "elsewhere", lease.token, "a search needs", lambda resources: CS3 in resources)
 
     def test_the_backend_cerebras_needs_it_on_the_nodes_of_the_cs3(
-        self, held: Holder, local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self, lease: FolderLease, local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setenv("RAY_ADDRESS", "this one")
         on_cerebras = make_run(cerebras={"target": "cpu", "release": "2.10.0"})
-        with gathered(Ledger(held.path.parent), held.token, [RUN, on_cerebras]):
+        with gathered(Ledger(lease.path.parent), lease.token, [RUN, on_cerebras]):
             pass
         with (
             pytest.raises(InputError, match="the backend cerebras needs a results folder that all its nodes see"),
-            gathered(Ledger(tmp_path), held.token, [RUN, on_cerebras]),
+            gathered(Ledger(tmp_path), lease.token, [RUN, on_cerebras]),
         ):
             raise AssertionError("it began")
 

@@ -19,7 +19,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from tune_sparse.errors import InputError
 from tune_sparse.evaluation.outcomes import Outcome
 from tune_sparse.files import aside, cache_dir, replace_folder
-from tune_sparse.ledger.lease import is_held_with
+from tune_sparse.ledger.lease import is_locked_with
 from tune_sparse.ledger.ledger import Ledger
 from tune_sparse.watchdog import progress
 
@@ -45,7 +45,7 @@ class LedgerServer:
         self._uploads: dict[str, Upload] = {}
 
     def sees_the_folder(self) -> bool:
-        return is_held_with(self._ledger.folder, self._token)
+        return is_locked_with(self._ledger.folder, self._token)
 
     def begin(self, run_id: str) -> str:
         """Expect a run; returns the name of its upload. What an earlier worker sent of it goes."""
@@ -101,7 +101,7 @@ class LedgerServer:
 
 @contextmanager
 def serve_ledger(results_dir: Path, token: str) -> Iterator[None]:
-    """A ledger server for the results folder that is held with `token`, on this node of the cluster.
+    """A ledger server for the results folder that is locked with `token`, on this node of the cluster.
 
     Raises `InputError` where this node's Ray does not see the folder.
     """
@@ -128,7 +128,7 @@ def connect_ledger(results_dir: Path, token: str) -> Ledger:
 
     Raises `ConnectionError` where it neither sees the folder nor finds a ledger server.
     """
-    if is_held_with(results_dir, token):
+    if is_locked_with(results_dir, token):
         return Ledger(results_dir)
     try:
         return RemoteLedger(ray.get_actor(_actor_name(token)))
@@ -232,7 +232,7 @@ def refuse_unseen(results_dir: Path, token: str, needs: str, of_node: Callable[[
     asked = {}
     for node in nodes:
         there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-        look: Any = ray.remote(num_cpus=0, scheduling_strategy=there)(is_held_with)
+        look: Any = ray.remote(num_cpus=0, scheduling_strategy=there)(is_locked_with)
         asked[node["NodeManagerHostname"] + " " + node["NodeManagerAddress"]] = look.remote(results_dir, token)
     blind = [name for name, answer in asked.items() if not ray.get(answer)]
     if blind:

@@ -60,7 +60,7 @@ def add_commands(commands: Any) -> None:
 
 def _status(chosen: argparse.Namespace) -> int:
     from analysis.read.load import cells_table
-    from tune_sparse.ledger.lease import shown_holder
+    from tune_sparse.ledger.lease import likely_owner
     from tune_sparse.ledger.ledger import Ledger
     from tune_sparse.ledger.reader import MergedLedger
     from tune_sparse.sweep.progress import duration
@@ -68,7 +68,7 @@ def _status(chosen: argparse.Namespace) -> int:
     folders = existing_folders(chosen.results_dir)
     cells = cells_table(folders)
     ledgers = [Ledger(folder) for folder in folders]
-    running = {run_id for ledger in ledgers if shown_holder(ledger.folder) for run_id in ledger.running()}
+    running = {run_id for ledger in ledgers if likely_owner(ledger.folder) for run_id in ledger.running()}
     cells.loc[cells["run_id"].isin(running) & (cells["status"] != "done"), "status"] = "running"
     runs = cells.drop_duplicates("run_id")
     counts, failed = cells["status"].value_counts(), runs[runs["status"] == "failed"]
@@ -173,10 +173,10 @@ def _ui(chosen: argparse.Namespace) -> int:
 
 
 def _discard(chosen: argparse.Namespace) -> int:
-    from tune_sparse.ledger.lease import refuse_if_held
+    from tune_sparse.ledger.lease import check_not_locked
     from tune_sparse.ledger.ledger import Ledger
 
-    refuse_if_held(chosen.results_dir)
+    check_not_locked(chosen.results_dir)
     ledger = Ledger(chosen.results_dir)
     runs = [path.name for path in (ledger.folder / "runs").glob("*")]
     if chosen.run not in runs:

@@ -7,7 +7,7 @@ A results folder holds
     checkpoints/<run_id>.pt         where a training stands that was not finished
     untuned/<id>.json, .parquet     metrics and outcomes of a pruned model before tuning, shared by the modes
     set_aside/                      earlier failures and discarded runs, with the reason
-    holder.json                     who is writing, with a heartbeat
+    lease.json                      who is writing, with a heartbeat
 
 A run's files are written in a hidden folder that is renamed when its `result.json` is complete, so a run folder
 is whole or absent. A run is done only if its `result.json` parses and says so.
@@ -222,7 +222,7 @@ class Ledger:
         return {name[1:].rsplit(".", 2)[0] for name in names}
 
     def remove_partial(self) -> None:
-        """Remove what killed writers left. Only the holder of the folder may."""
+        """Remove what killed writers left. Only the owner of its lease may."""
         for path in (self.folder / "checkpoints").glob("[!.]*.pt"):
             if self.is_done(path.stem):  # saved by a worker that did not know that it was replaced
                 path.unlink()

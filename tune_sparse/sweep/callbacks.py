@@ -11,7 +11,7 @@ from typing import Any
 from ray import cloudpickle, tune
 
 from tune_sparse.errors import DISK_FULL, is_out_of_memory
-from tune_sparse.ledger.lease import Holder
+from tune_sparse.ledger.lease import FolderLease
 from tune_sparse.ledger.ledger import Ledger, Record, Run
 from tune_sparse.sweep.progress import Progress
 from tune_sparse.sweep.resources import Placement
@@ -52,14 +52,14 @@ class LedgerCallback(tune.Callback):
         runs: Mapping[str, Run],
         progress: Progress,
         tracker: BackgroundTracker,
-        holder: Holder,
+        lease: FolderLease,
         stop: Stop,
         placement: Placement,
         again: Callable[[Run], None],
         max_retries: int,
     ) -> None:
         self._ledger, self._runs, self._progress = ledger, runs, progress
-        self._tracker, self._holder, self._stop = tracker, holder, stop
+        self._tracker, self._lease, self._stop = tracker, lease, stop
         self._placement, self._again, self._max_retries = placement, again, max_retries
         self._started: set[str] = set()
         self._retries: Counter[str] = Counter()
@@ -77,7 +77,7 @@ class LedgerCallback(tune.Callback):
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
-        if self._holder.lost.is_set():
+        if self._lease.lost.is_set():
             self._stop.because("another process took over the results folder: this one was silent for too long")
         self._progress.reported(result["run_id"], result["step"], result["steps"])
 

@@ -21,7 +21,7 @@ from tune_sparse.data.task_types import AnswerTask, TextTask
 from tune_sparse.data.tasks import mean_chance, tasks_named
 from tune_sparse.errors import InputError
 from tune_sparse.identity import hash_json
-from tune_sparse.ledger.lease import refuse_if_held
+from tune_sparse.ledger.lease import check_not_locked
 from tune_sparse.ledger.ledger import Ledger, Record, Run, SweepRecord, readable_id
 from tune_sparse.models.checkpoints import Checkpoint, check_checkpoint, load_tokenizer, short_name
 from tune_sparse.models.toy_models import TOY_MODELS
@@ -240,7 +240,7 @@ def check_folder(folder: Path) -> None:
         raise InputError(
             f"the results folder must be writable, {folder} is not: {error}. Give another --results-dir."
         ) from error
-    refuse_if_held(folder)
+    check_not_locked(folder)
 
 
 def check_disk(plan: Plan, ledger: Ledger, missing: Sequence[Run]) -> None:
