@@ -27,7 +27,7 @@ from tune_sparse.sweep.resources import Placement
 from tune_sparse.sweep.scheduler import Dispatcher
 from tune_sparse.tracking.background import BackgroundTracker
 from tune_sparse.tracking.sync import default_uri
-from tune_sparse.watchdog import Hang
+from tune_sparse.watchdog import HangReport
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -192,6 +192,6 @@ def test_a_trial_without_an_error_lost_its_worker(tmp_path: Path) -> None:
 
 
 def test_a_worker_that_hung_says_for_how_long_and_where() -> None:
-    error = _described(RuntimeError("The actor died"), Hang("0:30:00", "matmul (x.py:7)", "Thread 0x1 ..."))
+    error = _described(RuntimeError("The actor died"), HangReport("0:30:00", "matmul (x.py:7)", "Thread 0x1 ..."))
     assert error["message"] == "no progress for 0:30:00, in matmul (x.py:7)"
     assert (error["class"], error["traceback"], error["retryable"]) == ("Hang", "Thread 0x1 ...", True)

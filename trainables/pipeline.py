@@ -39,7 +39,7 @@ from tune_sparse.lora.layer import lost_fraction
 from tune_sparse.models.checkpoints import Shape, load_model, load_tokenizer, prunable_weights, write_weights_into
 from tune_sparse.pruning.masks import count_sparsity
 from tune_sparse.training.loop import Step, accelerator_for, mean_loss
-from tune_sparse.watchdog import progress
+from tune_sparse.watchdog import heartbeat
 
 MODES = {
     "dense": dense,
@@ -208,7 +208,7 @@ class Log:
         self._metrics = (folder / "metrics.jsonl").open("w", buffering=1)
 
     def __call__(self, text: str) -> None:
-        progress()
+        heartbeat()
         self._log.write(f"{self.seconds():9.3f} {text}\n")
 
     def metrics(self, **values: float | int) -> None:

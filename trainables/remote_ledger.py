@@ -21,7 +21,7 @@ from tune_sparse.evaluation.outcomes import Outcome
 from tune_sparse.files import aside, cache_dir, replace_folder
 from tune_sparse.ledger.lease import is_locked_with
 from tune_sparse.ledger.ledger import Ledger
-from tune_sparse.watchdog import progress
+from tune_sparse.watchdog import heartbeat
 
 PIECE_BYTES = 16 * 2**20
 """Of a file, sent at once: neither end holds more of it in memory."""
@@ -176,7 +176,7 @@ class RemoteLedger(Ledger):
             for piece in read_pieces(path):
                 digest.update(piece)
                 self._ask(self._server.take, name, file, piece)
-                progress()
+                heartbeat()
             digests[file] = digest.hexdigest()
         return digests
 

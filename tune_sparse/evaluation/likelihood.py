@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from tune_sparse.data.splits import Encoded
-from tune_sparse.watchdog import progress
+from tune_sparse.watchdog import heartbeat
 
 LOGITS_BYTES = 2**27
 """Of the fp32 logits that are held at once."""
@@ -122,7 +122,7 @@ def log_likelihoods(
     of_tree: dict[int, list[float]] = {}
     for batch in batches_by_length([len(tree.tokens) for _, tree in owned], batch_tokens, ALIKE):
         values = _read(model, [owned[k][1] for k in batch])
-        progress()
+        heartbeat()
         of_tree |= dict(zip(batch, values, strict=True))
     result: list[list[float]] = [[] for _ in questions]
     for k, (i, _) in enumerate(owned):

@@ -147,7 +147,7 @@ class Ledger:
         """Where an unfinished training is kept; it outlives the run's hidden folder."""
         return self.folder / "checkpoints" / f"{run_id}.pt"
 
-    def hang(self, run_id: str) -> Path:
+    def hang_report(self, run_id: str) -> Path:
         """Where a worker that made no progress says where it stood; what is left of others goes as partial files go."""
         return self.folder / "checkpoints" / f".{run_id}.hang.partial"
 

@@ -25,7 +25,7 @@ from tune_sparse.pruning.level_maps import group_level_map, level_map, row_level
 from tune_sparse.pruning.masks import Masks, group_parts, keep_highest, kept_lines, line_mask, structured_counts
 from tune_sparse.pruning.methods import GROUPS, Method, method_named
 from tune_sparse.pruning.sparsegpt import inverse_factor, sparsegpt
-from tune_sparse.watchdog import progress
+from tune_sparse.watchdog import heartbeat
 
 NO_STATISTICS = Statistics()
 
@@ -138,7 +138,7 @@ class Job:
 
     def scores(self, matrix: Matrix, statistics: Statistics) -> Tensor:
         """Importance of each weight, in the checkpoint's layout; up to the sign, which `level_map` ignores."""
-        progress()
+        heartbeat()
         if self.method.score == "magnitude" and self.method.pattern not in GROUPS:
             return self.model.weights[matrix.name]
         weight = matrix.oriented(self.model.weights[matrix.name])
@@ -178,7 +178,7 @@ class Job:
 
         @cache
         def at(level: int) -> tuple[Tensor, Tensor]:
-            progress()
+            heartbeat()
             new, keep = sparsegpt(
                 matrix.oriented(weight),
                 factor,

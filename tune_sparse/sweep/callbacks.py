@@ -16,7 +16,7 @@ from tune_sparse.ledger.ledger import Ledger, Record, Run
 from tune_sparse.sweep.progress import Progress
 from tune_sparse.sweep.resources import Placement
 from tune_sparse.tracking.background import BackgroundTracker
-from tune_sparse.watchdog import Hang, take_hang
+from tune_sparse.watchdog import HangReport, read_hang_report
 
 
 class Stop(tune.Stopper):
@@ -94,7 +94,7 @@ class LedgerCallback(tune.Callback):
         if earlier is not None and earlier.status == "done":  # it was lost after it had written its last file
             self._end(earlier)
             return
-        error = _described(_read_error(trial), take_hang(self._ledger.hang(run.run_id)))
+        error = _described(_read_error(trial), read_hang_report(self._ledger.hang_report(run.run_id)))
         record = Record(run.run_id, run.identity, "failed", error=error)
         try:
             self._ledger.write_record(run, record)
@@ -133,7 +133,7 @@ def _read_error(trial: Any) -> Exception | None:
     return cloudpickle.loads(Path(path).read_bytes()) if path and Path(path).exists() else None
 
 
-def _described(error: Exception | None, hang: Hang | None = None) -> dict[str, Any]:
+def _described(error: Exception | None, hang: HangReport | None = None) -> dict[str, Any]:
     """An error that a worker raised, or that Ray found when the worker was gone, or why it went."""
     if hang is not None:
         message = f"no progress for {hang.allowed}, in {hang.where}"
