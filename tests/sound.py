@@ -83,7 +83,7 @@ def write_sound(
     """A whole finished run. kept: the share of each matrix that its mask keeps; 1 - sparsity if not given."""
     cell, name = run.cell, "-".join(map(str, asdict(run.cell).values()))
     outcomes = outcomes_of(run, 0.95 - 0.3 * cell.sparsity if accuracy is None else accuracy, answers=answers)
-    untuned = outcomes_of(run, 0.8 - 0.3 * cell.sparsity, f"untuned{run.untuned_id}")
+    pruned_baseline = outcomes_of(run, 0.8 - 0.3 * cell.sparsity, f"pruned_baseline{run.pruned_baseline_id}")
     chance, shares = 0.5, kept or dict.fromkeys(MATRICES, 1 - cell.sparsity)
     kept_by_matrix = {matrix: [round(1000 * share), 1000] for matrix, share in shares.items()}
     counted = 1 - sum(k for k, _ in kept_by_matrix.values()) / (1000 * len(kept_by_matrix))
@@ -92,7 +92,7 @@ def write_sound(
     losses = [hashlib.sha256(f"{name}{step}".encode()).digest()[0] / 256 + 0.01 for step in range(run.protocol.steps)]
     recorded = {
         **compute_metrics(outcomes, chance, None),
-        "accuracy_before_tuning": compute_metrics(untuned, chance, None)["accuracy"],
+        "accuracy_before_tuning": compute_metrics(pruned_baseline, chance, None)["accuracy"],
         "accuracy_before_merge": None,
         "counted_sparsity": counted,
         "mask_sha256": mask,
@@ -107,8 +107,8 @@ def write_sound(
     measured |= {"peak_memory_bytes": 2**20, "train_tokens_per_second": 4096.0}
     environment = {"hardware": "abacus", "host": "here", "packages": {"torch": "2.13"}, "git_sha": "c" * 40}
     record = Record(run.run_id, run.identity, "done", recorded | metrics, measured, environment)
-    if not (ledger.folder / "untuned" / f"{run.untuned_id}.json").exists():
-        ledger.write_untuned(run.untuned_id, {"metrics": {}, "run_id": run.run_id}, untuned)
+    if not (ledger.folder / "pruned_baselines" / f"{run.pruned_baseline_id}.json").exists():
+        ledger.write_pruned_baseline(run.pruned_baseline_id, {"metrics": {}, "run_id": run.run_id}, pruned_baseline)
     with ledger.writing(run.run_id) as folder:
         write_config(folder, run)
         described = {"mask_sha256": mask, "counted_sparsity": counted}

@@ -214,7 +214,7 @@ def test_a_run_leaves_its_record_and_every_file(mode: str, make_run: MakeRun, le
 def test_the_modes_of_one_mask_share_the_accuracy_before_tuning(make_run: MakeRun, ledger: Ledger) -> None:
     bench = Bench()
     records = [finished(make_run(mode=mode), ledger, bench) for mode in ("sparse-to-dense", "sparse-to-sparse")]
-    assert len(list((ledger.folder / "untuned").glob("*.json"))) == 1
+    assert len(list((ledger.folder / "pruned_baselines").glob("*.json"))) == 1
     assert len({record.metrics["accuracy_before_tuning"] for record in records}) == 1
     assert len({record.metrics["mask_sha256"] for record in records}) == 1
     assert records[0].metrics["eval_loss"] != records[1].metrics["eval_loss"]

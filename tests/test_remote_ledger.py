@@ -173,7 +173,7 @@ class TestRemoteLedger:
         names = [
             {path.relative_to(place.folder / kind) for path in (place.folder / kind).rglob("*")}
             for place in (ledger, here)
-            for kind in ("runs", "untuned")
+            for kind in ("runs", "pruned_baselines")
         ]
         assert names[:2] == names[2:]
         assert ledger.record(run.run_id).metrics == here.record(run.run_id).metrics  # type: ignore[union-attr]
@@ -184,9 +184,9 @@ class TestRemoteLedger:
         assert not remote.folder.exists(), "nothing stays on the worker's node"
 
     def test_what_is_known_of_a_pruned_model_is_asked_for(self, remote: RemoteLedger, ledger: Ledger) -> None:
-        assert remote.untuned("id") is None
-        ledger.write_untuned("id", {"metrics": {"accuracy": 0.5}}, [])
-        assert remote.untuned("id") == {"metrics": {"accuracy": 0.5}}
+        assert remote.pruned_baseline("id") is None
+        ledger.write_pruned_baseline("id", {"metrics": {"accuracy": 0.5}}, [])
+        assert remote.pruned_baseline("id") == {"metrics": {"accuracy": 0.5}}
 
     def test_a_run_that_ends_in_an_error_leaves_nothing(self, remote: RemoteLedger, ledger: Ledger) -> None:
         with pytest.raises(RuntimeError, match="boom"):
@@ -219,7 +219,7 @@ class TestRemoteLedger:
     def test_a_driver_that_is_gone_is_an_infrastructure_error(self, remote: RemoteLedger) -> None:
         remote_ledger.ray.kill(remote._server)  # it may answer for a moment
         with pytest.raises(ConnectionError, match=r"must reach the driver of its sweep, .+ lost it"):
-            wait_until(lambda: remote.untuned("id") is not None)
+            wait_until(lambda: remote.pruned_baseline("id") is not None)
 
     def test_without_a_ledger_server_and_without_the_folder_it_says_so(
         self, lease: FolderLease, local_ray: None
@@ -299,7 +299,7 @@ def site(request: pytest.FixtureRequest, llama: Path, tmp_path: Path) -> Iterato
 
 def tree(results: Path) -> set[str]:
     """Every file of runs and of pruned models."""
-    kinds = (results / "runs", results / "untuned")
+    kinds = (results / "runs", results / "pruned_baselines")
     return {path.relative_to(results).as_posix() for kind in kinds for path in kind.rglob("*")}
 
 

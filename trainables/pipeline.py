@@ -240,9 +240,9 @@ def _stages(
     pruned = bench.pruner.prune(run, loaded, rows.train)
     write_weights_into(model, pruned.weights)
     write_json(folder / "sparse_config.json", pruned.described(run))
-    untuned = _untuned(run, ledger, lambda: score(model, tokenizer, rows.tests, protocol))
-    judged_by = headline(untuned)
-    log(f"pruned to {count_sparsity(pruned.masks):.4f}, {judged_by} before tuning {untuned[judged_by]:.4f}")
+    pruned_baseline = _pruned_baseline(run, ledger, lambda: score(model, tokenizer, rows.tests, protocol))
+    judged_by = headline(pruned_baseline)
+    log(f"pruned to {count_sparsity(pruned.masks):.4f}, {judged_by} before tuning {pruned_baseline[judged_by]:.4f}")
 
     masks = confining_masks(run, pruned) if run.cerebras else pruned.masks
     adapted = {"modules": run.super_adapter.space.modules} if run.super_adapter else {}
@@ -285,7 +285,7 @@ def _stages(
     metrics = (
         scored.metrics
         | {
-            f"{judged_by}_before_tuning": untuned[judged_by],
+            f"{judged_by}_before_tuning": pruned_baseline[judged_by],
             f"{judged_by}_before_merge": before_mask.metrics[judged_by] if before_mask else None,
             "by_task": scored.by_task if len(scored.by_task) > 1 else None,
             "counted_sparsity": report["counted_sparsity"],
@@ -313,14 +313,14 @@ def _stages(
     return metrics, measured
 
 
-def _untuned(run: Run, ledger: Ledger, compute: Callable[[], Scored]) -> Metrics:
+def _pruned_baseline(run: Run, ledger: Ledger, compute: Callable[[], Scored]) -> Metrics:
     """Metrics of the pruned model before tuning, computed by whichever mode comes first."""
-    known = ledger.untuned(run.untuned_id)
+    known = ledger.pruned_baseline(run.pruned_baseline_id)
     if known is None:
         scored = compute()
         own = {"metrics": scored.metrics, "run_id": run.run_id, "environment": environment()}
-        ledger.write_untuned(run.untuned_id, own, scored.outcomes)
-        known = ledger.untuned(run.untuned_id)  # another worker may have been faster
+        ledger.write_pruned_baseline(run.pruned_baseline_id, own, scored.outcomes)
+        known = ledger.pruned_baseline(run.pruned_baseline_id)  # another worker may have been faster
         assert known is not None
     return known["metrics"]
 

@@ -87,11 +87,11 @@ class LedgerServer:
         """Those of `run_ids` that are done."""
         return {run_id for run_id in run_ids if self._ledger.is_done(run_id)}
 
-    def untuned(self, untuned_id: str) -> dict[str, Any] | None:
-        return self._ledger.untuned(untuned_id)
+    def pruned_baseline(self, pruned_baseline_id: str) -> dict[str, Any] | None:
+        return self._ledger.pruned_baseline(pruned_baseline_id)
 
-    def write_untuned(self, untuned_id: str, value: dict[str, Any], outcomes: list[Outcome]) -> None:
-        self._ledger.write_untuned(untuned_id, value, outcomes)
+    def write_pruned_baseline(self, pruned_baseline_id: str, value: dict[str, Any], outcomes: list[Outcome]) -> None:
+        self._ledger.write_pruned_baseline(pruned_baseline_id, value, outcomes)
 
     def _expected(self, name: str) -> Upload:
         if name not in self._uploads:
@@ -180,12 +180,14 @@ class RemoteLedger(Ledger):
             digests[file] = digest.hexdigest()
         return digests
 
-    def untuned(self, untuned_id: str) -> dict[str, Any] | None:
-        known: dict[str, Any] | None = self._ask(self._server.untuned, untuned_id)
+    def pruned_baseline(self, pruned_baseline_id: str) -> dict[str, Any] | None:
+        known: dict[str, Any] | None = self._ask(self._server.pruned_baseline, pruned_baseline_id)
         return known
 
-    def write_untuned(self, untuned_id: str, value: dict[str, Any], outcomes: Iterable[Outcome]) -> None:
-        self._ask(self._server.write_untuned, untuned_id, value, list(outcomes))
+    def write_pruned_baseline(
+        self, pruned_baseline_id: str, value: dict[str, Any], outcomes: Iterable[Outcome]
+    ) -> None:
+        self._ask(self._server.write_pruned_baseline, pruned_baseline_id, value, list(outcomes))
 
     def _ask(self, method: Any, *arguments: Any) -> Any:
         try:

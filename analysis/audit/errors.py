@@ -110,14 +110,14 @@ def no_effect(results: Results) -> Found:
         if len(asked) > 1:
             names = " and ".join(runs[0].run_id for runs in asked.values())
             yield f"{names} have one and the same mask", [e.run_id for e in same]
-    dense = {_scored(e.run): e.untuned for e in results.done if e.run.cell.sparsity == 0}
+    dense = {_scored(e.run): e.pruned_baseline for e in results.done if e.run.cell.sparsity == 0}
     for e in results.done:
         cell = e.run.cell
         if cell.mode == "sparse-to-dense" and e.record.metrics.get("update_removed_fraction") == 0:
             yield f"{e.run_id}: the last mask removed nothing of the trained update", [e.run_id]
-        if _same_scores(e.untuned, e.answers):
+        if _same_scores(e.pruned_baseline, e.answers):
             yield f"{e.run_id}: every score is the one before tuning, to the last bit", [e.run_id]
-        if cell.sparsity and _same_scores(e.untuned, dense.get(_scored(e.run))):
+        if cell.sparsity and _same_scores(e.pruned_baseline, dense.get(_scored(e.run))):
             yield f"{e.run_id}: before tuning every score is the unpruned model's, to the last bit", [e.run_id]
 
 
@@ -235,7 +235,7 @@ def _unproved(e: Evidence) -> Iterator[str]:
         yield f"the recorded train_loss is {metrics['train_loss']!r}, the last step's {e.losses[-1]!r}"
     if e.answers is None or "accuracy" not in metrics:
         return
-    for name, answers in {"accuracy": e.answers, "accuracy_before_tuning": e.untuned}.items():
+    for name, answers in {"accuracy": e.answers, "accuracy_before_tuning": e.pruned_baseline}.items():
         if answers is not None and abs(answers.mean() - metrics[name]) > COUNTS_AGREE:
             yield f"the recorded {name} is {metrics[name]!r}, its outcomes say {answers.mean():.6g}"
     if len(e.answers.ids) != metrics["n_examples"]:

@@ -55,7 +55,7 @@ class Evidence:
     """what lies beside the adapter"""
     losses: tuple[float, ...] = ()
     answers: Answers | None = None
-    untuned: Answers | None = None
+    pruned_baseline: Answers | None = None
 
     @property
     def run_id(self) -> str:
@@ -117,7 +117,7 @@ class _Reader:
     def __init__(self) -> None:
         self.broken: list[Broken] = []
         self._arrays: dict[tuple[Any, ...], NDArray[Any]] = {}
-        self._untuned: dict[Path, Answers] = {}
+        self._pruned_baseline: dict[Path, Answers] = {}
 
     def sweeps(self, folder: Path) -> Iterator[SweepRecord]:
         for path in sorted((folder / "sweeps").glob("*.json")):
@@ -164,13 +164,13 @@ class _Reader:
             next((read_json(path) for path in folder.glob("*/tune_sparse.json")), None),
             _losses(folder / "metrics.jsonl"),
             self._answers(folder / "examples.parquet"),
-            self._untuned_answers(folder.parents[1] / "untuned" / f"{run.untuned_id}.parquet"),
+            self._pruned_answers(folder.parents[1] / "pruned_baselines" / f"{run.pruned_baseline_id}.parquet"),
         )
 
-    def _untuned_answers(self, path: Path) -> Answers | None:
-        if path not in self._untuned and path.exists():
-            self._untuned[path] = self._answers(path)
-        return self._untuned.get(path)
+    def _pruned_answers(self, path: Path) -> Answers | None:
+        if path not in self._pruned_baseline and path.exists():
+            self._pruned_baseline[path] = self._answers(path)
+        return self._pruned_baseline.get(path)
 
     def _answers(self, path: Path) -> Answers:
         import pyarrow as pa

@@ -18,7 +18,7 @@ from tune_sparse.ledger.ledger import Ledger
 
 LEFT_OUT = ("adapter", "*.safetensors")
 """Of a run's folder: what was trained, which is large and can be published as a model."""
-LEDGER = ("sweeps", "runs", "untuned", "imported", "throughput", "searches", "evaluations", "set_aside")
+LEDGER = ("sweeps", "runs", "pruned_baselines", "imported", "throughput", "searches", "evaluations", "set_aside")
 CHECKSUMS = "SHA256SUMS"
 CONSTRAINTS = Path(tune_sparse.__file__).parents[1] / "cluster" / "constraints.txt"
 README = """# Results of tune-sparse

@@ -5,7 +5,7 @@ A results folder holds
     sweeps/<sweep_id>.json          the cells that a sweep asked for, and the run that serves each
     runs/<run_id>/                  one training: config, result, validation, outcomes, adapter
     checkpoints/<run_id>.pt         where a training stands that was not finished
-    untuned/<id>.json, .parquet     metrics and outcomes of a pruned model before tuning, shared by the modes
+    pruned_baselines/<id>.json, .parquet   metrics and outcomes of a pruned model before tuning, shared by the modes
     set_aside/                      earlier failures and discarded runs, with the reason
     lease.json                      who is writing, with a heartbeat
 
@@ -70,7 +70,7 @@ class Run:
         return readable_id(replace(self.cell, mode=kind), self.identity)
 
     @property
-    def untuned_id(self) -> str:
+    def pruned_baseline_id(self) -> str:
         """Names the accuracy before tuning, which neither the mode nor the training changes."""
         c, p = self.cell, self.protocol
         seed = c.seed if c.method in METHODS and METHODS[c.method].is_seeded else 0
@@ -78,7 +78,7 @@ class Run:
         inputs = (NUMERICS_VERSION, self.model_fingerprint, self.data_fingerprint, self.prompt_version)
         calibrated = (p.calibrated_by, self.calibration_fingerprint) if self.is_calibrated else ()
         identity = hash_json([c.model, c.task, c.method, c.sparsity, c.backend, seed, *scored, *inputs, *calibrated])
-        return readable_id(Cell(c.model, c.task, c.method, c.sparsity, "untuned", seed, c.backend), identity)
+        return readable_id(Cell(c.model, c.task, c.method, c.sparsity, "pruned-baseline", seed, c.backend), identity)
 
     def _identified(self) -> dict[str, Any]:
         places = {"model_path", "data_dir"}
@@ -229,21 +229,23 @@ class Ledger:
         for path in (*self.folder.glob(".*.partial"), *self.folder.glob("*/.*.partial")):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
-    def untuned(self, untuned_id: str) -> dict[str, Any] | None:
+    def pruned_baseline(self, pruned_baseline_id: str) -> dict[str, Any] | None:
         """Metrics of a pruned model before tuning, or None if no readable file has them."""
         try:
-            known: dict[str, Any] = read_json(self.folder / "untuned" / f"{untuned_id}.json")
+            known: dict[str, Any] = read_json(self.folder / "pruned_baselines" / f"{pruned_baseline_id}.json")
         except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError):
             return None
         return known
 
-    def write_untuned(self, untuned_id: str, value: dict[str, Any], outcomes: Iterable[Outcome]) -> None:
+    def write_pruned_baseline(
+        self, pruned_baseline_id: str, value: dict[str, Any], outcomes: Iterable[Outcome]
+    ) -> None:
         """Unless another worker did, whose metrics its runs may have copied by now."""
-        if self.untuned(untuned_id) is not None:
+        if self.pruned_baseline(pruned_baseline_id) is not None:
             return
-        folder = self.folder / "untuned"
+        folder = self.folder / "pruned_baselines"
         folder.mkdir(parents=True, exist_ok=True)
-        record, answers = folder / f"{untuned_id}.json", folder / f"{untuned_id}.parquet"
+        record, answers = folder / f"{pruned_baseline_id}.json", folder / f"{pruned_baseline_id}.parquet"
         write_outcomes(answers, outcomes)
         flush(answers)
         write_json(record, value)
