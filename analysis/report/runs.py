@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from analysis.read.evidence import Answers
+from analysis.read.results import Predictions
 from analysis.stats.comparisons import difference_between_runs
 from analysis.stats.statistics import Estimate
 from tune_sparse.files import read_json
@@ -22,7 +22,7 @@ class Runs:
     """The runs of several results folders, each found in the first folder that finished it."""
 
     folders: tuple[Path, ...]
-    answers: Mapping[str, Answers] = field(default_factory=dict)
+    predictions: Mapping[str, Predictions] = field(default_factory=dict)
     """{run_id: what its model answered}"""
 
     def find_run_folder(self, run_id: str) -> Path | None:
@@ -45,10 +45,10 @@ class Runs:
 
     def difference(self, left: str, right: str) -> Estimate | None:
         """The accuracy of run `right` minus that of `left`, of what both answered; None if it was not the same."""
-        a, b = self.answers.get(left), self.answers.get(right)
+        a, b = self.predictions.get(left), self.predictions.get(right)
         if a is None or b is None or not np.array_equal(a.ids, b.ids):
             return None
-        return difference_between_runs(self.answers, left, right)
+        return difference_between_runs(self.predictions, left, right)
 
     def throughputs(self) -> Iterator[dict[str, Any]]:
         """What `tune-sparse throughput` measured: run_id, by_batch_size, environment."""
@@ -68,5 +68,5 @@ def relative_link(path: Path, page: Path) -> str:
     return Path(os.path.relpath(path.resolve(), page.parent.resolve())).as_posix()
 
 
-def find_runs(folders: Sequence[Path], answers: Mapping[str, Answers] | None = None) -> Runs:
-    return Runs(tuple(folders), answers or {})
+def find_runs(folders: Sequence[Path], predictions: Mapping[str, Predictions] | None = None) -> Runs:
+    return Runs(tuple(folders), predictions or {})

@@ -45,7 +45,7 @@ def add_commands(commands: Any) -> None:
 
 def _audit(chosen: argparse.Namespace) -> int:
     from analysis.audit.audit import audit
-    from analysis.read.evidence import read_results
+    from analysis.read.results import read_results
 
     results = read_results(existing_folders(chosen.results_dir))
     known = [sweep.sweep_id for sweep in results.sweeps]
