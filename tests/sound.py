@@ -18,7 +18,9 @@ from tune_sparse.data.task_types import PromptTask
 from tune_sparse.data.tasks import TASKS
 from tune_sparse.evaluation.outcomes import Outcome, compute_metrics, write_outcomes
 from tune_sparse.files import read_json, write_json, write_lines
-from tune_sparse.ledger.ledger import Ledger, Record, Run, write_config
+from tune_sparse.ledger.ledger import Ledger
+from tune_sparse.ledger.record import Record
+from tune_sparse.ledger.run import Run, write_config
 
 PROTOCOL = Protocol(
     steps=12,

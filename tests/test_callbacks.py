@@ -19,7 +19,9 @@ from ray.exceptions import RayTaskError
 from tune_sparse.config import SweepConfig
 from tune_sparse.errors import is_out_of_memory
 from tune_sparse.ledger.lease import FolderLease
-from tune_sparse.ledger.ledger import Ledger, Record, Run
+from tune_sparse.ledger.ledger import Ledger
+from tune_sparse.ledger.record import Record
+from tune_sparse.ledger.run import Run
 from tune_sparse.sweep.callbacks import LedgerCallback, Stop, _described, _read_error
 from tune_sparse.sweep.driver import capacity, fit_trials, nodes
 from tune_sparse.sweep.progress import Progress

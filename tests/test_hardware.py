@@ -48,7 +48,7 @@ def test_the_difference_is_of_the_same_examples_with_its_interval(both: tuple[pd
 
 def test_where_the_examples_differ_nothing_is_compared(both: tuple[pd.DataFrame, Runs], tmp_path: Path) -> None:
     cells, runs = both
-    pairs = hardware_pairs(cells, Runs(runs.folders))
+    pairs = hardware_pairs(cells, Runs(runs.ledger))
     assert pairs["difference"].isna().all()
     assert hardware_rows(pairs)[0]["difference"] == "–"
     assert hardware_pairs(cells_table([tmp_path]), find_runs([tmp_path])).empty

@@ -15,7 +15,9 @@ from factories import done_record, failed_record, make_cell, make_run, sweep_of,
 from tune_sparse.config import Protocol
 from tune_sparse.evaluation.outcomes import Outcome, read_outcomes
 from tune_sparse.files import aside, read_json, write_json
-from tune_sparse.ledger.ledger import Ledger, Record, Run, write_config
+from tune_sparse.ledger.ledger import Ledger
+from tune_sparse.ledger.record import Record
+from tune_sparse.ledger.run import Run, write_config
 
 
 @pytest.fixture

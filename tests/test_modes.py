@@ -25,7 +25,9 @@ from tune_sparse.config import MODES as MODE_NAMES
 from tune_sparse.config import SweepConfig
 from tune_sparse.data.splits import Encoded
 from tune_sparse.evaluation.outcomes import read_outcomes
-from tune_sparse.ledger.ledger import Ledger, Record, Run
+from tune_sparse.ledger.ledger import Ledger
+from tune_sparse.ledger.record import Record
+from tune_sparse.ledger.run import Run
 from tune_sparse.lora.layer import merged_weights, sparse_lora_layers
 from tune_sparse.models.checkpoints import check_checkpoint, load_model, prunable_weights, write_weights_into
 from tune_sparse.pruning.masks import Masks, mask_sha256, masked

@@ -15,8 +15,9 @@ from mlflow import MlflowClient
 from analysis.read.load import cells_table
 from tune_sparse.cli import main
 from tune_sparse.files import read_json, write_json
-from tune_sparse.ledger.ledger import Ledger, Record
+from tune_sparse.ledger.ledger import Ledger
 from tune_sparse.ledger.reader import MergedLedger
+from tune_sparse.ledger.record import Record
 from tune_sparse.tracking.sync import EXPERIMENT, RUN_TAG, SWEEP_TAG, default_uri
 
 BOTH, HERE, THERE, FAILED, MISSING = (make_run(make_cell(seed=seed)) for seed in range(5))
@@ -62,6 +63,20 @@ def test_a_run_is_that_of_the_folder_where_it_came_furthest(sites: list[Path], o
 def test_a_sweep_of_both_is_one_that_began_when_the_first_did(sites: list[Path]) -> None:
     [sweep] = MergedLedger(sites).sweeps()
     assert sweep.started == 900
+
+
+def test_every_run_that_any_folder_has_is_named_once(sites: list[Path]) -> None:
+    merged = MergedLedger(sites)
+    assert merged.run_ids() == sorted(run.run_id for run in (BOTH, HERE, THERE, FAILED))
+    assert merged.is_done(THERE.run_id)
+    assert not merged.is_done(FAILED.run_id)
+    assert merged.run(THERE.run_id) == THERE
+
+
+def test_a_table_of_both_has_each_cell_once_from_where_its_run_came_furthest(sites: list[Path]) -> None:
+    cells = cells_table(sites)
+    assert list(cells["status"]) == ["done", "done", "done", "failed", "missing"]
+    assert list(cells["cell_id"]) == list(cells_table(sites[::-1])["cell_id"])
 
 
 def test_searches_of_all_folders_are_found(sites: list[Path]) -> None:

@@ -18,7 +18,8 @@ from mlflow.entities import ViewType
 from tune_sparse.config import MODES, SweepConfig
 from tune_sparse.errors import InputError
 from tune_sparse.files import write_json
-from tune_sparse.ledger.ledger import Ledger, Run
+from tune_sparse.ledger.ledger import Ledger
+from tune_sparse.ledger.run import Run
 from tune_sparse.tracking.entries import CANDIDATE_TAG, RECORD_TAG, RUN_TAG, SEARCH_TAG, SWEEP_TAG, record_hash
 from tune_sparse.tracking.sync import (
     EXPERIMENT,

@@ -11,7 +11,7 @@ from typing import Any
 
 from ray import tune
 
-from tune_sparse.ledger.ledger import Run
+from tune_sparse.ledger.run import Run
 from tune_sparse.watchdog import heartbeat, watchdog
 
 REPORT_SECONDS = 5.0

@@ -34,7 +34,9 @@ from tune_sparse.evaluation.outcomes import Metrics, headline, write_outcomes
 from tune_sparse.evaluation.scoring import Scored, TestSet, encode_test, score
 from tune_sparse.evaluation.validation import validation_report, weights_sha256
 from tune_sparse.files import write_json, write_text
-from tune_sparse.ledger.ledger import Ledger, Record, Run, write_config
+from tune_sparse.ledger.contracts import RunStore
+from tune_sparse.ledger.record import Record
+from tune_sparse.ledger.run import Run, write_config
 from tune_sparse.lora.layer import lost_fraction
 from tune_sparse.models.checkpoints import Shape, load_model, load_tokenizer, prunable_weights, write_weights_into
 from tune_sparse.pruning.masks import count_sparsity
@@ -133,19 +135,19 @@ def _load(run: Run, key: tuple[str, str]) -> Loaded:
     return Loaded(key, model, load_tokenizer(checkpoint.path), checkpoint.shape, dense_weights)
 
 
-Stage = Callable[[Run, Trainee, Pruned, Rows, Ledger, "Log"], Generator[Step | None, None, Training]]
+Stage = Callable[[Run, Trainee, Pruned, Rows, RunStore, "Log"], Generator[Step | None, None, Training]]
 """Trains a trainee in place, wherever that is computed."""
 
 
 def train_here(
-    run: Run, trainee: Trainee, pruned: Pruned, rows: Rows, ledger: Ledger, log: Log
+    run: Run, trainee: Trainee, pruned: Pruned, rows: Rows, ledger: RunStore, log: Log
 ) -> Generator[Step | None, None, Training]:
     """The training stage of the backend torch."""
     return (yield from train(run, trainee, rows.train, rows.selection, ledger.checkpoint(run.run_id), log))
 
 
 def run_cell(
-    run: Run, ledger: Ledger, bench: Bench, stage: Stage | None = None, held: Mapping[str, float] | None = None
+    run: Run, ledger: RunStore, bench: Bench, stage: Stage | None = None, held: Mapping[str, float] | None = None
 ) -> Generator[Step | None, None, Record]:
     """Train and score one cell into the ledger, yielding each optimizer step, and None while one is waited for.
 
@@ -223,7 +225,7 @@ class Log:
 
 
 def _stages(
-    run: Run, ledger: Ledger, bench: Bench, folder: Path, log: Log, stage: Stage
+    run: Run, ledger: RunStore, bench: Bench, folder: Path, log: Log, stage: Stage
 ) -> Generator[Step | None, None, tuple[dict[str, Any], dict[str, Any]]]:
     """Prune, train, merge, score and validate; returns (deterministic metrics, measured values)."""
     cell, protocol = run.cell, run.protocol
@@ -313,7 +315,7 @@ def _stages(
     return metrics, measured
 
 
-def _pruned_baseline(run: Run, ledger: Ledger, compute: Callable[[], Scored]) -> Metrics:
+def _pruned_baseline(run: Run, ledger: RunStore, compute: Callable[[], Scored]) -> Metrics:
     """Metrics of the pruned model before tuning, computed by whichever mode comes first."""
     known = ledger.pruned_baseline(run.pruned_baseline_id)
     if known is None:

@@ -19,6 +19,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from tune_sparse.errors import InputError
 from tune_sparse.evaluation.outcomes import Outcome
 from tune_sparse.files import aside, cache_dir, replace_folder
+from tune_sparse.ledger.contracts import RunStore
 from tune_sparse.ledger.lease import is_locked_with
 from tune_sparse.ledger.ledger import Ledger
 from tune_sparse.watchdog import heartbeat
@@ -87,11 +88,11 @@ class LedgerServer:
         """Those of `run_ids` that are done."""
         return {run_id for run_id in run_ids if self._ledger.is_done(run_id)}
 
-    def pruned_baseline(self, pruned_baseline_id: str) -> dict[str, Any] | None:
-        return self._ledger.pruned_baseline(pruned_baseline_id)
+    def pruned_baseline(self, baseline_id: str) -> dict[str, Any] | None:
+        return self._ledger.pruned_baseline(baseline_id)
 
-    def write_pruned_baseline(self, pruned_baseline_id: str, value: dict[str, Any], outcomes: list[Outcome]) -> None:
-        self._ledger.write_pruned_baseline(pruned_baseline_id, value, outcomes)
+    def write_pruned_baseline(self, baseline_id: str, value: dict[str, Any], outcomes: list[Outcome]) -> None:
+        self._ledger.write_pruned_baseline(baseline_id, value, outcomes)
 
     def _expected(self, name: str) -> Upload:
         if name not in self._uploads:
@@ -123,8 +124,8 @@ def _actor_name(token: str) -> str:
     return f"tune-sparse-ledger-{token}"
 
 
-def connect_ledger(results_dir: Path, token: str) -> Ledger:
-    """The ledger that the driver holds with `token`, as this worker reaches it.
+def connect_ledger(results_dir: Path, token: str) -> RunStore:
+    """Return the ledger that the driver has locked with `token`, as this worker reaches it.
 
     Raises `ConnectionError` where it neither sees the folder nor finds a ledger server.
     """
@@ -139,30 +140,38 @@ def connect_ledger(results_dir: Path, token: str) -> Ledger:
         ) from error
 
 
-class RemoteLedger(Ledger):
-    """The ledger for a worker that does not see its folder. Files are written on this node, and sent when whole."""
+class RemoteLedger:
+    """A `RunStore` for a worker that does not see the results folder: files are written on this node, and sent when
+    whole. Records cannot be read from it."""
 
     def __init__(self, server: Any) -> None:
         node = cache_dir() / "remote" / socket.gethostname()
-        super().__init__(own_folder(node))
-        self._server, self._checkpoints = server, node / "checkpoints"
+        self._server, self._local, self._checkpoints = server, Ledger(own_folder(node)), node / "checkpoints"
         kept = {path.stem: path for path in self._checkpoints.glob("*.pt")}
         for run_id in self._ask(server.done, list(kept)) if kept else ():
             kept[run_id].unlink(missing_ok=True)
 
+    @property
+    def folder(self) -> Path:
+        return self._local.folder
+
     def checkpoint(self, run_id: str) -> Path:
         """On this node: a training that was cut short goes on from it only here."""
         return self._checkpoints / f"{run_id}.pt"
+
+    def hang_report(self, run_id: str) -> Path:
+        return self._local.hang_report(run_id)
 
     @contextmanager
     def writing(self, run_id: str) -> Iterator[Path]:
         """As in the ledger; the driver has the run when the block has ended well."""
         name = self._ask(self._server.begin, run_id)
         try:
-            with super().writing(run_id) as folder:
+            with self._local.writing(run_id) as folder:
                 yield folder
-            if self.run_folder(run_id).is_dir():
-                self._ask(self._server.finish, name, self._sent(name, self.run_folder(run_id)))
+            finished = self._local.run_folder(run_id)
+            if finished.is_dir():
+                self._ask(self._server.finish, name, self._sent(name, finished))
         finally:
             shutil.rmtree(self.folder, ignore_errors=True)
             with suppress(ConnectionError):
@@ -180,14 +189,12 @@ class RemoteLedger(Ledger):
             digests[file] = digest.hexdigest()
         return digests
 
-    def pruned_baseline(self, pruned_baseline_id: str) -> dict[str, Any] | None:
-        known: dict[str, Any] | None = self._ask(self._server.pruned_baseline, pruned_baseline_id)
+    def pruned_baseline(self, baseline_id: str) -> dict[str, Any] | None:
+        known: dict[str, Any] | None = self._ask(self._server.pruned_baseline, baseline_id)
         return known
 
-    def write_pruned_baseline(
-        self, pruned_baseline_id: str, value: dict[str, Any], outcomes: Iterable[Outcome]
-    ) -> None:
-        self._ask(self._server.write_pruned_baseline, pruned_baseline_id, value, list(outcomes))
+    def write_pruned_baseline(self, baseline_id: str, value: dict[str, Any], outcomes: Iterable[Outcome]) -> None:
+        self._ask(self._server.write_pruned_baseline, baseline_id, value, list(outcomes))
 
     def _ask(self, method: Any, *arguments: Any) -> Any:
         try:

@@ -16,7 +16,7 @@ from tune_sparse.data.splits import load_splits, split_path
 from tune_sparse.data.task_types import PromptTask
 from tune_sparse.data.tasks import tasks_named
 from tune_sparse.errors import InputError
-from tune_sparse.ledger.ledger import Run
+from tune_sparse.ledger.run import Run
 from tune_sparse.pruning.methods import METHODS, TOLERANCE
 
 Found = Iterator[tuple[str, list[str]]]

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from analysis.read.imported import Imported, imported_records
 from tune_sparse.errors import InputError
 from tune_sparse.files import read_json
-from tune_sparse.ledger.ledger import Record, Run, SweepRecord
+from tune_sparse.ledger.record import Record, SweepRecord
+from tune_sparse.ledger.run import Run, read_config
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,7 @@ class _Reader:
 
     def _run(self, folder: Path) -> RunFiles:
         record = Record(**read_json(folder / "result.json"))
-        run = Run.from_config(_yaml(folder / "config.yaml"))
+        run = read_config(folder)
         if record.status != "done":
             return RunFiles(folder, record, run, {}, {}, None)
         sparse_config, validation = (
@@ -220,13 +221,6 @@ def _refuse_incomplete(place: dict[str, Any], names: Sequence[str]) -> None:
     missing = [name for name in names if name not in place]
     if missing:
         raise ValueError(f"it has no {', '.join(missing)}: it is foreign, or of an older format")
-
-
-def _yaml(path: Path) -> Any:
-    import yaml
-
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    return yaml.load(path.read_text("utf-8"), Loader=loader)
 
 
 def _losses(path: Path) -> tuple[float, ...]:

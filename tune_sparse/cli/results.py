@@ -178,8 +178,7 @@ def _discard(chosen: argparse.Namespace) -> int:
 
     check_not_locked(chosen.results_dir)
     ledger = Ledger(chosen.results_dir)
-    runs = [path.name for path in (ledger.folder / "runs").glob("*")]
-    if chosen.run not in runs:
-        raise unknown_name("run", chosen.run, runs)
+    if chosen.run not in ledger.run_ids():
+        raise unknown_name("run", chosen.run, ledger.run_ids())
     print(f"set aside: {ledger.set_aside(chosen.run, chosen.reason)}")
     return OK

@@ -25,7 +25,8 @@ from tune_sparse.evaluation.outcomes import Outcome, read_outcomes
 from tune_sparse.files import read_json, write_json
 from tune_sparse.identity import hash_json
 from tune_sparse.ledger.lease import FolderLease
-from tune_sparse.ledger.ledger import Ledger, Run
+from tune_sparse.ledger.ledger import Ledger
+from tune_sparse.ledger.run import Run
 from tune_sparse.lora.rank_space import Ranks, Space, SuperAdapter, refuse_unfit
 from tune_sparse.models.checkpoints import Shape, prepare_models
 from tune_sparse.models.toy_models import TOY_MODELS

@@ -14,7 +14,8 @@ from typing import Any
 from ray import tune
 
 from tune_sparse.errors import InputError
-from tune_sparse.ledger.ledger import Ledger, Run
+from tune_sparse.ledger.ledger import Ledger
+from tune_sparse.ledger.run import Run
 from tune_sparse.search.journal import Candidate, Candidates
 from tune_sparse.search.racing import Marks
 from tune_sparse.watchdog import watchdog

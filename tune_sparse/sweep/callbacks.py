@@ -12,7 +12,9 @@ from ray import cloudpickle, tune
 
 from tune_sparse.errors import DISK_FULL, is_out_of_memory
 from tune_sparse.ledger.lease import FolderLease
-from tune_sparse.ledger.ledger import Ledger, Record, Run
+from tune_sparse.ledger.ledger import Ledger
+from tune_sparse.ledger.record import Record
+from tune_sparse.ledger.run import Run
 from tune_sparse.sweep.progress import Progress
 from tune_sparse.sweep.resources import Placement
 from tune_sparse.tracking.background import BackgroundTracker

@@ -18,7 +18,9 @@ from tune_sparse.cerebras.environment import refuse_unreachable_cluster
 from tune_sparse.cerebras.preflight import prepare_cerebras, refuse_full, working_bytes
 from tune_sparse.config import CS3, CS3_TRIAL, SweepConfig
 from tune_sparse.ledger.lease import FolderLease
-from tune_sparse.ledger.ledger import Ledger, Run, SweepRecord
+from tune_sparse.ledger.ledger import Ledger
+from tune_sparse.ledger.record import SweepRecord
+from tune_sparse.ledger.run import Run
 from tune_sparse.models.checkpoints import prepare_models
 from tune_sparse.models.toy_models import TOY_MODELS
 from tune_sparse.sweep.forecast import longest_first

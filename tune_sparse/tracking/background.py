@@ -11,7 +11,9 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from tune_sparse.ledger.ledger import Ledger, SweepRecord
+from tune_sparse.ledger.contracts import LedgerReader
+from tune_sparse.ledger.ledger import Ledger
+from tune_sparse.ledger.record import SweepRecord
 from tune_sparse.net import host_and_port, refuse_silent
 from tune_sparse.tracking.sync import Tracker, make_client
 
@@ -35,7 +37,7 @@ class BackgroundTracker:
     is reported once: `tune-sparse track` fills it later.
     """
 
-    def __init__(self, ledger: Ledger, uri: str, work: Callable[[Tracker], object]) -> None:
+    def __init__(self, ledger: LedgerReader, uri: str, work: Callable[[Tracker], object]) -> None:
         self._ledger, self._uri, self._fill = ledger, uri, work
         self._patience_seconds = SERVER_SECONDS if host_and_port(uri) else FILE_SECONDS
         self._added: queue.Queue[str | None] = queue.Queue()
@@ -139,7 +141,7 @@ def track_search(ledger: Ledger, uri: str, search_id: str) -> None:
         pass
 
 
-def track_sweep(ledger: Ledger, uri: str, sweep: SweepRecord) -> BackgroundTracker:
+def track_sweep(ledger: LedgerReader, uri: str, sweep: SweepRecord) -> BackgroundTracker:
     """Track a sweep while it goes on."""
     return BackgroundTracker(ledger, uri, lambda tracker: tracker.fill_sweep(sweep))
 

@@ -10,7 +10,8 @@ from typing import Any
 
 from tune_sparse.files import read_json
 from tune_sparse.identity import hash_json
-from tune_sparse.ledger.ledger import Ledger, Record, SweepRecord
+from tune_sparse.ledger.contracts import LedgerReader
+from tune_sparse.ledger.record import Record, SweepRecord
 
 SWEEP_TAG = "tune_sparse.sweep_id"
 RUN_TAG = "tune_sparse.run_id"
@@ -58,7 +59,7 @@ def sweep_entry(sweep: SweepRecord) -> Entry:
     return Entry(f"sweep {sweep.sweep_id}", tags, sweep.started, described | {"cells": len(sweep.cells)})
 
 
-def run_entry(ledger: Ledger, record: Record) -> Entry:
+def run_entry(ledger: LedgerReader, record: Record) -> Entry:
     """A training with parameters, curves, metrics, environment and small files."""
     run, folder = ledger.run(record.run_id), ledger.run_folder(record.run_id)
     ended = (folder / "result.json").stat().st_mtime

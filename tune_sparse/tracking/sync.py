@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from tune_sparse.config import SweepConfig
-from tune_sparse.ledger.ledger import Ledger, SweepRecord
+from tune_sparse.ledger.contracts import LedgerReader
+from tune_sparse.ledger.record import SweepRecord
 from tune_sparse.net import check_address, refuse_silent
 from tune_sparse.tracking.entries import (
     CANDIDATE_TAG,
@@ -108,7 +109,7 @@ class Tracker:
     What is missing is logged first, then `settle` removes what must not stay: so any number may write at once.
     """
 
-    def __init__(self, ledger: Ledger, uri: str, client: Any = None) -> None:
+    def __init__(self, ledger: LedgerReader, uri: str, client: Any = None) -> None:
         self._ledger, self._client = ledger, client or make_client(uri)
         self._experiment = self._experiment_id(_artifact_location(ledger, uri))
         self._below: dict[str, str] = {}
@@ -255,12 +256,12 @@ class Tracker:
         return bool(self._client.search_runs([self._experiment], f"attributes.run_id = '{run_id}'"))
 
 
-def _artifact_location(ledger: Ledger, uri: str) -> str | None:
+def _artifact_location(ledger: LedgerReader, uri: str) -> str | None:
     """Beside the ledger; None where a server keeps the files of its experiments."""
-    return None if uri.startswith("http") else (ledger.folder / "mlartifacts").resolve().as_uri()
+    return None if uri.startswith("http") else (ledger.folders[0] / "mlartifacts").resolve().as_uri()
 
 
-def track_ledger(ledger: Ledger, uri: str) -> int:
+def track_ledger(ledger: LedgerReader, uri: str) -> int:
     """Bring MLflow up to date with the whole ledger; returns how many recorded runs it now shows.
 
     Raises `OSError` if the store does not answer, or refuses.

@@ -10,8 +10,8 @@ from factories import make_cell, make_run
 
 from tune_sparse.config import SCORING, Protocol
 from tune_sparse.identity import NUMERICS_VERSION
-from tune_sparse.ledger import ledger
-from tune_sparse.ledger.ledger import Run
+from tune_sparse.ledger import run as run_module
+from tune_sparse.ledger.run import Run
 
 OTHER_PROTOCOL: dict[str, Any] = {
     "steps": 100,
@@ -108,7 +108,7 @@ def test_the_identity_changes_with_the_model_the_data_and_the_prompt(name: str) 
 def test_the_identity_changes_with_the_numerics_version(monkeypatch: pytest.MonkeyPatch) -> None:
     run = make_run()
     before = run.identity, run.pruned_baseline_id
-    monkeypatch.setattr(ledger, "NUMERICS_VERSION", NUMERICS_VERSION + 1)
+    monkeypatch.setattr(run_module, "NUMERICS_VERSION", NUMERICS_VERSION + 1)
     assert run.identity != before[0]
     assert run.pruned_baseline_id != before[1]
 
