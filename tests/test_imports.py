@@ -145,6 +145,11 @@ def test_importing_loads_nothing_heavy(module: str) -> None:
     assert loaded.isdisjoint({"torch", "ray", "pandas", "mlflow", "transformers", "numpy", "matplotlib", "rich"})
 
 
+def test_the_guard_of_a_cerebras_training_loads_the_standard_library_alone() -> None:
+    loaded = loaded_by("import tune_sparse.cerebras.guard") - loaded_by("pass")
+    assert loaded - sys.stdlib_module_names == {"tune_sparse"}
+
+
 def test_help_loads_nothing_heavy() -> None:
     show_help = "from tune_sparse.cli import parser\nparser().format_help()"
     assert loaded_by(show_help).isdisjoint({"torch", "ray", "pandas", "mlflow", "transformers", "numpy"})

@@ -16,7 +16,7 @@ from trainables.rebuild import deployed_by
 from tune_sparse.errors import InputError, RunError, unknown_name
 from tune_sparse.evaluation.validation import validation_report
 from tune_sparse.export.model_card import model_card
-from tune_sparse.files import aside, write_json, write_text
+from tune_sparse.files import atomic_folder, write_json, write_text
 from tune_sparse.ledger.contracts import LedgerReader
 from tune_sparse.ledger.record import Record
 from tune_sparse.ledger.run import Run
@@ -94,8 +94,7 @@ def _refuse_existing(output: Path) -> None:
 
 def _write(merged: Merged, output: Path) -> dict[str, Any]:
     """Write, load with stock transformers, check, and only then give the folder its name."""
-    partial = aside(output)
-    try:
+    with atomic_folder(output) as partial:
         merged.model.save_pretrained(partial)
         for name in COPIED:
             if (merged.base / name).is_file():
@@ -105,9 +104,6 @@ def _write(merged: Merged, output: Path) -> dict[str, Any]:
         known = {"mask_sha256": report["mask_sha256"], "counted_sparsity": report["counted_sparsity"]}
         write_json(partial / "tune_sparse_merge.json", merged.origin | known)
         write_text(partial / "README.md", model_card(merged.origin, report, merged.run, merged.record))
-        partial.rename(output)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return report
 
 

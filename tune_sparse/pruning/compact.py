@@ -7,7 +7,6 @@ each block keeps as many as the largest needs, filled up with masked ones, whose
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tune_sparse.errors import InputError
-from tune_sparse.files import aside, read_json, replace_folder, write_json
+from tune_sparse.files import atomic_folder, read_json, write_json
 from tune_sparse.models.architectures import Matrix
 from tune_sparse.models.checkpoints import Shape
 from tune_sparse.models.safetensors_io import TensorWriter, weight_files
@@ -109,16 +108,11 @@ def shrink(checkpoint: OpenCheckpoint, masks: Mapping[str, Tensor], folder: Path
     lines: dict[str, Lines] = {}
     for matrix in checkpoint.prunable.matrices:
         lines |= _lines_left(checkpoint, matrix, cut)
-    partial = aside(folder)
-    partial.mkdir(parents=True)
-    try:
+    with atomic_folder(folder, replaces=True) as partial:
         for path in weight_files(checkpoint.path):
             _write_shard(checkpoint, path, masks, lines, partial)
         write_json(partial / "config.json", _config(checkpoint, cut))
         write_rest(checkpoint, partial)
-        replace_folder(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return Shape.of(type(checkpoint.config)(**read_json(folder / "config.json")))
 
 
