@@ -25,7 +25,7 @@ from tune_sparse.ledger.ledger import Ledger
 from tune_sparse.watchdog import heartbeat
 
 PIECE_BYTES = 16 * 2**20
-"""Of a file, sent at once: neither end holds more of it in memory."""
+"""A file is sent in pieces of this size: neither end holds more of it in memory."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class LedgerServer:
 
 @contextmanager
 def serve_ledger(results_dir: Path, token: str) -> Iterator[None]:
-    """A ledger server for the results folder that is locked with `token`, on this node of the cluster.
+    """Run a ledger server for the results folder that is locked with `token`, on this node of the cluster.
 
     Raises `InputError` where this node's Ray does not see the folder.
     """
@@ -164,7 +164,7 @@ class RemoteLedger:
 
     @contextmanager
     def writing(self, run_id: str) -> Iterator[Path]:
-        """As in the ledger; the driver has the run when the block has ended well."""
+        """Lend a folder as the ledger does; the driver has the run when the block has ended well."""
         name = self._ask(self._server.begin, run_id)
         try:
             with self._local.writing(run_id) as folder:
@@ -206,7 +206,7 @@ class RemoteLedger:
 
 
 def read_pieces(path: Path) -> Iterator[bytes]:
-    """The content of a file, `PIECE_BYTES` at a time; an empty file is one empty piece."""
+    """Yield the content of a file, `PIECE_BYTES` at a time; an empty file is one empty piece."""
     with path.open("rb") as stream:
         yield stream.read(PIECE_BYTES)
         while piece := stream.read(PIECE_BYTES):

@@ -1,4 +1,4 @@
-"""Where files go, and how they get there whole."""
+"""Places of files, and writing them whole or not at all."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from typing import Any
 
 
 def cache_dir() -> Path:
-    """What can be made again: toy models, fingerprints. `TUNE_SPARSE_CACHE` overrides the user's cache."""
+    """Return the folder of what can be made again: toy models, fingerprints. `TUNE_SPARSE_CACHE` overrides it."""
     default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tune-sparse"
     return Path(os.environ.get("TUNE_SPARSE_CACHE") or default)
 
 
 def aside(path: Path) -> Path:
-    """A hidden name beside `path` that no other process uses, to write before a rename."""
+    """Return a hidden name beside `path` that no other process uses, to write before a rename."""
     return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
 
 
@@ -85,7 +85,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """As `write_text`; a value that is not finite is refused, since JSON has no NaN."""
+    """Write as `write_text` does; a value that is not finite is refused, since JSON has no NaN."""
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 

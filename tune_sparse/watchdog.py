@@ -63,7 +63,7 @@ def heartbeat() -> None:
 
 @dataclass(frozen=True)
 class HangReport:
-    """Where a process stood that was ended by its watchdog."""
+    """The place where a process stood that its watchdog ended."""
 
     allowed: str
     """as hours, minutes and seconds"""

@@ -46,7 +46,7 @@ def import_results(file: Path, results_dir: Path) -> list[Imported]:
 
 
 def imported_records(results_dir: Path) -> list[Imported]:
-    """What was imported into a results folder. Raises `InputError` for a record that does not parse."""
+    """Read what was imported into a results folder. Raises `InputError` for a record that does not parse."""
     found = []
     for path in sorted((results_dir / "imported").glob("*.json")):
         try:

@@ -58,7 +58,7 @@ NUMBERS = ["sparsity", "counted_sparsity", *COLUMNS[COLUMNS.index("accuracy") : 
 
 
 def cells_table(results_dirs: Sequence[Path], sweep_ids: Sequence[str] | None = None) -> pd.DataFrame:
-    """The columns of `COLUMNS`, one row a cell of every sweep in the folders, or of those named.
+    """Return the columns of `COLUMNS`, one row a cell of every sweep in the folders, or of those named.
 
     A cell without a done run has a status (failed, interrupted, missing), a reason, and no numbers. A cell that
     several folders have is taken from the one where its run came furthest.
@@ -77,7 +77,7 @@ def cells_table(results_dirs: Sequence[Path], sweep_ids: Sequence[str] | None = 
 
 
 def _asked_cells(ledger: LedgerReader, sweep_ids: Sequence[str] | None) -> list[dict[str, Any]]:
-    """Each cell of all sweeps, or of those named, as the oldest of them asked for it."""
+    """Return each cell of all sweeps, or of those named, as the oldest of them asked for it."""
     sweeps = {sweep.sweep_id: sweep for sweep in ledger.sweeps()}
     for sweep_id in sweep_ids or ():
         if sweep_id not in sweeps:

@@ -22,7 +22,7 @@ from tune_sparse.ledger.run import Run, read_config
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a model said to each example, in the order of the questions' ids."""
+    """The predictions of a model for each example, in the order of the questions' ids."""
 
     tasks: NDArray[Any]
     ids: NDArray[Any]
@@ -38,7 +38,7 @@ class Predictions:
 
     @property
     def weights(self) -> NDArray[np.float64]:
-        """What each example counts: they add up to 1."""
+        """The weight of each example: they add up to 1."""
         _, task, count = np.unique(self.tasks, return_inverse=True, return_counts=True)
         return np.asarray(1 / count[task] / len(count))
 
@@ -209,7 +209,7 @@ def _reading_errors() -> tuple[type[Exception], ...]:
 
 
 READING_ERRORS = _reading_errors()
-"""What a file raises that is missing, cut short, or of another kind (pyarrow's and JSON's errors are ValueErrors)."""
+"""The errors of a file that is missing, cut short, or of another kind (pyarrow's and JSON's errors are ValueErrors)."""
 
 
 METRICS = ("n_examples", "counted_sparsity", "mask_sha256", "train_loss", "eval_loss")

@@ -1,4 +1,4 @@
-"""What may be done with a ledger: workers write runs into a `RunStore`, analysis and tracking read a `LedgerReader`.
+"""The contracts of a ledger: workers write runs into a `RunStore`, analysis and tracking read a `LedgerReader`.
 
 A results folder (`Ledger`) is both. Several folders merged can only be read; a remote one can only be written.
 """
@@ -20,19 +20,19 @@ class RunStore(Protocol):
 
     @property
     def folder(self) -> Path:
-        """Where this worker writes: the results folder, or one of its own that goes with the run."""
+        """The folder that this worker writes to: the results folder, or one of its own that goes with the run."""
 
     def checkpoint(self, run_id: str) -> Path:
-        """The checkpoint of an unfinished training; it outlives the run's hidden folder."""
+        """Return the checkpoint of an unfinished training; it outlives the run's hidden folder."""
 
     def hang_report(self, run_id: str) -> Path:
-        """The file in which the watchdog says where a worker stood that made no progress."""
+        """Return the file in which the watchdog says where a worker stood that made no progress."""
 
     def writing(self, run_id: str) -> AbstractContextManager[Path]:
         """Lend a hidden folder to write a run into; it takes the run's name if the block ends well."""
 
     def pruned_baseline(self, baseline_id: str) -> dict[str, Any] | None:
-        """Metrics of a pruned model before tuning, or None if no readable file has them."""
+        """Read the metrics of a pruned model before tuning; None if no readable file has them."""
 
     def write_pruned_baseline(self, baseline_id: str, value: dict[str, Any], outcomes: Iterable[Outcome]) -> None:
         """Keep the metrics of a pruned model before tuning, unless another worker did."""
@@ -46,22 +46,22 @@ class LedgerReader(Protocol):
         """The results folders. What describes all of them is kept in the first."""
 
     def run_ids(self) -> list[str]:
-        """Every run that has a folder, however it ended."""
+        """Name every run that has a folder, however it ended."""
 
     def run_folder(self, run_id: str) -> Path:
-        """The folder of a run, which exists if the run has ended."""
+        """Return the folder of a run, which exists if the run has ended."""
 
     def record(self, run_id: str) -> Record | None:
-        """How a run ended, or None if no readable record says so."""
+        """Read how a run ended; None if no readable record says so."""
 
     def run(self, run_id: str) -> Run:
-        """The settings of a recorded run."""
+        """Read the settings of a recorded run."""
 
     def is_done(self, run_id: str) -> bool:
-        """Whether a record says that a run is done."""
+        """Say whether a record has the run as done."""
 
     def sweeps(self) -> list[SweepRecord]:
-        """Every sweep whose record can be read, the oldest first."""
+        """Read every sweep record that can be read, the oldest first."""
 
     def searches(self) -> list[Path]:
-        """The folder of every search that was started."""
+        """Return the folder of every search that was started."""

@@ -94,7 +94,7 @@ class FolderLease:
 
 
 def is_locked_with(folder: Path, token: str) -> bool:
-    """Whether this process sees the very folder that is locked with `token`, at the same place."""
+    """Say whether this process sees the very folder that is locked with `token`, at the same place."""
     current = _read(folder / "lease.json")
     return current is not None and current["token"] == token
 

@@ -49,7 +49,7 @@ class MergedLedger:
         return [folder for ledger in self._ledgers for folder in ledger.searches()]
 
     def _ledger_of(self, run_id: str) -> Ledger:
-        """The ledger where a run came furthest."""
+        """Return the ledger where a run came furthest."""
         if len(self._ledgers) == 1:
             return self._ledgers[0]
         return min(self._ledgers, key=lambda ledger: PREFERENCE.index(_status(ledger, run_id)))

@@ -16,7 +16,7 @@ Status = Literal["done", "failed", "interrupted"]
 
 @dataclass(frozen=True)
 class Record:
-    """How a run ended. `metrics` repeat bit for bit on a CPU; `measured` are seconds, rates and memory."""
+    """The end of a run. `metrics` repeat bit for bit on a CPU; `measured` are seconds, rates and memory."""
 
     run_id: str
     identity: str
@@ -30,7 +30,7 @@ class Record:
 
 @dataclass(frozen=True)
 class SweepRecord:
-    """What a sweep asked for: each cell with the id of the run that serves it."""
+    """The cells that a sweep asked for, each with the id of the run that serves it."""
 
     sweep_id: str
     started: float
@@ -40,7 +40,7 @@ class SweepRecord:
 
 
 def read_record(folder: Path) -> Record | None:
-    """How the run of a folder ended, or None if no readable record says so."""
+    """Read how the run of a folder ended; None if no readable record says so."""
     try:
         return Record(**read_json(folder / "result.json"))
     except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError, TypeError, UnicodeDecodeError):
@@ -48,13 +48,13 @@ def read_record(folder: Path) -> Record | None:
 
 
 def is_done(folder: Path) -> bool:
-    """Whether a record says that the run of a folder is done."""
+    """Say whether a record has the run of a folder as done."""
     record = read_record(folder)
     return record is not None and record.status == "done"
 
 
 def readable_sweeps(folder: Path) -> Iterator[SweepRecord]:
-    """Every sweep record of a folder that can be read."""
+    """Read every sweep record of a folder that can be read."""
     for path in folder.glob("*.json"):
         with suppress(json.JSONDecodeError, TypeError, UnicodeDecodeError):
             yield SweepRecord(**read_json(path))

@@ -71,7 +71,7 @@ class Run:
         return known | {"numerics_version": NUMERICS_VERSION}
 
     def as_config(self) -> dict[str, Any]:
-        """What `config.yaml` and a trial hold, in the plain types that both keep."""
+        """Return the settings that `config.yaml` and a trial hold, in the plain types that both keep."""
         plain: dict[str, Any] = json.loads(json.dumps(asdict(self)))
         return plain
 
@@ -96,7 +96,7 @@ def write_config(folder: Path, run: Run) -> None:
 
 
 def read_config(folder: Path) -> Run:
-    """The settings of the run that a folder holds."""
+    """Read the settings of the run that a folder holds."""
     import yaml
 
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)

@@ -22,9 +22,9 @@ logger = logging.getLogger(__name__)
 PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 1.0, 30.0
 """Between two tries of a store that fails, doubled each time."""
 AGAIN_SECONDS = 3.0
-"""How long after the end a store that fails is tried again."""
+"""A store that fails is tried again for so long after the end."""
 SERVER_SECONDS, FILE_SECONDS = 10.0, 60.0
-"""How long the end waits for one answer. A database in a file is slow while it is made, but it is there."""
+"""The end waits for one answer so long. A database in a file is slow while it is made, but it is there."""
 POLL_SECONDS = 0.05
 HTTP_LIMITS = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "10", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
 """MLflow's own tries last for minutes. What the user has set is left alone."""
@@ -70,7 +70,7 @@ class BackgroundTracker:
         return 0.0 if asked_at is None or ended_at is None else time.monotonic() - max(asked_at, ended_at)
 
     def _is_over(self) -> bool:
-        """Whether it is too late for another try."""
+        """Say whether it is too late for another try."""
         return self._ended_at is not None and time.monotonic() - self._ended_at > AGAIN_SECONDS
 
     def _work(self) -> None:
@@ -109,7 +109,7 @@ class BackgroundTracker:
                     tracker.fill_run(run_id)
 
     def _asked(self, call: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
-        """What the store answers. While it does not, somebody may give it up."""
+        """Return what the store answers. While it does not, the end may give it up."""
         if self._given_up.is_set():
             raise TimeoutError("it was given up")
         self._asked_at = self._asked_at or time.monotonic()

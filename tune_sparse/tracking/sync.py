@@ -41,7 +41,7 @@ PAGE_RUNS = 500
 
 
 def tracking_uri(config: SweepConfig) -> str:
-    """Of the configuration, of MLFLOW_TRACKING_URI, or SQLite in the results folder."""
+    """Take the address of the configuration, else MLFLOW_TRACKING_URI, else SQLite in the results folder."""
     return chosen_uri(config.tracking_uri, config.results_dir)
 
 
@@ -58,7 +58,7 @@ def default_uri(results_dir: Path) -> str:
 
 
 def make_client(uri: str) -> Any:
-    """A client of one store that says nothing while it makes its tables, and reports to nobody else."""
+    """Make a client of one store that says nothing while it makes its tables, and reports to nobody else."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     from mlflow import MlflowClient
@@ -69,7 +69,7 @@ def make_client(uri: str) -> Any:
 
 
 def every_run(client: Any, experiment: str) -> Iterator[Any]:
-    """The runs of an experiment that are not deleted, each once whatever is added meanwhile."""
+    """Yield the runs of an experiment that are not deleted, each once whatever is added meanwhile."""
     seen, token = set[str](), None
     while True:
         page = client.search_runs([experiment], max_results=PAGE_RUNS, page_token=token)
@@ -243,7 +243,7 @@ class Tracker:
         return [one.id_ for one in candidates if one.parent in removed]
 
     def _is_there(self, id_: str) -> bool:
-        """Whether a run was made while the others were read, for another results folder."""
+        """Say whether a run was made while the others were read, for another results folder."""
         return bool(self._client.search_runs([self._experiment], f"attributes.run_id = '{id_}'"))
 
 
