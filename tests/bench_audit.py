@@ -17,7 +17,7 @@ from benchmarks import bench_parser
 from sound import PROTOCOL, cells_of, sound_ledger
 
 from analysis.audit.audit import audit
-from analysis.read.evidence import read_results
+from analysis.read.results import read_results
 
 METHODS = ("unstructured", "random", "wanda", "gradient", "taylor")
 SPARSITIES = 10

@@ -38,7 +38,8 @@ from ray import tune
 
 from search_spaces.matrix import PRESETS
 from tune_sparse.config import SweepConfig
-from tune_sparse.ledger.ledger import Ledger, Run
+from tune_sparse.ledger.ledger import Ledger
+from tune_sparse.ledger.run import Run
 from tune_sparse.sweep.driver import capacity, fit_trials, started_ray
 from tune_sparse.sweep.forecast import longest_first
 from tune_sparse.sweep.plan import plan_sweep

@@ -14,7 +14,9 @@ from tune_sparse.config import Cell, Protocol
 from tune_sparse.data.task_types import AnswerTask, PromptTask
 from tune_sparse.data.tasks import TASKS
 from tune_sparse.files import write_json, write_lines
-from tune_sparse.ledger.ledger import Ledger, Record, Run, SweepRecord, readable_id, write_config
+from tune_sparse.ledger.ledger import Ledger
+from tune_sparse.ledger.record import Record, SweepRecord
+from tune_sparse.ledger.run import Run, readable_id, write_config
 
 CELL = {
     "model": "tiny",

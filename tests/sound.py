@@ -19,7 +19,9 @@ from tune_sparse.data.tasks import TASKS
 from tune_sparse.evaluation.metrics import compute_metrics
 from tune_sparse.evaluation.outcomes import Outcome, write_outcomes
 from tune_sparse.files import read_json, write_json, write_lines
-from tune_sparse.ledger.ledger import Ledger, Record, Run, write_config
+from tune_sparse.ledger.ledger import Ledger
+from tune_sparse.ledger.record import Record
+from tune_sparse.ledger.run import Run, write_config
 
 PROTOCOL = Protocol(
     steps=12,
@@ -92,8 +94,10 @@ def write_sound(
     """A whole finished run. kept: the share of each matrix that its mask keeps; 1 - sparsity if not given."""
     cell, name = run.cell, "-".join(map(str, asdict(run.cell).values()))
     outcomes = outcomes_of(run, 0.95 - 0.3 * cell.sparsity if accuracy is None else accuracy, answers=answers)
-    untuned = outcomes_of(
-        run, 0.8 - 0.3 * cell.sparsity, f"untuned-{stream_of(replace(run, cell=replace(run.cell, mode=MODES[0])))}"
+    pruned_baseline = outcomes_of(
+        run,
+        0.8 - 0.3 * cell.sparsity,
+        f"untuned-{stream_of(replace(run, cell=replace(run.cell, mode=MODES[0])))}",
     )
     chance, shares = 0.5, kept or dict.fromkeys(MATRICES, 1 - cell.sparsity)
     kept_by_matrix = {matrix: [round(1000 * share), 1000] for matrix, share in shares.items()}
@@ -103,7 +107,7 @@ def write_sound(
     losses = [hashlib.sha256(f"{name}{step}".encode()).digest()[0] / 256 + 0.01 for step in range(run.protocol.steps)]
     recorded = {
         **compute_metrics(outcomes, chance, None),
-        "accuracy_before_tuning": compute_metrics(untuned, chance, None)["accuracy"],
+        "accuracy_before_tuning": compute_metrics(pruned_baseline, chance, None)["accuracy"],
         "accuracy_before_merge": None,
         "actual_sparsity": counted,
         "mask_sha256": mask,
@@ -118,8 +122,8 @@ def write_sound(
     measured |= {"peak_memory_bytes": 2**20, "train_tokens_per_second": 4096.0}
     environment = {"hardware": "abacus", "host": "here", "packages": {"torch": "2.13"}, "git_sha": "c" * 40}
     record = Record(run.run_id, run.identity, "done", recorded | metrics, measured, environment)
-    if not (ledger.folder / "untuned" / f"{run.untuned_id}.json").exists():
-        ledger.write_untuned(run.untuned_id, {"metrics": {}, "run_id": run.run_id}, untuned)
+    if not (ledger.folder / "pruned_baselines" / f"{run.pruned_baseline_id}.json").exists():
+        ledger.write_pruned_baseline(run.pruned_baseline_id, {"metrics": {}, "run_id": run.run_id}, pruned_baseline)
     with ledger.writing(run.run_id) as folder:
         write_config(folder, run)
         described = {"mask_sha256": mask, "actual_sparsity": counted}

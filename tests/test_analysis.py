@@ -357,9 +357,9 @@ def test_a_report_of_dense_runs_alone_has_no_accuracy_before_a_merge(ledger: Led
 
 
 def test_a_report_is_written_into_the_first_of_several_folders(tmp_path: Path) -> None:
-    for name, sparsity in (("one", 0.0), ("two", 0.5)):
+    for name, sparsity, started in (("one", 0.0, 1000.0), ("two", 0.5, 2000.0)):
         cells = matrix([sparsity])
-        Ledger(tmp_path / name).write_sweep(sweep_of(cells))
+        Ledger(tmp_path / name).write_sweep(sweep_of(cells, started))
         write_done(Ledger(tmp_path / name), cells)
     lines = write_report([tmp_path / "one", tmp_path / "two"]).lines
     assert any(line.startswith("4 cells: 4 done") for line in lines)

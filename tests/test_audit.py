@@ -266,14 +266,14 @@ def test_one_mask_for_two_methods_had_no_effect(ledger: Ledger) -> None:
 
 
 def test_a_training_that_changed_no_score_had_no_effect(ledger: Ledger) -> None:
-    untuned = ledger.folder / "untuned" / f"{A_RUN.untuned_id}.parquet"
-    shutil.copy(untuned, folder_of(ledger) / "examples.parquet")
+    pruned_baseline = ledger.folder / "pruned_baselines" / f"{A_RUN.pruned_baseline_id}.parquet"
+    shutil.copy(pruned_baseline, folder_of(ledger) / "examples.parquet")
     assert "every score is the one before tuning, to the last bit" in said(ledger)
 
 
 def test_a_mask_that_changed_no_score_had_no_effect(ledger: Ledger) -> None:
     dense = sound_run(A_CELL.trained.__class__("tiny", "boolq", "none", 0.0, "dense", 0, "torch"))
-    files = [ledger.folder / "untuned" / f"{run.untuned_id}.parquet" for run in (dense, A_RUN)]
+    files = [ledger.folder / "pruned_baselines" / f"{run.pruned_baseline_id}.parquet" for run in (dense, A_RUN)]
     shutil.copy(*files)
     assert "before tuning every score is the unpruned model's" in said(ledger)
 

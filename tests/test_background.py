@@ -14,7 +14,8 @@ import pytest
 from factories import done_record, make_cell, make_run, sweep_of, write_run
 from mlflow.exceptions import MlflowException
 
-from tune_sparse.ledger.ledger import Ledger, SweepRecord
+from tune_sparse.ledger.ledger import Ledger
+from tune_sparse.ledger.record import SweepRecord
 from tune_sparse.tracking.background import SERVER_SECONDS, BackgroundTracker, track_search, track_sweep
 from tune_sparse.tracking.entries import RUN_TAG, SWEEP_TAG
 from tune_sparse.tracking.sync import EXPERIMENT, default_uri, make_client

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from tune_sparse.cli import main
 from tune_sparse.cli.command import BAD_INPUT, OK
 from tune_sparse.config import SweepConfig
-from tune_sparse.ledger.lease import Holder
+from tune_sparse.ledger.lease import FolderLease
 from tune_sparse.models.checkpoints import find_folder
 from tune_sparse.sweep import driver
 from tune_sparse.sweep.plan import plan_sweep
@@ -317,12 +317,12 @@ def test_a_results_folder_that_is_a_file_or_in_one_is_refused(refused: Refused, 
     assert file.read_text() == "in the way"
 
 
-def test_a_results_folder_held_by_a_live_process_is_refused(refused: Refused, tmp_path: Path) -> None:
+def test_a_results_folder_locked_by_a_live_process_is_refused(refused: Refused, tmp_path: Path) -> None:
     (tmp_path / "results").mkdir()
-    with Holder(tmp_path / "results"):
+    with FolderLease(tmp_path / "results"):
         said = refused()
     assert re.match(
-        r"one sweep at a time writes to a results folder: .* is held by process \d+ on .* Wait for it", said
+        r"one sweep at a time writes to a results folder: .* is locked by process \d+ on .* Wait for it", said
     )
 
 

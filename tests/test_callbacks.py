@@ -18,8 +18,10 @@ from ray.exceptions import RayTaskError
 
 from tune_sparse.config import SweepConfig
 from tune_sparse.errors import is_out_of_memory
-from tune_sparse.ledger.lease import Holder
-from tune_sparse.ledger.ledger import Ledger, Record, Run
+from tune_sparse.ledger.lease import FolderLease
+from tune_sparse.ledger.ledger import Ledger
+from tune_sparse.ledger.record import Record
+from tune_sparse.ledger.run import Run
 from tune_sparse.sweep.callbacks import LedgerCallback, Stop, _error_record, _read_error
 from tune_sparse.sweep.driver import capacity, fit_trials, nodes
 from tune_sparse.sweep.progress import Progress
@@ -27,7 +29,7 @@ from tune_sparse.sweep.resources import Placement
 from tune_sparse.sweep.scheduler import Dispatcher
 from tune_sparse.tracking.background import BackgroundTracker
 from tune_sparse.tracking.sync import default_uri
-from tune_sparse.watchdog import Hang
+from tune_sparse.watchdog import HangReport
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -96,14 +98,14 @@ def sweep(folder: Path, *endings: str, retries: int = 2) -> Ended:
         return {"run": run.as_config(), "results_dir": str(folder), "resources": placement.resources(run)}
 
     dispatcher = Dispatcher({"torch": runs}, make_trial, capacity, stop=stop)
-    with Holder(folder) as holder:
+    with FolderLease(folder) as lease:
         progress = Progress(len(runs), 0)
         callback = LedgerCallback(
             ledger,
             {run.run_id: run for run in runs},
             progress,
             BackgroundTracker(ledger, default_uri(folder), lambda tracker: None),
-            holder,
+            lease,
             stop,
             placement,
             again=lambda run: dispatcher.again("torch", run),
@@ -192,6 +194,6 @@ def test_a_trial_without_an_error_lost_its_worker(tmp_path: Path) -> None:
 
 
 def test_a_worker_that_hung_says_for_how_long_and_where() -> None:
-    error = _error_record(RuntimeError("The actor died"), Hang("0:30:00", "matmul (x.py:7)", "Thread 0x1 ..."))
+    error = _error_record(RuntimeError("The actor died"), HangReport("0:30:00", "matmul (x.py:7)", "Thread 0x1 ..."))
     assert error["message"] == "no progress for 0:30:00, in matmul (x.py:7)"
     assert (error["class"], error["traceback"], error["retryable"]) == ("Hang", "Thread 0x1 ...", True)

@@ -20,7 +20,9 @@ from tune_sparse.cerebras.failures import ApplianceError, DiskFullError
 from tune_sparse.cerebras.guard import is_guarded, read_ended
 from tune_sparse.cerebras.preflight import end_leftovers
 from tune_sparse.config import Cerebras
-from tune_sparse.ledger.ledger import Ledger, Record, Run
+from tune_sparse.ledger.ledger import Ledger
+from tune_sparse.ledger.record import Record
+from tune_sparse.ledger.run import Run
 
 ON_CPU = {"target": "cpu", "release": "2.10.0"}
 

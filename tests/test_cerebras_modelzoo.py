@@ -20,7 +20,8 @@ from tune_sparse.cerebras.conversion import cerebras_name, interleaved, to_cereb
 from tune_sparse.cerebras.environment import SiteEnvironment
 from tune_sparse.cerebras.failures import classify_failure
 from tune_sparse.cerebras.preflight import lower, matrix_shapes
-from tune_sparse.ledger.ledger import Ledger, Run
+from tune_sparse.ledger.ledger import Ledger
+from tune_sparse.ledger.run import Run
 from tune_sparse.models.checkpoints import check_checkpoint, prunable_weights, read_config
 from tune_sparse.models.safetensors_io import TensorFiles, weight_files
 

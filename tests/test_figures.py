@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 from sound import cells_of, sound_ledger
 
-from analysis.read.evidence import read_results
 from analysis.read.load import COLUMNS, cells_table
+from analysis.read.results import read_results
 from analysis.report.figures import FIGURES
 from analysis.report.runs import Runs, find_runs
 from analysis.report.style import LABELS, save
@@ -57,7 +57,7 @@ def cells(ledger: Ledger) -> pd.DataFrame:
 @pytest.fixture(scope="module")
 def runs(ledger: Ledger) -> Runs:
     found = read_results([ledger.folder]).by_run
-    return find_runs([ledger.folder], {run_id: e.answers for run_id, e in found.items() if e.answers})
+    return find_runs([ledger.folder], {run_id: e.predictions for run_id, e in found.items() if e.predictions})
 
 
 @pytest.fixture(autouse=True)

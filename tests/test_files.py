@@ -1,11 +1,21 @@
 from __future__ import annotations
 
 import json
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
 
-from tune_sparse.files import aside, cache_dir, read_json, write_json, write_lines, write_text
+from tune_sparse.files import (
+    aside,
+    atomic_file,
+    atomic_folder,
+    cache_dir,
+    read_json,
+    write_json,
+    write_lines,
+    write_text,
+)
 
 
 @pytest.fixture
@@ -63,6 +73,61 @@ def test_lines_hold_one_value_each(tmp_path: Path) -> None:
     write_lines(tmp_path / "values.jsonl", iter(values))
     lines = (tmp_path / "values.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line) for line in lines] == values
+
+
+def test_a_file_has_its_name_once_the_block_has_ended(tmp_path: Path) -> None:
+    path = tmp_path / "model.pt"
+    path.write_text("old")
+    with atomic_file(path) as partial:
+        partial.write_text("new")
+        assert path.read_text() == "old"
+    assert path.read_text() == "new"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def fail_half_way(block: AbstractContextManager[Path], file: str = "") -> None:
+    with block as partial:
+        (partial / file).write_text("half")
+        raise RuntimeError("boom")
+
+
+def test_a_file_whose_block_fails_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="boom"):
+        fail_half_way(atomic_file(tmp_path / "model.pt"))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def old_folder(tmp_path: Path) -> Path:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "old").touch()
+    return folder
+
+
+def test_a_folder_has_its_name_once_the_block_has_ended(tmp_path: Path) -> None:
+    folder = tmp_path / "models" / "tiny"
+    with atomic_folder(folder) as partial:
+        (partial / "weights").write_text("1")
+        assert not folder.exists()
+    assert [path.name for path in folder.iterdir()] == ["weights"]
+    assert list(folder.parent.iterdir()) == [folder]
+
+
+def test_a_folder_whose_block_fails_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="boom"):
+        fail_half_way(atomic_folder(tmp_path / "model"), "weights")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_exists_stays_unless_it_is_replaced(tmp_path: Path, old_folder: Path) -> None:
+    with pytest.raises(OSError, match="not empty"), atomic_folder(old_folder) as partial:
+        (partial / "new").touch()
+    assert [path.name for path in old_folder.iterdir()] == ["old"]
+    with atomic_folder(old_folder, replaces=True) as partial:
+        (partial / "new").touch()
+    assert [path.name for path in old_folder.iterdir()] == ["new"]
+    assert list(tmp_path.iterdir()) == [old_folder]
 
 
 def test_names_aside_are_hidden_beside_the_file_and_never_the_same(tmp_path: Path) -> None:

@@ -14,9 +14,9 @@ import pandas as pd
 import pytest
 from sound import cells_of, outcomes_of, sound_ledger, sound_run, write_sound
 
-from analysis.read.evidence import read_results
 from analysis.read.imported import Imported
 from analysis.read.load import cells_table
+from analysis.read.results import read_results
 from analysis.report.report import write_report
 from analysis.stats.claims import QUESTIONS, Claim, as_markdown, headlines, number
 from analysis.stats.comparisons import ALL_BASES, NAIVE_WARNING, Points, compare_values, swap_sides
@@ -58,8 +58,8 @@ def alike(tmp_path_factory: pytest.TempPathFactory) -> Ledger:
 @cache
 def points_of(ledger: Ledger) -> Points:
     results = read_results([ledger.folder])
-    answers = {run: e.answers for run, e in results.by_run.items() if e.answers}
-    return Points(cells_table([ledger.folder]), answers)
+    predictions = {run: e.predictions for run, e in results.by_run.items() if e.predictions}
+    return Points(cells_table([ledger.folder]), predictions)
 
 
 @cache
@@ -125,8 +125,8 @@ def test_one_backend_says_nothing_of_backends(alike: Ledger) -> None:
 def test_two_backends_are_compared_cell_by_cell(alike: Ledger) -> None:
     points = points_of(alike)
     other = points.pruned.assign(backend="cerebras", run_id=points.pruned["run_id"] + "+")
-    answers = {**points.answers, **{f"{run}+": points.answers[run] for run in points.pruned["run_id"]}}
-    both = Points(pd.concat([points.pruned, other]), answers)
+    predictions = {**points.predictions, **{f"{run}+": points.predictions[run] for run in points.pruned["run_id"]}}
+    both = Points(pd.concat([points.pruned, other]), predictions)
     said = texts(make_claims(both)[0], "RQ4")
     assert "Of 32 cells that ran on two backends, 0 are shown to differ in accuracy." in said
     assert "cerebras 128, torch 128" in said
@@ -200,9 +200,9 @@ def test_shared_dense_runs_are_in_no_pair(apart: Ledger) -> None:
 def test_runs_that_answered_other_questions_are_not_compared(apart: Ledger) -> None:
     points = points_of(apart)
     odd = points.pruned["run_id"].iloc[0]
-    asked = points.answers[odd]
-    answers = {**points.answers, odd: replace(asked, ids=np.array([f"x{i}" for i in asked.ids], object))}
-    fewer = Points(cells_table([apart.folder]), answers)
+    asked = points.predictions[odd]
+    predictions = {**points.predictions, odd: replace(asked, ids=np.array([f"x{i}" for i in asked.ids], object))}
+    fewer = Points(cells_table([apart.folder]), predictions)
     assert len(fewer.pruned) == len(points.pruned) - 1
     assert odd not in set(fewer.pruned["run_id"])
 
@@ -217,17 +217,17 @@ def test_turning_a_test_turns_its_numbers(apart: Ledger) -> None:
 
 def test_a_method_with_a_colon_in_its_name_can_be_spoken_of(apart: Ledger) -> None:
     cells = cells_table([apart.folder]).replace({"method": {"random": "wanda-2:4"}})
-    claims, _ = make_claims(Points(cells, points_of(apart).answers))
+    claims, _ = make_claims(Points(cells, points_of(apart).predictions))
     assert "wanda-2:4" in texts(claims, "RQ2")
 
 
 def test_texts_are_compared_by_their_likelihoods_and_not_averaged_with_accuracies(apart: Ledger) -> None:
-    cells, answers = cells_table([apart.folder]), dict(points_of(apart).answers)
+    cells, predictions = cells_table([apart.folder]), dict(points_of(apart).predictions)
     of_text = cells["model"] == "other"
     cells.loc[of_text, "accuracy"] = None
     for run in set(cells.loc[of_text, "run_id"]):
-        answers[run] = replace(answers[run], scores=answers[run].scores - 2.5)
-    claims, _ = make_claims(Points(cells, answers))
+        predictions[run] = replace(predictions[run], scores=predictions[run].scores - 2.5)
+    claims, _ = make_claims(Points(cells, predictions))
     assert re.search(r"by \+0\.\d+ log-likelihood a token", texts(claims, "RQ3", "torch, other, boolq"))
     assert re.search(r"by \+0\.\d+ accuracy", texts(claims, "RQ3", "torch, tiny, boolq"))
     assert "better than sparse-to-dense" not in texts(claims, "RQ3", ALL_BASES)
@@ -237,7 +237,7 @@ def test_texts_are_compared_by_their_likelihoods_and_not_averaged_with_accuracie
 def test_one_method_and_one_mode_are_said_to_be_one(apart: Ledger) -> None:
     cells = cells_table([apart.folder])
     only = cells[(cells["method"] == "random") & (cells["mode"] == "sparse-to-dense")]
-    claims, _ = make_claims(Points(only, points_of(apart).answers))
+    claims, _ = make_claims(Points(only, points_of(apart).predictions))
     assert texts(claims, "RQ2") == "One method only: there is nothing to compare."
     assert "No two cells differ in these modes alone" in texts(claims, "RQ3")
 
@@ -251,7 +251,7 @@ def test_nothing_finished_says_nothing(apart: Ledger) -> None:
 
 def test_what_was_not_measured_is_unknown(apart: Ledger) -> None:
     cells = cells_table([apart.folder]).assign(train_samples_per_second=float("nan"))
-    claims, _ = make_claims(Points(cells, points_of(apart).answers))
+    claims, _ = make_claims(Points(cells, points_of(apart).predictions))
     [cost] = [claim for claim in claims if claim.about == "cost on torch"]
     assert cost.numbers["rate0"].value is None
     assert "sparse-to-dense unknown samples a second" in cost.text

@@ -12,7 +12,8 @@ from factories import done_record, make_cell, make_run, write_run
 
 from tune_sparse.cli import main
 from tune_sparse.config import Cerebras, SweepConfig
-from tune_sparse.ledger.ledger import Ledger, Run
+from tune_sparse.ledger.ledger import Ledger
+from tune_sparse.ledger.run import Run
 from tune_sparse.sweep.forecast import Medians, Spent, forecast, pilots, spent_by, trials_at_once
 from tune_sparse.sweep.plan import Plan, plan_sweep
 

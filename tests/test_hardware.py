@@ -9,8 +9,8 @@ import pandas as pd
 import pytest
 from sound import cells_of, edit, sound_ledger
 
-from analysis.read.evidence import read_results
 from analysis.read.load import cells_table
+from analysis.read.results import read_results
 from analysis.report.hardware import hardware_pairs, hardware_rows
 from analysis.report.runs import Runs, find_runs
 from tune_sparse.ledger.ledger import Ledger
@@ -25,8 +25,8 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[pd.DataFrame, Runs]:
     for folder in (ledger.folder / "runs").glob("cerebras*"):
         edit(folder / "result.json", measured={"compile_seconds": 120.0, "train_tokens_per_second": 8192.0})
     found = read_results([ledger.folder]).by_run
-    answers = {run_id: e.answers for run_id, e in found.items() if e.answers}
-    return cells_table([ledger.folder]), find_runs([ledger.folder], answers)
+    predictions = {run_id: e.predictions for run_id, e in found.items() if e.predictions}
+    return cells_table([ledger.folder]), find_runs([ledger.folder], predictions)
 
 
 def test_pairs_are_cells_that_both_finished(both: tuple[pd.DataFrame, Runs]) -> None:
@@ -48,7 +48,7 @@ def test_the_difference_is_of_the_same_examples_with_its_interval(both: tuple[pd
 
 def test_where_the_examples_differ_nothing_is_compared(both: tuple[pd.DataFrame, Runs], tmp_path: Path) -> None:
     cells, runs = both
-    pairs = hardware_pairs(cells, Runs(runs.folders))
+    pairs = hardware_pairs(cells, Runs(runs.ledger))
     assert pairs["difference"].isna().all()
     assert hardware_rows(pairs)[0]["difference"] == "–"
     assert hardware_pairs(cells_table([tmp_path]), find_runs([tmp_path])).empty

@@ -99,7 +99,7 @@ def test_imports_point_down(folder: str) -> None:
 def test_imports_within_functions_count() -> None:
     assert "torch" in libraries("tune_sparse/pruning/masks.py")
     assert "tune_sparse.config.Protocol" in set(modules("tune_sparse/data/splits.py"))
-    assert "yaml" in libraries("tune_sparse/ledger/ledger.py")
+    assert "yaml" in libraries("tune_sparse/ledger/run.py")
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
@@ -141,6 +141,11 @@ def test_importing_loads_nothing_heavy(module: str) -> None:
     loaded = loaded_by(f"import {module}")
     assert module.split(".")[0] in loaded
     assert loaded.isdisjoint({"torch", "ray", "pandas", "mlflow", "transformers", "numpy", "matplotlib", "rich"})
+
+
+def test_the_guard_of_a_cerebras_training_loads_the_standard_library_alone() -> None:
+    loaded = loaded_by("import tune_sparse.cerebras.guard") - loaded_by("pass")
+    assert loaded - sys.stdlib_module_names == {"tune_sparse"}
 
 
 def test_help_loads_nothing_heavy() -> None:

@@ -15,7 +15,8 @@ from trainables.pipeline import is_infrastructure
 from tune_sparse.config import Protocol
 from tune_sparse.errors import NotReadyError
 from tune_sparse.identity import hash_json
-from tune_sparse.ledger.ledger import Ledger, Run
+from tune_sparse.ledger.ledger import Ledger
+from tune_sparse.ledger.run import Run
 from tune_sparse.models.checkpoints import check_checkpoint
 
 HOST = socket.gethostname()

@@ -15,7 +15,9 @@ from factories import done_record, failed_record, make_cell, make_run, sweep_of,
 from tune_sparse.config import Protocol
 from tune_sparse.evaluation.outcomes import Outcome, read_outcomes
 from tune_sparse.files import aside, read_json, write_json
-from tune_sparse.ledger.ledger import Ledger, Record, Run, write_config
+from tune_sparse.ledger.ledger import Ledger
+from tune_sparse.ledger.record import Record
+from tune_sparse.ledger.run import Run, write_config
 
 
 @pytest.fixture
@@ -143,10 +145,10 @@ def test_a_run_that_was_finished_since_one_looked_goes_back(ledger: Ledger, monk
 
 def test_the_first_accuracy_before_tuning_stays(ledger: Ledger) -> None:
     first, second = ([Outcome("boolq", "a", correct=correct)] for correct in (True, False))
-    ledger.write_untuned("u", {"accuracy": 1.0}, first)
-    ledger.write_untuned("u", {"accuracy": 0.0}, second)
-    assert ledger.untuned("u") == {"accuracy": 1.0}
-    assert read_outcomes(ledger.folder / "untuned" / "u.parquet") == first
+    ledger.write_pruned_baseline("u", {"accuracy": 1.0}, first)
+    ledger.write_pruned_baseline("u", {"accuracy": 0.0}, second)
+    assert ledger.pruned_baseline("u") == {"accuracy": 1.0}
+    assert read_outcomes(ledger.folder / "pruned_baselines" / "u.parquet") == first
 
 
 def test_a_checkpoint_that_was_saved_after_its_run_was_done_goes_with_what_is_left(ledger: Ledger) -> None:
@@ -233,27 +235,27 @@ def test_the_same_run_can_be_set_aside_twice(ledger: Ledger) -> None:
 def test_what_killed_writers_left_is_removed_and_nothing_else(ledger: Ledger) -> None:
     run = make_run()
     folder = write_run(ledger, run, done_record(run))
-    ledger.write_untuned("u", {"accuracy": 0.5}, [Outcome("boolq", "a", correct=True)])
-    half_run, half_file = aside(folder), aside(ledger.folder / "untuned" / "v.json")
-    half_holder = aside(ledger.folder / "holder.json")
+    ledger.write_pruned_baseline("u", {"accuracy": 0.5}, [Outcome("boolq", "a", correct=True)])
+    half_run, half_file = aside(folder), aside(ledger.folder / "pruned_baselines" / "v.json")
+    half_lease = aside(ledger.folder / "lease.json")
     half_run.mkdir()
     (half_run / "result.json").write_text("{")
     half_file.write_text("{")
-    half_holder.write_text("{")
+    half_lease.write_text("{")
     ledger.remove_partial()
     assert not half_run.exists()
     assert not half_file.exists()
-    assert not half_holder.exists()
+    assert not half_lease.exists()
     assert ledger.is_done(run.run_id)
-    assert ledger.untuned("u") == {"accuracy": 0.5}
+    assert ledger.pruned_baseline("u") == {"accuracy": 0.5}
 
 
 def test_an_accuracy_before_tuning_is_kept_and_unknown_before(ledger: Ledger) -> None:
-    assert ledger.untuned("u") is None
+    assert ledger.pruned_baseline("u") is None
     outcomes = [Outcome("boolq", "a", correct=True), Outcome("boolq", "b", correct=False)]
-    ledger.write_untuned("u", {"accuracy": 0.5}, outcomes)
-    assert ledger.untuned("u") == {"accuracy": 0.5}
-    assert read_outcomes(ledger.folder / "untuned" / "u.parquet") == outcomes
+    ledger.write_pruned_baseline("u", {"accuracy": 0.5}, outcomes)
+    assert ledger.pruned_baseline("u") == {"accuracy": 0.5}
+    assert read_outcomes(ledger.folder / "pruned_baselines" / "u.parquet") == outcomes
 
 
 def test_sweeps_are_read_back_the_oldest_first(ledger: Ledger) -> None:
@@ -272,8 +274,8 @@ def test_an_empty_folder_has_no_sweeps_and_no_records(ledger: Ledger) -> None:
 
 def test_what_a_broken_disk_left_of_an_accuracy_before_tuning_is_measured_again(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path)
-    ledger.write_untuned("one", {"metrics": {"accuracy": 0.5}}, [])
-    (tmp_path / "untuned" / "one.json").write_bytes(b"")
-    assert ledger.untuned("one") is None
-    ledger.write_untuned("one", {"metrics": {"accuracy": 0.25}}, [])
-    assert ledger.untuned("one") == {"metrics": {"accuracy": 0.25}}
+    ledger.write_pruned_baseline("one", {"metrics": {"accuracy": 0.5}}, [])
+    (tmp_path / "pruned_baselines" / "one.json").write_bytes(b"")
+    assert ledger.pruned_baseline("one") is None
+    ledger.write_pruned_baseline("one", {"metrics": {"accuracy": 0.25}}, [])
+    assert ledger.pruned_baseline("one") == {"metrics": {"accuracy": 0.25}}

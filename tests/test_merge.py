@@ -23,7 +23,8 @@ from tune_sparse.data.splits import encode_answers, load_splits
 from tune_sparse.data.tasks import TASKS
 from tune_sparse.export import merge
 from tune_sparse.export.merge import merge_adapter, merge_run
-from tune_sparse.ledger.ledger import Ledger, Record
+from tune_sparse.ledger.ledger import Ledger
+from tune_sparse.ledger.record import Record
 from tune_sparse.lora.adapter_io import merge_adapter_into, save_adapter
 from tune_sparse.lora.layer import adapt_model, merged_weights, sparse_lora_layers
 from tune_sparse.models.checkpoints import check_checkpoint, load_model, prunable_weights, write_weights_into

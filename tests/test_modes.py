@@ -25,7 +25,9 @@ from tune_sparse.config import MODES as MODE_NAMES
 from tune_sparse.config import SweepConfig
 from tune_sparse.data.splits import Encoded
 from tune_sparse.evaluation.outcomes import read_outcomes
-from tune_sparse.ledger.ledger import Ledger, Record, Run
+from tune_sparse.ledger.ledger import Ledger
+from tune_sparse.ledger.record import Record
+from tune_sparse.ledger.run import Run
 from tune_sparse.lora.layer import merged_weights, sparse_lora_layers
 from tune_sparse.models.checkpoints import check_checkpoint, load_model, prunable_weights, write_weights_into
 from tune_sparse.pruning.masks import Masks, mask_sha256, masked
@@ -214,7 +216,7 @@ def test_a_run_leaves_its_record_and_every_file(mode: str, make_run: MakeRun, le
 def test_the_modes_of_one_mask_share_the_accuracy_before_tuning(make_run: MakeRun, ledger: Ledger) -> None:
     bench = Bench()
     records = [finished(make_run(mode=mode), ledger, bench) for mode in ("sparse-to-dense", "sparse-to-sparse")]
-    assert len(list((ledger.folder / "untuned").glob("*.json"))) == 1
+    assert len(list((ledger.folder / "pruned_baselines").glob("*.json"))) == 1
     assert len({record.metrics["accuracy_before_tuning"] for record in records}) == 1
     assert len({record.metrics["mask_sha256"] for record in records}) == 1
     assert records[0].metrics["eval_loss"] != records[1].metrics["eval_loss"]

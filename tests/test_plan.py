@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 
 from search_spaces.matrix import PRESETS
 from tune_sparse.config import BACKENDS, Cerebras, SweepConfig
-from tune_sparse.ledger.ledger import Ledger, Run, SweepRecord
+from tune_sparse.ledger.ledger import Ledger
+from tune_sparse.ledger.record import SweepRecord
+from tune_sparse.ledger.run import Run
 from tune_sparse.models.checkpoints import Checkpoint
 from tune_sparse.models.dims import ModelDims
 from tune_sparse.sweep.forecast import longest_first

@@ -33,7 +33,7 @@ def cells(tmp_path_factory: pytest.TempPathFactory) -> tuple[pd.DataFrame, dict[
     for cell in {cell.trained for cell in cells}:
         run = make_run(cell, protocol=FEW)
         write_run(ledger, run, done_record(run, accuracies.get((cell.method, cell.seed), 0.9), perplexity=7.0))
-    return cells_table([ledger.folder]), protocols([ledger.folder])
+    return cells_table([ledger.folder]), protocols(ledger)
 
 
 def test_the_setting_with_their_method_stands_beside(cells: tuple[pd.DataFrame, dict[str, Any]]) -> None:
@@ -109,4 +109,4 @@ def test_the_table_of_phoenix_says_what_is_missing(cells: tuple[pd.DataFrame, di
 
 def test_protocols_are_those_of_the_sweeps(tmp_path: Path) -> None:
     Ledger(tmp_path).write_sweep(sweep_of([make_cell()]))
-    assert protocols([tmp_path]) == {make_run().run_id: {"steps": 200}}
+    assert protocols(Ledger(tmp_path)) == {make_run().run_id: {"steps": 200}}

@@ -15,8 +15,9 @@ from mlflow import MlflowClient
 from analysis.read.load import cells_table
 from tune_sparse.cli import main
 from tune_sparse.files import read_json, write_json
-from tune_sparse.ledger.ledger import Ledger, Record
-from tune_sparse.ledger.reader import UnitedLedger
+from tune_sparse.ledger.ledger import Ledger
+from tune_sparse.ledger.reader import MergedLedger
+from tune_sparse.ledger.record import Record
 from tune_sparse.tracking.sync import EXPERIMENT, RUN_TAG, SWEEP_TAG, default_uri
 
 BOTH, HERE, THERE, FAILED, MISSING = (make_run(make_cell(seed=seed)) for seed in range(5))
@@ -51,23 +52,37 @@ def in_mlflow(folder: Path) -> dict[str, str]:
 
 @pytest.mark.parametrize("order", [1, -1])
 def test_a_run_is_that_of_the_folder_where_it_came_furthest(sites: list[Path], order: int) -> None:
-    united, first = UnitedLedger(sites[::order]), sites[::order][0]
-    assert united.run_folder(BOTH.run_id).parents[1] == first
-    assert united.run_folder(HERE.run_id).parents[1] == sites[0]
-    assert united.run_folder(THERE.run_id).parents[1] == sites[1]
-    assert united.record(FAILED.run_id).status == "failed"  # type: ignore[union-attr]
-    assert united.record(MISSING.run_id) is None
+    merged, first = MergedLedger(sites[::order]), sites[::order][0]
+    assert merged.run_folder(BOTH.run_id).parents[1] == first
+    assert merged.run_folder(HERE.run_id).parents[1] == sites[0]
+    assert merged.run_folder(THERE.run_id).parents[1] == sites[1]
+    assert merged.record(FAILED.run_id).status == "failed"  # type: ignore[union-attr]
+    assert merged.record(MISSING.run_id) is None
 
 
 def test_a_sweep_of_both_is_one_that_began_when_the_first_did(sites: list[Path]) -> None:
-    [sweep] = UnitedLedger(sites).sweeps()
+    [sweep] = MergedLedger(sites).sweeps()
     assert sweep.started == 900
+
+
+def test_every_run_that_any_folder_has_is_named_once(sites: list[Path]) -> None:
+    merged = MergedLedger(sites)
+    assert merged.run_ids() == sorted(run.run_id for run in (BOTH, HERE, THERE, FAILED))
+    assert merged.is_done(THERE.run_id)
+    assert not merged.is_done(FAILED.run_id)
+    assert merged.run(THERE.run_id) == THERE
+
+
+def test_a_table_of_both_has_each_cell_once_from_where_its_run_came_furthest(sites: list[Path]) -> None:
+    cells = cells_table(sites)
+    assert list(cells["status"]) == ["done", "done", "done", "failed", "missing"]
+    assert list(cells["cell_id"]) == list(cells_table(sites[::-1])["cell_id"])
 
 
 def test_searches_of_all_folders_are_found(sites: list[Path]) -> None:
     for folder in sites:
         (folder / "searches" / folder.name).mkdir(parents=True)
-    assert [folder.name for folder in UnitedLedger(sites).searches()] == ["here", "there"]
+    assert [folder.name for folder in MergedLedger(sites).searches()] == ["here", "there"]
 
 
 def test_track_has_each_run_of_two_folders_once_and_keeps_it(sites: list[Path]) -> None:

@@ -21,10 +21,18 @@ from factories import done_record, finished, make_run, tiny_run, write_run
 from ray_head import PATIENCE_SECONDS, Head, blind_node, ray_head, wait_until
 
 from trainables import remote_ledger
-from trainables.remote_ledger import Desk, LedgerAway, ledger_here, open_desk, own_folder, read_pieces, refuse_unseen
+from trainables.remote_ledger import (
+    LedgerServer,
+    RemoteLedger,
+    connect_ledger,
+    own_folder,
+    read_pieces,
+    refuse_unseen,
+    serve_ledger,
+)
 from tune_sparse.config import CS3
 from tune_sparse.errors import InputError
-from tune_sparse.ledger.lease import Holder
+from tune_sparse.ledger.lease import FolderLease
 from tune_sparse.ledger.ledger import Ledger
 from tune_sparse.sweep.driver import gathered
 
@@ -36,32 +44,32 @@ def sha256(*pieces: bytes) -> str:
 
 
 @pytest.fixture
-def held(tmp_path: Path) -> Iterator[Holder]:
-    """A results folder and who holds it."""
+def lease(tmp_path: Path) -> Iterator[FolderLease]:
+    """A results folder and its lease."""
     folder = tmp_path / "results"
     folder.mkdir()
-    with Holder(folder) as holder:
-        yield holder
+    with FolderLease(folder) as own:
+        yield own
 
 
 @pytest.fixture
-def ledger(held: Holder) -> Ledger:
-    return Ledger(held.path.parent)
+def ledger(lease: FolderLease) -> Ledger:
+    return Ledger(lease.path.parent)
 
 
-class TestDesk:
+class TestLedgerServer:
     @pytest.fixture
-    def desk(self, held: Holder) -> Desk:
-        return Desk(held.path.parent, held.token)
+    def server(self, lease: FolderLease) -> LedgerServer:
+        return LedgerServer(lease.path.parent, lease.token)
 
-    def test_a_run_has_its_name_once_all_of_it_has_arrived(self, desk: Desk, ledger: Ledger) -> None:
-        name = desk.begin("run")
-        desk.take(name, "adapter/weights", b"ab")
-        desk.take(name, "adapter/weights", b"c")
-        desk.take(name, "result.json", b"{}")
+    def test_a_run_has_its_name_once_all_of_it_has_arrived(self, server: LedgerServer, ledger: Ledger) -> None:
+        name = server.begin("run")
+        server.take(name, "adapter/weights", b"ab")
+        server.take(name, "adapter/weights", b"c")
+        server.take(name, "result.json", b"{}")
         assert not ledger.run_folder("run").exists()
         assert ledger.running() == {"run"}
-        desk.finish(name, {"adapter/weights": sha256(b"abc"), "result.json": sha256(b"{}")})
+        server.finish(name, {"adapter/weights": sha256(b"abc"), "result.json": sha256(b"{}")})
         assert (ledger.run_folder("run") / "adapter" / "weights").read_bytes() == b"abc"
         assert ledger.running() == set()
 
@@ -69,35 +77,39 @@ class TestDesk:
         "sent", [{"result.json": sha256(b"{")}, {}, {"result.json": sha256(b"{}"), "lost": sha256(b"")}]
     )
     def test_what_arrives_otherwise_than_it_was_sent_is_dropped(
-        self, desk: Desk, ledger: Ledger, sent: dict[str, str]
+        self, server: LedgerServer, ledger: Ledger, sent: dict[str, str]
     ) -> None:
-        name = desk.begin("run")
-        desk.take(name, "result.json", b"{}")
+        name = server.begin("run")
+        server.take(name, "result.json", b"{}")
         with pytest.raises(ConnectionError, match=r"must arrive as they were sent: (result\.json|lost) did"):
-            desk.finish(name, sent)
+            server.finish(name, sent)
         assert list((ledger.folder / "runs").iterdir()) == []
 
-    def test_a_second_worker_with_the_run_ends_the_first_ones_sending(self, desk: Desk, ledger: Ledger) -> None:
-        first = desk.begin("run")
-        desk.take(first, "result.json", b"first")
-        second = desk.begin("run")
+    def test_a_second_worker_with_the_run_ends_the_first_ones_sending(
+        self, server: LedgerServer, ledger: Ledger
+    ) -> None:
+        first = server.begin("run")
+        server.take(first, "result.json", b"first")
+        second = server.begin("run")
         with pytest.raises(ConnectionError, match="is expected no more: another worker sends this run"):
-            desk.take(first, "result.json", b"more")
-        desk.take(second, "result.json", b"{}")
-        desk.finish(second, {"result.json": sha256(b"{}")})
+            server.take(first, "result.json", b"more")
+        server.take(second, "result.json", b"{}")
+        server.finish(second, {"result.json": sha256(b"{}")})
         assert (ledger.run_folder("run") / "result.json").read_bytes() == b"{}"
         assert len(list((ledger.folder / "runs").iterdir())) == 1
 
-    def test_nothing_is_written_into_a_folder_that_another_sweep_took_over(self, held: Holder, ledger: Ledger) -> None:
-        desk = Desk(ledger.folder, "a token of before")
-        name = desk.begin("run")
+    def test_nothing_is_written_into_a_folder_that_another_sweep_took_over(
+        self, lease: FolderLease, ledger: Ledger
+    ) -> None:
+        server = LedgerServer(ledger.folder, "a token of before")
+        name = server.begin("run")
         with pytest.raises(ConnectionError, match="another process holds the results folder now"):
-            desk.finish(name, {})
+            server.finish(name, {})
         assert list((ledger.folder / "runs").iterdir()) == []
 
-    def test_it_knows_what_is_done(self, desk: Desk, ledger: Ledger) -> None:
+    def test_it_knows_what_is_done(self, server: LedgerServer, ledger: Ledger) -> None:
         write_run(ledger, RUN, done_record(RUN))
-        assert desk.done([RUN.run_id, "other"]) == {RUN.run_id}
+        assert server.done([RUN.run_id, "other"]) == {RUN.run_id}
 
 
 def test_pieces_are_bounded_and_make_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,12 +141,12 @@ def local_ray() -> Iterator[None]:
 
 
 @pytest.fixture
-def away(held: Holder, local_ray: None) -> Iterator[LedgerAway]:
+def remote(lease: FolderLease, local_ray: None) -> Iterator[RemoteLedger]:
     """The ledger as a worker reaches it that does not see the folder."""
-    folder = held.path.parent
-    with open_desk(folder, held.token):
-        found = ledger_here(folder.with_name("elsewhere"), held.token)
-        assert isinstance(found, LedgerAway)
+    folder = lease.path.parent
+    with serve_ledger(folder, lease.token):
+        found = connect_ledger(folder.with_name("elsewhere"), lease.token)
+        assert isinstance(found, RemoteLedger)
         yield found
 
 
@@ -147,21 +159,21 @@ def write(ledger: Ledger, adapter: bytes = b"", error: Exception | None = None) 
             raise error
 
 
-class TestLedgerAway:
-    def test_a_worker_that_sees_the_folder_uses_it(self, held: Holder, ledger: Ledger) -> None:
-        found = ledger_here(ledger.folder, held.token)
+class TestRemoteLedger:
+    def test_a_worker_that_sees_the_folder_uses_it(self, lease: FolderLease, ledger: Ledger) -> None:
+        found = connect_ledger(ledger.folder, lease.token)
         assert type(found) is Ledger
         assert found.folder == ledger.folder
 
     def test_a_run_arrives_as_it_was_written(
-        self, away: LedgerAway, ledger: Ledger, llama: Path, tmp_path: Path
+        self, remote: RemoteLedger, ledger: Ledger, llama: Path, tmp_path: Path
     ) -> None:
         run, here = tiny_run(llama), Ledger(tmp_path / "here")
-        assert finished(run, away).metrics == finished(run, here).metrics
+        assert finished(run, remote).metrics == finished(run, here).metrics
         names = [
             {path.relative_to(place.folder / kind) for path in (place.folder / kind).rglob("*")}
             for place in (ledger, here)
-            for kind in ("runs", "untuned")
+            for kind in ("runs", "pruned_baselines")
         ]
         assert names[:2] == names[2:]
         assert ledger.record(run.run_id).metrics == here.record(run.run_id).metrics  # type: ignore[union-attr]
@@ -169,74 +181,76 @@ class TestLedgerAway:
             assert (ledger.run_folder(run.run_id) / file).read_bytes() == (
                 here.run_folder(run.run_id) / file
             ).read_bytes()
-        assert not away.folder.exists(), "nothing stays on the worker's node"
+        assert not remote.folder.exists(), "nothing stays on the worker's node"
 
-    def test_what_is_known_of_a_pruned_model_is_asked_for(self, away: LedgerAway, ledger: Ledger) -> None:
-        assert away.untuned("id") is None
-        ledger.write_untuned("id", {"metrics": {"accuracy": 0.5}}, [])
-        assert away.untuned("id") == {"metrics": {"accuracy": 0.5}}
+    def test_what_is_known_of_a_pruned_model_is_asked_for(self, remote: RemoteLedger, ledger: Ledger) -> None:
+        assert remote.pruned_baseline("id") is None
+        ledger.write_pruned_baseline("id", {"metrics": {"accuracy": 0.5}}, [])
+        assert remote.pruned_baseline("id") == {"metrics": {"accuracy": 0.5}}
 
-    def test_a_run_that_ends_in_an_error_leaves_nothing(self, away: LedgerAway, ledger: Ledger) -> None:
+    def test_a_run_that_ends_in_an_error_leaves_nothing(self, remote: RemoteLedger, ledger: Ledger) -> None:
         with pytest.raises(RuntimeError, match="boom"):
-            write(away, error=RuntimeError("boom"))
+            write(remote, error=RuntimeError("boom"))
         assert list((ledger.folder / "runs").iterdir()) == []
-        assert not away.folder.exists()
+        assert not remote.folder.exists()
 
-    def test_a_run_is_shown_as_running_from_its_start(self, away: LedgerAway, ledger: Ledger) -> None:
-        with away.writing("run"):
+    def test_a_run_is_shown_as_running_from_its_start(self, remote: RemoteLedger, ledger: Ledger) -> None:
+        with remote.writing("run"):
             assert ledger.running() == {"run"}
 
-    def test_a_full_disk_at_the_driver_is_said(self, held: Holder, local_ray: None, small_disk: Path) -> None:
-        with Holder(small_disk) as holder, open_desk(small_disk, holder.token):
-            away = LedgerAway(remote_ledger.ray.get_actor(remote_ledger._actor_name(holder.token)))
+    def test_a_full_disk_at_the_driver_is_said(self, lease: FolderLease, local_ray: None, small_disk: Path) -> None:
+        with FolderLease(small_disk) as own, serve_ledger(small_disk, own.token):
+            remote = RemoteLedger(remote_ledger.ray.get_actor(remote_ledger._actor_name(own.token)))
             with pytest.raises(OSError, match="No space left on device"):
-                write(away, adapter=bytes(70 << 20))
+                write(remote, adapter=bytes(70 << 20))
             assert list((small_disk / "runs").iterdir()) == []
 
     def test_a_checkpoint_outlives_its_worker_and_goes_once_the_run_is_done(
-        self, away: LedgerAway, held: Holder, ledger: Ledger
+        self, remote: RemoteLedger, lease: FolderLease, ledger: Ledger
     ) -> None:
         for run_id in (RUN.run_id, "other"):
-            away.checkpoint(run_id).parent.mkdir(parents=True, exist_ok=True)
-            away.checkpoint(run_id).write_bytes(b"steps")
+            remote.checkpoint(run_id).parent.mkdir(parents=True, exist_ok=True)
+            remote.checkpoint(run_id).write_bytes(b"steps")
         write_run(ledger, RUN, done_record(RUN))
-        again = ledger_here(ledger.folder.with_name("elsewhere"), held.token)
+        again = connect_ledger(ledger.folder.with_name("elsewhere"), lease.token)
         assert not again.checkpoint(RUN.run_id).exists()
         assert again.checkpoint("other").read_bytes() == b"steps"
 
-    def test_a_driver_that_is_gone_is_an_infrastructure_error(self, away: LedgerAway) -> None:
-        remote_ledger.ray.kill(away._desk)  # it may answer for a moment
+    def test_a_driver_that_is_gone_is_an_infrastructure_error(self, remote: RemoteLedger) -> None:
+        remote_ledger.ray.kill(remote._server)  # it may answer for a moment
         with pytest.raises(ConnectionError, match=r"must reach the driver of its sweep, .+ lost it"):
-            wait_until(lambda: away.untuned("id") is not None)
+            wait_until(lambda: remote.pruned_baseline("id") is not None)
 
-    def test_without_a_desk_and_without_the_folder_it_says_so(self, held: Holder, local_ray: None) -> None:
+    def test_without_a_ledger_server_and_without_the_folder_it_says_so(
+        self, lease: FolderLease, local_ray: None
+    ) -> None:
         with pytest.raises(ConnectionError, match=r"does not see .+elsewhere and finds none"):
-            ledger_here(held.path.parent.with_name("elsewhere"), held.token)
+            connect_ledger(lease.path.parent.with_name("elsewhere"), lease.token)
 
-    def test_a_desk_that_does_not_see_the_folder_refuses(self, local_ray: None, tmp_path: Path) -> None:
-        with pytest.raises(InputError, match=f"does not see {tmp_path}"), open_desk(tmp_path, "token"):
+    def test_a_ledger_server_that_does_not_see_the_folder_refuses(self, local_ray: None, tmp_path: Path) -> None:
+        with pytest.raises(InputError, match=f"does not see {tmp_path}"), serve_ledger(tmp_path, "token"):
             raise AssertionError("it was opened")
 
 
 class TestRefusal:
     """Before anything is trained, of what needs a folder that nodes see."""
 
-    def test_nodes_that_matter_must_see_the_folder(self, held: Holder, local_ray: None, tmp_path: Path) -> None:
-        refuse_unseen(held.path.parent, held.token, "a search needs", lambda resources: True)
-        refuse_unseen(tmp_path / "elsewhere", held.token, "a search needs", lambda resources: "GPU" in resources)
+    def test_nodes_that_matter_must_see_the_folder(self, lease: FolderLease, local_ray: None, tmp_path: Path) -> None:
+        refuse_unseen(lease.path.parent, lease.token, "a search needs", lambda resources: True)
+        refuse_unseen(tmp_path / "elsewhere", lease.token, "a search needs", lambda resources: "GPU" in resources)
         with pytest.raises(InputError, match=r"a search needs a results folder that all its nodes see, .+ is not"):
-            refuse_unseen(tmp_path / "elsewhere", held.token, "a search needs", lambda resources: CS3 in resources)
+            refuse_unseen(tmp_path / "elsewhere", lease.token, "a search needs", lambda resources: CS3 in resources)
 
     def test_the_backend_cerebras_needs_it_on_the_nodes_of_the_cs3(
-        self, held: Holder, local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self, lease: FolderLease, local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setenv("RAY_ADDRESS", "this one")
         on_cerebras = make_run(cerebras={"target": "cpu", "release": "2.10.0"})
-        with gathered(Ledger(held.path.parent), held.token, [RUN, on_cerebras]):
+        with gathered(Ledger(lease.path.parent), lease.token, [RUN, on_cerebras]):
             pass
         with (
             pytest.raises(InputError, match="the backend cerebras needs a results folder that all its nodes see"),
-            gathered(Ledger(tmp_path), held.token, [RUN, on_cerebras]),
+            gathered(Ledger(tmp_path), lease.token, [RUN, on_cerebras]),
         ):
             raise AssertionError("it began")
 
@@ -263,12 +277,12 @@ class Site:
 
     def training(self) -> list[Path]:
         """Losses of runs that are trained on the second node."""
-        curves = self.cache.glob("away/*/workers/*/runs/.*/metrics.jsonl")
+        curves = self.cache.glob("remote/*/workers/*/runs/.*/metrics.jsonl")
         return [path for path in curves if path.stat().st_size]
 
     def sending(self) -> list[Path]:
         """Finished runs that lie on the second node."""
-        return list(self.cache.glob("away/*/workers/*/runs/[!.]*"))
+        return list(self.cache.glob("remote/*/workers/*/runs/[!.]*"))
 
 
 FEW = ["--tasks", "boolq", "--methods", "random"]
@@ -285,7 +299,7 @@ def site(request: pytest.FixtureRequest, llama: Path, tmp_path: Path) -> Iterato
 
 def tree(results: Path) -> set[str]:
     """Every file of runs and of pruned models."""
-    kinds = (results / "runs", results / "untuned")
+    kinds = (results / "runs", results / "pruned_baselines")
     return {path.relative_to(results).as_posix() for kind in kinds for path in kind.rglob("*")}
 
 
@@ -315,8 +329,8 @@ class TestCluster:
         assert len(records(shared)) == 3
         assert records(site.results) == records(shared)
         assert tree(site.results) == tree(shared)
-        assert list(site.cache.glob("away/*/workers")), "some runs were trained where the folder is not seen"
-        assert list(site.cache.glob("away/*/workers/*")) == []
+        assert list(site.cache.glob("remote/*/workers")), "some runs were trained where the folder is not seen"
+        assert list(site.cache.glob("remote/*/workers/*")) == []
 
     @pytest.mark.parametrize("who", ["worker", "driver"])
     def test_what_is_killed_while_a_run_is_sent_leaves_nothing_and_the_run_runs_again(
@@ -325,15 +339,15 @@ class TestCluster:
         few = ["--sparsities", "0.5", "--set", "steps=300"]
         process = site.start(*few)
         wait_until(lambda: len(site.training()) == 2)  # they ask no more until they send
-        [desk] = processes("Desk")
-        desk.suspend()
+        [server] = processes("LedgerServer")
+        server.suspend()
         wait_until(lambda: len(site.sending()) == 2)
         assert records(site.results) == {}
         assert len(list((site.results / "runs").glob(".*.partial"))) == 2
         if who == "worker":
             for worker in processes("Trainable"):
                 worker.kill()
-            desk.resume()
+            server.resume()
         else:
             process.kill()
         out, err = process.communicate(timeout=PATIENCE_SECONDS)
@@ -343,7 +357,7 @@ class TestCluster:
         else:
             assert records(site.results) == {}
             with suppress(psutil.NoSuchProcess):  # Ray ends it with the driver
-                desk.resume()
+                server.resume()
             status, printed = site.run(*few)
             assert status == 0, printed
         assert [status for _, status, _ in records(site.results).values()] == ["done"] * 2

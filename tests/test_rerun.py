@@ -19,7 +19,8 @@ from trainables.rerun import compared, same_bits
 from tune_sparse.cli import main
 from tune_sparse.cli.command import BAD_INPUT, FAULT, OK
 from tune_sparse.evaluation.outcomes import Outcome
-from tune_sparse.ledger.ledger import Ledger, Run
+from tune_sparse.ledger.ledger import Ledger
+from tune_sparse.ledger.run import Run
 
 OUTCOMES = [Outcome("boolq", str(i), "0", "0", True) for i in range(4)]
 

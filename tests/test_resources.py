@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from tune_sparse.config import Cerebras, SweepConfig
 from tune_sparse.errors import InputError
-from tune_sparse.ledger.ledger import Record, Run
+from tune_sparse.ledger.record import Record
+from tune_sparse.ledger.run import Run
 from tune_sparse.sweep.resources import (
     MOST_TOGETHER,
     Placement,

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis.read.evidence import Answers
+from analysis.read.results import Predictions
 from analysis.stats.comparisons import ALL_BASES, Points, compare_values
 from analysis.stats.statistics import Estimate, clustered_mean, naive_paired_t, paired_difference, repeated_measures
 
@@ -155,7 +155,7 @@ def test_repeated_measures_are_optimistic_where_bases_share_examples() -> None:
 
 def points_of(sweep: list[tuple[int, Bits]]) -> Points:
     """A simulated sweep as the report sees one."""
-    rows, answers = [], {}
+    rows, predictions = [], {}
     for i, (task, both) in enumerate(sweep):
         ids = np.array([f"{task} {k}" for k in range(EXAMPLES)], object)
         for mode, of_mode in zip(("sparse-to-dense", "sparse-to-sparse"), both, strict=True):
@@ -163,8 +163,10 @@ def points_of(sweep: list[tuple[int, Bits]]) -> Points:
                 run = f"{i} {mode} {cell}"
                 base = {"backend": "torch", "model": f"m{i % 2}", "task": f"t{task}", "method": "random", "seed": 0}
                 rows.append(base | {"mode": mode, "sparsity": (cell + 1) / 30, "status": "done", "run_id": run})
-                answers[run] = Answers(np.array([f"t{task}"] * EXAMPLES, object), ids, scores.astype(float), run, None)
-    return Points(pd.DataFrame(rows), answers)
+                predictions[run] = Predictions(
+                    np.array([f"t{task}"] * EXAMPLES, object), ids, scores.astype(float), run, None
+                )
+    return Points(pd.DataFrame(rows), predictions)
 
 
 @pytest.mark.parametrize("sweeps", [15, pytest.param(300, marks=pytest.mark.slow)])

@@ -19,7 +19,8 @@ from trainables.rebuild import pruned_by
 from tune_sparse.errors import InputError, RunError
 from tune_sparse.evaluation.scoring import score
 from tune_sparse.files import read_json
-from tune_sparse.ledger.ledger import Ledger, Run
+from tune_sparse.ledger.ledger import Ledger
+from tune_sparse.ledger.run import Run
 from tune_sparse.lora.adapter_io import load_adapter, merge_adapter_into, read_marker
 from tune_sparse.lora.layer import adapt_model, sparse_lora_layers
 from tune_sparse.lora.rank_space import Ranks, Space, SuperAdapter

@@ -222,7 +222,7 @@ def test_a_signal_stops_cleanly_and_the_rest_runs_next_time(
     assert "interrupted" in err
     assert "Traceback" not in err
     assert not list(driver.results.glob("*/.*.partial"))
-    assert not (driver.results / "holder.json").exists()
+    assert not (driver.results / "lease.json").exists()
     statuses = cells_table([driver.results]).drop_duplicates("run_id")["status"]
     assert sorted(statuses) == ["interrupted"] * 2 + ["missing"] * 12
     assert len(Driver([*driver.arguments, "--dry-run", "--json"], driver.results).dry_run()["missing"]) == 14

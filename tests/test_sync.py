@@ -18,7 +18,8 @@ from mlflow.entities import ViewType
 from tune_sparse.config import MODES, SweepConfig
 from tune_sparse.errors import InputError
 from tune_sparse.files import write_json
-from tune_sparse.ledger.ledger import Ledger, Run
+from tune_sparse.ledger.ledger import Ledger
+from tune_sparse.ledger.run import Run
 from tune_sparse.tracking.entries import CANDIDATE_TAG, RECORD_TAG, RUN_TAG, SEARCH_TAG, SWEEP_TAG, record_hash
 from tune_sparse.tracking.sync import (
     EXPERIMENT,
@@ -248,24 +249,61 @@ def assert_each_once(ledger: Ledger, store: Store) -> None:
     assert {run.info.status for run in runs} <= {"FINISHED", "FAILED"}
 
 
-def test_two_writers_at_once_leave_each_run_once(fresh: tuple[Ledger, Store]) -> None:
+def of_another_site(folder: Path) -> Ledger:
+    """Two runs that nobody else has."""
+    other, runs = Ledger(folder), [make_run(make_cell(seed=seed)) for seed in (77, 78)]
+    other.write_sweep(sweep_of([run.cell for run in runs], started=7_000.0))
+    for run in runs:
+        write_run(other, run, done_record(run))
+    return other
+
+
+def split_by_folder(store: Store) -> tuple[list[str], list[str]]:
+    """The sweeps and runs of the store, each as often as it is there: those of `by_hand`, and the others."""
+    runs = store.runs()
+    assert {run.info.status for run in runs} <= {"FINISHED", "FAILED"}
+    names = sorted(run.data.tags.get(RUN_TAG) or run.data.tags[SWEEP_TAG] for run in runs)
+    mine = {*TRACKED, "sweep1000"}
+    return [name for name in names if name in mine], [name for name in names if name not in mine]
+
+
+def everything(ledger: Ledger) -> list[str]:
+    recorded = [run_id for run_id in ledger.run_ids() if ledger.record(run_id)]
+    return sorted([*recorded, *(sweep.sweep_id for sweep in ledger.sweeps())])
+
+
+def test_two_folders_at_once_leave_each_run_once(fresh: tuple[Ledger, Store], tmp_path: Path) -> None:
     ledger, store = fresh
-    writers = [Thread(target=track_ledger, args=(ledger, store.uri)) for _ in range(2)]
+    ledgers = [ledger, of_another_site(tmp_path / "other")]
+    writers = [Thread(target=track_ledger, args=(one, store.uri)) for one in ledgers]
     for writer in writers:
         writer.start()
     for writer in writers:
         writer.join()
-    assert_each_once(ledger, store)
+    assert split_by_folder(store) == tuple(everything(one) for one in ledgers)
 
 
 @pytest.mark.parametrize("before", ["create_experiment", "create_run", "log_batch", "set_terminated", "delete_run"])
-def test_another_writer_in_the_middle_leaves_each_run_once(fresh: tuple[Ledger, Store], before: str) -> None:
+def test_another_folder_in_the_middle_leaves_each_run_once(
+    fresh: tuple[Ledger, Store], tmp_path: Path, before: str
+) -> None:
     ledger, store = fresh
+    other = of_another_site(tmp_path / "other")
     if before == "delete_run":
         track_ledger(ledger, store.uri)
         store.client.update_run(store.of(DONE).info.run_id, "RUNNING")
-    client = Meddling(store.uri, before, lambda *_: track_ledger(ledger, store.uri))
+    client = Meddling(store.uri, before, lambda *_: track_ledger(other, store.uri))
     assert Tracker(ledger, store.uri, client).fill(Tracker.fill_ledger) == 3
+    assert split_by_folder(store) == (everything(ledger), everything(other))
+
+
+def test_a_second_writer_of_the_same_folder_is_put_right_by_the_next_fill(fresh: tuple[Ledger, Store]) -> None:
+    """`track` while a sweep goes on: what both logged goes, and the children of the second parent move."""
+    ledger, store = fresh
+    client = Meddling(store.uri, "create_run", lambda *_: track_ledger(ledger, store.uri))
+    Tracker(ledger, store.uri, client).fill_ledger()
+    assert len(store.parents()) == 2
+    track_ledger(ledger, store.uri)
     assert_each_once(ledger, store)
 
 
@@ -314,9 +352,9 @@ def test_orphans_of_other_ledgers_are_left_alone(fresh: tuple[Ledger, Store]) ->
     experiment = store.client.get_experiment_by_name(EXPERIMENT).experiment_id
     tags = {RUN_TAG: "theirs", "mlflow.parentRunId": "0" * 32}
     theirs = store.client.create_run(experiment, tags=tags).info.run_id
-    tracker = Tracker(ledger, store.uri)
-    tracker.fill_ledger()
-    assert tracker.settle()
+    before = {run.info.run_id for run in store.runs()}
+    Tracker(ledger, store.uri).fill(Tracker.fill_ledger)
+    assert {run.info.run_id for run in store.runs()} == before, "nothing was amiss"
     assert store.client.get_run(theirs).info.lifecycle_stage == "active"
 
 
@@ -336,6 +374,16 @@ def test_candidates_go_with_their_search(fresh: tuple[Ledger, Store]) -> None:
         assert parent.data.metrics["best"] == best
         assert {run.data.tags["mlflow.parentRunId"] for run in candidates} == {parent.info.run_id}
         assert len(candidates) == 3
+
+
+def test_candidates_of_a_search_that_a_person_removed_go(fresh: tuple[Ledger, Store]) -> None:
+    ledger, store = fresh
+    track_ledger(ledger, store.uri)
+    experiment = store.client.get_experiment_by_name(EXPERIMENT).experiment_id
+    tags = {CANDIDATE_TAG: "0", "mlflow.parentRunId": "0" * 32}
+    store.client.create_run(experiment, tags=tags)
+    track_ledger(ledger, store.uri)
+    assert_each_once(ledger, store)
 
 
 def test_runs_are_read_page_by_page_each_once(fresh: tuple[Ledger, Store], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 from trainables import training
 from trainables.pipeline import Bench, run_cell
 from trainables.training import Training
-from tune_sparse.ledger.ledger import Ledger, Run
+from tune_sparse.ledger.ledger import Ledger
+from tune_sparse.ledger.run import Run
 from tune_sparse.training.loop import Step
 
 KILLED = """
@@ -25,7 +26,8 @@ import json, sys, time
 from pathlib import Path
 from trainables import training
 from trainables.pipeline import Bench, run_cell
-from tune_sparse.ledger.ledger import Ledger, Run
+from tune_sparse.ledger.ledger import Ledger
+from tune_sparse.ledger.run import Run
 
 training.CHECKPOINT_SECONDS = 0.0
 run, results = Run.from_config(json.loads(sys.argv[1])), Path(sys.argv[2])

@@ -11,8 +11,8 @@ from typing import Any
 
 from ray import tune
 
-from tune_sparse.ledger.ledger import Run
-from tune_sparse.watchdog import progress, watched
+from tune_sparse.ledger.run import Run
+from tune_sparse.watchdog import heartbeat, watchdog
 
 REPORT_SECONDS = 5.0
 """A training reports at least so often, which is also how fast it can be stopped; scoring is not interrupted."""
@@ -41,24 +41,24 @@ class CellTrainable(tune.Trainable):
         from trainables.cs3 import on_cs3
         from trainables.hardware import keep_within
         from trainables.pipeline import run_cell
-        from trainables.remote_ledger import ledger_here
+        from trainables.remote_ledger import connect_ledger
 
         trial = config["trial"]
         keep_within(trial["resources"].get("GPU", 0))
         run = Run.from_config(trial["run"])
         stage = on_cs3(trial["cerebras"]) if run.cerebras else None
-        ledger = ledger_here(Path(trial["results_dir"]), trial["token"])
+        ledger = connect_ledger(Path(trial["results_dir"]), trial["token"])
         self._steps = run_cell(run, ledger, self._bench, stage, trial["resources"])
-        self._watched = partial(watched, ledger.hang(run.run_id), trial["hang_seconds"])
+        self._watchdog = partial(watchdog, ledger.hang_report(run.run_id), trial["hang_seconds"])
         self._result: dict[str, Any] = {"run_id": run.run_id, "steps": run.protocol.steps, "step": 0}
 
     def step(self) -> dict[str, Any]:
         until = time.monotonic() + REPORT_SECONDS
         try:
-            with self._watched():
+            with self._watchdog():
                 while time.monotonic() < until:
                     step = next(self._steps)
-                    progress()
+                    heartbeat()
                     if step is not None:
                         self._result |= {"step": step.step, "train_loss": step.loss}
         except StopIteration as stop:

@@ -28,7 +28,8 @@ from tune_sparse.config import Cerebras
 from tune_sparse.errors import RunError
 from tune_sparse.files import read_json, write_json
 from tune_sparse.identity import hash_json
-from tune_sparse.ledger.ledger import Ledger, Run
+from tune_sparse.ledger.contracts import RunStore
+from tune_sparse.ledger.run import Run
 from tune_sparse.lora.layer import sparse_lora_layers
 from tune_sparse.models.checkpoints import find_folder
 from tune_sparse.models.dims import ModelDims
@@ -97,7 +98,7 @@ class CerebrasTraining:
     launch: Launch = begin
 
     def __call__(
-        self, run: Run, trainee: Trainee, pruned: Pruned, rows: Rows, ledger: Ledger, log: Log
+        self, run: Run, trainee: Trainee, pruned: Pruned, rows: Rows, ledger: RunStore, log: Log
     ) -> Generator[Step | None, None, Training]:
         """Yields None while it waits. Raises `RunError` for what would come again, `ApplianceError` for the rest."""
         assert isinstance(trainee, LoraTrainee), "the configuration refuses the other modes"
@@ -149,12 +150,12 @@ class CerebrasTraining:
         return check
 
 
-def job_folder(ledger: Ledger, run_id: str) -> Path:
+def job_folder(ledger: RunStore, run_id: str) -> Path:
     """Where a training is ordered and followed; its log stays there."""
     return ledger.folder / "cerebras" / run_id
 
 
-def results_label(ledger: Ledger) -> str:
+def results_label(ledger: RunStore) -> str:
     """Names the results folder in the labels of its jobs."""
     return hash_json(str(ledger.folder.resolve()))
 

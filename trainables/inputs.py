@@ -12,7 +12,7 @@ from tune_sparse.data.splits import Splits, calibration_text, fingerprint_splits
 from tune_sparse.data.tasks import tasks_named
 from tune_sparse.errors import InputError, NotReadyError
 from tune_sparse.identity import hash_json
-from tune_sparse.ledger.ledger import Run
+from tune_sparse.ledger.run import Run
 from tune_sparse.models.checkpoints import Checkpoint, check_checkpoint
 
 

@@ -35,13 +35,15 @@ from tune_sparse.evaluation.outcomes import write_outcomes
 from tune_sparse.evaluation.scoring import EvalSet, Scored, encode_test, score
 from tune_sparse.evaluation.validation import validation_report, weights_sha256
 from tune_sparse.files import write_json, write_text
-from tune_sparse.ledger.ledger import Ledger, Record, Run, write_config
+from tune_sparse.ledger.contracts import RunStore
+from tune_sparse.ledger.record import Record
+from tune_sparse.ledger.run import Run, write_config
 from tune_sparse.lora.layer import lost_fraction
 from tune_sparse.models.checkpoints import load_model, load_tokenizer, prunable_weights, write_weights_into
 from tune_sparse.models.dims import ModelDims
 from tune_sparse.pruning.masks import count_sparsity
 from tune_sparse.training.loop import Step, accelerator_for, mean_loss
-from tune_sparse.watchdog import progress
+from tune_sparse.watchdog import heartbeat
 
 MODES = {
     "dense": dense,
@@ -135,19 +137,19 @@ def _load(run: Run, key: tuple[str, str]) -> Loaded:
     return Loaded(key, model, load_tokenizer(checkpoint.path), checkpoint.dims, dense_weights)
 
 
-Stage = Callable[[Run, Trainee, Pruned, Rows, Ledger, "Log"], Generator[Step | None, None, Training]]
+Stage = Callable[[Run, Trainee, Pruned, Rows, RunStore, "Log"], Generator[Step | None, None, Training]]
 """Trains a trainee in place, wherever that is computed."""
 
 
 def train_here(
-    run: Run, trainee: Trainee, pruned: Pruned, rows: Rows, ledger: Ledger, log: Log
+    run: Run, trainee: Trainee, pruned: Pruned, rows: Rows, ledger: RunStore, log: Log
 ) -> Generator[Step | None, None, Training]:
     """The training stage of the backend torch."""
     return (yield from train(run, trainee, rows.train, rows.selection, ledger.checkpoint(run.run_id), log))
 
 
 def run_cell(
-    run: Run, ledger: Ledger, bench: Bench, stage: Stage | None = None, held: Mapping[str, float] | None = None
+    run: Run, ledger: RunStore, bench: Bench, stage: Stage | None = None, held: Mapping[str, float] | None = None
 ) -> Generator[Step | None, None, Record]:
     """Train and score one cell into the ledger, yielding each optimizer step, and None while one is waited for.
 
@@ -210,7 +212,7 @@ class Log:
         self._metrics = (folder / "metrics.jsonl").open("w", buffering=1)
 
     def __call__(self, text: str) -> None:
-        progress()
+        heartbeat()
         self._log.write(f"{self.seconds():9.3f} {text}\n")
 
     def metrics(self, **values: float | int) -> None:
@@ -225,7 +227,7 @@ class Log:
 
 
 def _stages(
-    run: Run, ledger: Ledger, bench: Bench, folder: Path, log: Log, stage: Stage
+    run: Run, ledger: RunStore, bench: Bench, folder: Path, log: Log, stage: Stage
 ) -> Generator[Step | None, None, tuple[dict[str, Any], dict[str, Any]]]:
     """Prune, train, merge, score and validate; returns (deterministic metrics, measured values)."""
     cell, protocol = run.cell, run.protocol
@@ -242,9 +244,9 @@ def _stages(
     pruned = bench.pruner.prune(run, loaded, rows.train)
     write_weights_into(model, pruned.weights)
     write_json(folder / "sparse_config.json", pruned.sparse_config(run))
-    untuned = _untuned(run, ledger, lambda: score(model, tokenizer, rows.tests, protocol))
-    judged_by = primary_metric(untuned)
-    log(f"pruned to {count_sparsity(pruned.masks):.4f}, {judged_by} before tuning {untuned[judged_by]:.4f}")
+    pruned_baseline = _pruned_baseline(run, ledger, lambda: score(model, tokenizer, rows.tests, protocol))
+    judged_by = primary_metric(pruned_baseline)
+    log(f"pruned to {count_sparsity(pruned.masks):.4f}, {judged_by} before tuning {pruned_baseline[judged_by]:.4f}")
 
     masks = confining_masks(run, pruned) if run.cerebras else pruned.masks
     adapted = {"modules": run.super_adapter.space.modules} if run.super_adapter else {}
@@ -287,7 +289,7 @@ def _stages(
     metrics = (
         scored.metrics
         | {
-            f"{judged_by}_before_tuning": untuned[judged_by],
+            f"{judged_by}_before_tuning": pruned_baseline[judged_by],
             f"{judged_by}_before_merge": before_mask.metrics[judged_by] if before_mask else None,
             "by_task": scored.by_task if len(scored.by_task) > 1 else None,
             "actual_sparsity": report["actual_sparsity"],
@@ -315,14 +317,14 @@ def _stages(
     return metrics, measured
 
 
-def _untuned(run: Run, ledger: Ledger, compute: Callable[[], Scored]) -> Metrics:
+def _pruned_baseline(run: Run, ledger: RunStore, compute: Callable[[], Scored]) -> Metrics:
     """Metrics of the pruned model before tuning, computed by whichever mode comes first."""
-    known = ledger.untuned(run.untuned_id)
+    known = ledger.pruned_baseline(run.pruned_baseline_id)
     if known is None:
         scored = compute()
         own = {"metrics": scored.metrics, "run_id": run.run_id, "environment": environment()}
-        ledger.write_untuned(run.untuned_id, own, scored.outcomes)
-        known = ledger.untuned(run.untuned_id)  # another worker may have been faster
+        ledger.write_pruned_baseline(run.pruned_baseline_id, own, scored.outcomes)
+        known = ledger.pruned_baseline(run.pruned_baseline_id)  # another worker may have been faster
         assert known is not None
     return known["metrics"]
 

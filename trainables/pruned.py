@@ -12,7 +12,7 @@ from trainables.inputs import load_planned_calibration_text
 from tune_sparse.data.splits import Encoded
 from tune_sparse.errors import RunError
 from tune_sparse.evaluation.validation import mask_violations
-from tune_sparse.ledger.ledger import Run
+from tune_sparse.ledger.run import Run
 from tune_sparse.pruning.calibration import CalibrationStats, ModelBlocks, checked_rows, text_rows
 from tune_sparse.pruning.masks import Masks, count_sparsity, mask_sha256, masked
 from tune_sparse.pruning.methods import method_named

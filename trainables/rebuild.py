@@ -6,13 +6,14 @@ from safetensors.torch import load_file
 
 from trainables.pipeline import Bench, Loaded
 from tune_sparse.errors import InputError
-from tune_sparse.ledger.ledger import Ledger, Run
+from tune_sparse.ledger.contracts import LedgerReader
+from tune_sparse.ledger.run import Run
 from tune_sparse.lora.adapter_io import merge_adapter_into
 from tune_sparse.models.checkpoints import write_weights_into
 from tune_sparse.pruning.masks import Masks
 
 
-def deployed_by(run: Run, ledger: Ledger, bench: Bench) -> tuple[Loaded, Masks]:
+def deployed_by(run: Run, ledger: LedgerReader, bench: Bench) -> tuple[Loaded, Masks]:
     """The model that a finished run deployed, lent by `bench` until it lends again, and its masks.
 
     Raises `InputError` for a base model that changed, or masks that do not come out as they were trained.
@@ -26,7 +27,7 @@ def deployed_by(run: Run, ledger: Ledger, bench: Bench) -> tuple[Loaded, Masks]:
     return loaded, masks
 
 
-def pruned_by(run: Run, ledger: Ledger, bench: Bench) -> tuple[Loaded, Masks]:
+def pruned_by(run: Run, ledger: LedgerReader, bench: Bench) -> tuple[Loaded, Masks]:
     """The pruned model that a finished run trained on, and its masks. Raises as `deployed_by`."""
     record = ledger.record(run.run_id)
     assert record is not None

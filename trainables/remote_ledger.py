@@ -19,16 +19,17 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from tune_sparse.errors import InputError
 from tune_sparse.evaluation.outcomes import Outcome
 from tune_sparse.files import aside, cache_dir, replace_folder
-from tune_sparse.ledger.lease import is_held_with
+from tune_sparse.ledger.contracts import RunStore
+from tune_sparse.ledger.lease import is_locked_with
 from tune_sparse.ledger.ledger import Ledger
-from tune_sparse.watchdog import progress
+from tune_sparse.watchdog import heartbeat
 
 PIECE_BYTES = 16 * 2**20
-"""Of a file, sent at once: neither end holds more of it in memory."""
+"""A file is sent in pieces of this size: neither end holds more of it in memory."""
 
 
 @dataclass(frozen=True)
-class Arrival:
+class Upload:
     """A run that is being sent, in a hidden folder."""
 
     run_id: str
@@ -37,136 +38,144 @@ class Arrival:
     """{file: SHA-256 so far}"""
 
 
-class Desk:
+class LedgerServer:
     """Takes in runs on the driver's node, and answers what workers ask of the ledger. It dies with the driver."""
 
     def __init__(self, results_dir: Path, token: str) -> None:
         self._ledger, self._token = Ledger(results_dir), token
-        self._arrivals: dict[str, Arrival] = {}
+        self._uploads: dict[str, Upload] = {}
 
     def sees_the_folder(self) -> bool:
-        return is_held_with(self._ledger.folder, self._token)
+        return is_locked_with(self._ledger.folder, self._token)
 
     def begin(self, run_id: str) -> str:
-        """Expect a run; returns the name of its arrival. What an earlier worker sent of it goes."""
-        for name in [name for name, arrival in self._arrivals.items() if arrival.run_id == run_id]:
+        """Expect a run; returns the name of its upload. What an earlier worker sent of it goes."""
+        for name in [name for name, upload in self._uploads.items() if upload.run_id == run_id]:
             self.give_up(name)
         folder = aside(self._ledger.run_folder(run_id))
         folder.mkdir(parents=True)
-        self._arrivals[folder.name] = Arrival(run_id, folder)
+        self._uploads[folder.name] = Upload(run_id, folder)
         return folder.name
 
     def take(self, name: str, file: str, piece: bytes) -> None:
         """Append a piece to a file."""
-        arrival = self._expected(name)
-        path = arrival.folder / file
+        upload = self._expected(name)
+        path = upload.folder / file
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("ab") as stream:
             stream.write(piece)
-        arrival.digests.setdefault(file, hashlib.sha256()).update(piece)
+        upload.digests.setdefault(file, hashlib.sha256()).update(piece)
 
     def finish(self, name: str, sent: Mapping[str, str]) -> None:
-        """Give an arrival the run's name, if it is all there: {file: SHA-256} as it was sent."""
-        arrival = self._expected(name)
-        found = {file: digest.hexdigest() for file, digest in arrival.digests.items()}
+        """Give an upload the run's name, if it is all there: {file: SHA-256} as it was sent."""
+        upload = self._expected(name)
+        found = {file: digest.hexdigest() for file, digest in upload.digests.items()}
         differing = sorted(file for file in found.keys() | sent.keys() if found.get(file) != sent.get(file))
         if differing or not self.sees_the_folder():
             self.give_up(name)
             why = f"{', '.join(differing)} did not" if differing else "another process holds the results folder now"
-            raise ConnectionError(f"the files of {arrival.run_id} must arrive as they were sent: {why}")
-        with self._ledger.writing(arrival.run_id) as folder:
-            replace_folder(arrival.folder, folder)
-        del self._arrivals[name]
+            raise ConnectionError(f"the files of {upload.run_id} must arrive as they were sent: {why}")
+        with self._ledger.writing(upload.run_id) as folder:
+            replace_folder(upload.folder, folder)
+        del self._uploads[name]
 
     def give_up(self, name: str) -> None:
         """Forget what was sent of a run."""
-        if name in self._arrivals:
-            shutil.rmtree(self._arrivals.pop(name).folder, ignore_errors=True)
+        if name in self._uploads:
+            shutil.rmtree(self._uploads.pop(name).folder, ignore_errors=True)
 
     def done(self, run_ids: Iterable[str]) -> set[str]:
         """Those of `run_ids` that are done."""
         return {run_id for run_id in run_ids if self._ledger.is_done(run_id)}
 
-    def untuned(self, untuned_id: str) -> dict[str, Any] | None:
-        return self._ledger.untuned(untuned_id)
+    def pruned_baseline(self, baseline_id: str) -> dict[str, Any] | None:
+        return self._ledger.pruned_baseline(baseline_id)
 
-    def write_untuned(self, untuned_id: str, value: dict[str, Any], outcomes: list[Outcome]) -> None:
-        self._ledger.write_untuned(untuned_id, value, outcomes)
+    def write_pruned_baseline(self, baseline_id: str, value: dict[str, Any], outcomes: list[Outcome]) -> None:
+        self._ledger.write_pruned_baseline(baseline_id, value, outcomes)
 
-    def _expected(self, name: str) -> Arrival:
-        if name not in self._arrivals:
+    def _expected(self, name: str) -> Upload:
+        if name not in self._uploads:
             raise ConnectionError(f"{name} is expected no more: another worker sends this run")
-        return self._arrivals[name]
+        return self._uploads[name]
 
 
 @contextmanager
-def open_desk(results_dir: Path, token: str) -> Iterator[None]:
-    """A desk for the results folder that is held with `token`, on this node of the cluster.
+def serve_ledger(results_dir: Path, token: str) -> Iterator[None]:
+    """Run a ledger server for the results folder that is locked with `token`, on this node of the cluster.
 
     Raises `InputError` where this node's Ray does not see the folder.
     """
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     options = {"name": _actor_name(token), "num_cpus": 0, "scheduling_strategy": here}
-    desk: Any = ray.remote(**options)(Desk).remote(results_dir, token)
+    server: Any = ray.remote(**options)(LedgerServer).remote(results_dir, token)
     try:
-        if not ray.get(desk.sees_the_folder.remote()):
+        if not ray.get(server.sees_the_folder.remote()):
             raise InputError(
                 f"the Ray node that a sweep is started on must see its results folder, {socket.gethostname()} does "
                 f"not see {results_dir}. Give a --results-dir that it sees."
             )
         yield
     finally:
-        ray.kill(desk)
+        ray.kill(server)
 
 
 def _actor_name(token: str) -> str:
-    return f"tune-sparse-desk-{token}"
+    return f"tune-sparse-ledger-{token}"
 
 
-def ledger_here(results_dir: Path, token: str) -> Ledger:
-    """The ledger that the driver holds with `token`, as this worker reaches it.
+def connect_ledger(results_dir: Path, token: str) -> RunStore:
+    """Return the ledger that the driver has locked with `token`, as this worker reaches it.
 
-    Raises `ConnectionError` where it neither sees the folder nor finds a desk.
+    Raises `ConnectionError` where it neither sees the folder nor finds a ledger server.
     """
-    if is_held_with(results_dir, token):
+    if is_locked_with(results_dir, token):
         return Ledger(results_dir)
     try:
-        return LedgerAway(ray.get_actor(_actor_name(token)))
+        return RemoteLedger(ray.get_actor(_actor_name(token)))
     except ValueError as error:
         raise ConnectionError(
-            f"a worker must see the results folder of its sweep or find the driver's desk, {socket.gethostname()} does "
-            f"not see {results_dir} and finds none. Start the sweep again."
+            f"a worker must see the results folder of its sweep or find the driver's ledger server, "
+            f"{socket.gethostname()} does not see {results_dir} and finds none. Start the sweep again."
         ) from error
 
 
-class LedgerAway(Ledger):
-    """The ledger for a worker that does not see its folder. Files are written on this node, and sent when whole."""
+class RemoteLedger:
+    """A `RunStore` for a worker that does not see the results folder: files are written on this node, and sent when
+    whole. Records cannot be read from it."""
 
-    def __init__(self, desk: Any) -> None:
-        node = cache_dir() / "away" / socket.gethostname()
-        super().__init__(own_folder(node))
-        self._desk, self._checkpoints = desk, node / "checkpoints"
+    def __init__(self, server: Any) -> None:
+        node = cache_dir() / "remote" / socket.gethostname()
+        self._server, self._local, self._checkpoints = server, Ledger(own_folder(node)), node / "checkpoints"
         kept = {path.stem: path for path in self._checkpoints.glob("*.pt")}
-        for run_id in self._ask(desk.done, list(kept)) if kept else ():
+        for run_id in self._ask(server.done, list(kept)) if kept else ():
             kept[run_id].unlink(missing_ok=True)
+
+    @property
+    def folder(self) -> Path:
+        return self._local.folder
 
     def checkpoint(self, run_id: str) -> Path:
         """On this node: a training that was cut short goes on from it only here."""
         return self._checkpoints / f"{run_id}.pt"
 
+    def hang_report(self, run_id: str) -> Path:
+        return self._local.hang_report(run_id)
+
     @contextmanager
     def writing(self, run_id: str) -> Iterator[Path]:
-        """As in the ledger; the driver has the run when the block has ended well."""
-        name = self._ask(self._desk.begin, run_id)
+        """Lend a folder as the ledger does; the driver has the run when the block has ended well."""
+        name = self._ask(self._server.begin, run_id)
         try:
-            with super().writing(run_id) as folder:
+            with self._local.writing(run_id) as folder:
                 yield folder
-            if self.run_folder(run_id).is_dir():
-                self._ask(self._desk.finish, name, self._sent(name, self.run_folder(run_id)))
+            finished = self._local.run_folder(run_id)
+            if finished.is_dir():
+                self._ask(self._server.finish, name, self._sent(name, finished))
         finally:
             shutil.rmtree(self.folder, ignore_errors=True)
             with suppress(ConnectionError):
-                self._ask(self._desk.give_up, name)
+                self._ask(self._server.give_up, name)
 
     def _sent(self, name: str, folder: Path) -> dict[str, str]:
         """{file: SHA-256} of a run, once every file has been taken in."""
@@ -175,17 +184,17 @@ class LedgerAway(Ledger):
             file, digest = path.relative_to(folder).as_posix(), hashlib.sha256()
             for piece in read_pieces(path):
                 digest.update(piece)
-                self._ask(self._desk.take, name, file, piece)
-                progress()
+                self._ask(self._server.take, name, file, piece)
+                heartbeat()
             digests[file] = digest.hexdigest()
         return digests
 
-    def untuned(self, untuned_id: str) -> dict[str, Any] | None:
-        known: dict[str, Any] | None = self._ask(self._desk.untuned, untuned_id)
+    def pruned_baseline(self, baseline_id: str) -> dict[str, Any] | None:
+        known: dict[str, Any] | None = self._ask(self._server.pruned_baseline, baseline_id)
         return known
 
-    def write_untuned(self, untuned_id: str, value: dict[str, Any], outcomes: Iterable[Outcome]) -> None:
-        self._ask(self._desk.write_untuned, untuned_id, value, list(outcomes))
+    def write_pruned_baseline(self, baseline_id: str, value: dict[str, Any], outcomes: Iterable[Outcome]) -> None:
+        self._ask(self._server.write_pruned_baseline, baseline_id, value, list(outcomes))
 
     def _ask(self, method: Any, *arguments: Any) -> Any:
         try:
@@ -197,7 +206,7 @@ class LedgerAway(Ledger):
 
 
 def read_pieces(path: Path) -> Iterator[bytes]:
-    """The content of a file, `PIECE_BYTES` at a time; an empty file is one empty piece."""
+    """Yield the content of a file, `PIECE_BYTES` at a time; an empty file is one empty piece."""
     with path.open("rb") as stream:
         yield stream.read(PIECE_BYTES)
         while piece := stream.read(PIECE_BYTES):
@@ -232,7 +241,7 @@ def refuse_unseen(results_dir: Path, token: str, needs: str, of_node: Callable[[
     asked = {}
     for node in nodes:
         there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-        look: Any = ray.remote(num_cpus=0, scheduling_strategy=there)(is_held_with)
+        look: Any = ray.remote(num_cpus=0, scheduling_strategy=there)(is_locked_with)
         asked[node["NodeManagerHostname"] + " " + node["NodeManagerAddress"]] = look.remote(results_dir, token)
     blind = [name for name, answer in asked.items() if not ray.get(answer)]
     if blind:

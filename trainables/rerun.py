@@ -15,7 +15,10 @@ from trainables.hardware import environment
 from trainables.pipeline import Bench, run_cell
 from tune_sparse.errors import InputError, NotReadyError
 from tune_sparse.evaluation.outcomes import Outcome, read_outcomes
-from tune_sparse.ledger.ledger import Ledger, Record, Run
+from tune_sparse.ledger.contracts import LedgerReader, RunStore
+from tune_sparse.ledger.ledger import Ledger
+from tune_sparse.ledger.record import Record
+from tune_sparse.ledger.run import Run
 
 LOSS_TOLERANCE = 0.02
 """Relative, of a number that other hardware or other versions computed: sums are rounded otherwise, and training
@@ -35,7 +38,7 @@ class Comparison:
     """metrics that this version records and the earlier one did not"""
 
 
-def rerun(run: Run, ledger: Ledger) -> Comparison:
+def rerun(run: Run, ledger: LedgerReader) -> Comparison:
     """Prune, train, deploy and score `run` again in a scratch folder, and compare. The ledger is only read.
 
     Raises `InputError` where the run cannot be repeated here: other weights or rows, or a training that fails.
@@ -54,7 +57,7 @@ def rerun(run: Run, ledger: Ledger) -> Comparison:
     return compared(recorded, repeated, before, after, same_bits(recorded.environment))
 
 
-def _finished(run: Run, ledger: Ledger) -> Record:
+def _finished(run: Run, ledger: RunStore) -> Record:
     steps = run_cell(run, ledger, Bench())
     while True:
         try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from trainables.mode import LoraTrainee, Trainee
-from tune_sparse.ledger.ledger import Run
+from tune_sparse.ledger.run import Run
 from tune_sparse.lora.rank_space import SuperAdapter
 from tune_sparse.lora.slices import count_layers, set_ranks_into
 

@@ -10,7 +10,7 @@ import torch
 from trainables.hardware import peak_memory_bytes, reset_peak_memory
 from trainables.pipeline import MODES, Bench
 from trainables.training import WARM_UP_STEPS, Training
-from tune_sparse.ledger.ledger import Run
+from tune_sparse.ledger.run import Run
 from tune_sparse.models.checkpoints import write_weights_into
 from tune_sparse.training.loop import accelerator_for, fit
 

@@ -14,7 +14,7 @@ from typing import Protocol as Interface
 from trainables.mode import Trainee
 from trainables.super_adapter import SampledSlices
 from tune_sparse.data.splits import Encoded
-from tune_sparse.ledger.ledger import Run
+from tune_sparse.ledger.run import Run
 from tune_sparse.training.checkpoint import BrokenStateError, restore_into, save_training
 from tune_sparse.training.loop import Step, accelerator_for, fit, mean_loss
 

@@ -1,4 +1,4 @@
-"""Where files go, and how they get there whole."""
+"""Places of files, and writing them whole or not at all."""
 
 from __future__ import annotations
 
@@ -7,20 +7,53 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 
 def cache_dir() -> Path:
-    """What can be made again: toy models, fingerprints. `TUNE_SPARSE_CACHE` overrides the user's cache."""
+    """Return the folder of what can be made again: toy models, fingerprints. `TUNE_SPARSE_CACHE` overrides it."""
     default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tune-sparse"
     return Path(os.environ.get("TUNE_SPARSE_CACHE") or default)
 
 
 def aside(path: Path) -> Path:
-    """A hidden name beside `path` that no other process uses, to write before a rename."""
+    """Return a hidden name beside `path` that no other process uses, to write before a rename."""
     return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Lend a hidden name to write a file to; it takes the name `path` if the block ends well, and else nothing stays.
+
+    The folder must exist. A reader never sees half of the file.
+    """
+    partial = aside(path)
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: Path, replaces: bool = False) -> Iterator[Path]:
+    """Lend a hidden folder to fill; it takes the name `path` if the block ends well, and else nothing stays.
+
+    A folder that has the name goes if the new one `replaces` it; otherwise it stays, and `OSError` is raised.
+    """
+    partial = aside(path)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        if replaces:
+            replace_folder(partial, path)
+        else:
+            partial.rename(path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def replace_folder(partial: Path, folder: Path) -> None:
@@ -46,17 +79,13 @@ def flush(*paths: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a whole file or nothing, into a folder that exists: a reader never sees half of it."""
-    partial = aside(path)
-    try:
+    """Write a whole file or nothing, into a folder that exists."""
+    with atomic_file(path) as partial:
         partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:
-    """As `write_text`; a value that is not finite is refused, since JSON has no NaN."""
+    """Write as `write_text` does; a value that is not finite is refused, since JSON has no NaN."""
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 

@@ -1,4 +1,4 @@
-"""Where a server is: an address without a secret in it, and whether anybody listens there."""
+"""Addresses of servers: none may hold a secret, and somebody must listen there."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from urllib.parse import parse_qsl, urlsplit, urlunsplit
 from tune_sparse.errors import InputError
 
 SECRET_NAMES = re.compile("pass|secret|token|key|credential", re.IGNORECASE)
-"""What a parameter of an address is called that nobody should read."""
+"""Names of the parameters of an address that nobody should read."""
 DEFAULT_PORTS = {"http": 80, "https": 443, "postgresql": 5432, "mysql": 3306, "ray": 10001}
 PROBE_SECONDS = 2.0
 
@@ -31,13 +31,13 @@ def check_address(name: str, address: str) -> None:
 
 
 def without_secret(address: str) -> str:
-    """What may be shown: neither a password nor the parameters."""
+    """Return what of an address may be shown: neither a password nor the parameters."""
     parts = urlsplit(address)
     return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment=""))
 
 
 def host_and_port(address: str) -> tuple[str, int] | None:
-    """Of `http://host:port/...`, `postgresql+driver://host/...` or `host:port`; None for what is no server."""
+    """Read `http://host:port/...`, `postgresql+driver://host/...` or `host:port`; None for what is no server."""
     parts = urlsplit(address if "://" in address else f"//{address}")
     port = parts.port or DEFAULT_PORTS.get(parts.scheme.partition("+")[0])
     return (parts.hostname, port) if parts.hostname and port else None

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TextIO
 
 NOTED_FRACTION = 0.01
-"""Of the time allowed: progress is noted no oftener, so that noting it costs nothing."""
+"""The timer starts anew at most once in this fraction of the time allowed, so that heartbeats cost nothing."""
 
 
 @dataclass
@@ -30,10 +30,10 @@ _watch: _Watch | None = None  # a process has one such timer
 
 
 @contextmanager
-def watched(dump: Path, seconds: float | None) -> Iterator[None]:
-    """While the block runs, this process ends if it makes no `progress` for so many seconds; None: it may.
+def watchdog(dump: Path, seconds: float | None) -> Iterator[None]:
+    """End this process if the block makes no `heartbeat` for so many seconds; with None it may.
 
-    `dump` is then where every thread stood, and else no more.
+    `dump` then says where every thread stood; it is removed when the block ends.
     """
     global _watch
     if seconds is None:
@@ -43,7 +43,7 @@ def watched(dump: Path, seconds: float | None) -> Iterator[None]:
     with dump.open("w") as stream:
         _watch = _Watch(seconds, stream)
         try:
-            progress()
+            heartbeat()
             yield
         finally:
             _watch = None
@@ -51,8 +51,8 @@ def watched(dump: Path, seconds: float | None) -> Iterator[None]:
     dump.unlink(missing_ok=True)
 
 
-def progress() -> None:
-    """Something was done, so the time begins anew. Free where nothing watches."""
+def heartbeat() -> None:
+    """Start the time anew, since something was done. Does nothing where no watchdog is active."""
     if _watch is None:
         return
     now = time.monotonic()
@@ -62,8 +62,8 @@ def progress() -> None:
 
 
 @dataclass(frozen=True)
-class Hang:
-    """What a process left that made no progress."""
+class HangReport:
+    """The place where a process stood that its watchdog ended."""
 
     allowed: str
     """as hours, minutes and seconds"""
@@ -73,7 +73,7 @@ class Hang:
     """of all threads"""
 
 
-def take_hang(dump: Path) -> Hang | None:
+def read_hang_report(dump: Path) -> HangReport | None:
     """Read and remove what an ended process left; None if it did not hang."""
     try:
         text = dump.read_text(encoding="utf-8", errors="replace")
@@ -85,4 +85,4 @@ def take_hang(dump: Path) -> Hang | None:
         return None
     main = text.rpartition("Thread 0x")[2]  # the oldest thread is the last one
     where = re.search(r'File "(.+)", line (\d+) in (.+)', main)
-    return Hang(allowed[1], f"{where[3]} ({where[1]}:{where[2]})" if where else "unknown", text)
+    return HangReport(allowed[1], f"{where[3]} ({where[1]}:{where[2]})" if where else "unknown", text)

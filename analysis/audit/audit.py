@@ -15,7 +15,7 @@ from typing import Literal
 
 from analysis.audit import errors, warnings
 from analysis.audit.errors import Detections
-from analysis.read.evidence import Results, read_results
+from analysis.read.results import Results, read_results
 
 Severity = Literal["error", "warning"]
 

@@ -10,13 +10,13 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from analysis.read.evidence import Answers, Evidence, Results
+from analysis.read.results import Predictions, Results, RunFiles
 from tune_sparse.config import BACKENDS, CALIBRATION_SETTINGS, Cell
 from tune_sparse.data.splits import load_splits, split_path
 from tune_sparse.data.task_types import PromptTask
 from tune_sparse.data.tasks import tasks_named
 from tune_sparse.errors import InputError
-from tune_sparse.ledger.ledger import Run
+from tune_sparse.ledger.run import Run
 from tune_sparse.models.architectures import matrix_named
 from tune_sparse.pruning.methods import METHODS, TOLERANCE
 
@@ -33,16 +33,16 @@ COUNTS_AGREE = 1e-6
 
 
 def unreadable(results: Results) -> Detections:
-    for broken in results.broken:
-        yield f"{broken.path}: {broken.reason}", [broken.path.name]
-    for e in results.evidence:
+    for file in results.unreadable:
+        yield f"{file.path}: {file.reason}", [file.path.name]
+    for e in results.run_files:
         if e.run.cell.backend not in BACKENDS:
             yield f"{e.folder}: the backend {e.run.cell.backend!r} is none of {', '.join(BACKENDS)}", [e.run_id]
 
 
 def identity(results: Results) -> Detections:
-    names = {(e.folder.parent, e.run_id) for e in results.evidence}
-    for e in results.evidence:
+    names = {(e.folder.parent, e.run_id) for e in results.run_files}
+    for e in results.run_files:
         if e.run.identity != e.record.identity:
             yield (
                 f"{e.run_id}: config.yaml has the identity {e.run.identity[:12]}, the record {e.record.identity[:12]}: "
@@ -72,14 +72,14 @@ def duplicate_results(results: Results) -> Detections:
             )
 
 
-def alike_runs(results: Results) -> Iterator[tuple[Evidence, Evidence, str]]:
+def alike_runs(results: Results) -> Iterator[tuple[RunFiles, RunFiles, str]]:
     """Pairs of runs that have a loss series, scores or weights in common, each pair once, with what it is."""
-    proofs: dict[str, Callable[[Evidence], Hashable]] = {
+    proofs: dict[str, Callable[[RunFiles], Hashable]] = {
         "their loss series": lambda e: e.losses or None,
-        "their scores": lambda e: e.answers.likelihoods_sha256 if e.answers else None,
+        "their scores": lambda e: e.predictions.likelihoods_sha256 if e.predictions else None,
         "their weights": lambda e: e.record.metrics.get("weights_sha256"),
     }
-    pairs: dict[tuple[str, str], tuple[Evidence, Evidence, list[str]]] = {}
+    pairs: dict[tuple[str, str], tuple[RunFiles, RunFiles, list[str]]] = {}
     for name, proof in proofs.items():
         for same in grouped(results.done, proof).values():
             for pair in pairwise(same):
@@ -90,7 +90,7 @@ def alike_runs(results: Results) -> Iterator[tuple[Evidence, Evidence, str]]:
             yield first, second, ", ".join(names)
 
 
-def modes_coincide(first: Evidence, second: Evidence) -> bool:
+def modes_coincide(first: RunFiles, second: RunFiles) -> bool:
     """Whether both LoRA modes are one and the same training: where only whole feed-forward channels are gone, the
     gradients of what their adapters add there are 0 from the first step on."""
     method = METHODS.get(first.run.cell.method)
@@ -116,14 +116,14 @@ def no_effect(results: Results) -> Detections:
         if len(requested) > 1:
             names = " and ".join(runs[0].run_id for runs in requested.values())
             yield f"{names} have one and the same mask", [e.run_id for e in same]
-    dense = {_scored(e.run): e.untuned for e in results.done if e.run.cell.sparsity == 0}
+    dense = {_scored(e.run): e.pruned_baseline for e in results.done if e.run.cell.sparsity == 0}
     for e in results.done:
         cell = e.run.cell
         if cell.mode == "sparse-to-dense" and e.record.metrics.get("update_removed_fraction") == 0:
             yield f"{e.run_id}: the last mask removed nothing of the trained update", [e.run_id]
-        if _same_scores(e.untuned, e.answers):
+        if _same_scores(e.pruned_baseline, e.predictions):
             yield f"{e.run_id}: every score is the one before tuning, to the last bit", [e.run_id]
-        if cell.sparsity and _same_scores(e.untuned, dense.get(_scored(e.run))):
+        if cell.sparsity and _same_scores(e.pruned_baseline, dense.get(_scored(e.run))):
             yield f"{e.run_id}: before tuning every score is the unpruned model's, to the last bit", [e.run_id]
 
 
@@ -166,11 +166,11 @@ def mixed_versions(results: Results) -> Detections:
                 yield from _several(f"{where}: the version of {name}", same, partial(_version, name))
 
 
-def _input(name: str, e: Evidence) -> Any:
+def _input(name: str, e: RunFiles) -> Any:
     return getattr(e.run, name)
 
 
-def _version(package: str, e: Evidence) -> Any:
+def _version(package: str, e: RunFiles) -> Any:
     return e.record.environment.get("packages", {}).get(package)
 
 
@@ -185,12 +185,12 @@ def overlap(results: Results) -> Detections:
             if has_rows(run):
                 yield f"{run.cell.task}: {error}", names
         for e in runs:
-            shared = trained & set(e.answers.ids) if e.answers else set()
+            shared = trained & set(e.predictions.ids) if e.predictions else set()
             if shared:
                 yield f"{e.run_id}: {len(shared)} scored questions were trained on, {min(shared)} is one", [e.run_id]
 
 
-def rows_key(e: Evidence) -> tuple[Any, ...]:
+def rows_key(e: RunFiles) -> tuple[Any, ...]:
     p = e.run.protocol
     limits = (p.n_train, p.n_selection, p.n_test, p.num_fewshot)
     return (e.run.cell.task, e.run.data_dir, e.run.data_fingerprint, *limits)
@@ -216,7 +216,7 @@ def counted_twice(results: Results) -> Detections:
             owners = [cell["cell_id"] for cell in cells if cell["shared_with"] is None]
             if len(owners) > 1:
                 yield f"{run_id} is counted as the own run of {' and '.join(owners)}", [run_id]
-    for same in grouped(results.evidence, lambda e: (e.folder.parent, e.record.identity)).values():
+    for same in grouped(results.run_files, lambda e: (e.folder.parent, e.record.identity)).values():
         if len(same) > 1:
             yield f"one record lies in {' and '.join(e.run_id for e in same)}", [e.run_id for e in same]
 
@@ -233,23 +233,23 @@ def unproven_number(results: Results) -> Detections:
             yield f"{e.run_id}: {text}", [e.run_id]
 
 
-def _unproved(e: Evidence) -> Iterator[str]:
+def _unproved(e: RunFiles) -> Iterator[str]:
     metrics, steps = e.record.metrics, e.run.protocol.steps
     if len(e.losses) != steps:
         yield f"{steps} steps were requested, metrics.jsonl has the losses of {len(e.losses)}"
     elif e.losses[-1] != metrics["train_loss"]:
         yield f"the recorded train_loss is {metrics['train_loss']!r}, the last step's {e.losses[-1]!r}"
-    if e.answers is None or "accuracy" not in metrics:
+    if e.predictions is None or "accuracy" not in metrics:
         return
-    for name, answers in {"accuracy": e.answers, "accuracy_before_tuning": e.untuned}.items():
-        if answers is not None and abs(answers.mean() - metrics[name]) > COUNTS_AGREE:
-            yield f"the recorded {name} is {metrics[name]!r}, its outcomes say {answers.mean():.6g}"
-    if len(e.answers.ids) != metrics["n_examples"]:
-        yield f"{metrics['n_examples']} examples are recorded, {len(e.answers.ids)} have an outcome"
+    for name, predictions in {"accuracy": e.predictions, "accuracy_before_tuning": e.pruned_baseline}.items():
+        if predictions is not None and abs(predictions.mean() - metrics[name]) > COUNTS_AGREE:
+            yield f"the recorded {name} is {metrics[name]!r}, its outcomes say {predictions.mean():.6g}"
+    if len(e.predictions.ids) != metrics["n_examples"]:
+        yield f"{metrics['n_examples']} examples are recorded, {len(e.predictions.ids)} have an outcome"
 
 
 def conflict(results: Results) -> Detections:
-    for run_id, same in grouped([e for e in results.evidence if e.is_done], lambda e: e.run_id).items():
+    for run_id, same in grouped([e for e in results.run_files if e.is_done], lambda e: e.run_id).items():
         first = same[0]
         for other in same[1:]:
             names = sorted(set(first.record.metrics) & set(other.record.metrics))
@@ -262,15 +262,15 @@ def conflict(results: Results) -> Detections:
                 yield f"{run_id} differs between {places}: {values}", [run_id]
 
 
-def compared(results: Results) -> dict[Any, list[Evidence]]:
+def compared(results: Results) -> dict[Any, list[RunFiles]]:
     """{(model, task, protocol): done runs}"""
     return grouped(results.done, lambda e: (e.run.cell.model, e.run.cell.task, e.run.protocol))
 
 
-def grouped(evidence: Iterable[Evidence], key: Callable[[Evidence], Any]) -> dict[Any, list[Evidence]]:
+def grouped(files: Iterable[RunFiles], key: Callable[[RunFiles], Any]) -> dict[Any, list[RunFiles]]:
     """Group runs by a key; those with the key None are left out."""
     found = defaultdict(list)
-    for e in evidence:
+    for e in files:
         found[key(e)].append(e)
     found.pop(None, None)
     return dict(found)
@@ -313,13 +313,13 @@ def _scored(run: Run) -> tuple[Any, ...]:
     return (run.model_fingerprint, run.data_fingerprint, run.prompt_version, run.cell.task, *limits)
 
 
-def _same_scores(first: Answers | None, second: Answers | None) -> bool:
+def _same_scores(first: Predictions | None, second: Predictions | None) -> bool:
     if first is None or second is None or first.likelihoods_sha256 is None:
         return False
     return first.likelihoods_sha256 == second.likelihoods_sha256
 
 
-def _several(what: str, runs: list[Evidence], value: Callable[[Evidence], Any]) -> Detections:
+def _several(what: str, runs: list[RunFiles], value: Callable[[RunFiles], Any]) -> Detections:
     by_value = grouped(runs, lambda e: str(value(e)))
     if len(by_value) > 1:
         said = {f"{v[:12]}": f"{len(same)} runs" for v, same in by_value.items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from analysis.audit.errors import Detections, alike_runs, compared, grouped, has_rows, modes_coincide, rows_key
-from analysis.read.evidence import Evidence, Results
+from analysis.read.results import Results, RunFiles
 from analysis.stats.statistics import smallest_shown
 
 ALMOST_ALWAYS = 0.95
@@ -26,7 +26,7 @@ def at_chance(results: Results) -> Detections:
             )
 
 
-def _level(e: Evidence) -> float:
+def _level(e: RunFiles) -> float:
     metrics = e.record.metrics
     return max(metrics.get("chance_accuracy") or 0.0, metrics.get("majority_fraction") or 0.0)
 
@@ -43,8 +43,8 @@ def constant_prediction(results: Results) -> Detections:
 
 def same_answers(results: Results) -> Detections:
     for (model, task, _), runs in compared(results).items():
-        answered = [e for e in runs if e.answers is not None and e.answers.scores.any()]
-        alike = grouped(answered, lambda e: e.answers.predictions_sha256 if e.answers else None)
+        answered = [e for e in runs if e.predictions is not None and e.predictions.scores.any()]
+        alike = grouped(answered, lambda e: e.predictions.predictions_sha256 if e.predictions else None)
         for same in alike.values():
             if len({e.record.identity for e in same}) > 1:
                 accuracy = same[0].record.metrics.get("accuracy", float("nan"))
@@ -82,7 +82,7 @@ def few_steps(results: Results) -> Detections:
 
 
 def missing(results: Results) -> Detections:
-    states = {e.run_id: e for e in results.evidence if not e.is_done}
+    states = {e.run_id: e for e in results.run_files if not e.is_done}
     lost = [cell for cell in results.cells.values() if cell["run_id"] not in results.by_run]
     for cell in lost:
         state = states.get(cell["run_id"])
@@ -131,5 +131,5 @@ def imported(results: Results) -> Detections:
         )
 
 
-def _ids(runs: list[Evidence]) -> list[str]:
+def _ids(runs: list[RunFiles]) -> list[str]:
     return [e.run_id for e in runs]

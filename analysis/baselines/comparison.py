@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from analysis.baselines.published import METRICS, Published
 from analysis.stats.statistics import against_published
-from tune_sparse.ledger.ledger import Ledger
+from tune_sparse.ledger.contracts import LedgerReader
 
 SAME_SPARSITY = 0.005
 NOT_AVAILABLE = "not available"
@@ -37,10 +36,9 @@ class PublishedComparison:
     run_ids: tuple[str, ...] = ()
 
 
-def protocols(results_dirs: Iterable[Path]) -> dict[str, dict[str, Any]]:
+def protocols(ledger: LedgerReader) -> dict[str, dict[str, Any]]:
     """{run_id: protocol} of every run that a sweep requested."""
-    sweeps = (sweep for folder in results_dirs for sweep in Ledger(folder).sweeps())
-    return {cell["run_id"]: sweep.config.get("protocol", {}) for sweep in sweeps for cell in sweep.cells}
+    return {cell["run_id"]: sweep.config.get("protocol", {}) for sweep in ledger.sweeps() for cell in sweep.cells}
 
 
 def compare_with_published(

@@ -10,8 +10,9 @@ import pandas as pd
 
 from tune_sparse.config import FLOPS_TOKENS
 from tune_sparse.errors import unknown_name
-from tune_sparse.ledger.ledger import Ledger, Record
-from tune_sparse.ledger.reader import PREFERENCE
+from tune_sparse.ledger.contracts import LedgerReader
+from tune_sparse.ledger.reader import MergedLedger
+from tune_sparse.ledger.record import Record
 
 COLUMNS = (
     "cell_id",
@@ -57,35 +58,35 @@ NUMBERS = ["sparsity", "actual_sparsity", *COLUMNS[COLUMNS.index("accuracy") : C
 
 
 def cells_table(results_dirs: Sequence[Path], sweep_ids: Sequence[str] | None = None) -> pd.DataFrame:
-    """The columns of `COLUMNS`, one row a cell of every sweep in the folders, or of those named.
+    """Return the columns of `COLUMNS`, one row a cell of every sweep in the folders, or of those named.
 
     A cell without a done run has a status (failed, interrupted, missing), a reason, and no numbers. A cell that
     several folders have is taken from the one where its run came furthest.
     Raises `InputError` for an unknown sweep.
     """
-    rows: dict[str, dict[str, Any]] = {}
-    known_sweeps = {sweep.sweep_id for folder in results_dirs for sweep in Ledger(folder).sweeps()}
-    for sweep_id in sweep_ids or ():
-        if sweep_id not in known_sweeps:
-            raise unknown_name("sweep", sweep_id, known_sweeps)
-    for folder in results_dirs:
-        ledger = Ledger(folder)
-        records: dict[str, Record | None] = {}
-        for sweep in ledger.sweeps():
-            for cell in sweep.cells if sweep_ids is None or sweep.sweep_id in sweep_ids else ():
-                run_id = cell["run_id"]
-                if run_id not in records:
-                    records[run_id] = ledger.record(run_id)
-                row = _row(cell, records[run_id])
-                known = rows.get(cell["cell_id"])
-                if known is None or PREFERENCE.index(row["status"]) < PREFERENCE.index(known["status"]):
-                    rows[cell["cell_id"]] = row
+    ledger = MergedLedger(results_dirs)
+    cells = _asked_cells(ledger, sweep_ids)
+    records = {run_id: ledger.record(run_id) for run_id in dict.fromkeys(cell["run_id"] for cell in cells)}
+    rows = [_row(cell, records[cell["run_id"]]) for cell in cells]
     owners: dict[str, str] = {}
-    for row in rows.values():
+    for row in rows:
         owner = owners.setdefault(row["run_id"], row["cell_id"])
         row["shared_with"] = None if owner == row["cell_id"] else owner
-    table = pd.DataFrame(list(rows.values()), columns=list(COLUMNS))
+    table = pd.DataFrame(rows, columns=list(COLUMNS))
     return table.astype(dict.fromkeys(NUMBERS, float))
+
+
+def _asked_cells(ledger: LedgerReader, sweep_ids: Sequence[str] | None) -> list[dict[str, Any]]:
+    """Return each cell of all sweeps, or of those named, as the oldest of them asked for it."""
+    sweeps = {sweep.sweep_id: sweep for sweep in ledger.sweeps()}
+    for sweep_id in sweep_ids or ():
+        if sweep_id not in sweeps:
+            raise unknown_name("sweep", sweep_id, sweeps)
+    cells: dict[str, dict[str, Any]] = {}
+    for sweep in sweeps.values():
+        for cell in sweep.cells if sweep_ids is None or sweep.sweep_id in sweep_ids else ():
+            cells.setdefault(cell["cell_id"], cell)
+    return list(cells.values())
 
 
 def _row(cell: dict[str, Any], record: Record | None) -> dict[str, Any]:

@@ -16,12 +16,12 @@ from analysis.baselines.published import load_published
 from analysis.report.page import inline_json
 from analysis.report.runs import relative_link
 from tune_sparse.errors import InputError
-from tune_sparse.files import aside, write_json, write_text
+from tune_sparse.files import atomic_folder, write_json, write_text
 from tune_sparse.ledger.ledger import Ledger
 
 LEFT_OUT = ("adapter", "*.safetensors")
 """Files of a run's folder with trained weights, which are large and can be published as a model."""
-LEDGER = ("sweeps", "runs", "untuned", "imported", "throughput", "searches", "evaluations", "set_aside")
+LEDGER = ("sweeps", "runs", "pruned_baselines", "imported", "throughput", "searches", "evaluations", "set_aside")
 CHECKSUMS = "SHA256SUMS"
 CONSTRAINTS = Path(tune_sparse.__file__).parents[1] / "cluster" / "constraints.txt"
 PROGRAM: dict[str, Any] = {
@@ -56,8 +56,7 @@ def write_bundle(results_dirs: Sequence[Path], bundle: Path) -> int:
     Raises `InputError` if the folder exists, or its parent does not.
     """
     refuse_bundle(bundle)
-    partial = aside(bundle)
-    try:
+    with atomic_folder(bundle) as partial:
         shutil.copytree(results_dirs[0] / "analysis", partial / "analysis")
         for number, folder in enumerate(results_dirs):
             _copy_ledger(Ledger(folder), partial / _ledger_name(number))
@@ -70,9 +69,6 @@ def write_bundle(results_dirs: Sequence[Path], bundle: Path) -> int:
         files = sorted(path for path in partial.rglob("*") if path.is_file())
         sums = (f"{_sha256(path)}  {path.relative_to(partial).as_posix()}\n" for path in files)
         write_text(partial / CHECKSUMS, "".join(sums))
-        partial.rename(bundle)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return len(files) + 1
 
 

@@ -14,7 +14,7 @@ from analysis.report.style import LABELS, MARKERS, SPARSITY, STYLES, assign_colo
 
 DENSE: dict[str, Any] = {"color": "black", "lw": 0.9, "ls": (0, (6, 2, 1, 2))}
 CHANCE: dict[str, Any] = {"color": "0.55", "lw": 0.9}
-UNTUNED: dict[str, Any] = {"ls": ":", "lw": 1.1}
+PRUNED_BASELINE: dict[str, Any] = {"ls": ":", "lw": 1.1}
 
 
 def plot_over_sparsity(cells: pd.DataFrame, column: str) -> Figure | None:
@@ -59,8 +59,8 @@ def _draw_panel(axis: Axes, panel: pd.DataFrame, column: str, colours: dict[Any,
     method_lines(axis, panel, colours, "sparsity", column)
     if f"{column}_before_tuning" in panel:
         for method, curve in panel.groupby("method", sort=False):
-            untuned = curve.groupby("sparsity")[f"{column}_before_tuning"].mean()
-            axis.plot(untuned.index, untuned, color=colours[method], **UNTUNED)
+            pruned_baseline = curve.groupby("sparsity")[f"{column}_before_tuning"].mean()
+            axis.plot(pruned_baseline.index, pruned_baseline, color=colours[method], **PRUNED_BASELINE)
     dense = panel.loc[panel["sparsity"] == 0, column]
     if len(dense):
         axis.axhline(dense.mean(), zorder=0, **DENSE)
@@ -92,7 +92,7 @@ def method_handles(colours: dict[Any, str], done: pd.DataFrame) -> list[Line2D]:
 def _legend(colours: dict[Any, str], done: pd.DataFrame, column: str) -> list[Line2D]:
     handles = method_handles(colours, done)
     if f"{column}_before_tuning" in done:
-        handles.append(Line2D([], [], color="0.2", label="before tuning", **UNTUNED))
+        handles.append(Line2D([], [], color="0.2", label="before tuning", **PRUNED_BASELINE))
     if (done["sparsity"] == 0).any():
         handles.append(Line2D([], [], label="dense baseline", **DENSE))
     if column == "accuracy":

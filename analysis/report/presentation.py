@@ -31,7 +31,7 @@ def present(folder: Path, content: Content, runs: Runs, published: Sequence[Publ
     `content` has what the audit and the statistics found; hardware, comparisons and figures are added here.
     """
     cells = content.cells
-    comparisons = compare_with_published(published, cells, protocols(runs.folders))
+    comparisons = compare_with_published(published, cells, protocols(runs.ledger))
     write_text(folder / "published_comparison.csv", _as_csv(comparisons))
     write_text(folder / "phoenix_comparison.tex", phoenix_table(comparisons))
     pairs = hardware_pairs(cells, runs)

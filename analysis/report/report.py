@@ -10,8 +10,8 @@ import pandas as pd
 
 from analysis.audit.audit import audit
 from analysis.baselines.published import load_published
-from analysis.read.evidence import read_results
 from analysis.read.load import cells_table
+from analysis.read.results import read_results
 from analysis.report.latex import main_results
 from analysis.report.page import Content, render_claim, summarise_audit
 from analysis.report.presentation import present
@@ -65,7 +65,7 @@ def write_report(
     found = audit(results)
     cells = with_intervals(cells)
     summary = with_warnings(with_intervals(with_imported(cells, results.imported)), found)
-    points = Points(cells, {run_id: e.answers for run_id, e in results.by_run.items() if e.answers})
+    points = Points(cells, {run_id: e.predictions for run_id, e in results.by_run.items() if e.predictions})
     claims, tests = make_claims(points, results.imported)
     performance = sparsity_vs_performance(cells)
     tables = {"summary": summary, "sparsity_vs_performance": performance, "tests": tests}
@@ -84,7 +84,7 @@ def write_report(
         seeds=describe_seeds(cells),
         passing=highest_passing_sparsity(performance),
     )
-    page = present(folder, content, find_runs(results_dirs, points.answers), published)
+    page = present(folder, content, find_runs(results_dirs, points.predictions), published)
     said_first = [*found.lines(severities=["error"]), *counts(cells), found.summary()]
     lines = [*said_first, *headlines(claims), *highest_lines(performance)]
     lines += [f"Tables, figures, findings and audit: {folder}", f"To read: {page}"]

@@ -10,31 +10,30 @@ from typing import Any
 
 import numpy as np
 
-from analysis.read.evidence import Answers
+from analysis.read.results import Predictions
 from analysis.stats.comparisons import difference_between_runs
 from analysis.stats.statistics import Estimate
 from tune_sparse.files import read_json
-from tune_sparse.ledger.ledger import Ledger, Record
+from tune_sparse.ledger.contracts import LedgerReader
+from tune_sparse.ledger.reader import MergedLedger
+from tune_sparse.ledger.record import Record
 
 
 @dataclass(frozen=True)
 class Runs:
-    """The runs of several results folders, each found in the first folder that finished it."""
+    """The runs of several results folders, each found in the folder where it came furthest."""
 
-    folders: tuple[Path, ...]
-    answers: Mapping[str, Answers] = field(default_factory=dict)
+    ledger: LedgerReader
+    predictions: Mapping[str, Predictions] = field(default_factory=dict)
     """{run_id: what its model answered}"""
 
     def find_run_folder(self, run_id: str) -> Path | None:
-        """The folder of a done run, else that of an unfinished one."""
-        found = [folder for folder in self.folders if Ledger(folder).run_folder(run_id).is_dir()]
-        done = (folder for folder in found if len(found) == 1 or Ledger(folder).is_done(run_id))
-        folder = next(done, found[0] if found else None)
-        return Ledger(folder).run_folder(run_id) if folder else None
+        """The folder of a run, if any results folder has one."""
+        folder = self.ledger.run_folder(run_id)
+        return folder if folder.is_dir() else None
 
     def record(self, run_id: str) -> Record | None:
-        folder = self.find_run_folder(run_id)
-        return Ledger(folder.parent.parent).record(run_id) if folder else None
+        return self.ledger.record(run_id)
 
     def kept_by_matrix(self, run_id: str) -> dict[str, tuple[int, int]]:
         """{tensor: (kept weights, weights)}; empty where nothing was pruned."""
@@ -45,22 +44,22 @@ class Runs:
 
     def difference(self, left: str, right: str) -> Estimate | None:
         """The accuracy of run `right` minus that of `left`, of what both answered; None if it was not the same."""
-        a, b = self.answers.get(left), self.answers.get(right)
+        a, b = self.predictions.get(left), self.predictions.get(right)
         if a is None or b is None or not np.array_equal(a.ids, b.ids):
             return None
-        return difference_between_runs(self.answers, left, right)
+        return difference_between_runs(self.predictions, left, right)
 
     def throughputs(self) -> Iterator[dict[str, Any]]:
         """Measurements of `tune-sparse throughput`: run_id, by_batch_size, environment."""
-        for folder in self.folders:
+        for folder in self.ledger.folders:
             for path in sorted((folder / "throughput").glob("*.json")):
                 yield read_json(path)
 
     def searches(self) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]]]]:
         """(what was requested, the front) of each finished sub-adapter search."""
-        for folder in self.folders:
-            for path in sorted((folder / "searches").glob("*/result.json")):
-                yield read_json(path.with_name("config.json")), read_json(path)["front"]
+        for folder in self.ledger.searches():
+            if (folder / "result.json").exists():
+                yield read_json(folder / "config.json"), read_json(folder / "result.json")["front"]
 
 
 def relative_link(path: Path, page: Path) -> str:
@@ -68,5 +67,5 @@ def relative_link(path: Path, page: Path) -> str:
     return Path(os.path.relpath(path.resolve(), page.parent.resolve())).as_posix()
 
 
-def find_runs(folders: Sequence[Path], answers: Mapping[str, Answers] | None = None) -> Runs:
-    return Runs(tuple(folders), answers or {})
+def find_runs(folders: Sequence[Path], predictions: Mapping[str, Predictions] | None = None) -> Runs:
+    return Runs(MergedLedger(folders), predictions or {})

@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 
 from analysis.report.style import COLOURS
 from tune_sparse.config import FLOPS_TOKENS
-from tune_sparse.files import aside
+from tune_sparse.files import atomic_file
 
 SearchRecord = Mapping[str, Any]
 
@@ -32,9 +32,8 @@ def draw_search(found: SearchRecord, folder: Path) -> None:
     for name, draw in pictures.items():
         figure, axis = plt.subplots(figsize=(5.0, 3.4), layout="constrained")
         draw(axis, found)
-        partial = aside(folder / f"{name}.png")
-        figure.savefig(partial, dpi=150, format="png")
-        partial.replace(folder / f"{name}.png")
+        with atomic_file(folder / f"{name}.png") as partial:
+            figure.savefig(partial, dpi=150, format="png")
         plt.close(figure)
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from tune_sparse.files import aside
+from tune_sparse.files import atomic_file
 
 # Okabe & Ito (2008): told apart by colour-blind readers, and in grey by their brightness.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -87,8 +87,8 @@ def save(figure: Figure, path: Path) -> None:
     figure.draw_without_rendering()
     figure.set_layout_engine(None)  # laid out once, not again for each file
     for suffix in (".png", ".pdf"):
-        partial = aside(path.with_suffix(suffix))
         # without the date, the same figure is the same file
-        figure.savefig(partial, format=suffix[1:], metadata={"CreationDate": None} if suffix == ".pdf" else None)
-        partial.replace(path.with_suffix(suffix))
+        metadata = {"CreationDate": None} if suffix == ".pdf" else None
+        with atomic_file(path.with_suffix(suffix)) as partial:
+            figure.savefig(partial, format=suffix[1:], metadata=metadata)
     plt.close(figure)

@@ -79,7 +79,7 @@ def grouped_summary(points: Points) -> pd.DataFrame:
     """One row per base, method and mode: the mean over its pruned cells, its interval (over examples), and costs."""
     rows = []
     for key, cells in points.pruned.groupby([*SETTING[:3], "method", "mode"], sort=True):
-        of_cells = [points.answers[run] for run in cells["run_id"]]
+        of_cells = [points.predictions[run] for run in cells["run_id"]]
         scores, weights = np.mean([a.scores for a in of_cells], axis=0), of_cells[0].weights
         mean = float(np.dot(weights, scores))
         stderr = float(np.sqrt(np.dot(weights**2, (scores - mean) ** 2)))

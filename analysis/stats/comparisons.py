@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis.read.evidence import Answers
+from analysis.read.results import Predictions
 from analysis.stats.statistics import (
     Estimate,
     Floats,
@@ -80,14 +80,14 @@ class Points:
     than most of their model and task, nothing is compared: the audit calls them mixed.
     """
 
-    def __init__(self, cells: pd.DataFrame, answers: Mapping[str, Answers]) -> None:
-        done = cells[(cells["status"] == "done") & cells["run_id"].isin(list(answers))]
-        questions = done["run_id"].map(lambda run: hash(tuple(answers[run].ids)))
+    def __init__(self, cells: pd.DataFrame, predictions: Mapping[str, Predictions]) -> None:
+        done = cells[(cells["status"] == "done") & cells["run_id"].isin(list(predictions))]
+        questions = done["run_id"].map(lambda run: hash(tuple(predictions[run].ids)))
         usual = questions.groupby([done["model"], done["task"]]).transform(lambda same: same.mode()[0])
         done = done[questions == usual]
         self.pruned = done[done["sparsity"] > 0].drop_duplicates("run_id")
         self.dense = done[(done["sparsity"] == 0) & (done["mode"] != "masked-finetuning")].drop_duplicates("run_id")
-        self.answers = answers
+        self.predictions = predictions
 
     def pairs(self, axis: str, left: Any, right: Any, within: Sequence[str] = BASE) -> pd.DataFrame:
         """Cells that differ in `axis` alone: columns of `within` and the other axes, run_id_left, run_id_right."""
@@ -104,26 +104,26 @@ class Points:
     def differences(self, pairs: pd.DataFrame) -> Floats:
         """(cells, examples) of right minus left, for pairs of one base."""
         both = zip(pairs["run_id_left"], pairs["run_id_right"], strict=True)
-        return np.stack([self.answers[right].scores - self.answers[left].scores for left, right in both])
+        return np.stack([self.predictions[right].scores - self.predictions[left].scores for left, right in both])
 
     def over_base(self, pairs: pd.DataFrame) -> Estimate:
         """The mean difference of one base: its cells and its examples stand for all that could have been drawn."""
-        values, answers = self.differences(pairs), self.answers[pairs["run_id_left"].iloc[0]]
+        values, predictions = self.differences(pairs), self.predictions[pairs["run_id_left"].iloc[0]]
         cells, count = values.shape
         if cells == 1:
-            return difference_between_runs(self.answers, *pairs[["run_id_left", "run_id_right"]].iloc[0])
+            return difference_between_runs(self.predictions, *pairs[["run_id_left", "run_id_right"]].iloc[0])
         by_cell, by_example = np.repeat(np.arange(cells), count), np.tile(np.arange(count), cells)
-        return clustered_mean(values.ravel(), np.tile(answers.weights, cells), by_cell, by_example, "cell")
+        return clustered_mean(values.ravel(), np.tile(predictions.weights, cells), by_cell, by_example, "cell")
 
     def over_bases(self, pairs: pd.DataFrame) -> Estimate:
         """The mean difference of several bases, each counting alike: they stand for all that could have been taken."""
         values, weights, bases, examples = [], [], [], []
         for base, same in pairs.groupby(BASE, sort=True):
-            answers = self.answers[same["run_id_left"].iloc[0]]
+            predictions = self.predictions[same["run_id_left"].iloc[0]]
             values.append(self.differences(same).mean(axis=0))
-            weights.append(answers.weights)
-            bases += [base[1:]] * len(answers.ids)  # two backends do not make two base models
-            examples += list(zip(answers.tasks, answers.ids, strict=True))
+            weights.append(predictions.weights)
+            bases += [base[1:]] * len(predictions.ids)  # two backends do not make two base models
+            examples += list(zip(predictions.tasks, predictions.ids, strict=True))
         return clustered_mean(np.concatenate(values), np.concatenate(weights), bases, examples, "base model and task")
 
     def accuracies(self, pairs: pd.DataFrame) -> pd.DataFrame:
@@ -132,7 +132,7 @@ class Points:
 
     def is_accuracy(self, run_id: str) -> bool:
         """Whether a run's scores are right or wrong answers, not log-likelihoods of a text."""
-        return bool(np.isin(self.answers[run_id].scores, (0.0, 1.0)).all())
+        return bool(np.isin(self.predictions[run_id].scores, (0.0, 1.0)).all())
 
 
 def count_bases(pairs: pd.DataFrame) -> int:
@@ -140,9 +140,9 @@ def count_bases(pairs: pd.DataFrame) -> int:
     return len(pairs[["model", "task"]].drop_duplicates())
 
 
-def difference_between_runs(answers: Mapping[str, Answers], left: str, right: str) -> Estimate:
+def difference_between_runs(predictions: Mapping[str, Predictions], left: str, right: str) -> Estimate:
     """Two runs on the same examples."""
-    a, b = answers[left], answers[right]
+    a, b = predictions[left], predictions[right]
     is_accuracy = set(np.unique(a.scores)) | set(np.unique(b.scores)) <= {0.0, 1.0}
     if is_accuracy and len(set(a.tasks)) == 1:
         return paired_difference(a.scores == 1, b.scores == 1)
@@ -193,4 +193,4 @@ def corrected_tests(
 
 def _naive(points: Points, pairs: pd.DataFrame) -> Estimate:
     both = zip(pairs["run_id_left"], pairs["run_id_right"], strict=True)
-    return naive_paired_t([points.answers[b].mean() - points.answers[a].mean() for a, b in both])
+    return naive_paired_t([points.predictions[b].mean() - points.predictions[a].mean() for a, b in both])

@@ -105,7 +105,7 @@ def _most_claim(about: str, most: pd.DataFrame) -> Iterator[Claim]:
 
 def _reach_claim(about: str, curve_name: str, dense: pd.Series[Any], curve: pd.DataFrame, points: Points) -> Claim:
     """The largest sparsity within each mark of dense: by the accuracies, and as far as the examples show it."""
-    lows = [difference_between_runs(points.answers, dense["run_id"], run).low for run in curve["run_id"]]
+    lows = [difference_between_runs(points.predictions, dense["run_id"], run).low for run in curve["run_id"]]
     parts, numbers = [], dict[str, Number]()
     for mark in PASS_MARKS:
         limit, name = (1 - mark) * dense["accuracy"] - 1e-9, f"{mark:.0%}"[:-1]
@@ -124,7 +124,7 @@ def _break_claim(about: str, curve_name: str, dense: pd.Series[Any], curve: pd.D
     steps = list(pairwise([dense, *(row for _, row in curve.iterrows())]))
     if not steps:
         return Claim("RQ1", about, f"{curve_name}: no finished run above sparsity zero.")
-    found = [difference_between_runs(points.answers, a["run_id"], b["run_id"]) for a, b in steps]
+    found = [difference_between_runs(points.predictions, a["run_id"], b["run_id"]) for a, b in steps]
     corrected = holm([e.p for e in found])
     worst = min(range(len(steps)), key=lambda i: found[i].value)
     (before, after), e = steps[worst], found[worst]

@@ -10,7 +10,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from tune_sparse.errors import InputError
-from tune_sparse.files import aside, cache_dir
+from tune_sparse.files import atomic_folder, cache_dir
 
 LIMIT_VARIABLE = "TUNE_SPARSE_CEREBRAS_CACHE_BYTES"
 LIMIT_BYTES = 200 * 10**9
@@ -27,13 +27,8 @@ def cached(name: str, make: Callable[[Path], None]) -> Path:
     folder = root / name
     with FileLock(root / f".{name}.lock"):
         if not folder.is_dir():
-            partial = aside(folder)
-            partial.mkdir()
-            try:
+            with atomic_folder(folder) as partial:
                 make(partial)
-                partial.rename(folder)
-            finally:
-                shutil.rmtree(partial, ignore_errors=True)
         os.utime(folder)
     _make_room(root, folder)
     return folder

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from tune_sparse.cerebras import appliance
+from tune_sparse.files import write_json
 
 POLL_SECONDS = 0.1
 STOP_VARIABLE = "TUNE_SPARSE_CEREBRAS_STOP_SECONDS"
@@ -65,7 +66,7 @@ class Guarded:
             "variables": changed,
             "unset": sorted({*own} - {*variables}),
         }
-        _write_json(folder / "guard.json", order | {"label": label, "timeout_seconds": timeout_seconds})
+        write_json(folder / "guard.json", order | {"label": label, "timeout_seconds": timeout_seconds})
         starter = [sys.executable, "-m", "tune_sparse.cerebras.guard", str(folder.resolve())]
         with (folder / "guard.log").open("w") as log:
             self._process = subprocess.Popen(starter, stdin=subprocess.PIPE, stdout=log, stderr=log, env=own)
@@ -125,13 +126,13 @@ def main(folder: Path) -> None:
             child = _started(order, log)
         except OSError as error:
             log.write(f"{error}\n")
-            _write_json(folder / "ended.json", asdict(Ended("ended", 127, appliance.Cancelled())))
+            write_json(folder / "ended.json", asdict(Ended("ended", 127, appliance.Cancelled())))
             return
     why = _watch(child, folder, order["timeout_seconds"])
     failed = why != "ended" or child.returncode != 0
     cancelled = appliance.cancel(order["label"]) if failed and order["label"] else appliance.Cancelled()
     remove_working_files(folder)
-    _write_json(folder / "ended.json", asdict(Ended(why, child.returncode, cancelled)))
+    write_json(folder / "ended.json", asdict(Ended(why, child.returncode, cancelled)))
 
 
 def remove_working_files(folder: Path) -> None:
@@ -209,12 +210,6 @@ def _kill_group(child: subprocess.Popen[bytes], number: signal.Signals) -> None:
         os.killpg(child.pid, number)
     except (ProcessLookupError, PermissionError):
         return
-
-
-def _write_json(path: Path, value: Any) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(json.dumps(value))
-    partial.replace(path)
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ class Lowering:
 def prepare_cerebras(
     config: SweepConfig, checkpoints: Sequence[Checkpoint], ledger: Ledger, report: Callable[[str], None]
 ) -> None:
-    """Make a results folder, whose holder the caller is, and its models ready to train on Cerebras.
+    """Make a results folder, that the caller has locked, and its models ready to train on Cerebras.
 
     Before a csx sweep each kind of model is lowered once. Raises `InputError` or `RunError` for what would stop every
     trial.

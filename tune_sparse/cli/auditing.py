@@ -45,7 +45,7 @@ def add_commands(commands: Any) -> None:
 
 def _audit(chosen: argparse.Namespace) -> int:
     from analysis.audit.audit import audit
-    from analysis.read.evidence import read_results
+    from analysis.read.results import read_results
 
     results = read_results(existing_folders(chosen.results_dir))
     known = [sweep.sweep_id for sweep in results.sweeps]
@@ -66,7 +66,7 @@ def _rerun(chosen: argparse.Namespace) -> int:
 
     [folder] = existing_folders([chosen.results_dir])
     ledger = Ledger(folder)
-    runs = [path.name for path in (folder / "runs").glob("[!.]*") if ledger.is_done(path.name)]
+    runs = [run_id for run_id in ledger.run_ids() if ledger.is_done(run_id)]
     if chosen.run not in runs:
         raise unknown_name("finished run", chosen.run, runs)
     run = ledger.run(chosen.run)

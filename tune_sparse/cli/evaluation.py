@@ -122,7 +122,7 @@ def _run(chosen: argparse.Namespace) -> Subject:
 
     [folder] = existing_folders([chosen.results_dir])
     ledger = Ledger(folder)
-    runs = [path.name for path in (ledger.folder / "runs").glob("*") if ledger.is_done(path.name)]
+    runs = [run_id for run_id in ledger.run_ids() if ledger.is_done(run_id)]
     if chosen.run not in runs:
         raise unknown_name("finished run", chosen.run, runs)
     if chosen.adapter:

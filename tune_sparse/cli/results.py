@@ -60,22 +60,22 @@ def add_commands(commands: Any) -> None:
 
 def _status(chosen: argparse.Namespace) -> int:
     from analysis.read.load import cells_table
-    from tune_sparse.ledger.lease import shown_holder
+    from tune_sparse.ledger.lease import likely_owner
     from tune_sparse.ledger.ledger import Ledger
-    from tune_sparse.ledger.reader import UnitedLedger
+    from tune_sparse.ledger.reader import MergedLedger
     from tune_sparse.sweep.progress import duration
 
     folders = existing_folders(chosen.results_dir)
     cells = cells_table(folders)
     ledgers = [Ledger(folder) for folder in folders]
-    running = {run_id for ledger in ledgers if shown_holder(ledger.folder) for run_id in ledger.running()}
+    running = {run_id for ledger in ledgers if likely_owner(ledger.folder) for run_id in ledger.running()}
     cells.loc[cells["run_id"].isin(running) & (cells["status"] != "done"), "status"] = "running"
     runs = cells.drop_duplicates("run_id")
     counts, failed = cells["status"].value_counts(), runs[runs["status"] == "failed"]
     left = int((~runs["status"].isin(["done", "failed"])).sum())
     done = runs.loc[runs["status"] == "done", "run_id"]
-    united = UnitedLedger(folders)
-    seconds = [r.measured["trial_seconds"] for run_id in done if (r := united.record(run_id))]
+    merged = MergedLedger(folders)
+    seconds = [r.measured["trial_seconds"] for run_id in done if (r := merged.record(run_id))]
     eta = left * statistics.median(seconds) / len(running) if running and seconds else None
     if chosen.json:
         reasons = dict(zip(failed["run_id"], failed["error"], strict=True))
@@ -111,14 +111,14 @@ def _report(chosen: argparse.Namespace) -> int:
 
 
 def _track(chosen: argparse.Namespace) -> int:
-    from tune_sparse.ledger.reader import UnitedLedger
+    from tune_sparse.ledger.reader import MergedLedger
     from tune_sparse.tracking.sync import chosen_uri, track_ledger
 
     folders = existing_folders(chosen.results_dir)
     uri = chosen_uri(chosen.tracking_uri, folders[0])
     published = _published(folders, chosen.baselines)
     try:
-        tracked = track_ledger(UnitedLedger(folders), uri)
+        tracked = track_ledger(MergedLedger(folders), uri)
     except OSError as error:
         print(f"tune-sparse: MLflow at {uri} is not up to date: {error}. The same command goes on.", file=sys.stderr)
         return FAULT
@@ -175,13 +175,12 @@ def _ui(chosen: argparse.Namespace) -> int:
 
 
 def _discard(chosen: argparse.Namespace) -> int:
-    from tune_sparse.ledger.lease import refuse_if_held
+    from tune_sparse.ledger.lease import check_not_locked
     from tune_sparse.ledger.ledger import Ledger
 
-    refuse_if_held(chosen.results_dir)
+    check_not_locked(chosen.results_dir)
     ledger = Ledger(chosen.results_dir)
-    runs = [path.name for path in (ledger.folder / "runs").glob("*")]
-    if chosen.run not in runs:
-        raise unknown_name("run", chosen.run, runs)
+    if chosen.run not in ledger.run_ids():
+        raise unknown_name("run", chosen.run, ledger.run_ids())
     print(f"set aside: {ledger.set_aside(chosen.run, chosen.reason)}")
     return OK

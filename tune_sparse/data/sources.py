@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from tune_sparse.data.splits import split_path
 from tune_sparse.data.task_types import Hub, Task, TextTask
 from tune_sparse.data.tasks import tasks_named
 from tune_sparse.errors import InputError, NotReadyError
-from tune_sparse.files import aside, cache_dir, write_lines, write_text
+from tune_sparse.files import atomic_folder, cache_dir, write_lines, write_text
 
 
 def rows_folder(data_dir: Path | None, tasks: Sequence[str]) -> Path | None:
@@ -53,18 +52,13 @@ def _fetch(task: Task, hub: Hub, folder: Path) -> None:
     missing = {"train", task.test_split} - splits.keys()
     if missing:
         raise InputError(f"{task.name} needs the splits train and {task.test_split}, {hub.path} lacks {min(missing)}.")
-    partial = aside(folder / task.name)
-    partial.mkdir(parents=True)
-    try:
+    with atomic_folder(folder / task.name) as partial:
         for split in {"train", "validation", task.test_split} & splits.keys():
             path = partial / split_path(task, split, folder).name
             if isinstance(task, TextTask):
                 write_text(path, "".join(row["text"] or "\n" for row in splits[split]))
             else:
                 write_lines(path, splits[split])
-        partial.rename(folder / task.name)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _fetch_splits(task: Task, hub: Hub) -> Any:

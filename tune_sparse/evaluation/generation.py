@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache, DynamicLayer
 
 from tune_sparse.errors import RunError
-from tune_sparse.watchdog import progress
+from tune_sparse.watchdog import heartbeat
 
 SHRINK_BELOW = 0.75
 """The batch is rebuilt when fewer than this fraction of its rows are still being written."""
@@ -68,7 +68,7 @@ def generate(
     ids, attended = (tensor.to(model.device) for tensor in _padded_left(prompts))
     head, cache = model.get_output_embeddings(), Cache(layer_class_to_replicate=PreallocatedCache)
     for step in range(1, max_new_tokens + 1):
-        progress()
+        heartbeat()
         positions = (attended.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         hidden = model.base_model(
             input_ids=ids, attention_mask=attended, position_ids=positions, past_key_values=cache, use_cache=True

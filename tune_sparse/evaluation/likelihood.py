@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from tune_sparse.data.splits import Encoded
-from tune_sparse.watchdog import progress
+from tune_sparse.watchdog import heartbeat
 
 LOGITS_BYTES = 2**27
 """Bytes of the fp32 logits that are held at once."""
@@ -135,7 +135,7 @@ def log_likelihoods(
     by_row: dict[int, list[float]] = {}
     for batch in batches_by_length([len(packed.tokens) for _, packed in owned], batch_tokens, ALIKE):
         values = _read(model, [owned[k][1] for k in batch])
-        progress()
+        heartbeat()
         by_row |= dict(zip(batch, values, strict=True))
     result: list[list[float]] = [[] for _ in questions]
     for k, (i, _) in enumerate(owned):

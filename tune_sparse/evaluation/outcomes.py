@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from tune_sparse.files import aside
+from tune_sparse.files import atomic_file
 
 
 @dataclass(frozen=True)
@@ -34,19 +34,15 @@ class Outcome:
 
 
 def write_outcomes(path: Path, outcomes: Iterable[Outcome]) -> None:
-    """Write a Parquet file, one column for each field of `Outcome`."""
+    """Write a Parquet file with one column for each field of `Outcome`."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     lists = {"log_likelihoods": pa.list_(pa.float64())}
     flags = dict.fromkeys(("correct", "correct_norm", "correct_flexible", "truncated"), pa.bool_())
     schema = pa.schema({f.name: (lists | flags).get(f.name, pa.string()) for f in fields(Outcome)})
-    partial = aside(path)
-    try:
+    with atomic_file(path) as partial:
         pq.write_table(pa.Table.from_pylist([asdict(o) for o in outcomes], schema), partial, compression="zstd")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def read_outcomes(path: Path) -> list[Outcome]:

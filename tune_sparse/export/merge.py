@@ -16,8 +16,10 @@ from trainables.rebuild import deployed_by
 from tune_sparse.errors import InputError, RunError, unknown_name
 from tune_sparse.evaluation.validation import validation_report
 from tune_sparse.export.model_card import model_card
-from tune_sparse.files import aside, write_json, write_text
-from tune_sparse.ledger.ledger import Ledger, Record, Run
+from tune_sparse.files import atomic_folder, write_json, write_text
+from tune_sparse.ledger.contracts import LedgerReader
+from tune_sparse.ledger.record import Record
+from tune_sparse.ledger.run import Run
 from tune_sparse.lora.adapter_io import load_last_mask, merge_adapter_into, read_marker
 from tune_sparse.models.checkpoints import (
     TOKENIZER_SETTINGS,
@@ -45,16 +47,15 @@ class Merged:
     record: Record | None = None
 
 
-def merge_run(ledger: Ledger, run_id: str, output: Path) -> dict[str, Any]:
+def merge_run(ledger: LedgerReader, run_id: str, output: Path) -> dict[str, Any]:
     """Write the model that a finished run deployed and scored; returns the validation report.
 
     It is made again from the base model, the run's mask and what the run trained. Raises `InputError` for a run that
     is not done, a base model that changed, or masks that do not come out as they were trained.
     """
     _refuse_existing(output)
-    runs = [path.name for path in (ledger.folder / "runs").glob("*") if not path.name.startswith(".")]
-    if run_id not in runs:
-        raise unknown_name("run", run_id, runs)
+    if run_id not in ledger.run_ids():
+        raise unknown_name("run", run_id, ledger.run_ids())
     record = ledger.record(run_id)
     if record is None or record.status != "done":
         status = record.status if record else "missing"
@@ -93,8 +94,7 @@ def _refuse_existing(output: Path) -> None:
 
 def _write(merged: Merged, output: Path) -> dict[str, Any]:
     """Write, load with stock transformers, check, and only then give the folder its name."""
-    partial = aside(output)
-    try:
+    with atomic_folder(output) as partial:
         merged.model.save_pretrained(partial)
         for name in COPIED:
             if (merged.base / name).is_file():
@@ -104,9 +104,6 @@ def _write(merged: Merged, output: Path) -> dict[str, Any]:
         known = {"mask_sha256": report["mask_sha256"], "actual_sparsity": report["actual_sparsity"]}
         write_json(partial / "tune_sparse_merge.json", merged.origin | known)
         write_text(partial / "README.md", model_card(merged.origin, report, merged.run, merged.record))
-        partial.rename(output)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return report
 
 

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from tune_sparse.data.tasks import tasks_named
-from tune_sparse.ledger.ledger import Record, Run
+from tune_sparse.ledger.record import Record
+from tune_sparse.ledger.run import Run
 
 TAGS = ("pruned", "sparse", "lora", "tune-sparse")
 CHECKED = "Every masked weight is exactly 0; stock transformers computes the function that was trained and scored."

@@ -1,6 +1,6 @@
 """One sweep at a time writes to a results folder.
 
-Whether a holder on another machine is alive is seen by its heartbeat changing: what two clocks say is never compared,
+Whether an owner on another machine is alive is seen by its heartbeat changing: what two clocks say is never compared,
 except to show it.
 """
 
@@ -26,25 +26,25 @@ logger = logging.getLogger(__name__)
 
 HEARTBEAT_SECONDS = 10.0
 STALE_SECONDS = 90.0
-"""A holder on another machine that has been silent for so long is dead. A network disk may show an old file for 60."""
+"""An owner on another machine that has been silent for so long is dead. A network disk may show an old file for 60."""
 POLL_SECONDS = 0.5
 
 FIELDS = {"token", "host", "pid", "started", "command", "heartbeat"}
 
 
-class Holder:
-    """The right to write to a results folder: `with Holder(folder): ...`.
+class FolderLease:
+    """The right to write to a results folder: `with FolderLease(folder): ...`.
 
-    Kept as `holder.json` with a heartbeat; a dead holder's right is taken over. Raises `InputError` if a live
-    process holds it, and may need `STALE_SECONDS` to see that one on another machine is dead.
+    Kept as `lease.json` with a heartbeat; that of a dead owner is taken over. Raises `InputError` if a live
+    process has it, and may need `STALE_SECONDS` to see that one on another machine is dead.
     """
 
     def __init__(self, folder: Path) -> None:
-        self.path = folder / "holder.json"
+        self.path = folder / "lease.json"
         self.lost = threading.Event()
         """Set when somebody else took over, because this process was suspended for too long."""
         self.token = uuid.uuid4().hex
-        """Whoever finds it in `holder.json` sees the folder that this process holds."""
+        """Whoever finds it in `lease.json` sees the folder that this process has locked."""
         self._released = threading.Event()
         self._me = {
             "token": self.token,
@@ -53,13 +53,13 @@ class Holder:
             "started": _started(os.getpid()),
             "command": " ".join(sys.argv),
         }
-        self._thread = threading.Thread(target=self._keep_alive, name="holder-heartbeat", daemon=True)
+        self._thread = threading.Thread(target=self._keep_alive, name="lease-heartbeat", daemon=True)
 
-    def __enter__(self) -> Holder:
-        refuse_if_held(self.path.parent)
+    def __enter__(self) -> FolderLease:
+        check_not_locked(self.path.parent)
         with _lock(self.path):
             if (faster := _read(self.path)) is not None:
-                raise _held(self.path.parent, faster)
+                raise _locked_error(self.path.parent, faster)
             self._beat()
         self._thread.start()
         return self
@@ -75,7 +75,7 @@ class Holder:
         write_json(self.path, self._me | {"heartbeat": time.time()})
 
     def _is_mine(self) -> bool:
-        return is_held_with(self.path.parent, self.token)
+        return is_locked_with(self.path.parent, self.token)
 
     def _keep_alive(self) -> None:
         last = time.monotonic()
@@ -93,65 +93,65 @@ class Holder:
                     return
 
 
-def is_held_with(folder: Path, token: str) -> bool:
-    """Whether this process sees the very folder that is held with `token`, at the same place."""
-    current = _read(folder / "holder.json")
+def is_locked_with(folder: Path, token: str) -> bool:
+    """Say whether this process sees the very folder that is locked with `token`, at the same place."""
+    current = _read(folder / "lease.json")
     return current is not None and current["token"] == token
 
 
-def shown_holder(folder: Path) -> dict[str, Any] | None:
+def likely_owner(folder: Path) -> dict[str, Any] | None:
     """Who seems to write to a results folder: host, pid, command. At once, so by the clocks of both machines."""
-    holder = _read(folder / "holder.json")
-    if holder is None:
+    lease = _read(folder / "lease.json")
+    if lease is None:
         return None
-    seems = _runs_here(holder) if _is_here(holder) else time.time() - holder["heartbeat"] < STALE_SECONDS
-    return holder if seems else None
+    seems = _runs_here(lease) if _is_here(lease) else time.time() - lease["heartbeat"] < STALE_SECONDS
+    return lease if seems else None
 
 
-def refuse_if_held(folder: Path) -> None:
-    """Raise `InputError` that says who holds the folder, if somebody alive does. What a dead holder left is removed."""
-    path = folder / "holder.json"
+def check_not_locked(folder: Path) -> None:
+    """Raise `InputError` that says who locked the folder, if somebody alive does. What a dead owner left is removed."""
+    path = folder / "lease.json"
     seen = _read(path)
     if seen is None:
         return
     living = _living(path, seen)
     if living is not None:
-        raise _held(folder, living)
+        raise _locked_error(folder, living)
     with _lock(path):
         if _read(path) == seen:
             path.unlink()
 
 
-def _held(folder: Path, holder: dict[str, Any]) -> InputError:
+def _locked_error(folder: Path, lease: dict[str, Any]) -> InputError:
     return InputError(
-        f"one sweep at a time writes to a results folder: {folder} is held by process {holder['pid']} on "
-        f"{holder['host']} ({holder['command']}). Wait for it, stop it, or give another --results-dir."
+        f"one sweep at a time writes to a results folder: {folder} is locked by process {lease['pid']} on "
+        f"{lease['host']} ({lease['command']}). Wait for it, stop it, or give another --results-dir."
     )
 
 
 def _lock(path: Path) -> FileLock:
-    return FileLock(path.with_name(".holder.lock"))
+    return FileLock(path.with_name(".lease.lock"))
 
 
 def _read(path: Path) -> dict[str, Any] | None:
     try:
-        holder: dict[str, Any] = read_json(path)
+        lease: dict[str, Any] = read_json(path)
     except (FileNotFoundError, ValueError):
         return None
-    return holder if isinstance(holder, dict) and holder.keys() >= FIELDS else None
+    return lease if isinstance(lease, dict) and lease.keys() >= FIELDS else None
 
 
-def _is_here(holder: dict[str, Any]) -> bool:
-    return bool(holder["host"] == socket.gethostname())
+def _is_here(lease: dict[str, Any]) -> bool:
+    return bool(lease["host"] == socket.gethostname())
 
 
 def _living(path: Path, seen: dict[str, Any]) -> dict[str, Any] | None:
-    """Who holds a folder, or None if that is dead or gone: of this machine by its processes, of another one by whether
-    its record changes within `STALE_SECONDS`."""
+    """Who has locked a folder, or None if that is dead or gone: an owner on this machine is looked for among its
+    processes, one on another machine lives if its record changes within `STALE_SECONDS`."""
     if _is_here(seen):
         return seen if _runs_here(seen) else None
     logger.info(
-        "%s is held by process %s on %s; waiting up to %g s to see whether it is alive",
+        "%s is locked by process %s on %s; waiting up to %g s to see whether it is alive",
         *(path.parent, seen["pid"], seen["host"], STALE_SECONDS),
     )
     until = time.monotonic() + STALE_SECONDS
@@ -163,10 +163,10 @@ def _living(path: Path, seen: dict[str, Any]) -> dict[str, Any] | None:
     return None
 
 
-def _runs_here(holder: dict[str, Any]) -> bool:
+def _runs_here(lease: dict[str, Any]) -> bool:
     try:
-        process = psutil.Process(holder["pid"])
-        same = abs(_started(holder["pid"]) - holder["started"]) < 1
+        process = psutil.Process(lease["pid"])
+        same = abs(_started(lease["pid"]) - lease["started"]) < 1
         return same and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False

@@ -5,28 +5,41 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from tune_sparse.ledger.ledger import Ledger, SweepRecord
+from tune_sparse.ledger.ledger import Ledger
+from tune_sparse.ledger.record import Record, SweepRecord
+from tune_sparse.ledger.run import Run
 
 PREFERENCE = ("done", "failed", "interrupted", "missing")
 """A run that several folders have is taken from the one where it came furthest, the first of equals."""
 
 
-class UnitedLedger(Ledger):
-    """Only to be read: each run lies in one of the folders."""
+class MergedLedger:
+    """A `LedgerReader` of several folders. Each run lies in one of them, and nothing can be written."""
 
     def __init__(self, folders: Sequence[Path]) -> None:
-        super().__init__(folders[0])
         self._ledgers = [Ledger(folder) for folder in folders]
 
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        return tuple(ledger.folder for ledger in self._ledgers)
+
+    def run_ids(self) -> list[str]:
+        return sorted({run_id for ledger in self._ledgers for run_id in ledger.run_ids()})
+
     def run_folder(self, run_id: str) -> Path:
-        """In the folder where the run came furthest."""
-        found = self._ledgers[0]
-        if len(self._ledgers) > 1:
-            found = min(self._ledgers, key=lambda ledger: PREFERENCE.index(_status(ledger, run_id)))
-        return found.run_folder(run_id)
+        return self._ledger_of(run_id).run_folder(run_id)
+
+    def record(self, run_id: str) -> Record | None:
+        return self._ledger_of(run_id).record(run_id)
+
+    def run(self, run_id: str) -> Run:
+        return self._ledger_of(run_id).run(run_id)
+
+    def is_done(self, run_id: str) -> bool:
+        return self._ledger_of(run_id).is_done(run_id)
 
     def sweeps(self) -> list[SweepRecord]:
-        """A sweep that several folders have, once: as it was started first."""
+        """Every sweep, the oldest first. One that several folders have counts once, as it was started first."""
         found: dict[str, SweepRecord] = {}
         for sweep in sorted((s for ledger in self._ledgers for s in ledger.sweeps()), key=lambda sweep: sweep.started):
             found.setdefault(sweep.sweep_id, sweep)
@@ -34,6 +47,12 @@ class UnitedLedger(Ledger):
 
     def searches(self) -> list[Path]:
         return [folder for ledger in self._ledgers for folder in ledger.searches()]
+
+    def _ledger_of(self, run_id: str) -> Ledger:
+        """Return the ledger where a run came furthest."""
+        if len(self._ledgers) == 1:
+            return self._ledgers[0]
+        return min(self._ledgers, key=lambda ledger: PREFERENCE.index(_status(ledger, run_id)))
 
 
 def _status(ledger: Ledger, run_id: str) -> str:

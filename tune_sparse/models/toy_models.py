@@ -10,7 +10,6 @@ import hashlib
 import json
 import math
 import random
-import shutil
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -29,7 +28,7 @@ from tune_sparse.data.synthetic import GENERATOR_VERSION, SYNTHETIC_TASKS, open_
 from tune_sparse.data.task_types import PromptTask
 from tune_sparse.data.tasks import TASKS
 from tune_sparse.errors import unknown_name
-from tune_sparse.files import aside, cache_dir
+from tune_sparse.files import atomic_folder, cache_dir
 from tune_sparse.training.loop import answer_loss
 
 if TYPE_CHECKING:
@@ -150,20 +149,16 @@ def toy_model_folder(name: str, steps: int | None = None) -> Path:
 
 def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Written aside and renamed: the folder is whole or absent. Where another process was first, its model stays."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = aside(folder)
+    model.config.architectures = [type(model).__name__]
     try:
-        model.config.architectures = [type(model).__name__]
-        model.config.save_pretrained(partial)
-        # Not model.save_pretrained, which draws a progress bar; not save_file, which hides the file from other users.
-        (partial / "model.safetensors").write_bytes(save(model.state_dict(), metadata={"format": "pt"}))
-        tokenizer.save_pretrained(partial)
-        partial.rename(folder)
+        with atomic_folder(folder) as partial:
+            model.config.save_pretrained(partial)
+            # model.save_pretrained draws a progress bar, and save_file hides the file from other users.
+            (partial / "model.safetensors").write_bytes(save(model.state_dict(), metadata={"format": "pt"}))
+            tokenizer.save_pretrained(partial)
     except OSError:
         if not folder.is_dir():
             raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def toy_tokenizer(vocabulary: int = 768) -> PreTrainedTokenizerFast:

@@ -19,7 +19,7 @@ from tune_sparse.data.splits import Encoded
 from tune_sparse.errors import InputError
 from tune_sparse.models.architectures import Matrix, list_blocks, list_matrices, read_weights, unfused
 from tune_sparse.models.float_bits import is_finite
-from tune_sparse.watchdog import progress
+from tune_sparse.watchdog import heartbeat
 
 InputKey = tuple[int, int | None, str]
 """Names the input of a matrix, see `Matrix.input_key`."""
@@ -178,7 +178,7 @@ def calibrate_blockwise(
 
 
 def _run(block: nn.Module, hidden: Tensor, others: BlockArgs) -> Tensor:
-    progress()
+    heartbeat()
     output = block(hidden, *others[0], **others[1])
     return output[0] if isinstance(output, tuple) else output
 
@@ -247,7 +247,7 @@ def gradient_sums(model: Any, rows: Sequence[Encoded], matrices: Sequence[Matrix
         with torch.enable_grad():
             for row in rows:
                 row_loss(model, row).backward()
-                progress()
+                heartbeat()
     finally:
         for hook in hooks:
             hook.remove()

@@ -7,7 +7,6 @@ each block keeps as many as the largest needs, filled up with masked ones, whose
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tune_sparse.errors import InputError
-from tune_sparse.files import aside, read_json, replace_folder, write_json
+from tune_sparse.files import atomic_folder, read_json, write_json
 from tune_sparse.models.architectures import Matrix
 from tune_sparse.models.dims import ModelDims
 from tune_sparse.models.safetensors_io import TensorWriter, weight_files
@@ -130,16 +129,11 @@ def compact(checkpoint: OpenCheckpoint, masks: Mapping[str, Tensor], folder: Pat
     positions: dict[str, Positions] = {}
     for matrix in checkpoint.prunable.matrices:
         positions |= _positions_left(checkpoint, matrix, structure)
-    partial = aside(folder)
-    partial.mkdir(parents=True)
-    try:
+    with atomic_folder(folder, replaces=True) as partial:
         for path in weight_files(checkpoint.path):
             _write_shard(checkpoint, path, masks, positions, partial)
         write_json(partial / "config.json", _config(checkpoint, structure))
         write_rest(checkpoint, partial)
-        replace_folder(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return ModelDims.from_config(type(checkpoint.config)(**read_json(folder / "config.json")))
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tune_sparse.errors import InputError
-from tune_sparse.files import aside, read_json
+from tune_sparse.files import atomic_file, read_json
 from tune_sparse.models.safetensors_io import TensorFiles, TensorWriter
 from tune_sparse.pruning.survival_map import unpack
 
@@ -41,20 +41,20 @@ class PtWriter:
     """Writes for `torch.load`: a dict of all masks, which are in memory together until `done`."""
 
     def __init__(self, path: Path, names: Iterable[str]) -> None:
-        self._path, self._partial, self._masks = path, aside(path), dict.fromkeys(names, torch.empty(0))
+        self._path, self._masks = path, dict.fromkeys(names, torch.empty(0))
 
     def write(self, name: str, mask: Tensor) -> None:
         self._masks[name] = mask
 
     def done(self) -> None:
-        torch.save(self._masks, self._partial)
-        self._partial.replace(self._path)
+        with atomic_file(self._path) as partial:
+            torch.save(self._masks, partial)
 
     def __enter__(self) -> PtWriter:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._partial.unlink(missing_ok=True)
+        """Nothing to remove: the file is written in `done` alone."""
 
 
 def masks_writer(

@@ -41,7 +41,7 @@ from tune_sparse.pruning.methods import GROUPS, Method, method_named
 from tune_sparse.pruning.scores import SCORES, ScoreInputs
 from tune_sparse.pruning.sparsegpt import inverse_factor, sparsegpt
 from tune_sparse.pruning.survival_map import group_survival_map, row_survival_map, survival_map
-from tune_sparse.watchdog import progress
+from tune_sparse.watchdog import heartbeat
 
 NO_STATISTICS = CalibrationStats()
 
@@ -160,7 +160,7 @@ class Job:
 
     def scores(self, matrix: Matrix, statistics: CalibrationStats) -> Tensor:
         """Importance of each weight, in the checkpoint's layout; up to the sign, which `survival_map` ignores."""
-        progress()
+        heartbeat()
         if self.method.score == "magnitude" and self.method.pattern not in GROUPS:
             return self.model.weights[matrix.name]
         weight = matrix.oriented(self.model.weights[matrix.name])
@@ -203,7 +203,7 @@ class Job:
 
         @cache
         def at(level: int) -> tuple[Tensor, Tensor]:
-            progress()
+            heartbeat()
             new, keep = sparsegpt(
                 matrix.oriented(weight),
                 factor,

@@ -24,8 +24,9 @@ from tune_sparse.errors import InputError, RunError
 from tune_sparse.evaluation.outcomes import Outcome, read_outcomes
 from tune_sparse.files import read_json, write_json
 from tune_sparse.identity import hash_json
-from tune_sparse.ledger.lease import Holder
-from tune_sparse.ledger.ledger import Ledger, Run
+from tune_sparse.ledger.lease import FolderLease
+from tune_sparse.ledger.ledger import Ledger
+from tune_sparse.ledger.run import Run
 from tune_sparse.lora.rank_space import Ranks, Space, SuperAdapter, refuse_unfit
 from tune_sparse.models.architectures import architecture_named, pruned_weights
 from tune_sparse.models.checkpoints import prepare_models
@@ -126,19 +127,19 @@ def run_search(config: SearchConfig, report: Callable[[str], None] = logger.info
     plan = plan_search(config)
     folder = ledger.folder / "searches" / plan.search_id
     started = time.perf_counter()
-    with Holder(ledger.folder) as holder:
+    with FolderLease(ledger.folder) as lease:
         ledger.remove_partial()
         diary, candidates = Diary(folder), Candidates(ledger.folder, plan.run.run_id)
         write_json(folder / "config.json", config_json(plan))
         with started_ray(config.sweep) as workers:
             Placement(config.sweep, nodes).refuse_unplaceable([plan.run])
-            refuse_unshared(ledger, holder.token)
-            stopped = _train(plan.run, ledger, config.sweep, holder.token, report)
+            refuse_unshared(ledger, lease.token)
+            stopped = _train(plan.run, ledger, config.sweep, lease.token, report)
             race = None
             if not stopped:
                 race, stopped = _race(plan, ledger, diary, candidates, 1 if config.in_order else workers, report)
             if not stopped and race is not None:
-                found = _prove(plan, ledger, race, diary, folder, workers, holder.token, report)
+                found = _prove(plan, ledger, race, diary, folder, workers, lease.token, report)
     if stopped or race is None:
         return {"search_id": plan.search_id, "folder": str(folder), "stopped": stopped}
     found |= {"search_id": plan.search_id, "folder": str(folder), "seconds": time.perf_counter() - started}

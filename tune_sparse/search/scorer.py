@@ -19,7 +19,8 @@ from tune_sparse.evaluation.outcomes import write_outcomes
 from tune_sparse.evaluation.scoring import EvalSet, Scored, compute_outcomes, encode_test, score
 from tune_sparse.evaluation.validation import validation_report
 from tune_sparse.files import write_json
-from tune_sparse.ledger.ledger import Ledger, Run
+from tune_sparse.ledger.contracts import LedgerReader
+from tune_sparse.ledger.run import Run
 from tune_sparse.lora.adapter_io import merge_adapter_into, read_marker
 from tune_sparse.lora.rank_space import Ranks
 from tune_sparse.lora.slices import Slices
@@ -41,7 +42,7 @@ class SliceScorer:
     protocol: Protocol
 
     @classmethod
-    def of(cls, run: Run, ledger: Ledger) -> SliceScorer:
+    def of(cls, run: Run, ledger: LedgerReader) -> SliceScorer:
         """Of a finished super-adapter. Raises `InputError` for one of another model, mask or rows."""
         assert run.super_adapter is not None
         torch.set_num_threads(run.protocol.threads)

@@ -14,10 +14,11 @@ from typing import Any
 from ray import tune
 
 from tune_sparse.errors import InputError
-from tune_sparse.ledger.ledger import Ledger, Run
+from tune_sparse.ledger.ledger import Ledger
+from tune_sparse.ledger.run import Run
 from tune_sparse.search.journal import Candidate, Candidates
 from tune_sparse.search.racing import Marks
-from tune_sparse.watchdog import watched
+from tune_sparse.watchdog import watchdog
 
 
 class CandidateTrainable(tune.Trainable):
@@ -43,8 +44,8 @@ class CandidateTrainable(tune.Trainable):
         if self._scorer is None or self._scorer.run.run_id != run.run_id:
             self._scorer = SliceScorer.of(run, Ledger(results_dir))
         self._trial, self._stages = trial, list(trial["stages"])
-        dump = Ledger(results_dir).hang(f"{run.run_id}.{os.getpid()}")
-        self._watched = partial(watched, dump, trial["hang_seconds"])
+        dump = Ledger(results_dir).hang_report(f"{run.run_id}.{os.getpid()}")
+        self._watchdog = partial(watchdog, dump, trial["hang_seconds"])
         self._candidates = Candidates(results_dir, run.run_id)
         ranks = trial["ranks"]
         known = self._candidates.read(ranks)
@@ -54,7 +55,7 @@ class CandidateTrainable(tune.Trainable):
         self._candidate = known
 
     def step(self) -> dict[str, Any]:
-        with self._watched():
+        with self._watchdog():
             return self._stage()
 
     def _stage(self) -> dict[str, Any]:

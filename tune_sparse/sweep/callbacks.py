@@ -11,12 +11,14 @@ from typing import Any
 from ray import cloudpickle, tune
 
 from tune_sparse.errors import DISK_FULL, is_out_of_memory
-from tune_sparse.ledger.lease import Holder
-from tune_sparse.ledger.ledger import Ledger, Record, Run
+from tune_sparse.ledger.lease import FolderLease
+from tune_sparse.ledger.ledger import Ledger
+from tune_sparse.ledger.record import Record
+from tune_sparse.ledger.run import Run
 from tune_sparse.sweep.progress import Progress
 from tune_sparse.sweep.resources import Placement
 from tune_sparse.tracking.background import BackgroundTracker
-from tune_sparse.watchdog import Hang, take_hang
+from tune_sparse.watchdog import HangReport, read_hang_report
 
 
 class Stop(tune.Stopper):
@@ -52,14 +54,14 @@ class LedgerCallback(tune.Callback):
         runs: Mapping[str, Run],
         progress: Progress,
         tracker: BackgroundTracker,
-        holder: Holder,
+        lease: FolderLease,
         stop: Stop,
         placement: Placement,
         again: Callable[[Run], None],
         max_retries: int,
     ) -> None:
         self._ledger, self._runs, self._progress = ledger, runs, progress
-        self._tracker, self._holder, self._stop = tracker, holder, stop
+        self._tracker, self._lease, self._stop = tracker, lease, stop
         self._placement, self._again, self._max_retries = placement, again, max_retries
         self._started: set[str] = set()
         self._retries: Counter[str] = Counter()
@@ -77,7 +79,7 @@ class LedgerCallback(tune.Callback):
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
-        if self._holder.lost.is_set():
+        if self._lease.lost.is_set():
             self._stop.because("another process took over the results folder: this one was silent for too long")
         self._progress.reported(result["run_id"], result["step"], result["steps"])
 
@@ -94,7 +96,7 @@ class LedgerCallback(tune.Callback):
         if earlier is not None and earlier.status == "done":  # it was lost after it had written its last file
             self._end(earlier)
             return
-        error = _error_record(_read_error(trial), take_hang(self._ledger.hang(run.run_id)))
+        error = _error_record(_read_error(trial), read_hang_report(self._ledger.hang_report(run.run_id)))
         record = Record(run.run_id, run.identity, "failed", error=error)
         try:
             self._ledger.write_record(run, record)
@@ -133,7 +135,7 @@ def _read_error(trial: Any) -> Exception | None:
     return cloudpickle.loads(Path(path).read_bytes()) if path and Path(path).exists() else None
 
 
-def _error_record(error: Exception | None, hang: Hang | None = None) -> dict[str, Any]:
+def _error_record(error: Exception | None, hang: HangReport | None = None) -> dict[str, Any]:
     """An error that a worker raised, or that Ray found when the worker was gone, or why it went."""
     if hang is not None:
         message = f"no progress for {hang.allowed}, in {hang.where}"

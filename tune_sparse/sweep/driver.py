@@ -17,8 +17,10 @@ from typing import TYPE_CHECKING, Any
 from tune_sparse.cerebras.environment import refuse_unreachable_cluster
 from tune_sparse.cerebras.preflight import prepare_cerebras, refuse_full, working_bytes
 from tune_sparse.config import CS3, CS3_TRIAL, SweepConfig
-from tune_sparse.ledger.lease import Holder
-from tune_sparse.ledger.ledger import Ledger, Run, SweepRecord
+from tune_sparse.ledger.lease import FolderLease
+from tune_sparse.ledger.ledger import Ledger
+from tune_sparse.ledger.record import SweepRecord
+from tune_sparse.ledger.run import Run
 from tune_sparse.models.checkpoints import prepare_models
 from tune_sparse.models.toy_models import TOY_MODELS
 from tune_sparse.sweep.forecast import longest_first
@@ -80,7 +82,7 @@ def run_sweep(config: SweepConfig, retry_failed: bool = False, only: Collection[
     if "cerebras" in config.backends:
         check_cerebras(plan, ledger)
     started = time.perf_counter()
-    with Holder(ledger.folder) as holder:
+    with FolderLease(ledger.folder) as lease:
         ledger.remove_partial()
         record = _keep_start(ledger, plan.record)
         ledger.write_sweep(record)
@@ -93,8 +95,8 @@ def run_sweep(config: SweepConfig, retry_failed: bool = False, only: Collection[
             if missing:
                 if any(run.cerebras for run in missing):
                     prepare_cerebras(config, list(plan.checkpoints.values()), ledger, report=logger.info)
-                stopped, workers = _tune(plan, ledger, missing, progress, tracker, holder)
-                if not holder.lost.is_set():
+                stopped, workers = _tune(plan, ledger, missing, progress, tracker, lease)
+                if not lease.lost.is_set():
                     ledger.remove_partial()
         seconds = time.perf_counter() - started
     records = {run_id: ledger.record(run_id) for run_id in plan.runs}
@@ -133,11 +135,11 @@ def _tune(
     missing: Sequence[Run],
     progress: Progress,
     tracker: BackgroundTracker,
-    holder: Holder,
+    lease: FolderLease,
 ) -> tuple[str | None, int]:
     """Run `missing` through one Tuner; returns (why it ended early, if it did; workers)."""
     config = plan.config
-    with started_ray(config) as workers, gathered(ledger, holder.token, missing):
+    with started_ray(config) as workers, gathered(ledger, lease.token, missing):
         from trainables.cell import CellTrainable
         from tune_sparse.sweep.callbacks import LedgerCallback, Stop
         from tune_sparse.sweep.scheduler import Dispatcher
@@ -151,7 +153,7 @@ def _tune(
             trial = {
                 "run": run.as_config(),
                 "results_dir": str(ledger.folder.resolve()),
-                "token": holder.token,
+                "token": lease.token,
                 "hang_seconds": config.hang_seconds,
                 "resources": placement.resources(run),
             }
@@ -165,7 +167,7 @@ def _tune(
             {run.run_id: run for run in missing},
             progress,
             tracker,
-            holder,
+            lease,
             stop,
             placement,
             again=lambda run: dispatcher.again(run.cell.backend, run),
@@ -174,7 +176,7 @@ def _tune(
         # Ray takes the signals for itself when it starts, so ours come after it.
         with progress.shown(workers), stop_on_signals(stop):
             fit_trials(CellTrainable, dispatcher, callback, stop)
-        if not holder.lost.is_set():
+        if not lease.lost.is_set():
             callback.record_unfinished()
         return stop.reason, workers
 
@@ -190,12 +192,12 @@ def gathered(ledger: Ledger, token: str, missing: Sequence[Run]) -> Iterator[Non
     if "RAY_ADDRESS" not in os.environ:
         yield
         return
-    from trainables.remote_ledger import open_desk, refuse_unseen
+    from trainables.remote_ledger import refuse_unseen, serve_ledger
 
     folder = ledger.folder.resolve()
     if any(run.cerebras for run in missing):
         refuse_unseen(folder, token, "the backend cerebras needs", lambda held: bool({CS3, CS3_TRIAL} & held.keys()))
-    with open_desk(folder, token):
+    with serve_ledger(folder, token):
         yield
 
 

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from tune_sparse.config import Cell, SweepConfig
-from tune_sparse.ledger.ledger import Ledger, Record, Run
+from tune_sparse.ledger.contracts import LedgerReader
+from tune_sparse.ledger.record import Record
+from tune_sparse.ledger.run import Run
 from tune_sparse.models.architectures import pruned_weights
 from tune_sparse.sweep.plan import Plan
 from tune_sparse.sweep.progress import duration
@@ -75,7 +77,7 @@ class Forecast:
         return ", ".join(hours) + compiling + clock
 
 
-def forecast(plan: Plan, ledger: Ledger, missing: Sequence[Run]) -> Forecast:
+def forecast(plan: Plan, ledger: LedgerReader, missing: Sequence[Run]) -> Forecast:
     """Medians of the done runs of a plan, which have its protocol, for its missing ones."""
     measured = [
         (run.cell, spent_by(run, record, ledger.run_folder(run.run_id), plan.config))
@@ -102,7 +104,7 @@ def forecast(plan: Plan, ledger: Ledger, missing: Sequence[Run]) -> Forecast:
     )
 
 
-def longest_first(plan: Plan, ledger: Ledger, runs: Sequence[Run]) -> list[Run]:
+def longest_first(plan: Plan, ledger: LedgerReader, runs: Sequence[Run]) -> list[Run]:
     """`runs` by the time that each is expected to take, so that no long one is left to run alone at the end.
 
     Runs of one backend, model, task and mode stay together, and rarely let a worker change its model. Where some of
@@ -157,7 +159,7 @@ def pilot_key(cell: Cell) -> tuple[str, ...]:
     return _values(cell, TASK)
 
 
-def pilots(plan: Plan, ledger: Ledger, missing: Sequence[Run]) -> list[Run]:
+def pilots(plan: Plan, ledger: LedgerReader, missing: Sequence[Run]) -> list[Run]:
     """The middle one of the missing runs of each backend, model and task that has no measured run."""
     measured = {pilot_key(run.cell) for run in plan.runs.values() if ledger.is_done(run.run_id)}
     groups: dict[tuple[str, ...], list[Run]] = {}

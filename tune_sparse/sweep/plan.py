@@ -21,8 +21,11 @@ from tune_sparse.data.task_types import AnswerTask, TextTask
 from tune_sparse.data.tasks import mean_chance, tasks_named
 from tune_sparse.errors import InputError
 from tune_sparse.identity import hash_json
-from tune_sparse.ledger.lease import refuse_if_held
-from tune_sparse.ledger.ledger import Ledger, Record, Run, SweepRecord, readable_id
+from tune_sparse.ledger.contracts import LedgerReader
+from tune_sparse.ledger.lease import check_not_locked
+from tune_sparse.ledger.ledger import Ledger
+from tune_sparse.ledger.record import Record, SweepRecord
+from tune_sparse.ledger.run import Run, readable_id
 from tune_sparse.models.architectures import adapter_weights, pruned_weights
 from tune_sparse.models.checkpoints import Checkpoint, check_checkpoint, load_tokenizer, short_name
 from tune_sparse.models.toy_models import TOY_MODELS
@@ -48,7 +51,7 @@ class Plan:
     checkpoints: dict[str, Checkpoint]
     """by the models' short names"""
 
-    def missing(self, ledger: Ledger, retry_failed: bool = False) -> list[Run]:
+    def missing(self, ledger: LedgerReader, retry_failed: bool = False) -> list[Run]:
         """Runs that no finished record serves. A run that failed for good is missing only if `retry_failed`."""
         return [run for run in self.runs.values() if is_missing(ledger.record(run.run_id), retry_failed)]
 
@@ -241,7 +244,7 @@ def check_folder(folder: Path) -> None:
         raise InputError(
             f"the results folder must be writable, {folder} is not: {error}. Give another --results-dir."
         ) from error
-    refuse_if_held(folder)
+    check_not_locked(folder)
 
 
 def check_disk(plan: Plan, ledger: Ledger, missing: Sequence[Run]) -> None:

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn
 from rich.progress import Progress as Bars
 
-from tune_sparse.ledger.ledger import Record
+from tune_sparse.ledger.record import Record
 
 LINE_SECONDS = 15.0
 """Between two plain lines, unless a run fails."""

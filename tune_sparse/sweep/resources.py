@@ -15,7 +15,8 @@ from typing import Any
 
 from tune_sparse.config import CS3, CS3_TRIAL, SweepConfig
 from tune_sparse.errors import InputError
-from tune_sparse.ledger.ledger import Record, Run
+from tune_sparse.ledger.record import Record
+from tune_sparse.ledger.run import Run
 
 MEMORY_MARGIN = 1.2
 """Room above the most that a finished run allocated: fragments, and rows longer than its own."""

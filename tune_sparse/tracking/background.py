@@ -11,7 +11,9 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from tune_sparse.ledger.ledger import Ledger, SweepRecord
+from tune_sparse.ledger.contracts import LedgerReader
+from tune_sparse.ledger.ledger import Ledger
+from tune_sparse.ledger.record import SweepRecord
 from tune_sparse.net import host_and_port, refuse_silent
 from tune_sparse.tracking.sync import Tracker, make_client
 
@@ -20,9 +22,9 @@ logger = logging.getLogger(__name__)
 PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 1.0, 30.0
 """Between two tries of a store that fails, doubled each time."""
 AGAIN_SECONDS = 3.0
-"""How long after the end a store that fails is tried again."""
+"""A store that fails is tried again for so long after the end."""
 SERVER_SECONDS, FILE_SECONDS = 10.0, 60.0
-"""How long the end waits for one answer. A database in a file is slow while it is made, but it is there."""
+"""The end waits for one answer so long. A database in a file is slow while it is made, but it is there."""
 POLL_SECONDS = 0.05
 HTTP_LIMITS = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "10", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
 """MLflow's own tries last for minutes. What the user has set is left alone."""
@@ -35,7 +37,7 @@ class BackgroundTracker:
     is reported once: `tune-sparse track` fills it later.
     """
 
-    def __init__(self, ledger: Ledger, uri: str, work: Callable[[Tracker], object]) -> None:
+    def __init__(self, ledger: LedgerReader, uri: str, work: Callable[[Tracker], object]) -> None:
         self._ledger, self._uri, self._fill = ledger, uri, work
         self._patience_seconds = SERVER_SECONDS if host_and_port(uri) else FILE_SECONDS
         self._added: queue.Queue[str | None] = queue.Queue()
@@ -68,7 +70,7 @@ class BackgroundTracker:
         return 0.0 if asked_at is None or ended_at is None else time.monotonic() - max(asked_at, ended_at)
 
     def _is_over(self) -> bool:
-        """Whether it is too late for another try."""
+        """Say whether it is too late for another try."""
         return self._ended_at is not None and time.monotonic() - self._ended_at > AGAIN_SECONDS
 
     def _work(self) -> None:
@@ -107,7 +109,7 @@ class BackgroundTracker:
                     tracker.fill_run(run_id)
 
     def _asked(self, call: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
-        """What the store answers. While it does not, somebody may give it up."""
+        """Return what the store answers. While it does not, the end may give it up."""
         if self._given_up.is_set():
             raise TimeoutError("it was given up")
         self._asked_at = self._asked_at or time.monotonic()
@@ -139,7 +141,7 @@ def track_search(ledger: Ledger, uri: str, search_id: str) -> None:
         pass
 
 
-def track_sweep(ledger: Ledger, uri: str, sweep: SweepRecord) -> BackgroundTracker:
+def track_sweep(ledger: LedgerReader, uri: str, sweep: SweepRecord) -> BackgroundTracker:
     """Track a sweep while it goes on."""
     return BackgroundTracker(ledger, uri, lambda tracker: tracker.fill_sweep(sweep))
 

@@ -24,7 +24,7 @@ HALF = 0.5
 
 
 class BaselineRun(Protocol):
-    """What others published about one setting, named as our runs name it."""
+    """Published numbers of one setting, named as our runs name it."""
 
     @property
     def name(self) -> str: ...

@@ -1,4 +1,4 @@
-"""What MLflow shows of a ledger: sweeps, trainings, searches and their candidates, each as one entry."""
+"""The entries that MLflow shows of a ledger: sweeps, trainings, searches and their candidates."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import Any
 
 from tune_sparse.files import read_json
 from tune_sparse.identity import hash_json
-from tune_sparse.ledger.ledger import Ledger, Record, SweepRecord
+from tune_sparse.ledger.contracts import LedgerReader
+from tune_sparse.ledger.record import Record, SweepRecord
 
 SWEEP_TAG = "tune_sparse.sweep_id"
 RUN_TAG = "tune_sparse.run_id"
@@ -47,7 +48,7 @@ def record_hash(record: Record) -> str:
 
 
 def search_hash(folder: Path) -> str | None:
-    """Of the result of a search; None if it has none yet."""
+    """Hash the result of a search; None if it has none yet."""
     path = folder / "result.json"
     return hash_json(read_json(path)) if path.exists() else None
 
@@ -58,8 +59,8 @@ def sweep_entry(sweep: SweepRecord) -> Entry:
     return Entry(f"sweep {sweep.sweep_id}", tags, sweep.started, described | {"cells": len(sweep.cells)})
 
 
-def run_entry(ledger: Ledger, record: Record) -> Entry:
-    """A training with parameters, curves, metrics, environment and small files."""
+def run_entry(ledger: LedgerReader, record: Record) -> Entry:
+    """Describe a training with parameters, curves, metrics, environment and small files."""
     run, folder = ledger.run(record.run_id), ledger.run_folder(record.run_id)
     ended = (folder / "result.json").stat().st_mtime
     return Entry(
@@ -75,7 +76,7 @@ def run_entry(ledger: Ledger, record: Record) -> Entry:
 
 
 def search_entry(folder: Path) -> Entry:
-    """A finished search with its result and pictures."""
+    """Describe a finished search with its result and pictures."""
     config, found = read_json(folder / "config.json"), read_json(folder / "result.json")
     return Entry(
         name=f"search {folder.name}",
@@ -88,7 +89,7 @@ def search_entry(folder: Path) -> Entry:
 
 
 def candidate_entries(folder: Path) -> Iterator[Entry]:
-    """What a search tried, in its order."""
+    """Yield what a search tried, in its order."""
     started = read_json(folder / "config.json")["started"]
     for path in sorted((folder / "trials").glob("*.json")):
         trial = read_json(path)
@@ -104,7 +105,7 @@ def candidate_entries(folder: Path) -> Iterator[Entry]:
 
 
 def _curves(folder: Path) -> Iterator[Point]:
-    """Every point that training logged."""
+    """Yield every point that training logged."""
     path = folder / "metrics.jsonl"
     for line in path.read_text().splitlines() if path.exists() else ():
         point = json.loads(line)
@@ -112,7 +113,7 @@ def _curves(folder: Path) -> Iterator[Point]:
 
 
 def _numbers(values: Mapping[str, Any]) -> Iterator[Point]:
-    """Every number, those of an inner mapping as outer_inner."""
+    """Yield every number, those of an inner mapping as outer_inner."""
     for name, value in values.items():
         if isinstance(value, Mapping):
             yield from ((f"{name}_{inner}", number, step) for inner, number, step in _numbers(value))

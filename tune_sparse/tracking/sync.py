@@ -1,7 +1,9 @@
 """MLflow as a view of the ledger: it can be down, be late, or be rebuilt, and never has a run twice.
 
 One parent run a sweep, one child a training, found by the tags `tune_sparse.sweep_id` and `tune_sparse.run_id`. A run
-of MLflow is whole once it has ended: one that is still RUNNING was cut off in the middle, or somebody is at it.
+of MLflow is whole once it has ended: one that is still RUNNING was cut off while it was logged.
+
+Several results folders may be shown in one store at once. A folder has one writer, the sweep that has locked it.
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from tune_sparse.config import SweepConfig
-from tune_sparse.ledger.ledger import Ledger, SweepRecord
+from tune_sparse.ledger.contracts import LedgerReader
+from tune_sparse.ledger.record import SweepRecord
 from tune_sparse.net import check_address, refuse_silent
 from tune_sparse.tracking.entries import (
     CANDIDATE_TAG,
@@ -35,12 +38,10 @@ from tune_sparse.tracking.entries import (
 EXPERIMENT = "tune-sparse"
 PARENT_TAG = "mlflow.parentRunId"
 PAGE_RUNS = 500
-ROUNDS = 5
-"""Of looking again at what several writers left."""
 
 
 def tracking_uri(config: SweepConfig) -> str:
-    """Of the configuration, of MLFLOW_TRACKING_URI, or SQLite in the results folder."""
+    """Take the address of the configuration, else MLFLOW_TRACKING_URI, else SQLite in the results folder."""
     return chosen_uri(config.tracking_uri, config.results_dir)
 
 
@@ -57,7 +58,7 @@ def default_uri(results_dir: Path) -> str:
 
 
 def make_client(uri: str) -> Any:
-    """A client of one store that says nothing while it makes its tables, and reports to nobody else."""
+    """Make a client of one store that says nothing while it makes its tables, and reports to nobody else."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     from mlflow import MlflowClient
@@ -68,7 +69,7 @@ def make_client(uri: str) -> Any:
 
 
 def every_run(client: Any, experiment: str) -> Iterator[Any]:
-    """The runs of an experiment that are not deleted, each once whatever is added meanwhile."""
+    """Yield the runs of an experiment that are not deleted, each once whatever is added meanwhile."""
     seen, token = set[str](), None
     while True:
         page = client.search_runs([experiment], max_results=PAGE_RUNS, page_token=token)
@@ -105,10 +106,10 @@ class Shown:
 class Tracker:
     """Shows a ledger in one MLflow store. What is already there in full is left alone.
 
-    What is missing is logged first, then `settle` removes what must not stay: so any number may write at once.
+    What is missing is logged first, then `_tidy` removes what must not stay: so nothing is lost where this is cut off.
     """
 
-    def __init__(self, ledger: Ledger, uri: str, client: Any = None) -> None:
+    def __init__(self, ledger: LedgerReader, uri: str, client: Any = None) -> None:
         self._ledger, self._client = ledger, client or make_client(uri)
         self._experiment = self._experiment_id(_artifact_location(ledger, uri))
         self._below: dict[str, str] = {}
@@ -124,7 +125,7 @@ class Tracker:
         if found is None:
             try:
                 return str(self._client.create_experiment(EXPERIMENT, artifact_location))
-            except MlflowException:  # another writer has just made it
+            except MlflowException:  # the sweep of another results folder has just made it
                 found = self._client.get_experiment_by_name(EXPERIMENT)
                 if found is None:
                     raise
@@ -135,27 +136,24 @@ class Tracker:
         for run in every_run(self._client, self._experiment):
             one = Shown.of(run)
             self._shown[one.key].append(one)
-        self._whole = {(key, one.record): one.id_ for key, all_ in self._shown.items() for one in all_ if one.is_whole}
+        self._whole = {
+            (key, one.record): one
+            for key, all_ in self._shown.items()
+            for one in sorted(all_, key=lambda one: one.id_, reverse=True)  # of equal ones the smallest id stays
+            if one.is_whole
+        }
+        self._parents = {one.id_ for one in self._whole.values() if one.key[0] == SWEEP_TAG}
         self._has_written = False
 
     def fill(self, work: Callable[[Tracker], T]) -> T:
-        """What `work` returns, once nothing had to be removed after it. Raises what MLflow raises last."""
-        from mlflow.exceptions import MlflowException
-
-        for left in reversed(range(ROUNDS)):
-            try:
-                self._wanted.clear()
-                done = work(self)
-                if self.settle():
-                    break
-            except MlflowException:  # another writer removed what this one was at
-                if not left:
-                    raise
-            self._read()
+        """Return what `work` returns, once what must not stay is removed. Raises what MLflow raises."""
+        self._wanted.clear()
+        done = work(self)
+        self._tidy()
         return done
 
     def fill_ledger(self) -> int:
-        """Everything in it; returns how many recorded runs are now shown."""
+        """Show everything in the ledger; returns how many recorded runs are now shown."""
         sweeps = self._ledger.sweeps()
         recorded = {run_id for sweep in sweeps for run_id in self.fill_sweep(sweep)}
         for folder in self._ledger.searches():
@@ -163,7 +161,7 @@ class Tracker:
         return len(recorded)
 
     def fill_sweep(self, sweep: SweepRecord) -> list[str]:
-        """The parent run of a sweep and a child for each training that has a record; returns these."""
+        """Show a sweep as a parent run, with a child for each training that has a record; returns these."""
         self._show((SWEEP_TAG, sweep.sweep_id), sweep.sweep_id, lambda: sweep_entry(sweep))
         runs = dict.fromkeys(cell["run_id"] for cell in sweep.cells)
         for run_id in runs:
@@ -171,7 +169,7 @@ class Tracker:
         return [run_id for run_id in runs if self.fill_run(run_id)]
 
     def fill_run(self, run_id: str) -> bool:
-        """The child of a training, below the first sweep that has it. Returns whether it has a record."""
+        """Show a training below the first sweep that has it. Returns whether it has a record."""
         record = self._ledger.record(run_id)
         if record is None:
             self._wanted[RUN_TAG, run_id] = None
@@ -182,10 +180,10 @@ class Tracker:
 
     def _find_parent(self, run_id: str) -> str:
         sweep = self._below[run_id]
-        return self._whole[(SWEEP_TAG, sweep), sweep]
+        return self._whole[(SWEEP_TAG, sweep), sweep].id_
 
     def fill_search(self, folder: Path) -> None:
-        """The parent run of a search that has a result, and a child for each candidate."""
+        """Show a search that has a result as a parent run, with a child for each candidate."""
         found = search_hash(folder)
         if found is not None:
             self._show((SEARCH_TAG, folder.name), found, lambda: search_entry(folder), None, candidate_entries(folder))
@@ -199,12 +197,18 @@ class Tracker:
         children: Iterable[Entry] = (),
     ) -> None:
         self._wanted[key] = record
-        if (key, record) not in self._whole:
-            self._whole[key, record] = self._log(entry(), parent, children)
+        shown = self._whole.get((key, record))
+        if shown is None:
+            id_ = self._log(entry(), parent, children)
+            self._whole[key, record] = Shown(id_, key, record, is_whole=True, parent=parent)
+            self._parents |= {id_} if key[0] == SWEEP_TAG else set()
+            self._has_written = True
+        elif parent and shown.parent not in self._parents:  # its sweep was removed, and is logged anew
+            self._client.set_tag(shown.id_, PARENT_TAG, parent)
             self._has_written = True
 
     def _log(self, entry: Entry, parent: str | None = None, children: Iterable[Entry] = ()) -> str:
-        """A new run of MLflow, ended when all of it is there; returns its id. Calls are commits: few."""
+        """Make a run of MLflow, ended when all of it is there; returns its id. Calls are commits: few."""
         from mlflow.entities import Metric, Param
 
         started, ended = (int(1000 * at) if at else None for at in (entry.started, entry.ended))
@@ -219,48 +223,36 @@ class Tracker:
         self._client.set_terminated(id_, entry.status, ended)
         return id_
 
-    def settle(self) -> bool:
-        """Remove what was cut off, has changed, or was logged twice; of two that are equal every writer keeps the same.
-
-        Returns whether nothing was amiss. Otherwise one must look again: another writer may have removed the other.
-        """
-        if self._has_written:
+    def _tidy(self) -> None:
+        """Remove, of what was looked at, what was cut off, has changed, or was logged twice."""
+        if self._has_written:  # a request whose answer was lost may have been served twice
             self._read()
-        kept, gone = dict[Key, Shown | None](), list[Shown]()
+        gone = set[str]()
         for key, record in self._wanted.items():
-            good = [one for one in self._shown[key] if one.is_whole and record and one.record == record]
-            kept[key] = min(good, key=lambda one: one.id_, default=None)
-            gone += [one for one in self._shown[key] if one != kept[key]]
-        for one in gone:
-            self._client.delete_run(one.id_)
-        orphans = self._orphans(gone)
-        for one in orphans:
-            if one.key[0] == CANDIDATE_TAG:
-                self._client.delete_run(one.id_)
-            elif parent := kept.get((SWEEP_TAG, self._below.get(one.key[1], ""))):
-                self._client.set_tag(one.id_, PARENT_TAG, parent.id_)
-        lost = any(record and not kept[key] for key, record in self._wanted.items())
-        return not (gone or orphans or lost)
+            kept = self._whole.get((key, record)) if record else None
+            gone |= {one.id_ for one in self._shown[key] if one != kept}
+        for id_ in (*gone, *self._orphans(gone)):
+            self._client.delete_run(id_)
 
-    def _orphans(self, gone: list[Shown]) -> list[Shown]:
-        """What of ours is shown below a run that was removed."""
-        left = {one for all_ in self._shown.values() for one in all_} - set(gone)
-        ours = [one for one in left if one.key[0] == CANDIDATE_TAG or one.key in self._wanted]
-        unknown = {one.parent for one in ours if one.parent} - {one.id_ for one in left}
-        removed = {parent for parent in unknown if not self._is_there(parent)}
-        return [one for one in ours if one.parent in removed]
+    def _orphans(self, gone: set[str]) -> list[str]:
+        """The candidates of searches that were removed."""
+        left = {one.id_ for all_ in self._shown.values() for one in all_} - gone
+        candidates = [one for (tag, _), all_ in self._shown.items() if tag == CANDIDATE_TAG for one in all_]
+        lost = {one.parent for one in candidates if one.parent} - left
+        removed = {parent for parent in lost if parent in gone or not self._is_there(parent)}
+        return [one.id_ for one in candidates if one.parent in removed]
 
-    def _is_there(self, run_id: str) -> bool:
-        """Asked of what was made while the runs were read."""
-        return bool(self._client.search_runs([self._experiment], f"attributes.run_id = '{run_id}'"))
+    def _is_there(self, id_: str) -> bool:
+        """Say whether a run was made while the others were read, for another results folder."""
+        return bool(self._client.search_runs([self._experiment], f"attributes.run_id = '{id_}'"))
 
 
-def _artifact_location(ledger: Ledger, uri: str) -> str | None:
+def _artifact_location(ledger: LedgerReader, uri: str) -> str | None:
     """Beside the ledger; None where a server keeps the files of its experiments."""
-    return None if uri.startswith("http") else (ledger.folder / "mlartifacts").resolve().as_uri()
+    return None if uri.startswith("http") else (ledger.folders[0] / "mlartifacts").resolve().as_uri()
 
 
-def track_ledger(ledger: Ledger, uri: str) -> int:
+def track_ledger(ledger: LedgerReader, uri: str) -> int:
     """Bring MLflow up to date with the whole ledger; returns how many recorded runs it now shows.
 
     Raises `OSError` if the store does not answer, or refuses.

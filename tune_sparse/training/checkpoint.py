@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from tune_sparse.files import aside
+from tune_sparse.files import atomic_file
 
 
 def save_training(
@@ -30,12 +30,8 @@ def save_training(
         "cuda_random": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         "so_far": so_far,
     }
-    partial = aside(path)
-    try:
+    with atomic_file(path) as partial:
         torch.save(state, partial)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def restore_into(

@@ -21,7 +21,7 @@ from tune_sparse.data.batching import packed, padded
 from tune_sparse.data.splits import Encoded
 from tune_sparse.errors import RunError
 from tune_sparse.training.cross_entropy import summed_cross_entropy
-from tune_sparse.watchdog import progress
+from tune_sparse.watchdog import heartbeat
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def mean_loss(
         with accelerator.autocast() if accelerator else nullcontext():
             batch = rows[start : start + protocol.micro_batch_size]
             loss, count = answer_loss(model, batch, protocol.train_on_prompt, protocol.pack_to)
-        progress()
+        heartbeat()
         summed, targets = summed + float(loss), targets + count
     model.train(was_training)
     mean = summed / targets
@@ -187,6 +187,6 @@ def _accumulate_gradients(
         with accelerator.autocast():
             loss, _ = answer_loss(model, rows, protocol.train_on_prompt, protocol.pack_to)
         accelerator.backward(loss / targets)
-        progress()
+        heartbeat()
         total += loss.item()
     return total / targets

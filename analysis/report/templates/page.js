@@ -81,7 +81,7 @@ function curvesOf(panel, metric) {
   return [...groups.values()].map((group) => ({ ...group,
     points: [...group.points].sort((a, b) => a[0] - b[0]).map(([sparsity, of]) => ({ sparsity, of,
       value: mean(of.map((c) => c[metric])), error: mean(of.map((c) => errorOf(c, metric) ?? 0)),
-      untuned: mean(of.map((c) => c[`${metric}_before_tuning`] ?? NaN)) })) }));
+      beforeTuning: mean(of.map((c) => c[`${metric}_before_tuning`] ?? NaN)) })) }));
 }
 
 function draw() {
@@ -104,7 +104,7 @@ function draw() {
   const seen = curves.filter((curve) => !hidden.has(curve.key));
   if (!panel.length) { plot.append("No cell of this choice is done."); return; }
   const W = 860, H = 420, L = 74, R = 16, T = 12, B = 48;
-  const all = seen.flatMap((c) => c.points.flatMap((p) => [p.value - p.error, p.value + p.error, p.untuned]))
+  const all = seen.flatMap((c) => c.points.flatMap((p) => [p.value - p.error, p.value + p.error, p.beforeTuning]))
     .filter(Number.isFinite);
   const logarithmic = metric === "perplexity";
   const low = metric === "accuracy" || !logarithmic ? Math.min(0, ...all) : Math.min(...all);
@@ -136,7 +136,7 @@ function draw() {
     const c = colour(curve), back = [...curve.points].reverse();
     if (curve.points.some((p) => p.error)) svg.append(element("path", { fill: c, opacity: 0.13,
       d: `${line(curve.points, (p) => p.value + p.error)}${line(back, (p) => p.value - p.error).replace("M", "L")}Z` }));
-    svg.append(element("path", { d: line(curve.points, (p) => p.untuned), fill: "none", stroke: c, "stroke-dasharray": "2 3" }));
+    svg.append(element("path", { d: line(curve.points, (p) => p.beforeTuning), fill: "none", stroke: c, "stroke-dasharray": "2 3" }));
     svg.append(element("path", { d: line(curve.points, (p) => p.value), fill: "none", stroke: c, "stroke-width": 2,
       "stroke-dasharray": DASHES[curve.mode] ?? "" }));
   }

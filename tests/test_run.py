@@ -10,8 +10,8 @@ from factories import make_cell, make_run
 
 from tune_sparse.config import SCORING, Protocol
 from tune_sparse.identity import NUMERICS_VERSION
-from tune_sparse.ledger import ledger
-from tune_sparse.ledger.ledger import Run
+from tune_sparse.ledger import run as run_module
+from tune_sparse.ledger.run import Run
 
 OTHER_PROTOCOL: dict[str, Any] = {
     "steps": 100,
@@ -71,14 +71,14 @@ def test_calibration_is_part_of_calibrated_runs_alone(name: str) -> None:
     for method, matters in (("unstructured", False), ("random", False), ("wanda", True), ("magnitude-owl", True)):
         before, after = (make_run(make_cell(method=method), protocol=protocol) for protocol in (Protocol(), other))
         assert (before.identity != after.identity) == matters
-        assert (before.untuned_id != after.untuned_id) == matters
+        assert (before.pruned_baseline_id != after.pruned_baseline_id) == matters
 
 
 def test_a_calibration_text_is_part_of_calibrated_runs_alone() -> None:
     for method, matters in (("structured", False), ("sparsegpt", True)):
         before, after = (make_run(make_cell(method=method), calibration_fingerprint=f) for f in (None, "x" * 64))
         assert (before.identity != after.identity) == matters
-        assert (before.untuned_id != after.untuned_id) == matters
+        assert (before.pruned_baseline_id != after.pruned_baseline_id) == matters
 
 
 def test_a_run_recorded_before_there_was_calibration_is_still_read() -> None:
@@ -107,16 +107,16 @@ def test_the_identity_changes_with_the_model_the_data_and_the_prompt(name: str) 
 
 def test_the_identity_changes_with_the_numerics_version(monkeypatch: pytest.MonkeyPatch) -> None:
     run = make_run()
-    before = run.identity, run.untuned_id
-    monkeypatch.setattr(ledger, "NUMERICS_VERSION", NUMERICS_VERSION + 1)
+    before = run.identity, run.pruned_baseline_id
+    monkeypatch.setattr(run_module, "NUMERICS_VERSION", NUMERICS_VERSION + 1)
     assert run.identity != before[0]
-    assert run.untuned_id != before[1]
+    assert run.pruned_baseline_id != before[1]
 
 
 def test_the_identity_does_not_change_with_places_on_disk() -> None:
     moved = make_run(model_path="/elsewhere/tiny", data_dir="/data")
     assert moved.identity == make_run().identity
-    assert moved.untuned_id == make_run().untuned_id
+    assert moved.pruned_baseline_id == make_run().pruned_baseline_id
 
 
 def test_every_field_of_a_run_is_in_its_identity_or_a_place() -> None:
@@ -128,7 +128,7 @@ def test_every_field_of_a_run_is_in_its_identity_or_a_place() -> None:
 def test_what_trained_on_cerebras_is_in_the_identity_but_not_in_the_accuracy_before_tuning() -> None:
     run = make_run(cerebras={"target": "cpu", "release": "2.10.0"})
     assert run.identity != make_run().identity
-    assert run.untuned_id == make_run().untuned_id
+    assert run.pruned_baseline_id == make_run().pruned_baseline_id
 
 
 @pytest.mark.parametrize(
@@ -146,34 +146,34 @@ def test_the_run_id_can_be_read_by_people(changes: dict[str, Any], readable: str
 
 
 def test_the_accuracy_before_tuning_is_shared_by_the_modes() -> None:
-    both = {make_run(make_cell(mode=mode)).untuned_id for mode in ("sparse-to-dense", "sparse-to-sparse")}
+    both = {make_run(make_cell(mode=mode)).pruned_baseline_id for mode in ("sparse-to-dense", "sparse-to-sparse")}
     assert len(both) == 1
 
 
 @pytest.mark.parametrize("name", sorted(OTHER_PROTOCOL.keys() - {*SCORING, "micro_batch_size"}))
 def test_the_accuracy_before_tuning_is_shared_by_training_settings(name: str) -> None:
     changed = make_run(protocol=replace(Protocol(), **{name: OTHER_PROTOCOL[name]}))
-    assert changed.untuned_id == make_run().untuned_id
+    assert changed.pruned_baseline_id == make_run().pruned_baseline_id
 
 
 @pytest.mark.parametrize("name", SCORING)
 def test_the_accuracy_before_tuning_differs_by_the_settings_of_the_test(name: str) -> None:
     changed = make_run(protocol=replace(Protocol(), **{name: OTHER_PROTOCOL[name]}))
-    assert changed.untuned_id != make_run().untuned_id
+    assert changed.pruned_baseline_id != make_run().pruned_baseline_id
 
 
 @pytest.mark.parametrize("name", ["model", "task", "method", "sparsity", "backend"])
 def test_the_accuracy_before_tuning_differs_by_what_is_pruned(name: str) -> None:
-    assert make_run(make_cell(**{name: OTHER_CELL[name]})).untuned_id != make_run().untuned_id
+    assert make_run(make_cell(**{name: OTHER_CELL[name]})).pruned_baseline_id != make_run().pruned_baseline_id
 
 
 @pytest.mark.parametrize("name", OTHER_INPUT)
 def test_the_accuracy_before_tuning_differs_by_its_inputs(name: str) -> None:
-    assert make_run(**{name: OTHER_INPUT[name]}).untuned_id != make_run().untuned_id
+    assert make_run(**{name: OTHER_INPUT[name]}).pruned_baseline_id != make_run().pruned_baseline_id
 
 
 @pytest.mark.parametrize(
     ("method", "ids"), [("unstructured", 1), ("structured", 1), ("random", 2), ("random-2:4", 2), ("wanda", 1)]
 )
 def test_the_accuracy_before_tuning_differs_by_seed_only_for_random_masks(method: str, ids: int) -> None:
-    assert len({make_run(make_cell(method=method, seed=seed)).untuned_id for seed in (0, 1)}) == ids
+    assert len({make_run(make_cell(method=method, seed=seed)).pruned_baseline_id for seed in (0, 1)}) == ids

@@ -16,12 +16,13 @@ from numpy.typing import NDArray
 from analysis.read.imported import Imported, imported_records
 from tune_sparse.errors import InputError
 from tune_sparse.files import read_json
-from tune_sparse.ledger.ledger import Record, Run, SweepRecord
+from tune_sparse.ledger.record import Record, SweepRecord
+from tune_sparse.ledger.run import Run, read_config
 
 
 @dataclass(frozen=True)
-class Answers:
-    """What a model said to each example, in the order of the questions' ids."""
+class Predictions:
+    """The predictions of a model for each example, in the order of the questions' ids."""
 
     tasks: NDArray[Any]
     ids: NDArray[Any]
@@ -37,13 +38,13 @@ class Answers:
 
     @property
     def weights(self) -> NDArray[np.float64]:
-        """What each example counts: they add up to 1."""
+        """The weight of each example: they add up to 1."""
         _, task, count = np.unique(self.tasks, return_inverse=True, return_counts=True)
         return np.asarray(1 / count[task] / len(count))
 
 
 @dataclass(frozen=True)
-class Evidence:
+class RunFiles:
     """One run folder. What only a finished run has is None or empty for any other."""
 
     folder: Path
@@ -54,8 +55,8 @@ class Evidence:
     marker: dict[str, Any] | None
     """what lies beside the adapter"""
     losses: tuple[float, ...] = ()
-    answers: Answers | None = None
-    untuned: Answers | None = None
+    predictions: Predictions | None = None
+    pruned_baseline: Predictions | None = None
 
     @property
     def run_id(self) -> str:
@@ -67,7 +68,7 @@ class Evidence:
 
 
 @dataclass(frozen=True)
-class Broken:
+class UnreadableFile:
     """A file or folder that is no record, and why."""
 
     path: Path
@@ -80,17 +81,17 @@ class Results:
 
     folders: tuple[Path, ...]
     sweeps: tuple[SweepRecord, ...]
-    evidence: tuple[Evidence, ...]
-    broken: tuple[Broken, ...]
+    run_files: tuple[RunFiles, ...]
+    unreadable: tuple[UnreadableFile, ...]
     imported: tuple[Imported, ...]
 
     @cached_property
-    def done(self) -> list[Evidence]:
+    def done(self) -> list[RunFiles]:
         """One a run: of several folders that have it, the first counts."""
-        return list({e.run_id: e for e in reversed(self.evidence) if e.is_done}.values())[::-1]
+        return list({e.run_id: e for e in reversed(self.run_files) if e.is_done}.values())[::-1]
 
     @cached_property
-    def by_run(self) -> dict[str, Evidence]:
+    def by_run(self) -> dict[str, RunFiles]:
         return {e.run_id: e for e in self.done}
 
     @cached_property
@@ -100,24 +101,24 @@ class Results:
 
 
 def read_results(folders: Sequence[Path], sweep_ids: Sequence[str] | None = None) -> Results:
-    """Read every run of the folders, or only those that the named sweeps requested. Raises nothing for what is broken:
-    it is listed."""
+    """Read every run of the folders, or only those that the named sweeps requested. A file that cannot be read is
+    listed, and raises nothing."""
     reader = _Reader()
     sweeps = [sweep for folder in folders for sweep in reader.sweeps(folder)]
     chosen = [sweep for sweep in sweeps if sweep_ids is None or sweep.sweep_id in sweep_ids]
     wanted = None if sweep_ids is None else {cell["run_id"] for sweep in chosen for cell in sweep.cells}
-    evidence = [e for folder in folders for e in reader.runs(folder, wanted)]
+    run_files = [e for folder in folders for e in reader.runs(folder, wanted)]
     imported = [i for folder in folders for i in reader.imported(folder)]
-    return Results(tuple(folders), tuple(chosen), tuple(evidence), tuple(reader.broken), tuple(imported))
+    return Results(tuple(folders), tuple(chosen), tuple(run_files), tuple(reader.unreadable), tuple(imported))
 
 
 class _Reader:
     """Reads what it can, lists what it cannot, and keeps equal things once."""
 
     def __init__(self) -> None:
-        self.broken: list[Broken] = []
+        self.unreadable: list[UnreadableFile] = []
         self._arrays: dict[tuple[Any, ...], NDArray[Any]] = {}
-        self._untuned: dict[Path, Answers] = {}
+        self._pruned_baseline: dict[Path, Predictions] = {}
 
     def sweeps(self, folder: Path) -> Iterator[SweepRecord]:
         for path in sorted((folder / "sweeps").glob("*.json")):
@@ -133,7 +134,7 @@ class _Reader:
             self._list(folder / "imported", error)
             return []
 
-    def runs(self, folder: Path, wanted: set[str] | None) -> Iterator[Evidence]:
+    def runs(self, folder: Path, wanted: set[str] | None) -> Iterator[RunFiles]:
         for path in sorted((folder / "runs").glob("[!.]*")):
             if wanted is not None and path.name not in wanted:
                 continue
@@ -143,19 +144,19 @@ class _Reader:
                 self._list(path, error)
 
     def _list(self, path: Path, error: Exception) -> None:
-        self.broken.append(Broken(path, f"{type(error).__name__}: {error}"))
+        self.unreadable.append(UnreadableFile(path, f"{type(error).__name__}: {error}"))
 
-    def _run(self, folder: Path) -> Evidence:
+    def _run(self, folder: Path) -> RunFiles:
         record = Record(**read_json(folder / "result.json"))
-        run = Run.from_config(_yaml(folder / "config.yaml"))
+        run = read_config(folder)
         if record.status != "done":
-            return Evidence(folder, record, run, {}, {}, None)
+            return RunFiles(folder, record, run, {}, {}, None)
         sparse_config, validation = (
             read_json(folder / name) for name in ("sparse_config.json", "validation_report.json")
         )
         for place, names in ((record.metrics, METRICS), (sparse_config, SPARSE_CONFIG), (validation, VALIDATION)):
             _refuse_incomplete(place, names)
-        return Evidence(
+        return RunFiles(
             folder,
             record,
             run,
@@ -163,16 +164,16 @@ class _Reader:
             validation,
             next((read_json(path) for path in folder.glob("*/tune_sparse.json")), None),
             _losses(folder / "metrics.jsonl"),
-            self._answers(folder / "examples.parquet"),
-            self._untuned_answers(folder.parents[1] / "untuned" / f"{run.untuned_id}.parquet"),
+            self._predictions(folder / "examples.parquet"),
+            self._pruned_predictions(folder.parents[1] / "pruned_baselines" / f"{run.pruned_baseline_id}.parquet"),
         )
 
-    def _untuned_answers(self, path: Path) -> Answers | None:
-        if path not in self._untuned and path.exists():
-            self._untuned[path] = self._answers(path)
-        return self._untuned.get(path)
+    def _pruned_predictions(self, path: Path) -> Predictions | None:
+        if path not in self._pruned_baseline and path.exists():
+            self._pruned_baseline[path] = self._predictions(path)
+        return self._pruned_baseline.get(path)
 
-    def _answers(self, path: Path) -> Answers:
+    def _predictions(self, path: Path) -> Predictions:
         import pyarrow as pa
         import pyarrow.compute as pc
         import pyarrow.parquet as pq
@@ -188,7 +189,7 @@ class _Reader:
             scores = table["correct"].to_numpy().astype(float)
         else:
             scores = likelihoods.flatten().to_numpy(zero_copy_only=False).astype(float)
-        return Answers(
+        return Predictions(
             self._once("tasks", table["task"].to_numpy()),
             self._once("ids", table["id"].to_numpy()),
             scores,
@@ -208,7 +209,7 @@ def _reading_errors() -> tuple[type[Exception], ...]:
 
 
 READING_ERRORS = _reading_errors()
-"""What a file raises that is missing, cut short, or of another kind (pyarrow's and JSON's errors are ValueErrors)."""
+"""The errors of a file that is missing, cut short, or of another kind (pyarrow's and JSON's errors are ValueErrors)."""
 
 
 METRICS = ("n_examples", "actual_sparsity", "mask_sha256", "train_loss", "eval_loss")
@@ -220,13 +221,6 @@ def _refuse_incomplete(place: dict[str, Any], names: Sequence[str]) -> None:
     missing = [name for name in names if name not in place]
     if missing:
         raise ValueError(f"it has no {', '.join(missing)}: it is foreign, or of an older format")
-
-
-def _yaml(path: Path) -> Any:
-    import yaml
-
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    return yaml.load(path.read_text("utf-8"), Loader=loader)
 
 
 def _losses(path: Path) -> tuple[float, ...]:

@@ -1,0 +1,60 @@
+"""The records of a ledger: how a run ended, and what a sweep asked for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from tune_sparse.files import read_json
+
+Status = Literal["done", "failed", "interrupted"]
+
+
+@dataclass(frozen=True)
+class Record:
+    """The end of a run. `metrics` repeat bit for bit on a CPU; `measured` are seconds, rates and memory."""
+
+    run_id: str
+    identity: str
+    status: Status
+    metrics: dict[str, Any] = field(default_factory=dict)
+    measured: dict[str, Any] = field(default_factory=dict)
+    environment: dict[str, Any] = field(default_factory=dict)
+    error: dict[str, Any] | None = None
+    """class, message, traceback, retryable"""
+
+
+@dataclass(frozen=True)
+class SweepRecord:
+    """The cells that a sweep asked for, each with the id of the run that serves it."""
+
+    sweep_id: str
+    started: float
+    config: dict[str, Any]
+    cells: tuple[dict[str, Any], ...]
+    """the fields of a `Cell`, with cell_id, run_id, shared_with (the cell_id that owns the run, or None), chance"""
+
+
+def read_record(folder: Path) -> Record | None:
+    """Read how the run of a folder ended; None if no readable record says so."""
+    try:
+        return Record(**read_json(folder / "result.json"))
+    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError, TypeError, UnicodeDecodeError):
+        return None
+
+
+def is_done(folder: Path) -> bool:
+    """Say whether a record has the run of a folder as done."""
+    record = read_record(folder)
+    return record is not None and record.status == "done"
+
+
+def readable_sweeps(folder: Path) -> Iterator[SweepRecord]:
+    """Read every sweep record of a folder that can be read."""
+    for path in folder.glob("*.json"):
+        with suppress(json.JSONDecodeError, TypeError, UnicodeDecodeError):
+            yield SweepRecord(**read_json(path))

@@ -1,0 +1,103 @@
+"""The identity of a run: everything that changes its result, and the ids that follow from it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from tune_sparse.config import CALIBRATION_SETTINGS, SCORING, Cell, Protocol
+from tune_sparse.files import write_text
+from tune_sparse.identity import NUMERICS_VERSION, hash_json
+from tune_sparse.lora.rank_space import SuperAdapter
+from tune_sparse.pruning.methods import METHODS
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training, described by everything that changes its result."""
+
+    cell: Cell
+    protocol: Protocol
+    model_path: str
+    data_dir: str | None
+    model_fingerprint: str
+    data_fingerprint: str
+    prompt_version: str
+    """of each task of a mixture"""
+    calibration_fingerprint: str | None = None
+    """SHA-256 of calibration text that is not the task's."""
+    cerebras: Mapping[str, str] | None = None
+    """target and release of what trains a cell of the backend cerebras"""
+    super_adapter: SuperAdapter | None = None
+    """The space that its adapters are sampled from in training; None for a cell of the matrix."""
+
+    @property
+    def is_calibrated(self) -> bool:
+        return self.cell.method in METHODS and METHODS[self.cell.method].is_calibrated
+
+    @property
+    def identity(self) -> str:
+        """SHA-256 of the canonical run; places on disk are left out."""
+        return hash_json(self._identified())
+
+    @property
+    def run_id(self) -> str:
+        kind = f"super-{self.cell.mode}" if self.super_adapter else self.cell.mode
+        return readable_id(replace(self.cell, mode=kind), self.identity)
+
+    @property
+    def pruned_baseline_id(self) -> str:
+        """Names the accuracy before tuning, which neither the mode nor the training changes."""
+        c, p = self.cell, self.protocol
+        seed = c.seed if c.method in METHODS and METHODS[c.method].needs.seed else 0
+        scored = [getattr(p, name) for name in SCORING]
+        inputs = (NUMERICS_VERSION, self.model_fingerprint, self.data_fingerprint, self.prompt_version)
+        calibrated = (p.calibrated_by, self.calibration_fingerprint) if self.is_calibrated else ()
+        identity = hash_json([c.model, c.task, c.method, c.sparsity, c.backend, seed, *scored, *inputs, *calibrated])
+        return readable_id(Cell(c.model, c.task, c.method, c.sparsity, "pruned-baseline", seed, c.backend), identity)
+
+    def _identified(self) -> dict[str, Any]:
+        places = {"model_path", "data_dir"}
+        if not self.is_calibrated:
+            places |= {"calibration_fingerprint"}
+        places |= {name for name in ("cerebras", "super_adapter") if getattr(self, name) is None}
+        known = {name: value for name, value in asdict(self).items() if name not in places}
+        if not self.is_calibrated:
+            known["protocol"] = {k: v for k, v in known["protocol"].items() if k not in CALIBRATION_SETTINGS}
+        return known | {"numerics_version": NUMERICS_VERSION}
+
+    def as_config(self) -> dict[str, Any]:
+        """Return the settings that `config.yaml` and a trial hold, in the plain types that both keep."""
+        plain: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        return plain
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Run:
+        own = {"cell": Cell(**config["cell"]), "protocol": Protocol(**config["protocol"])}
+        if config.get("super_adapter"):
+            own["super_adapter"] = SuperAdapter.from_config(config["super_adapter"])
+        return cls(**{**config, **own})
+
+
+def readable_id(cell: Cell, identity: str) -> str:
+    """`<backend>_<model>_<task>_<method>_s<NN>_<mode>_<hash8>`, for people: settings are never read back from it."""
+    parts = (cell.backend, cell.model, cell.task, cell.method, f"s{cell.sparsity * 100:02g}", cell.mode, identity[:8])
+    return re.sub(r"[^A-Za-z0-9._-]", "-", "_".join(parts))
+
+
+def write_config(folder: Path, run: Run) -> None:
+    import yaml
+
+    write_text(folder / "config.yaml", yaml.safe_dump(run.as_config(), sort_keys=False))
+
+
+def read_config(folder: Path) -> Run:
+    """Read the settings of the run that a folder holds."""
+    import yaml
+
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    return Run.from_config(yaml.load((folder / "config.yaml").read_text("utf-8"), Loader=loader))
