@@ -216,10 +216,10 @@ def test_the_fingerprint_changes_with(change: Callable[[Path], object], folder: 
 
 def test_a_fingerprint_is_remembered_until_a_file_changes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[str] = []
-    refuse = checkpoints._refuse_bad_weights
+    refuse = checkpoints._check_weights
     monkeypatch.setattr(
         checkpoints,
-        "_refuse_bad_weights",
+        "_check_weights",
         lambda folder, files: read.extend(path.name for path in files) or refuse(folder, files),
     )
     monkeypatch.setattr(checkpoints, "fingerprint_of_files", lambda files: read.append("sha256") or "f" * 64)

@@ -15,7 +15,7 @@ import pytest
 from tune_sparse.errors import InputError
 from tune_sparse.files import read_json, write_json
 from tune_sparse.ledger import lease
-from tune_sparse.ledger.lease import STALE_SECONDS, Holder, refuse_if_held, shown_holder
+from tune_sparse.ledger.lease import STALE_SECONDS, Holder, check_unlocked, shown_holder
 
 HOLD = """
 import sys, time
@@ -135,7 +135,7 @@ def test_a_live_holder_on_a_machine_with_another_clock_is_respected_and_a_dead_o
 
 def test_what_a_dead_holder_left_is_waited_for_once(tmp_path: Path, impatient: None) -> None:
     write_holder(tmp_path)
-    refuse_if_held(tmp_path)
+    check_unlocked(tmp_path)
     started = time.monotonic()
     enter(tmp_path)
     assert time.monotonic() - started < 1

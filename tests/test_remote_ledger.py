@@ -21,7 +21,7 @@ from factories import done_record, finished, make_run, tiny_run, write_run
 from ray_head import PATIENCE_SECONDS, Head, blind_node, ray_head, wait_until
 
 from trainables import remote_ledger
-from trainables.remote_ledger import Desk, LedgerAway, ledger_here, open_desk, own_folder, read_pieces, refuse_unseen
+from trainables.remote_ledger import Desk, LedgerAway, check_visible, ledger_here, open_desk, own_folder, read_pieces
 from tune_sparse.config import CS3
 from tune_sparse.errors import InputError
 from tune_sparse.ledger.lease import Holder
@@ -222,10 +222,10 @@ class TestRefusal:
     """Before anything is trained, of what needs a folder that nodes see."""
 
     def test_nodes_that_matter_must_see_the_folder(self, held: Holder, local_ray: None, tmp_path: Path) -> None:
-        refuse_unseen(held.path.parent, held.token, "a search needs", lambda resources: True)
-        refuse_unseen(tmp_path / "elsewhere", held.token, "a search needs", lambda resources: "GPU" in resources)
+        check_visible(held.path.parent, held.token, "a search needs", lambda resources: True)
+        check_visible(tmp_path / "elsewhere", held.token, "a search needs", lambda resources: "GPU" in resources)
         with pytest.raises(InputError, match=r"a search needs a results folder that all its nodes see, .+ is not"):
-            refuse_unseen(tmp_path / "elsewhere", held.token, "a search needs", lambda resources: CS3 in resources)
+            check_visible(tmp_path / "elsewhere", held.token, "a search needs", lambda resources: CS3 in resources)
 
     def test_the_backend_cerebras_needs_it_on_the_nodes_of_the_cs3(
         self, held: Holder, local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -47,7 +47,7 @@ def rule(holds: bool, text: str, value: Any, fix: str) -> None:
         raise InputError(f"{text}, got {value!r}. {fix}")
 
 
-def refuse_sparsities(sparsities: Iterable[float]) -> None:
+def check_sparsities(sparsities: Iterable[float]) -> None:
     """Raise `InputError` unless all are fractions."""
     for sparsity in sparsities:
         rule(
@@ -271,7 +271,7 @@ class SweepConfig:
             values = getattr(self, axis)
             rule(len(values) > 0, f"{axis} must name at least one", values, f"Give --{axis}.")
             rule(len(set(values)) == len(values), f"{axis} must not repeat a value", values, "Remove the repeats.")
-        refuse_sparsities(self.sparsities)
+        check_sparsities(self.sparsities)
         for mode in self.modes:
             if mode not in MODES:
                 raise unknown_name("mode", mode, MODES)

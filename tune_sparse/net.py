@@ -43,7 +43,7 @@ def host_and_port(address: str) -> tuple[str, int] | None:
     return (parts.hostname, port) if parts.hostname and port else None
 
 
-def refuse_silent(address: str) -> None:
+def check_listening(address: str) -> None:
     """Raise `OSError` if nobody listens there. Asked first, since clients try for minutes."""
     server = host_and_port(address)
     if server is not None:

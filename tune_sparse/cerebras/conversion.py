@@ -79,7 +79,7 @@ def separated(weight: str, rows: Tensor, head_dim: int) -> Tensor:
     return rows.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).reshape(rows.shape)
 
 
-def refuse_unconvertible(folder: Path) -> None:
+def check_convertible(folder: Path) -> None:
     """Raise `InputError` for a model that Model Zoo would compute differently, or not at all."""
     config = read_config(folder)
     if config.get("model_type") not in MODEL_TYPES:

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from tune_sparse.cerebras import appliance
 from tune_sparse.cerebras.conversion import NAMES, cerebras_name, to_cerebras
-from tune_sparse.cerebras.environment import SiteEnvironment, find_environment, refuse_unreachable_cluster
+from tune_sparse.cerebras.environment import SiteEnvironment, check_cluster, find_environment
 from tune_sparse.cerebras.failures import classify_failure
 from tune_sparse.cerebras.guard import STOP_SECONDS, Guarded, is_guarded, remove_working_files
 from tune_sparse.cerebras.job import CHILD, job_appliance, job_protocol
@@ -66,7 +66,7 @@ def prepare_cerebras(
     for checkpoint in checkpoints:
         to_cerebras(checkpoint.path, checkpoint.fingerprint, environment)
     if config.cerebras.cerebras_target == "csx":
-        refuse_unreachable_cluster()
+        check_cluster()
         for lowering in lower_all(config, checkpoints, ledger):
             report(lowering.described())
 
@@ -155,7 +155,7 @@ def lower(
     return found
 
 
-def refuse_full(folder: Path, needed_bytes: int) -> None:
+def check_room(folder: Path, needed_bytes: int) -> None:
     """Raise `InputError` if the file system, or a quota on it, has no room for `needed_bytes`.
 
     Free space says nothing of a quota: the room is asked for, and given back, where the file system knows how.

@@ -132,12 +132,12 @@ def _read_text(path: Path) -> str:
 def _validate(chosen: argparse.Namespace) -> int:
     from tune_sparse.evaluation.validation import checkpoint_report
     from tune_sparse.files import write_json
-    from tune_sparse.pruning.mask_io import MaskFile, recorded_statistics, refuse_other_model
+    from tune_sparse.pruning.mask_io import MaskFile, check_same_model, recorded_statistics
     from tune_sparse.pruning.streaming import open_checkpoint
 
     checkpoint = open_checkpoint(str(chosen.checkpoint))
     masks = MaskFile(chosen.masks, chosen.sparsity)
-    refuse_other_model(masks, checkpoint.tensors, chosen.masks)
+    check_same_model(masks, checkpoint.tensors, chosen.masks)
     recorded = recorded_statistics(chosen.masks)
     report = checkpoint_report(
         checkpoint.tensors,

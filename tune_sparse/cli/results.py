@@ -91,12 +91,12 @@ def _status(chosen: argparse.Namespace) -> int:
 
 
 def _report(chosen: argparse.Namespace) -> int:
-    from analysis.report.bundle import refuse_bundle, write_bundle
+    from analysis.report.bundle import check_bundle, write_bundle
     from analysis.report.report import write_report
 
     folders = existing_folders(chosen.results_dir)
     if chosen.bundle:
-        refuse_bundle(chosen.bundle)
+        check_bundle(chosen.bundle)
     try:
         report = write_report(folders, chosen.sweep, chosen.baselines)
     except NotReadyError as error:
@@ -173,10 +173,10 @@ def _ui(chosen: argparse.Namespace) -> int:
 
 
 def _discard(chosen: argparse.Namespace) -> int:
-    from tune_sparse.ledger.lease import refuse_if_held
+    from tune_sparse.ledger.lease import check_unlocked
     from tune_sparse.ledger.ledger import Ledger
 
-    refuse_if_held(chosen.results_dir)
+    check_unlocked(chosen.results_dir)
     ledger = Ledger(chosen.results_dir)
     runs = [path.name for path in (ledger.folder / "runs").glob("*")]
     if chosen.run not in runs:

@@ -61,7 +61,7 @@ def load_splits(task: Task, data_dir: Path | None, protocol: Protocol) -> Splits
         splits = Splits(tuple(train), tuple(selection), tuple(test))
     else:
         splits = _prompt_splits(task, data_dir, protocol)
-    _refuse_leaks(task, splits)
+    _check_disjoint(task, splits)
     return splits
 
 
@@ -76,7 +76,7 @@ def load_test(task: Task, data_dir: Path | None, protocol: Protocol) -> Splits:
             f"num_fewshot must be less than the {len(examples)} training rows of {task.name}, got {protocol.num_fewshot}. "
             "Lower it."
         )
-    _refuse_leaks(task, Splits(tuple(examples), (), tuple(test)))
+    _check_disjoint(task, Splits(tuple(examples), (), tuple(test)))
     return Splits((), (), tuple(test), tuple(examples))
 
 
@@ -179,7 +179,7 @@ def _questions(task: Task, rows: Sequence[Row]) -> set[Any]:
     return {(line,) for row in rows for line in row["text"].splitlines() if len(line) >= LEAK_CHARACTERS}
 
 
-def _refuse_leaks(task: Task, splits: Splits) -> None:
+def _check_disjoint(task: Task, splits: Splits) -> None:
     seen: dict[Any, str] = {}
     for split in ("test", "selection", "train"):
         asked = _questions(task, getattr(splits, split))

@@ -19,7 +19,7 @@ from typing import Any
 
 from tune_sparse.doctor.finding import Finding, finding
 from tune_sparse.doctor.machine import existing, installed
-from tune_sparse.net import refuse_silent
+from tune_sparse.net import check_listening
 
 ASK_SECONDS, NODE_SECONDS = 120, 60
 CLOCK_SECONDS = 10.0
@@ -35,7 +35,7 @@ def examine(results_dir: Path, models: Sequence[str]) -> Iterator[Finding]:
         yield Finding("Ray", False, "RAY_ADDRESS is not set: a sweep starts Ray on this machine", fix)
         return
     try:
-        refuse_silent(address)
+        check_listening(address)
     except (OSError, ValueError) as error:
         fix = "Mend RAY_ADDRESS, start the head with `ray start --head`, or open its port to this machine."
         yield Finding("Ray", False, f"nobody answers at {address}: {error}", fix)

@@ -56,7 +56,7 @@ class Holder:
         self._thread = threading.Thread(target=self._keep_alive, name="holder-heartbeat", daemon=True)
 
     def __enter__(self) -> Holder:
-        refuse_if_held(self.path.parent)
+        check_unlocked(self.path.parent)
         with _lock(self.path):
             if (faster := _read(self.path)) is not None:
                 raise _held(self.path.parent, faster)
@@ -108,7 +108,7 @@ def shown_holder(folder: Path) -> dict[str, Any] | None:
     return holder if seems else None
 
 
-def refuse_if_held(folder: Path) -> None:
+def check_unlocked(folder: Path) -> None:
     """Raise `InputError` that says who holds the folder, if somebody alive does. What a dead holder left is removed."""
     path = folder / "holder.json"
     seen = _read(path)

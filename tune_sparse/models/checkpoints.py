@@ -201,8 +201,8 @@ def check_checkpoint(reference: str) -> Checkpoint:
     stamp = [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files]
     known = read_json(memory) if memory.exists() else {}
     if known.get("stamp") != stamp:
-        _refuse_bad_weights(folder, weights)
-        _refuse_bad_tokenizer(folder)
+        _check_weights(folder, weights)
+        _check_tokenizer(folder)
         known = {"stamp": stamp, "fingerprint": fingerprint_of_files(files)}
         memory.parent.mkdir(parents=True, exist_ok=True)
         write_json(memory, known)
@@ -246,7 +246,7 @@ def _tokenizer_files(folder: Path) -> list[Path]:
     return found
 
 
-def _refuse_bad_tokenizer(folder: Path) -> None:
+def _check_tokenizer(folder: Path) -> None:
     from transformers import AutoConfig
 
     tokenizer, vocabulary = load_tokenizer(folder), AutoConfig.from_pretrained(folder).vocab_size
@@ -259,7 +259,7 @@ def _refuse_bad_tokenizer(folder: Path) -> None:
         )
 
 
-def _refuse_bad_weights(folder: Path, files: Sequence[Path]) -> None:
+def _check_weights(folder: Path, files: Sequence[Path]) -> None:
     """Every tensor of the model's class is there, once, in its shape, and finite: nothing is filled in at random."""
     from safetensors import SafetensorError, safe_open
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tune_sparse.config import refuse_sparsities
+from tune_sparse.config import check_sparsities
 from tune_sparse.data.splits import Encoded
 from tune_sparse.errors import InputError, unknown_name
 from tune_sparse.files import write_json
@@ -26,7 +26,7 @@ from tune_sparse.pruning.mask_io import FORMATS, MaskFile, PtWriter, levels_writ
 from tune_sparse.pruning.mask_statistics import LevelStatistics, add_matrix
 from tune_sparse.pruning.masks import mask_sha256
 from tune_sparse.pruning.methods import method_named
-from tune_sparse.pruning.prune_model import PrunedMatrix, check_sparsities, measured, prune, prune_walking, walks
+from tune_sparse.pruning.prune_model import PrunedMatrix, check_method_sparsities, measured, prune, prune_walking, walks
 from tune_sparse.pruning.streaming import OpenCheckpoint, PrunedCheckpoint, StreamedBlocks, open_checkpoint
 
 AHEAD_BYTES = 1 << 28
@@ -55,7 +55,7 @@ class Request:
     sequential: bool = False
 
     def __post_init__(self) -> None:
-        refuse_sparsities(self.sparsities)
+        check_sparsities(self.sparsities)
         if 0 in self.sparsities or any(a >= b for a, b in pairwise(self.sparsities)):
             raise InputError(f"sparsities must ascend from above 0, got {list(self.sparsities)}. Sort them.")
         if self.format not in FORMATS:
@@ -89,10 +89,10 @@ def run(request: Request, report: Callable[[str], None] = print) -> Path:
     """
     checkpoint = open_checkpoint(request.model)
     for method in request.methods:
-        check_sparsities(method, checkpoint.shape, request.sparsities)
+        check_method_sparsities(method, checkpoint.shape, request.sparsities)
     folder = request.out / checkpoint.name
     folder.mkdir(parents=True, exist_ok=True)
-    _refuse_full_disk(request, checkpoint, folder)
+    _check_disk(request, checkpoint, folder)
     statistics = Statistics()
     methods = [method_named(name) for name in request.methods]
     if any(method.needs_inputs or method.needs_gradients for method in methods):
@@ -111,7 +111,7 @@ def _is_sequential(request: Request, method: str) -> bool:
     return request.sequential and walks(method, sequential=True)
 
 
-def _refuse_full_disk(request: Request, checkpoint: OpenCheckpoint, folder: Path) -> None:
+def _check_disk(request: Request, checkpoint: OpenCheckpoint, folder: Path) -> None:
     weights = sum(checkpoint.prunable.sizes.values())
     files = len(request.methods) * len(request.sparsities)
     needed = len(request.methods) * weights // 2 if request.format == "levels" else files * weights

@@ -121,7 +121,7 @@ class Job:
     def of(cls, name: str, model: Prunable, sparsities: Sequence[float], seed: int, statistics: Statistics) -> Job:
         method = method_named(name)
         assert list(sparsities) == sorted(sparsities)
-        check_sparsities(name, model.shape, sparsities)
+        check_method_sparsities(name, model.shape, sparsities)
         job = cls(method, model, sparsities, seed, {})
         if method.pattern != "element-wise":
             return job
@@ -232,11 +232,11 @@ def oriented_scores(score: str, matrix: Matrix, weight: Tensor, seed: int, stati
     return scores.SCORES[score](weight, known)
 
 
-def check_sparsities(name: str, shape: Shape, sparsities: Iterable[float]) -> None:
+def check_method_sparsities(name: str, shape: Shape, sparsities: Iterable[float]) -> None:
     """Raise `InputError` for a method that cannot prune a model of this shape to one of the sparsities."""
     method = method_named(name)
     for sparsity in sparsities:
-        method.refuse_sparsity(name, sparsity)
+        method.check_sparsity(name, sparsity)
         if method.pattern == "structured":
             structured_counts(shape, sparsity)
     _, group = GROUPS.get(method.pattern, (1, 1))

@@ -54,11 +54,11 @@ def open_checkpoint(reference: str) -> OpenCheckpoint:
         raise InputError(f"{folder / 'config.json'} must be the config of its class: {error}. Mend it.") from error
     tensors = FiniteTensors(weight_files(folder))
     prunable = Prunable.of(tensors, shape)
-    _refuse_incomplete(folder, prunable)
+    _check_complete(folder, prunable)
     return OpenCheckpoint(short_name(reference), folder, config, shape, tensors, prunable)
 
 
-def _refuse_incomplete(folder: Path, model: Prunable) -> None:
+def _check_complete(folder: Path, model: Prunable) -> None:
     architecture = architecture_named(model.shape.architecture)
     found = {(m.block, m.layer, m.expert) for m in model.matrices}
     for block in range(model.shape.layers):

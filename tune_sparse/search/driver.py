@@ -26,7 +26,7 @@ from tune_sparse.files import read_json, write_json
 from tune_sparse.identity import hash_json
 from tune_sparse.ledger.lease import Holder
 from tune_sparse.ledger.ledger import Ledger, Run
-from tune_sparse.lora.rank_space import Ranks, Space, SuperAdapter, refuse_unfit
+from tune_sparse.lora.rank_space import Ranks, Space, SuperAdapter, check_space
 from tune_sparse.models.checkpoints import Shape, prepare_models
 from tune_sparse.models.toy_models import TOY_MODELS
 from tune_sparse.search.config import SearchConfig
@@ -89,8 +89,8 @@ def plan_search(config: SearchConfig) -> SearchPlan:
         raise InputError("a search adapts one cell. Name one model, task, method, sparsity, mode and seed.")
     [run], [checkpoint] = plan.runs.values(), plan.checkpoints.values()
     sizes = matrix_sizes(checkpoint.shape)
-    refuse_unfit(config.space, {name.split(".")[-2] for name in sizes}, config.sweep.protocol.lora_rank)
-    _refuse_too_many_workers(config.sweep, checkpoint.shape)
+    check_space(config.space, {name.split(".")[-2] for name in sizes}, config.sweep.protocol.lora_rank)
+    _check_workers(config.sweep, checkpoint.shape)
     run = replace(run, super_adapter=config.super_adapter)
     identity = hash_json([run.identity, config.described()])
     search_id = f"{run.run_id}_{config.sampler}_{identity[:8]}"
@@ -113,7 +113,7 @@ def matrix_sizes(shape: Shape) -> dict[str, tuple[int, int]]:
     return {f"model.layers.{n}.{name}.weight": size for n in range(shape.layers) for name, size in sizes.items()}
 
 
-def _refuse_too_many_workers(sweep: SweepConfig, shape: Shape) -> None:
+def _check_workers(sweep: SweepConfig, shape: Shape) -> None:
     if sweep.workers is None or "RAY_ADDRESS" in os.environ or sweep.gpus_per_trial != 0:
         return
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -144,8 +144,8 @@ def run_search(config: SearchConfig, report: Callable[[str], None] = logger.info
         diary, candidates = Diary(folder), Candidates(ledger.folder, plan.run.run_id)
         write_json(folder / "config.json", described(plan))
         with started_ray(config.sweep) as workers:
-            Placement(config.sweep, nodes).refuse_unplaceable([plan.run])
-            refuse_unshared(ledger, holder.token)
+            Placement(config.sweep, nodes).check_placeable([plan.run])
+            check_shared(ledger, holder.token)
             stopped = _train(plan.run, ledger, config.sweep, holder.token, report)
             race = None
             if not stopped:
@@ -159,12 +159,12 @@ def run_search(config: SearchConfig, report: Callable[[str], None] = logger.info
     return found
 
 
-def refuse_unshared(ledger: Ledger, token: str) -> None:
+def check_shared(ledger: Ledger, token: str) -> None:
     """Raise `InputError` where a node does not see the results folder: slices are cut from the super-adapter there."""
     if "RAY_ADDRESS" in os.environ:
-        from trainables.remote_ledger import refuse_unseen
+        from trainables.remote_ledger import check_visible
 
-        refuse_unseen(ledger.folder.resolve(), token, "a search needs", lambda resources: True)
+        check_visible(ledger.folder.resolve(), token, "a search needs", lambda resources: True)
 
 
 def described(plan: SearchPlan) -> dict[str, Any]:

@@ -14,15 +14,15 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from tune_sparse.cerebras.environment import refuse_unreachable_cluster
-from tune_sparse.cerebras.preflight import prepare_cerebras, refuse_full, working_bytes
+from tune_sparse.cerebras.environment import check_cluster
+from tune_sparse.cerebras.preflight import check_room, prepare_cerebras, working_bytes
 from tune_sparse.config import CS3, CS3_TRIAL, SweepConfig
 from tune_sparse.ledger.lease import Holder
 from tune_sparse.ledger.ledger import Ledger, Run, SweepRecord
 from tune_sparse.models.checkpoints import prepare_models
 from tune_sparse.models.toy_models import TOY_MODELS
 from tune_sparse.sweep.forecast import longest_first
-from tune_sparse.sweep.nodes import refuse_silent_head
+from tune_sparse.sweep.nodes import check_head
 from tune_sparse.sweep.plan import (
     Plan,
     check_disk,
@@ -117,8 +117,8 @@ def check_cerebras(plan: Plan, ledger: Ledger) -> None:
     """Raise `InputError` where nothing can be trained on Cerebras: no cluster, or no room for what trainings write."""
     settings = plan.config.cerebras
     if settings.cerebras_target == "csx":
-        refuse_unreachable_cluster()
-    refuse_full(ledger.folder, working_bytes(list(plan.checkpoints.values()), settings.cs3))
+        check_cluster()
+    check_room(ledger.folder, working_bytes(list(plan.checkpoints.values()), settings.cs3))
 
 
 def _keep_start(ledger: Ledger, record: SweepRecord) -> SweepRecord:
@@ -145,7 +145,7 @@ def _tune(
         placement, stop = Placement(config, nodes), Stop()
         for run in plan.runs.values():
             placement.learn(run, ledger.record(run.run_id))
-        placement.refuse_unplaceable(missing)
+        placement.check_placeable(missing)
 
         def make_trial(run: Run) -> dict[str, Any]:
             trial = {
@@ -190,11 +190,11 @@ def gathered(ledger: Ledger, token: str, missing: Sequence[Run]) -> Iterator[Non
     if "RAY_ADDRESS" not in os.environ:
         yield
         return
-    from trainables.remote_ledger import open_desk, refuse_unseen
+    from trainables.remote_ledger import check_visible, open_desk
 
     folder = ledger.folder.resolve()
     if any(run.cerebras for run in missing):
-        refuse_unseen(folder, token, "the backend cerebras needs", lambda held: bool({CS3, CS3_TRIAL} & held.keys()))
+        check_visible(folder, token, "the backend cerebras needs", lambda held: bool({CS3, CS3_TRIAL} & held.keys()))
     with open_desk(folder, token):
         yield
 
@@ -270,7 +270,7 @@ def started_ray(config: SweepConfig) -> Iterator[int]:
             configure_logging=False,
         )
     else:
-        refuse_silent_head(os.environ["RAY_ADDRESS"])
+        check_head(os.environ["RAY_ADDRESS"])
         ray.init(log_to_driver=False, logging_level=logging.ERROR)
     try:
         available = capacity()

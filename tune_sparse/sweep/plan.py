@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from search_spaces.matrix import cells as combinations
-from tune_sparse.cerebras.conversion import refuse_unconvertible
+from tune_sparse.cerebras.conversion import check_convertible
 from tune_sparse.cerebras.environment import cerebras_identity
 from tune_sparse.config import SPLIT, Cell, SweepConfig
 from tune_sparse.data.sources import rows_folder
@@ -21,13 +21,13 @@ from tune_sparse.data.task_types import AnswerTask, TextTask
 from tune_sparse.data.tasks import mean_chance, tasks_named
 from tune_sparse.errors import InputError
 from tune_sparse.identity import hash_json
-from tune_sparse.ledger.lease import refuse_if_held
+from tune_sparse.ledger.lease import check_unlocked
 from tune_sparse.ledger.ledger import Ledger, Record, Run, SweepRecord, readable_id
 from tune_sparse.models.checkpoints import Checkpoint, check_checkpoint, load_tokenizer, short_name
 from tune_sparse.models.toy_models import TOY_MODELS
 from tune_sparse.pruning.calibration import text_rows
 from tune_sparse.pruning.methods import METHODS, method_named
-from tune_sparse.pruning.prune_model import check_sparsities
+from tune_sparse.pruning.prune_model import check_method_sparsities
 
 OUTCOME_BYTES = 400
 """Of one scored example besides a generated text: an outcome before and after the last mask."""
@@ -114,9 +114,9 @@ def plan_sweep(config: SweepConfig) -> Plan:
     model_paths = {short_name(model): _model_path(model) for model in config.models}
     for checkpoint in checkpoints.values():
         config.protocol.within(checkpoint.shape.context_tokens)
-        _refuse_unreachable(config, checkpoint)
+        _check_reachable(config, checkpoint)
         if cerebras:
-            refuse_unconvertible(checkpoint.path)
+            check_convertible(checkpoint.path)
     text = _calibration_text(config, data_dir, checkpoints.values())
 
     def run_for(cell: Cell) -> Run:
@@ -151,11 +151,11 @@ def plan_sweep(config: SweepConfig) -> Plan:
     return Plan(config, SweepRecord(sweep_id, time.time(), described, tuple(rows)), runs, checkpoints)
 
 
-def _refuse_unreachable(config: SweepConfig, checkpoint: Checkpoint) -> None:
+def _check_reachable(config: SweepConfig, checkpoint: Checkpoint) -> None:
     """Raise `InputError` for a method that cannot prune this model to a sparsity of the matrix."""
     for method in config.methods:
         try:
-            check_sparsities(method, checkpoint.shape, config.sparsities)
+            check_method_sparsities(method, checkpoint.shape, config.sparsities)
         except InputError as error:
             raise InputError(f"{checkpoint.name}: {error}") from error
 
@@ -208,7 +208,7 @@ def check_rows(config: SweepConfig) -> dict[str, str]:
 
 def check_names(config: SweepConfig) -> None:
     """Raise `InputError` for a task or method that no table has, or models that tables could not tell apart."""
-    _refuse_ambiguous_names(config.models)
+    _check_distinct_names(config.models)
     for task in config.tasks:
         tasks_named(task)
     for method in config.methods:
@@ -219,7 +219,7 @@ def check_names(config: SweepConfig) -> None:
             )
 
 
-def _refuse_ambiguous_names(references: Sequence[str]) -> None:
+def _check_distinct_names(references: Sequence[str]) -> None:
     named: dict[str, str] = {}
     for reference in references:
         other = named.setdefault(short_name(reference), reference)
@@ -240,7 +240,7 @@ def check_folder(folder: Path) -> None:
         raise InputError(
             f"the results folder must be writable, {folder} is not: {error}. Give another --results-dir."
         ) from error
-    refuse_if_held(folder)
+    check_unlocked(folder)
 
 
 def check_disk(plan: Plan, ledger: Ledger, missing: Sequence[Run]) -> None:

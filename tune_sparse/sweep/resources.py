@@ -69,7 +69,7 @@ class Placement:
         self._alone.add(run.run_id)
         return True
 
-    def refuse_unplaceable(self, runs: Sequence[Run]) -> None:
+    def check_placeable(self, runs: Sequence[Run]) -> None:
         """Raise `InputError` if no single node can hold a trial, or if nothing can train it."""
         nodes = self._nodes()
         for run in {run.cell.backend: run for run in runs}.values():
