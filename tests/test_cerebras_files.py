@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from stand_in_cerebras import write_environment
 
-from tune_sparse.cerebras import content_cache, environment, preflight
+from tune_sparse.cerebras import content_cache, environment
 from tune_sparse.cerebras.content_cache import cached
 from tune_sparse.cerebras.conversion import (
     NAMES,
@@ -204,15 +204,3 @@ def test_a_cluster_is_known_by_its_configuration(site: Path, monkeypatch: pytest
         environment.check_cluster()
     (site / "config_v2").touch()
     environment.check_cluster()
-
-
-def test_room_is_asked_for_before_it_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    preflight.check_room(tmp_path, 1000)
-    with pytest.raises(InputError, match=r"need 1e\+09 GB at a time in .*: No space left on device\. Free some"):
-        preflight.check_room(tmp_path, 10**18)
-    assert list(tmp_path.iterdir()) == []
-    (tmp_path / "fallocate").write_text('#!/bin/sh\necho "fallocate: $3: Disk quota exceeded" >&2; exit 1\n')
-    (tmp_path / "fallocate").chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
-    with pytest.raises(InputError, match="Disk quota exceeded"):
-        preflight.check_room(tmp_path, 1000)

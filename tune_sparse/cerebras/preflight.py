@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,7 +19,6 @@ from tune_sparse.cerebras.failures import classify_failure
 from tune_sparse.cerebras.guard import STOP_SECONDS, Guarded, is_guarded, remove_working_files
 from tune_sparse.cerebras.job import CHILD, job_appliance, job_protocol
 from tune_sparse.config import Cerebras, Protocol, SweepConfig
-from tune_sparse.errors import DISK_FULL, InputError
 from tune_sparse.files import read_json, write_json
 from tune_sparse.identity import hash_json
 from tune_sparse.ledger.ledger import Ledger
@@ -153,26 +151,6 @@ def lower(
         raise classify_failure(folder / "child.log", ended.returncode)
     found: dict[str, Any] = read_json(folder / "report.json")
     return found
-
-
-def check_room(folder: Path, needed_bytes: int) -> None:
-    """Raise `InputError` if the file system, or a quota on it, has no room for `needed_bytes`.
-
-    Free space says nothing of a quota: the room is asked for, and given back, where the file system knows how.
-    """
-    problem = "No space left on device" if needed_bytes > shutil.disk_usage(folder).free else ""
-    program, probe = shutil.which("fallocate"), folder / ".room"
-    if not problem and program is not None:
-        try:
-            asked = subprocess.run([program, "-l", str(needed_bytes), str(probe)], capture_output=True, text=True)
-        finally:
-            probe.unlink(missing_ok=True)
-        problem = next((message for message in DISK_FULL if message in asked.stderr), "")
-    if problem:
-        raise InputError(
-            f"trainings on Cerebras need {needed_bytes / 1e9:.2g} GB at a time in {folder}: {problem}. Free some, or "
-            "give another --results-dir."
-        )
 
 
 def working_bytes(checkpoints: Sequence[Checkpoint], trainings_at_once: int) -> int:

@@ -15,6 +15,7 @@ import psutil
 from tune_sparse.doctor.finding import Finding, finding
 from tune_sparse.errors import InputError
 from tune_sparse.files import cache_dir
+from tune_sparse.sweep.resources import available_cores
 
 PYTHON = "3.11"
 LEAST_MEMORY_BYTES, LEAST_DISK_BYTES = 4e9, 2e9
@@ -27,8 +28,7 @@ def examine(results_dir: Path) -> Iterator[Finding]:
     yield python_finding("Python", platform.python_version())
     yield packages_finding("packages", installed())
     yield _torch()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    yield Finding("CPU", True, f"{cores} cores: as many trials at once, with a thread each")
+    yield Finding("CPU", True, f"{available_cores()} cores: as many trials at once, with a thread each")
     memory = psutil.virtual_memory()
     yield finding(
         "memory",

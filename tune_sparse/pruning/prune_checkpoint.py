@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ from torch import Tensor
 from tune_sparse.config import check_sparsities
 from tune_sparse.data.splits import Encoded
 from tune_sparse.errors import InputError, unknown_name
-from tune_sparse.files import write_json
+from tune_sparse.files import check_room, write_json
 from tune_sparse.models.safetensors_io import TensorWriter
 from tune_sparse.pruning.calibration import Statistics
 from tune_sparse.pruning.compact import shrink
@@ -117,12 +116,7 @@ def _check_disk(request: Request, checkpoint: OpenCheckpoint, folder: Path) -> N
     needed = len(request.methods) * weights // 2 if request.format == "levels" else files * weights
     whole = sum(path.stat().st_size for path in set(checkpoint.tensors.paths.values()))
     needed += files * whole * (request.checkpoints + request.shrunk)
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise InputError(
-            f"pruning needs room for what it writes, about {needed / 1e9:.2f} GB, {folder} has {free / 1e9:.2f} GB. "
-            "Free some, ask for fewer levels, or --format levels."
-        )
+    check_room(folder, needed, "pruning", "Free some, ask for fewer levels, or --format levels.")
 
 
 def _dtype(checkpoint: OpenCheckpoint) -> torch.dtype:

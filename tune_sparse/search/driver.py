@@ -34,7 +34,7 @@ from tune_sparse.search.journal import Candidates, Diary, configuration_key
 from tune_sparse.search.racing import Marks, Race, difference_interval
 from tune_sparse.sweep.driver import capacity, fit_trials, nodes, started_ray, stop_on_signals
 from tune_sparse.sweep.plan import check_folder, check_names, plan_sweep
-from tune_sparse.sweep.resources import Placement
+from tune_sparse.sweep.resources import Placement, available_cores
 
 logger = logging.getLogger(__name__)
 
@@ -116,9 +116,8 @@ def matrix_sizes(shape: Shape) -> dict[str, tuple[int, int]]:
 def _check_workers(sweep: SweepConfig, shape: Shape) -> None:
     if sweep.workers is None or "RAY_ADDRESS" in os.environ or sweep.gpus_per_trial != 0:
         return
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     each = COPIES * shape.pruned_weights * (2 if sweep.protocol.precision == "bfloat16" else 4)
-    fitting = min(cores // sweep.protocol.threads, int(psutil.virtual_memory().total // max(1, each)))
+    fitting = min(available_cores() // sweep.protocol.threads, int(psutil.virtual_memory().total // max(1, each)))
     if sweep.workers > fitting:
         raise InputError(
             f"a worker of a search needs {sweep.protocol.threads} cores and {each / 1e9:.1f} GB, so this machine holds "

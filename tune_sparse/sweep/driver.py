@@ -15,8 +15,9 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from tune_sparse.cerebras.environment import check_cluster
-from tune_sparse.cerebras.preflight import check_room, prepare_cerebras, working_bytes
+from tune_sparse.cerebras.preflight import prepare_cerebras, working_bytes
 from tune_sparse.config import CS3, CS3_TRIAL, SweepConfig
+from tune_sparse.files import check_room
 from tune_sparse.ledger.lease import Holder
 from tune_sparse.ledger.ledger import Ledger, Run, SweepRecord
 from tune_sparse.models.checkpoints import prepare_models
@@ -32,7 +33,7 @@ from tune_sparse.sweep.plan import (
     plan_sweep,
 )
 from tune_sparse.sweep.progress import Progress
-from tune_sparse.sweep.resources import Placement
+from tune_sparse.sweep.resources import Placement, available_cores
 from tune_sparse.tracking.background import BackgroundTracker, track_sweep
 from tune_sparse.tracking.sync import tracking_uri
 
@@ -118,7 +119,8 @@ def check_cerebras(plan: Plan, ledger: Ledger) -> None:
     settings = plan.config.cerebras
     if settings.cerebras_target == "csx":
         check_cluster()
-    check_room(ledger.folder, working_bytes(list(plan.checkpoints.values()), settings.cs3))
+    needed = working_bytes(list(plan.checkpoints.values()), settings.cs3)
+    check_room(ledger.folder, needed, "training on Cerebras", "Free some, or give another --results-dir.")
 
 
 def _keep_start(ledger: Ledger, record: SweepRecord) -> SweepRecord:
@@ -258,11 +260,10 @@ def started_ray(config: SweepConfig) -> Iterator[int]:
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # failures are ours to report
 
     threads = config.protocol.threads
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if "RAY_ADDRESS" not in os.environ:
         ray.init(
             address="local",
-            num_cpus=(config.workers or max(1, cores // threads)) * threads,
+            num_cpus=(config.workers or max(1, available_cores() // threads)) * threads,
             resources={CS3: config.cerebras.cs3, CS3_TRIAL: config.cerebras.cs3 + 1},
             include_dashboard=False,
             log_to_driver=False,

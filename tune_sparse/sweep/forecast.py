@@ -14,6 +14,7 @@ from tune_sparse.config import Cell, SweepConfig
 from tune_sparse.ledger.ledger import Ledger, Record, Run
 from tune_sparse.sweep.plan import Plan
 from tune_sparse.sweep.progress import duration
+from tune_sparse.sweep.resources import available_cores
 
 TASK = ("backend", "model", "task")
 TIME_GROUPS = ((*TASK, "mode"), TASK, ("backend", "model"))
@@ -208,5 +209,4 @@ def trials_at_once(config: SweepConfig, backend: str) -> int | None:
         import torch
 
         return int(torch.cuda.device_count() / _gpus(config)) or None
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // config.protocol.threads)
+    return max(1, available_cores() // config.protocol.threads)

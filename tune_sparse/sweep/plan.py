@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
@@ -20,6 +19,7 @@ from tune_sparse.data.splits import calibration_text, fingerprint_splits, load_s
 from tune_sparse.data.task_types import AnswerTask, TextTask
 from tune_sparse.data.tasks import mean_chance, tasks_named
 from tune_sparse.errors import InputError
+from tune_sparse.files import check_room
 from tune_sparse.identity import hash_json
 from tune_sparse.ledger.lease import check_unlocked
 from tune_sparse.ledger.ledger import Ledger, Record, Run, SweepRecord, readable_id
@@ -245,9 +245,5 @@ def check_folder(folder: Path) -> None:
 
 def check_disk(plan: Plan, ledger: Ledger, missing: Sequence[Run]) -> None:
     """Raise `InputError` unless the disk has room for what the missing runs will write."""
-    needed, free = sum(plan.estimate_bytes(run) for run in missing), shutil.disk_usage(ledger.folder).free
-    if needed > free:
-        raise InputError(
-            f"a sweep needs room for what it writes, about {needed / 1e9:.2f} GB, {ledger.folder} has "
-            f"{free / 1e9:.2f} GB. Free some, or give another --results-dir."
-        )
+    needed = sum(plan.estimate_bytes(run) for run in missing)
+    check_room(ledger.folder, needed, "a sweep", "Free some, or give another --results-dir.")

@@ -10,6 +10,7 @@ A trial that ran out of memory holds all CPUs of a node, and a whole GPU if it h
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -26,6 +27,11 @@ MOST_TOGETHER = 8
 """Trials on one GPU: more of them wait for each other's computing."""
 
 Resources = dict[str, float]
+
+
+def available_cores() -> int:
+    """The CPU cores that this process may use: a container or a job's allocation may leave it fewer than there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def fits(needed: Mapping[str, float], free: Mapping[str, float]) -> bool:
