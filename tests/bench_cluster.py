@@ -40,7 +40,7 @@ from tune_sparse.ledger.ledger import Ledger, Run
 from tune_sparse.sweep.driver import capacity, fit_trials, started_ray
 from tune_sparse.sweep.forecast import longest_first
 from tune_sparse.sweep.plan import plan_sweep
-from tune_sparse.sweep.scheduler import Dispatcher
+from tune_sparse.sweep.scheduler import ResourceQueue
 
 TRIALS = 10_000
 FIRST = 1_000
@@ -54,7 +54,7 @@ def scheduling() -> dict[str, float]:
     run, clock = make_run().as_config(), Clock()
     trials = [{"run": run, "number": n, "resources": {"CPU": 1}} for n in range(TRIALS)]
     with started_ray(config) as workers:
-        fit_trials(Nothing, Dispatcher({"torch": trials}, dict, capacity), clock)
+        fit_trials(Nothing, ResourceQueue({"torch": trials}, dict, capacity), clock)
     gaps = [later - earlier for earlier, later in pairwise(clock.ended)]
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
     return {"trial_seconds": workers * statistics.median(gaps[:FIRST]), "driver_mb": memory}
@@ -115,7 +115,7 @@ class Spans(tune.Callback):
 def makespan(ordered: Callable[[Sequence[Run]], Sequence[Run]], lengths: dict[str, float]) -> tuple[float, float]:
     """(ideal / actual, idle share) of all trials in the order that `ordered` makes of the worst one."""
     runs = sorted((run for run, _ in known_lengths()), key=lambda run: (run.cell.backend, lengths[run.run_id]))
-    lanes = {name: [run for run in ordered(runs) if run.cell.backend == name] for name in TOKENS}
+    queues = {name: [run for run in ordered(runs) if run.cell.backend == name] for name in TOKENS}
 
     def make_trial(run: Run) -> dict[str, Any]:
         token, _ = TOKENS[run.cell.backend]
@@ -126,7 +126,7 @@ def makespan(ordered: Callable[[Sequence[Run]], Sequence[Run]], lengths: dict[st
     options = {"resources": {"CS3": 2}, "include_dashboard": False, "log_to_driver": False}
     ray.init(address="local", num_cpus=8, num_gpus=4, **options)
     try:
-        fit_trials(sleeping(), Dispatcher(lanes, make_trial, capacity), spans)
+        fit_trials(sleeping(), ResourceQueue(queues, make_trial, capacity), spans)
     finally:
         ray.shutdown()
     began = min(start for _, start, _ in spans.found)

@@ -28,7 +28,7 @@ from tune_sparse.config import SweepConfig
 from tune_sparse.ledger.ledger import Ledger
 from tune_sparse.sweep.driver import capacity, fit_trials, started_ray
 from tune_sparse.sweep.plan import plan_sweep
-from tune_sparse.sweep.scheduler import Dispatcher
+from tune_sparse.sweep.scheduler import ResourceQueue
 
 TRIALS = 100
 
@@ -65,7 +65,7 @@ def trial_overhead_seconds() -> float:
     clock = Clock()
     trials = [{"number": i, "resources": {"CPU": 1}} for i in range(TRIALS)]
     with started_ray(config) as workers:
-        fit_trials(Nothing, Dispatcher({"torch": trials}, dict, capacity), clock)
+        fit_trials(Nothing, ResourceQueue({"torch": trials}, dict, capacity), clock)
     warm = clock.ended[len(clock.ended) // 4 :]
     return workers * (warm[-1] - warm[0]) / (len(warm) - 1)
 

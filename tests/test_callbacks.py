@@ -24,7 +24,7 @@ from tune_sparse.sweep.callbacks import LedgerCallback, Stop, _described, _read_
 from tune_sparse.sweep.driver import capacity, fit_trials, nodes
 from tune_sparse.sweep.progress import Progress
 from tune_sparse.sweep.resources import Placement
-from tune_sparse.sweep.scheduler import Dispatcher
+from tune_sparse.sweep.scheduler import ResourceQueue
 from tune_sparse.tracking.background import BackgroundTracker
 from tune_sparse.tracking.sync import default_uri
 from tune_sparse.watchdog import Hang
@@ -95,7 +95,7 @@ def sweep(folder: Path, *endings: str, retries: int = 2) -> Ended:
     def make_trial(run: Run) -> dict[str, Any]:
         return {"run": run.as_config(), "results_dir": str(folder), "resources": placement.resources(run)}
 
-    dispatcher = Dispatcher({"torch": runs}, make_trial, capacity, stop=stop)
+    queue = ResourceQueue({"torch": runs}, make_trial, capacity, stop=stop)
     with Holder(folder) as holder:
         progress = Progress(len(runs), 0)
         callback = LedgerCallback(
@@ -106,11 +106,11 @@ def sweep(folder: Path, *endings: str, retries: int = 2) -> Ended:
             holder,
             stop,
             placement,
-            again=lambda run: dispatcher.again("torch", run),
+            requeue=lambda run: queue.requeue("torch", run),
             max_retries=retries,
         )
         with progress.shown(2):
-            fit_trials(failing(), dispatcher, callback, stop)
+            fit_trials(failing(), queue, callback, stop)
     return Ended(ledger, runs, stop.reason)
 
 

@@ -192,13 +192,15 @@ def _train(run: Run, ledger: Ledger, sweep: SweepConfig, token: str, report: Cal
 
     from trainables.cell import CellTrainable
     from tune_sparse.sweep.callbacks import Stop
-    from tune_sparse.sweep.scheduler import Dispatcher
+    from tune_sparse.sweep.scheduler import ResourceQueue
 
     stop = Stop()
     report(f"training {run.run_id}")
     trial = _common(run, ledger, sweep) | {"token": token}
     with stop_on_signals(stop):
-        fit_trials(CellTrainable, Dispatcher({"training": [trial]}, dict, capacity, stop=stop), tune.Callback(), stop)
+        fit_trials(
+            CellTrainable, ResourceQueue({"training": [trial]}, dict, capacity, stop=stop), tune.Callback(), stop
+        )
     record = ledger.record(run.run_id)
     if record is not None and record.status == "done":
         return None
@@ -347,7 +349,7 @@ def _finish(plan: SearchPlan, ledger: Ledger, chosen: Mapping[str, Ranks], folde
     from ray import tune
 
     from tune_sparse.search.trainable import CandidateTrainable
-    from tune_sparse.sweep.scheduler import Dispatcher
+    from tune_sparse.sweep.scheduler import ResourceQueue
 
     left = {name: ranks for name, ranks in chosen.items() if not _is_finished(folder / name, ranks)}
     common = _common(plan.run, ledger, plan.config.sweep)
@@ -356,7 +358,7 @@ def _finish(plan: SearchPlan, ledger: Ledger, chosen: Mapping[str, Ranks], folde
         shutil.rmtree(folder / name, ignore_errors=True)
         trials.append(common | {"ranks": ranks, "stages": [], "folder": str((folder / name).resolve())})
     if trials:
-        fit_trials(CandidateTrainable, Dispatcher({"slices": trials}, dict, capacity, workers), tune.Callback())
+        fit_trials(CandidateTrainable, ResourceQueue({"slices": trials}, dict, capacity, workers), tune.Callback())
     for name, ranks in left.items():
         if not _is_finished(folder / name, ranks):
             raise RunError(f"a slice must pass its validation, the {name} in {folder} did not. See its report there.")

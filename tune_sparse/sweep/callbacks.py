@@ -43,7 +43,7 @@ class Stop(tune.Stopper):
 class LedgerCallback(tune.Callback):
     """Shows and tracks each run as it ends, and records the runs that a worker could not record itself.
 
-    again: is given a run whose infrastructure failed, at most `max_retries` times.
+    requeue: is given a run whose infrastructure failed, at most `max_retries` times.
     """
 
     def __init__(
@@ -55,12 +55,12 @@ class LedgerCallback(tune.Callback):
         holder: Holder,
         stop: Stop,
         placement: Placement,
-        again: Callable[[Run], None],
+        requeue: Callable[[Run], None],
         max_retries: int,
     ) -> None:
         self._ledger, self._runs, self._progress = ledger, runs, progress
         self._tracker, self._holder, self._stop = tracker, holder, stop
-        self._placement, self._again, self._max_retries = placement, again, max_retries
+        self._placement, self._requeue, self._max_retries = placement, requeue, max_retries
         self._started: set[str] = set()
         self._retries: Counter[str] = Counter()
 
@@ -104,8 +104,8 @@ class LedgerCallback(tune.Callback):
             self._stop.because(f"the results folder can no longer be written: {error['message']}")
         if not self._stop.reason and self._may_try_again(run, error):
             self._retries[run.run_id] += 1
-            self._progress.again(record)
-            self._again(run)
+            self._progress.requeued(record)
+            self._requeue(run)
         else:
             self._end(record)
 

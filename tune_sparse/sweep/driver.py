@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from ray.tune import Callback, Stopper
 
     from tune_sparse.sweep.callbacks import Stop
-    from tune_sparse.sweep.scheduler import Dispatcher
+    from tune_sparse.sweep.scheduler import ResourceQueue
 
 logger = logging.getLogger(__name__)
 
@@ -142,7 +142,7 @@ def _tune(
     with started_ray(config) as workers, gathered(ledger, holder.token, missing):
         from trainables.cell import CellTrainable
         from tune_sparse.sweep.callbacks import LedgerCallback, Stop
-        from tune_sparse.sweep.scheduler import Dispatcher
+        from tune_sparse.sweep.scheduler import ResourceQueue
 
         placement, stop = Placement(config, nodes), Stop()
         for run in plan.runs.values():
@@ -160,8 +160,8 @@ def _tune(
             return trial | ({"cerebras": asdict(config.cerebras)} if run.cerebras else {})
 
         waiting = longest_first(plan, ledger, missing)
-        lanes = {name: [run for run in waiting if run.cell.backend == name] for name in SCARCEST_FIRST}
-        dispatcher = Dispatcher(lanes, make_trial, capacity, _limit(config), stop)
+        queues = {name: [run for run in waiting if run.cell.backend == name] for name in SCARCEST_FIRST}
+        queue = ResourceQueue(queues, make_trial, capacity, _limit(config), stop)
         callback = LedgerCallback(
             ledger,
             {run.run_id: run for run in missing},
@@ -170,12 +170,12 @@ def _tune(
             holder,
             stop,
             placement,
-            again=lambda run: dispatcher.again(run.cell.backend, run),
+            requeue=lambda run: queue.requeue(run.cell.backend, run),
             max_retries=config.max_retries,
         )
         # Ray takes the signals for itself when it starts, so ours come after it.
         with progress.shown(workers), stop_on_signals(stop):
-            fit_trials(CellTrainable, dispatcher, callback, stop)
+            fit_trials(CellTrainable, queue, callback, stop)
         if not holder.lost.is_set():
             callback.record_unfinished()
         return stop.reason, workers
@@ -201,19 +201,19 @@ def gathered(ledger: Ledger, token: str, missing: Sequence[Run]) -> Iterator[Non
         yield
 
 
-def fit_trials(trainable: type, dispatcher: Dispatcher, callback: Callback, stopper: Stopper | None = None) -> None:
-    """Run what `dispatcher` hands out on warm workers, through one Tuner. Ray keeps nothing of it: the ledger does."""
+def fit_trials(trainable: type, queue: ResourceQueue, callback: Callback, stopper: Stopper | None = None) -> None:
+    """Run what `queue` hands out on warm workers, through one Tuner. Ray keeps nothing of it: the ledger does."""
     from ray import tune
 
     def resources(config: dict[str, Any]) -> tune.PlacementGroupFactory:
         return tune.PlacementGroupFactory([config["trial"]["resources"]])
 
-    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(sys.maxsize)  # the dispatcher alone says how many there are
+    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(sys.maxsize)  # the queue alone says how many there are
     with tempfile.TemporaryDirectory(prefix="tune-sparse-") as scratch:
         tune.Tuner(
             tune.with_resources(trainable, resources),
             tune_config=tune.TuneConfig(
-                search_alg=dispatcher,
+                search_alg=queue,
                 num_samples=-1,
                 reuse_actors=True,
                 trial_dirname_creator=lambda trial: trial.trial_id,
