@@ -22,7 +22,7 @@ from tune_sparse.ledger.ledger import Ledger
 from tune_sparse.lora.rank_space import Space
 from tune_sparse.search.config import SearchConfig
 from tune_sparse.search.driver import matrix_sizes, plan_search
-from tune_sparse.search.journal import Diary
+from tune_sparse.search.journal import SearchJournal
 
 GROUPS = {
     "qkv": {"modules": ["q_proj", "k_proj", "v_proj"], "ranks": [4, 2, 1]},
@@ -108,7 +108,7 @@ def tracked_as(ledger: Ledger, search_id: str) -> None:
     runs = client.search_runs([experiment.experiment_id], max_results=1000)
     [parent] = [run for run in runs if run.data.tags.get(SEARCH_TAG) == search_id]
     children = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
-    assert len(children) == len(Diary(ledger.folder / "searches" / search_id).suggestions)
+    assert len(children) == len(SearchJournal(ledger.folder / "searches" / search_id).suggestions)
     names = {artifact.path for artifact in client.list_artifacts(parent.info.run_id)}
     assert {"result.json", "pareto_front.png"} <= names
 

@@ -30,7 +30,7 @@ from tune_sparse.lora.rank_space import Ranks, Space, SuperAdapter, check_space
 from tune_sparse.models.checkpoints import Shape, prepare_models
 from tune_sparse.models.toy_models import TOY_MODELS
 from tune_sparse.search.config import SearchConfig
-from tune_sparse.search.journal import Candidates, Diary, configuration_key
+from tune_sparse.search.journal import Candidates, SearchJournal, configuration_key
 from tune_sparse.search.racing import Marks, Race, difference_interval
 from tune_sparse.sweep.driver import capacity, fit_trials, nodes, started_ray, stop_on_signals
 from tune_sparse.sweep.plan import check_folder, check_names, plan_sweep
@@ -140,7 +140,7 @@ def run_search(config: SearchConfig, report: Callable[[str], None] = logger.info
     started = time.perf_counter()
     with Holder(ledger.folder) as holder:
         ledger.remove_partial()
-        diary, candidates = Diary(folder), Candidates(ledger.folder, plan.run.run_id)
+        journal, candidates = SearchJournal(folder), Candidates(ledger.folder, plan.run.run_id)
         write_json(folder / "config.json", described(plan))
         with started_ray(config.sweep) as workers:
             Placement(config.sweep, nodes).check_placeable([plan.run])
@@ -148,9 +148,9 @@ def run_search(config: SearchConfig, report: Callable[[str], None] = logger.info
             stopped = _train(plan.run, ledger, config.sweep, holder.token, report)
             race = None
             if not stopped:
-                race, stopped = _race(plan, ledger, diary, candidates, 1 if config.in_order else workers, report)
+                race, stopped = _race(plan, ledger, journal, candidates, 1 if config.in_order else workers, report)
             if not stopped and race is not None:
-                found = _prove(plan, ledger, race, diary, folder, workers, holder.token, report)
+                found = _prove(plan, ledger, race, journal, folder, workers, holder.token, report)
     if stopped or race is None:
         return {"search_id": plan.search_id, "folder": str(folder), "stopped": stopped}
     found |= {"search_id": plan.search_id, "folder": str(folder), "seconds": time.perf_counter() - started}
@@ -220,7 +220,7 @@ def _common(run: Run, ledger: Ledger, sweep: SweepConfig) -> dict[str, Any]:
 def _race(
     plan: SearchPlan,
     ledger: Ledger,
-    diary: Diary,
+    journal: SearchJournal,
     candidates: Candidates,
     workers: int,
     report: Callable[[str], None],
@@ -228,15 +228,15 @@ def _race(
     """Score candidates through one Tuner; returns the race and why it was stopped, if it was."""
     from ray import tune
 
-    from tune_sparse.search.samplers import DiarySearch, RacingScheduler, SearchCallback, searcher_named
+    from tune_sparse.search.samplers import JournaledSearcher, RacingScheduler, SearchCallback, searcher_named
     from tune_sparse.search.trainable import CandidateTrainable
     from tune_sparse.sweep.callbacks import Stop
 
     config, layers, seed = plan.config, plan.shape.layers, plan.run.cell.seed
     common, race = _common(plan.run, ledger, config.sweep), Race(selection_rows(plan), config.minimises_cost)
-    search = DiarySearch(
+    search = JournaledSearcher(
         searcher_named(config.sampler, plan.space, layers, seed, config.objectives),
-        diary,
+        journal,
         candidates,
         race,
         plan.cost,
@@ -261,14 +261,14 @@ def _race(
                 name="search",
                 storage_path=scratch,
                 verbose=0,
-                callbacks=[SearchCallback(diary, config.trials, stop, report)],
+                callbacks=[SearchCallback(journal, config.trials, stop, report)],
                 failure_config=tune.FailureConfig(max_failures=config.sweep.max_retries),
                 stop=stop,
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # as in `fit_trials`
             ),
         ).fit()
     if not race.complete() and not stop.reason:
-        raise RunError(f"a search needs a candidate that can be scored, all failed. See {diary.folder / 'trials'}.")
+        raise RunError(f"a search needs a candidate that can be scored, all failed. See {journal.folder / 'trials'}.")
     return race, stop.reason
 
 
@@ -285,7 +285,7 @@ def _prove(
     plan: SearchPlan,
     ledger: Ledger,
     race: Race,
-    diary: Diary,
+    journal: SearchJournal,
     folder: Path,
     workers: int,
     token: str,
@@ -293,7 +293,7 @@ def _prove(
 ) -> dict[str, Any]:
     """Write and score on test rows the winner and the heuristic, beside the maximal and a plain LoRA of that size."""
     space, layers = plan.space, plan.shape.layers
-    by_key = {configuration_key(s.ranks): s for s in diary.suggestions}
+    by_key = {configuration_key(s.ranks): s for s in journal.suggestions}
     front, winner = race.front(), by_key[race.winner()].ranks
     maximal = plan.parameters(space.maximal(layers))
     chosen = {"winner": winner, "heuristic": space.heuristic(layers)}
@@ -321,9 +321,9 @@ def _prove(
         "test": {name: _on_test(outcomes, scored["maximal"], sizes[name]) for name, outcomes in scored.items()},
         "selection_examples": race.n,
         "candidates": len(race.marks),
-        "suggestions": len(diary.suggestions),
-        "stopped_early": sum(s.state == "stopped" for s in diary.suggestions),
-        "failed": sum(s.state == "failed" for s in diary.suggestions),
+        "suggestions": len(journal.suggestions),
+        "stopped_early": sum(s.state == "stopped" for s in journal.suggestions),
+        "failed": sum(s.state == "failed" for s in journal.suggestions),
         "answered_fraction": sum(m.count for m in race.marks.values()) / (race.n * len(race.marks)),
         "super_adapter_run": plan.run.run_id,
         "plain_run": plain.run_id,

@@ -22,7 +22,7 @@ from ray.tune.search.optuna import OptunaSearch
 
 from tune_sparse.errors import RunError
 from tune_sparse.lora.rank_space import Ranks, Space
-from tune_sparse.search.journal import Candidates, Diary, Suggestion, configuration_key
+from tune_sparse.search.journal import Candidates, SearchJournal, Suggestion, configuration_key
 from tune_sparse.search.racing import WARM_UP, Marks, Race, asked_first, cut_stages
 from tune_sparse.sweep.callbacks import Stop
 
@@ -111,13 +111,13 @@ class HillClimbing(Searcher):
         ]
 
     def save(self, checkpoint_path: str) -> None:
-        """Nothing: the diary of the search is what is kept."""
+        """Nothing: the journal of the search is what is kept."""
 
     def restore(self, checkpoint_path: str) -> None:
         """Nothing was saved."""
 
 
-class DiarySearch(Searcher):
+class JournaledSearcher(Searcher):
     """A sampler with a memory: it suggests to Ray what is not known yet, until `budget` candidates have been scored.
 
     `as_trial` makes a trial's config of ranks and the stages of its examples; `cost` is what is minimised. What the
@@ -127,7 +127,7 @@ class DiarySearch(Searcher):
     def __init__(
         self,
         sampler: Searcher,
-        diary: Diary,
+        journal: SearchJournal,
         candidates: Candidates,
         race: Race,
         cost: Callable[[Ranks], float],
@@ -137,26 +137,26 @@ class DiarySearch(Searcher):
         is_racing: bool = True,
     ) -> None:
         super().__init__()
-        self._sampler, self._diary, self._candidates, self._race = sampler, diary, candidates, race
+        self._sampler, self._journal, self._candidates, self._race = sampler, journal, candidates, race
         self._cost, self._as_trial, self._budget, self._seed = cost, as_trial, budget, seed
         self._is_racing = is_racing
         self._running: dict[str, Suggestion] = {}
         self._results: dict[str, dict[str, Any]] = {}
         """{key: what the sampler was told of a configuration}"""
-        self._stages = diary.stages()
+        self._stages = journal.stages()
         self._replay()
-        self._open = deque(diary.open())
+        self._open = deque(journal.open())
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> DiarySearch:
+    def __deepcopy__(self, memo: dict[int, Any]) -> JournaledSearcher:
         """Itself: Ray copies searcher and scheduler apart, and these two talk."""
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        """Nothing: Ray saves its searchers to restore an experiment, and ours goes on from its diary."""
+        """Nothing: Ray saves its searchers to restore an experiment, and ours goes on from its journal."""
         return {}
 
     def _replay(self) -> None:
-        for is_asking, suggestion in self._diary.events():
+        for is_asking, suggestion in self._journal.events():
             if is_asking:
                 ranks = self._sampler.suggest(str(suggestion.number))
                 if ranks != suggestion.ranks:
@@ -198,10 +198,13 @@ class DiarySearch(Searcher):
             self._tell(suggestion, known, 0)
 
     def _ask(self) -> Suggestion | None:
-        scored, asked = len({configuration_key(s.ranks) for s in self._diary.suggestions}), len(self._diary.suggestions)
+        scored, asked = (
+            len({configuration_key(s.ranks) for s in self._journal.suggestions}),
+            len(self._journal.suggestions),
+        )
         if scored >= self._budget or asked >= SUGGESTIONS_PER_CANDIDATE * self._budget:
             return None
-        return self._diary.ask(self._sampler.suggest(str(asked)))
+        return self._journal.ask(self._sampler.suggest(str(asked)))
 
     def _from_ledger(self, ranks: Ranks) -> dict[str, Any] | None:
         """Of a configuration that another search, or one that was killed, scored in full."""
@@ -217,7 +220,7 @@ class DiarySearch(Searcher):
             if len(complete) < WARM_UP:
                 return [list(range(self._race.n))]
             self._stages = cut_stages(asked_first(complete, self._race.n, self._seed))
-            self._diary.write_stages(self._stages)
+            self._journal.write_stages(self._stages)
         return self._stages or [list(range(self._race.n))]
 
     def is_beaten(self, trial_id: str, marks: str) -> bool:
@@ -254,12 +257,12 @@ class DiarySearch(Searcher):
         return {"state": state, "accuracy": accuracy, "cost": self._cost(ranks)}
 
     def _tell(self, suggestion: Suggestion, known: Mapping[str, Any], examples: int) -> None:
-        told = self._diary.tell(suggestion.number, **known, examples=examples)
+        told = self._journal.tell(suggestion.number, **known, examples=examples)
         self._results[configuration_key(suggestion.ranks)] = dict(known)
         self._tell_sampler(told)
 
     def save(self, checkpoint_path: str) -> None:
-        """Nothing: the diary is what is kept."""
+        """Nothing: the journal is what is kept."""
 
     def restore(self, checkpoint_path: str) -> None:
         """Nothing was saved."""
@@ -268,7 +271,7 @@ class DiarySearch(Searcher):
 class RacingScheduler(FIFOScheduler):
     """Stops a candidate as soon as the search calls it beaten."""
 
-    def __init__(self, search: DiarySearch) -> None:
+    def __init__(self, search: JournaledSearcher) -> None:
         super().__init__()
         self._search = search
 
@@ -287,19 +290,19 @@ class RacingScheduler(FIFOScheduler):
 class SearchCallback(tune.Callback):
     """Says now and then how a search goes, and ends it when a worker cannot work."""
 
-    def __init__(self, diary: Diary, budget: int, stop: Stop, report: Callable[[str], None]) -> None:
-        self._diary, self._budget, self._stop, self._report = diary, budget, stop, report
+    def __init__(self, journal: SearchJournal, budget: int, stop: Stop, report: Callable[[str], None]) -> None:
+        self._journal, self._budget, self._stop, self._report = journal, budget, stop, report
         self._next = 0
 
     def __getstate__(self) -> dict[str, Any]:
-        """Nothing, as for `DiarySearch`."""
+        """Nothing, as for `JournaledSearcher`."""
         return {}
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        if self._diary.told >= self._next:
-            stopped = sum(s.state == "stopped" for s in self._diary.suggestions)
-            self._report(f"{self._diary.told} candidates of {self._budget}, {stopped} of them stopped early")
-            self._next = self._diary.told + max(1, self._budget // 5)
+        if self._journal.completed >= self._next:
+            stopped = sum(s.state == "stopped" for s in self._journal.suggestions)
+            self._report(f"{self._journal.completed} candidates of {self._budget}, {stopped} of them stopped early")
+            self._next = self._journal.completed + max(1, self._budget // 5)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         lines = [line for line in str(trial.get_pickled_error()).splitlines() if line.strip()]

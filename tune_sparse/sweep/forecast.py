@@ -25,7 +25,7 @@ DISK_GROUPS = ((*TASK, "mode"), ("backend", "model", "mode"))
 
 @dataclass(frozen=True)
 class RunCost:
-    """What one run took, or the median of several."""
+    """The time and disk that one run took, or the median of several."""
 
     trial_seconds: float
     cpu_seconds: float
