@@ -17,7 +17,7 @@ from tune_sparse.errors import RunError
 from tune_sparse.lora.rank_space import Group, Ranks, Space
 from tune_sparse.search.config import SAMPLERS
 from tune_sparse.search.journal import Candidate, Candidates, SearchJournal, Suggestion, configuration_key
-from tune_sparse.search.racing import Marks, Race
+from tune_sparse.search.racing import Correctness, Race
 from tune_sparse.search.samplers import HillClimbing, JournaledSearcher, searcher_named
 
 SPACE = Space((Group("qkv", ("q_proj",), (8, 4, 2)), Group("up", ("up_proj",), (8, 4, 2))))
@@ -61,20 +61,20 @@ class Desk:
             self.score(trial_id, config)
 
     def score(self, trial_id: str, config: dict[str, Any]) -> None:
-        ranks, marks = config["ranks"], Marks(ROWS)
+        ranks, correctness = config["ranks"], Correctness(ROWS)
         if self.fails(ranks):
-            self.search.on_trial_complete(trial_id, {"marks": str(marks), "error": "RunError: nan"})
+            self.search.on_trial_complete(trial_id, {"correctness": str(correctness), "error": "RunError: nan"})
             return
         self.scored.append(configuration_key(ranks))
         for stage in config["stages"]:
-            marks = marks.adding((i, truth(ranks)[i] == "1") for i in stage)
-            self.candidates.write(Candidate(ranks, int(cost(ranks)), str(marks)))
-            if marks.is_complete or self.search.is_beaten(trial_id, str(marks)):
+            correctness = correctness.adding((i, truth(ranks)[i] == "1") for i in stage)
+            self.candidates.write(Candidate(ranks, int(cost(ranks)), str(correctness)))
+            if correctness.is_complete or self.search.is_beaten(trial_id, str(correctness)):
                 break
-        self.search.on_trial_complete(trial_id, {"marks": str(marks), "error": None})
+        self.search.on_trial_complete(trial_id, {"correctness": str(correctness), "error": None})
 
     def front(self) -> list[tuple[str, float, str]]:
-        return [(key, self.race.costs[key], str(self.race.marks[key])) for key in self.race.front()]
+        return [(key, self.race.costs[key], str(self.race.correctness[key])) for key in self.race.front()]
 
 
 @each_sampler
@@ -125,7 +125,7 @@ def test_a_candidate_that_fails_is_told_to_the_sampler_and_not_tried_again(tmp_p
     assert {s.error for s in failed} == {"RunError: nan"}
     study = desk.search._sampler._ot_study
     assert [t.state.name for t in study.trials].count("FAIL") == len(failed)
-    assert not any(desk.race.marks.get(configuration_key(s.ranks)) for s in failed)
+    assert not any(desk.race.correctness.get(configuration_key(s.ranks)) for s in failed)
 
 
 def test_what_another_search_scored_in_full_is_told_without_a_trial(tmp_path: Path) -> None:
@@ -157,7 +157,7 @@ def test_a_sampler_that_suggests_otherwise_than_it_did_is_refused(tmp_path: Path
 def test_a_trial_that_was_stopped_from_outside_stays_open(tmp_path: Path) -> None:
     desk = Desk(tmp_path, "random")
     desk.search.suggest("a")
-    desk.search.on_trial_complete("a", {"marks": "1" * 5 + "-" * (ROWS - 5), "error": None})
+    desk.search.on_trial_complete("a", {"correctness": "1" * 5 + "-" * (ROWS - 5), "error": None})
     desk.search.suggest("b")
     desk.search.on_trial_complete("b", None, error=True)
     assert len(desk.journal.open()) == 2
@@ -170,7 +170,7 @@ def test_a_small_space_ends_the_search(tmp_path: Path) -> None:
     search = JournaledSearcher(sampler, journal, candidates, Race(4, True), cost, lambda r, s: {"ranks": r}, 5, 0)
     trials = 0
     while search.suggest(str(trials)) != Searcher.FINISHED:
-        search.on_trial_complete(str(trials), {"marks": "1111", "error": None})
+        search.on_trial_complete(str(trials), {"correctness": "1111", "error": None})
         trials += 1
     assert trials == 2
 

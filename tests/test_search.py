@@ -134,7 +134,7 @@ def test_a_killed_driver_scores_no_configuration_twice_and_ends_with_the_same_fr
     driver.wait()
     before = {path: path.stat().st_mtime_ns for path in candidates.rglob("[0-9a-f]*.json")}
     assert 4 <= len(before) < 10
-    complete = {path for path in before if "-" not in read_json(path)["marks"]}
+    complete = {path for path in before if "-" not in read_json(path)["correctness"]}
     assert main(arguments(llama, killed, "--json")) == 0
     again = json.loads(capsys.readouterr().out)
     assert {path: path.stat().st_mtime_ns for path in complete} == {path: before[path] for path in complete}

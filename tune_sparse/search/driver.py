@@ -31,7 +31,7 @@ from tune_sparse.models.checkpoints import Shape, prepare_models
 from tune_sparse.models.toy_models import TOY_MODELS
 from tune_sparse.search.config import SearchConfig
 from tune_sparse.search.journal import Candidates, SearchJournal, configuration_key
-from tune_sparse.search.racing import Marks, Race, difference_interval
+from tune_sparse.search.racing import Correctness, Race, difference_interval
 from tune_sparse.sweep.driver import capacity, fit_trials, nodes, started_ray, stop_on_signals
 from tune_sparse.sweep.plan import check_folder, check_names, plan_sweep
 from tune_sparse.sweep.resources import Placement, available_cores
@@ -150,7 +150,7 @@ def run_search(config: SearchConfig, report: Callable[[str], None] = logger.info
             if not stopped:
                 race, stopped = _race(plan, ledger, journal, candidates, 1 if config.in_order else workers, report)
             if not stopped and race is not None:
-                found = _prove(plan, ledger, race, journal, folder, workers, holder.token, report)
+                found = _final_evaluation(plan, ledger, race, journal, folder, workers, holder.token, report)
     if stopped or race is None:
         return {"search_id": plan.search_id, "folder": str(folder), "stopped": stopped}
     found |= {"search_id": plan.search_id, "folder": str(folder), "seconds": time.perf_counter() - started}
@@ -281,7 +281,7 @@ def selection_rows(plan: SearchPlan) -> int:
     return len(load_splits(task, folder, plan.run.protocol).selection)
 
 
-def _prove(
+def _final_evaluation(
     plan: SearchPlan,
     ledger: Ledger,
     race: Race,
@@ -313,18 +313,18 @@ def _prove(
                 "ranks": by_key[key].ranks,
                 "parameters": plan.parameters(by_key[key].ranks),
                 "parameters_fraction": plan.parameters(by_key[key].ranks) / maximal,
-                "accuracy": race.marks[key].accuracy,
+                "accuracy": race.correctness[key].accuracy,
             }
             for key in front
         ],
         "winner": winner,
         "test": {name: _on_test(outcomes, scored["maximal"], sizes[name]) for name, outcomes in scored.items()},
         "selection_examples": race.n,
-        "candidates": len(race.marks),
+        "candidates": len(race.correctness),
         "suggestions": len(journal.suggestions),
         "stopped_early": sum(s.state == "stopped" for s in journal.suggestions),
         "failed": sum(s.state == "failed" for s in journal.suggestions),
-        "answered_fraction": sum(m.count for m in race.marks.values()) / (race.n * len(race.marks)),
+        "answered_fraction": sum(m.count for m in race.correctness.values()) / (race.n * len(race.correctness)),
         "super_adapter_run": plan.run.run_id,
         "plain_run": plain.run_id,
     }
@@ -333,7 +333,8 @@ def _prove(
 def _on_test(outcomes: Sequence[Outcome], maximal: Sequence[Outcome], parameters: int) -> dict[str, Any]:
     """Accuracy on test rows, and its paired difference from the maximal's with a 95% interval."""
     mine, other = (
-        Marks(len(found)).adding((i, bool(o.correct)) for i, o in enumerate(found)) for found in (outcomes, maximal)
+        Correctness(len(found)).adding((i, bool(o.correct)) for i, o in enumerate(found))
+        for found in (outcomes, maximal)
     )
     difference, low, high = difference_interval(mine, other)
     return {

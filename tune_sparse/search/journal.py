@@ -1,6 +1,6 @@
 """Candidates on disk: what each answered, and the journal of a search, from which it goes on.
 
-candidates/<run_id of the super-adapter>/<key>.json    one configuration: its ranks, parameters and marks
+candidates/<run_id of the super-adapter>/<key>.json    one configuration: its ranks, parameters and correctness
 searches/<search_id>/config.json                       what was asked
 searches/<search_id>/trials/<number>.json              one suggestion of the sampler, and its result
 searches/<search_id>/stages.json                       in which order examples are asked, once it is known
@@ -30,7 +30,7 @@ class Candidate:
 
     ranks: Ranks
     parameters: int
-    marks: str
+    correctness: str
     """A character an example: 1 right, 0 wrong, - not answered."""
     seconds: float = 0.0
     error: dict[str, Any] | None = None

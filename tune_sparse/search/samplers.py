@@ -23,7 +23,7 @@ from ray.tune.search.optuna import OptunaSearch
 from tune_sparse.errors import RunError
 from tune_sparse.lora.rank_space import Ranks, Space
 from tune_sparse.search.journal import Candidates, SearchJournal, Suggestion, configuration_key
-from tune_sparse.search.racing import WARM_UP, Marks, Race, asked_first, cut_stages
+from tune_sparse.search.racing import WARM_UP, Correctness, Race, cut_stages, most_divisive_first
 from tune_sparse.sweep.callbacks import Stop
 
 Suggest = Callable[[Ranks, list[list[int]]], dict[str, Any]]
@@ -173,7 +173,7 @@ class JournaledSearcher(Searcher):
         self._results[key] = {"state": suggestion.state, "accuracy": suggestion.accuracy, "cost": suggestion.cost}
         known = self._candidates.read(suggestion.ranks)
         if suggestion.state != "failed" and known is not None:
-            self._race.enter(key, self._cost(suggestion.ranks), Marks.of(known.marks))
+            self._race.update(key, self._cost(suggestion.ranks), Correctness.from_text(known.correctness))
 
     def _tell_sampler(self, suggestion: Suggestion) -> None:
         values = None
@@ -209,26 +209,26 @@ class JournaledSearcher(Searcher):
     def _from_ledger(self, ranks: Ranks) -> dict[str, Any] | None:
         """Of a configuration that another search, or one that was killed, scored in full."""
         found = self._candidates.read(ranks)
-        if found is None or not (found.error or Marks.of(found.marks).is_complete):
+        if found is None or not (found.error or Correctness.from_text(found.correctness).is_complete):
             return None
-        return self._judged(ranks, found.marks, found.error["message"] if found.error else None, None)
+        return self._judged(ranks, found.correctness, found.error["message"] if found.error else None, None)
 
     def _current_stages(self) -> list[list[int]]:
         """Until enough candidates have answered everything, whatever comes first, all of it, and all at once."""
         if self._stages is None and self._is_racing:
-            complete = [self._race.marks[key] for key in self._race.complete()[:WARM_UP]]
+            complete = [self._race.correctness[key] for key in self._race.complete()[:WARM_UP]]
             if len(complete) < WARM_UP:
                 return [list(range(self._race.n))]
-            self._stages = cut_stages(asked_first(complete, self._race.n, self._seed))
+            self._stages = cut_stages(most_divisive_first(complete, self._race.n, self._seed))
             self._journal.write_stages(self._stages)
         return self._stages or [list(range(self._race.n))]
 
-    def is_beaten(self, trial_id: str, marks: str) -> bool:
+    def is_beaten(self, trial_id: str, correctness: str) -> bool:
         """Whether a running candidate that has answered so much can stop."""
-        return self._beater(self._running[trial_id].ranks, marks) is not None
+        return self._beater(self._running[trial_id].ranks, correctness) is not None
 
-    def _beater(self, ranks: Ranks, marks: str) -> str | None:
-        self._race.enter(configuration_key(ranks), self._cost(ranks), Marks.of(marks))
+    def _beater(self, ranks: Ranks, correctness: str) -> str | None:
+        self._race.update(configuration_key(ranks), self._cost(ranks), Correctness.from_text(correctness))
         return self._race.beaten_by(configuration_key(ranks)) if self._is_racing else None
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
@@ -239,19 +239,19 @@ class JournaledSearcher(Searcher):
         if suggestion is None or error or not result:
             return  # stopped from outside, or its worker was lost: the next start of the search takes it up
         beater = None
-        if result["error"] is None and not Marks.of(result["marks"]).is_complete:
-            beater = self._beater(suggestion.ranks, result["marks"])
-        known = self._judged(suggestion.ranks, result["marks"], result["error"], beater)
+        if result["error"] is None and not Correctness.from_text(result["correctness"]).is_complete:
+            beater = self._beater(suggestion.ranks, result["correctness"])
+        known = self._judged(suggestion.ranks, result["correctness"], result["error"], beater)
         if known["state"] != "open":
-            self._tell(suggestion, known, Marks.of(result["marks"]).count)
+            self._tell(suggestion, known, Correctness.from_text(result["correctness"]).count)
 
-    def _judged(self, ranks: Ranks, marks: str, error: str | None, beater: str | None) -> dict[str, Any]:
+    def _judged(self, ranks: Ranks, correctness: str, error: str | None, beater: str | None) -> dict[str, Any]:
         key = configuration_key(ranks)
         if error is not None:
-            self._race.marks.pop(key, None)
+            self._race.correctness.pop(key, None)
             return {"state": "failed", "error": error}
-        found = Marks.of(marks)
-        self._race.enter(key, self._cost(ranks), found)
+        found = Correctness.from_text(correctness)
+        self._race.update(key, self._cost(ranks), found)
         state = "done" if found.is_complete else "stopped" if beater else "open"
         accuracy = self._race.estimate(key, beater)
         return {"state": state, "accuracy": accuracy, "cost": self._cost(ranks)}
@@ -282,7 +282,7 @@ class RacingScheduler(FIFOScheduler):
         return {}
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        if result["error"] is None and self._search.is_beaten(trial.trial_id, result["marks"]):
+        if result["error"] is None and self._search.is_beaten(trial.trial_id, result["correctness"]):
             return TrialScheduler.STOP
         return TrialScheduler.CONTINUE
 

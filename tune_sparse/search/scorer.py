@@ -25,7 +25,7 @@ from tune_sparse.lora.rank_space import Ranks
 from tune_sparse.lora.slices import Slices
 from tune_sparse.models.checkpoints import prunable_weights
 from tune_sparse.pruning.masks import Masks, count_sparsity, mask_sha256
-from tune_sparse.search.racing import Marks
+from tune_sparse.search.racing import Correctness
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class SliceScorer:
         sizes = {name: (len(layer.weight), layer.weight.shape[1]) for name, layer in self.slices.layers.items()}
         return self.slices.space.parameters(ranks, sizes)
 
-    def answers(self, ranks: Ranks, stage: Sequence[int], known: Marks) -> Iterator[tuple[int, bool]]:
+    def answers(self, ranks: Ranks, stage: Sequence[int], known: Correctness) -> Iterator[tuple[int, bool]]:
         """(example, whether the slice is right) for each example of a stage that is not known."""
         self.slices.switch_into(ranks)
         tests = TestSet(self.tests.task, tuple(self.tests.examples[i] for i in stage))
