@@ -184,7 +184,7 @@ def test_doctor_shows_what_is_missing_and_its_fix(
     assert not found["cluster"].is_well
     assert "user node" in found["cluster"].fix
     assert main(["doctor", "--cerebras"]) == 1
-    assert "MEND cluster: none" in capsys.readouterr().out
+    assert "FAIL cluster: none" in capsys.readouterr().out
     monkeypatch.delenv("MODELZOO")
     assert not next(iter(examine())).is_well
 

@@ -36,7 +36,7 @@ def test_an_address_with_a_secret_is_refused_without_repeating_it(address: str) 
 
 
 def test_a_port_is_a_number() -> None:
-    with pytest.raises(InputError, match=r"tracking_uri must be an address, got 'http://mlflow:x'.*Mend its port"):
+    with pytest.raises(InputError, match=r"tracking_uri must be an address, got 'http://mlflow:x'.*Fix its port"):
         check_address("tracking_uri", "http://mlflow:x")
 
 

@@ -368,7 +368,7 @@ def converted(owner: type, at: Field[Any], value: Any) -> Any:
     except (TypeError, ValueError) as error:
         wanted = getattr(declared, "__name__", None) if not get_args(declared) else None
         raise InputError(
-            f"{at.name} ({at.metadata['help']}) must be {wanted or declared}, got {value!r} ({error}). Mend the value."
+            f"{at.name} ({at.metadata['help']}) must be {wanted or declared}, got {value!r} ({error}). Fix the value."
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""What a user did wrong, said so that it can be mended; and what a run did wrong."""
+"""What a user did wrong, said so that it can be fixed; and what a run did wrong."""
 
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches

@@ -27,7 +27,7 @@ def check_address(name: str, address: str) -> None:
     try:
         host_and_port(address)
     except ValueError as error:
-        raise InputError(f"{name} must be an address, got {address!r} ({error}). Mend its port.") from error
+        raise InputError(f"{name} must be an address, got {address!r} ({error}). Fix its port.") from error
 
 
 def without_secret(address: str) -> str:

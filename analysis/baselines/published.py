@@ -141,7 +141,7 @@ def read_published(path: Path, models: Iterable[str] = MODELS) -> list[Published
             _check_header(path, header)
             return [_published(f"{path}, line {reader.line_num}", header, row, models) for row in reader if row]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"published numbers must be a CSV file in UTF-8, {path} is not: {error}. Mend it.") from error
+        raise InputError(f"published numbers must be a CSV file in UTF-8, {path} is not: {error}. Fix it.") from error
 
 
 def _check_header(path: Path, header: Sequence[str]) -> None:
@@ -200,7 +200,7 @@ def _check_range(name: str, value: float | None, highest: float, below: bool = F
     if value is None or (math.isfinite(value) and value >= 0 and (value < highest if below else value <= highest)):
         return
     limits = f"in [0, {highest:g}{')' if below else ']'}" if math.isfinite(highest) else "finite and at least 0"
-    hint = f"Did you mean {value / 100:g}?" if highest < value <= 100 else "Mend the value."
+    hint = f"Did you mean {value / 100:g}?" if highest < value <= 100 else "Fix the value."
     raise InputError(f"{name} must be {limits}, got {value:g}. {hint}")
 
 

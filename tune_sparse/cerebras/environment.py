@@ -90,7 +90,7 @@ def _read_folder_variable(variable: str) -> Path:
         )
     folder = Path(value).expanduser().resolve()
     if not folder.is_dir():
-        raise NotReadyError(f"{variable} must name a folder, {folder} does not exist. Mend it.")
+        raise NotReadyError(f"{variable} must name a folder, {folder} does not exist. Fix it.")
     return folder
 
 

@@ -18,7 +18,7 @@ EXAMPLE = """examples:
     tune-sparse doctor --ray --models tiny-llama --results-dir /shared/results
     tune-sparse doctor --cerebras
 
-exit status: 0 all is well, 1 something is to be mended."""
+exit status: 0 all is well, 1 something has to be fixed."""
 
 
 def add_commands(commands: Any) -> None:
@@ -37,7 +37,7 @@ def _doctor(chosen: argparse.Namespace) -> int:
     for finding in _findings(chosen):
         findings.append(finding)
         if not chosen.json:
-            print(f"{'ok  ' if finding.is_well else 'MEND'} {finding.what}: {finding.found}", flush=True)
+            print(f"{'ok  ' if finding.is_well else 'FAIL'} {finding.what}: {finding.found}", flush=True)
             if finding.fix:
                 print(f"     {finding.fix}", flush=True)
     if chosen.json:

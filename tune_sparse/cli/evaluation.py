@@ -93,7 +93,7 @@ def _checkpoint(chosen: argparse.Namespace) -> Subject:
     if chosen.adapter:
         files = sorted(path for path in existing_folders([chosen.adapter])[0].iterdir() if path.is_file())
         if not any(path.name == "adapter_config.json" for path in files):
-            raise InputError(f"an adapter folder needs adapter_config.json, {chosen.adapter} has none. Mend --adapter.")
+            raise InputError(f"an adapter folder needs adapter_config.json, {chosen.adapter} has none. Fix --adapter.")
         fingerprint += fingerprint_of_files(files)
 
     def protocol(num_fewshot: int) -> Protocol:

@@ -116,7 +116,7 @@ def space_named(name: str) -> Any:
     try:
         return Space.of(yaml.safe_load(path.read_text(encoding="utf-8")))
     except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"--space must be a readable YAML file: {error}. Mend it.") from error
+        raise InputError(f"--space must be a readable YAML file: {error}. Fix it.") from error
 
 
 def _search(chosen: argparse.Namespace) -> int:

@@ -74,7 +74,7 @@ def _yaml(path: Path | None) -> dict[str, Any]:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"--config must be a readable YAML file: {error}. Mend it.") from error
+        raise InputError(f"--config must be a readable YAML file: {error}. Fix it.") from error
     if not isinstance(content, dict):
         raise InputError(f"{path} must map names to values, got {content!r}. Write `steps: 20`, say.")
     return content

@@ -132,9 +132,9 @@ def read_rows(task: Task, path: Path) -> list[Row]:
             row = json.loads(line)
             task.check(row)
         except json.JSONDecodeError as error:
-            raise InputError(f"{path}:{number}: each line must be a JSON object: {error}. Mend the line.") from error
+            raise InputError(f"{path}:{number}: each line must be a JSON object: {error}. Fix the line.") from error
         except InputError as error:
-            raise InputError(f"{path}:{number}: {error}. Mend the row.") from error
+            raise InputError(f"{path}:{number}: {error}. Fix the row.") from error
         rows.append(row)
     if not rows:
         raise InputError(f"{path} must have at least one row, got an empty file. Add rows.")
@@ -155,7 +155,7 @@ def read_text(task: TextTask, split: str, path: Path) -> list[Row]:
 
 def _file_content(task: Task, path: Path) -> str:
     if not path.is_file():
-        raise InputError(f"{task.name} needs the file {path}, which is missing. Add it, or mend --data-dir.")
+        raise InputError(f"{task.name} needs the file {path}, which is missing. Add it, or fix --data-dir.")
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

@@ -37,7 +37,7 @@ def examine(results_dir: Path, models: Sequence[str]) -> Iterator[Finding]:
     try:
         check_listening(address)
     except (OSError, ValueError) as error:
-        fix = "Mend RAY_ADDRESS, start the head with `ray start --head`, or open its port to this machine."
+        fix = "Fix RAY_ADDRESS, start the head with `ray start --head`, or open its port to this machine."
         yield Finding("Ray", False, f"nobody answers at {address}: {error}", fix)
         return
     answer = _ask(results_dir, models)

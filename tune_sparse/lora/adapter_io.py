@@ -109,7 +109,7 @@ def _read_config(folder: Path) -> LoraConfig:
     try:
         config = PeftConfig.from_pretrained(str(folder))
     except (ValueError, TypeError, KeyError, OSError) as error:
-        raise InputError(f"{folder} must hold an adapter in PEFT's format: {error}. Mend the path.") from error
+        raise InputError(f"{folder} must hold an adapter in PEFT's format: {error}. Fix the path.") from error
     extras = {name: getattr(config, name, None) for name in ("use_dora", "modules_to_save", "layers_to_transform")}
     extras |= {"bias": None if getattr(config, "bias", "none") == "none" else config.bias}
     found = [f"{name}={value}" for name, value in extras.items() if value]

@@ -181,7 +181,7 @@ def _check_hub_id(hub_id: str) -> None:
         raise InputError(
             f"a model is {', '.join(TOY_MODELS)}, a folder, or a hub id such as org/name@revision, "
             f"got {hub_id!r}, which is none of them. "
-            + (f"Did you mean {close[0]!r}?" if close else "Mend the name or the path.")
+            + (f"Did you mean {close[0]!r}?" if close else "Fix the name or the path.")
         )
 
 
@@ -220,7 +220,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         config: dict[str, Any] = read_json(path)
     except ValueError as error:
-        raise InputError(f"{path} must be JSON: {error}. Mend or fetch it again.") from error
+        raise InputError(f"{path} must be JSON: {error}. Fix or fetch it again.") from error
     if not isinstance(config, dict):
         raise InputError(f"{path} must map names to values, got {type(config).__name__}. Fetch it again.")
     return config

@@ -51,7 +51,7 @@ def open_checkpoint(reference: str) -> OpenCheckpoint:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
         shape = Shape.of(config)
     except (ValueError, TypeError, AttributeError) as error:
-        raise InputError(f"{folder / 'config.json'} must be the config of its class: {error}. Mend it.") from error
+        raise InputError(f"{folder / 'config.json'} must be the config of its class: {error}. Fix it.") from error
     tensors = FiniteTensors(weight_files(folder))
     prunable = Prunable.of(tensors, shape)
     _check_complete(folder, prunable)

@@ -208,7 +208,7 @@ def _train(run: Run, ledger: Ledger, sweep: SweepConfig, token: str, report: Cal
         return stop.reason
     error = record.error if record else None
     why = f"{error['class']}: {error['message']}" if error else "its worker ended unexpectedly"
-    raise RunError(f"a search needs its trainings, {run.run_id} failed ({why}). Mend the cause and start it again.")
+    raise RunError(f"a search needs its trainings, {run.run_id} failed ({why}). Fix the cause and start it again.")
 
 
 def _common(run: Run, ledger: Ledger, sweep: SweepConfig) -> dict[str, Any]:

@@ -29,7 +29,7 @@ def check_head(address: str) -> None:
     """Raise `InputError` where nobody listens at a `HOST:PORT`; Ray itself would try for minutes."""
     if not _is_listening(address):
         raise InputError(
-            f"RAY_ADDRESS must be that of a Ray head that runs, at {address} nobody answers. Start Ray there, mend the "
+            f"RAY_ADDRESS must be that of a Ray head that runs, at {address} nobody answers. Start Ray there, fix the "
             "address, or unset it to compute on this machine."
         )
 
