@@ -37,9 +37,9 @@ from ray import tune
 from search_spaces.matrix import PRESETS
 from tune_sparse.config import SweepConfig
 from tune_sparse.ledger.ledger import Ledger, Run
-from tune_sparse.sweep.driver import capacity, fit_trials, started_ray
 from tune_sparse.sweep.forecast import longest_first
-from tune_sparse.sweep.plan import plan_sweep
+from tune_sparse.sweep.plan import make_plan
+from tune_sparse.sweep.ray_session import capacity, ray_session, run_trials
 from tune_sparse.sweep.scheduler import ResourceQueue
 
 TRIALS = 10_000
@@ -53,8 +53,8 @@ def scheduling() -> dict[str, float]:
     config = SweepConfig.from_names(PRESETS["toy"] | {"workers": 2})
     run, clock = make_run().as_config(), Clock()
     trials = [{"run": run, "number": n, "resources": {"CPU": 1}} for n in range(TRIALS)]
-    with started_ray(config) as workers:
-        fit_trials(Nothing, ResourceQueue({"torch": trials}, dict, capacity), clock)
+    with ray_session(config) as workers:
+        run_trials(Nothing, ResourceQueue({"torch": trials}, dict, capacity), clock)
     gaps = [later - earlier for earlier, later in pairwise(clock.ended)]
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
     return {"trial_seconds": workers * statistics.median(gaps[:FIRST]), "driver_mb": memory}
@@ -126,7 +126,7 @@ def makespan(ordered: Callable[[Sequence[Run]], Sequence[Run]], lengths: dict[st
     options = {"resources": {"CS3": 2}, "include_dashboard": False, "log_to_driver": False}
     ray.init(address="local", num_cpus=8, num_gpus=4, **options)
     try:
-        fit_trials(sleeping(), ResourceQueue(queues, make_trial, capacity), spans)
+        run_trials(sleeping(), ResourceQueue(queues, make_trial, capacity), spans)
     finally:
         ray.shutdown()
     began = min(start for _, start, _ in spans.found)
@@ -167,7 +167,7 @@ def growth() -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         config = SweepConfig.from_names(PRESETS["toy"] | {"seeds": tuple(range(SEEDS)), "results_dir": folder})
         started = time.perf_counter()
-        plan = plan_sweep(config)
+        plan = make_plan(config)
         planned = time.perf_counter() - started
         ledger = Ledger(Path(folder))
         for run in plan.runs.values():

@@ -26,8 +26,8 @@ from ray import tune
 from search_spaces.matrix import PRESETS
 from tune_sparse.config import SweepConfig
 from tune_sparse.ledger.ledger import Ledger
-from tune_sparse.sweep.driver import capacity, fit_trials, started_ray
-from tune_sparse.sweep.plan import plan_sweep
+from tune_sparse.sweep.plan import make_plan
+from tune_sparse.sweep.ray_session import capacity, ray_session, run_trials
 from tune_sparse.sweep.scheduler import ResourceQueue
 
 TRIALS = 100
@@ -64,8 +64,8 @@ def trial_overhead_seconds() -> float:
     config = SweepConfig.from_names(PRESETS["toy"] | {"workers": 2})
     clock = Clock()
     trials = [{"number": i, "resources": {"CPU": 1}} for i in range(TRIALS)]
-    with started_ray(config) as workers:
-        fit_trials(Nothing, ResourceQueue({"torch": trials}, dict, capacity), clock)
+    with ray_session(config) as workers:
+        run_trials(Nothing, ResourceQueue({"torch": trials}, dict, capacity), clock)
     warm = clock.ended[len(clock.ended) // 4 :]
     return workers * (warm[-1] - warm[0]) / (len(warm) - 1)
 
@@ -76,7 +76,7 @@ def worker_memory(cells: int = TRIALS) -> tuple[list[float], int]:
 
     with tempfile.TemporaryDirectory() as folder:
         few = {"steps": 2, "n_test": 40, "results_dir": folder, "models": ("tiny-llama",), "warmup_fraction": 0.0}
-        plan = plan_sweep(SweepConfig.from_names(PRESETS["toy"] | few))
+        plan = make_plan(SweepConfig.from_names(PRESETS["toy"] | few))
         bench, process, ledger = Bench(), psutil.Process(), Ledger(Path(folder))
         resident = []
         for number, run in enumerate(list(plan.runs.values())[:cells], start=1):

@@ -20,7 +20,7 @@ from tune_sparse.config import SweepConfig
 from tune_sparse.ledger.lease import Holder
 from tune_sparse.models.checkpoints import find_folder
 from tune_sparse.sweep import driver
-from tune_sparse.sweep.plan import plan_sweep
+from tune_sparse.sweep.plan import make_plan
 
 Refused = Callable[..., str]
 
@@ -393,6 +393,6 @@ def test_a_folder_named_like_a_toy_model_does_not_stand_in_for_it(
     (tmp_path / "tiny-llama").mkdir()
     monkeypatch.chdir(tmp_path)
     names = {"models": "tiny-llama", "tasks": "boolq", "data_dir": rows, "n_selection": 4}
-    planned = plan_sweep(SweepConfig.from_names(names))
+    planned = make_plan(SweepConfig.from_names(names))
     assert planned.checkpoints["tiny-llama"].path == llama
     assert {find_folder(run.model_path) for run in planned.runs.values()} == {llama}

@@ -21,8 +21,8 @@ from tune_sparse.errors import is_out_of_memory
 from tune_sparse.ledger.lease import Holder
 from tune_sparse.ledger.ledger import Ledger, Record, Run
 from tune_sparse.sweep.callbacks import LedgerCallback, Stop, _described, _read_error
-from tune_sparse.sweep.driver import capacity, fit_trials, nodes
 from tune_sparse.sweep.progress import Progress
+from tune_sparse.sweep.ray_session import capacity, nodes, run_trials
 from tune_sparse.sweep.resources import Placement
 from tune_sparse.sweep.scheduler import ResourceQueue
 from tune_sparse.tracking.background import BackgroundTracker
@@ -110,7 +110,7 @@ def sweep(folder: Path, *endings: str, retries: int = 2) -> Ended:
             max_retries=retries,
         )
         with progress.shown(2):
-            fit_trials(failing(), queue, callback, stop)
+            run_trials(failing(), queue, callback, stop)
     return Ended(ledger, runs, stop.reason)
 
 

@@ -14,7 +14,7 @@ from tune_sparse.cli import main
 from tune_sparse.config import Cerebras, SweepConfig
 from tune_sparse.ledger.ledger import Ledger, Run
 from tune_sparse.sweep.forecast import Medians, RunCost, cost_of_run, forecast, pilots, trials_at_once
-from tune_sparse.sweep.plan import Plan, plan_sweep
+from tune_sparse.sweep.plan import Plan, make_plan
 
 FEW = {"sparsities": "0 0.5", "methods": "random", "data_dir": "synthetic", "precision": "float32", "workers": 2}
 SMALL = {"n_train": 32, "n_selection": 4, "n_test": 8}
@@ -29,7 +29,7 @@ def ledger(tmp_path: Path) -> Ledger:
 def plan(llama: Path, mistral: Path) -> Plan:
     """Of two models and two tasks: dense, sparse-to-dense and sparse-to-sparse each."""
     models = f"{llama} {mistral}"
-    return plan_sweep(SweepConfig.from_names({"models": models, "tasks": "boolq gsm8k"} | FEW | SMALL))
+    return make_plan(SweepConfig.from_names({"models": models, "tasks": "boolq gsm8k"} | FEW | SMALL))
 
 
 def run_of(plan: Plan, model: str, task: str, mode: str) -> Run:

@@ -16,9 +16,11 @@ from ray.tune.search import Searcher
 from tune_sparse.errors import RunError
 from tune_sparse.lora.rank_space import Group, Ranks, Space
 from tune_sparse.search.config import SAMPLERS
+from tune_sparse.search.hill_climbing import HillClimbing
 from tune_sparse.search.journal import Candidate, Candidates, SearchJournal, Suggestion, configuration_key
 from tune_sparse.search.racing import Correctness, Race
-from tune_sparse.search.samplers import HillClimbing, JournaledSearcher, searcher_named
+from tune_sparse.search.samplers import searcher_named
+from tune_sparse.search.searcher import JournaledSearcher
 
 SPACE = Space((Group("qkv", ("q_proj",), (8, 4, 2)), Group("up", ("up_proj",), (8, 4, 2))))
 LAYERS, ROWS, BUDGET = 2, 60, 24

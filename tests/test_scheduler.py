@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from ray import tune
 
 from tune_sparse.sweep.callbacks import Stop
-from tune_sparse.sweep.driver import capacity, fit_trials
+from tune_sparse.sweep.ray_session import capacity, run_trials
 from tune_sparse.sweep.resources import Resources
 from tune_sparse.sweep.scheduler import ResourceQueue
 
@@ -185,7 +185,7 @@ def test_tune_keeps_both_kinds_busy_though_all_cells_of_one_come_first(tmp_path:
     }
     ray.init(address="local", num_cpus=2, num_gpus=1, resources={"CS3_TRIAL": 1}, include_dashboard=False)
     try:
-        fit_trials(sleeping(), ResourceQueue(queues, dict, capacity), tune.Callback())
+        run_trials(sleeping(), ResourceQueue(queues, dict, capacity), tune.Callback())
     finally:
         ray.shutdown()
     spans = {path.name: tuple(map(float, path.read_text().split())) for path in tmp_path.iterdir()}

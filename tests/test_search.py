@@ -21,8 +21,8 @@ from tune_sparse.files import read_json
 from tune_sparse.ledger.ledger import Ledger
 from tune_sparse.lora.rank_space import Space
 from tune_sparse.search.config import SearchConfig
-from tune_sparse.search.driver import matrix_sizes, plan_search
 from tune_sparse.search.journal import SearchJournal
+from tune_sparse.search.plan import matrix_sizes, plan_search
 
 GROUPS = {
     "qkv": {"modules": ["q_proj", "k_proj", "v_proj"], "ranks": [4, 2, 1]},

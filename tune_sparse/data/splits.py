@@ -67,22 +67,28 @@ def load_splits(task: Task, data_dir: Path | None, protocol: Protocol) -> Splits
 
 def load_test(task: Task, data_dir: Path | None, protocol: Protocol) -> Splits:
     """What scoring alone needs of a task: the test rows, and the pool of few-shot examples. Raises as `load_splits`."""
+    is_few_shot = protocol.num_fewshot and isinstance(task, PromptTask)
+    return _scored_splits(task, data_dir, protocol, read_split(task, "train", data_dir) if is_few_shot else [])
+
+
+def _scored_splits(task: Task, data_dir: Path | None, protocol: Protocol, train: Sequence[Row]) -> Splits:
+    """As `load_test`, with the training rows at hand."""
     limit = protocol.n_test if isinstance(task, PromptTask) else None
     test = read_split(task, task.test_split, data_dir)[:limit]
     is_few_shot = protocol.num_fewshot and isinstance(task, PromptTask)
-    examples = read_split(task, "train", data_dir) if is_few_shot else []
+    examples = tuple(train) if is_few_shot else ()
     if is_few_shot and len(examples) <= protocol.num_fewshot:
         raise InputError(
             f"num_fewshot must be less than the {len(examples)} training rows of {task.name}, got {protocol.num_fewshot}. "
             "Lower it."
         )
-    _check_disjoint(task, Splits(tuple(examples), (), tuple(test)))
-    return Splits((), (), tuple(test), tuple(examples))
+    _check_disjoint(task, Splits(examples, (), tuple(test)))
+    return Splits((), (), tuple(test), examples)
 
 
 def _prompt_splits(task: PromptTask, data_dir: Path | None, protocol: Protocol) -> Splits:
     train = read_split(task, "train", data_dir)
-    scored = load_test(task, data_dir, protocol)
+    scored = _scored_splits(task, data_dir, protocol, train)
     random.Random(SPLIT_SEED).shuffle(train)
     if task.test_split == "test" and has_split(task, "validation", data_dir):
         selection = read_split(task, "validation", data_dir)[: protocol.n_selection]

@@ -14,12 +14,13 @@ from tune_sparse.errors import DISK_FULL, is_out_of_memory
 from tune_sparse.ledger.lease import Holder
 from tune_sparse.ledger.ledger import Ledger, Record, Run
 from tune_sparse.sweep.progress import Progress
+from tune_sparse.sweep.ray_session import Unsaved
 from tune_sparse.sweep.resources import Placement
 from tune_sparse.tracking.background import BackgroundTracker
 from tune_sparse.watchdog import Hang, take_hang
 
 
-class Stop(tune.Stopper):
+class Stop(Unsaved, tune.Stopper):
     """Ends the experiment, once there is a reason."""
 
     def __init__(self) -> None:
@@ -29,10 +30,6 @@ class Stop(tune.Stopper):
         """End the experiment; the first reason is kept."""
         self.reason = self.reason or reason
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Nothing: Ray saves its stoppers to restore an experiment, and ours is never restored."""
-        return {}
-
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
         return self.stop_all()
 
@@ -40,7 +37,7 @@ class Stop(tune.Stopper):
         return self.reason is not None
 
 
-class LedgerCallback(tune.Callback):
+class LedgerCallback(Unsaved, tune.Callback):
     """Shows and tracks each run as it ends, and records the runs that a worker could not record itself.
 
     requeue: is given a run whose infrastructure failed, at most `max_retries` times.
@@ -63,10 +60,6 @@ class LedgerCallback(tune.Callback):
         self._placement, self._requeue, self._max_retries = placement, requeue, max_retries
         self._started: set[str] = set()
         self._retries: Counter[str] = Counter()
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Nothing, as for `Stop`."""
-        return {}
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         run_id = _run_id(trial)
@@ -94,7 +87,7 @@ class LedgerCallback(tune.Callback):
         if earlier is not None and earlier.status == "done":  # it was lost after it had written its last file
             self._end(earlier)
             return
-        error = _described(_read_error(trial), take_hang(self._ledger.hang(run.run_id)))
+        error = _described(error_of(trial), take_hang(self._ledger.hang(run.run_id)))
         record = Record(run.run_id, run.identity, "failed", error=error)
         try:
             self._ledger.write_record(run, record)
@@ -127,8 +120,8 @@ class LedgerCallback(tune.Callback):
                     self._ledger.write_record(run, Record(run_id, run.identity, "interrupted"))
 
 
-def _read_error(trial: Any) -> Exception | None:
-    """What a trial ended in: Ray's own getter looks in a storage to which nothing was written yet."""
+def error_of(trial: Any) -> Exception | None:
+    """The error that a trial ended in: Ray's own getter looks in a storage to which nothing was written yet."""
     path = trial.pickled_error_file
     return cloudpickle.loads(Path(path).read_bytes()) if path and Path(path).exists() else None
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -14,20 +13,17 @@ from search_spaces.matrix import cells as combinations
 from tune_sparse.cerebras.conversion import check_convertible
 from tune_sparse.cerebras.environment import cerebras_identity
 from tune_sparse.config import SPLIT, Cell, SweepConfig
-from tune_sparse.data.sources import rows_folder
-from tune_sparse.data.splits import calibration_text, fingerprint_splits, load_splits
-from tune_sparse.data.task_types import AnswerTask, TextTask
+from tune_sparse.data.task_types import AnswerTask
 from tune_sparse.data.tasks import mean_chance, tasks_named
 from tune_sparse.errors import InputError
-from tune_sparse.files import check_room
 from tune_sparse.identity import hash_json
-from tune_sparse.ledger.lease import check_unlocked
 from tune_sparse.ledger.ledger import Ledger, Record, Run, SweepRecord, readable_id
 from tune_sparse.models.checkpoints import Checkpoint, check_checkpoint, load_tokenizer, short_name
 from tune_sparse.models.toy_models import TOY_MODELS
 from tune_sparse.pruning.calibration import text_rows
-from tune_sparse.pruning.methods import METHODS, method_named
+from tune_sparse.pruning.methods import method_named
 from tune_sparse.pruning.prune_model import check_method_sparsities
+from tune_sparse.sweep.examples import Examples, read_examples
 
 OUTCOME_BYTES = 400
 """Of one scored example besides a generated text: an outcome before and after the last mask."""
@@ -46,6 +42,7 @@ class Plan:
     runs: dict[str, Run]
     checkpoints: dict[str, Checkpoint]
     """by the models' short names"""
+    examples: Examples
 
     def missing(self, ledger: Ledger, retry_failed: bool = False) -> list[Run]:
         """Runs that no finished record serves. A run that failed for good is missing only if `retry_failed`."""
@@ -100,55 +97,72 @@ def distinct_trainings(config: SweepConfig) -> int:
     return len({cell.trained for cell in asked_cells(config)})
 
 
-def plan_sweep(config: SweepConfig) -> Plan:
-    """Check the whole matrix and every input, and name every run.
+def make_plan(config: SweepConfig) -> Plan:
+    """Check the whole matrix and every input, and name every run. Nothing is written, trained or fetched but examples.
 
-    Raises `InputError` for anything that would stop a trial later: unknown names, bad weights, bad rows,
-    a sparsity that structured pruning cannot reach.
+    Raises `InputError` for anything that would stop a trial later: unknown names, bad weights, bad examples, a sparsity
+    that structured pruning cannot reach. To run what is planned, `prepare` it.
     """
     check_names(config)
-    tasks = {name: tasks_named(name) for name in config.tasks}
-    data_dir, data = rows_folder(config.data_dir, _all_rows(config)), check_rows(config)
+    return plan_cells(config, read_examples(config))
+
+
+def plan_cells(config: SweepConfig, examples: Examples) -> Plan:
+    """Check every model, and name the run of every cell."""
     checkpoints = {short_name(model): check_checkpoint(model) for model in config.models}
-    cerebras = cerebras_identity(config.cerebras) if "cerebras" in config.backends else None
-    model_paths = {short_name(model): _model_path(model) for model in config.models}
     for checkpoint in checkpoints.values():
-        config.protocol.within(checkpoint.shape.context_tokens)
-        _check_reachable(config, checkpoint)
-        if cerebras:
-            check_convertible(checkpoint.path)
-    text = _calibration_text(config, data_dir, checkpoints.values())
-
-    def run_for(cell: Cell) -> Run:
-        checkpoint = checkpoints[short_name(cell.model)]
-        return Run(
-            cell=replace(cell, model=checkpoint.name),
-            protocol=config.protocol,
-            model_path=model_paths[checkpoint.name],
-            data_dir=str(data_dir) if data_dir else None,
-            model_fingerprint=checkpoint.fingerprint,
-            data_fingerprint=data[cell.task],
-            prompt_version="+".join(str(task.prompt_version) for task in tasks[cell.task]),
-            calibration_fingerprint=text,
-            cerebras=cerebras if cell.backend == "cerebras" else None,
-        )
-
+        _check_model(config, checkpoint, examples.calibration_text)
+    name_run = _run_namer(config, checkpoints, examples)
     runs: dict[str, Run] = {}
     owners: dict[str, str] = {}
     rows = []
     for cell in asked_cells(config):
-        asked, run = run_for(cell), run_for(cell.trained)
+        asked, run = name_run(cell), name_run(cell.trained)
         cell_id = readable_id(asked.cell, asked.identity)
         runs.setdefault(run.run_id, run)
         owner = owners.setdefault(run.run_id, cell_id)
         rows.append(
             {"cell_id": cell_id, "run_id": run.run_id, "shared_with": None if owner == cell_id else owner}
             | asdict(asked.cell)
-            | {"chance": mean_chance(tasks[cell.task])}
+            | {"chance": mean_chance(tasks_named(cell.task))}
         )
     described = {name: _plain(value) for name, value in asdict(config).items()}
     sweep_id = hash_json(sorted(row["cell_id"] for row in rows))[:12]
-    return Plan(config, SweepRecord(sweep_id, time.time(), described, tuple(rows)), runs, checkpoints)
+    return Plan(config, SweepRecord(sweep_id, time.time(), described, tuple(rows)), runs, checkpoints, examples)
+
+
+def _run_namer(config: SweepConfig, checkpoints: Mapping[str, Checkpoint], examples: Examples) -> Callable[[Cell], Run]:
+    """A function that gives a cell its run."""
+    cerebras = cerebras_identity(config.cerebras) if "cerebras" in config.backends else None
+    model_paths = {short_name(model): _model_path(model) for model in config.models}
+    text = examples.calibration_fingerprint
+
+    def name_run(cell: Cell) -> Run:
+        checkpoint = checkpoints[short_name(cell.model)]
+        return Run(
+            cell=replace(cell, model=checkpoint.name),
+            protocol=config.protocol,
+            model_path=model_paths[checkpoint.name],
+            data_dir=str(examples.data_dir) if examples.data_dir else None,
+            model_fingerprint=checkpoint.fingerprint,
+            data_fingerprint=examples.fingerprints[cell.task],
+            prompt_version="+".join(str(task.prompt_version) for task in tasks_named(cell.task)),
+            calibration_fingerprint=text,
+            cerebras=cerebras if cell.backend == "cerebras" else None,
+        )
+
+    return name_run
+
+
+def _check_model(config: SweepConfig, checkpoint: Checkpoint, calibration_text: str | None) -> None:
+    """Raise `InputError` for a model that no trial could prune, calibrate or convert as the matrix asks."""
+    protocol = config.protocol.within(checkpoint.shape.context_tokens)
+    _check_reachable(config, checkpoint)
+    if "cerebras" in config.backends:
+        check_convertible(checkpoint.path)
+    if calibration_text is not None:
+        tokens = min(protocol.calibration_tokens, checkpoint.shape.context_tokens)
+        text_rows(load_tokenizer(checkpoint.path), calibration_text, protocol.calibration_rows, tokens)
 
 
 def _check_reachable(config: SweepConfig, checkpoint: Checkpoint) -> None:
@@ -160,27 +174,6 @@ def _check_reachable(config: SweepConfig, checkpoint: Checkpoint) -> None:
             raise InputError(f"{checkpoint.name}: {error}") from error
 
 
-def _is_calibrated_on_text(config: SweepConfig) -> bool:
-    return config.protocol.calibration != "task" and any(METHODS[method].is_calibrated for method in config.methods)
-
-
-def _all_rows(config: SweepConfig) -> list[str]:
-    """The tasks whose rows are read: those that are trained, and the calibration text."""
-    return [*config.tasks, *([config.protocol.calibration] if _is_calibrated_on_text(config) else [])]
-
-
-def _calibration_text(config: SweepConfig, data_dir: Path | None, checkpoints: Iterable[Checkpoint]) -> str | None:
-    """SHA-256 of the calibration text, where one is used; every model's pieces are cut from it once, to see."""
-    if not _is_calibrated_on_text(config):
-        return None
-    protocol = config.protocol
-    text = calibration_text(protocol.calibration, data_dir)
-    for checkpoint in checkpoints:
-        tokens = min(protocol.calibration_tokens, checkpoint.shape.context_tokens)
-        text_rows(load_tokenizer(checkpoint.path), text, protocol.calibration_rows, tokens)
-    return hash_json(text)
-
-
 def _model_path(reference: str) -> str:
     """What finds the same model from another working directory."""
     folder = Path(reference).expanduser()
@@ -189,21 +182,6 @@ def _model_path(reference: str) -> str:
 
 def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
-
-
-def check_rows(config: SweepConfig) -> dict[str, str]:
-    """{task: fingerprint of its splits}; every row is read and checked."""
-    folder, protocol = rows_folder(config.data_dir, config.tasks), config.protocol
-    found = {name: [load_splits(task, folder, protocol) for task in tasks_named(name)] for name in config.tasks}
-    if protocol.calibration == "task" and any(METHODS[method].is_calibrated for method in config.methods):
-        for name, splits in found.items():
-            rows = sum(len(split.train) for split in splits)
-            if rows < protocol.calibration_rows and not isinstance(tasks_named(name)[0], TextTask):
-                raise InputError(
-                    f"calibration needs {protocol.calibration_rows} rows, {name} has {rows} training rows. "
-                    "Lower calibration_rows, or raise n_train."
-                )
-    return {name: fingerprint_splits(splits) for name, splits in found.items()}
 
 
 def check_names(config: SweepConfig) -> None:
@@ -228,22 +206,3 @@ def _check_distinct_names(references: Sequence[str]) -> None:
                 f"models of one sweep must differ in the last part of their names, got {other} and {reference}. "
                 "Rename a folder."
             )
-
-
-def check_folder(folder: Path) -> None:
-    """Raise `InputError` unless the results folder can be written and is free."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise InputError(
-            f"the results folder must be writable, {folder} is not: {error}. Give another --results-dir."
-        ) from error
-    check_unlocked(folder)
-
-
-def check_disk(plan: Plan, ledger: Ledger, missing: Sequence[Run]) -> None:
-    """Raise `InputError` unless the disk has room for what the missing runs will write."""
-    needed = sum(plan.estimate_bytes(run) for run in missing)
-    check_room(ledger.folder, needed, "a sweep", "Free some, or give another --results-dir.")

@@ -12,6 +12,7 @@ from typing import Any
 from ray.tune.search import Searcher
 
 from tune_sparse.sweep.callbacks import Stop
+from tune_sparse.sweep.ray_session import Unsaved
 from tune_sparse.sweep.resources import described, fits
 
 logger = logging.getLogger(__name__)
@@ -30,7 +31,7 @@ class RunningTrial:
     """for another of its queue to end"""
 
 
-class ResourceQueue(Searcher):
+class ResourceQueue(Unsaved, Searcher):
     """Hands out trials from queues, one for each kind of hardware, each in its own order, as there is room for them.
 
     No trial stands in the way of another queue's, and Tune never holds, or copies, more than what runs. Beside other
@@ -55,10 +56,6 @@ class ResourceQueue(Searcher):
         self._running: dict[str, RunningTrial] = {}
         self._seen: Mapping[str, float] = {}
         self._looked, self._said = float("-inf"), False
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Nothing: Ray saves what it would restore an experiment from, and ours is never restored."""
-        return {}
 
     def suggest(self, trial_id: str) -> Any:
         if self._stop.reason or not (self._running or any(self._queues.values())):
@@ -105,9 +102,3 @@ class ResourceQueue(Searcher):
             for name, amount in trial.held.items() if not trial.waits else ():
                 free[name] = free.get(name, 0) - amount
         return free
-
-    def save(self, checkpoint_path: str) -> None:
-        """Nothing: the ledger knows what is done."""
-
-    def restore(self, checkpoint_path: str) -> None:
-        """Nothing was saved."""

@@ -1,0 +1,143 @@
+"""A plan of a search: one cell to adapt, checked before anything runs."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import psutil
+
+from tune_sparse.config import FLOPS_TOKENS, SweepConfig
+from tune_sparse.data.task_types import PromptTask
+from tune_sparse.data.tasks import tasks_named
+from tune_sparse.errors import InputError
+from tune_sparse.identity import hash_json
+from tune_sparse.ledger.ledger import Run
+from tune_sparse.lora.rank_space import Ranks, Space, SuperAdapter, check_space
+from tune_sparse.models.checkpoints import Shape
+from tune_sparse.search.config import SearchConfig
+from tune_sparse.sweep.plan import Plan, make_plan
+from tune_sparse.sweep.preparation import prepare
+from tune_sparse.sweep.resources import available_cores
+
+COPIES = 3
+"""Of a model in a worker: as it came, pruned, and as a slice makes it."""
+
+
+@dataclass(frozen=True)
+class SearchPlan:
+    """A search that was found sound."""
+
+    config: SearchConfig
+    run: Run
+    """of the super-adapter"""
+    shape: Shape
+    search_id: str
+    sizes: dict[str, tuple[int, int]]
+    """{adapted matrix: (O, I)}"""
+    selection_examples: int
+    """that a candidate answers"""
+
+    @property
+    def space(self) -> Space:
+        return self.config.space
+
+    def parameters(self, ranks: Ranks) -> int:
+        return self.space.parameters(ranks, self.sizes)
+
+    def cost(self, ranks: Ranks) -> float:
+        """What the search minimises. inference_flops: of the adapters beside the model, at 2 a parameter and token;
+        those of the model itself are the same for every candidate."""
+        per_parameter = 2 * FLOPS_TOKENS if "inference_flops" in self.config.objectives else 1
+        return per_parameter * self.parameters(ranks)
+
+    def plain_run(self, parameters: int) -> Run:
+        """A plain LoRA of the same modules, s and protocol, of the rank whose size is nearest to `parameters`."""
+        of_rank_one = sum(sum(size) for size in self.sizes.values())
+        rank, protocol = max(1, round(parameters / of_rank_one)), self.run.protocol
+        alpha = protocol.lora_alpha / protocol.lora_rank * rank
+        plain = SuperAdapter(Space.uniform(self.space.modules, rank))
+        return replace(self.run, protocol=replace(protocol, lora_rank=rank, lora_alpha=alpha), super_adapter=plain)
+
+
+def plan_search(config: SearchConfig) -> SearchPlan:
+    """Check everything that would stop a search later. Raises `InputError`."""
+    _check_task(config.sweep.tasks[0])
+    return _plan(config, make_plan(config.sweep))
+
+
+def prepare_search(config: SearchConfig) -> SearchPlan:
+    """As `plan_search`, and make the search ready to run: see `prepare` of a sweep."""
+    _check_task(config.sweep.tasks[0])
+    return _plan(config, prepare(config.sweep))
+
+
+def _check_task(name: str) -> None:
+    [task] = tasks_named(name) if "+" not in name else [None]
+    if not isinstance(task, PromptTask):
+        raise InputError(
+            f"a search maximises the accuracy of one task with questions, got {name!r}. "
+            "Choose a single task such as boolq."
+        )
+
+
+def _plan(config: SearchConfig, plan: Plan) -> SearchPlan:
+    if len(plan.runs) != 1:
+        raise InputError("a search adapts one cell. Name one model, task, method, sparsity, mode and seed.")
+    [run], [checkpoint] = plan.runs.values(), plan.checkpoints.values()
+    sizes = matrix_sizes(checkpoint.shape)
+    check_space(config.space, {name.split(".")[-2] for name in sizes}, config.sweep.protocol.lora_rank)
+    _check_workers(config.sweep, checkpoint.shape)
+    run = replace(run, super_adapter=config.super_adapter)
+    identity = hash_json([run.identity, config.described()])
+    search_id = f"{run.run_id}_{config.sampler}_{identity[:8]}"
+    adapted = {name: size for name, size in sizes.items() if name.split(".")[-2] in config.space.modules}
+    selection = plan.examples.selection[config.sweep.tasks[0]]
+    return SearchPlan(config, run, checkpoint.shape, search_id, adapted, selection)
+
+
+def matrix_sizes(shape: Shape) -> dict[str, tuple[int, int]]:
+    """{matrix: (O, I)} of a Llama or Mistral, by checkpoint name."""
+    queries, keys = shape.head_dim * shape.heads, shape.head_dim * shape.key_value_heads
+    sizes = {
+        "self_attn.q_proj": (queries, shape.hidden),
+        "self_attn.k_proj": (keys, shape.hidden),
+        "self_attn.v_proj": (keys, shape.hidden),
+        "self_attn.o_proj": (shape.hidden, queries),
+        "mlp.gate_proj": (shape.channels, shape.hidden),
+        "mlp.up_proj": (shape.channels, shape.hidden),
+        "mlp.down_proj": (shape.hidden, shape.channels),
+    }
+    return {f"model.layers.{n}.{name}.weight": size for n in range(shape.layers) for name, size in sizes.items()}
+
+
+def _check_workers(sweep: SweepConfig, shape: Shape) -> None:
+    if sweep.workers is None or "RAY_ADDRESS" in os.environ or sweep.gpus_per_trial != 0:
+        return
+    each = COPIES * shape.pruned_weights * (2 if sweep.protocol.precision == "bfloat16" else 4)
+    fitting = min(available_cores() // sweep.protocol.threads, int(psutil.virtual_memory().total // max(1, each)))
+    if sweep.workers > fitting:
+        raise InputError(
+            f"a worker of a search needs {sweep.protocol.threads} cores and {each / 1e9:.1f} GB, so this machine holds "
+            f"{fitting}, got {sweep.workers} workers. Lower workers."
+        )
+
+
+def described(plan: SearchPlan) -> dict[str, Any]:
+    """What `config.json` holds."""
+    config = plan.config
+    return {
+        "search_id": plan.search_id,
+        "super_adapter_run": plan.run.run_id,
+        **asdict(plan.run.cell),
+        "space_name": config.space_name,
+        "space": asdict(config.space),
+        "sampling": config.sampling,
+        "trials": config.trials,
+        **config.described(),
+        "maximal_parameters": plan.parameters(plan.space.maximal(plan.shape.layers)),
+        "dimensions": plan.space.dimensions(plan.shape.layers),
+        "started": time.time(),
+    }
