@@ -13,6 +13,7 @@ from search_spaces.matrix import PRESETS
 from tune_sparse.config import BACKENDS, Cerebras, SweepConfig
 from tune_sparse.ledger.ledger import Ledger, Run, SweepRecord
 from tune_sparse.models.checkpoints import Checkpoint, Shape
+from tune_sparse.sweep.examples import Examples
 from tune_sparse.sweep.forecast import longest_first
 from tune_sparse.sweep.plan import Plan, asked_cells, split_blocks
 
@@ -75,7 +76,8 @@ def plan() -> Plan:
         "large": Checkpoint("large", Path("large"), "l" * 64, replace(shape, layers=9)),
     }
     record = SweepRecord("sweep", 0.0, {}, ())
-    return Plan(SweepConfig(models=("small", "large")), record, {run.run_id: run for run in runs()}, checkpoints)
+    config, own = SweepConfig(models=("small", "large")), {run.run_id: run for run in runs()}
+    return Plan(config, record, own, checkpoints, Examples(None, {}, {}, None))
 
 
 def names(ordered: list[Run]) -> list[str]:

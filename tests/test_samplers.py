@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,12 +16,14 @@ from ray.tune.search import Searcher
 
 from tune_sparse.errors import RunError
 from tune_sparse.lora.rank_space import Group, Ranks, Space
+from tune_sparse.search.callbacks import SearchCallback
 from tune_sparse.search.config import SAMPLERS
 from tune_sparse.search.hill_climbing import HillClimbing
 from tune_sparse.search.journal import Candidate, Candidates, SearchJournal, Suggestion, configuration_key
 from tune_sparse.search.racing import Correctness, Race
 from tune_sparse.search.samplers import searcher_named
 from tune_sparse.search.searcher import JournaledSearcher
+from tune_sparse.sweep.callbacks import Stop
 
 SPACE = Space((Group("qkv", ("q_proj",), (8, 4, 2)), Group("up", ("up_proj",), (8, 4, 2))))
 LAYERS, ROWS, BUDGET = 2, 60, 24
@@ -163,6 +166,29 @@ def test_a_trial_that_was_stopped_from_outside_stays_open(tmp_path: Path) -> Non
     desk.search.suggest("b")
     desk.search.on_trial_complete("b", None, error=True)
     assert len(desk.journal.open()) == 2
+
+
+def test_a_candidate_whose_worker_was_lost_is_suggested_again(tmp_path: Path) -> None:
+    desk, stop = Desk(tmp_path, "random"), Stop()
+    callback = SearchCallback(desk.search, desk.journal, BUDGET, stop, 1, lambda text: None)
+    first, other = desk.search.suggest("a"), desk.search.suggest("b")
+    lost = SimpleNamespace(config={"trial": first}, pickled_error_file=None)
+    for trial_id in ("a", "c"):
+        desk.search.on_trial_complete(trial_id, None, error=True)
+        assert stop.reason is None
+        callback.on_trial_error(1, [], lost)
+        assert trial_id == "c" or desk.search.suggest("c") == first
+    assert stop.reason == "a worker process ended unexpectedly"
+    assert first != other
+
+
+def test_a_search_does_not_end_while_a_candidate_may_still_be_lost(tmp_path: Path) -> None:
+    desk = Desk(tmp_path, "random")
+    desk.play(BUDGET - 1)
+    last = desk.search.suggest("last")
+    assert desk.search.suggest("more") is None
+    desk.score("last", last)
+    assert desk.search.suggest("more") == Searcher.FINISHED
 
 
 def test_a_small_space_ends_the_search(tmp_path: Path) -> None:
