@@ -39,8 +39,8 @@ from tune_sparse.lora.masked_linear import DenseStored, Workspace
 from tune_sparse.lora.rank_space import Group, Ranks, Space
 from tune_sparse.lora.slices import Layer, count_layers
 from tune_sparse.search.config import SAMPLERS, SearchConfig
-from tune_sparse.search.driver import plan_search
 from tune_sparse.search.journal import Candidate
+from tune_sparse.search.plan import plan_search
 from tune_sparse.search.racing import WARM_UP, Correctness, Race, cut_stages, most_divisive_first
 from tune_sparse.search.samplers import searcher_named
 from tune_sparse.search.scorer import SliceScorer
