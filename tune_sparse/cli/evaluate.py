@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from tune_sparse.cli.command import FAULT, OK, add_command, add_results_dir, existing_folders
 from tune_sparse.cli.settings import parse_settings
-from tune_sparse.config import SCORING, SYNTHETIC, Protocol, converted
+from tune_sparse.config import SCORING, SYNTHETIC, Protocol
+from tune_sparse.config.options import converted
 from tune_sparse.data.tasks import TASKS, tasks_named
 from tune_sparse.errors import InputError, unknown_name
 
@@ -47,7 +48,7 @@ def declare(commands: Any) -> None:
 
 @dataclass(frozen=True)
 class Subject:
-    """What is scored, and how."""
+    """A model or run to score, and how it is scored."""
 
     name: str
     fingerprint: str

@@ -8,7 +8,7 @@ from dataclasses import Field, fields
 from pathlib import Path
 from typing import Any
 
-from tune_sparse.config import converted
+from tune_sparse.config.options import converted
 from tune_sparse.errors import InputError
 
 
@@ -34,7 +34,7 @@ def given_flags(chosen: argparse.Namespace, names: Collection[str]) -> dict[str,
 
 
 def given_settings(chosen: argparse.Namespace, owner: type, names: Collection[str]) -> dict[str, Any]:
-    """As `given_flags`, each value as the type of its field."""
+    """Return what `given_flags` does, each value as the type of its field."""
     declared = {f.name: f for f in fields(owner)}
     return {name: converted(owner, declared[name], value) for name, value in given_flags(chosen, names).items()}
 

@@ -1,11 +1,12 @@
-"""What a search is asked: one cell to adapt, the space of its sub-adapters, and how they are searched."""
+"""Settings of a search: one cell to adapt, the space of its sub-adapters, and how they are searched."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
-from tune_sparse.config import SweepConfig, option, rule
+from tune_sparse.config import SweepConfig
+from tune_sparse.config.options import option, rule
 from tune_sparse.errors import InputError, unknown_name
 from tune_sparse.lora.rank_space import SAMPLINGS, Space, SuperAdapter
 
@@ -70,6 +71,6 @@ class SearchConfig:
         return SuperAdapter(self.space, self.sampling)
 
     def described(self) -> dict[str, Any]:
-        """What decides which candidates are suggested, beside the super-adapter: part of a search's identity."""
+        """The settings that decide which candidates are suggested: part of a search's identity."""
         order = {"in_order": True} if self.in_order else {}
         return {"sampler": self.sampler, "objectives": list(self.objectives), "is_racing": self.is_racing} | order
