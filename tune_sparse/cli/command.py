@@ -1,4 +1,4 @@
-"""What the commands share: exit statuses, how a command is declared, folders of results."""
+"""Shared by the commands: exit statuses, how a command is declared, folders of results."""
 
 from __future__ import annotations
 

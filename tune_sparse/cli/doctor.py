@@ -45,7 +45,7 @@ def _doctor(chosen: argparse.Namespace) -> int:
 
 
 def _checks(chosen: argparse.Namespace) -> Iterator[Check]:
-    """Of the Cerebras side alone where that is asked for: a user node may be no place for trials."""
+    """Examine the Cerebras side alone where that is asked for: a user node may be no place for trials."""
     from tune_sparse.doctor import cerebras as of_cerebras
     from tune_sparse.doctor import machine as of_machine
     from tune_sparse.doctor import ray as of_ray

@@ -1,4 +1,4 @@
-"""What of the Cerebras side works on this machine, and what to do about the rest."""
+"""Checks of the Cerebras side of this machine, each fault with its fix."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def _environment(environment: SiteEnvironment) -> Iterator[Check]:
 
 
 def _zoo_release(modelzoo: Path) -> str | None:
-    """What the checkout's setup.py or requirements.txt says."""
+    """Read the release from the checkout's setup.py or requirements.txt."""
     for name in ("setup.py", "requirements.txt"):
         path = modelzoo.parent / name
         text = path.read_text(errors="replace") if path.exists() else ""
@@ -78,7 +78,7 @@ def _controller() -> Check:
 
 
 def _same_release(release: str) -> Check:
-    """Of the client and the cluster, where `csctl` says one."""
+    """Compare the releases of the client and the cluster, where `csctl` says one."""
     try:
         said = appliance.versions()
     except appliance.AppliancesSilentError as error:

@@ -1,4 +1,4 @@
-"""What of this machine works for a sweep, and what to do about the rest."""
+"""Checks of this machine, each fault with its fix."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tune_sparse.sweep.resources import available_cores
 
 PYTHON = "3.11"
 LEAST_MEMORY_BYTES, LEAST_DISK_BYTES = 4e9, 2e9
-"""What the toy models need with two workers, and their results."""
+"""Needed by the toy models with two workers, and for their results."""
 SHOWN = 5
 
 
@@ -49,7 +49,7 @@ def tested() -> dict[str, str]:
 
 
 def installed() -> dict[str, str]:
-    """Of the tested packages, those that are here."""
+    """{package: its version here}, for those of the tested packages that are here."""
     found = {}
     for name in tested():
         try:
@@ -65,7 +65,7 @@ def check_python(what: str, found: str) -> Check:
 
 
 def check_packages(what: str, found: Mapping[str, str]) -> Check:
-    """Against the versions that were tested; a local build (`+cpu`) is the same version."""
+    """Compare packages with the versions that were tested; a local build (`+cpu`) is the same version."""
     expected = tested()
     differing = [
         f"{name} {found[name]} ({pinned} was tested)"

@@ -1,4 +1,4 @@
-"""What of a Ray cluster works for a sweep: `python -m tune_sparse.doctor.ray RESULTS MODEL...` asks each node.
+"""Checks of a Ray cluster: `python -m tune_sparse.doctor.ray RESULTS MODEL...` asks each node.
 
 It is a process of its own, because Ray tries for minutes where it is refused, and because what is defined in a main
 program is sent to the nodes as it is: they need nothing of this project to say that they lack it.
@@ -28,7 +28,7 @@ RESOURCES = ("CPU", "GPU", "CS3", "CS3_TRIAL")
 
 
 def examine(results_dir: Path, models: Sequence[str]) -> Iterator[Check]:
-    """Whether the cluster lets us in, and each of its nodes."""
+    """Check that the cluster lets us in, then each of its nodes."""
     address = os.environ.get("RAY_ADDRESS", "")
     if not address:
         fix = "Set RAY_ADDRESS to HOST:PORT of the head."
@@ -53,7 +53,7 @@ def examine(results_dir: Path, models: Sequence[str]) -> Iterator[Check]:
 
 
 def _ask(results_dir: Path, models: Sequence[str]) -> list[dict[str, Any]] | Check:
-    """What each node says, or why none could be asked."""
+    """Ask each node; returns the answers, or why none could be asked."""
     command = [sys.executable, "-m", "tune_sparse.doctor.ray", str(results_dir.resolve()), *models]
     try:
         asked = subprocess.run(command, capture_output=True, text=True, timeout=ASK_SECONDS)
@@ -69,7 +69,7 @@ def _ask(results_dir: Path, models: Sequence[str]) -> list[dict[str, Any]] | Che
 
 
 def check_node(node: dict[str, Any]) -> Iterator[Check]:
-    """Of what `ask_nodes` heard from a node."""
+    """Check what `ask_nodes` heard from a node."""
     name = f"node {node['address']}"
     amounts = node["resources"]
     held = ", ".join(f"{amounts[kind]:g} {kind}" for kind in RESOURCES if amounts.get(kind))
@@ -108,7 +108,7 @@ def check_node(node: dict[str, Any]) -> Iterator[Check]:
 
 
 def look(packages: Sequence[str], probe: str, models: Sequence[str]) -> dict[str, Any]:
-    """What a node says of itself. It is sent there as it stands."""
+    """Describe the node that this runs on. It is sent there as it stands."""
     import os
     import platform
     import socket

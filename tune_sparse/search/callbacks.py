@@ -1,4 +1,4 @@
-"""What a search does when Ray Tune says that a candidate reported, ended or failed."""
+"""Answers of a search when Ray Tune says that a candidate reported, ended or failed."""
 
 from __future__ import annotations
 

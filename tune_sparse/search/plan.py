@@ -23,7 +23,7 @@ from tune_sparse.sweep.preparation import prepare
 from tune_sparse.sweep.resources import available_cores
 
 COPIES = 3
-"""Of a model in a worker: as it came, pruned, and as a slice makes it."""
+"""A worker holds so many of a model: as it came, pruned, and as a slice makes it."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,8 @@ class SearchPlan:
         return self.space.parameters(ranks, self.sizes)
 
     def cost(self, ranks: Ranks) -> float:
-        """What the search minimises. inference_flops: of the adapters beside the model, at 2 a parameter and token;
-        those of the model itself are the same for every candidate."""
+        """The objective that a search minimises. inference_flops: of the adapters, at 2 a parameter and token; those of
+        the model itself are the same for every candidate."""
         per_parameter = 2 * FLOPS_TOKENS if "inference_flops" in self.config.objectives else 1
         return per_parameter * self.parameters(ranks)
 
@@ -69,7 +69,7 @@ def plan_search(config: SearchConfig) -> SearchPlan:
 
 
 def prepare_search(config: SearchConfig) -> SearchPlan:
-    """As `plan_search`, and make the search ready to run: see `prepare` of a sweep."""
+    """Plan a search and make it ready to run, as `prepare` does a sweep."""
     _check_task(config.sweep.tasks[0])
     return _plan(config, prepare(config.sweep))
 
@@ -126,7 +126,7 @@ def _check_workers(sweep: SweepConfig, shape: Shape) -> None:
 
 
 def described(plan: SearchPlan) -> dict[str, Any]:
-    """What `config.json` holds."""
+    """The content of a search's `config.json`."""
     config = plan.config
     return {
         "search_id": plan.search_id,

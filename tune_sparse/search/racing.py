@@ -58,7 +58,7 @@ class Correctness:
 
     @property
     def accuracy(self) -> float:
-        """Of the answered examples, of which there is at least one."""
+        """The fraction of the answered examples, at least one, that is right."""
         return self.right.bit_count() / self.count
 
 

@@ -15,7 +15,7 @@ from tune_sparse.lora.rank_space import Space
 from tune_sparse.search.hill_climbing import HillClimbing
 
 POPULATION = 20
-"""Of NSGA-II: five generations in a hundred candidates."""
+"""NSGA-II's, for five generations in a hundred candidates."""
 
 OPTUNA_SAMPLERS: dict[str, Callable[[int], BaseSampler]] = {
     "nsga2": lambda seed: NSGAIISampler(population_size=POPULATION, seed=seed),

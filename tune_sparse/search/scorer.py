@@ -1,4 +1,4 @@
-"""What a worker of a search holds: a model, its super-adapter taken apart, and the selection rows as tokens."""
+"""The contents of a search's worker: a model, its super-adapter taken apart, and the selection rows as tokens."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class SliceScorer:
 
     @classmethod
     def of(cls, run: Run, ledger: Ledger) -> SliceScorer:
-        """Of a finished super-adapter. Raises `InputError` for one of another model, mask or rows."""
+        """Load a finished super-adapter. Raises `InputError` for one of another model, mask or rows."""
         assert run.super_adapter is not None
         torch.set_num_threads(run.protocol.threads)
         bench = Bench()

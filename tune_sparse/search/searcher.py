@@ -105,7 +105,7 @@ class JournaledSearcher(Unsaved, Searcher):
         return self._journal.ask(self._sampler.suggest(str(asked)))
 
     def _from_ledger(self, ranks: Ranks) -> dict[str, Any] | None:
-        """Of a configuration that another search, or one that was killed, scored in full."""
+        """Read the result of a configuration that another search, or one that was killed, scored in full."""
         found = self._candidates.read(ranks)
         if found is None or not (found.error or Correctness.from_text(found.correctness).is_complete):
             return None

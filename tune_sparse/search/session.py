@@ -17,7 +17,7 @@ from tune_sparse.sweep.resources import Placement
 
 @dataclass(frozen=True)
 class SearchSession:
-    """What every stage of a running search needs."""
+    """Everything that the stages of a running search share."""
 
     plan: SearchPlan
     ledger: Ledger
@@ -33,7 +33,7 @@ class SearchSession:
         return self.journal.folder
 
     def settings(self, run: Run) -> dict[str, Any]:
-        """What every trial of the search is given."""
+        """The settings that every trial of a run in this search is given."""
         sweep = self.plan.config.sweep
         places = {"run": run.as_config(), "results_dir": str(self.ledger.folder.resolve())}
         return places | {"hang_seconds": sweep.hang_seconds, "resources": Placement(sweep, nodes).resources(run)}

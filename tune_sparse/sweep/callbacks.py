@@ -1,4 +1,4 @@
-"""What the driver does when Ray Tune says that a trial started, reported, ended or failed."""
+"""Answers of the driver when Ray Tune says that a trial started, reported, ended or failed."""
 
 from __future__ import annotations
 

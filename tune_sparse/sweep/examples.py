@@ -18,7 +18,7 @@ from tune_sparse.pruning.methods import METHODS
 
 @dataclass(frozen=True)
 class Examples:
-    """What a plan has to know of them; trials read their own, and compare the fingerprints."""
+    """A plan needs no more of them: trials read their own, and compare the fingerprints."""
 
     data_dir: Path | None
     """None for synthetic ones"""

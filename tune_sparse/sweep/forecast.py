@@ -1,4 +1,4 @@
-"""What the missing runs of a plan will take, from those of it that were measured."""
+"""A forecast of the time and disk of a plan's missing runs, from those of it that were measured."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TASK = ("backend", "model", "task")
 TIME_GROUPS = ((*TASK, "mode"), TASK, ("backend", "model"))
 """A run takes the median of the first of these that has a measured run; never of another backend or model."""
 DISK_GROUPS = ((*TASK, "mode"), ("backend", "model", "mode"))
-"""What a run writes depends on its mode before all; without a measured run its bound is taken."""
+"""The bytes of a run depend on its mode before all; without a measured run its bound is taken."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class RunCost:
 
 @dataclass(frozen=True)
 class Forecast:
-    """What the missing runs will take; those without a measured one to go by are left out of all seconds."""
+    """Time and disk of the missing runs; those without a measured one to go by are left out of all seconds."""
 
     runs: int
     cpu_seconds: float
@@ -125,7 +125,7 @@ def longest_first(plan: Plan, ledger: Ledger, runs: Sequence[Run]) -> list[Run]:
 
 
 class Medians:
-    """Of measured runs, by what they share."""
+    """Medians of measured runs, by what they share."""
 
     def __init__(self, measured: Iterable[tuple[Cell, RunCost]], groups: Sequence[tuple[str, ...]]) -> None:
         members: dict[tuple[tuple[str, ...], tuple[Any, ...]], list[RunCost]] = {}
@@ -136,7 +136,7 @@ class Medians:
         self._medians = {key: _median(cost) for key, cost in members.items()}
 
     def of(self, cell: Cell) -> tuple[tuple[str, ...], RunCost | None]:
-        """What the cell shares with the runs of the first group that has any, and their median."""
+        """Find the first group that has measured runs; returns what the cell shares with them, and their median."""
         for names in self._groups:
             if median := self._medians.get((names, _values(cell, names))):
                 return names, median
@@ -153,7 +153,7 @@ def _median(members: Sequence[RunCost]) -> RunCost:
 
 
 def pilot_key(cell: Cell) -> tuple[str, ...]:
-    """What a pilot is run for."""
+    """The kind of runs for which one pilot is run."""
     return _values(cell, TASK)
 
 
@@ -167,7 +167,7 @@ def pilots(plan: Plan, ledger: Ledger, missing: Sequence[Run]) -> list[Run]:
 
 
 def cost_of_run(run: Run, record: Record, folder: Path, config: SweepConfig) -> RunCost:
-    """Of a done run. A trial that did not record what it held is taken to have held what a trial holds now."""
+    """Compute what a done run took. A trial that did not record what it held counts as one that starts now."""
     measured, systems = record.measured, config.cerebras.num_csx
     held = measured.get("held", {"CPU": run.protocol.threads, "GPU": _gpus(config)})
     on_cs3 = run.cerebras is not None and run.cerebras["target"] == "csx"

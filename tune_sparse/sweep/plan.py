@@ -26,11 +26,11 @@ from tune_sparse.pruning.prune_model import check_method_sparsities
 from tune_sparse.sweep.examples import Examples, read_examples
 
 OUTCOME_BYTES = 400
-"""Of one scored example besides a generated text: an outcome before and after the last mask."""
+"""A scored example takes so much besides a generated text: an outcome before and after the last mask."""
 TOKEN_BYTES = 8
-"""Of a generated token, kept before and after the last mask."""
+"""A generated token takes so much, kept before and after the last mask."""
 RUN_BYTES = 64 * 1024
-"""Of a run's other files."""
+"""The other files of a run take so much."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Plan:
         return [run for run in self.runs.values() if is_missing(ledger.record(run.run_id), retry_failed)]
 
     def estimate_bytes(self, run: Run) -> int:
-        """What a run will write, roughly: mostly what it trained and its outcomes."""
+        """Estimate the bytes that a run will write: mostly what it trained and its outcomes."""
         shape = self.checkpoints[run.cell.model].shape
         trained = 4 * shape.adapter_weights(run.protocol.lora_rank)
         if run.cell.mode == "masked-finetuning":
@@ -175,7 +175,7 @@ def _check_reachable(config: SweepConfig, checkpoint: Checkpoint) -> None:
 
 
 def _model_path(reference: str) -> str:
-    """What finds the same model from another working directory."""
+    """Return a reference that finds the same model from another working directory."""
     folder = Path(reference).expanduser()
     return reference if reference in TOY_MODELS or not folder.is_dir() else str(folder.resolve())
 

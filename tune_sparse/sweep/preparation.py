@@ -1,4 +1,4 @@
-"""What is checked and made, once, before the first trial of a sweep."""
+"""Everything that is checked and made, once, before the first trial of a sweep."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a trial holds of the cluster from its start to its end, by its model, task, mode and backend.
+"""Resources that a trial holds from its start to its end, by its model, task, mode and backend.
 
 | backend | holds |
 | --- | --- |
@@ -21,7 +21,7 @@ from tune_sparse.ledger.ledger import Record, Run
 MEMORY_MARGIN = 1.2
 """Room above the most that a finished run allocated: fragments, and rows longer than its own."""
 CONTEXT_BYTES = 1 << 30
-"""What a process takes of a GPU before it allocates anything."""
+"""A process takes so much of a GPU before it allocates anything."""
 
 MOST_TOGETHER = 8
 """Trials on one GPU: more of them wait for each other's computing."""
@@ -40,7 +40,8 @@ def fits(needed: Mapping[str, float], free: Mapping[str, float]) -> bool:
 
 
 class Placement:
-    """What each trial of a sweep holds. It learns from the memory of finished runs, and from those that had too little.
+    """Decides what each trial of a sweep holds. It learns from the memory of finished runs, and from those that had too
+    little.
 
     nodes: the resources of each node that is alive.
     """
@@ -118,6 +119,6 @@ def gpu_share(needed: float) -> float:
 
 
 def described(resources: Mapping[str, float]) -> str:
-    """What a trial may hold of `resources`, for people."""
+    """Name those of `resources` that a trial may hold, for people."""
     named = [f"{resources[name]:g} {name}" for name in ("CPU", "GPU", CS3_TRIAL, CS3) if resources.get(name)]
     return ", ".join(named) or "nothing"

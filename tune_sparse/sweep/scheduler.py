@@ -1,4 +1,4 @@
-"""What Ray Tune is given next: a trial that the cluster has room for, whichever backend it is of."""
+"""Gives Ray Tune its next trial: one that the cluster has room for, whichever backend it is of."""
 
 from __future__ import annotations
 
