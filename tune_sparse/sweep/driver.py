@@ -50,7 +50,7 @@ class SweepResult:
 
 
 def run_sweep(plan: Plan, retry_failed: bool = False, only: Collection[str] | None = None) -> SweepResult:
-    """Run what is missing of a sweep that was prepared through Ray Tune, and track it. Running it again resumes it.
+    """Run through Ray Tune what a prepared sweep lacks, and track it. Running it again resumes it.
 
     only: ids of the runs to run now; by default all that are missing.
     Raises `InputError` before any trial starts if anything is wrong with the input.
