@@ -40,10 +40,10 @@ from search_spaces.matrix import PRESETS
 from tune_sparse.config import SweepConfig
 from tune_sparse.ledger.ledger import Ledger
 from tune_sparse.ledger.run import Run
-from tune_sparse.sweep.driver import capacity, fit_trials, started_ray
 from tune_sparse.sweep.forecast import longest_first
-from tune_sparse.sweep.plan import plan_sweep
-from tune_sparse.sweep.scheduler import Dispatcher
+from tune_sparse.sweep.plan import make_plan
+from tune_sparse.sweep.ray_session import capacity, ray_session, run_trials
+from tune_sparse.sweep.scheduler import ResourceQueue
 
 TOKENS = {"cerebras": ("CS3", 2), "torch": ("GPU", 4)}
 
@@ -63,8 +63,8 @@ def scheduling(sizes: Sizes) -> dict[str, float]:
     config = SweepConfig.from_names(PRESETS["toy"] | {"workers": 2})
     run, clock = make_run().as_config(), Clock()
     trials = [{"run": run, "number": n, "resources": {"CPU": 1}} for n in range(sizes.trials)]
-    with started_ray(config) as workers:
-        fit_trials(Nothing, Dispatcher({"torch": trials}, dict, capacity), clock)
+    with ray_session(config) as workers:
+        run_trials(Nothing, ResourceQueue({"torch": trials}, dict, capacity), clock)
     gaps = [later - earlier for earlier, later in pairwise(clock.ended)]
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
     return {"trial_seconds": workers * statistics.median(gaps[: sizes.first]), "driver_mb": memory}
@@ -127,7 +127,7 @@ def makespan(
 ) -> tuple[float, float]:
     """(ideal / actual, idle share) of all trials in the order that `ordered` makes of the worst one."""
     runs = sorted(known.values(), key=lambda run: (run.cell.backend, lengths[run.run_id]))
-    lanes = {name: [run for run in ordered(runs) if run.cell.backend == name] for name in TOKENS}
+    queues = {name: [run for run in ordered(runs) if run.cell.backend == name] for name in TOKENS}
 
     def make_trial(run: Run) -> dict[str, Any]:
         token, _ = TOKENS[run.cell.backend]
@@ -138,7 +138,7 @@ def makespan(
     options = {"resources": {"CS3": 2}, "include_dashboard": False, "log_to_driver": False}
     ray.init(address="local", num_cpus=8, num_gpus=4, **options)
     try:
-        fit_trials(sleeping(), Dispatcher(lanes, make_trial, capacity), spans)
+        run_trials(sleeping(), ResourceQueue(queues, make_trial, capacity), spans)
     finally:
         ray.shutdown()
     began = min(start for _, start, _ in spans.found)
@@ -181,7 +181,7 @@ def growth(sizes: Sizes) -> dict[str, float]:
         axes = {"seeds": tuple(range(sizes.seeds)), "models": sizes.models}
         config = SweepConfig.from_names(PRESETS["toy"] | axes | {"results_dir": folder})
         started = time.perf_counter()
-        plan = plan_sweep(config)
+        plan = make_plan(config)
         planned = time.perf_counter() - started
         ledger = Ledger(Path(folder))
         for run in plan.runs.values():

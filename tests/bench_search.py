@@ -2,7 +2,7 @@
 (a table, then one JSON line; `--smoke`: few suggestions and candidates, small layers). Trains a small super-adapter
 first.
 
-- score_fraction: CPU seconds to score a candidate in a warm worker (switch, answers, marks), over those of the
+- score_fraction: CPU seconds to score a candidate in a warm worker (switch, answers, correctness), over those of the
   evaluation alone; median of 9 pairs. Goal: at most 1.05.
 - worker_mb: resident memory of that worker after 20 and after 300 candidates. Goal: the same.
 - switch_fraction: seconds to give a 7B-shaped layer (4096 x 4096, R = 32, masked) another rank, over those of its
@@ -41,9 +41,9 @@ from tune_sparse.lora.masked_linear import DenseStored, Workspace
 from tune_sparse.lora.rank_space import Group, Ranks, Space
 from tune_sparse.lora.slices import Layer, count_layers
 from tune_sparse.search.config import SAMPLERS, SearchConfig
-from tune_sparse.search.driver import plan_search
 from tune_sparse.search.journal import Candidate
-from tune_sparse.search.racing import WARM_UP, Marks, Race, asked_first, cut_stages
+from tune_sparse.search.plan import plan_search
+from tune_sparse.search.racing import WARM_UP, Correctness, Race, cut_stages, most_divisive_first
 from tune_sparse.search.samplers import searcher_named
 from tune_sparse.search.scorer import SliceScorer
 
@@ -114,8 +114,8 @@ def candidates_of(scorer: SliceScorer, count: int) -> list[Ranks]:
     return [space.sample_ranks(layers, number, 0, "uniform") for number in range(count)]
 
 
-def score(scorer: SliceScorer, ranks: Ranks, examples: Sequence[int]) -> Marks:
-    nothing = Marks(len(scorer.tests.examples))
+def score(scorer: SliceScorer, ranks: Ranks, examples: Sequence[int]) -> Correctness:
+    nothing = Correctness(len(scorer.tests.examples))
     return nothing.adding(scorer.answers(ranks, examples, nothing))
 
 
@@ -139,22 +139,22 @@ def worker_mb(scorer: SliceScorer, count: int) -> tuple[float, float]:
     return resident[19], resident[-1]
 
 
-def raced(answered: Sequence[tuple[Marks, float]], minimises_cost: bool) -> dict[str, Any]:
+def raced(answered: Sequence[tuple[Correctness, float]], minimises_cost: bool) -> dict[str, Any]:
     """How candidates race, in their order: (what they answered in full, their cost)."""
     n, asked, stages = answered[0][0].n, 0, [list(range(answered[0][0].n))]
     race, full = Race(n, minimises_cost), Race(n, minimises_cost)
-    for key, (marks, cost) in enumerate(answered):
-        full.enter(str(key), cost, marks)
+    for key, (correctness, cost) in enumerate(answered):
+        full.update(str(key), cost, correctness)
         if key == WARM_UP:
-            stages = cut_stages(asked_first([marks for marks, _ in answered[:WARM_UP]], n, 0))
-        mine = Marks(n)
+            stages = cut_stages(most_divisive_first([correctness for correctness, _ in answered[:WARM_UP]], n, 0))
+        mine = Correctness(n)
         for stage in stages:
-            mine = mine.adding((i, bool(marks.right >> i & 1)) for i in stage)
-            race.enter(str(key), cost, mine)
+            mine = mine.adding((i, bool(correctness.right >> i & 1)) for i in stage)
+            race.update(str(key), cost, mine)
             if not mine.is_complete and race.beaten_by(str(key)) is not None:
                 break
         asked += mine.count
-    best, found = (max(r.marks[key].accuracy for key in r.complete()) for r in (full, race))
+    best, found = (max(r.correctness[key].accuracy for key in r.complete()) for r in (full, race))
     return {
         "candidates": len(answered),
         "asked_fraction": asked / n / len(answered),
@@ -168,8 +168,8 @@ def racing(results_dirs: Sequence[Path]) -> dict[str, Any]:
     found = {}
     for folder in (folder for results in results_dirs for folder in sorted((results / "candidates").iterdir())):
         known = [Candidate(**read_json(path)) for path in sorted(folder.glob("*.json"))]
-        answered = [(Marks.of(c.marks), float(c.parameters)) for c in known if c.error is None]
-        answered = [(marks, cost) for marks, cost in answered if marks.is_complete]
+        answered = [(Correctness.from_text(c.correctness), float(c.parameters)) for c in known if c.error is None]
+        answered = [(correctness, cost) for correctness, cost in answered if correctness.is_complete]
         if len(answered) > WARM_UP:
             kinds = {"accuracy parameters": True, "accuracy": False}
             found[folder.name] = {name: raced(answered, costs) for name, costs in kinds.items()}

@@ -28,9 +28,9 @@ from ray import tune
 from search_spaces.matrix import PRESETS
 from tune_sparse.config import SweepConfig
 from tune_sparse.ledger.ledger import Ledger
-from tune_sparse.sweep.driver import capacity, fit_trials, started_ray
-from tune_sparse.sweep.plan import plan_sweep
-from tune_sparse.sweep.scheduler import Dispatcher
+from tune_sparse.sweep.plan import make_plan
+from tune_sparse.sweep.ray_session import capacity, ray_session, run_trials
+from tune_sparse.sweep.scheduler import ResourceQueue
 
 TRIALS = 100
 SMOKE_TRIALS = 10
@@ -67,8 +67,8 @@ def trial_overhead_seconds(trials: int) -> float:
     config = SweepConfig.from_names(PRESETS["toy"] | {"workers": 2})
     clock = Clock()
     queued = [{"number": i, "resources": {"CPU": 1}} for i in range(trials)]
-    with started_ray(config) as workers:
-        fit_trials(Nothing, Dispatcher({"torch": queued}, dict, capacity), clock)
+    with ray_session(config) as workers:
+        run_trials(Nothing, ResourceQueue({"torch": queued}, dict, capacity), clock)
     warm = clock.ended[len(clock.ended) // 4 :]
     return workers * (warm[-1] - warm[0]) / (len(warm) - 1)
 
@@ -79,7 +79,7 @@ def worker_memory(cells: int, model: str) -> tuple[list[float], int]:
 
     with tempfile.TemporaryDirectory() as folder:
         few = {"steps": 2, "n_test": 40, "results_dir": folder, "models": (model,), "warmup_fraction": 0.0}
-        plan = plan_sweep(SweepConfig.from_names(PRESETS["toy"] | few))
+        plan = make_plan(SweepConfig.from_names(PRESETS["toy"] | few))
         bench, process, ledger = Bench(), psutil.Process(), Ledger(Path(folder))
         resident = []
         for number, run in enumerate(list(plan.runs.values())[:cells], start=1):

@@ -49,7 +49,7 @@ class Host:
         self.init = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
         assert self.init.stdout is not None
         assert self.init.stdout.readline() == "up\n"
-        self.mend()
+        self.fix()
 
     def _first(self) -> psutil.Process:
         assert self.init is not None
@@ -85,7 +85,7 @@ class Host:
         """Its cable leads nowhere."""
         _ip("-n", self.switch, "link", "set", self.cable, "nomaster")
 
-    def mend(self) -> None:
+    def fix(self) -> None:
         _ip("-n", self.switch, "link", "set", self.cable, "master", "bridge")
 
 

@@ -20,7 +20,7 @@ from tune_sparse.config import SweepConfig
 from tune_sparse.ledger.lease import FolderLease
 from tune_sparse.models.checkpoints import find_folder
 from tune_sparse.sweep import driver
-from tune_sparse.sweep.plan import plan_sweep
+from tune_sparse.sweep.plan import make_plan
 
 Refused = Callable[..., str]
 
@@ -92,7 +92,7 @@ FLAGS = [
     ),
     (
         ["--methods", "wanda", "--set", "calibration=wikitext2"],
-        r"wikitext2 needs the file .*/rows/wikitext2/train\.txt, which is missing\. Add it, or mend --data-dir\.",
+        r"wikitext2 needs the file .*/rows/wikitext2/train\.txt, which is missing\. Add it, or fix --data-dir\.",
     ),
     (["--methods", "taylor", "--set", "calibration_order=sequential"], r"taylor needs gradients of the whole dense"),
     (["--set", "calibration_rows=0"], r"calibration_rows must be at least 1, got 0\."),
@@ -102,12 +102,12 @@ FLAGS = [
         r"unknown backend 'pytorch'\. Did you mean 'torch'\? Known: both, cerebras, split, torch\.",
     ),
     (["--models", "tiny-lama"], r"got 'tiny-lama', which is none of them\. Did you mean 'tiny-llama'\?"),
-    (["--models", "/no/such/model"], r"a model is .*got '/no/such/model', which is none of them\. Mend the name or"),
+    (["--models", "/no/such/model"], r"a model is .*got '/no/such/model', which is none of them\. Fix the name or"),
     (["--models", "no such/model"], r"'no such/model'"),
     (["--models", "org/absent@main"], r"'org/absent@main' is not .*Run `tune-sparse prepare --models org/absent@main`"),
     (["--set", "step=5"], r"unknown setting 'step'\. Did you mean 'steps'"),
     (["--set", "steps"], r"--set takes NAME=VALUE, got 'steps'\. Write --set steps=20, say\."),
-    (["--set", "steps=few"], r"steps \(.+\) must be int, got 'few'.* Mend the value\."),
+    (["--set", "steps=few"], r"steps \(.+\) must be int, got 'few'.* Fix the value\."),
     (["--set", "steps=0"], r"steps must be at least 1, got 0\. Give a larger number\."),
     (["--set", "warmup_steps=2000", "steps=200"], r"warm-up must be shorter .* 200 steps, got 2000\. Lower warmup_"),
     (["--set", "precision=fp16"], r"unknown precision 'fp16'\. .*Known: bfloat16, float32\."),
@@ -121,11 +121,11 @@ FLAGS = [
     (["--sparsities", "50"], r"a sparsity is the fraction of zeros, in \[0, 1\), got 50\.0\. Did you mean 0\.5\?"),
     (["--sparsities", "nan"], r"sparsities .*got .*nan.*finite"),
     (["--sparsities", "0.5", "0.5"], r"sparsities must not repeat a value, got \(0\.5, 0\.5\)\. Remove the repeats\."),
-    (["--seeds", "a"], r"seeds \(.+\) must be .+, got \['a'\].* Mend the value\."),
+    (["--seeds", "a"], r"seeds \(.+\) must be .+, got \['a'\].* Fix the value\."),
     (["--workers", "0"], r"workers must be at least 1, got 0\. Give 1 or more\."),
-    (["--tasks", "piqa"], r"piqa needs the file .*/piqa/train\.jsonl, which is missing\. Add it, or mend --data-dir\."),
+    (["--tasks", "piqa"], r"piqa needs the file .*/piqa/train\.jsonl, which is missing\. Add it, or fix --data-dir\."),
     (["--data-dir", "/no/such/rows"], r"boolq needs the file /no/such/rows/boolq/train\.jsonl, which is missing\."),
-    (["--config", "/no/such/file.yaml"], r"--config must be a readable YAML file: .*/no/such/file\.yaml.* Mend it\."),
+    (["--config", "/no/such/file.yaml"], r"--config must be a readable YAML file: .*/no/such/file\.yaml.* Fix it\."),
 ]
 
 
@@ -151,13 +151,13 @@ def test_a_command_line_that_cannot_be_read_ends_with_status_2(arguments: list[s
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("steps: [", r"--config must be a readable YAML file: .+ Mend it\."),
+        ("steps: [", r"--config must be a readable YAML file: .+ Fix it\."),
         ("- steps\n- 20\n", r"sweep\.yaml must map names to values, got \['steps', 20\]\. Write `steps: 20`, say\."),
         ("", r"sweep\.yaml must map names to values, got None\."),
         ("5: 6\n", r"unknown setting 5\. Known: "),
         ("step: 20\n", r"unknown setting 'step'\. Did you mean 'steps'"),
         ("protocol:\n  steps: 20\n", r"unknown setting 'protocol'"),
-        ("steps: yes\n", r"steps \(.+\) must be int, got True.* Mend the value\."),
+        ("steps: yes\n", r"steps \(.+\) must be int, got True.* Fix the value\."),
     ],
 )
 def test_a_wrong_yaml_file_is_refused(refused: Refused, tmp_path: Path, content: str, message: str) -> None:
@@ -175,9 +175,9 @@ def test_a_yaml_file_that_is_not_utf8_is_refused(refused: Refused, tmp_path: Pat
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"question": "q", "passage": "p"}, r"a row of boolq needs the field 'answer', got question, passage\. Mend"),
-        ({"question": "q", "passage": "p", "answer": 2}, r"the field 'answer' of boolq must be bool, got 2\. Mend"),
-        (["q"], r"a row of boolq must be an object with question, passage, answer, got \['q'\]\. Mend the row\."),
+        ({"question": "q", "passage": "p"}, r"a row of boolq needs the field 'answer', got question, passage\. Fix"),
+        ({"question": "q", "passage": "p", "answer": 2}, r"the field 'answer' of boolq must be bool, got 2\. Fix"),
+        (["q"], r"a row of boolq must be an object with question, passage, answer, got \['q'\]\. Fix the row\."),
     ],
 )
 def test_a_malformed_row_is_named_by_file_and_line(refused: Refused, rows: Path, row: Any, message: str) -> None:
@@ -188,7 +188,7 @@ def test_a_malformed_row_is_named_by_file_and_line(refused: Refused, rows: Path,
 def test_a_line_that_is_not_json_is_named(refused: Refused, rows: Path) -> None:
     path = rows / "boolq" / "train.jsonl"
     path.write_text("{'question': 1}\n")
-    assert re.match(rf"{path}:1: each line must be a JSON object: .+ Mend the line\.", refused())
+    assert re.match(rf"{path}:1: each line must be a JSON object: .+ Fix the line\.", refused())
 
 
 def test_a_file_that_is_not_text_is_named(refused: Refused, rows: Path) -> None:
@@ -201,7 +201,7 @@ def test_a_label_out_of_range_is_named_by_file_and_line(refused: Refused, rows: 
     row = {"goal": "g", "sol1": "a", "sol2": "b", "label": 1}
     path = write_jsonl(rows / "piqa" / "train.jsonl", [row, row | {"label": 2}])
     said = refused("--tasks", "piqa")
-    assert said == f"{path}:2: the label of piqa must be one of its 2 choices, got 2. Mend the row."
+    assert said == f"{path}:2: the label of piqa must be one of its 2 choices, got 2. Fix the row."
 
 
 def test_a_row_in_two_splits_is_refused(refused: Refused, rows: Path) -> None:
@@ -263,7 +263,7 @@ def nan_weight(model: Path) -> None:
         (without("config.json"), r"a model folder needs config\.json, .*/model has none\. Give a Hugging Face"),
         (without("model.safetensors"), r"needs its safetensors weights, .*/model\.safetensors is missing\. Fetch it\."),
         (without("tokenizer.json"), r"needs tokenizer\.json or tokenizer\.model, .*/model has neither\. Add it\."),
-        (break_config, r"/model/config\.json must be JSON: .+ Mend or fetch it again\."),
+        (break_config, r"/model/config\.json must be JSON: .+ Fix or fetch it again\."),
         (config_list, r"/model/config\.json must"),
         (
             other_class,
@@ -397,6 +397,6 @@ def test_a_folder_named_like_a_toy_model_does_not_stand_in_for_it(
     (tmp_path / "tiny-llama").mkdir()
     monkeypatch.chdir(tmp_path)
     names = {"models": "tiny-llama", "tasks": "boolq", "data_dir": rows, "n_selection": 4}
-    planned = plan_sweep(SweepConfig.from_names(names))
+    planned = make_plan(SweepConfig.from_names(names))
     assert planned.checkpoints["tiny-llama"].path == llama
     assert {find_folder(run.model_path) for run in planned.runs.values()} == {llama}

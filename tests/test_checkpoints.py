@@ -100,7 +100,7 @@ def test_an_unsupported_class_is_refused(architectures: list[str] | None, folder
 
 def test_a_broken_config_is_refused(folder: Path) -> None:
     (folder / "config.json").write_text('{"hidden_size": 64,')
-    refused(folder, "config.json must be JSON: .*. Mend or fetch it again")
+    refused(folder, "config.json must be JSON: .*. Fix or fetch it again")
 
 
 @pytest.mark.parametrize(("text", "found"), [("[]", "list"), ("3", "int"), ("null", "NoneType")])
@@ -111,7 +111,7 @@ def test_a_config_that_is_not_an_object_is_refused(text: str, found: str, folder
 
 def test_a_config_that_is_not_text_is_refused(folder: Path) -> None:
     (folder / "config.json").write_bytes(b"\xff\xfe")
-    refused(folder, "config.json must be JSON: .*. Mend or fetch it again")
+    refused(folder, "config.json must be JSON: .*. Fix or fetch it again")
 
 
 def test_a_config_without_a_size_is_refused_by_name(folder: Path) -> None:
@@ -144,7 +144,7 @@ def test_an_unknown_name_offers_the_closest() -> None:
 
 
 def test_a_path_that_is_no_folder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"a folder, or a hub id such as org/name@revision, .* Mend the name"):
+    with pytest.raises(InputError, match=r"a folder, or a hub id such as org/name@revision, .* Fix the name"):
         check_checkpoint(str(tmp_path / "nowhere"))
 
 
@@ -216,10 +216,10 @@ def test_the_fingerprint_changes_with(change: Callable[[Path], object], folder: 
 
 def test_a_fingerprint_is_remembered_until_a_file_changes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[str] = []
-    refuse = checkpoints._refuse_bad_weights
+    refuse = checkpoints._check_weights
     monkeypatch.setattr(
         checkpoints,
-        "_refuse_bad_weights",
+        "_check_weights",
         lambda folder, files: read.extend(path.name for path in files) or refuse(folder, files),
     )
     monkeypatch.setattr(checkpoints, "fingerprint_of_files", lambda files: read.append("sha256") or "f" * 64)

@@ -9,7 +9,7 @@ import threading
 
 import pytest
 
-from tune_sparse.cli import browser
+from tune_sparse.cli import ui
 
 
 @pytest.mark.parametrize(
@@ -31,13 +31,13 @@ def test_a_desktop_has_a_screen_and_a_terminal(
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setattr("sys.stdout.isatty", lambda: terminal)
-    assert browser.has_desktop() is expected
+    assert ui.has_desktop() is expected
 
 
 @pytest.fixture
 def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     pages: list[str] = []
-    monkeypatch.setattr("webbrowser.open", pages.append)
+    monkeypatch.setattr("webui.open", pages.append)
     return pages
 
 
@@ -48,7 +48,7 @@ def test_the_page_is_opened_when_the_server_answers(opened: list[str]) -> None:
     ):
         answering = threading.Thread(target=server.handle_request)
         answering.start()
-        browser.open_when_served("a page", f"http://127.0.0.1:{server.server_port}", process)
+        ui.open_when_served("a page", f"http://127.0.0.1:{server.server_port}", process)
         answering.join()
         process.kill()
     assert opened == ["a page"]
@@ -57,5 +57,5 @@ def test_the_page_is_opened_when_the_server_answers(opened: list[str]) -> None:
 def test_nothing_is_opened_when_the_server_has_ended(opened: list[str]) -> None:
     with subprocess.Popen([sys.executable, "-c", ""]) as process:
         process.wait()
-        browser.open_when_served("a page", "http://127.0.0.1:9", process)
+        ui.open_when_served("a page", "http://127.0.0.1:9", process)
     assert opened == []

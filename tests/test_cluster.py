@@ -15,7 +15,7 @@ import yaml
 
 from tune_sparse.cli import parser
 from tune_sparse.errors import InputError
-from tune_sparse.sweep.nodes import refuse_silent_head
+from tune_sparse.sweep.nodes import check_head
 
 ROOT = Path(__file__).parents[1]
 CLUSTER = ROOT / "cluster"
@@ -165,7 +165,7 @@ def test_a_head_where_nobody_listens_is_refused_at_once() -> None:
         address = f"127.0.0.1:{closed.getsockname()[1]}"
         for written in (address, f"ray://{address}"):
             with pytest.raises(InputError, match=f"a Ray head that runs, at {written} nobody answers"):
-                refuse_silent_head(written)
+                check_head(written)
         closed.listen()
-        refuse_silent_head(address)
-    refuse_silent_head("auto")
+        check_head(address)
+    check_head("auto")

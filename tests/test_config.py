@@ -218,7 +218,7 @@ def test_whole_floats_are_integers_and_numbers_keep_their_declared_type() -> Non
     ],
 )
 def test_a_value_of_the_wrong_type_is_refused_by_name(name: str, value: Any) -> None:
-    with pytest.raises(InputError, match=rf"^{name} \(.+\) must be .+, got .+\. Mend the value\."):
+    with pytest.raises(InputError, match=rf"^{name} \(.+\) must be .+, got .+\. Fix the value\."):
         SweepConfig.from_names({"models": "m", name: value})
 
 

@@ -17,12 +17,11 @@ import pytest
 from ray_head import PATIENCE_SECONDS, Head, ray_head
 
 from tune_sparse.cli import main
-from tune_sparse.doctor import machine
+from tune_sparse.doctor import Check, machine
 from tune_sparse.doctor import ray as of_ray
-from tune_sparse.doctor.finding import Finding
 
 
-def by_what(findings: Any) -> dict[str, Finding]:
+def by_what(findings: Any) -> dict[str, Check]:
     found = {finding.what: finding for finding in findings}
     assert all(finding.fix for finding in found.values() if not finding.is_well)
     assert not any(finding.fix for finding in found.values() if finding.is_well)
@@ -52,16 +51,16 @@ def test_every_line_of_the_constraints_is_a_tested_version() -> None:
     tested = machine.tested()
     assert len(tested) > 100
     assert tested["torch"] == "2.13.0"
-    assert machine.packages_finding("packages", {"torch": "2.13.0+cu130"}).is_well
-    assert machine.packages_finding("packages", tested).is_well
+    assert machine.check_packages("packages", {"torch": "2.13.0+cu130"}).is_well
+    assert machine.check_packages("packages", tested).is_well
 
 
 def test_other_versions_are_named() -> None:
-    found = machine.packages_finding("packages", {"torch": "2.12.1+cpu", "ray": machine.tested()["ray"]})
+    found = machine.check_packages("packages", {"torch": "2.12.1+cpu", "ray": machine.tested()["ray"]})
     assert not found.is_well
     assert found.found == "torch 2.12.1+cpu (2.13.0 was tested)"
-    assert not machine.python_finding("Python", "3.12.1").is_well
-    assert not machine.python_finding("Python", "3.1.1").is_well
+    assert not machine.check_python("Python", "3.12.1").is_well
+    assert not machine.check_python("Python", "3.1.1").is_well
 
 
 def test_a_folder_that_cannot_be_written_is_a_fault(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -122,12 +121,12 @@ def head() -> Iterator[Head]:
         yield started
 
 
-def asked(head: Head, *arguments: str, **environment: str) -> tuple[int, dict[str, Finding]]:
+def asked(head: Head, *arguments: str, **environment: str) -> tuple[int, dict[str, Check]]:
     command = [sys.executable, "-m", "tune_sparse", "doctor", "--ray", "--json", *arguments]
     variables = head.environment | {"RAY_ADDRESS": head.gcs} | environment
     run = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=PATIENCE_SECONDS)
     assert run.stdout, run.stderr
-    return run.returncode, by_what(Finding(**value) for value in json.loads(run.stdout))
+    return run.returncode, by_what(Check(**value) for value in json.loads(run.stdout))
 
 
 @pytest.mark.slow

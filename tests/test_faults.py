@@ -151,7 +151,7 @@ def test_what_a_lost_worker_was_at_runs_again_and_the_sweep_ends_by_itself(
     seconds = wait_until(lambda: bool(failures(sweep)))
     print(f"{fault.__name__}: {failures(sweep)} after {seconds:.1f} s")
     if fault is cut_off:
-        nodes.hosts["one"].mend()
+        nodes.hosts["one"].fix()
     assert sweep.ends(process) == 0, sweep.log.read_text()
     assert_undisturbed(sweep, kept, undisturbed)
 
@@ -161,7 +161,7 @@ def test_a_short_cut_loses_nothing(nodes: Cluster, sweep: Sweep, undisturbed: Sw
     kept = sweep.wait_for_middle()
     nodes.hosts["one"].cut()
     time.sleep(3)
-    nodes.hosts["one"].mend()
+    nodes.hosts["one"].fix()
     assert sweep.ends(process) == 0, sweep.log.read_text()
     assert_undisturbed(sweep, kept, undisturbed)
     assert not (sweep.results / "set_aside").exists(), sweep.log.read_text()
@@ -280,7 +280,7 @@ def break_disk(folder: Path) -> None:
     Path("/sys/fs/ext4", Path(device).name, "trigger_fs_error").write_text("1")
 
 
-def mend_disk(folder: Path, image: Path) -> None:
+def fix_disk(folder: Path, image: Path) -> None:
     subprocess.run(["umount", folder], check=True)
     subprocess.run(["e2fsck", "-fy", image], capture_output=True)
     assert _mounted(image, folder)
@@ -293,7 +293,7 @@ def test_what_is_done_outlives_a_disk_that_breaks_in_the_next_moment(breaking_di
     break_disk(breaking_disk)
     with pytest.raises(OSError, match="Read-only file system"):
         write_run(ledger, make_run(), done_record(make_run()))
-    mend_disk(breaking_disk, tmp_path / "image")
+    fix_disk(breaking_disk, tmp_path / "image")
     assert all(ledger.record(run.run_id) == done_record(run) for run in runs)
 
 
@@ -311,7 +311,7 @@ def test_a_disk_that_turns_read_only_stops_the_sweep_and_the_rest_runs_once_it_i
     assert "Read-only file system" in err.splitlines()[-1]
     assert "Traceback" not in err
 
-    mend_disk(breaking_disk, tmp_path / "image")
+    fix_disk(breaking_disk, tmp_path / "image")
     ended = subprocess.run(sweep.command, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert_undisturbed(sweep, kept, undisturbed)

@@ -1,16 +1,19 @@
 from __future__ import annotations
 
 import json
+import os
 from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
 
+from tune_sparse.errors import InputError
 from tune_sparse.files import (
     aside,
     atomic_file,
     atomic_folder,
     cache_dir,
+    check_room,
     read_json,
     write_json,
     write_lines,
@@ -145,3 +148,16 @@ def test_the_cache_is_where_the_environment_says(monkeypatch: pytest.MonkeyPatch
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     assert cache_dir() == tmp_path / "home" / ".cache" / "tune-sparse"
+
+
+def test_room_is_asked_for_before_it_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_room(tmp_path, 1000, "a test", "Free some.")
+    lacking = rf"^a test needs room .+, about 1000000000\.00 GB, {tmp_path} has \d+\.\d\d GB\. Free some\.$"
+    with pytest.raises(InputError, match=lacking):
+        check_room(tmp_path, 10**18, "a test", "Free some.")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "fallocate").write_text('#!/bin/sh\necho "fallocate: $3: Disk quota exceeded" >&2; exit 1\n')
+    (tmp_path / "fallocate").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    with pytest.raises(InputError, match=r"about 0\.00 GB, .+ refuses it: Disk quota exceeded\. Free some\."):
+        check_room(tmp_path, 1000, "a test", "Free some.")

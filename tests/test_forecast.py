@@ -14,8 +14,8 @@ from tune_sparse.cli import main
 from tune_sparse.config import Cerebras, SweepConfig
 from tune_sparse.ledger.ledger import Ledger
 from tune_sparse.ledger.run import Run
-from tune_sparse.sweep.forecast import Medians, Spent, forecast, pilots, spent_by, trials_at_once
-from tune_sparse.sweep.plan import Plan, plan_sweep
+from tune_sparse.sweep.forecast import Medians, RunCost, cost_of_run, forecast, pilots, trials_at_once
+from tune_sparse.sweep.plan import Plan, make_plan
 
 FEW = {"sparsities": "0 0.5", "methods": "random", "data_dir": "synthetic", "precision": "float32", "workers": 2}
 SMALL = {"n_train": 32, "n_selection": 4, "n_test": 8}
@@ -30,7 +30,7 @@ def ledger(tmp_path: Path) -> Ledger:
 def plan(llama: Path, mistral: Path) -> Plan:
     """Of two models and two tasks: dense, sparse-to-dense and sparse-to-sparse each."""
     models = f"{llama} {mistral}"
-    return plan_sweep(SweepConfig.from_names({"models": models, "tasks": "boolq gsm8k"} | FEW | SMALL))
+    return make_plan(SweepConfig.from_names({"models": models, "tasks": "boolq gsm8k"} | FEW | SMALL))
 
 
 def run_of(plan: Plan, model: str, task: str, mode: str) -> Run:
@@ -43,8 +43,8 @@ def measure(ledger: Ledger, run: Run, seconds: float, **measured: Any) -> None:
     write_run(ledger, run, replace(record, measured=record.measured | {"trial_seconds": seconds} | measured))
 
 
-def spent(seconds: float) -> Spent:
-    return Spent(seconds, seconds, 0.0, 0.0, 0.0, 10.0)
+def cost_taking(seconds: float) -> RunCost:
+    return RunCost(seconds, seconds, 0.0, 0.0, 0.0, 10.0)
 
 
 def test_without_measurements_time_is_unknown_and_disk_a_bound(plan: Plan, ledger: Ledger) -> None:
@@ -85,9 +85,11 @@ def test_medians_of_nothing_and_of_an_even_number() -> None:
     cell = make_cell()
     groups = (("model", "task"), ("model",))
     assert Medians([], groups).of(cell) == ((), None)
-    medians = Medians([(cell, spent(1.0)), (cell, spent(4.0)), (make_cell(task="gsm8k"), spent(100.0))], groups)
-    assert medians.of(cell) == (("model", "task"), spent(2.5))
-    assert medians.of(make_cell(task="hellaswag")) == (("model",), spent(4.0))
+    medians = Medians(
+        [(cell, cost_taking(1.0)), (cell, cost_taking(4.0)), (make_cell(task="gsm8k"), cost_taking(100.0))], groups
+    )
+    assert medians.of(cell) == (("model", "task"), cost_taking(2.5))
+    assert medians.of(make_cell(task="hellaswag")) == (("model",), cost_taking(4.0))
     assert medians.of(make_cell(model="other")) == ((), None)
 
 
@@ -96,9 +98,9 @@ def test_what_a_cs3_did_is_counted_apart(tmp_path: Path) -> None:
     run = make_run(make_cell(backend="cerebras"), cerebras={"target": "csx", "release": "2.9.0"})
     record = done_record(run)
     measured = {"trial_seconds": 900.0, "train_seconds": 600.0, "compile_seconds": 500.0, "held": {"CPU": 1.0}}
-    found = spent_by(run, replace(record, measured=record.measured | measured), tmp_path, config)
+    found = cost_of_run(run, replace(record, measured=record.measured | measured), tmp_path, config)
     assert (found.cpu_seconds, found.cs3_seconds, found.compile_seconds) == (900, 1200, 1000)
-    on_cpu = spent_by(replace(run, cerebras={"target": "cpu", "release": "2.9.0"}), record, tmp_path, config)
+    on_cpu = cost_of_run(replace(run, cerebras={"target": "cpu", "release": "2.9.0"}), record, tmp_path, config)
     assert (on_cpu.cs3_seconds, on_cpu.compile_seconds) == (0, 0)
 
 

@@ -18,7 +18,7 @@ from tune_sparse.ledger.ledger import Ledger
 from tune_sparse.models.checkpoints import check_checkpoint, load_model, prunable_weights, write_weights_into
 from tune_sparse.pruning.masks import Masks, masked
 from tune_sparse.pruning.prune_model import make_masks
-from tune_sparse.sweep.plan import plan_sweep
+from tune_sparse.sweep.plan import make_plan
 from tune_sparse.training.loop import accelerator_for, fit
 
 ROWS = [Encoded(tuple(range(i, i + 10)), (i, i + 1)) for i in range(8)]
@@ -111,7 +111,7 @@ def test_without_zeros_it_is_a_training_of_its_own_that_all_methods_share(llama:
         "sparsities": (0.0,),
         "data_dir": "synthetic",
     }
-    plan = plan_sweep(SweepConfig.from_names(names | {"results_dir": tmp_path}))
+    plan = make_plan(SweepConfig.from_names(names | {"results_dir": tmp_path}))
     assert [run.cell.mode for run in plan.runs.values()] == ["dense", "masked-finetuning"]
     lora, weights = plan.runs.values()
     assert plan.estimate_bytes(weights) - plan.estimate_bytes(lora) == 2 * plan.checkpoints[

@@ -57,13 +57,13 @@ def test_what_makes_no_sense_is_refused_with_its_reason(name: str, message: str)
 
 @pytest.mark.parametrize(("sparsity", "accepted"), [(0.0, True), (0.5, True), (0.4, False), (0.9, False)])
 def test_a_pattern_of_groups_has_one_sparsity(sparsity: float, accepted: bool) -> None:
-    METHODS["unstructured"].refuse_sparsity("unstructured", sparsity)
+    METHODS["unstructured"].check_sparsity("unstructured", sparsity)
     if accepted:
-        METHODS["wanda-2:4"].refuse_sparsity("wanda-2:4", sparsity)
+        METHODS["wanda-2:4"].check_sparsity("wanda-2:4", sparsity)
     else:
         message = f"the sparsity of wanda-2:4 is 0.5, got {sparsity:g}. Give 0.5, or another method."
         with pytest.raises(InputError, match=re.escape(message)):
-            METHODS["wanda-2:4"].refuse_sparsity("wanda-2:4", sparsity)
+            METHODS["wanda-2:4"].check_sparsity("wanda-2:4", sparsity)
 
 
 def test_what_a_method_needs() -> None:

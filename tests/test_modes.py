@@ -32,7 +32,7 @@ from tune_sparse.lora.layer import merged_weights, sparse_lora_layers
 from tune_sparse.models.checkpoints import check_checkpoint, load_model, prunable_weights, write_weights_into
 from tune_sparse.pruning.masks import Masks, mask_sha256, masked
 from tune_sparse.pruning.prune_model import make_masks
-from tune_sparse.sweep.plan import plan_sweep
+from tune_sparse.sweep.plan import make_plan
 from tune_sparse.training.loop import accelerator_for, fit
 
 IDS = torch.arange(2 * 20).view(2, 20)
@@ -424,7 +424,7 @@ def test_scores_can_be_calibrated_on_text(llama: Path, ledger: Ledger, tmp_path:
     }
     calibration = {"calibration": "wikitext2", "calibration_rows": 4, "calibration_tokens": 64}
     names = {"models": str(llama), "tasks": "boolq", "data_dir": rows, "methods": "wanda", "sparsities": "0.5"}
-    plan = plan_sweep(SweepConfig.from_names(names | few | calibration))
+    plan = make_plan(SweepConfig.from_names(names | few | calibration))
     first, second = plan.runs.values()
     assert first.calibration_fingerprint == second.calibration_fingerprint is not None
     assert finished(first, ledger, Bench()).status == "done"

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tune_sparse.errors import InputError
-from tune_sparse.net import check_address, host_and_port, refuse_silent, without_secret
+from tune_sparse.net import check_address, check_listening, host_and_port, without_secret
 
 SECRET = "hunter2"
 
@@ -36,7 +36,7 @@ def test_an_address_with_a_secret_is_refused_without_repeating_it(address: str) 
 
 
 def test_a_port_is_a_number() -> None:
-    with pytest.raises(InputError, match=r"tracking_uri must be an address, got 'http://mlflow:x'.*Mend its port"):
+    with pytest.raises(InputError, match=r"tracking_uri must be an address, got 'http://mlflow:x'.*Fix its port"):
         check_address("tracking_uri", "http://mlflow:x")
 
 
@@ -74,7 +74,7 @@ def test_where_a_server_is(address: str, server: tuple[str, int] | None) -> None
 def test_nobody_listens_where_nobody_does() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"http://127.0.0.1:{server.getsockname()[1]}"
-        refuse_silent(address)
+        check_listening(address)
     with pytest.raises(ConnectionRefusedError):
-        refuse_silent(address)
-    refuse_silent("sqlite:////tmp/mlflow.db")
+        check_listening(address)
+    check_listening("sqlite:////tmp/mlflow.db")

@@ -16,6 +16,7 @@ from tune_sparse.ledger.record import SweepRecord
 from tune_sparse.ledger.run import Run
 from tune_sparse.models.checkpoints import Checkpoint
 from tune_sparse.models.dims import ModelDims
+from tune_sparse.sweep.examples import Examples
 from tune_sparse.sweep.forecast import longest_first
 from tune_sparse.sweep.plan import Plan, asked_cells, split_blocks
 
@@ -78,7 +79,8 @@ def plan() -> Plan:
         "large": Checkpoint("large", Path("large"), "l" * 64, replace(dims, num_layers=9)),
     }
     record = SweepRecord("sweep", 0.0, {}, ())
-    return Plan(SweepConfig(models=("small", "large")), record, {run.run_id: run for run in runs()}, checkpoints)
+    config, own = SweepConfig(models=("small", "large")), {run.run_id: run for run in runs()}
+    return Plan(config, record, own, checkpoints, Examples(None, {}, {}, None))
 
 
 def names(ordered: list[Run]) -> list[str]:

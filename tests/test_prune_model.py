@@ -22,7 +22,7 @@ from tune_sparse.pruning.methods import GROUPS, METHODS, TOLERANCE
 from tune_sparse.pruning.prune_model import (
     Prunable,
     PrunedMatrix,
-    check_sparsities,
+    check_method_sparsities,
     make_masks,
     measured,
     oriented_scores,
@@ -187,7 +187,7 @@ def test_global_masks_are_the_lowest_of_all_matrices(trained: Measured) -> None:
 def test_unknown_rows_of_a_multiple_are_refused(trained: Measured) -> None:
     odd = replace(trained.model.dims, intermediate_size=99)
     with pytest.raises(InputError, match="2:4 needs rows of a multiple of 4 weights, the model has rows of 99"):
-        check_sparsities("wanda-2:4", odd, [0.5])
+        check_method_sparsities("wanda-2:4", odd, [0.5])
 
 
 def test_sequential_pruning_of_the_first_block_is_that_of_the_dense_model(llama: Path, trained: Measured) -> None:

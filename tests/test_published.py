@@ -101,7 +101,7 @@ def test_a_model_of_the_results_is_known(tmp_path: Path) -> None:
         ({"metric": "acc"}, "unknown metric 'acc'"),
         ({"mode": "sparse"}, "unknown mode 'sparse'"),
         ({"value": "50.1"}, r"accuracy must be in \[0, 1\], got 50\.1\. Did you mean 0\.501\?"),
-        ({"value": "-0.1"}, r"accuracy must be in \[0, 1\], got -0\.1\. Mend"),
+        ({"value": "-0.1"}, r"accuracy must be in \[0, 1\], got -0\.1\. Fix"),
         ({"value": "nan"}, r"accuracy must be in \[0, 1\], got nan"),
         ({"metric": "perplexity", "value": "inf"}, "perplexity must be finite and at least 0, got inf"),
         ({"value": "50%"}, "value must be a number or empty, got '50%'. Write 0.5, not 50%"),

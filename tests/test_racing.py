@@ -13,15 +13,15 @@ from tune_sparse.search.racing import (
     LEVEL_OF_BEST,
     LEVEL_OF_FRONT,
     STAGES,
-    Marks,
+    Correctness,
     Race,
     accuracy_difference,
-    asked_first,
     cut_stages,
+    discordant_counts,
     hypervolume,
+    most_divisive_first,
     p_value,
     pareto_front,
-    won,
 )
 
 marks_texts = st.text("01-", min_size=1, max_size=30)
@@ -29,18 +29,18 @@ marks_texts = st.text("01-", min_size=1, max_size=30)
 
 @given(text=marks_texts)
 def test_marks_are_what_was_written(text: str) -> None:
-    marks = Marks.of(text)
-    assert str(marks) == text
-    assert marks.count == len(text) - text.count("-")
-    assert marks.is_complete == ("-" not in text)
-    assert str(Marks(len(text)).adding((i, c == "1") for i, c in enumerate(text) if c != "-")) == text
+    correctness = Correctness.from_text(text)
+    assert str(correctness) == text
+    assert correctness.count == len(text) - text.count("-")
+    assert correctness.is_complete == ("-" not in text)
+    assert str(Correctness(len(text)).adding((i, c == "1") for i, c in enumerate(text) if c != "-")) == text
 
 
 def test_only_examples_that_both_answered_are_compared() -> None:
-    a, b = Marks.of("1101-1"), Marks.of("0110-0")
-    assert won(a, b) == (3, 1)
-    assert won(Marks.of("11--"), Marks.of("--00")) == (0, 0)
-    assert Marks.of("110-").accuracy == pytest.approx(2 / 3)
+    a, b = Correctness.from_text("1101-1"), Correctness.from_text("0110-0")
+    assert discordant_counts(a, b) == (3, 1)
+    assert discordant_counts(Correctness.from_text("11--"), Correctness.from_text("--00")) == (0, 0)
+    assert Correctness.from_text("110-").accuracy == pytest.approx(2 / 3)
 
 
 @given(wins=st.integers(0, 40), losses=st.integers(0, 40))
@@ -50,7 +50,9 @@ def test_the_p_value_is_the_binomial_tail(wins: int, losses: int) -> None:
 
 
 def test_the_interval_is_centred_on_the_paired_difference() -> None:
-    mean, low, high = accuracy_difference(Marks.of("1" * 60 + "0" * 40), Marks.of("1" * 50 + "0" * 40 + "1" * 10))
+    mean, low, high = accuracy_difference(
+        Correctness.from_text("1" * 60 + "0" * 40), Correctness.from_text("1" * 50 + "0" * 40 + "1" * 10)
+    )
     assert mean == 0.0
     assert -low == high == pytest.approx(1.96 * (22**0.5) / 102, rel=1e-4), "one win and one loss more, of two more"
 
@@ -59,7 +61,11 @@ def test_racing_and_the_report_state_one_interval() -> None:
     a, b = "1101110111", "1011111000"
     before, after = ([c == "1" for c in text] for text in (b, a))
     found = paired_difference(before, after)
-    assert accuracy_difference(Marks.of(a), Marks.of(b)) == (pytest.approx(found.value), found.low, found.high)
+    assert accuracy_difference(Correctness.from_text(a), Correctness.from_text(b)) == (
+        pytest.approx(found.value),
+        found.low,
+        found.high,
+    )
 
 
 @given(wins=st.integers(0, 60), losses=st.integers(0, 60))
@@ -76,11 +82,11 @@ def test_of_equal_points_a_front_has_the_first_or_all() -> None:
 
 
 def test_examples_that_divide_candidates_are_asked_first() -> None:
-    answered = [Marks.of(text) for text in ("1110", "1100", "1101", "1111")]
-    order = asked_first(answered, 4, seed=0)
+    answered = [Correctness.from_text(text) for text in ("1110", "1100", "1101", "1111")]
+    order = most_divisive_first(answered, 4, seed=0)
     assert set(order[:2]) == {2, 3}
     assert sorted(order) == [0, 1, 2, 3]
-    assert order == asked_first(answered, 4, seed=0)
+    assert order == most_divisive_first(answered, 4, seed=0)
 
 
 @given(n=st.integers(1, 300))
@@ -94,7 +100,7 @@ def test_stages_are_all_examples_once_and_none_is_empty(n: int) -> None:
 def race(minimises_cost: bool = True, **candidates: tuple[float, str]) -> Race:
     found = Race(12, minimises_cost)
     for key, (cost, text) in candidates.items():
-        found.enter(key, cost, Marks.of(text))
+        found.update(key, cost, Correctness.from_text(text))
     return found
 
 
@@ -144,12 +150,12 @@ def test_racing_finds_the_best_of_many_with_a_fraction_of_the_answers() -> None:
     found, stages = Race(n, False), [list(range(n))]
     for k, text in enumerate(texts):
         if len(found.complete()) == 8 and len(stages) == 1:
-            stages = cut_stages(asked_first([found.marks[key] for key in found.complete()], n, 0))
-        marks = Marks(n)
+            stages = cut_stages(most_divisive_first([found.correctness[key] for key in found.complete()], n, 0))
+        correctness = Correctness(n)
         for stage in stages:
-            marks, spent = marks.adding((i, text[i] == "1") for i in stage), spent + len(stage)
-            found.enter(str(k), 0, marks)
-            if not marks.is_complete and found.beaten_by(str(k)):
+            correctness, spent = correctness.adding((i, text[i] == "1") for i in stage), spent + len(stage)
+            found.update(str(k), 0, correctness)
+            if not correctness.is_complete and found.beaten_by(str(k)):
                 break
-    assert found.marks[found.winner()].accuracy >= max(t.count("1") for t in texts) / n - 0.0025
+    assert found.correctness[found.winner()].accuracy >= max(t.count("1") for t in texts) / n - 0.0025
     assert spent < 0.4 * n * kinds

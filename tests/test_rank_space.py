@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from search_spaces.subadapters import PRESETS
 from tune_sparse.errors import InputError
-from tune_sparse.lora.rank_space import SAMPLINGS, Group, Space, SuperAdapter, refuse_unfit
+from tune_sparse.lora.rank_space import SAMPLINGS, Group, Space, SuperAdapter, check_space
 from tune_sparse.models.architectures import ATTENTION, GATED
 
 SMALL = Space((Group("qkv", ("q_proj", "k_proj"), (8, 4, 2, 0)), Group("up", ("up_proj",), (8, 4))))
@@ -80,10 +80,10 @@ def test_a_broken_space_is_refused_with_the_rule(groups: Any, message: str) -> N
 
 
 def test_a_space_must_fit_the_model_and_the_super_adapter() -> None:
-    refuse_unfit(SMALL, ["q_proj", "k_proj", "up_proj"], 8)
+    check_space(SMALL, ["q_proj", "k_proj", "up_proj"], 8)
     with pytest.raises(InputError, match="above the super-adapter's, 4, the group 'qkv' has 8"):
-        refuse_unfit(SMALL, ["q_proj", "k_proj", "up_proj"], 4)
+        check_space(SMALL, ["q_proj", "k_proj", "up_proj"], 4)
     with pytest.raises(InputError, match="unknown module of the group 'up' 'up_proj'"):
-        refuse_unfit(SMALL, ["q_proj", "k_proj", "fc1"], 8)
+        check_space(SMALL, ["q_proj", "k_proj", "fc1"], 8)
     with pytest.raises(InputError, match=r"unknown sampling 'sandwhich'\. Did you mean 'sandwich'"):
         SuperAdapter(SMALL, "sandwhich")

@@ -24,10 +24,10 @@ from trainables import remote_ledger
 from trainables.remote_ledger import (
     LedgerServer,
     RemoteLedger,
+    check_visible,
     connect_ledger,
     own_folder,
     read_pieces,
-    refuse_unseen,
     serve_ledger,
 )
 from tune_sparse.config import CS3
@@ -236,10 +236,10 @@ class TestRefusal:
     """Before anything is trained, of what needs a folder that nodes see."""
 
     def test_nodes_that_matter_must_see_the_folder(self, lease: FolderLease, local_ray: None, tmp_path: Path) -> None:
-        refuse_unseen(lease.path.parent, lease.token, "a search needs", lambda resources: True)
-        refuse_unseen(tmp_path / "elsewhere", lease.token, "a search needs", lambda resources: "GPU" in resources)
+        check_visible(lease.path.parent, lease.token, "a search needs", lambda resources: True)
+        check_visible(tmp_path / "elsewhere", lease.token, "a search needs", lambda resources: "GPU" in resources)
         with pytest.raises(InputError, match=r"a search needs a results folder that all its nodes see, .+ is not"):
-            refuse_unseen(tmp_path / "elsewhere", lease.token, "a search needs", lambda resources: CS3 in resources)
+            check_visible(tmp_path / "elsewhere", lease.token, "a search needs", lambda resources: CS3 in resources)
 
     def test_the_backend_cerebras_needs_it_on_the_nodes_of_the_cs3(
         self, lease: FolderLease, local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -104,16 +104,16 @@ def test_alone_stays_where_its_hardware_is() -> None:
 )
 def test_what_no_node_can_hold_is_refused(nodes: tuple[Resources, ...], run: Run, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        placement(*nodes, gpus_per_trial=0.5).refuse_unplaceable([run])
+        placement(*nodes, gpus_per_trial=0.5).check_placeable([run])
 
 
 def test_what_some_node_can_hold_is_not_refused() -> None:
-    placement(LAPTOP, CS3_NODE, GPU_NODE, gpus_per_trial=None).refuse_unplaceable([TORCH, CEREBRAS])
+    placement(LAPTOP, CS3_NODE, GPU_NODE, gpus_per_trial=None).check_placeable([TORCH, CEREBRAS])
 
 
 def test_a_need_split_over_two_nodes_does_not_fit() -> None:
     with pytest.raises(InputError, match="needs a node with 1 CPU, 1 GPU"):
-        placement({"CPU": 1}, {"GPU": 1}, gpus_per_trial=1.0).refuse_unplaceable([TORCH])
+        placement({"CPU": 1}, {"GPU": 1}, gpus_per_trial=1.0).check_placeable([TORCH])
 
 
 def test_nothing_is_described_as_nothing() -> None:

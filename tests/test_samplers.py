@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,10 +16,14 @@ from ray.tune.search import Searcher
 
 from tune_sparse.errors import RunError
 from tune_sparse.lora.rank_space import Group, Ranks, Space
+from tune_sparse.search.callbacks import SearchCallback
 from tune_sparse.search.config import SAMPLERS
-from tune_sparse.search.journal import Candidate, Candidates, Diary, Suggestion, configuration_key
-from tune_sparse.search.racing import Marks, Race
-from tune_sparse.search.samplers import DiarySearch, HillClimbing, searcher_named
+from tune_sparse.search.hill_climbing import HillClimbing
+from tune_sparse.search.journal import Candidate, Candidates, SearchJournal, Suggestion, configuration_key
+from tune_sparse.search.racing import Correctness, Race
+from tune_sparse.search.samplers import searcher_named
+from tune_sparse.search.searcher import JournaledSearcher
+from tune_sparse.sweep.callbacks import Stop
 
 SPACE = Space((Group("qkv", ("q_proj",), (8, 4, 2)), Group("up", ("up_proj",), (8, 4, 2))))
 LAYERS, ROWS, BUDGET = 2, 60, 24
@@ -43,11 +48,11 @@ class Desk:
     def __init__(
         self, folder: Path, sampler: str, objectives: Objectives = BOTH, fails: Callable[[Ranks], bool] | None = None
     ) -> None:
-        self.candidates, self.diary = Candidates(folder, "run"), Diary(folder / "search")
+        self.candidates, self.journal = Candidates(folder, "run"), SearchJournal(folder / "search")
         self.race, self.fails = Race(ROWS, len(objectives) > 1), fails or (lambda ranks: False)
         searcher = searcher_named(sampler, SPACE, LAYERS, 3, objectives)
-        self.search = DiarySearch(
-            searcher, self.diary, self.candidates, self.race, cost, lambda r, s: {"ranks": r, "stages": s}, BUDGET, 3
+        self.search = JournaledSearcher(
+            searcher, self.journal, self.candidates, self.race, cost, lambda r, s: {"ranks": r, "stages": s}, BUDGET, 3
         )
         self.scored: list[str] = []
 
@@ -61,20 +66,20 @@ class Desk:
             self.score(trial_id, config)
 
     def score(self, trial_id: str, config: dict[str, Any]) -> None:
-        ranks, marks = config["ranks"], Marks(ROWS)
+        ranks, correctness = config["ranks"], Correctness(ROWS)
         if self.fails(ranks):
-            self.search.on_trial_complete(trial_id, {"marks": str(marks), "error": "RunError: nan"})
+            self.search.on_trial_complete(trial_id, {"correctness": str(correctness), "error": "RunError: nan"})
             return
         self.scored.append(configuration_key(ranks))
         for stage in config["stages"]:
-            marks = marks.adding((i, truth(ranks)[i] == "1") for i in stage)
-            self.candidates.write(Candidate(ranks, int(cost(ranks)), str(marks)))
-            if marks.is_complete or self.search.is_beaten(trial_id, str(marks)):
+            correctness = correctness.adding((i, truth(ranks)[i] == "1") for i in stage)
+            self.candidates.write(Candidate(ranks, int(cost(ranks)), str(correctness)))
+            if correctness.is_complete or self.search.is_beaten(trial_id, str(correctness)):
                 break
-        self.search.on_trial_complete(trial_id, {"marks": str(marks), "error": None})
+        self.search.on_trial_complete(trial_id, {"correctness": str(correctness), "error": None})
 
     def front(self) -> list[tuple[str, float, str]]:
-        return [(key, self.race.costs[key], str(self.race.marks[key])) for key in self.race.front()]
+        return [(key, self.race.costs[key], str(self.race.correctness[key])) for key in self.race.front()]
 
 
 @each_sampler
@@ -85,9 +90,11 @@ def test_a_search_scores_its_budget_each_configuration_once(
     desk = Desk(tmp_path, sampler, objectives)
     desk.play()
     assert len(desk.scored) == len(set(desk.scored)) == BUDGET
-    assert [s.ranks for s in desk.diary.suggestions[:2]] == [SPACE.heuristic(LAYERS), SPACE.maximal(LAYERS)]
-    assert all(s.state in ("done", "stopped") for s in desk.diary.suggestions)
-    assert [s.told for s in Diary(tmp_path / "search").suggestions] == list(range(len(desk.diary.suggestions)))
+    assert [s.ranks for s in desk.journal.suggestions[:2]] == [SPACE.heuristic(LAYERS), SPACE.maximal(LAYERS)]
+    assert all(s.state in ("done", "stopped") for s in desk.journal.suggestions)
+    assert [s.completed_at for s in SearchJournal(tmp_path / "search").suggestions] == list(
+        range(len(desk.journal.suggestions))
+    )
 
 
 @each_sampler
@@ -101,7 +108,7 @@ def test_a_killed_search_ends_as_an_undisturbed_one(tmp_path: Path, sampler: str
     again.play()
     assert again.front() == whole.front()
     assert sorted(first.scored + again.scored) == sorted(whole.scored)
-    assert [s.ranks for s in again.diary.suggestions] == [s.ranks for s in whole.diary.suggestions]
+    assert [s.ranks for s in again.journal.suggestions] == [s.ranks for s in whole.journal.suggestions]
 
 
 def test_asking_and_telling_are_replayed_in_their_order(tmp_path: Path) -> None:
@@ -109,21 +116,21 @@ def test_asking_and_telling_are_replayed_in_their_order(tmp_path: Path) -> None:
     configs = {name: desk.search.suggest(name) for name in ("a", "b", "c")}
     for name in ("b", "a", "c"):
         desk.score(name, configs[name])
-    seen = [(asking, s.number) for asking, s in desk.diary.events()]
+    seen = [(asking, s.number) for asking, s in desk.journal.events()]
     assert seen == [(True, 0), (True, 1), (True, 2), (False, 1), (False, 0), (False, 2)]
-    assert [s.told_before for s in desk.diary.suggestions] == [0, 0, 0]
+    assert [s.completed_before for s in desk.journal.suggestions] == [0, 0, 0]
     Desk(tmp_path, "nsga2").play()
 
 
 def test_a_candidate_that_fails_is_told_to_the_sampler_and_not_tried_again(tmp_path: Path) -> None:
     desk = Desk(tmp_path, "nsga2", fails=lambda ranks: ranks["l00.qkv"] == 8)
     desk.play()
-    failed = [s for s in desk.diary.suggestions if s.state == "failed"]
+    failed = [s for s in desk.journal.suggestions if s.state == "failed"]
     assert failed
     assert {s.error for s in failed} == {"RunError: nan"}
     study = desk.search._sampler._ot_study
     assert [t.state.name for t in study.trials].count("FAIL") == len(failed)
-    assert not any(desk.race.marks.get(configuration_key(s.ranks)) for s in failed)
+    assert not any(desk.race.correctness.get(configuration_key(s.ranks)) for s in failed)
 
 
 def test_what_another_search_scored_in_full_is_told_without_a_trial(tmp_path: Path) -> None:
@@ -132,14 +139,14 @@ def test_what_another_search_scored_in_full_is_told_without_a_trial(tmp_path: Pa
     first.candidates.write(Candidate(ranks, 1, truth(ranks)))
     first.play()
     assert configuration_key(ranks) not in first.scored
-    assert first.diary.suggestions[0].examples == 0
-    assert first.diary.suggestions[0].accuracy == truth(ranks).count("1") / ROWS
+    assert first.journal.suggestions[0].examples == 0
+    assert first.journal.suggestions[0].accuracy == truth(ranks).count("1") / ROWS
 
 
 def test_a_configuration_that_is_being_scored_is_waited_for(tmp_path: Path) -> None:
     desk = Desk(tmp_path, "random")
     config = desk.search.suggest("a")
-    desk.search._open.append(replace(desk.diary.ask(config["ranks"])))
+    desk.search._open.append(replace(desk.journal.ask(config["ranks"])))
     assert desk.search.suggest("b") is None
     desk.score("a", config)
     desk.search._sampler._ot_trials["1"] = desk.search._sampler._ot_study.ask()
@@ -155,20 +162,43 @@ def test_a_sampler_that_suggests_otherwise_than_it_did_is_refused(tmp_path: Path
 def test_a_trial_that_was_stopped_from_outside_stays_open(tmp_path: Path) -> None:
     desk = Desk(tmp_path, "random")
     desk.search.suggest("a")
-    desk.search.on_trial_complete("a", {"marks": "1" * 5 + "-" * (ROWS - 5), "error": None})
+    desk.search.on_trial_complete("a", {"correctness": "1" * 5 + "-" * (ROWS - 5), "error": None})
     desk.search.suggest("b")
     desk.search.on_trial_complete("b", None, error=True)
-    assert len(desk.diary.open()) == 2
+    assert len(desk.journal.open()) == 2
+
+
+def test_a_candidate_whose_worker_was_lost_is_suggested_again(tmp_path: Path) -> None:
+    desk, stop = Desk(tmp_path, "random"), Stop()
+    callback = SearchCallback(desk.search, desk.journal, BUDGET, stop, 1, lambda text: None)
+    first, other = desk.search.suggest("a"), desk.search.suggest("b")
+    lost = SimpleNamespace(config={"trial": first}, pickled_error_file=None)
+    for trial_id in ("a", "c"):
+        desk.search.on_trial_complete(trial_id, None, error=True)
+        assert stop.reason is None
+        callback.on_trial_error(1, [], lost)
+        assert trial_id == "c" or desk.search.suggest("c") == first
+    assert stop.reason == "a worker process ended unexpectedly"
+    assert first != other
+
+
+def test_a_search_does_not_end_while_a_candidate_may_still_be_lost(tmp_path: Path) -> None:
+    desk = Desk(tmp_path, "random")
+    desk.play(BUDGET - 1)
+    last = desk.search.suggest("last")
+    assert desk.search.suggest("more") is None
+    desk.score("last", last)
+    assert desk.search.suggest("more") == Searcher.FINISHED
 
 
 def test_a_small_space_ends_the_search(tmp_path: Path) -> None:
     tiny = Space((Group("up", ("up_proj",), (8, 4)),))
     sampler = searcher_named("random", tiny, 1, 0, BOTH)
-    diary, candidates = Diary(tmp_path / "s"), Candidates(tmp_path, "run")
-    search = DiarySearch(sampler, diary, candidates, Race(4, True), cost, lambda r, s: {"ranks": r}, 5, 0)
+    journal, candidates = SearchJournal(tmp_path / "s"), Candidates(tmp_path, "run")
+    search = JournaledSearcher(sampler, journal, candidates, Race(4, True), cost, lambda r, s: {"ranks": r}, 5, 0)
     trials = 0
     while search.suggest(str(trials)) != Searcher.FINISHED:
-        search.on_trial_complete(str(trials), {"marks": "1111", "error": None})
+        search.on_trial_complete(str(trials), {"correctness": "1111", "error": None})
         trials += 1
     assert trials == 2
 
@@ -188,14 +218,14 @@ def test_hill_climbing_goes_from_the_front_to_neighbours() -> None:
         climber.on_trial_complete(str(number), {"accuracy": 0.1, "cost": 1.0})
 
 
-def test_a_diary_reads_what_it_wrote(tmp_path: Path) -> None:
-    diary = Diary(tmp_path)
-    diary.ask({"l00.up": 4})
-    told = diary.tell(0, state="done", accuracy=0.5, cost=4.0, examples=10)
-    assert Diary(tmp_path).suggestions == [told] == [Suggestion(0, {"l00.up": 4}, 0, 0, "done", 0.5, 4.0, 10)]
-    assert diary.stages() is None
-    diary.write_stages([[1], [0]])
-    assert Diary(tmp_path).stages() == [[1], [0]]
+def test_a_journal_reads_what_it_wrote(tmp_path: Path) -> None:
+    journal = SearchJournal(tmp_path)
+    journal.ask({"l00.up": 4})
+    told = journal.tell(0, state="done", accuracy=0.5, cost=4.0, examples=10)
+    assert SearchJournal(tmp_path).suggestions == [told] == [Suggestion(0, {"l00.up": 4}, 0, 0, "done", 0.5, 4.0, 10)]
+    assert journal.stages() is None
+    journal.write_stages([[1], [0]])
+    assert SearchJournal(tmp_path).stages() == [[1], [0]]
 
 
 def test_half_a_candidate_file_is_no_candidate(tmp_path: Path) -> None:

@@ -16,42 +16,42 @@ from hypothesis import strategies as st
 from ray import tune
 
 from tune_sparse.sweep.callbacks import Stop
-from tune_sparse.sweep.driver import capacity, fit_trials
+from tune_sparse.sweep.ray_session import capacity, run_trials
 from tune_sparse.sweep.resources import Resources
-from tune_sparse.sweep.scheduler import Dispatcher
+from tune_sparse.sweep.scheduler import ResourceQueue
 
 CS3_TRIAL: Resources = {"CPU": 1, "CS3_TRIAL": 1}
 GPU_TRIAL: Resources = {"CPU": 1, "GPU": 1}
 CLUSTER: Resources = {"CPU": 16, "GPU": 4, "CS3_TRIAL": 2}
 
 
-def trials(lane: str, count: int, held: Resources) -> list[dict[str, Any]]:
-    return [{"name": f"{lane} {n}", "resources": held} for n in range(count)]
+def trials(queue: str, count: int, held: Resources) -> list[dict[str, Any]]:
+    return [{"name": f"{queue} {n}", "resources": held} for n in range(count)]
 
 
-def dispatcher(total: Resources = CLUSTER, cs3: int = 240, gpu: int = 120, **options: Any) -> Dispatcher:
-    lanes = {"cerebras": trials("cs3", cs3, CS3_TRIAL), "torch": trials("gpu", gpu, GPU_TRIAL)}
-    return Dispatcher(lanes, dict, lambda: total, **options)
+def resource_queue(total: Resources = CLUSTER, cs3: int = 240, gpu: int = 120, **options: Any) -> ResourceQueue:
+    queues = {"cerebras": trials("cs3", cs3, CS3_TRIAL), "torch": trials("gpu", gpu, GPU_TRIAL)}
+    return ResourceQueue(queues, dict, lambda: total, **options)
 
 
-def handed_out(source: Dispatcher, ids: str) -> list[str | None]:
+def handed_out(source: ResourceQueue, ids: str) -> list[str | None]:
     answers = [source.suggest(trial_id) for trial_id in ids]
     return [answer["trial"]["name"] if isinstance(answer, dict) else answer for answer in answers]
 
 
 def test_every_kind_of_hardware_is_busy_from_the_start_and_one_more_of_each_waits() -> None:
-    names = handed_out(dispatcher(), "abcdefghij")
+    names = handed_out(resource_queue(), "abcdefghij")
     assert names == ["cs3 0", "gpu 0", "cs3 1", "gpu 1", "gpu 2", "gpu 3", "cs3 2", "gpu 4", None, None]
 
 
 def test_lanes_that_share_what_is_scarce_have_equal_parts_of_it() -> None:
-    lanes = {"cerebras": trials("cs3", 9, {"CPU": 1, "CS3_TRIAL": 1}), "torch": trials("cpu", 9, {"CPU": 1})}
-    source = Dispatcher(lanes, dict, lambda: {"CPU": 4, "CS3_TRIAL": 4})
+    queues = {"cerebras": trials("cs3", 9, {"CPU": 1, "CS3_TRIAL": 1}), "torch": trials("cpu", 9, {"CPU": 1})}
+    source = ResourceQueue(queues, dict, lambda: {"CPU": 4, "CS3_TRIAL": 4})
     assert handed_out(source, "abcd") == ["cs3 0", "cpu 0", "cs3 1", "cpu 1"]
 
 
 def test_what_ends_is_followed_by_the_next_of_its_lane() -> None:
-    source = dispatcher()
+    source = resource_queue()
     handed_out(source, "abcdefgh")
     source.on_trial_complete("a")
     assert handed_out(source, "ij") == ["cs3 3", None], "cs3 2 takes the place, the next waits"
@@ -60,36 +60,36 @@ def test_what_ends_is_followed_by_the_next_of_its_lane() -> None:
 
 
 def test_a_lane_alone_has_none_waiting() -> None:
-    assert handed_out(dispatcher(cs3=0), "abcde") == ["gpu 0", "gpu 1", "gpu 2", "gpu 3", None]
+    assert handed_out(resource_queue(cs3=0), "abcde") == ["gpu 0", "gpu 1", "gpu 2", "gpu 3", None]
 
 
 def test_a_limit_counts_trials() -> None:
-    assert handed_out(dispatcher(cs3=0, limit=3), "abcd") == ["gpu 0", "gpu 1", "gpu 2", None]
+    assert handed_out(resource_queue(cs3=0, limit=3), "abcd") == ["gpu 0", "gpu 1", "gpu 2", None]
 
 
 def test_it_ends_when_the_last_trial_has_ended_and_none_is_tried_again() -> None:
-    source = dispatcher(cs3=0, gpu=1)
+    source = resource_queue(cs3=0, gpu=1)
     assert handed_out(source, "ab") == ["gpu 0", None], "it may still have to be tried again"
     source.on_trial_complete("a", error=True)
-    source.again("torch", {"name": "gpu 0", "resources": GPU_TRIAL})
+    source.requeue("torch", {"name": "gpu 0", "resources": GPU_TRIAL})
     assert handed_out(source, "c") == ["gpu 0"]
     source.on_trial_complete("c")
-    assert handed_out(source, "d") == [Dispatcher.FINISHED]
+    assert handed_out(source, "d") == [ResourceQueue.FINISHED]
 
 
 def test_a_retry_comes_after_the_others_of_its_lane_and_does_not_wait_for_another_lane() -> None:
-    source = dispatcher({"CPU": 2, "GPU": 1, "CS3_TRIAL": 1}, cs3=2, gpu=9)
+    source = resource_queue({"CPU": 2, "GPU": 1, "CS3_TRIAL": 1}, cs3=2, gpu=9)
     assert handed_out(source, "abcde") == ["cs3 0", "gpu 0", "cs3 1", "gpu 1", None]
     source.on_trial_complete("a", error=True)
-    source.again("cerebras", {"name": "cs3 0", "resources": CS3_TRIAL})
+    source.requeue("cerebras", {"name": "cs3 0", "resources": CS3_TRIAL})
     assert handed_out(source, "fg") == ["cs3 0", None]
 
 
 def test_a_stop_ends_it_whatever_is_left() -> None:
     stop = Stop()
-    source = dispatcher(stop=stop)
+    source = resource_queue(stop=stop)
     stop.because("the user said so")
-    assert handed_out(source, "a") == [Dispatcher.FINISHED]
+    assert handed_out(source, "a") == [ResourceQueue.FINISHED]
 
 
 def test_a_node_that_joins_is_used_and_one_that_left_is_waited_for(
@@ -97,7 +97,7 @@ def test_a_node_that_joins_is_used_and_one_that_left_is_waited_for(
 ) -> None:
     monkeypatch.setattr("tune_sparse.sweep.scheduler.LOOK_SECONDS", -1.0)
     total: Resources = {"CPU": 8, "GPU": 1}
-    source = dispatcher(total, cs3=0, gpu=9)
+    source = resource_queue(total, cs3=0, gpu=9)
     assert handed_out(source, "ab") == ["gpu 0", None]
     total["GPU"] = 2
     assert handed_out(source, "c") == ["gpu 1"]
@@ -113,8 +113,8 @@ def test_a_node_that_joins_is_used_and_one_that_left_is_waited_for(
 
 def test_what_a_trial_holds_is_decided_when_it_is_its_turn() -> None:
     share = {"GPU": 1.0}
-    lane = trials("gpu", 9, GPU_TRIAL)
-    source = Dispatcher({"torch": lane}, lambda trial: trial | {"resources": dict(share)}, lambda: {"GPU": 1.0})
+    queue = trials("gpu", 9, GPU_TRIAL)
+    source = ResourceQueue({"torch": queue}, lambda trial: trial | {"resources": dict(share)}, lambda: {"GPU": 1.0})
     assert handed_out(source, "ab") == ["gpu 0", None]
     source.on_trial_complete("a")
     share["GPU"] = 0.3333
@@ -126,29 +126,29 @@ def test_what_a_trial_holds_is_decided_when_it_is_its_turn() -> None:
     ends=st.lists(st.integers(0, 5), max_size=60),
 )
 def test_no_trial_is_lost_repeated_or_out_of_order_and_few_wait(needs: list[tuple[str, int]], ends: list[int]) -> None:
-    lanes: dict[str, list[dict[str, Any]]] = {"cerebras": [], "torch": []}
-    for number, (lane, cpus) in enumerate(needs):
-        lanes[lane].append({"number": number, "resources": {"CPU": cpus}})
-    source = Dispatcher(lanes, dict, lambda: {"CPU": 5})
+    queues: dict[str, list[dict[str, Any]]] = {"cerebras": [], "torch": []}
+    for number, (queue, cpus) in enumerate(needs):
+        queues[queue].append({"number": number, "resources": {"CPU": cpus}})
+    source = ResourceQueue(queues, dict, lambda: {"CPU": 5})
     live: dict[str, dict[str, Any]] = {}
     seen: list[int] = []
     order = iter(ends)
     for turn in range(10_000):
         answer = source.suggest(str(turn))
-        if answer == Dispatcher.FINISHED:
+        if answer == ResourceQueue.FINISHED:
             break
         if answer is not None:
             live[str(turn)] = answer["trial"]
             seen.append(answer["trial"]["number"])
-            assert len(live) <= 5 + 2, "one more of each lane"
+            assert len(live) <= 5 + 2, "one more of each queue"
         else:
             ended = list(live)[next(order, 0) % len(live)]
             del live[ended]
             source.on_trial_complete(ended)
     assert sorted(seen) == list(range(len(needs)))
-    for lane in lanes.values():
-        of_lane = [trial["number"] for trial in lane]
-        assert [number for number in seen if number in of_lane] == of_lane
+    for queue in queues.values():
+        of_queue = [trial["number"] for trial in queue]
+        assert [number for number in seen if number in of_queue] == of_queue
 
 
 def sleeping() -> type[tune.Trainable]:
@@ -179,13 +179,13 @@ def sleeping() -> type[tune.Trainable]:
 
 def test_tune_keeps_both_kinds_busy_though_all_cells_of_one_come_first(tmp_path: Path) -> None:
     place = {"folder": str(tmp_path)}
-    lanes = {
+    queues = {
         "cerebras": [trial | place for trial in trials("cs3", 24, {"CS3_TRIAL": 1})],
         "torch": [trial | place for trial in trials("gpu", 12, {"GPU": 1})],
     }
     ray.init(address="local", num_cpus=2, num_gpus=1, resources={"CS3_TRIAL": 1}, include_dashboard=False)
     try:
-        fit_trials(sleeping(), Dispatcher(lanes, dict, capacity), tune.Callback())
+        run_trials(sleeping(), ResourceQueue(queues, dict, capacity), tune.Callback())
     finally:
         ray.shutdown()
     spans = {path.name: tuple(map(float, path.read_text().split())) for path in tmp_path.iterdir()}

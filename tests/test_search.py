@@ -22,8 +22,8 @@ from tune_sparse.ledger.ledger import Ledger
 from tune_sparse.lora.rank_space import Space
 from tune_sparse.models.architectures import matrix_sizes
 from tune_sparse.search.config import SearchConfig
-from tune_sparse.search.driver import plan_search
-from tune_sparse.search.journal import Diary
+from tune_sparse.search.journal import SearchJournal
+from tune_sparse.search.plan import plan_search
 
 GROUPS = {
     "qkv": {"modules": ["q_proj", "k_proj", "v_proj"], "ranks": [4, 2, 1]},
@@ -109,7 +109,7 @@ def tracked_as(ledger: Ledger, search_id: str) -> None:
     runs = client.search_runs([experiment.experiment_id], max_results=1000)
     [parent] = [run for run in runs if run.data.tags.get(SEARCH_TAG) == search_id]
     children = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
-    assert len(children) == len(Diary(ledger.folder / "searches" / search_id).suggestions)
+    assert len(children) == len(SearchJournal(ledger.folder / "searches" / search_id).suggestions)
     names = {artifact.path for artifact in client.list_artifacts(parent.info.run_id)}
     assert {"result.json", "pareto_front.png"} <= names
 
@@ -135,7 +135,7 @@ def test_a_killed_driver_scores_no_configuration_twice_and_ends_with_the_same_fr
     driver.wait()
     before = {path: path.stat().st_mtime_ns for path in candidates.rglob("[0-9a-f]*.json")}
     assert 4 <= len(before) < 10
-    complete = {path for path in before if "-" not in read_json(path)["marks"]}
+    complete = {path for path in before if "-" not in read_json(path)["correctness"]}
     assert main(arguments(llama, killed, "--json")) == 0
     again = json.loads(capsys.readouterr().out)
     assert {path: path.stat().st_mtime_ns for path in complete} == {path: before[path] for path in complete}

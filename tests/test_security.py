@@ -221,7 +221,7 @@ def test_mlflow_is_opened_on_this_machine_only(tmp_path: Path, monkeypatch: pyte
     process = subprocess.Popen
     monkeypatch.setattr("subprocess.Popen", start)
     monkeypatch.setattr("tune_sparse.tracking.baselines.comparison_page", lambda uri: None)
-    monkeypatch.setattr("tune_sparse.cli.results.has_desktop", lambda: False)
+    monkeypatch.setattr("tune_sparse.cli.ui.has_desktop", lambda: False)
     main(["ui", "--results-dir", str(tmp_path)])
     [command] = started
     assert command[command.index("--host") + 1] == "127.0.0.1"

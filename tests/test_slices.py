@@ -27,7 +27,7 @@ from tune_sparse.lora.rank_space import Ranks, Space, SuperAdapter
 from tune_sparse.lora.slices import count_layers, set_ranks_into
 from tune_sparse.models.checkpoints import load_model, prunable_weights, write_weights_into
 from tune_sparse.pruning.masks import Masks
-from tune_sparse.search.racing import Marks
+from tune_sparse.search.racing import Correctness
 from tune_sparse.search.scorer import SliceScorer
 
 SPACE = Space.of(
@@ -124,13 +124,13 @@ def test_a_finished_slice_is_written_validated_and_scored(trained: Trained, tmp_
 
 def score_all(scorer: SliceScorer, ranks: Ranks) -> dict[int, bool]:
     everything = list(range(len(scorer.tests.examples)))
-    return dict(scorer.answers(ranks, everything, Marks(len(everything))))
+    return dict(scorer.answers(ranks, everything, Correctness(len(everything))))
 
 
 def test_stages_answer_what_is_not_known_and_the_same_as_at_once(trained: Trained) -> None:
     scorer, ranks = trained.scorer, trained.drawn(5)
     whole = score_all(scorer, ranks)
-    known = Marks(len(whole)).adding([(1, True)])
+    known = Correctness(len(whole)).adding([(1, True)])
     parts = dict(scorer.answers(ranks, [1, 3], known)) | dict(scorer.answers(ranks, [0, 2], known))
     assert parts == {i: whole[i] for i in (0, 2, 3)}
 

@@ -127,8 +127,8 @@ def test_an_empty_file_is_refused(tmp_path: Path, content: str) -> None:
     ("line", "message"),
     [
         ('{"question": ', "each line must be a JSON object: "),
-        ("[1, 2]", r"a row of boolq must be an object with question, passage, answer, got \[1, 2\]\. Mend the row\."),
-        ('{"question": "q"}', "a row of boolq needs the field 'passage', got question. Mend the row."),
+        ("[1, 2]", r"a row of boolq must be an object with question, passage, answer, got \[1, 2\]\. Fix the row\."),
+        ('{"question": "q"}', "a row of boolq needs the field 'passage', got question. Fix the row."),
         ('{"question": "q", "passage": "p", "answer": "yes"}', "the field 'answer' of boolq must be bool, got 'yes'"),
     ],
 )

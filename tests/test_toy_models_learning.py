@@ -11,7 +11,7 @@ from trainables.pipeline import Bench, run_cell
 from tune_sparse.config import SweepConfig
 from tune_sparse.ledger.ledger import Ledger
 from tune_sparse.models.toy_models import TOY_MODELS, train_toy_models
-from tune_sparse.sweep.plan import plan_sweep
+from tune_sparse.sweep.plan import make_plan
 
 pytestmark = pytest.mark.slow
 
@@ -22,7 +22,7 @@ def metrics(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str, st
     train_toy_models(TOY_MODELS)
     folder = tmp_path_factory.mktemp("results")
     axes = {"sparsities": (0.0, 0.5), "methods": ("unstructured", "random"), "modes": ("sparse-to-sparse",)}
-    plan = plan_sweep(SweepConfig.from_names(PRESETS["toy"] | axes | {"results_dir": folder}))
+    plan = make_plan(SweepConfig.from_names(PRESETS["toy"] | axes | {"results_dir": folder}))
     ledger, bench = Ledger(folder), Bench()
     found = {}
     for run in plan.runs.values():

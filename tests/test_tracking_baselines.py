@@ -104,8 +104,8 @@ def test_a_run_that_was_cut_off_is_logged_anew(uri: str) -> None:
 
 
 def test_a_number_that_was_mended_takes_the_place_of_the_old_one(uri: str) -> None:
-    mended = [replace(ROWS[0], value=0.51), *ROWS[1:]]
-    assert track_published(as_runs(mended), uri) == 3
+    fixed = [replace(ROWS[0], value=0.51), *ROWS[1:]]
+    assert track_published(as_runs(fixed), uri) == 3
     values = [run.data.metrics["accuracy"] for run in runs_in(uri, PUBLISHED_EXPERIMENT)]
     assert sorted(values) == [0.4, 0.501, 0.51]
 

@@ -19,8 +19,8 @@ import torch
 from trainables.mode import LoraTrainee, Trainee
 from trainables.training import WARM_UP_STEPS, Log, Training
 from tune_sparse.cerebras.appliance import job_label, name_label
-from tune_sparse.cerebras.conversion import cerebras_name, refuse_unconvertible, to_cerebras
-from tune_sparse.cerebras.environment import find_environment, refuse_unreachable_cluster
+from tune_sparse.cerebras.conversion import cerebras_name, check_convertible, to_cerebras
+from tune_sparse.cerebras.environment import check_cluster, find_environment
 from tune_sparse.cerebras.failures import ApplianceError, classify_failure
 from tune_sparse.cerebras.guard import Ended, Guarded
 from tune_sparse.cerebras.job import CHILD, Start, new_lines, rows_in_order, trained_adapters, write_job
@@ -79,9 +79,9 @@ def begin(order: Order) -> Guarded:
     """Begin a training on this machine. Raises `InputError` or `RunError` for what keeps it from beginning."""
     environment = find_environment()
     if order.settings.cerebras_target == "csx":
-        refuse_unreachable_cluster()
+        check_cluster()
     model = find_folder(order.model_path)
-    refuse_unconvertible(model)
+    check_convertible(model)
     converted = to_cerebras(model, order.model_fingerprint, environment)
     base = {"config": str(converted.config), "checkpoint": str(converted.checkpoint)}
     write_json(order.folder / "base.json", base)
@@ -127,7 +127,7 @@ class CerebrasTraining:
         finally:
             running.stop()
         report = read_json(folder / "report.json")
-        _refuse_changed(report, run, pruned)
+        _check_unchanged(report, run, pruned)
         _write_adapters_into(trainee, folder)
         (folder / "adapter.safetensors").unlink()  # the run's own adapter is the one that stays
         log(f"trained by release {report['release']}: {sum(report['zeros'].values())} zeros stayed zero")
@@ -194,7 +194,7 @@ def _followed(
                 tokens = sum(len(row.context) + len(row.continuation) for row in batch)
                 rate = learning_rate_at(line["step"] - 1, protocol)
                 step = Step(line["step"], line["loss"], rate, len(batch), tokens, line["at"] - before)
-                _refuse_bad_loss(step)
+                _check_loss(step)
                 if step.step == 1:
                     check_first(step.loss)
                     training.compile_seconds = step.seconds
@@ -213,7 +213,7 @@ def _followed(
     return training
 
 
-def _refuse_bad_loss(step: Step) -> None:
+def _check_loss(step: Step) -> None:
     if not math.isfinite(step.loss):
         raise RunError(f"the training loss must stay finite, got {step.loss} at step {step.step}. Lower learning_rate.")
 
@@ -233,7 +233,7 @@ def _failure(ended: Ended, folder: Path, steps: int) -> Exception:
     return type(error)(f"{error}; {jobs}")
 
 
-def _refuse_changed(report: dict[str, Any], run: Run, pruned: Pruned) -> None:
+def _check_unchanged(report: dict[str, Any], run: Run, pruned: Pruned) -> None:
     """The frozen weights are what they were, and every zero is one still."""
     found = [f"{name}: the frozen weight must not change in training" for name in report["changed"]]
     for name, weight in pruned.weights.items():

@@ -21,7 +21,7 @@ def load_planned_checkpoint(run: Run) -> Checkpoint:
     what = f"the model {run.model_path}"
     with _needed(what):
         checkpoint = check_checkpoint(run.model_path)
-    _refuse_other(what, run.model_fingerprint, checkpoint.fingerprint)
+    _check_same(what, run.model_fingerprint, checkpoint.fingerprint)
     return checkpoint
 
 
@@ -30,7 +30,7 @@ def load_planned_splits(run: Run, protocol: Protocol) -> list[Splits]:
     what = f"the rows of {run.cell.task} in {run.data_dir}"
     with _needed(what):
         splits = [load_splits(task, _data_dir(run), protocol) for task in tasks_named(run.cell.task)]
-    _refuse_other(what, run.data_fingerprint, fingerprint_splits(splits))
+    _check_same(what, run.data_fingerprint, fingerprint_splits(splits))
     return splits
 
 
@@ -40,7 +40,7 @@ def load_planned_calibration_text(run: Run) -> str:
     with _needed(what):
         text = calibration_text(run.protocol.calibration, _data_dir(run))
     assert run.calibration_fingerprint is not None
-    _refuse_other(what, run.calibration_fingerprint, hash_json(text))
+    _check_same(what, run.calibration_fingerprint, hash_json(text))
     return text
 
 
@@ -57,7 +57,7 @@ def _needed(what: str) -> Iterator[None]:
         raise NotReadyError(f"a run needs {what}, on every node; {socket.gethostname()} says: {error}") from error
 
 
-def _refuse_other(what: str, planned: str, found: str) -> None:
+def _check_same(what: str, planned: str, found: str) -> None:
     if found != planned:
         raise NotReadyError(
             f"a run needs {what} as it was planned, {planned[:12]}, on every node; {socket.gethostname()} has "

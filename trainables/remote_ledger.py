@@ -232,7 +232,7 @@ def _is_left(folder: Path) -> bool:
         return True
 
 
-def refuse_unseen(results_dir: Path, token: str, needs: str, of_node: Callable[[Mapping[str, float]], bool]) -> None:
+def check_visible(results_dir: Path, token: str, needs: str, of_node: Callable[[Mapping[str, float]], bool]) -> None:
     """Raise `InputError` where a node of the cluster does not see the results folder, which `needs` says.
 
     of_node: whether a node with these resources matters.

@@ -1,11 +1,11 @@
-"""What a user did wrong, said so that it can be mended; and what a run did wrong."""
+"""Mistakes in a user's input, said so that they can be fixed; and failures of a run."""
 
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from typing import Any
 
 DISK_FULL = ("No space left on device", "Disk quota exceeded", "Read-only file system")
-"""What the system says where nothing more can be written, whatever class of error a library makes of it."""
+"""Messages of the system where nothing more can be written, whatever class of error a library makes of it."""
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "running low on memory")
 
 

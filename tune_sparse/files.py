@@ -6,11 +6,14 @@ import errno
 import json
 import os
 import shutil
+import subprocess
 import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from tune_sparse.errors import DISK_FULL, InputError
 
 
 def cache_dir() -> Path:
@@ -97,3 +100,28 @@ def write_lines(path: Path, values: Iterable[Any]) -> None:
 
 def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def check_room(folder: Path, needed_bytes: int, writer: str, fix: str) -> None:
+    """Raise `InputError` if the file system of a folder, or a quota on it, has no room for what `writer` writes.
+
+    Free space says nothing of a quota: the room is asked for, and given back, where the file system knows how.
+    """
+    free_bytes = shutil.disk_usage(folder).free
+    lack = f"has {free_bytes / 1e9:.2f} GB" if needed_bytes > free_bytes else _reserve(folder, needed_bytes)
+    if lack:
+        raise InputError(
+            f"{writer} needs room for what it writes, about {needed_bytes / 1e9:.2f} GB, {folder} {lack}. {fix}"
+        )
+
+
+def _reserve(folder: Path, count: int) -> str:
+    """Take `count` bytes and give them back; returns why the file system did not give them, or nothing."""
+    program, probe = shutil.which("fallocate"), folder / ".room"
+    if program is None:
+        return ""
+    try:
+        asked = subprocess.run([program, "-l", str(count), str(probe)], capture_output=True, text=True)
+    finally:
+        probe.unlink(missing_ok=True)
+    return next((f"refuses it: {message}" for message in DISK_FULL if message in asked.stderr), "")

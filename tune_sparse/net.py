@@ -27,7 +27,7 @@ def check_address(name: str, address: str) -> None:
     try:
         host_and_port(address)
     except ValueError as error:
-        raise InputError(f"{name} must be an address, got {address!r} ({error}). Mend its port.") from error
+        raise InputError(f"{name} must be an address, got {address!r} ({error}). Fix its port.") from error
 
 
 def without_secret(address: str) -> str:
@@ -43,7 +43,7 @@ def host_and_port(address: str) -> tuple[str, int] | None:
     return (parts.hostname, port) if parts.hostname and port else None
 
 
-def refuse_silent(address: str) -> None:
+def check_listening(address: str) -> None:
     """Raise `OSError` if nobody listens there. Asked first, since clients try for minutes."""
     server = host_and_port(address)
     if server is not None:

@@ -138,13 +138,13 @@ def read_published(path: Path, models: Iterable[str] = MODELS) -> list[Published
         with path.open(encoding="utf-8", newline="") as file:
             reader = csv.reader(file, strict=True)
             header = next(reader, [])
-            _refuse_header(path, header)
+            _check_header(path, header)
             return [_published(f"{path}, line {reader.line_num}", header, row, models) for row in reader if row]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"published numbers must be a CSV file in UTF-8, {path} is not: {error}. Mend it.") from error
+        raise InputError(f"published numbers must be a CSV file in UTF-8, {path} is not: {error}. Fix it.") from error
 
 
-def _refuse_header(path: Path, header: Sequence[str]) -> None:
+def _check_header(path: Path, header: Sequence[str]) -> None:
     for name in header:
         if name not in COLUMNS:
             raise InputError(f"{path}, line 1: {unknown_name('column', name, COLUMNS)}")
@@ -190,17 +190,17 @@ def _check(row: Published, models: Iterable[str]) -> None:
         raise unknown_name("mode", row.mode, MODES)
     if row.metric not in METRICS:
         raise unknown_name("metric", row.metric, METRICS)
-    _refuse_outside("sparsity", row.sparsity, 1.0, below=True)
-    _refuse_outside("num_fewshot", row.num_fewshot, math.inf)
-    _refuse_outside("context_tokens", row.context_tokens, math.inf)
-    _refuse_outside(row.metric, row.value, METRICS[row.metric].highest)
+    _check_range("sparsity", row.sparsity, 1.0, below=True)
+    _check_range("num_fewshot", row.num_fewshot, math.inf)
+    _check_range("context_tokens", row.context_tokens, math.inf)
+    _check_range(row.metric, row.value, METRICS[row.metric].highest)
 
 
-def _refuse_outside(name: str, value: float | None, highest: float, below: bool = False) -> None:
+def _check_range(name: str, value: float | None, highest: float, below: bool = False) -> None:
     if value is None or (math.isfinite(value) and value >= 0 and (value < highest if below else value <= highest)):
         return
     limits = f"in [0, {highest:g}{')' if below else ']'}" if math.isfinite(highest) else "finite and at least 0"
-    hint = f"Did you mean {value / 100:g}?" if highest < value <= 100 else "Mend the value."
+    hint = f"Did you mean {value / 100:g}?" if highest < value <= 100 else "Fix the value."
     raise InputError(f"{name} must be {limits}, got {value:g}. {hint}")
 
 

@@ -60,7 +60,7 @@ def _rows(file: Path) -> list[Imported]:
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"an import needs a readable CSV file: {error}. Mend the path.") from error
+        raise InputError(f"an import needs a readable CSV file: {error}. Fix the path.") from error
     reader = csv.DictReader(text.splitlines())
     known = [f.name for f in fields(Imported)]
     for name in reader.fieldnames or ():

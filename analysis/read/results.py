@@ -155,7 +155,7 @@ class _Reader:
             read_json(folder / name) for name in ("sparse_config.json", "validation_report.json")
         )
         for place, names in ((record.metrics, METRICS), (sparse_config, SPARSE_CONFIG), (validation, VALIDATION)):
-            _refuse_incomplete(place, names)
+            _check_complete(place, names)
         return RunFiles(
             folder,
             record,
@@ -217,7 +217,7 @@ SPARSE_CONFIG = ("mask_sha256", "actual_sparsity", "kept_by_matrix")
 VALIDATION = ("all_valid", "violations", "max_abs_at_masked", "mask_sha256", "actual_sparsity", "zeros_by_matrix")
 
 
-def _refuse_incomplete(place: dict[str, Any], names: Sequence[str]) -> None:
+def _check_complete(place: dict[str, Any], names: Sequence[str]) -> None:
     missing = [name for name in names if name not in place]
     if missing:
         raise ValueError(f"it has no {', '.join(missing)}: it is foreign, or of an older format")

@@ -55,7 +55,7 @@ def write_bundle(results_dirs: Sequence[Path], bundle: Path) -> int:
 
     Raises `InputError` if the folder exists, or its parent does not.
     """
-    refuse_bundle(bundle)
+    check_bundle(bundle)
     with atomic_folder(bundle) as partial:
         shutil.copytree(results_dirs[0] / "analysis", partial / "analysis")
         for number, folder in enumerate(results_dirs):
@@ -72,7 +72,7 @@ def write_bundle(results_dirs: Sequence[Path], bundle: Path) -> int:
     return len(files) + 1
 
 
-def refuse_bundle(bundle: Path) -> None:
+def check_bundle(bundle: Path) -> None:
     """Raise `InputError` unless `bundle` can be made."""
     if bundle.exists():
         raise InputError(f"a bundle needs a folder of its own, {bundle} exists. Give another --bundle.")

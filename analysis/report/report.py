@@ -57,7 +57,7 @@ def write_report(
         raise NotReadyError(
             f"a report needs a sweep, {', '.join(map(str, results_dirs))} has none. Run `tune-sparse sweep` first."
         )
-    _refuse_mixed_sweeps(cells)
+    _check_one_protocol(cells)
     published = load_published(baselines, set(cells["model"]))
     folder = results_dirs[0] / "analysis"
     folder.mkdir(exist_ok=True)
@@ -91,7 +91,7 @@ def write_report(
     return Report(lines, len(found.errors), int((cells["status"] == "done").sum()))
 
 
-def _refuse_mixed_sweeps(cells: pd.DataFrame) -> None:
+def _check_one_protocol(cells: pd.DataFrame) -> None:
     repeated = cells[cells.duplicated([*SETTING, "seed"], keep=False)]
     if not repeated.empty:
         raise InputError(

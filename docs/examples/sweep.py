@@ -7,6 +7,7 @@ from analysis.read.load import cells_table
 from search_spaces.matrix import PRESETS
 from tune_sparse.config import SweepConfig
 from tune_sparse.sweep.driver import run_sweep
+from tune_sparse.sweep.preparation import prepare
 
 AXES = {
     "models": ["tiny-llama"],
@@ -20,7 +21,7 @@ AXES = {
 def main(results_dir: str = "results/example", **changes: Any) -> None:
     """Run the sweep, then print a row for each cell. Any setting of a sweep can be changed by its name."""
     config = SweepConfig.from_names(PRESETS["toy"] | AXES | {"results_dir": results_dir} | changes)
-    outcome = run_sweep(config)
+    outcome = run_sweep(prepare(config))
     print(f"{outcome.ran} trainings, {outcome.failed} failed, {outcome.left} left")
     cells = cells_table([Path(results_dir)])
     print(cells[["method", "sparsity", "accuracy_before_tuning", "accuracy"]].to_string(index=False))

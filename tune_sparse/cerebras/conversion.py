@@ -86,7 +86,7 @@ def _is_rotated(weight: str) -> bool:
     return matrix is not None and matrix.layer in ROTATED
 
 
-def refuse_unconvertible(folder: Path) -> None:
+def check_convertible(folder: Path) -> None:
     """Raise `InputError` for a model that Model Zoo would compute differently, or not at all."""
     config = read_config(folder)
     if config.get("model_type") not in MODEL_TYPES:

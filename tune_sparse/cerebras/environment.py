@@ -90,7 +90,7 @@ def _read_folder_variable(variable: str) -> Path:
         )
     folder = Path(value).expanduser().resolve()
     if not folder.is_dir():
-        raise NotReadyError(f"{variable} must name a folder, {folder} does not exist. Mend it.")
+        raise NotReadyError(f"{variable} must name a folder, {folder} does not exist. Fix it.")
     return folder
 
 
@@ -113,7 +113,7 @@ def cerebras_identity(settings: Cerebras) -> dict[str, str]:
     return {"target": settings.cerebras_target, "release": find_environment().release}
 
 
-def refuse_unreachable_cluster() -> None:
+def check_cluster() -> None:
     """Raise `InputError` where no appliance is known, before anything is trained."""
     if not CLUSTER_CONFIG.exists():
         raise InputError(

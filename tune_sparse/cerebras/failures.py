@@ -47,7 +47,7 @@ LASTING = (
     Failure(
         r"No module named '(?P<what>[^']+)'",
         "the Cerebras environment lacks the module {what}",
-        "Mend CEREBRAS_VENV or MODELZOO; `tune-sparse doctor --cerebras` shows what they hold.",
+        "Fix CEREBRAS_VENV or MODELZOO; `tune-sparse doctor --cerebras` shows what they hold.",
     ),
     Failure(
         r"(?:Missing|Unexpected) key\(s\) in state_dict|size mismatch for (?P<what>\S+):",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,12 +14,11 @@ from safetensors.torch import save_file
 
 from tune_sparse.cerebras import appliance
 from tune_sparse.cerebras.conversion import cerebras_name, to_cerebras
-from tune_sparse.cerebras.environment import SiteEnvironment, find_environment, refuse_unreachable_cluster
+from tune_sparse.cerebras.environment import SiteEnvironment, check_cluster, find_environment
 from tune_sparse.cerebras.failures import classify_failure
 from tune_sparse.cerebras.guard import STOP_SECONDS, Guarded, is_guarded, remove_working_files
 from tune_sparse.cerebras.job import CHILD, job_appliance, job_protocol
 from tune_sparse.config import Cerebras, Protocol, SweepConfig
-from tune_sparse.errors import DISK_FULL, InputError
 from tune_sparse.files import read_json, write_json
 from tune_sparse.identity import hash_json
 from tune_sparse.ledger.ledger import Ledger
@@ -67,7 +65,7 @@ def prepare_cerebras(
     for checkpoint in checkpoints:
         to_cerebras(checkpoint.path, checkpoint.fingerprint, environment)
     if config.cerebras.cerebras_target == "csx":
-        refuse_unreachable_cluster()
+        check_cluster()
         for lowering in lower_all(config, checkpoints, ledger):
             report(lowering.summary())
 
@@ -154,26 +152,6 @@ def lower(
         raise classify_failure(folder / "child.log", ended.returncode)
     found: dict[str, Any] = read_json(folder / "report.json")
     return found
-
-
-def refuse_full(folder: Path, needed_bytes: int) -> None:
-    """Raise `InputError` if the file system, or a quota on it, has no room for `needed_bytes`.
-
-    Free space says nothing of a quota: the room is asked for, and given back, where the file system knows how.
-    """
-    problem = "No space left on device" if needed_bytes > shutil.disk_usage(folder).free else ""
-    program, probe = shutil.which("fallocate"), folder / ".room"
-    if not problem and program is not None:
-        try:
-            asked = subprocess.run([program, "-l", str(needed_bytes), str(probe)], capture_output=True, text=True)
-        finally:
-            probe.unlink(missing_ok=True)
-        problem = next((message for message in DISK_FULL if message in asked.stderr), "")
-    if problem:
-        raise InputError(
-            f"trainings on Cerebras need {needed_bytes / 1e9:.2g} GB at a time in {folder}: {problem}. Free some, or "
-            "give another --results-dir."
-        )
 
 
 def working_bytes(checkpoints: Sequence[Checkpoint], trainings_at_once: int) -> int:

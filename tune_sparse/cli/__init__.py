@@ -16,18 +16,32 @@ import warnings
 from collections.abc import Sequence
 
 from tune_sparse.cli import (
-    auditing,
+    audit,
+    discard,
     doctor,
-    evaluation,
-    merging,
-    pruning,
-    results,
-    searching,
+    evaluate,
+    import_,
+    merge,
+    prepare,
+    prune,
+    report,
+    rerun,
+    search,
+    status,
     sweep,
     throughput,
+    track,
+    ui,
+    validate,
 )
 from tune_sparse.cli.command import BAD_INPUT, FAULT
 from tune_sparse.errors import DISK_FULL, InputError
+
+COMMANDS = (
+    *(sweep, search, prepare, prune, evaluate, validate, merge, throughput),
+    *(status, rerun, discard, audit, report, track, import_, ui, doctor),
+)
+"""In the order of `--help`."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -58,6 +72,6 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = root.add_subparsers(required=True, metavar="COMMAND")
-    for group in (sweep, searching, pruning, evaluation, merging, throughput, results, auditing, doctor):
-        group.add_commands(commands)
+    for command in COMMANDS:
+        command.declare(commands)
     return root

@@ -1,4 +1,4 @@
-"""What the commands share: exit statuses, how a command is declared, options that several have."""
+"""Shared by the commands: exit statuses, how a command is declared, folders of results."""
 
 from __future__ import annotations
 
@@ -28,8 +28,18 @@ def add_command(
     return command
 
 
+def add_results_dir(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--results-dir", type=Path, default=DEFAULT_RESULTS)
+
+
 def add_results_dirs(command: argparse.ArgumentParser) -> None:
     command.add_argument("--results-dir", type=Path, nargs="+", default=[DEFAULT_RESULTS], metavar="DIR")
+
+
+def add_sweep_filter(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--sweep", nargs="+", metavar="ID", help="only these sweeps (names under sweeps/); default: all"
+    )
 
 
 def existing_folders(folders: Sequence[Path]) -> list[Path]:
@@ -37,14 +47,3 @@ def existing_folders(folders: Sequence[Path]) -> list[Path]:
         if not folder.is_dir():
             raise InputError(f"a results folder must exist, {folder} does not. Run `tune-sparse sweep` first.")
     return list(folders)
-
-
-def parse_settings(texts: Sequence[str]) -> dict[str, str]:
-    """The names and values of `--set NAME=VALUE ...`; later ones win."""
-    settings = {}
-    for text in texts:
-        name, equals, value = text.partition("=")
-        if not equals:
-            raise InputError(f"--set takes NAME=VALUE, got {text!r}. Write --set steps=20, say.")
-        settings[name] = value
-    return settings

@@ -5,48 +5,47 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tune_sparse.cli.command import DEFAULT_RESULTS, FAULT, OK, add_command
+from tune_sparse.cli.command import FAULT, OK, add_command, add_results_dir
 
 if TYPE_CHECKING:
-    from tune_sparse.doctor.finding import Finding
+    from tune_sparse.doctor import Check
 
 EXAMPLE = """examples:
     tune-sparse doctor
     tune-sparse doctor --ray --models tiny-llama --results-dir /shared/results
     tune-sparse doctor --cerebras
 
-exit status: 0 all is well, 1 something is to be mended."""
+exit status: 0 all is well, 1 something has to be fixed."""
 
 
-def add_commands(commands: Any) -> None:
+def declare(commands: Any) -> None:
     doctor = add_command(commands, "doctor", _doctor, "check this machine, each fault with its fix", EXAMPLE)
     doctor.add_argument("--ray", action="store_true", help="the Ray cluster at RAY_ADDRESS too, node by node")
     doctor.add_argument(
         "--cerebras", action="store_true", help="the Cerebras environment, its cluster, csctl, the disk"
     )
     doctor.add_argument("--models", nargs="+", default=[], metavar="MODEL", help="which each Ray node must see")
-    doctor.add_argument("--results-dir", type=Path, default=DEFAULT_RESULTS)
-    doctor.add_argument("--json", action="store_true", help="print the findings as JSON")
+    add_results_dir(doctor)
+    doctor.add_argument("--json", action="store_true", help="print the checks as JSON")
 
 
 def _doctor(chosen: argparse.Namespace) -> int:
-    findings = []
-    for finding in _findings(chosen):
-        findings.append(finding)
+    checks = []
+    for check in _checks(chosen):
+        checks.append(check)
         if not chosen.json:
-            print(f"{'ok  ' if finding.is_well else 'MEND'} {finding.what}: {finding.found}", flush=True)
-            if finding.fix:
-                print(f"     {finding.fix}", flush=True)
+            print(f"{'ok  ' if check.is_well else 'FAIL'} {check.what}: {check.found}", flush=True)
+            if check.fix:
+                print(f"     {check.fix}", flush=True)
     if chosen.json:
-        print(json.dumps([vars(finding) for finding in findings]))
-    return OK if all(finding.is_well for finding in findings) else FAULT
+        print(json.dumps([vars(check) for check in checks]))
+    return OK if all(check.is_well for check in checks) else FAULT
 
 
-def _findings(chosen: argparse.Namespace) -> Iterator[Finding]:
-    """Of the Cerebras side alone where that is asked for: a user node may be no place for trials."""
+def _checks(chosen: argparse.Namespace) -> Iterator[Check]:
+    """Examine the Cerebras side alone where that is asked for: a user node may be no place for trials."""
     from tune_sparse.doctor import cerebras as of_cerebras
     from tune_sparse.doctor import machine as of_machine
     from tune_sparse.doctor import ray as of_ray

@@ -1,4 +1,4 @@
-"""throughput."""
+"""throughput: rates and memory by batch size."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from dataclasses import asdict
 from typing import Any
 
 from tune_sparse.cli.command import OK, add_command
-from tune_sparse.cli.sweep import add_sweep_options, sweep_config
+from tune_sparse.cli.sweep_options import add_sweep_options, sweep_config
 from tune_sparse.errors import InputError
 
 
-def add_commands(commands: Any) -> None:
+def declare(commands: Any) -> None:
     throughput = add_command(
         commands,
         "throughput",
@@ -34,10 +34,10 @@ def _throughput(chosen: argparse.Namespace) -> int:
     from trainables.throughput import measure
     from tune_sparse.files import write_json
     from tune_sparse.models.checkpoints import prepare_models
-    from tune_sparse.sweep.plan import plan_sweep
+    from tune_sparse.sweep.plan import make_plan
 
     prepare_models(config.models, report=print)
-    plan, bench = plan_sweep(config), Bench()
+    plan, bench = make_plan(config), Bench()
     folder = config.results_dir / "throughput"
     folder.mkdir(parents=True, exist_ok=True)
     if not chosen.json:

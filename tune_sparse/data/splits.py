@@ -61,28 +61,34 @@ def load_splits(task: Task, data_dir: Path | None, protocol: Protocol) -> Splits
         splits = Splits(tuple(train), tuple(selection), tuple(test))
     else:
         splits = _prompt_splits(task, data_dir, protocol)
-    _refuse_leaks(task, splits)
+    _check_disjoint(task, splits)
     return splits
 
 
 def load_test(task: Task, data_dir: Path | None, protocol: Protocol) -> Splits:
     """Load only what scoring needs: the test rows, and the pool of few-shot examples. Raises as `load_splits`."""
+    is_few_shot = protocol.num_fewshot and isinstance(task, PromptTask)
+    return _scored_splits(task, data_dir, protocol, read_split(task, "train", data_dir) if is_few_shot else [])
+
+
+def _scored_splits(task: Task, data_dir: Path | None, protocol: Protocol, train: Sequence[Row]) -> Splits:
+    """As `load_test`, with the training rows at hand."""
     limit = protocol.n_test if isinstance(task, PromptTask) else None
     test = read_split(task, task.test_split, data_dir)[:limit]
     is_few_shot = protocol.num_fewshot and isinstance(task, PromptTask)
-    examples = read_split(task, "train", data_dir) if is_few_shot else []
+    examples = tuple(train) if is_few_shot else ()
     if is_few_shot and len(examples) <= protocol.num_fewshot:
         raise InputError(
             f"num_fewshot must be less than the {len(examples)} training rows of {task.name}, "
             f"got {protocol.num_fewshot}. Lower it."
         )
-    _refuse_leaks(task, Splits(tuple(examples), (), tuple(test)))
-    return Splits((), (), tuple(test), tuple(examples))
+    _check_disjoint(task, Splits(examples, (), tuple(test)))
+    return Splits((), (), tuple(test), examples)
 
 
 def _prompt_splits(task: PromptTask, data_dir: Path | None, protocol: Protocol) -> Splits:
     train = read_split(task, "train", data_dir)
-    scored = load_test(task, data_dir, protocol)
+    scored = _scored_splits(task, data_dir, protocol, train)
     random.Random(SPLIT_SEED).shuffle(train)
     if task.test_split == "test" and has_split(task, "validation", data_dir):
         selection = read_split(task, "validation", data_dir)[: protocol.n_selection]
@@ -132,9 +138,9 @@ def read_rows(task: Task, path: Path) -> list[Row]:
             row = json.loads(line)
             task.check(row)
         except json.JSONDecodeError as error:
-            raise InputError(f"{path}:{number}: each line must be a JSON object: {error}. Mend the line.") from error
+            raise InputError(f"{path}:{number}: each line must be a JSON object: {error}. Fix the line.") from error
         except InputError as error:
-            raise InputError(f"{path}:{number}: {error}. Mend the row.") from error
+            raise InputError(f"{path}:{number}: {error}. Fix the row.") from error
         rows.append(row)
     if not rows:
         raise InputError(f"{path} must have at least one row, got an empty file. Add rows.")
@@ -155,7 +161,7 @@ def read_text(task: TextTask, split: str, path: Path) -> list[Row]:
 
 def _file_content(task: Task, path: Path) -> str:
     if not path.is_file():
-        raise InputError(f"{task.name} needs the file {path}, which is missing. Add it, or mend --data-dir.")
+        raise InputError(f"{task.name} needs the file {path}, which is missing. Add it, or fix --data-dir.")
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -179,7 +185,7 @@ def _questions(task: Task, rows: Sequence[Row]) -> set[Any]:
     return {(line,) for row in rows for line in row["text"].splitlines() if len(line) >= LEAK_CHARACTERS}
 
 
-def _refuse_leaks(task: Task, splits: Splits) -> None:
+def _check_disjoint(task: Task, splits: Splits) -> None:
     seen: dict[Any, str] = {}
     for split in ("test", "selection", "train"):
         asked = _questions(task, getattr(splits, split))

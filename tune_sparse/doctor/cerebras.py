@@ -1,4 +1,4 @@
-"""What of the Cerebras side works on this machine, and what to do about the rest."""
+"""Checks of the Cerebras side of this machine, each fault with its fix."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from tune_sparse.cerebras import appliance
 from tune_sparse.cerebras.content_cache import limit_bytes, size_bytes
 from tune_sparse.cerebras.environment import CLUSTER_CONFIG, SiteEnvironment, find_environment
-from tune_sparse.doctor.finding import Finding
+from tune_sparse.doctor import Check
 from tune_sparse.errors import InputError
 from tune_sparse.files import cache_dir
 
@@ -19,14 +19,14 @@ TESTED = {"cerebras_pytorch": "2.10.0", "torch": "2.4.0"}
 QUOTA_SECONDS = 20
 
 
-def examine() -> Iterator[Finding]:
+def examine() -> Iterator[Check]:
     """Environment, Model Zoo, compiler, cluster, csctl and disk. A laptop lacks a cluster: --cerebras-target csx alone
     needs one."""
     try:
         environment = find_environment()
     except InputError as error:
         message, _, fix = str(error).partition(". ")
-        yield Finding("environment", False, message, fix)
+        yield Check("environment", False, message, fix)
     else:
         yield from _environment(environment)
     yield _cluster()
@@ -34,26 +34,26 @@ def examine() -> Iterator[Finding]:
     yield from _disk()
 
 
-def _environment(environment: SiteEnvironment) -> Iterator[Finding]:
+def _environment(environment: SiteEnvironment) -> Iterator[Check]:
     versions = ", ".join(f"{name} {version}" for name, version in environment.packages.items())
-    yield Finding("environment", True, f"{environment.venv}: Python {environment.python_version}, {versions}")
+    yield Check("environment", True, f"{environment.venv}: Python {environment.python_version}, {versions}")
     untested = [f"{name} {environment.packages[name]}" for name in TESTED if environment.packages[name] != TESTED[name]]
     if untested:
-        yield Finding("versions", True, f"{', '.join(untested)}: never run with this program; {TESTED} was")
+        yield Check("versions", True, f"{', '.join(untested)}: never run with this program; {TESTED} was")
     zoo = _zoo_release(environment.modelzoo)
     if zoo is not None and zoo != environment.release:
         fix = f"Check out Release_{environment.release} of Model Zoo."
-        yield Finding("Model Zoo", False, f"{environment.modelzoo} is {zoo}, not {environment.release}", fix)
+        yield Check("Model Zoo", False, f"{environment.modelzoo} is {zoo}, not {environment.release}", fix)
     else:
-        yield Finding("Model Zoo", True, f"{environment.modelzoo}, release {zoo or 'not said'}")
+        yield Check("Model Zoo", True, f"{environment.modelzoo}, release {zoo or 'not said'}")
     compiler = environment.venv / "bin" / "torch-cirh-opt"
     fix = "" if compiler.exists() else "Install cerebras_pytorch again: --cerebras-target validate needs it."
-    yield Finding("compiler front end", compiler.exists(), str(compiler), fix)
+    yield Check("compiler front end", compiler.exists(), str(compiler), fix)
     yield _same_release(environment.release)
 
 
 def _zoo_release(modelzoo: Path) -> str | None:
-    """What the checkout's setup.py or requirements.txt says."""
+    """Read the release from the checkout's setup.py or requirements.txt."""
     for name in ("setup.py", "requirements.txt"):
         path = modelzoo.parent / name
         text = path.read_text(errors="replace") if path.exists() else ""
@@ -62,45 +62,45 @@ def _zoo_release(modelzoo: Path) -> str | None:
     return None
 
 
-def _cluster() -> Finding:
+def _cluster() -> Check:
     if CLUSTER_CONFIG.exists():
-        return Finding("cluster", True, f"configured by {CLUSTER_CONFIG}")
+        return Check("cluster", True, f"configured by {CLUSTER_CONFIG}")
     fix = "Go to a user node of the CS-3. Without one, --cerebras-target cpu trains and validate lowers."
-    return Finding("cluster", False, f"none: {CLUSTER_CONFIG} does not exist", fix)
+    return Check("cluster", False, f"none: {CLUSTER_CONFIG} does not exist", fix)
 
 
-def _controller() -> Finding:
+def _controller() -> Check:
     try:
         waiting = appliance.jobs_with(appliance.LABEL)
     except appliance.AppliancesSilentError as error:
-        return Finding("csctl", False, str(error), "Without it a job that is left over cannot be cancelled.")
-    return Finding("csctl", True, f"answers; {len(waiting)} unfinished jobs of this program")
+        return Check("csctl", False, str(error), "Without it a job that is left over cannot be cancelled.")
+    return Check("csctl", True, f"answers; {len(waiting)} unfinished jobs of this program")
 
 
-def _same_release(release: str) -> Finding:
-    """Of the client and the cluster, where `csctl` says one."""
+def _same_release(release: str) -> Check:
+    """Compare the releases of the client and the cluster, where `csctl` says one."""
     try:
         said = appliance.versions()
     except appliance.AppliancesSilentError as error:
-        return Finding("cluster's release", True, f"not known: {error}")
+        return Check("cluster's release", True, f"not known: {error}")
     ours = ".".join(release.split(".")[:2])
     is_same = not said or any(version.startswith(f"{ours}.") or version == ours for version in said)
     fix = "" if is_same else "Set CEREBRAS_VENV to the environment of the cluster's release."
-    return Finding("cluster's release", is_same, f"{', '.join(said) or 'not said'}; the environment is {release}", fix)
+    return Check("cluster's release", is_same, f"{', '.join(said) or 'not said'}; the environment is {release}", fix)
 
 
-def _disk() -> Iterator[Finding]:
+def _disk() -> Iterator[Check]:
     cache = cache_dir() / "cerebras"
     used = size_bytes(cache) if cache.is_dir() else 0
     limit = f"{used / 1e9:.1f} of {limit_bytes() / 1e9:.0f} GB used in {cache}"
-    yield Finding("conversions", True, limit)
+    yield Check("conversions", True, limit)
     here = Path.cwd()
     free = shutil.disk_usage(here).free
-    yield Finding("disk", True, f"{free / 1e9:.0f} GB free at {here}")
+    yield Check("disk", True, f"{free / 1e9:.0f} GB free at {here}")
     program = shutil.which("quota")
     if program is not None:
         asked = subprocess.run([program, "-s"], capture_output=True, text=True, timeout=QUOTA_SECONDS)
         over = "*" in asked.stdout
         fix = "Free some: a sweep writes adapters, and two checkpoints for each training that runs." if over else ""
         said = " ".join(asked.stdout.split()) or "none"
-        yield Finding("quota", not over, said, fix)
+        yield Check("quota", not over, said, fix)

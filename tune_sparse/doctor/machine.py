@@ -1,4 +1,4 @@
-"""What of this machine works for a sweep, and what to do about the rest."""
+"""Checks of this machine, each fault with its fix."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from pathlib import Path
 
 import psutil
 
-from tune_sparse.doctor.finding import Finding, finding
+from tune_sparse.doctor import Check, check
 from tune_sparse.errors import InputError
 from tune_sparse.files import cache_dir
+from tune_sparse.sweep.resources import available_cores
 
 PYTHON = "3.11"
 LEAST_MEMORY_BYTES, LEAST_DISK_BYTES = 4e9, 2e9
-"""What the toy models need with two workers, and their results."""
+"""Needed by the toy models with two workers, and for their results."""
 SHOWN = 5
 
 
-def examine(results_dir: Path) -> Iterator[Finding]:
+def examine(results_dir: Path) -> Iterator[Check]:
     """Python, packages, hardware, disk and the cache of models."""
-    yield python_finding("Python", platform.python_version())
-    yield packages_finding("packages", installed())
+    yield check_python("Python", platform.python_version())
+    yield check_packages("packages", installed())
     yield _torch()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    yield Finding("CPU", True, f"{cores} cores: as many trials at once, with a thread each")
+    yield Check("CPU", True, f"{available_cores()} cores: as many trials at once, with a thread each")
     memory = psutil.virtual_memory()
-    yield finding(
+    yield check(
         "memory",
         memory.available >= LEAST_MEMORY_BYTES,
         f"{memory.available / 1e9:.0f} of {memory.total / 1e9:.0f} GB free",
@@ -49,7 +49,7 @@ def tested() -> dict[str, str]:
 
 
 def installed() -> dict[str, str]:
-    """Of the tested packages, those that are here."""
+    """{package: its version here}, for those of the tested packages that are here."""
     found = {}
     for name in tested():
         try:
@@ -59,13 +59,13 @@ def installed() -> dict[str, str]:
     return found
 
 
-def python_finding(what: str, found: str) -> Finding:
+def check_python(what: str, found: str) -> Check:
     is_well = found.startswith(f"{PYTHON}.")
-    return finding(what, is_well, found, f"Make the environment with Python {PYTHON}.")
+    return check(what, is_well, found, f"Make the environment with Python {PYTHON}.")
 
 
-def packages_finding(what: str, found: Mapping[str, str]) -> Finding:
-    """Against the versions that were tested; a local build (`+cpu`) is the same version."""
+def check_packages(what: str, found: Mapping[str, str]) -> Check:
+    """Compare packages with the versions that were tested; a local build (`+cpu`) is the same version."""
     expected = tested()
     differing = [
         f"{name} {found[name]} ({pinned} was tested)"
@@ -74,27 +74,27 @@ def packages_finding(what: str, found: Mapping[str, str]) -> Finding:
     ]
     more = f" and {len(differing) - SHOWN} more" if len(differing) > SHOWN else ""
     said = f"{', '.join(differing[:SHOWN])}{more}" if differing else f"{len(found)} as they were tested"
-    return finding(what, not differing, said, "Run `make`, or pip install with -c cluster/constraints.txt.")
+    return check(what, not differing, said, "Run `make`, or pip install with -c cluster/constraints.txt.")
 
 
-def _torch() -> Finding:
+def _torch() -> Check:
     import torch
 
     if torch.cuda.is_available():
         names = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
-        return Finding("GPU", True, f"torch {torch.__version__}: {', '.join(names)}")
+        return Check("GPU", True, f"torch {torch.__version__}: {', '.join(names)}")
     has_driver = shutil.which("nvidia-smi") is not None
     said = "there is a driver, and torch sees no GPU" if has_driver else "none: trials compute on the CPU"
     fix = "Install the CUDA build of torch: `make TORCH_OPTIONS=...` in the README."
-    return finding("GPU", not has_driver, f"torch {torch.__version__}: {said}", fix)
+    return check("GPU", not has_driver, f"torch {torch.__version__}: {said}", fix)
 
 
-def _folder(what: str, folder: Path, fix: str) -> Finding:
+def _folder(what: str, folder: Path, fix: str) -> Check:
     there = existing(folder)
     free = shutil.disk_usage(there).free
     if not os.access(there, os.W_OK):
-        return Finding(what, False, f"{there} cannot be written", fix)
-    return finding(what, free >= LEAST_DISK_BYTES, f"{free / 1e9:.0f} GB free at {folder.resolve()}", fix)
+        return Check(what, False, f"{there} cannot be written", fix)
+    return check(what, free >= LEAST_DISK_BYTES, f"{free / 1e9:.0f} GB free at {folder.resolve()}", fix)
 
 
 def existing(folder: Path) -> Path:
@@ -102,7 +102,7 @@ def existing(folder: Path) -> Path:
     return next(path for path in (folder.resolve(), *folder.resolve().parents) if path.is_dir())
 
 
-def _toy_models() -> Finding:
+def _toy_models() -> Check:
     from tune_sparse.models.checkpoints import find_folder
     from tune_sparse.models.toy_models import TOY_MODELS
 
@@ -112,7 +112,7 @@ def _toy_models() -> Finding:
             find_folder(name)
         except InputError:
             missing.append(name)
-    return Finding(
+    return Check(
         "toy models",
         True,
         f"{', '.join(missing)} not trained yet: a sweep does it, or `tune-sparse prepare`" if missing else "trained",

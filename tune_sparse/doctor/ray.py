@@ -1,4 +1,4 @@
-"""What of a Ray cluster works for a sweep: `python -m tune_sparse.doctor.ray RESULTS MODEL...` asks each node.
+"""Checks of a Ray cluster: `python -m tune_sparse.doctor.ray RESULTS MODEL...` asks each node.
 
 It is a process of its own, because Ray tries for minutes where it is refused, and because what is defined in a main
 program is sent to the nodes as it is: they need nothing of this project to say that they lack it.
@@ -17,9 +17,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from tune_sparse.doctor.finding import Finding, finding
+from tune_sparse.doctor import Check, check
 from tune_sparse.doctor.machine import existing, installed
-from tune_sparse.net import refuse_silent
+from tune_sparse.net import check_listening
 
 ASK_SECONDS, NODE_SECONDS = 120, 60
 CLOCK_SECONDS = 10.0
@@ -27,60 +27,60 @@ CLOCK_SECONDS = 10.0
 RESOURCES = ("CPU", "GPU", "CS3", "CS3_TRIAL")
 
 
-def examine(results_dir: Path, models: Sequence[str]) -> Iterator[Finding]:
-    """Whether the cluster lets us in, and each of its nodes."""
+def examine(results_dir: Path, models: Sequence[str]) -> Iterator[Check]:
+    """Check that the cluster lets us in, then each of its nodes."""
     address = os.environ.get("RAY_ADDRESS", "")
     if not address:
         fix = "Set RAY_ADDRESS to HOST:PORT of the head."
-        yield Finding("Ray", False, "RAY_ADDRESS is not set: a sweep starts Ray on this machine", fix)
+        yield Check("Ray", False, "RAY_ADDRESS is not set: a sweep starts Ray on this machine", fix)
         return
     try:
-        refuse_silent(address)
+        check_listening(address)
     except (OSError, ValueError) as error:
-        fix = "Mend RAY_ADDRESS, start the head with `ray start --head`, or open its port to this machine."
-        yield Finding("Ray", False, f"nobody answers at {address}: {error}", fix)
+        fix = "Fix RAY_ADDRESS, start the head with `ray start --head`, or open its port to this machine."
+        yield Check("Ray", False, f"nobody answers at {address}: {error}", fix)
         return
     answer = _ask(results_dir, models)
-    if isinstance(answer, Finding):
+    if isinstance(answer, Check):
         yield answer
         return
-    yield Finding("Ray", True, f"{address} lets us in: {len(answer)} nodes")
+    yield Check("Ray", True, f"{address} lets us in: {len(answer)} nodes")
     if os.environ.get("RAY_AUTH_MODE") != "token":
         fix = "Start the head and everything else with RAY_AUTH_MODE=token: docs/security.md."
-        yield Finding("token", False, f"anybody who reaches {address} may run programs there", fix)
+        yield Check("token", False, f"anybody who reaches {address} may run programs there", fix)
     for node in answer:
         yield from check_node(node)
 
 
-def _ask(results_dir: Path, models: Sequence[str]) -> list[dict[str, Any]] | Finding:
-    """What each node says, or why none could be asked."""
+def _ask(results_dir: Path, models: Sequence[str]) -> list[dict[str, Any]] | Check:
+    """Ask each node; returns the answers, or why none could be asked."""
     command = [sys.executable, "-m", "tune_sparse.doctor.ray", str(results_dir.resolve()), *models]
     try:
         asked = subprocess.run(command, capture_output=True, text=True, timeout=ASK_SECONDS)
     except subprocess.TimeoutExpired:
-        return Finding("Ray", False, f"no answer in {ASK_SECONDS} s", "See the head's log, and its firewall.")
+        return Check("Ray", False, f"no answer in {ASK_SECONDS} s", "See the head's log, and its firewall.")
     if asked.returncode == 0:
         return list(json.loads(asked.stdout.splitlines()[-1]))
     if "uthentica" in asked.stderr or "token" in asked.stderr:
         fix = "Set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the token of the head."
-        return Finding("token", False, "the cluster refuses us: its token is another one, or we have none", fix)
+        return Check("token", False, "the cluster refuses us: its token is another one, or we have none", fix)
     said = [line for line in asked.stderr.splitlines() if line.strip()] or ["nothing"]
-    return Finding("Ray", False, f"it refuses us: {said[-1]}", "Use the Python and Ray of the head.")
+    return Check("Ray", False, f"it refuses us: {said[-1]}", "Use the Python and Ray of the head.")
 
 
-def check_node(node: dict[str, Any]) -> Iterator[Finding]:
-    """Of what `ask_nodes` heard from a node."""
+def check_node(node: dict[str, Any]) -> Iterator[Check]:
+    """Check what `ask_nodes` heard from a node."""
     name = f"node {node['address']}"
     amounts = node["resources"]
     held = ", ".join(f"{amounts[kind]:g} {kind}" for kind in RESOURCES if amounts.get(kind))
     memory = f"{amounts.get('memory', 0) / 1e9:.0f} GB"
     if "said" not in node:
-        yield Finding(name, False, f"{held}, {memory}: {node['error']}", "See its raylet.log, or take it out.")
+        yield Check(name, False, f"{held}, {memory}: {node['error']}", "See its raylet.log, or take it out.")
         return
     said = node["said"]
-    yield Finding(name, True, f"{said['host']}: {held or 'no CPU for trials'}, {memory}")
+    yield Check(name, True, f"{said['host']}: {held or 'no CPU for trials'}, {memory}")
     is_same = said["python"] == platform.python_version()
-    yield finding(
+    yield check(
         f"{name}, Python",
         is_same,
         said["python"] if is_same else f"{said['python']}, here {platform.python_version()}",
@@ -90,10 +90,10 @@ def check_node(node: dict[str, Any]) -> Iterator[Finding]:
     differing = [f"{n} {theirs.get(n) or 'missing'} (here {ours[n]})" for n in ours if theirs.get(n) != ours[n]]
     differing.sort(key=lambda said: not said.startswith(("ray ", "torch ")))
     same = f"{len(ours)} as here"
-    yield finding(
+    yield check(
         f"{name}, packages", not differing, "; ".join(differing[:5]) or same, "Use one environment on all nodes."
     )
-    yield finding(
+    yield check(
         f"{name}, results",
         said["sees_results"],
         "seen" if said["sees_results"] else "the results folder of this machine is not there, or not writable",
@@ -101,14 +101,14 @@ def check_node(node: dict[str, Any]) -> Iterator[Finding]:
     )
     for model, why in said["models"].items():
         fix = "Put it where all nodes see it, or `tune-sparse prepare` there; TUNE_SPARSE_CACHE is the place."
-        yield finding(f"{name}, {model}", not why, why or "seen", fix)
+        yield check(f"{name}, {model}", not why, why or "seen", fix)
     off = said["clock_seconds"]
     fix = "Synchronise the clocks (chrony, ntp)."
-    yield finding(f"{name}, clock", abs(off) <= CLOCK_SECONDS, f"{off:+.1f} s from here", fix)
+    yield check(f"{name}, clock", abs(off) <= CLOCK_SECONDS, f"{off:+.1f} s from here", fix)
 
 
 def look(packages: Sequence[str], probe: str, models: Sequence[str]) -> dict[str, Any]:
-    """What a node says of itself. It is sent there as it stands."""
+    """Describe the node that this runs on. It is sent there as it stands."""
     import os
     import platform
     import socket

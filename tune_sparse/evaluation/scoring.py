@@ -103,7 +103,7 @@ def _encode_choices(
             if not choice.context or not choice.continuation:
                 raise InputError(
                     f"a choice must have between 1 and max_tokens = {protocol.max_tokens} tokens, {task.name} has "
-                    f"{text[:80]!r}. Raise max_tokens, or mend the row."
+                    f"{text[:80]!r}. Raise max_tokens, or fix the row."
                 )
         yield Example(task.question_id(row), str(task.gold(row)), choices, tuple(len(text) - 1 for _, text in pairs))
 

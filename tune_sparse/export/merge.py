@@ -53,7 +53,7 @@ def merge_run(ledger: LedgerReader, run_id: str, output: Path) -> dict[str, Any]
     It is made again from the base model, the run's mask and what the run trained. Raises `InputError` for a run that
     is not done, a base model that changed, or masks that do not come out as they were trained.
     """
-    _refuse_existing(output)
+    _check_absent(output)
     if run_id not in ledger.run_ids():
         raise unknown_name("run", run_id, ledger.run_ids())
     record = ledger.record(run_id)
@@ -72,7 +72,7 @@ def merge_adapter(base: str, adapter: Path, output: Path, keep_zeros: bool = Fal
     An adapter of this project says its mode and mask, and the base must be the pruned model that it was trained on.
     One of stock PEFT is merged as plain LoRA; with `keep_zeros` weights that are 0 in the base stay 0.
     """
-    _refuse_existing(output)
+    _check_absent(output)
     marker, checkpoint = read_marker(adapter), check_checkpoint(base)
     precision = AutoConfig.from_pretrained(checkpoint.path, local_files_only=True).dtype or torch.float32
     model = load_model(checkpoint.path, precision, torch.device("cpu"))
@@ -85,7 +85,7 @@ def merge_adapter(base: str, adapter: Path, output: Path, keep_zeros: bool = Fal
     return _write(Merged(model, masks, checkpoint.path, origin), output)
 
 
-def _refuse_existing(output: Path) -> None:
+def _check_absent(output: Path) -> None:
     if output.exists():
         raise InputError(f"a merged model needs a folder of its own, {output} exists. Give another --output.")
     if not output.parent.is_dir():

@@ -66,7 +66,7 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
     """
     marker, config = read_marker(folder), _read_config(folder)
     masks = model_masks(model, marker) if marker else None
-    _refuse_unknown_targets(model, config)
+    _check_targets(model, config)
     adapted = inject(model, config)
     confine(adapted, masks if marker and marker.mode == "sparse-to-sparse" else None)
     set_peft_model_state_dict(adapted, _read_weights(folder, get_peft_model_state_dict(adapted)))
@@ -109,7 +109,7 @@ def _read_config(folder: Path) -> LoraConfig:
     try:
         config = PeftConfig.from_pretrained(str(folder))
     except (ValueError, TypeError, KeyError, OSError) as error:
-        raise InputError(f"{folder} must hold an adapter in PEFT's format: {error}. Mend the path.") from error
+        raise InputError(f"{folder} must hold an adapter in PEFT's format: {error}. Fix the path.") from error
     extras = {name: getattr(config, name, None) for name in ("use_dora", "modules_to_save", "layers_to_transform")}
     extras |= {"bias": None if getattr(config, "bias", "none") == "none" else config.bias}
     found = [f"{name}={value}" for name, value in extras.items() if value]
@@ -120,7 +120,7 @@ def _read_config(folder: Path) -> LoraConfig:
     return config
 
 
-def _refuse_unknown_targets(model: PreTrainedModel, config: LoraConfig) -> None:
+def _check_targets(model: PreTrainedModel, config: LoraConfig) -> None:
     """PEFT itself is content when one of several names is found."""
     if isinstance(config.target_modules, str):  # a regular expression, or "all-linear"
         return

@@ -257,7 +257,7 @@ def choose_way(weight: Tensor, mask: Tensor | None, rank: int, workspace: Worksp
     """
     if mask is None:
         return Plain() if _pays_by_factors(len(weight), weight.shape[1], rank) else DenseStored(weight, None, workspace)
-    _refuse_unfit(weight, mask)
+    _check_mask_fits(weight, mask)
     name = best_way(weight, mask, rank) if asked == "auto" else asked
     if name == "structured" and not is_structured(mask):
         raise InputError("the way 'structured' needs masks of whole rows and columns, got another. Choose 'auto'.")
@@ -300,7 +300,7 @@ def _is_for_csr(weight: Tensor) -> bool:
     return weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.float64)
 
 
-def _refuse_unfit(weight: Tensor, mask: Tensor) -> None:
+def _check_mask_fits(weight: Tensor, mask: Tensor) -> None:
     if mask.shape != weight.shape or mask.dtype != torch.bool:
         raise InputError(
             f"a mask must be bool and have the shape of its weight, {tuple(weight.shape)}, got "

@@ -140,7 +140,7 @@ class SuperAdapter:
         return asdict(self)
 
 
-def refuse_unfit(space: Space, modules: Iterable[str], rank: int) -> None:
+def check_space(space: Space, modules: Iterable[str], rank: int) -> None:
     """Raise `InputError` for a module that the model lacks, or a rank above the super-adapter's."""
     modules = set(modules)
     for group in space.groups:

@@ -119,7 +119,7 @@ def _check_hub_id(hub_id: str) -> None:
         raise InputError(
             f"a model is {', '.join(TOY_MODELS)}, a folder, or a hub id such as org/name@revision, "
             f"got {hub_id!r}, which is none of them. "
-            + (f"Did you mean {close[0]!r}?" if close else "Mend the name or the path.")
+            + (f"Did you mean {close[0]!r}?" if close else "Fix the name or the path.")
         )
 
 
@@ -139,8 +139,8 @@ def check_checkpoint(reference: str) -> Checkpoint:
     stamp = [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files]
     known = read_json(memory) if memory.exists() else {}
     if known.get("stamp") != stamp:
-        _refuse_bad_weights(folder, weights)
-        _refuse_bad_tokenizer(folder)
+        _check_weights(folder, weights)
+        _check_tokenizer(folder)
         known = {"stamp": stamp, "fingerprint": fingerprint_of_files(files)}
         memory.parent.mkdir(parents=True, exist_ok=True)
         write_json(memory, known)
@@ -158,7 +158,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         config: dict[str, Any] = read_json(path)
     except ValueError as error:
-        raise InputError(f"{path} must be JSON: {error}. Mend or fetch it again.") from error
+        raise InputError(f"{path} must be JSON: {error}. Fix or fetch it again.") from error
     if not isinstance(config, dict):
         raise InputError(f"{path} must map names to values, got {type(config).__name__}. Fetch it again.")
     return config
@@ -184,7 +184,7 @@ def _tokenizer_files(folder: Path) -> list[Path]:
     return found
 
 
-def _refuse_bad_tokenizer(folder: Path) -> None:
+def _check_tokenizer(folder: Path) -> None:
     from transformers import AutoConfig
 
     tokenizer, vocabulary = load_tokenizer(folder), AutoConfig.from_pretrained(folder).vocab_size
@@ -197,7 +197,7 @@ def _refuse_bad_tokenizer(folder: Path) -> None:
         )
 
 
-def _refuse_bad_weights(folder: Path, files: Sequence[Path]) -> None:
+def _check_weights(folder: Path, files: Sequence[Path]) -> None:
     """Every tensor of the model's class is there, once, in its shape, and finite: nothing is filled in at random."""
     from safetensors import SafetensorError, safe_open
 

@@ -54,7 +54,7 @@ def global_order(sizes: Mapping[str, int], sparsities: Sequence[float], scores: 
             taken = min(equal, left[level])
             left[level] -= taken
             counts[name].append(below + taken)
-            refuse_empty(name, size, below + taken, sparsities[level])
+            check_not_empty(name, size, below + taken, sparsities[level])
     return counts
 
 
@@ -65,7 +65,7 @@ def _bin_of_rank(histogram: Tensor, rank: int) -> tuple[int, int]:
     return bin, rank - int(upto[bin] - histogram[bin])
 
 
-def refuse_empty(name: str, size: int, pruned: int, sparsity: float) -> None:
+def check_not_empty(name: str, size: int, pruned: int, sparsity: float) -> None:
     if pruned >= size:
         raise InputError(
             f"no layer may be 100% sparse: at sparsity {sparsity:g} {name} would lose all its {size} weights. "

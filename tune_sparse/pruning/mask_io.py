@@ -120,7 +120,7 @@ def recorded_statistics(masks: Path) -> dict[str, Any]:
     return read_json(path) if path != masks and path.is_file() else {}
 
 
-def refuse_other_model(masks: MaskFile, tensors: TensorFiles, path: Path) -> None:
+def check_same_model(masks: MaskFile, tensors: TensorFiles, path: Path) -> None:
     """Raise `InputError` where a mask belongs to another model, naming the first tensor that differs."""
     for name in sorted(masks):
         if name not in tensors:

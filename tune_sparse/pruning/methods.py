@@ -55,7 +55,7 @@ class Method:
         kept, group = GROUPS.get(self.pattern, (0, 0))
         return 1 - kept / group if group else None
 
-    def refuse_sparsity(self, name: str, sparsity: float) -> None:
+    def check_sparsity(self, name: str, sparsity: float) -> None:
         """Raise `InputError` for a sparsity that the pattern cannot have; 0 is the dense model."""
         fixed = self.fixed_sparsity
         if fixed is not None and sparsity not in (0.0, fixed):

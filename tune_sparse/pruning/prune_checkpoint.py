@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -14,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tune_sparse.config import refuse_sparsities
+from tune_sparse.config import check_sparsities
 from tune_sparse.data.splits import Encoded
 from tune_sparse.errors import InputError, unknown_name
-from tune_sparse.files import write_json
+from tune_sparse.files import check_room, write_json
 from tune_sparse.models.safetensors_io import TensorWriter
 from tune_sparse.pruning.calibration import CalibrationStats
 from tune_sparse.pruning.compact import compact
@@ -27,7 +26,7 @@ from tune_sparse.pruning.masks import mask_sha256
 from tune_sparse.pruning.methods import method_named
 from tune_sparse.pruning.prune_model import (
     PrunedMatrix,
-    check_sparsities,
+    check_method_sparsities,
     measured,
     needs_blockwise,
     prune,
@@ -62,7 +61,7 @@ class Request:
     sequential: bool = False
 
     def __post_init__(self) -> None:
-        refuse_sparsities(self.sparsities)
+        check_sparsities(self.sparsities)
         if 0 in self.sparsities or any(a >= b for a, b in pairwise(self.sparsities)):
             raise InputError(f"sparsities must ascend from above 0, got {list(self.sparsities)}. Sort them.")
         if self.format not in FORMATS:
@@ -96,10 +95,10 @@ def run(request: Request, report: Callable[[str], None] = print) -> Path:
     """
     checkpoint = open_checkpoint(request.model)
     for method in request.methods:
-        check_sparsities(method, checkpoint.dims, request.sparsities)
+        check_method_sparsities(method, checkpoint.dims, request.sparsities)
     folder = request.out / checkpoint.name
     folder.mkdir(parents=True, exist_ok=True)
-    _refuse_full_disk(request, checkpoint, folder)
+    _check_disk(request, checkpoint, folder)
     statistics = CalibrationStats()
     methods = [method_named(name) for name in request.methods]
     if any(method.needs.input_norms or method.needs.gradients for method in methods):
@@ -118,18 +117,13 @@ def _is_sequential(request: Request, method: str) -> bool:
     return request.sequential and needs_blockwise(method, sequential=True)
 
 
-def _refuse_full_disk(request: Request, checkpoint: OpenCheckpoint, folder: Path) -> None:
+def _check_disk(request: Request, checkpoint: OpenCheckpoint, folder: Path) -> None:
     weights = sum(checkpoint.prunable.sizes.values())
     files = len(request.methods) * len(request.sparsities)
     needed = len(request.methods) * weights // 2 if request.format == "levels" else files * weights
     whole = sum(path.stat().st_size for path in set(checkpoint.tensors.paths.values()))
     needed += files * whole * (request.checkpoints + request.compact)
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise InputError(
-            f"pruning needs room for what it writes, about {needed / 1e9:.2f} GB, {folder} has {free / 1e9:.2f} GB. "
-            "Free some, ask for fewer levels, or --format levels."
-        )
+    check_room(folder, needed, "pruning", "Free some, ask for fewer levels, or --format levels.")
 
 
 def _dtype(checkpoint: OpenCheckpoint) -> torch.dtype:

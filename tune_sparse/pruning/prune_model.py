@@ -143,7 +143,7 @@ class Job:
     ) -> Job:
         method = method_named(name)
         assert list(sparsities) == sorted(sparsities)
-        check_sparsities(name, model.dims, sparsities)
+        check_method_sparsities(name, model.dims, sparsities)
         job = cls(method, model, sparsities, seed, {})
         if method.pattern != "element-wise":
             return job
@@ -258,11 +258,11 @@ def oriented_scores(score: str, matrix: Matrix, weight: Tensor, seed: int, stati
     return compute(weight, inputs)
 
 
-def check_sparsities(name: str, dims: ModelDims, sparsities: Iterable[float]) -> None:
+def check_method_sparsities(name: str, dims: ModelDims, sparsities: Iterable[float]) -> None:
     """Raise `InputError` for a method that cannot prune a model of this shape to one of the sparsities."""
     method = method_named(name)
     for sparsity in sparsities:
-        method.refuse_sparsity(name, sparsity)
+        method.check_sparsity(name, sparsity)
         if method.pattern == "structured":
             structured_counts(dims, sparsity)
     _, group = GROUPS.get(method.pattern, (1, 1))

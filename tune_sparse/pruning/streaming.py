@@ -52,14 +52,14 @@ def open_checkpoint(reference: str) -> OpenCheckpoint:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
         dims = ModelDims.from_config(config)
     except (ValueError, TypeError, AttributeError) as error:
-        raise InputError(f"{folder / 'config.json'} must be the config of its class: {error}. Mend it.") from error
+        raise InputError(f"{folder / 'config.json'} must be the config of its class: {error}. Fix it.") from error
     tensors = FiniteTensors(weight_files(folder))
     prunable = Prunable.of(tensors, dims)
-    _refuse_incomplete(folder, prunable)
+    _check_complete(folder, prunable)
     return OpenCheckpoint(short_name(reference), folder, config, dims, tensors, prunable)
 
 
-def _refuse_incomplete(folder: Path, model: Prunable) -> None:
+def _check_complete(folder: Path, model: Prunable) -> None:
     found = {(m.block, m.layer, m.expert) for m in model.matrices}
     for wanted in architecture_named(model.dims.architecture).expected(model.dims):
         if (wanted.block, wanted.layer, wanted.expert) not in found:

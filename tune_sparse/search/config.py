@@ -1,17 +1,20 @@
-"""What a search is asked: one cell to adapt, the space of its sub-adapters, and how they are searched."""
+"""Settings of a search: one cell to adapt, the space of its sub-adapters, and how they are searched."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-from tune_sparse.config import SweepConfig, option, rule
+from tune_sparse.config import SweepConfig
+from tune_sparse.config.options import option, rule
 from tune_sparse.errors import InputError, unknown_name
 from tune_sparse.lora.rank_space import SAMPLINGS, Space, SuperAdapter
 
 SAMPLERS = ("nsga2", "tpe", "hill-climbing", "random")
 OBJECTIVES = ("accuracy", "parameters", "inference_flops")
 COST_OBJECTIVES = OBJECTIVES[1:]
+CELL_AXES = ("models", "tasks", "methods", "sparsities", "modes", "seeds")
+"""The axes of a sweep that name its cells: a search has one value of each."""
 
 
 @dataclass(frozen=True)
@@ -29,10 +32,9 @@ class SearchConfig:
     )
     is_racing: bool = option("candidates that are beaten beyond doubt stop early", True)
     in_order: bool = option("one candidate after the other, so that the same seed searches the same", False)
-    cells: tuple[str, ...] = field(default=("models", "tasks", "methods", "sparsities", "modes", "seeds"), init=False)
 
     def __post_init__(self) -> None:
-        for axis in self.cells:
+        for axis in CELL_AXES:
             values = getattr(self.sweep, axis)
             rule(len(values) == 1, f"a search adapts one cell, so {axis} must name one", values, "Search one by one.")
         if self.sweep.modes[0] == "masked-finetuning":
@@ -69,6 +71,6 @@ class SearchConfig:
         return SuperAdapter(self.space, self.sampling)
 
     def candidate_settings(self) -> dict[str, Any]:
-        """What decides which candidates are suggested, beside the super-adapter: part of a search's identity."""
+        """The settings that decide which candidates are suggested: part of a search's identity."""
         order = {"in_order": True} if self.in_order else {}
         return {"sampler": self.sampler, "objectives": list(self.objectives), "is_racing": self.is_racing} | order

@@ -1,8 +1,8 @@
-"""Candidates on disk: what each answered, and the diary of a search, from which it goes on.
+"""Candidates on disk: what each answered, and the journal of a search, from which it goes on.
 
-candidates/<run_id of the super-adapter>/<key>.json    one configuration: its ranks, parameters and marks
+candidates/<run_id of the super-adapter>/<key>.json    one configuration: its ranks, parameters and correctness
 searches/<search_id>/config.json                       what was asked
-searches/<search_id>/trials/<number>.json              one suggestion of the sampler, and what it was told
+searches/<search_id>/trials/<number>.json              one suggestion of the sampler, and its result
 searches/<search_id>/stages.json                       in which order examples are asked, once it is known
 """
 
@@ -30,7 +30,7 @@ class Candidate:
 
     ranks: Ranks
     parameters: int
-    marks: str
+    correctness: str
     """A character an example: 1 right, 0 wrong, - not answered."""
     seconds: float = 0.0
     error: dict[str, Any] | None = None
@@ -59,14 +59,14 @@ class Candidates:
 
 @dataclass(frozen=True)
 class Suggestion:
-    """One configuration that the sampler suggested, and what it was told about it."""
+    """One configuration that the sampler suggested, and the result that it was told."""
 
     number: int
     ranks: Ranks
-    told_before: int
-    """How many suggestions the sampler had been told about when it made this one."""
-    told: int | None = None
-    """It was the told-th to be told, from 0; None while it is open."""
+    completed_before: int
+    """How many suggestions had results when the sampler made this one."""
+    completed_at: int | None = None
+    """It was the completed_at-th to have a result, from 0; None while it is open."""
     state: str | None = None
     """done, stopped (beaten) or failed"""
     accuracy: float | None = None
@@ -77,7 +77,7 @@ class Suggestion:
     error: str | None = None
 
 
-class Diary:
+class SearchJournal:
     """The suggestions of one search, in order."""
 
     def __init__(self, folder: Path) -> None:
@@ -87,32 +87,34 @@ class Diary:
         self.suggestions = [Suggestion(**read_json(path)) for path in paths]
 
     @property
-    def told(self) -> int:
-        return sum(s.told is not None for s in self.suggestions)
+    def completed(self) -> int:
+        return sum(s.completed_at is not None for s in self.suggestions)
 
     def open(self) -> list[Suggestion]:
-        return [s for s in self.suggestions if s.told is None]
+        return [s for s in self.suggestions if s.completed_at is None]
 
     def ask(self, ranks: Ranks) -> Suggestion:
-        suggestion = Suggestion(len(self.suggestions), ranks, self.told)
+        suggestion = Suggestion(len(self.suggestions), ranks, self.completed)
         self.suggestions.append(suggestion)
         self._write(suggestion)
         return suggestion
 
     def tell(self, number: int, **found: Any) -> Suggestion:
-        suggestion = replace(self.suggestions[number], told=self.told, **found)
+        suggestion = replace(self.suggestions[number], completed_at=self.completed, **found)
         self.suggestions[number] = suggestion
         self._write(suggestion)
         return suggestion
 
     def events(self) -> Iterator[tuple[bool, Suggestion]]:
         """(is it an asking, suggestion) of everything that happened, in its order."""
-        tellings = iter(sorted((s for s in self.suggestions if s.told is not None), key=lambda s: s.told or 0))
-        told = 0
+        tellings = iter(
+            sorted((s for s in self.suggestions if s.completed_at is not None), key=lambda s: s.completed_at or 0)
+        )
+        completed = 0
         for suggestion in self.suggestions:
-            while told < suggestion.told_before:
+            while completed < suggestion.completed_before:
                 yield False, next(tellings)
-                told += 1
+                completed += 1
             yield True, suggestion
         yield from ((False, telling) for telling in tellings)
 

@@ -23,7 +23,7 @@ WARM_UP = 8
 
 
 @dataclass(frozen=True)
-class Marks:
+class Correctness:
     """Which of n examples were answered, and which of them rightly, as bits."""
 
     n: int
@@ -31,8 +31,8 @@ class Marks:
     right: int = 0
 
     @classmethod
-    def of(cls, text: str) -> Marks:
-        """From one character an example: 1 right, 0 wrong, - not answered."""
+    def from_text(cls, text: str) -> Correctness:
+        """Read one character an example: 1 right, 0 wrong, - not answered."""
         bits = [sum(1 << i for i, c in enumerate(text) if c in chosen) for chosen in ("01", "1")]
         return cls(len(text), *bits)
 
@@ -42,12 +42,12 @@ class Marks:
     def knows(self, i: int) -> bool:
         return bool(self.known >> i & 1)
 
-    def adding(self, correct: Iterable[tuple[int, bool]]) -> Marks:
+    def adding(self, correct: Iterable[tuple[int, bool]]) -> Correctness:
         known, right = self.known, self.right
         for i, is_right in correct:
             known |= 1 << i
             right = right | 1 << i if is_right else right & ~(1 << i)
-        return Marks(self.n, known, right)
+        return Correctness(self.n, known, right)
 
     @property
     def count(self) -> int:
@@ -59,11 +59,11 @@ class Marks:
 
     @property
     def accuracy(self) -> float:
-        """Of the answered examples, of which there is at least one."""
+        """The fraction of the answered examples, at least one, that is right."""
         return self.right.bit_count() / self.count
 
 
-def won(a: Marks, b: Marks) -> tuple[int, int]:
+def discordant_counts(a: Correctness, b: Correctness) -> tuple[int, int]:
     """On how many examples that both answered only a, and only b, is right."""
     both = a.known & b.known
     return (a.right & ~b.right & both).bit_count(), (b.right & ~a.right & both).bit_count()
@@ -75,14 +75,14 @@ def p_value(wins: int, losses: int) -> float:
     return mcnemar_p(wins, losses, "greater")
 
 
-def accuracy_difference(a: Marks, b: Marks) -> tuple[float, float, float]:
+def accuracy_difference(a: Correctness, b: Correctness) -> tuple[float, float, float]:
     """The accuracy of a less that of b on the examples that both answered, and the ends of its paired interval."""
     count = (a.known & b.known).bit_count()
-    wins, losses = won(a, b)
+    wins, losses = discordant_counts(a, b)
     return (wins - losses) / count, *difference_interval(wins, losses, count)
 
 
-def asked_first(answered: Sequence[Marks], n: int, seed: int) -> list[int]:
+def most_divisive_first(answered: Sequence[Correctness], n: int, seed: int) -> list[int]:
     """All examples, those first on which the complete candidates `answered` are most divided; shuffled among equals."""
     order = list(range(n))
     random.Random(seed).shuffle(order)
@@ -105,10 +105,10 @@ class Race:
     minimises_cost: bool
     """Whether a cheaper candidate is spared by a better one that costs more."""
     costs: dict[str, float] = field(default_factory=dict)
-    marks: dict[str, Marks] = field(default_factory=dict)
+    correctness: dict[str, Correctness] = field(default_factory=dict)
 
-    def enter(self, key: str, cost: float, marks: Marks) -> None:
-        self.costs[key], self.marks[key] = cost, marks
+    def update(self, key: str, cost: float, correctness: Correctness) -> None:
+        self.costs[key], self.correctness[key] = cost, correctness
 
     @property
     def level(self) -> float:
@@ -117,26 +117,26 @@ class Race:
     def beaten_by(self, key: str) -> str | None:
         """A candidate that costs no more, where costs count, and is significantly more accurate; the one that has
         answered most."""
-        mine, cost = self.marks[key], self.costs[key]
-        rivals = [k for k in self.marks if k != key and (not self.minimises_cost or self.costs[k] <= cost)]
-        better = [k for k in rivals if p_value(*won(self.marks[k], mine)) <= self.level]
-        return max(better, key=lambda k: (self.marks[k].count, self.marks[k].accuracy), default=None)
+        mine, cost = self.correctness[key], self.costs[key]
+        rivals = [k for k in self.correctness if k != key and (not self.minimises_cost or self.costs[k] <= cost)]
+        better = [k for k in rivals if p_value(*discordant_counts(self.correctness[k], mine)) <= self.level]
+        return max(better, key=lambda k: (self.correctness[k].count, self.correctness[k].accuracy), default=None)
 
     def estimate(self, key: str, beater: str | None) -> float:
         """The accuracy on all examples: counted, or that of the beater less what was lost to it, which is taken for
         all that would be lost: the examples left are those that divide candidates least."""
-        mine = self.marks[key]
+        mine = self.correctness[key]
         if beater is None or mine.is_complete:
             return mine.accuracy
-        wins, losses = won(self.marks[beater], mine)
-        return self.marks[beater].accuracy - (wins - losses) / self.n
+        wins, losses = discordant_counts(self.correctness[beater], mine)
+        return self.correctness[beater].accuracy - (wins - losses) / self.n
 
     def complete(self) -> list[str]:
-        return [key for key, marks in self.marks.items() if marks.is_complete]
+        return [key for key, correctness in self.correctness.items() if correctness.is_complete]
 
     def front(self) -> list[str]:
         """The complete candidates that no other is at least as accurate and cheap as, the cheapest first."""
-        return pareto_front({key: (self.marks[key].accuracy, self.costs[key]) for key in self.complete()})
+        return pareto_front({key: (self.correctness[key].accuracy, self.costs[key]) for key in self.complete()})
 
     def winner(self) -> str:
         """The cheapest of the front whose accuracy is within one paired standard error of the best, that of McNemar's
@@ -145,7 +145,7 @@ class Race:
         best = front[-1]
         if not self.minimises_cost:
             return best
-        counts = {key: won(self.marks[best], self.marks[key]) for key in front}
+        counts = {key: discordant_counts(self.correctness[best], self.correctness[key]) for key in front}
         return next(key for key, (wins, losses) in counts.items() if (wins - losses) ** 2 <= wins + losses)
 
 

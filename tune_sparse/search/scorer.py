@@ -1,4 +1,4 @@
-"""What a worker of a search holds: a model, its super-adapter taken apart, and the selection rows as tokens."""
+"""The contents of a search's worker: a model, its super-adapter taken apart, and the selection rows as tokens."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tune_sparse.lora.rank_space import Ranks
 from tune_sparse.lora.slices import Slices
 from tune_sparse.models.checkpoints import prunable_weights
 from tune_sparse.pruning.masks import Masks, count_sparsity, mask_sha256
-from tune_sparse.search.racing import Marks
+from tune_sparse.search.racing import Correctness
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class SliceScorer:
 
     @classmethod
     def of(cls, run: Run, ledger: LedgerReader) -> SliceScorer:
-        """Of a finished super-adapter. Raises `InputError` for one of another model, mask or rows."""
+        """Load a finished super-adapter. Raises `InputError` for one of another model, mask or rows."""
         assert run.super_adapter is not None
         torch.set_num_threads(run.protocol.threads)
         bench = Bench()
@@ -61,7 +61,7 @@ class SliceScorer:
         sizes = {name: (len(layer.weight), layer.weight.shape[1]) for name, layer in self.slices.layers.items()}
         return self.slices.space.parameters(ranks, sizes)
 
-    def answers(self, ranks: Ranks, stage: Sequence[int], known: Marks) -> Iterator[tuple[int, bool]]:
+    def answers(self, ranks: Ranks, stage: Sequence[int], known: Correctness) -> Iterator[tuple[int, bool]]:
         """(example, whether the slice is right) for each example of a stage that is not known."""
         self.slices.activate(ranks)
         tests = EvalSet(self.tests.task, tuple(self.tests.examples[i] for i in stage))

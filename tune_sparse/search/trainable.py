@@ -17,13 +17,13 @@ from tune_sparse.errors import InputError
 from tune_sparse.ledger.ledger import Ledger
 from tune_sparse.ledger.run import Run
 from tune_sparse.search.journal import Candidate, Candidates
-from tune_sparse.search.racing import Marks
+from tune_sparse.search.racing import Correctness
 from tune_sparse.watchdog import watchdog
 
 
 class CandidateTrainable(tune.Trainable):
     """Scores `config["trial"]`: the `run` of a super-adapter, the `results_dir` of its ledger, `ranks`, and `stages`
-    of examples. A result has the marks so far; the last one is `done`. A worker ends after `hang_seconds`
+    of examples. A result has the correctness so far; the last one is `done`. A worker ends after `hang_seconds`
     without progress.
 
     With a `folder`, the candidate is instead finished there: written, merged, validated and scored on test rows.
@@ -50,7 +50,7 @@ class CandidateTrainable(tune.Trainable):
         ranks = trial["ranks"]
         known = self._candidates.read(ranks)
         if known is None or known.error:
-            nothing = str(Marks(len(self._scorer.tests.examples)))
+            nothing = str(Correctness(len(self._scorer.tests.examples)))
             known = Candidate(ranks, self._scorer.parameters(ranks), nothing)
         self._candidate = known
 
@@ -62,13 +62,13 @@ class CandidateTrainable(tune.Trainable):
         if self._trial.get("folder"):
             self._scorer.finish(self._trial["ranks"], Path(self._trial["folder"]))
             return {"done": True}
-        before = Marks.of(self._candidate.marks).count
+        before = Correctness.from_text(self._candidate.correctness).count
         error = self._answer(self._stages.pop(0)) if self._stages else None
-        marks = Marks.of(self._candidate.marks)
+        correctness = Correctness.from_text(self._candidate.correctness)
         return {
-            "marks": str(marks),
+            "correctness": str(correctness),
             "error": error,
-            "answered": marks.count - before,
+            "answered": correctness.count - before,
             "done": error is not None or not self._stages,
         }
 
@@ -76,11 +76,11 @@ class CandidateTrainable(tune.Trainable):
         """Answer what is not known of a stage, and keep it; returns the error of a candidate that cannot be scored."""
         from trainables.pipeline import describe_error, is_infrastructure
 
-        marks, started = Marks.of(self._candidate.marks), time.perf_counter()
-        if all(marks.knows(i) for i in stage):
+        correctness, started = Correctness.from_text(self._candidate.correctness), time.perf_counter()
+        if all(correctness.knows(i) for i in stage):
             return None
         try:
-            marks = marks.adding(self._scorer.answers(self._trial["ranks"], stage, marks))
+            correctness = correctness.adding(self._scorer.answers(self._trial["ranks"], stage, correctness))
         except Exception as error:
             if is_infrastructure(error) or isinstance(error, InputError):
                 raise
@@ -88,7 +88,7 @@ class CandidateTrainable(tune.Trainable):
             self._candidates.write(self._candidate)
             return f"{type(error).__name__}: {error}"
         seconds = self._candidate.seconds + time.perf_counter() - started
-        self._candidate = replace(self._candidate, marks=str(marks), seconds=seconds, error=None)
+        self._candidate = replace(self._candidate, correctness=str(correctness), seconds=seconds, error=None)
         self._candidates.write(self._candidate)
         return None
 

@@ -1,4 +1,4 @@
-"""What the driver does when Ray Tune says that a trial started, reported, ended or failed."""
+"""Answers of the driver when Ray Tune says that a trial started, reported, ended or failed."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ from tune_sparse.ledger.ledger import Ledger
 from tune_sparse.ledger.record import Record
 from tune_sparse.ledger.run import Run
 from tune_sparse.sweep.progress import Progress
+from tune_sparse.sweep.ray_session import Unsaved
 from tune_sparse.sweep.resources import Placement
 from tune_sparse.tracking.background import BackgroundTracker
 from tune_sparse.watchdog import HangReport, read_hang_report
 
 
-class Stop(tune.Stopper):
+class Stop(Unsaved, tune.Stopper):
     """Ends the experiment, once there is a reason."""
 
     def __init__(self) -> None:
@@ -31,10 +32,6 @@ class Stop(tune.Stopper):
         """End the experiment; the first reason is kept."""
         self.reason = self.reason or reason
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Nothing: Ray saves its stoppers to restore an experiment, and ours is never restored."""
-        return {}
-
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
         return self.stop_all()
 
@@ -42,10 +39,10 @@ class Stop(tune.Stopper):
         return self.reason is not None
 
 
-class LedgerCallback(tune.Callback):
+class LedgerCallback(Unsaved, tune.Callback):
     """Shows and tracks each run as it ends, and records the runs that a worker could not record itself.
 
-    again: is given a run whose infrastructure failed, at most `max_retries` times.
+    requeue: is given a run whose infrastructure failed, at most `max_retries` times.
     """
 
     def __init__(
@@ -57,18 +54,14 @@ class LedgerCallback(tune.Callback):
         lease: FolderLease,
         stop: Stop,
         placement: Placement,
-        again: Callable[[Run], None],
+        requeue: Callable[[Run], None],
         max_retries: int,
     ) -> None:
         self._ledger, self._runs, self._progress = ledger, runs, progress
         self._tracker, self._lease, self._stop = tracker, lease, stop
-        self._placement, self._again, self._max_retries = placement, again, max_retries
+        self._placement, self._requeue, self._max_retries = placement, requeue, max_retries
         self._started: set[str] = set()
         self._retries: Counter[str] = Counter()
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Nothing, as for `Stop`."""
-        return {}
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         run_id = _run_id(trial)
@@ -96,7 +89,7 @@ class LedgerCallback(tune.Callback):
         if earlier is not None and earlier.status == "done":  # it was lost after it had written its last file
             self._end(earlier)
             return
-        error = _error_record(_read_error(trial), read_hang_report(self._ledger.hang_report(run.run_id)))
+        error = _error_record(error_of(trial), read_hang_report(self._ledger.hang_report(run.run_id)))
         record = Record(run.run_id, run.identity, "failed", error=error)
         try:
             self._ledger.write_record(run, record)
@@ -106,8 +99,8 @@ class LedgerCallback(tune.Callback):
             self._stop.because(f"the results folder can no longer be written: {error['message']}")
         if not self._stop.reason and self._may_try_again(run, error):
             self._retries[run.run_id] += 1
-            self._progress.again(record)
-            self._again(run)
+            self._progress.requeued(record)
+            self._requeue(run)
         else:
             self._end(record)
 
@@ -129,8 +122,8 @@ class LedgerCallback(tune.Callback):
                     self._ledger.write_record(run, Record(run_id, run.identity, "interrupted"))
 
 
-def _read_error(trial: Any) -> Exception | None:
-    """What a trial ended in: Ray's own getter looks in a storage to which nothing was written yet."""
+def error_of(trial: Any) -> Exception | None:
+    """The error that a trial ended in: Ray's own getter looks in a storage to which nothing was written yet."""
     path = trial.pickled_error_file
     return cloudpickle.loads(Path(path).read_bytes()) if path and Path(path).exists() else None
 

@@ -1,4 +1,4 @@
-"""What the missing runs of a plan will take, from those of it that were measured."""
+"""A forecast of the time and disk of a plan's missing runs, from those of it that were measured."""
 
 from __future__ import annotations
 
@@ -17,17 +17,18 @@ from tune_sparse.ledger.run import Run
 from tune_sparse.models.architectures import pruned_weights
 from tune_sparse.sweep.plan import Plan
 from tune_sparse.sweep.progress import duration
+from tune_sparse.sweep.resources import available_cores
 
 TASK = ("backend", "model", "task")
 TIME_GROUPS = ((*TASK, "mode"), TASK, ("backend", "model"))
 """A run takes the median of the first of these that has a measured run; never of another backend or model."""
 DISK_GROUPS = ((*TASK, "mode"), ("backend", "model", "mode"))
-"""What a run writes depends on its mode before all; without a measured run its bound is taken."""
+"""The bytes of a run depend on its mode before all; without a measured run its bound is taken."""
 
 
 @dataclass(frozen=True)
-class Spent:
-    """What one run took, or the median of several."""
+class RunCost:
+    """The time and disk that one run took, or the median of several."""
 
     trial_seconds: float
     cpu_seconds: float
@@ -41,7 +42,7 @@ class Spent:
 
 @dataclass(frozen=True)
 class Forecast:
-    """What the missing runs will take; those without a measured one to go by are left out of all seconds."""
+    """Time and disk of the missing runs; those without a measured one to go by are left out of all seconds."""
 
     runs: int
     cpu_seconds: float
@@ -80,27 +81,27 @@ class Forecast:
 def forecast(plan: Plan, ledger: LedgerReader, missing: Sequence[Run]) -> Forecast:
     """Medians of the done runs of a plan, which have its protocol, for its missing ones."""
     measured = [
-        (run.cell, spent_by(run, record, ledger.run_folder(run.run_id), plan.config))
+        (run.cell, cost_of_run(run, record, ledger.run_folder(run.run_id), plan.config))
         for run in plan.runs.values()
         if (record := ledger.record(run.run_id)) and record.status == "done"
     ]
     timed, written = Medians(measured, TIME_GROUPS), Medians(measured, DISK_GROUPS)
     like = [(run, timed.of(run.cell)) for run in missing]
-    known = [(run, spent) for run, (_, spent) in like if spent]
+    known = [(run, cost) for run, (_, cost) in like if cost]
     disk = [written.of(run.cell)[1] for run in missing]
     return Forecast(
         runs=len(missing),
-        cpu_seconds=sum(spent.cpu_seconds for _, spent in known),
-        gpu_seconds=sum(spent.gpu_seconds for _, spent in known),
-        cs3_seconds=sum(spent.cs3_seconds for _, spent in known),
-        compile_seconds=sum(spent.compile_seconds for _, spent in known),
+        cpu_seconds=sum(cost.cpu_seconds for _, cost in known),
+        gpu_seconds=sum(cost.gpu_seconds for _, cost in known),
+        cs3_seconds=sum(cost.cs3_seconds for _, cost in known),
+        compile_seconds=sum(cost.compile_seconds for _, cost in known),
         wall_seconds=wall_seconds(known, plan.config),
         disk_bytes=round(
             sum(s.disk_bytes if s else plan.estimate_bytes(run) for run, s in zip(missing, disk, strict=True))
         ),
         bounded=disk.count(None),
-        by_group=dict(Counter(", ".join(names) for _, (names, spent) in like if spent)),
-        unmeasured=dict(Counter(" ".join(pilot_key(run.cell)) for run, (_, spent) in like if not spent)),
+        by_group=dict(Counter(", ".join(names) for _, (names, cost) in like if cost)),
+        unmeasured=dict(Counter(" ".join(pilot_key(run.cell)) for run, (_, cost) in like if not cost)),
     )
 
 
@@ -127,18 +128,18 @@ def longest_first(plan: Plan, ledger: LedgerReader, runs: Sequence[Run]) -> list
 
 
 class Medians:
-    """Of measured runs, by what they share."""
+    """Medians of measured runs, by what they share."""
 
-    def __init__(self, measured: Iterable[tuple[Cell, Spent]], groups: Sequence[tuple[str, ...]]) -> None:
-        members: dict[tuple[tuple[str, ...], tuple[Any, ...]], list[Spent]] = {}
-        for cell, spent in measured:
+    def __init__(self, measured: Iterable[tuple[Cell, RunCost]], groups: Sequence[tuple[str, ...]]) -> None:
+        members: dict[tuple[tuple[str, ...], tuple[Any, ...]], list[RunCost]] = {}
+        for cell, cost in measured:
             for names in groups:
-                members.setdefault((names, _values(cell, names)), []).append(spent)
+                members.setdefault((names, _values(cell, names)), []).append(cost)
         self._groups = groups
-        self._medians = {key: _median(spent) for key, spent in members.items()}
+        self._medians = {key: _median(cost) for key, cost in members.items()}
 
-    def of(self, cell: Cell) -> tuple[tuple[str, ...], Spent | None]:
-        """What the cell shares with the runs of the first group that has any, and their median."""
+    def of(self, cell: Cell) -> tuple[tuple[str, ...], RunCost | None]:
+        """Find the first group that has measured runs; returns what the cell shares with them, and their median."""
         for names in self._groups:
             if median := self._medians.get((names, _values(cell, names))):
                 return names, median
@@ -149,13 +150,13 @@ def _values(cell: Cell, names: Sequence[str]) -> tuple[Any, ...]:
     return tuple(getattr(cell, name) for name in names)
 
 
-def _median(members: Sequence[Spent]) -> Spent:
+def _median(members: Sequence[RunCost]) -> RunCost:
     """Number by number."""
-    return Spent(*(statistics.median(values) for values in zip(*map(astuple, members), strict=True)))
+    return RunCost(*(statistics.median(values) for values in zip(*map(astuple, members), strict=True)))
 
 
 def pilot_key(cell: Cell) -> tuple[str, ...]:
-    """What a pilot is run for."""
+    """The kind of runs for which one pilot is run."""
     return _values(cell, TASK)
 
 
@@ -168,12 +169,12 @@ def pilots(plan: Plan, ledger: LedgerReader, missing: Sequence[Run]) -> list[Run
     return [runs[len(runs) // 2] for key, runs in groups.items() if key not in measured]
 
 
-def spent_by(run: Run, record: Record, folder: Path, config: SweepConfig) -> Spent:
-    """Of a done run. A trial that did not record what it held is taken to have held what a trial holds now."""
+def cost_of_run(run: Run, record: Record, folder: Path, config: SweepConfig) -> RunCost:
+    """Compute what a done run took. A trial that did not record what it held counts as one that starts now."""
     measured, systems = record.measured, config.cerebras.num_csx
     held = measured.get("held", {"CPU": run.protocol.threads, "GPU": _gpus(config)})
     on_cs3 = run.cerebras is not None and run.cerebras["target"] == "csx"
-    return Spent(
+    return RunCost(
         trial_seconds=measured["trial_seconds"],
         cpu_seconds=measured["trial_seconds"] * held.get("CPU", 0.0),
         gpu_seconds=measured["trial_seconds"] * held.get("GPU", 0.0),
@@ -188,13 +189,13 @@ def _gpus(config: SweepConfig) -> float:
     return 1.0 if config.gpus_per_trial is None else config.gpus_per_trial
 
 
-def wall_seconds(known: Sequence[tuple[Run, Spent]], config: SweepConfig) -> float | None:
+def wall_seconds(known: Sequence[tuple[Run, RunCost]], config: SweepConfig) -> float | None:
     """Each kind of trial in its own slots, all kinds at once, no less than the longest; None where nobody knows."""
-    longest = max((spent.trial_seconds for _, spent in known), default=None)
+    longest = max((cost.trial_seconds for _, cost in known), default=None)
     by_kind = [longest]
     for backend in {run.cell.backend for run, _ in known}:
         slots = trials_at_once(config, backend)
-        seconds = sum(spent.trial_seconds for run, spent in known if run.cell.backend == backend)
+        seconds = sum(cost.trial_seconds for run, cost in known if run.cell.backend == backend)
         by_kind.append(seconds / slots if slots else None)
     return None if None in by_kind else max(value for value in by_kind if value is not None)
 
@@ -211,5 +212,4 @@ def trials_at_once(config: SweepConfig, backend: str) -> int | None:
         import torch
 
         return int(torch.cuda.device_count() / _gpus(config)) or None
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // config.protocol.threads)
+    return max(1, available_cores() // config.protocol.threads)

@@ -7,7 +7,7 @@ import sys
 import time
 
 from tune_sparse.errors import InputError
-from tune_sparse.net import refuse_silent
+from tune_sparse.net import check_listening
 
 POLL_SECONDS = 1.0
 
@@ -25,18 +25,18 @@ def wait_for_nodes(count: int, seconds: float) -> None:
     )
 
 
-def refuse_silent_head(address: str) -> None:
+def check_head(address: str) -> None:
     """Raise `InputError` where nobody listens at a `HOST:PORT`; Ray itself would try for minutes."""
     if not _is_listening(address):
         raise InputError(
-            f"RAY_ADDRESS must be that of a Ray head that runs, at {address} nobody answers. Start Ray there, mend the "
+            f"RAY_ADDRESS must be that of a Ray head that runs, at {address} nobody answers. Start Ray there, fix the "
             "address, or unset it to compute on this machine."
         )
 
 
 def _is_listening(address: str) -> bool:
     try:
-        refuse_silent(address)
+        check_listening(address)
     except OSError:
         return False
     return True

@@ -75,7 +75,7 @@ class Progress:
         elif time.monotonic() - self._last_line >= LINE_SECONDS or self.ended_count == self.total:
             self._say(f"{self.ended_count}/{self.total} trainings, {self._note()}")
 
-    def again(self, record: Record) -> None:
+    def requeued(self, record: Record) -> None:
         """A run that ended in an infrastructure error will run once more."""
         assert record.error is not None
         self._say(f"to be tried again: {record.run_id}: {record.error['class']}: {record.error['message']}")

@@ -1,4 +1,4 @@
-"""What a trial holds of the cluster from its start to its end, by its model, task, mode and backend.
+"""Resources that a trial holds from its start to its end, by its model, task, mode and backend.
 
 | backend | holds |
 | --- | --- |
@@ -10,6 +10,7 @@ A trial that ran out of memory holds all CPUs of a node, and a whole GPU if it h
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -21,12 +22,17 @@ from tune_sparse.ledger.run import Run
 MEMORY_MARGIN = 1.2
 """Room above the most that a finished run allocated: fragments, and rows longer than its own."""
 CONTEXT_BYTES = 1 << 30
-"""What a process takes of a GPU before it allocates anything."""
+"""A process takes so much of a GPU before it allocates anything."""
 
 MOST_TOGETHER = 8
 """Trials on one GPU: more of them wait for each other's computing."""
 
 Resources = dict[str, float]
+
+
+def available_cores() -> int:
+    """The CPU cores that this process may use: a container or a job's allocation may leave it fewer than there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def fits(needed: Mapping[str, float], free: Mapping[str, float]) -> bool:
@@ -35,7 +41,8 @@ def fits(needed: Mapping[str, float], free: Mapping[str, float]) -> bool:
 
 
 class Placement:
-    """What each trial of a sweep holds. It learns from the memory of finished runs, and from those that had too little.
+    """Decides what each trial of a sweep holds. It learns from the memory of finished runs, and from those that had too
+    little.
 
     nodes: the resources of each node that is alive.
     """
@@ -70,7 +77,7 @@ class Placement:
         self._alone.add(run.run_id)
         return True
 
-    def refuse_unplaceable(self, runs: Sequence[Run]) -> None:
+    def check_placeable(self, runs: Sequence[Run]) -> None:
         """Raise `InputError` if no single node can hold a trial, or if nothing can train it."""
         nodes = self._nodes()
         for run in {run.cell.backend: run for run in runs}.values():
@@ -114,6 +121,6 @@ def gpu_share(needed: float) -> float:
 
 
 def describe_resources(resources: Mapping[str, float]) -> str:
-    """What a trial may hold of `resources`, for people."""
+    """Name those of `resources` that a trial may hold, for people."""
     named = [f"{resources[name]:g} {name}" for name in ("CPU", "GPU", CS3_TRIAL, CS3) if resources.get(name)]
     return ", ".join(named) or "nothing"

@@ -14,7 +14,7 @@ from typing import Any
 from tune_sparse.ledger.contracts import LedgerReader
 from tune_sparse.ledger.ledger import Ledger
 from tune_sparse.ledger.record import SweepRecord
-from tune_sparse.net import host_and_port, refuse_silent
+from tune_sparse.net import check_listening, host_and_port
 from tune_sparse.tracking.sync import Tracker, make_client
 
 logger = logging.getLogger(__name__)
@@ -96,7 +96,7 @@ class BackgroundTracker:
 
     def _follow(self) -> None:
         """Fill, then track what is added; once more when the block has ended."""
-        self._asked(refuse_silent, self._uri)
+        self._asked(check_listening, self._uri)
         tracker = Tracker(self._ledger, self._uri, _Watched(make_client(self._uri), self._asked))
         while True:
             is_last = self._ended_at is not None

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 from tune_sparse.config import SweepConfig
 from tune_sparse.ledger.contracts import LedgerReader
 from tune_sparse.ledger.record import SweepRecord
-from tune_sparse.net import check_address, refuse_silent
+from tune_sparse.net import check_address, check_listening
 from tune_sparse.tracking.entries import (
     CANDIDATE_TAG,
     RECORD_TAG,
@@ -259,7 +259,7 @@ def track_ledger(ledger: LedgerReader, uri: str) -> int:
     """
     from mlflow.exceptions import MlflowException
 
-    refuse_silent(uri)
+    check_listening(uri)
     try:
         return Tracker(ledger, uri).fill(Tracker.fill_ledger)
     except (MlflowException, ImportError) as error:  # a database needs its driver

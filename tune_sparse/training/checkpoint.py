@@ -45,7 +45,7 @@ def restore_into(
     if not path.exists():
         return None
     try:
-        _refuse_changed(path)
+        _check_unchanged(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
         found = state["identity"], [tuple(tensor.shape) for tensor in state["parameters"]]
         optimizer_state, so_far = state["optimizer"], state["so_far"]
@@ -63,7 +63,7 @@ def restore_into(
     return dict(so_far)
 
 
-def _refuse_changed(path: Path) -> None:
+def _check_unchanged(path: Path) -> None:
     """torch writes a zip file with the checksum of every part, and does not look at them when it reads."""
     with ZipFile(path) as parts:
         if (changed := parts.testzip()) is not None:

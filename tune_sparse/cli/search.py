@@ -1,4 +1,4 @@
-"""search."""
+"""search: the best sub-adapter of a super-adapter."""
 
 from __future__ import annotations
 
@@ -7,15 +7,17 @@ import json
 import logging
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from search_spaces import subadapters
 from search_spaces.matrix import PRESETS
-from tune_sparse.cli.command import DEFAULT_RESULTS, FAULT, OK, add_command, parse_settings
-from tune_sparse.errors import InputError, RunError, unknown_name
-
-if TYPE_CHECKING:
-    from tune_sparse.search.config import SearchConfig
+from tune_sparse.cli.command import FAULT, OK, add_command, add_results_dir
+from tune_sparse.cli.settings import add_settings, given_flags, given_settings, parse_settings, read_yaml
+from tune_sparse.cli.sweep_options import DEFAULT_PRESET, add_protocol_option
+from tune_sparse.config import SweepConfig
+from tune_sparse.errors import RunError, unknown_name
+from tune_sparse.lora.rank_space import Space
+from tune_sparse.search.config import SearchConfig
 
 EXAMPLE = """examples:
     tune-sparse search --task gsm8k --method wanda --sparsity 0.7
@@ -26,10 +28,14 @@ A space file, for --space, maps groups to modules and ranks, the largest first; 
     qkv: {modules: [q_proj, k_proj, v_proj], ranks: [32, 16, 8]}
     down: {modules: [down_proj], ranks: [32, 16, 0]}"""
 
+OWN_SETTINGS = ("sampling", "sampler", "trials", "objectives")
 
-def add_commands(commands: Any) -> None:
+
+def declare(commands: Any) -> None:
     search = add_command(commands, "search", _search, "search the best sub-adapter of a super-adapter", EXAMPLE)
-    search.add_argument("preset", nargs="?", default="toy", metavar="PRESET", help="of the sweep; its protocol")
+    search.add_argument(
+        "preset", nargs="?", default=DEFAULT_PRESET, metavar="PRESET", help="of the sweep; its protocol"
+    )
     tasks = search.add_mutually_exclusive_group()
     tasks.add_argument("--task", help="default: the preset's first")
     tasks.add_argument("--all-tasks", action="store_true", help="one search for each task of the preset, compared")
@@ -39,32 +45,20 @@ def add_commands(commands: Any) -> None:
     search.add_argument("--mode", default="sparse-to-sparse", help="of the training (default sparse-to-sparse)")
     search.add_argument("--seed", type=int, default=0, help="of the training and the sampler (default 0)")
     search.add_argument("--space", help=f"a YAML file, or of {', '.join(subadapters.PRESETS)}")
-    search.add_argument("--sampling", default="uniform", help="of ranks in training: uniform or sandwich")
-    search.add_argument("--sampler", default="nsga2", help="nsga2 (default), tpe, hill-climbing or random")
-    search.add_argument("--trials", type=int, default=100, help="different candidates to score (default 100)")
-    search.add_argument(
-        "--objectives",
-        nargs="+",
-        default=["accuracy", "parameters"],
-        metavar="NAME",
-        help="accuracy, and parameters (default) or inference_flops",
-    )
+    add_settings(search, SearchConfig, OWN_SETTINGS, shows_default=True)
     search.add_argument("--no-racing", action="store_true", help="every candidate answers all selection rows")
     search.add_argument("--in-order", action="store_true", help="one candidate at a time: repeats exactly")
     search.add_argument("--data-dir", help="folder of tasks, `hub` or `synthetic`; default: the preset's")
-    search.add_argument("--results-dir", type=Path, default=DEFAULT_RESULTS)
+    add_results_dir(search)
     search.add_argument("--workers", type=int, help="candidates at once; default: one per core, or per GPU")
     search.add_argument("--gpus-per-trial", type=float, help="GPUs, or a fraction of one, that a worker holds")
-    search.add_argument("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="of the protocol")
+    add_protocol_option(search)
     search.add_argument("--dry-run", action="store_true", help="check everything and show what would be searched")
     search.add_argument("--json", action="store_true", help="print the outcome as JSON")
 
 
 def search_config(chosen: argparse.Namespace, task: str | None = None) -> SearchConfig:
     """The preset with what a search adds, then the flags, then --set: later ones win."""
-    from tune_sparse.config import SweepConfig
-    from tune_sparse.search.config import SearchConfig
-
     if chosen.preset not in PRESETS:
         raise unknown_name("preset", chosen.preset, PRESETS)
     preset: dict[str, Any] = PRESETS[chosen.preset] | subadapters.PROTOCOL
@@ -80,43 +74,30 @@ def search_config(chosen: argparse.Namespace, task: str | None = None) -> Search
         "seeds": chosen.seed,
         "results_dir": chosen.results_dir,
     }
-    others = {name: getattr(chosen, name) for name in ("data_dir", "workers", "gpus_per_trial")}
-    flags |= {name: value for name, value in others.items() if value is not None}
+    flags |= given_flags(chosen, ("data_dir", "workers", "gpus_per_trial"))
     name = chosen.space or ("toy" if is_toy else "shears")
     return SearchConfig(
         sweep=SweepConfig.from_names(preset | flags | parse_settings(chosen.set)),
         space=space_named(name),
         space_name=name,
-        sampling=chosen.sampling,
-        sampler=chosen.sampler,
-        trials=chosen.trials,
-        objectives=tuple(chosen.objectives),
+        **given_settings(chosen, SearchConfig, OWN_SETTINGS),
         is_racing=not chosen.no_racing,
         in_order=chosen.in_order,
     )
 
 
 def preset_tasks(preset: str) -> tuple[str, ...]:
-    from tune_sparse.config import SweepConfig
-
     return tuple(PRESETS[preset].get("tasks", SweepConfig.__dataclass_fields__["tasks"].default))
 
 
 def space_named(name: str) -> Any:
     """A preset, or what a YAML file says."""
-    from tune_sparse.lora.rank_space import Space
-
     if name in subadapters.PRESETS:
         return Space.of(subadapters.PRESETS[name])
     path = Path(name)
     if not path.is_file():
         raise unknown_name("space", name, subadapters.PRESETS)
-    import yaml
-
-    try:
-        return Space.of(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"--space must be a readable YAML file: {error}. Mend it.") from error
+    return Space.of(read_yaml("--space", path))
 
 
 def _search(chosen: argparse.Namespace) -> int:
@@ -129,6 +110,7 @@ def _search(chosen: argparse.Namespace) -> int:
     from analysis.report.search_report import write_search_report, write_search_table
     from tune_sparse.ledger.ledger import Ledger
     from tune_sparse.search.driver import run_search
+    from tune_sparse.search.plan import prepare_search
     from tune_sparse.tracking.background import track_search
     from tune_sparse.tracking.sync import tracking_uri
 
@@ -138,7 +120,7 @@ def _search(chosen: argparse.Namespace) -> int:
     uri = tracking_uri(configs[0].sweep)
     for config in configs:
         try:
-            found.append(run_search(config))
+            found.append(run_search(prepare_search(config)))
         except RunError as error:
             print(f"tune-sparse: {error}", file=sys.stderr)
             return FAULT
@@ -161,7 +143,7 @@ def _search(chosen: argparse.Namespace) -> int:
 def _dry_run(configs: list[SearchConfig], as_json: bool) -> int:
     from tune_sparse.errors import NotReadyError
     from tune_sparse.ledger.ledger import Ledger
-    from tune_sparse.search.driver import plan_search, selection_rows
+    from tune_sparse.search.plan import plan_search
 
     values, lines = list[dict[str, Any]](), []
     for config in configs:
@@ -179,7 +161,7 @@ def _dry_run(configs: list[SearchConfig], as_json: bool) -> int:
             "super_adapter_is_trained": is_trained,
             "dimensions": len(ranks),
             "trials": config.trials,
-            "selection_rows": selection_rows(plan),
+            "selection_rows": plan.selection_examples,
         }
         values.append(value)
         lines.append(

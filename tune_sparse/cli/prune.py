@@ -1,14 +1,14 @@
-"""prune and validate."""
+"""prune: masks, statistics and histograms of one model."""
 
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tune_sparse.cli.command import FAULT, OK, add_command
+from tune_sparse.cli.command import OK, add_command
+from tune_sparse.cli.settings import given_flags
 from tune_sparse.config import Protocol
 from tune_sparse.data.task_types import TextTask
 from tune_sparse.data.tasks import TASKS
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 SPARSITIES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 
-def add_commands(commands: Any) -> None:
+def declare(commands: Any) -> None:
     prune = add_command(
         commands, "prune", _prune, "masks, statistics and histograms of one model, all levels in one pass", _epilog()
     )
@@ -31,8 +31,8 @@ def add_commands(commands: Any) -> None:
     prune.add_argument("--methods", nargs="+", default=["unstructured"], metavar="METHOD", help="see below")
     prune.add_argument("--sparsities", nargs="+", type=float, default=list(SPARSITIES), metavar="SPARSITY")
     prune.add_argument("--out", type=Path, default=Path("masks"), metavar="DIR", help="default: masks")
-    prune.add_argument("--seed", type=int, default=0, help="of random scores")
-    prune.add_argument("--format", default="safetensors", help="safetensors or pt: a file a level; levels: one packed")
+    prune.add_argument("--seed", type=int, help="of random scores")
+    prune.add_argument("--format", help="safetensors (default) or pt: a file a level; levels: one packed")
     prune.add_argument("--checkpoints", action="store_true", help="write each pruned checkpoint too")
     prune.add_argument("--compact", action="store_true", help="write each structured checkpoint in its smaller form")
     prune.add_argument(
@@ -41,22 +41,10 @@ def add_commands(commands: Any) -> None:
         help="a task, whose training rows are used, a text such as wikitext2, or a text file",
     )
     prune.add_argument("--data-dir", type=Path, metavar="DIR", help="folder of the task, `hub` or `synthetic`")
-    prune.add_argument("--calibration-rows", type=int, default=128, metavar="ROWS")
-    prune.add_argument("--calibration-tokens", type=int, default=2048, metavar="TOKENS", help="of a row, at most")
+    count, tokens = Protocol.calibration_rows, Protocol.calibration_tokens
+    prune.add_argument("--calibration-rows", type=int, default=count, metavar="ROWS")
+    prune.add_argument("--calibration-tokens", type=int, default=tokens, metavar="TOKENS", help="of a row, at most")
     prune.add_argument("--sequential", action="store_true", help="prune block after block, as published")
-
-    validate = add_command(
-        commands,
-        "validate",
-        _validate,
-        "check a checkpoint against its mask; writes validation_report.json into the checkpoint",
-        "example:\n    tune-sparse validate ./pruned --masks masks/my-llama/masks_sparsity50_wanda.safetensors",
-    )
-    validate.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
-    validate.add_argument("--masks", type=Path, required=True, metavar="FILE")
-    validate.add_argument("--sparsity", type=float, help="the target; which level of a packed map")
-    validate.add_argument("--tolerance", type=float, default=1e-6, help="of a masked weight; default 1e-6")
-    validate.add_argument("--json", action="store_true", help="print the report as JSON")
 
 
 def _epilog() -> str:
@@ -79,8 +67,7 @@ def _prune(chosen: argparse.Namespace) -> int:
         methods=chosen.methods,
         sparsities=chosen.sparsities,
         out=chosen.out,
-        seed=chosen.seed,
-        format=chosen.format,
+        **given_flags(chosen, ("seed", "format")),
         checkpoints=chosen.checkpoints,
         compact=chosen.compact,
         calibration={"source": chosen.calibration, "rows": len(rows), "tokens": chosen.calibration_tokens},
@@ -127,31 +114,3 @@ def _read_text(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise InputError(f"a calibration text must be UTF-8, {path} is not: {error}. Save it as UTF-8.") from error
-
-
-def _validate(chosen: argparse.Namespace) -> int:
-    from tune_sparse.evaluation.validation import checkpoint_report
-    from tune_sparse.files import write_json
-    from tune_sparse.pruning.mask_io import MaskFile, recorded_statistics, refuse_other_model
-    from tune_sparse.pruning.streaming import open_checkpoint
-
-    checkpoint = open_checkpoint(str(chosen.checkpoint))
-    masks = MaskFile(chosen.masks, chosen.sparsity)
-    refuse_other_model(masks, checkpoint.tensors, chosen.masks)
-    recorded = recorded_statistics(chosen.masks)
-    report = checkpoint_report(
-        checkpoint.tensors,
-        masks,
-        [matrix.name for matrix in checkpoint.prunable.matrices],
-        recorded.get("sparsity") if chosen.sparsity is None else chosen.sparsity,
-        recorded.get("mask_sha256"),
-        chosen.tolerance,
-    )
-    write_json(chosen.checkpoint / "validation_report.json", report)
-    if chosen.json:
-        print(json.dumps(report))
-    else:
-        verdict = "valid" if report["all_valid"] else f"{len(report['violations'])} violations"
-        print(f"{chosen.checkpoint}: {verdict}, sparsity {report['actual_sparsity']:.4f}")
-        print("".join(f"  {text}\n" for text in report["violations"]), end="")
-    return OK if report["all_valid"] else FAULT

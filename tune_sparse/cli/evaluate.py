@@ -10,8 +10,10 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tune_sparse.cli.command import DEFAULT_RESULTS, FAULT, OK, add_command, existing_folders, parse_settings
-from tune_sparse.config import SCORING, SYNTHETIC, Protocol, converted
+from tune_sparse.cli.command import FAULT, OK, add_command, add_results_dir, existing_folders
+from tune_sparse.cli.settings import parse_settings
+from tune_sparse.config import SCORING, SYNTHETIC, Protocol
+from tune_sparse.config.options import converted
 from tune_sparse.data.tasks import TASKS, tasks_named
 from tune_sparse.errors import InputError, unknown_name
 
@@ -30,7 +32,7 @@ settings that scoring reads, with --set: precision, max_tokens, max_new_tokens, 
 each task), batch_tokens, n_test, threads. Those of a run are its own."""
 
 
-def add_commands(commands: Any) -> None:
+def declare(commands: Any) -> None:
     evaluate = add_command(commands, "evaluate", _evaluate, "score a checkpoint or a finished run on tasks", EXAMPLE)
     scored = evaluate.add_mutually_exclusive_group(required=True)
     scored.add_argument("--model", help="a checkpoint folder, the name of a toy model, or a hub id with @revision")
@@ -40,13 +42,13 @@ def add_commands(commands: Any) -> None:
     evaluate.add_argument("--data-dir", type=Path, help="folder of tasks, `hub` or `synthetic`; default: the run's")
     evaluate.add_argument("--evaluator", default="tune-sparse", help="tune-sparse, or lm-eval: the harness itself")
     evaluate.add_argument("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="see below")
-    evaluate.add_argument("--results-dir", type=Path, default=DEFAULT_RESULTS)
+    add_results_dir(evaluate)
     evaluate.add_argument("--json", action="store_true", help="print as JSON")
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What is scored, and how."""
+    """A model or run to score, and how it is scored."""
 
     name: str
     fingerprint: str
@@ -93,7 +95,7 @@ def _checkpoint(chosen: argparse.Namespace) -> Subject:
     if chosen.adapter:
         files = sorted(path for path in existing_folders([chosen.adapter])[0].iterdir() if path.is_file())
         if not any(path.name == "adapter_config.json" for path in files):
-            raise InputError(f"an adapter folder needs adapter_config.json, {chosen.adapter} has none. Mend --adapter.")
+            raise InputError(f"an adapter folder needs adapter_config.json, {chosen.adapter} has none. Fix --adapter.")
         fingerprint += fingerprint_of_files(files)
 
     def protocol(num_fewshot: int) -> Protocol:

@@ -1,4 +1,4 @@
-"""merge."""
+"""merge: a trained model as one checkpoint."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tune_sparse.cli.command import DEFAULT_RESULTS, FAULT, OK, add_command
+from tune_sparse.cli.command import FAULT, OK, add_command, add_results_dir
 from tune_sparse.errors import InputError, RunError
 
 
-def add_commands(commands: Any) -> None:
+def declare(commands: Any) -> None:
     merge = add_command(
         commands,
         "merge",
@@ -22,7 +22,7 @@ def add_commands(commands: Any) -> None:
         "    tune-sparse merge --base pruned-model --adapter adapter --output merged",
     )
     merge.add_argument("--run", help="a finished run: its folder's name under runs/")
-    merge.add_argument("--results-dir", type=Path, default=DEFAULT_RESULTS)
+    add_results_dir(merge)
     merge.add_argument("--base", metavar="MODEL", help="the model that the adapter was trained on, already pruned")
     merge.add_argument("--adapter", type=Path, metavar="DIR", help="of this program or of stock PEFT")
     merge.add_argument("--keep-zeros", action="store_true", help="an adapter of stock PEFT must not fill zeros")

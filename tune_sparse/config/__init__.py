@@ -6,15 +6,13 @@ The same names serve the command line (`--models`, `--set steps=20`), a YAML fil
 
 from __future__ import annotations
 
-import math
-import os
-import types
 from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, Field, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any
 
-from tune_sparse.errors import InputError, unknown_name
+from tune_sparse.config.options import converted, option, rule
+from tune_sparse.errors import unknown_name
 from tune_sparse.net import check_address
 
 MODES = ("dense", "sparse-to-dense", "sparse-to-sparse", "masked-finetuning")
@@ -37,16 +35,7 @@ SYNTHETIC, HUB_ROWS = Path("synthetic"), Path("hub")
 that no model is trained on generated rows, and nothing is fetched, by oversight."""
 
 
-def option(help: str, default: Any = MISSING) -> Any:
-    return field(default=default, metadata={"help": help})
-
-
-def rule(holds: bool, text: str, value: Any, fix: str) -> None:
-    if not holds:
-        raise InputError(f"{text}, got {value!r}. {fix}")
-
-
-def refuse_sparsities(sparsities: Iterable[float]) -> None:
+def check_sparsities(sparsities: Iterable[float]) -> None:
     """Raise `InputError` unless all are fractions."""
     for sparsity in sparsities:
         rule(
@@ -163,7 +152,7 @@ class Protocol:
 
     @property
     def calibrated_by(self) -> dict[str, Any]:
-        """What decides calibrated scores, besides the rows themselves: part of the identity of calibrated runs."""
+        """The settings that decide calibrated scores besides the rows: part of the identity of calibrated runs."""
         return {name: getattr(self, name) for name in CALIBRATION_SETTINGS}
 
     def within(self, max_positions: int) -> Protocol:
@@ -268,7 +257,7 @@ class SweepConfig:
             values = getattr(self, axis)
             rule(len(values) > 0, f"{axis} must name at least one", values, f"Give --{axis}.")
             rule(len(set(values)) == len(values), f"{axis} must not repeat a value", values, "Remove the repeats.")
-        refuse_sparsities(self.sparsities)
+        check_sparsities(self.sparsities)
         for mode in self.modes:
             if mode not in MODES:
                 raise unknown_name("mode", mode, MODES)
@@ -355,44 +344,3 @@ class SweepConfig:
         if own.get("backend") == (BOTH,):
             own["backend"] = BACKENDS
         return cls(**own, protocol=Protocol(**protocol), cerebras=Cerebras(**cerebras))
-
-
-def converted(owner: type, at: Field[Any], value: Any) -> Any:
-    """`value` as the declared type of a field, or an `InputError` that names the field."""
-    declared = get_type_hints(owner)[at.name]
-    try:
-        return _as_type(declared, value)
-    except (TypeError, ValueError) as error:
-        wanted = getattr(declared, "__name__", None) if not get_args(declared) else None
-        raise InputError(
-            f"{at.name} ({at.metadata['help']}) must be {wanted or declared}, got {value!r} ({error}). Mend the value."
-        ) from error
-
-
-def _as_type(declared: Any, value: Any) -> Any:
-    if get_origin(declared) in (Union, types.UnionType):
-        if value is None or value == "none":
-            return None
-        return _as_type(get_args(declared)[0], value)
-    if get_origin(declared) is tuple:
-        items = value.replace(",", " ").split() if isinstance(value, str) else value
-        items = items if isinstance(items, list | tuple) else [items]
-        return tuple(_as_type(get_args(declared)[0], item) for item in items)
-    if declared is bool:
-        return _as_bool(value)
-    if isinstance(value, bool):
-        raise TypeError("a yes or no is not a number")
-    if declared is int and isinstance(value, float) and not value.is_integer():
-        raise ValueError("not a whole number")
-    if declared is str and not isinstance(value, str | os.PathLike):
-        raise TypeError("not a text")
-    result = declared(value)
-    if declared is float and not math.isfinite(result):
-        raise ValueError("not finite")
-    return result
-
-
-def _as_bool(value: Any) -> bool:
-    if str(value).lower() not in ("true", "false"):
-        raise ValueError("neither true nor false")
-    return str(value).lower() == "true"

@@ -1,0 +1,27 @@
+"""prepare: what a sweep needs, fetched or trained."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from tune_sparse.cli.command import OK, add_command
+from tune_sparse.cli.sweep_options import add_sweep_options, sweep_config
+from tune_sparse.config import HUB_ROWS
+
+
+def declare(commands: Any) -> None:
+    prepare = add_command(commands, "prepare", _prepare, "fetch or train what a sweep needs, to run offline later")
+    add_sweep_options(prepare)
+
+
+def _prepare(chosen: argparse.Namespace) -> int:
+    config = sweep_config(chosen)
+    from tune_sparse.data.sources import fetch_rows
+    from tune_sparse.models.checkpoints import prepare_models
+
+    if config.data_dir == HUB_ROWS:
+        fetch_rows(config.tasks, report=print)
+    for reference, folder in prepare_models(config.models, report=print).items():
+        print(f"{reference}: {folder}")
+    return OK

@@ -1,0 +1,56 @@
+"""rerun: a finished run repeated and compared with its record."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+from typing import Any
+
+from tune_sparse.cli.command import FAULT, OK, add_command, add_results_dir, existing_folders
+from tune_sparse.errors import InputError, unknown_name
+
+EXAMPLE = """example:
+    tune-sparse rerun torch_tiny-llama_boolq_none_s00_dense_84b51b69
+
+exit status: 0 the same, 1 something differs, 2 bad input."""
+
+
+def declare(commands: Any) -> None:
+    rerun = add_command(commands, "rerun", _rerun, "repeat a run and compare it with its record", EXAMPLE)
+    rerun.add_argument("run", help="its folder's name under runs/")
+    add_results_dir(rerun)
+    rerun.add_argument("--json", action="store_true", help="print as JSON")
+
+
+def _rerun(chosen: argparse.Namespace) -> int:
+    from trainables.rerun import LOSS_TOLERANCE, rerun
+    from tune_sparse.ledger.ledger import Ledger
+
+    [folder] = existing_folders([chosen.results_dir])
+    ledger = Ledger(folder)
+    runs = [run_id for run_id in ledger.run_ids() if ledger.is_done(run_id)]
+    if chosen.run not in runs:
+        raise unknown_name("finished run", chosen.run, runs)
+    run = ledger.run(chosen.run)
+    if run.run_id != chosen.run:
+        raise InputError(
+            f"the settings of {chosen.run} must be those of its record, they are of {run.run_id}. "
+            "`tune-sparse audit` says more."
+        )
+    found = rerun(run, ledger)
+    if chosen.json:
+        print(json.dumps({"run": chosen.run} | asdict(found)))
+    else:
+        how = (
+            "to the last bit"
+            if found.is_exact
+            else f"accuracies within a standard error, other numbers within {LOSS_TOLERANCE:.0%}: the hardware or the "
+            "versions are not those of the record"
+        )
+        print(f"{chosen.run}: {len(found.differences)} differences ({how})")
+        print("".join(f"  {difference}\n" for difference in found.differences), end="")
+        print(f"{found.answered_otherwise} of {found.examples} examples have another outcome.")
+        if found.not_recorded:
+            print(f"Not in the record, so not compared: {', '.join(sorted(found.not_recorded))}.")
+    return FAULT if found.differences else OK

@@ -1,0 +1,50 @@
+"""status: done, failed and missing cells."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from typing import Any
+
+from tune_sparse.cli.command import FAULT, OK, add_command, add_results_dirs, existing_folders
+
+
+def declare(commands: Any) -> None:
+    status = add_command(commands, "status", _status, "done, failed, missing cells, with reasons")
+    add_results_dirs(status)
+    status.add_argument("--json", action="store_true", help="print as JSON")
+
+
+def _status(chosen: argparse.Namespace) -> int:
+    from analysis.read.load import cells_table
+    from tune_sparse.ledger.lease import likely_owner
+    from tune_sparse.ledger.ledger import Ledger
+    from tune_sparse.ledger.reader import MergedLedger
+    from tune_sparse.sweep.progress import duration
+
+    folders = existing_folders(chosen.results_dir)
+    cells = cells_table(folders)
+    ledgers = [Ledger(folder) for folder in folders]
+    running = {run_id for ledger in ledgers if likely_owner(ledger.folder) for run_id in ledger.running()}
+    cells.loc[cells["run_id"].isin(running) & (cells["status"] != "done"), "status"] = "running"
+    runs = cells.drop_duplicates("run_id")
+    counts, failed = cells["status"].value_counts(), runs[runs["status"] == "failed"]
+    left = int((~runs["status"].isin(["done", "failed"])).sum())
+    done = runs.loc[runs["status"] == "done", "run_id"]
+    merged = MergedLedger(folders)
+    seconds = [r.measured["trial_seconds"] for run_id in done if (r := merged.record(run_id))]
+    eta = left * statistics.median(seconds) / len(running) if running and seconds else None
+    if chosen.json:
+        reasons = dict(zip(failed["run_id"], failed["error"], strict=True))
+        values = {"cells": len(cells), "by_status": counts.to_dict(), "failed": reasons, "eta_seconds": eta}
+        print(json.dumps(values))
+    else:
+        print(
+            f"{len(cells)} cells: " + (", ".join(f"{n} {status}" for status, n in counts.items()) or "none requested")
+        )
+        for row in failed.itertuples():
+            print(f"  {row.run_id}: {row.error}")
+        if eta is not None:
+            print(f"about {duration(eta)} left")
+    return OK if counts.index.isin(["done", "running"]).all() else FAULT

@@ -1,0 +1,61 @@
+"""Fields of a configuration: their help and default, the rules of their values, and text turned into their type."""
+
+from __future__ import annotations
+
+import math
+import os
+import types
+from dataclasses import MISSING, Field, field
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from tune_sparse.errors import InputError
+
+
+def option(help: str, default: Any = MISSING) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+def rule(holds: bool, text: str, value: Any, fix: str) -> None:
+    if not holds:
+        raise InputError(f"{text}, got {value!r}. {fix}")
+
+
+def converted(owner: type, at: Field[Any], value: Any) -> Any:
+    """`value` as the declared type of a field, or an `InputError` that names the field."""
+    declared = get_type_hints(owner)[at.name]
+    try:
+        return _as_type(declared, value)
+    except (TypeError, ValueError) as error:
+        wanted = getattr(declared, "__name__", None) if not get_args(declared) else None
+        raise InputError(
+            f"{at.name} ({at.metadata['help']}) must be {wanted or declared}, got {value!r} ({error}). Fix the value."
+        ) from error
+
+
+def _as_type(declared: Any, value: Any) -> Any:
+    if get_origin(declared) in (Union, types.UnionType):
+        if value is None or value == "none":
+            return None
+        return _as_type(get_args(declared)[0], value)
+    if get_origin(declared) is tuple:
+        items = value.replace(",", " ").split() if isinstance(value, str) else value
+        items = items if isinstance(items, list | tuple) else [items]
+        return tuple(_as_type(get_args(declared)[0], item) for item in items)
+    if declared is bool:
+        return _as_bool(value)
+    if isinstance(value, bool):
+        raise TypeError("a yes or no is not a number")
+    if declared is int and isinstance(value, float) and not value.is_integer():
+        raise ValueError("not a whole number")
+    if declared is str and not isinstance(value, str | os.PathLike):
+        raise TypeError("not a text")
+    result = declared(value)
+    if declared is float and not math.isfinite(result):
+        raise ValueError("not finite")
+    return result
+
+
+def _as_bool(value: Any) -> bool:
+    if str(value).lower() not in ("true", "false"):
+        raise ValueError("neither true nor false")
+    return str(value).lower() == "true"

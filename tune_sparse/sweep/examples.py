@@ -1,0 +1,71 @@
+"""The examples that a sweep needs, read and checked once, before anything runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from tune_sparse.config import SweepConfig
+from tune_sparse.data.sources import rows_folder
+from tune_sparse.data.splits import Splits, calibration_text, fingerprint_splits, load_splits
+from tune_sparse.data.task_types import TextTask
+from tune_sparse.data.tasks import tasks_named
+from tune_sparse.errors import InputError
+from tune_sparse.identity import hash_json
+from tune_sparse.pruning.methods import METHODS
+
+
+@dataclass(frozen=True)
+class Examples:
+    """A plan needs no more of them: trials read their own, and compare the fingerprints."""
+
+    data_dir: Path | None
+    """None for synthetic ones"""
+    fingerprints: dict[str, str]
+    """{task or mixture: SHA-256 of its splits}"""
+    selection: dict[str, int]
+    """{task or mixture: selection examples}"""
+    calibration_text: str | None
+    """that scores are calibrated on; None where they are calibrated on tasks, or not at all"""
+
+    @property
+    def calibration_fingerprint(self) -> str | None:
+        return None if self.calibration_text is None else hash_json(self.calibration_text)
+
+
+def read_examples(config: SweepConfig) -> Examples:
+    """Read every example of a sweep once. Raises `InputError` for one that is wrong, or where there are too few."""
+    text = config.protocol.calibration if _is_calibrated(config) and config.protocol.calibration != "task" else None
+    data_dir = rows_folder(config.data_dir, [*config.tasks, *([text] if text else [])])
+    tasks = {task.name: task for name in config.tasks for task in tasks_named(name)}
+    loaded = {name: load_splits(task, data_dir, config.protocol) for name, task in tasks.items()}
+    splits = {name: [loaded[task.name] for task in tasks_named(name)] for name in config.tasks}
+    if config.protocol.calibration == "task" and _is_calibrated(config):
+        _check_calibration(config, splits)
+    return Examples(
+        data_dir,
+        {name: fingerprint_splits(found) for name, found in splits.items()},
+        {name: sum(len(split.selection) for split in found) for name, found in splits.items()},
+        _text(text, loaded, data_dir) if text else None,
+    )
+
+
+def _is_calibrated(config: SweepConfig) -> bool:
+    return any(METHODS[method].is_calibrated for method in config.methods)
+
+
+def _check_calibration(config: SweepConfig, splits: Mapping[str, list[Splits]]) -> None:
+    needed = config.protocol.calibration_rows
+    for name, found in splits.items():
+        count = sum(len(split.train) for split in found)
+        if count < needed and not isinstance(tasks_named(name)[0], TextTask):
+            raise InputError(
+                f"calibration needs {needed} rows, {name} has {count} training rows. "
+                "Lower calibration_rows, or raise n_train."
+            )
+
+
+def _text(name: str, loaded: Mapping[str, Splits], data_dir: Path | None) -> str:
+    """The training text of a text task, which may be a task of the sweep as well."""
+    return str(loaded[name].train[0]["text"]) if name in loaded else calibration_text(name, data_dir)

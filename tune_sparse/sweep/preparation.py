@@ -1,0 +1,62 @@
+"""Everything that is checked and made, once, before the first trial of a sweep."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from tune_sparse.cerebras.environment import check_cluster
+from tune_sparse.cerebras.preflight import working_bytes
+from tune_sparse.config import SweepConfig
+from tune_sparse.errors import InputError
+from tune_sparse.files import check_room
+from tune_sparse.ledger.lease import check_not_locked
+from tune_sparse.ledger.ledger import Ledger
+from tune_sparse.ledger.run import Run
+from tune_sparse.models.checkpoints import prepare_models
+from tune_sparse.models.toy_models import TOY_MODELS
+from tune_sparse.sweep.examples import read_examples
+from tune_sparse.sweep.plan import Plan, check_names, plan_cells
+
+logger = logging.getLogger(__name__)
+FREE_SOME = "Free some, or give another --results-dir."
+
+
+def prepare(config: SweepConfig, report: Callable[[str], None] = logger.info) -> Plan:
+    """Make a sweep ready to run: check names, examples and the results folder, train the toy models that are not there
+    yet, check every model, and plan. The plan serves forecast, pilots and sweep; nothing is read again for them.
+
+    Raises `InputError` for anything that would stop a trial later.
+    """
+    check_names(config)
+    examples = read_examples(config)
+    check_folder(config.results_dir)
+    prepare_models([model for model in config.models if model in TOY_MODELS], report=report)
+    return plan_cells(config, examples)
+
+
+def check_folder(folder: Path) -> None:
+    """Raise `InputError` unless the results folder can be written and is free."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(
+            f"the results folder must be writable, {folder} is not: {error}. Give another --results-dir."
+        ) from error
+    check_not_locked(folder)
+
+
+def check_start(plan: Plan, ledger: Ledger, missing: Sequence[Run]) -> None:
+    """Raise `InputError` unless there is room for what the missing runs will write, and a cluster for those on
+    Cerebras."""
+    check_room(ledger.folder, sum(plan.estimate_bytes(run) for run in missing), "a sweep", FREE_SOME)
+    if "cerebras" in plan.config.backends:
+        settings = plan.config.cerebras
+        if settings.cerebras_target == "csx":
+            check_cluster()
+        needed = working_bytes(list(plan.checkpoints.values()), settings.cs3)
+        check_room(ledger.folder, needed, "training on Cerebras", FREE_SOME)
