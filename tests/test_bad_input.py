@@ -113,7 +113,7 @@ FLAGS = [
     (["--set", "precision=fp16"], r"unknown precision 'fp16'\. .*Known: bfloat16, float32\."),
     (
         ["--set", "train_on_prompt=answer"],
-        r"train_on_prompt \(.*\) must be bool, got 'answer' \(neither true nor false\)\. Mend",
+        r"train_on_prompt \(.*\) must be bool, got 'answer' \(neither true nor false\)\. Fix",
     ),
     (["--set", "n_selection=20"], r"n_selection must leave rows to train on: boolq has 20 training rows, got 20\. L"),
     (["--sparsities", "1.0"], r"a sparsity is the fraction of zeros, in \[0, 1\), got 1\.0\. Give a fraction\."),

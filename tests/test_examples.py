@@ -16,7 +16,6 @@ from factories import write_boolq
 from tune_sparse.cli import main
 from tune_sparse.cli.command import OK
 from tune_sparse.sweep import driver
-from tune_sparse.sweep.plan import plan_sweep
 
 FOLDER = Path(__file__).parents[1] / "docs" / "examples"
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
@@ -110,7 +109,7 @@ def python_of_the_readme(llama: Path, tmp_path: Path, monkeypatch: pytest.Monkey
 def test_the_python_of_the_readme_asks_for_a_sound_sweep(
     python_of_the_readme: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(driver, "run_sweep", lambda config: SimpleNamespace(done=0, plan=plan_sweep(config)))
+    monkeypatch.setattr(driver, "run_sweep", lambda plan: SimpleNamespace(done=0, plan=plan))
     exec(python_of_the_readme, {})
     assert capsys.readouterr().out == "0 of 3 trainings are done\n"
 

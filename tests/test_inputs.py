@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from factories import finished, make_run, tiny_run, write_boolq
 
-from trainables.inputs import load_planned_calibration_text, load_planned_checkpoint, splits_of
+from trainables.inputs import load_planned_calibration_text, load_planned_checkpoint, load_planned_splits
 from trainables.pipeline import is_infrastructure
 from tune_sparse.config import Protocol
 from tune_sparse.errors import NotReadyError
@@ -36,7 +36,7 @@ def run(llama: Path, rows: Path, tmp_path: Path) -> Run:
 
 def test_what_was_planned_is_given(run: Run) -> None:
     assert load_planned_checkpoint(run) == check_checkpoint(run.model_path)
-    [splits] = splits_of(run, run.protocol)
+    [splits] = load_planned_splits(run, run.protocol)
     assert splits.fingerprint == run.data_fingerprint
 
 
@@ -62,13 +62,13 @@ def test_a_missing_model_is_refused(run: Run) -> None:
 def test_other_rows_are_refused(run: Run, rows: Path) -> None:
     write_boolq(rows, train=21)
     with pytest.raises(NotReadyError, match=rf"the rows of boolq in {rows} as it was planned, .+; {HOST} has "):
-        splits_of(run, run.protocol)
+        load_planned_splits(run, run.protocol)
 
 
 def test_missing_rows_are_refused(run: Run, rows: Path) -> None:
     (rows / "boolq" / "train.jsonl").unlink()
     with pytest.raises(NotReadyError, match=rf"{HOST} says: boolq needs the file {rows}/boolq/train.jsonl"):
-        splits_of(run, run.protocol)
+        load_planned_splits(run, run.protocol)
 
 
 def test_another_calibration_text_is_refused(rows: Path) -> None:

@@ -15,6 +15,7 @@ from trainables.pipeline import Bench
 from tune_sparse.config import Protocol, SweepConfig
 from tune_sparse.data.splits import Encoded
 from tune_sparse.ledger.ledger import Ledger
+from tune_sparse.models.architectures import adapter_weights, pruned_weights
 from tune_sparse.models.checkpoints import check_checkpoint, load_model, prunable_weights, write_weights_into
 from tune_sparse.pruning.masks import Masks, masked
 from tune_sparse.pruning.prune_model import make_masks
@@ -114,9 +115,9 @@ def test_without_zeros_it_is_a_training_of_its_own_that_all_methods_share(llama:
     plan = make_plan(SweepConfig.from_names(names | {"results_dir": tmp_path}))
     assert [run.cell.mode for run in plan.runs.values()] == ["dense", "masked-finetuning"]
     lora, weights = plan.runs.values()
-    assert plan.estimate_bytes(weights) - plan.estimate_bytes(lora) == 2 * plan.checkpoints[
-        lora.cell.model
-    ].dims.pruned_weights - (4 * plan.checkpoints[lora.cell.model].dims.adapter_weights(16))
+    dims = plan.checkpoints[lora.cell.model].dims
+    more = plan.estimate_bytes(weights) - plan.estimate_bytes(lora)
+    assert more == 2 * pruned_weights(dims) - 4 * adapter_weights(dims, 16)
 
 
 def test_the_table_has_it() -> None:

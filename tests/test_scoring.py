@@ -21,7 +21,7 @@ from tune_sparse.errors import InputError, RunError
 from tune_sparse.evaluation import scoring
 from tune_sparse.evaluation.metrics import compute_metrics
 from tune_sparse.evaluation.outcomes import Outcome
-from tune_sparse.evaluation.scoring import EvalSet, Example, encode_test, few_shot_prefixes, outcomes_of, score
+from tune_sparse.evaluation.scoring import EvalSet, Example, compute_outcomes, encode_test, few_shot_prefixes, score
 
 PROTOCOL = Protocol(max_tokens=256, max_new_tokens=8, precision="float32", batch_tokens=1024)
 BOOLQ, HELLASWAG, GSM8K, TEXT = (TASKS[name] for name in ("boolq", "hellaswag", "gsm8k", "tinyshakespeare"))
@@ -307,7 +307,7 @@ def test_a_stopped_scoring_goes_on_to_the_same_bits(
     """Whichever batches were done before, and whichever examples of them are still known."""
     protocol = replace(PROTOCOL, batch_tokens=120, max_tokens=64)
     tests = eval_set(tokenizer, task, 24, max_tokens=64)
-    batches = list(outcomes_of(model, tokenizer, tests, protocol))
+    batches = list(compute_outcomes(model, tokenizer, tests, protocol))
     whole = {i: outcome for batch in batches for i, outcome in batch.items()}
     assert len(batches) >= 4
     assert sorted(whole) == list(range(len(tests.examples)))
@@ -318,7 +318,7 @@ def test_a_stopped_scoring_goes_on_to_the_same_bits(
         set(rng.sample(sorted(whole), len(whole) // 2)),
         set(whole),
     ):
-        rest = list(outcomes_of(model, tokenizer, tests, protocol, done))
+        rest = list(compute_outcomes(model, tokenizer, tests, protocol, done))
         found = {i: outcome for batch in rest for i, outcome in batch.items()}
         assert found == {i: outcome for i, outcome in whole.items() if i not in done}
         assert len(rest) == sum(not batch.keys() <= done for batch in batches), "a known batch is not computed"
@@ -327,7 +327,9 @@ def test_a_stopped_scoring_goes_on_to_the_same_bits(
 def test_a_scoring_computes_only_what_is_taken(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     passes: Counter[str] = Counter()
     hook = model.model.register_forward_pre_hook(lambda module, args: passes.update(["pass"]))
-    batches = outcomes_of(model, tokenizer, eval_set(tokenizer, HELLASWAG, 24), replace(PROTOCOL, batch_tokens=200))
+    batches = compute_outcomes(
+        model, tokenizer, eval_set(tokenizer, HELLASWAG, 24), replace(PROTOCOL, batch_tokens=200)
+    )
     next(batches)
     hook.remove()
     assert passes["pass"] == 1
