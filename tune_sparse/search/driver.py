@@ -1,4 +1,4 @@
-"""A search: a super-adapter trained once, its slices scored by warm workers, the best of them evaluated on test rows.
+"""A search: a super-adapter trained once, its slices scored by warm workers, the best evaluated on test rows.
 
 searches/<search_id>/result.json      the front, the winner, and what they are compared with
 searches/<search_id>/winner/          adapter (PEFT), validation, outcomes on test rows; heuristic/ likewise
