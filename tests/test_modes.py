@@ -17,9 +17,9 @@ import torch
 from factories import TINY_PROTOCOL, finished, tiny_run, write_boolq
 from peft import PeftModel
 from torch import Tensor
+from trainables.deployed import Deployed
 
 from trainables import pipeline, pruned, sparse_to_dense, training
-from trainables.deployed import Deployed
 from trainables.pipeline import MODES, Bench, _merge_violations, run_cell
 from tune_sparse.config import MODES as MODE_NAMES
 from tune_sparse.config import SweepConfig

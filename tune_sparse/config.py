@@ -11,13 +11,14 @@ import os
 import types
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields, replace
+from itertools import product
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from tune_sparse.errors import InputError, unknown_name
+from tune_sparse.modes import DENSE, MODES, SPARSE_ADAPTER_MODES
 from tune_sparse.net import check_address
 
-MODES = ("dense", "sparse-to-dense", "sparse-to-sparse", "masked-finetuning")
 LORA_SETTINGS = ("lora_rank", "lora_alpha", "lora_dropout", "masked_way")
 BACKENDS = ("torch", "cerebras")
 BOTH, SPLIT = "both", "split"
@@ -206,10 +207,12 @@ class Cell:
     @property
     def trained(self) -> Cell:
         """The cell whose training serves this one: without zeros, every method and LoRA mode is the dense baseline."""
-        if self.sparsity > 0 and self.mode != "dense":
+        mode = MODES[self.mode]
+        if self.sparsity > 0 and mode.is_pruned:
             return self
-        mode = self.mode if self.mode == "masked-finetuning" else "dense"
-        return Cell(self.model, self.task, "none", 0.0, mode, self.seed, self.backend)
+        return Cell(
+            self.model, self.task, "none", 0.0, DENSE if mode.has_adapter else self.mode, self.seed, self.backend
+        )
 
 
 @dataclass(frozen=True)
@@ -251,7 +254,7 @@ class SweepConfig:
     sparsities: tuple[float, ...] = option(
         "fractions of zeros in the pruned matrices", (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
     )
-    modes: tuple[str, ...] = option("training modes", ("sparse-to-dense", "sparse-to-sparse"))
+    modes: tuple[str, ...] = option("training modes", SPARSE_ADAPTER_MODES)
     seeds: tuple[int, ...] = option("of the rows' order, the adapters and the random masks", (0,))
     backend: tuple[str, ...] = option(
         "where trials compute: torch, cerebras, both (each cell on each) or split (whole model-task blocks)", ("torch",)
@@ -276,16 +279,16 @@ class SweepConfig:
             if mode not in MODES:
                 raise unknown_name("mode", mode, MODES)
         rule(
-            "dense" not in self.modes or not any(self.sparsities),
+            all(MODES[mode].is_pruned for mode in self.modes) or not any(self.sparsities),
             "the mode dense prunes nothing, so all sparsities must be 0 with it",
             self.sparsities,
             "Leave it out: at sparsity 0 the sparse modes are the dense baseline.",
         )
-        for name in LORA_SETTINGS if "masked-finetuning" in self.modes else ():
+        for mode, name in product(self._modes_without_adapter, LORA_SETTINGS):
             value, default = getattr(self.protocol, name), getattr(Protocol, name)
             rule(
                 value == default,
-                f"the mode masked-finetuning trains the weights themselves, so {name} must not be set with it",
+                f"the mode {mode} trains the weights themselves, so {name} must not be set with it",
                 value,
                 f"Leave it at {default}, or sweep the LoRA modes apart.",
             )
@@ -321,10 +324,15 @@ class SweepConfig:
         """Every backend that a cell may be of."""
         return BACKENDS if self.backend == (SPLIT,) else self.backend
 
+    @property
+    def _modes_without_adapter(self) -> tuple[str, ...]:
+        return tuple(mode for mode in self.modes if not MODES[mode].has_adapter)
+
     def _check_cerebras(self) -> None:
         rule(
-            "masked-finetuning" not in self.modes,
-            "the backend cerebras trains adapters, so the mode masked-finetuning must not be in modes",
+            not self._modes_without_adapter,
+            "the backend cerebras trains adapters, so the mode "
+            f"{' and '.join(self._modes_without_adapter)} must not be in modes",
             self.modes,
             "Leave it out, or sweep it with --backend torch.",
         )

@@ -17,6 +17,7 @@ from tune_sparse.data.task_types import PromptTask
 from tune_sparse.data.tasks import tasks_named
 from tune_sparse.errors import InputError
 from tune_sparse.ledger.ledger import Run
+from tune_sparse.modes import MODES, SPARSE_ADAPTER_MODES
 from tune_sparse.pruning.methods import METHODS, TOLERANCE
 
 Found = Iterator[tuple[str, list[str]]]
@@ -95,7 +96,7 @@ def modes_coincide(first: Evidence, second: Evidence) -> bool:
     method = METHODS.get(first.run.cell.method)
     return (
         differing(first.run, second.run) == ["mode"]
-        and {first.run.cell.mode, second.run.cell.mode} == {"sparse-to-dense", "sparse-to-sparse"}
+        and {first.run.cell.mode, second.run.cell.mode} == set(SPARSE_ADAPTER_MODES)
         and method is not None
         and method.pattern == "structured"
         and first.sparse_config["mask_sha256"] == second.sparse_config["mask_sha256"]
@@ -113,7 +114,7 @@ def no_effect(results: Results) -> Found:
     dense = {_scored(e.run): e.untuned for e in results.done if e.run.cell.sparsity == 0}
     for e in results.done:
         cell = e.run.cell
-        if cell.mode == "sparse-to-dense" and e.record.metrics.get("update_removed_fraction") == 0:
+        if MODES[cell.mode].masks_at_merge and e.record.metrics.get("update_removed_fraction") == 0:
             yield f"{e.run_id}: the last mask removed nothing of the trained update", [e.run_id]
         if _same_scores(e.untuned, e.answers):
             yield f"{e.run_id}: every score is the one before tuning, to the last bit", [e.run_id]

@@ -11,15 +11,15 @@ from analysis.stats.claims import Claim, Number, escaped, interval, number
 from analysis.stats.comparisons import ALL_BASES, BASE, Points, Test, compare, compare_cells, turned
 from analysis.stats.sparsity_claims import sparsity_claims
 from analysis.stats.statistics import anova, repeated_measures, said_by_seeds
+from tune_sparse.modes import SPARSE_ADAPTER_MODES
 
 MEASURED = "{{difference}} {unit} ({{low}} to {{high}}, {{p}}, {{cells}} pairs of cells)"
-LORA_MODES = ("sparse-to-dense", "sparse-to-sparse")
 
 
 def findings(points: Points, imported: Sequence[Imported] = ()) -> tuple[list[Claim], pd.DataFrame]:
     """The claims, and a table of every test behind them."""
     methods, modes = compare(points, "method"), compare(points, "mode")
-    single = compare_cells(points, "mode", *LORA_MODES)
+    single = compare_cells(points, "mode", *SPARSE_ADAPTER_MODES)
     backends = _backend_tests(points)
     claims = [
         *sparsity_claims(points, imported),
@@ -104,10 +104,10 @@ EFFECT_SIZES = ("eta_squared", "omega_squared")
 
 
 def _mode_claims(points: Points, tests: Sequence[Test], single: Sequence[Test]) -> Iterator[Claim]:
-    asked = [t for t in tests if {t.left, t.right} == set(LORA_MODES) and not t.warning]
+    asked = [t for t in tests if {t.left, t.right} == set(SPARSE_ADAPTER_MODES) and not t.warning]
     if not asked:
         yield Claim("RQ3", ALL_BASES, "No two cells differ in these modes alone: there is nothing to compare.")
-    for test in (turned(t, LORA_MODES[1]) for t in asked):
+    for test in (turned(t, SPARSE_ADAPTER_MODES[1]) for t in asked):
         unit = "accuracy" if points.is_accuracy(test.run_ids[0]) else "log-likelihood a token"
         measured = MEASURED.format(unit=unit)
         if test.is_shown:

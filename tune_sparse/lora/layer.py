@@ -95,7 +95,7 @@ def adapt_model(
         task_type="CAUSAL_LM",
     )
     adapted = inject(model, config)
-    confine(adapted, update_masks, protocol.masked_way)
+    apply_update_masks(adapted, update_masks, protocol.masked_way)
     for name, layer in sparse_lora_layers(adapted):
         A, B, _ = layer.factors()
         A.data.copy_((2 * uniform(A.shape, f"{seed}/adapter/{name}") - 1) / math.sqrt(A.shape[1]))
@@ -111,7 +111,7 @@ def inject(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
     return adapted
 
 
-def confine(adapted: PeftModel, masks: Masks | None, asked: str = "auto") -> None:
+def apply_update_masks(adapted: PeftModel, masks: Masks | None, asked: str = "auto") -> None:
     """Choose the way of every adapted layer, in place: confined to `masks`, or to nothing without them."""
     workspace = Workspace()
     for name, layer in sparse_lora_layers(adapted):

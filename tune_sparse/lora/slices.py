@@ -82,7 +82,7 @@ class Slices:
             A, B, scaling = layer.factors()
             weight = layer.base_layer.weight.detach().clone()
             way = DenseStored(weight, layer.keep_mask, workspace)
-            last_mask = masks[name] if marker.mode == "sparse-to-dense" else None
+            last_mask = masks[name] if marker.facts.masks_at_merge else None
             layers[name] = Layer(weight, A.detach(), B.detach(), scaling, way, last_mask)
         return cls(adapted.unload(), space, marker, layers, dict.fromkeys(layers, 0))
 

@@ -25,6 +25,7 @@ from tune_sparse.ledger.lease import refuse_if_held
 from tune_sparse.ledger.ledger import Ledger, Record, Run, SweepRecord, readable_id
 from tune_sparse.models.checkpoints import Checkpoint, check_checkpoint, load_tokenizer, short_name
 from tune_sparse.models.toy_models import TOY_MODELS
+from tune_sparse.modes import MODES
 from tune_sparse.pruning.calibration import text_rows
 from tune_sparse.pruning.methods import METHODS, method_named
 from tune_sparse.pruning.prune_model import check_sparsities
@@ -55,7 +56,7 @@ class Plan:
         """What a run will write, roughly: mostly what it trained and its outcomes."""
         shape = self.checkpoints[run.cell.model].shape
         trained = 4 * shape.adapter_weights(run.protocol.lora_rank)
-        if run.cell.mode == "masked-finetuning":
+        if not MODES[run.cell.mode].has_adapter:
             trained = shape.pruned_weights * (2 if run.protocol.precision == "bfloat16" else 4)
         generates = any(isinstance(task, AnswerTask) for task in tasks_named(run.cell.task))
         outcome = OUTCOME_BYTES + TOKEN_BYTES * (run.protocol.max_new_tokens if generates else 0)
