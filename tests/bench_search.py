@@ -30,7 +30,8 @@ import torch.nn.functional as F
 
 from search_spaces import subadapters
 from search_spaces.matrix import PRESETS
-from trainables.pipeline import Bench, run_cell
+from trainables.pipeline import run_cell
+from trainables.worker import WorkerCache
 from tune_sparse.config import SweepConfig
 from tune_sparse.evaluation.scoring import compute_outcomes
 from tune_sparse.files import read_json
@@ -89,7 +90,7 @@ def warm_worker(results_dir: Path) -> SliceScorer:
     preset = PRESETS["toy"] | subadapters.PROTOCOL | subadapters.EMBEDDED_PROTOCOL
     space = Space.of(subadapters.PRESETS["toy"])
     run, ledger = plan_search(SearchConfig(SweepConfig.from_names(preset | few), space)).run, Ledger(results_dir)
-    for _ in run_cell(run, ledger, Bench()):
+    for _ in run_cell(run, ledger, WorkerCache()):
         pass
     return SliceScorer.of(run, ledger)
 

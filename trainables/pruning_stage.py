@@ -1,14 +1,15 @@
-"""The pruning stage of a cell: masks and pruned weights, by statistics that a worker measures once."""
+"""The pruning stage of a cell: masks and pruned weights, with statistics that a worker measures once."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
 from trainables.inputs import load_planned_calibration_text
+from trainables.loaded import LoadedModel
 from tune_sparse.data.splits import Encoded
 from tune_sparse.errors import RunError
 from tune_sparse.evaluation.validation import mask_violations
@@ -17,9 +18,6 @@ from tune_sparse.pruning.calibration import ModelBlocks, Statistics, checked_row
 from tune_sparse.pruning.masks import Masks, count_sparsity, mask_sha256, masked
 from tune_sparse.pruning.methods import method_named
 from tune_sparse.pruning.prune_model import NO_STATISTICS, Prunable, make_masks, measured, prune_walking, walks
-
-if TYPE_CHECKING:
-    from trainables.pipeline import Loaded
 
 
 @dataclass(frozen=True)
@@ -31,7 +29,7 @@ class Pruned:
     weights: dict[str, Tensor]
 
     def described(self, run: Run) -> dict[str, Any]:
-        """What `sparse_config.json` holds."""
+        """The content of `sparse_config.json`."""
         return {
             "method": run.cell.method,
             "sparsity": run.cell.sparsity,
@@ -44,12 +42,12 @@ class Pruned:
 
 
 class Pruner:
-    """Prunes the model that a worker holds, and keeps what its calibration rows said."""
+    """Prunes the model that a worker holds, and keeps what calibration measured on it."""
 
     def __init__(self) -> None:
         self._statistics: dict[tuple[Any, ...], Statistics] = {}
 
-    def prune(self, run: Run, loaded: Loaded, train: Sequence[Encoded]) -> Pruned:
+    def prune(self, run: Run, loaded: LoadedModel, train: Sequence[Encoded]) -> Pruned:
         """Masks and pruned weights. The model may be left half-pruned: the caller writes the weights into it.
 
         train: the task's training rows. Raises `RunError` for masks that break a rule.
@@ -71,8 +69,8 @@ class Pruner:
             raise RunError("masks must be valid: " + "; ".join(violations))
         return Pruned(masks, mask_sha256(masks), weights)
 
-    def _measured(self, run: Run, loaded: Loaded, rows: Sequence[Encoded]) -> Statistics:
-        """What the run's method uses of its calibration rows, measured once on the dense model."""
+    def _measured(self, run: Run, loaded: LoadedModel, rows: Sequence[Encoded]) -> Statistics:
+        """Measure what the run's method uses of its calibration rows, once on the dense model."""
         method, protocol = method_named(run.cell.method), run.protocol
         inputs = (run.cell.task, run.data_fingerprint, run.prompt_version, run.calibration_fingerprint)
         needs = (method.needs_inputs, method.needs_gradients, method.allocation == "owl")
@@ -83,8 +81,8 @@ class Pruner:
         return self._statistics[key]
 
 
-def calibration_rows(run: Run, loaded: Loaded, train: Sequence[Encoded]) -> list[Encoded]:
-    """What scores are calibrated on: training rows of the task, or pieces of a text."""
+def calibration_rows(run: Run, loaded: LoadedModel, train: Sequence[Encoded]) -> list[Encoded]:
+    """Return what scores are calibrated on: training rows of the task, or pieces of a text."""
     protocol = run.protocol
     if protocol.calibration == "task":
         return checked_rows(train, protocol.calibration_rows)

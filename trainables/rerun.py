@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from trainables.hardware import environment
-from trainables.pipeline import Bench, run_cell
+from trainables.pipeline import run_cell
+from trainables.worker import WorkerCache
 from tune_sparse.errors import InputError, NotReadyError
 from tune_sparse.evaluation.outcomes import Outcome, read_outcomes
 from tune_sparse.ledger.ledger import Ledger, Record, Run
@@ -36,7 +37,7 @@ class Comparison:
 
 
 def rerun(run: Run, ledger: Ledger) -> Comparison:
-    """Prune, train, deploy and score `run` again in a scratch folder, and compare. The ledger is only read.
+    """Prune, train, merge and score `run` again in a scratch folder, and compare. The ledger is only read.
 
     Raises `InputError` where the run cannot be repeated here: other weights or rows, or a training that fails.
     """
@@ -55,7 +56,7 @@ def rerun(run: Run, ledger: Ledger) -> Comparison:
 
 
 def _finished(run: Run, ledger: Ledger) -> Record:
-    steps = run_cell(run, ledger, Bench())
+    steps = run_cell(run, ledger, WorkerCache())
     while True:
         try:
             next(steps)

@@ -53,7 +53,7 @@ class SiteEnvironment:
         return "cs-2.9" if _major_minor(self.release) >= (2, 9) else "cs-2.5"
 
     def variables(self, threads: int = 1) -> dict[str, str]:
-        """For a program in this environment. Ray's variables, and our own packages, are none of its business."""
+        """Return the variables of a program in this environment. Ray's, and our own packages, are not passed on."""
         own = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "PYTHON"))}
         path = f"{self.venv / 'bin'}{os.pathsep}{own.get('PATH', '')}"  # torch-cirh-opt is found there
         return own | {"PATH": path, "PYTHONPATH": str(self.modelzoo), "OMP_NUM_THREADS": str(threads)}

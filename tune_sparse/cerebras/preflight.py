@@ -17,7 +17,7 @@ from tune_sparse.cerebras import appliance
 from tune_sparse.cerebras.conversion import NAMES, cerebras_name, to_cerebras
 from tune_sparse.cerebras.environment import SiteEnvironment, find_environment, refuse_unreachable_cluster
 from tune_sparse.cerebras.failures import classify_failure
-from tune_sparse.cerebras.guard import STOP_SECONDS, Guarded, is_guarded, remove_working_files
+from tune_sparse.cerebras.guard import STOP_SECONDS, SupervisedProcess, is_guarded, remove_working_files
 from tune_sparse.cerebras.job import CHILD, job_appliance, job_protocol
 from tune_sparse.config import Cerebras, Protocol, SweepConfig
 from tune_sparse.errors import DISK_FULL, InputError
@@ -26,6 +26,7 @@ from tune_sparse.identity import hash_json
 from tune_sparse.ledger.ledger import Ledger
 from tune_sparse.models.checkpoints import Checkpoint
 from tune_sparse.models.safetensors_io import TensorFiles, weight_files
+from tune_sparse.modes import DENSE, MODES
 
 POLL_SECONDS = 0.2
 CHECKPOINT_BYTES = 8
@@ -98,7 +99,7 @@ def lower_all(config: SweepConfig, checkpoints: Sequence[Checkpoint], ledger: Le
         protocol = config.protocol.within(checkpoint.shape.context_tokens)
         converted = to_cerebras(checkpoint.path, checkpoint.fingerprint, environment)
         for mode in trained_modes(config):
-            shapes = matrix_shapes(checkpoint.path) if mode != "dense" else {}
+            shapes = matrix_shapes(checkpoint.path) if MODES[mode].is_pruned else {}
             folder = ledger.folder / "cerebras" / f"lowering_{checkpoint.name}_{mode}_{precision}"
             report = lower(folder, converted.config, shapes, mode, max(config.sparsities), protocol, environment)
             yield Lowering(
@@ -113,9 +114,10 @@ def lower_all(config: SweepConfig, checkpoints: Sequence[Checkpoint], ledger: Le
 
 
 def trained_modes(config: SweepConfig) -> list[str]:
-    """The modes that are trained: at sparsity 0 every mode is the dense one."""
-    sparse = [mode for mode in config.modes if mode != "dense"] if any(config.sparsities) else []
-    return (["dense"] if 0 in config.sparsities or "dense" in config.modes else []) + sparse
+    """List the modes that are trained: at sparsity 0 every mode is the dense one."""
+    pruned = [mode for mode in config.modes if MODES[mode].is_pruned]
+    has_dense = 0 in config.sparsities or len(pruned) < len(config.modes)
+    return ([DENSE] if has_dense else []) + (pruned if any(config.sparsities) else [])
 
 
 def lower(
@@ -134,7 +136,7 @@ def lower(
     order = torch.zeros(protocol.global_batch_size, dtype=torch.long)
     save_file({"rows": rows, "order": order}, folder / "rows" / "tokens.safetensors")
     kind = {
-        "update_is_masked": mode == "sparse-to-sparse",
+        "update_is_masked": MODES[mode].masks_update,
         "sparsity_by_weight": {cerebras_name(name): sparsity for name in shapes},
         "rows": str((folder / "rows").resolve()),
     }
@@ -143,12 +145,12 @@ def lower(
     write_json(folder / "job.json", job)
     write_json(folder / "base.json", {"config": str(model_config)})
     command = [str(environment.python), str(CHILD), str(folder.resolve())]
-    guarded = Guarded(folder, command, environment.variables(protocol.threads))
+    process = SupervisedProcess(folder, command, environment.variables(protocol.threads))
     try:
-        while (ended := guarded.ended()) is None:
+        while (ended := process.ended()) is None:
             time.sleep(POLL_SECONDS)
     finally:
-        guarded.stop()
+        process.stop()
     if ended.returncode:
         raise classify_failure(folder / "child.log", ended.returncode)
     found: dict[str, Any] = read_json(folder / "report.json")
