@@ -36,7 +36,7 @@ from tune_sparse.config import SweepConfig
 from tune_sparse.evaluation.scoring import compute_outcomes
 from tune_sparse.files import read_json
 from tune_sparse.ledger.ledger import Ledger
-from tune_sparse.lora.masked_linear import DenseStored, Workspace
+from tune_sparse.lora.masked_linear import EffectiveWeight, Workspace
 from tune_sparse.lora.rank_space import Group, Ranks, Space
 from tune_sparse.lora.slices import Layer, count_layers
 from tune_sparse.search.config import SAMPLERS, SearchConfig
@@ -65,7 +65,7 @@ def seconds(work: Callable[[], object]) -> float:
 def switch_fraction() -> float:
     mask = torch.rand(4096, 4096) > 0.5
     weight, A, B = torch.randn(4096, 4096) * mask, torch.randn(32, 4096), torch.randn(4096, 32)
-    layer, own = Layer(weight, A, B, 2.0, DenseStored(weight, mask, Workspace()), None), weight.clone()
+    layer, own = Layer(weight, A, B, 2.0, EffectiveWeight(weight, mask, Workspace()), None), weight.clone()
     x = torch.randn(MEASURED_TOKENS, 4096)
     switch = seconds(lambda: own.copy_(layer.deployed(24)))
     return switch / (seconds(lambda: F.linear(x, own)) * TOKENS / MEASURED_TOKENS)

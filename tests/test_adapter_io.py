@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from tune_sparse.config import Protocol
 from tune_sparse.errors import InputError
 from tune_sparse.lora.adapter_io import MARKER, WEIGHTS, load_adapter, read_marker, save_adapter
-from tune_sparse.lora.layer import adapt_model, sparse_lora_layers, ways
+from tune_sparse.lora.layer import adapt_model, count_impls, sparse_lora_layers
 from tune_sparse.models.checkpoints import PRUNED, check_checkpoint, load_model, prunable_weights, write_weights_into
 from tune_sparse.pruning.masks import Masks, mask_sha256, masked
 from tune_sparse.pruning.prune_model import make_masks
@@ -69,7 +69,7 @@ def test_a_masked_adapter_comes_back_masked(method: str, kept_zero: bool, pruned
     assert marker is not None
     assert list(marker.kept_zeros) == ([Q] if kept_zero else [])
     loaded = load_adapter(pruned(method, kept_zero)[0], tmp_path / "adapter")
-    assert ways(loaded) == ways(adapted)
+    assert count_impls(loaded) == count_impls(adapted)
     assert all(torch.equal(layer.keep_mask, masks[name]) for name, layer in sparse_lora_layers(loaded))
     assert torch.equal(logits(loaded), logits(adapted))
 

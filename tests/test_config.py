@@ -51,8 +51,7 @@ BROKEN_PROTOCOLS: list[tuple[dict[str, Any], str]] = [
     ({"warmup_steps": -1}, r"the warm-up must be shorter than the training of 200 steps, got -1\."),
     ({"steps": 2, "warmup_fraction": 0.9}, r"the warm-up must be shorter than the training of 2 steps, got 2\."),
     ({"loss_on": "answers"}, r"unknown loss_on 'answers'\. Did you mean 'answer'"),
-    ({"masked_way": "dense"}, r"unknown masked_way 'dense'\. Did you mean 'dense-stored'"),
-    ({"masked_way": "csr"}, r"masked_way csr computes in float32, got 'bfloat16'\. Set precision=float32"),
+    ({"masked_lora_impl": "effective"}, r"unknown masked_lora_impl 'effective'\. Did you mean 'effective-weight'"),
     ({"precision": "bfloat"}, r"unknown precision 'bfloat'\. Did you mean 'bfloat16'"),
 ]
 
@@ -91,16 +90,15 @@ BROKEN_SWEEPS: list[tuple[dict[str, Any], str]] = [
             ("lora_rank", 8),
             ("lora_alpha", 8.0),
             ("lora_dropout", 0.1),
-            ("masked_way", "dense-stored"),
+            ("masked_lora_impl", "effective-weight"),
         )
     ),
     ({"workers": 0}, r"workers must be at least 1, got 0\."),
     ({"gpus_per_trial": -0.5}, r"gpus_per_trial must be in \[0, 1\] or none, got -0\.5\."),
     ({"gpus_per_trial": 2.0}, r"gpus_per_trial must be in \[0, 1\] or none, got 2\.0\."),
-    ({"protocol": Protocol(masked_way="structured")}, r"the only method must be structured, got \('unstructured', "),
     (
-        {"protocol": Protocol(masked_way="csr", precision="float32"), "gpus_per_trial": 1.0},
-        r"masked_way csr computes on a CPU, so gpus_per_trial must be 0, got 1\.0\. Set masked_way=auto\.",
+        {"protocol": Protocol(masked_lora_impl="structured")},
+        r"the only method must be structured, got \('unstructured', ",
     ),
     ({"max_retries": -1}, r"max_retries must be at least 0, got -1\."),
     ({"hang_seconds": 0.0}, r"hang_seconds must be above 0 or none, got 0\.0\."),

@@ -151,13 +151,13 @@ def test_a_candidate_that_computes_nan_fails(trained: Trained) -> None:
         slices.switch_into(dict.fromkeys(ranks, 0))
 
 
-@pytest.mark.parametrize("way", ["dense-stored", "csr", "plain"])
-def test_an_active_rank_computes_as_an_adapter_of_that_rank(llama: Path, way: str) -> None:
+@pytest.mark.parametrize("impl", ["effective-weight", "plain"])
+def test_an_active_rank_computes_as_an_adapter_of_that_rank(llama: Path, impl: str) -> None:
     model = load_model(llama, torch.float32, torch.device("cpu"))
     masks: Masks = {name: torch.rand_like(w) > 0.5 for name, w in prunable_weights(model).items()}
     write_weights_into(model, {name: w * masks[name] for name, w in prunable_weights(model).items()})
-    protocol = replace(TINY_PROTOCOL, masked_way="auto" if way == "plain" else way)
-    adapted = adapt_model(model, protocol, None if way == "plain" else masks, 0, SPACE.modules)
+    protocol = replace(TINY_PROTOCOL, masked_lora_impl="auto" if impl == "plain" else impl)
+    adapted = adapt_model(model, protocol, None if impl == "plain" else masks, 0, SPACE.modules)
     layers = dict(sparse_lora_layers(adapted))
     assert {name.split(".")[-2] for name in layers} == set(SPACE.modules)
     for layer in layers.values():

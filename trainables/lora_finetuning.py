@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from trainables.mode import MergedWeights
 from tune_sparse.config import Protocol
 from tune_sparse.lora.adapter_io import merge_adapter_into, save_adapter
-from tune_sparse.lora.layer import adapt_model, lost_fraction, merged_weights, sparse_lora_layers, updates, ways
+from tune_sparse.lora.layer import adapt_model, count_impls, lost_fraction, merged_weights, sparse_lora_layers, updates
 from tune_sparse.models.architectures import PRUNED
 from tune_sparse.modes import MODES
 from tune_sparse.pruning.masks import Masks, masked
@@ -58,14 +58,16 @@ class LoraFinetuning:
 
     @property
     def is_merged_exactly(self) -> bool:
-        return set(ways(self.adapted)) == {"dense-stored"}
+        return set(count_impls(self.adapted)) == {"effective-weight"}
 
     @property
     def trains_factors(self) -> bool:
         return all(layer.keep_mask is None for _, layer in sparse_lora_layers(self.adapted))
 
     def described(self) -> str:
-        return "adapted layers by way: " + ", ".join(f"{n} {way}" for way, n in ways(self.adapted).items())
+        return "adapted layers by implementation: " + ", ".join(
+            f"{n} {impl}" for impl, n in count_impls(self.adapted).items()
+        )
 
     def parameters(self) -> list[Tensor]:
         return [parameter for parameter in self.adapted.parameters() if parameter.requires_grad]

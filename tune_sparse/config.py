@@ -19,7 +19,7 @@ from tune_sparse.errors import InputError, unknown_name
 from tune_sparse.modes import DENSE, MODES, SPARSE_ADAPTER_MODES
 from tune_sparse.net import check_address
 
-LORA_SETTINGS = ("lora_rank", "lora_alpha", "lora_dropout", "masked_way")
+LORA_SETTINGS = ("lora_rank", "lora_alpha", "lora_dropout", "masked_lora_impl")
 BACKENDS = ("torch", "cerebras")
 BOTH, SPLIT = "both", "split"
 """As `backend`: each cell on each, or whole (model, task) blocks on one or the other."""
@@ -31,7 +31,7 @@ One more than there are CS3 keeps these busy, and other trials are never crowded
 CEREBRAS_TARGETS = ("cpu", "validate", "csx")
 PRECISIONS = ("float32", "bfloat16")
 LOSSES = ("answer", "prompt-and-answer")
-MASKED_WAYS = ("auto", "structured", "dense-stored", "csr")
+MASKED_LORA_IMPLS = ("auto", "structured", "effective-weight")
 CALIBRATIONS = ("task", "wikitext2")
 CALIBRATION_ORDERS = ("dense", "sequential")
 SYNTHETIC, HUB_ROWS = Path("synthetic"), Path("hub")
@@ -80,7 +80,7 @@ class Protocol:
     lora_rank: int = option("rank R of the adapters", 16)
     lora_alpha: float = option("scaling s = alpha / R", 32.0)
     lora_dropout: float = option("dropout on the adapters' input", 0.0)
-    masked_way: str = option(f"how masked adapters compute: {', '.join(MASKED_WAYS)}", "auto")
+    masked_lora_impl: str = option(f"how masked adapters compute: {', '.join(MASKED_LORA_IMPLS)}", "auto")
     loss_on: str = option(f"which tokens are learned: {' or '.join(LOSSES)}", "answer")
     packing: bool = option("rows share sequences of max_tokens, without attention from row to row", False)
     activation_checkpointing: bool = option("activations are computed again in the backward, to save memory", False)
@@ -152,14 +152,8 @@ class Protocol:
             raise unknown_name("loss_on", self.loss_on, LOSSES)
         if self.precision not in PRECISIONS:
             raise unknown_name("precision", self.precision, PRECISIONS)
-        if self.masked_way not in MASKED_WAYS:
-            raise unknown_name("masked_way", self.masked_way, MASKED_WAYS)
-        rule(
-            self.masked_way != "csr" or self.precision == "float32",
-            "masked_way csr computes in float32",
-            self.precision,
-            "Set precision=float32, or masked_way=auto.",
-        )
+        if self.masked_lora_impl not in MASKED_LORA_IMPLS:
+            raise unknown_name("masked_lora_impl", self.masked_lora_impl, MASKED_LORA_IMPLS)
         if self.calibration not in CALIBRATIONS:
             raise unknown_name("calibration", self.calibration, CALIBRATIONS)
         if self.calibration_order not in CALIBRATION_ORDERS:
@@ -240,8 +234,8 @@ class Cerebras:
         rule(0 < share < 1, "cerebras_share must be in (0, 1)", share, "Give a fraction, or another --backend.")
 
 
-UNTOUCHED_ON_CEREBRAS = ("lora_dropout", "masked_way", "packing", "activation_checkpointing")
-"""The settings of a `Protocol` that the backend cerebras has no way to honour."""
+UNTOUCHED_ON_CEREBRAS = ("lora_dropout", "masked_lora_impl", "packing", "activation_checkpointing")
+"""The settings of a `Protocol` that the Cerebras backend ignores."""
 
 
 @dataclass(frozen=True)
@@ -303,16 +297,10 @@ class SweepConfig:
         gpus = self.gpus_per_trial
         rule(gpus is None or 0 <= gpus <= 1, "gpus_per_trial must be in [0, 1] or none", gpus, "Give 1, or a fraction.")
         rule(
-            self.protocol.masked_way != "structured" or self.methods == ("structured",),
-            "masked_way structured computes masks of whole rows and columns, so the only method must be structured",
+            self.protocol.masked_lora_impl != "structured" or self.methods == ("structured",),
+            "masked_lora_impl structured needs masks of whole rows and columns, so the only method must be structured",
             self.methods,
-            "Set masked_way=auto.",
-        )
-        rule(
-            self.protocol.masked_way != "csr" or self.gpus_per_trial == 0,
-            "masked_way csr computes on a CPU, so gpus_per_trial must be 0",
-            self.gpus_per_trial,
-            "Set masked_way=auto.",
+            "Set masked_lora_impl=auto.",
         )
         limit = self.hang_seconds
         rule(limit is None or limit > 0, "hang_seconds must be above 0 or none", limit, "Give seconds.")

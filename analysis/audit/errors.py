@@ -25,7 +25,7 @@ Found = Iterator[tuple[str, list[str]]]
 TEST_ROWS = ("n_test", "num_fewshot")
 HARMLESS = {
     *(*TEST_ROWS, "max_new_tokens", "batch_tokens", "eval_every"),
-    *("threads", "micro_batch_size", "masked_way", "activation_checkpointing"),
+    *("threads", "micro_batch_size", "masked_lora_impl", "activation_checkpointing"),
 }
 """Settings that may leave every bit of a training as it is."""
 COUNTS_AGREE = 1e-6
