@@ -74,6 +74,14 @@ def test_a_masked_adapter_comes_back_masked(method: str, kept_zero: bool, pruned
     assert torch.equal(logits(loaded), logits(adapted))
 
 
+@pytest.mark.parametrize(("mode", "closest"), [("sparse-to-spars", "sparse-to-sparse"), ("masked-finetuning", "")])
+def test_a_marker_of_an_unknown_mode_is_refused(mode: str, closest: str, pruned: Pruned, tmp_path: Path) -> None:
+    model, masks = pruned()
+    save_adapter(trained(model, masks), tmp_path / "adapter", mode, masks)
+    with pytest.raises(InputError, match=f"unknown mode of the adapter in .*{mode}.*{closest}"):
+        read_marker(tmp_path / "adapter")
+
+
 def test_stock_peft_computes_something_else_with_a_masked_adapter(pruned: Pruned, tmp_path: Path) -> None:
     model, masks = pruned()
     adapted = trained(model, masks)

@@ -99,6 +99,18 @@ def test_imports_point_down(folder: str) -> None:
         assert upward == set(), file
 
 
+def test_no_files_import_each_other_in_a_circle() -> None:
+    """Neither within functions nor for their types alone."""
+    files = {file.removesuffix(".py").replace("/", "."): file for file in FILES}
+    needs = {
+        name: {part for module in modules(file) for part in (module, module.rpartition(".")[0])} & set(files) - {name}
+        for name, file in files.items()
+    }
+    while free := {name for name, needed in needs.items() if not needed}:
+        needs = {name: needed - free for name, needed in needs.items() if name not in free}
+    assert needs == {}
+
+
 def test_imports_within_functions_count() -> None:
     assert "torch" in libraries("tune_sparse/pruning/masks.py")
     assert "tune_sparse.config.Protocol" in set(modules("tune_sparse/data/splits.py"))

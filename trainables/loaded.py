@@ -1,4 +1,4 @@
-"""What a run needs in memory: its model with the dense weights, and its task's examples as tokens."""
+"""Inputs of a run in memory: its model with the dense weights, and its task's examples as tokens."""
 
 from __future__ import annotations
 

@@ -92,7 +92,7 @@ def run_environment(run: Run) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Work:
-    """What every stage of a cell works with."""
+    """The inputs and outputs that every stage of a cell shares."""
 
     run: Run
     ledger: Ledger

@@ -28,7 +28,7 @@ class Comparison:
     """A run and its repetition: every metric that differs, as `name: recorded, repeated`."""
 
     is_exact: bool
-    """Whether the same bits were demanded: on a CPU of the same name, with the same versions."""
+    """The same bits were demanded: on a CPU of the same name, with the same versions."""
     differences: tuple[str, ...]
     examples: int
     answered_otherwise: int

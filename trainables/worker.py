@@ -1,4 +1,4 @@
-"""What a worker keeps between cells."""
+"""The cache that a worker keeps between cells."""
 
 from __future__ import annotations
 

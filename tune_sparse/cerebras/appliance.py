@@ -17,7 +17,7 @@ LABEL = "tune_sparse"
 
 @dataclass(frozen=True)
 class Cancelled:
-    """What became of the jobs of a label."""
+    """The jobs of a label that were cancelled."""
 
     jobs: tuple[str, ...] = ()
     problem: str | None = None

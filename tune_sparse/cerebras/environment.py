@@ -60,7 +60,10 @@ class SiteEnvironment:
 
 
 def find_environment() -> SiteEnvironment:
-    """What CEREBRAS_VENV and MODELZOO name, asked what it holds. Raises `NotReadyError` for what is missing."""
+    """Find the environment that CEREBRAS_VENV and MODELZOO name, and ask what it holds.
+
+    Raises `NotReadyError` for what is missing.
+    """
     venv, modelzoo = _read_folder_variable("CEREBRAS_VENV"), _read_folder_variable("MODELZOO")
     if not (modelzoo / "cerebras" / "modelzoo").is_dir() and (modelzoo / "src" / "cerebras").is_dir():
         modelzoo = modelzoo / "src"
@@ -109,7 +112,7 @@ def probed(venv: Path) -> tuple[str, dict[str, str | None]]:
 
 
 def cerebras_identity(settings: Cerebras) -> dict[str, str]:
-    """What of the Cerebras side changes a result."""
+    """Return the settings and versions of the Cerebras side that change a result."""
     return {"target": settings.cerebras_target, "release": find_environment().release}
 
 

@@ -1,4 +1,4 @@
-"""What a failed training said in its log, as an error that a user can act on."""
+"""Turn the log of a failed training into an error that a user can act on."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ STOP_VARIABLE = "TUNE_SPARSE_CEREBRAS_STOP_SECONDS"
 STOP_SECONDS = float(os.environ.get(STOP_VARIABLE, "10"))
 """Between the stop file, SIGTERM and SIGKILL: time for the trainer to end its step."""
 WORKING_FILES = ("start.mdl", "model_dir", "masks.safetensors", "weights.safetensors", "adapter_start.safetensors")
-"""What only a running training needs, as large as the model: gone when it has ended."""
+"""Only a running training needs them. They are as large as the model, and gone when it has ended."""
 PACKAGE_ROOT = Path(__file__).parents[2]
 
 

@@ -1,4 +1,4 @@
-"""What is done once before a sweep trains on Cerebras: left-overs ended, models converted, each kind lowered."""
+"""Prepare a sweep on Cerebras, once: end left-overs, convert models, lower each kind."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ from tune_sparse.modes import DENSE, MODES
 
 POLL_SECONDS = 0.2
 CHECKPOINT_BYTES = 8
-"""Of each weight while a training runs: float32 where it begins, and in its last checkpoint."""
+"""A weight's bytes on disk while a training runs: float32 where it begins, and in its last checkpoint."""
 
 
 @dataclass(frozen=True)
 class Lowering:
-    """What the compiler's front end made of one kind of model."""
+    """The result of lowering one kind of model with the compiler's front end."""
 
     model: str
     mode: str
@@ -178,7 +178,7 @@ def refuse_full(folder: Path, needed_bytes: int) -> None:
 
 
 def working_bytes(checkpoints: Sequence[Checkpoint], trainings_at_once: int) -> int:
-    """What trainings write while they run, at most: two checkpoints of the largest model each."""
+    """Bound what trainings write while they run: two checkpoints of the largest model each."""
     weights = max(c.shape.pruned_weights + 2 * c.shape.vocabulary * c.shape.hidden for c in checkpoints)
     return CHECKPOINT_BYTES * weights * trainings_at_once
 

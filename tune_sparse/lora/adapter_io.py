@@ -25,7 +25,7 @@ WEIGHTS = "adapter_model.safetensors"
 
 @dataclass(frozen=True)
 class Marker:
-    """What an adapter says of itself beside PEFT's files: the mode that trained it and the mask it belongs to."""
+    """An adapter's own description beside PEFT's files: the mode that trained it and the mask it belongs to."""
 
     mode: str
     mask_sha256: str
@@ -94,7 +94,7 @@ def merge_adapter_into(model: PreTrainedModel, folder: Path, last_mask: Masks | 
 
 
 def load_last_mask(model: PreTrainedModel, folder: Path) -> Masks | None:
-    """What the mode of an adapter masks when it is deployed on a pruned model; None for a dense or a foreign one."""
+    """Return what the mode of an adapter masks at its merge into a pruned model; None for a dense or a foreign one."""
     marker = read_marker(folder)
     return model_masks(model, marker) if marker is not None and marker.facts.is_pruned else None
 

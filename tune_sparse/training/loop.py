@@ -26,7 +26,7 @@ from tune_sparse.watchdog import progress
 
 @dataclass(frozen=True)
 class Step:
-    """What one optimizer step did."""
+    """The outcome of one optimizer step."""
 
     step: int
     loss: float
