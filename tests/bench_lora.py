@@ -5,7 +5,8 @@ Process CPU seconds on one thread, medians over interleaved repeats after a warm
 
 - SparsePEFT: y = xWᵀ + x(s(BA)⊙(W != 0))ᵀ, by plain autograd (Munoz et al. 2024, arXiv:2410.03750, section 3).
 - LoRA: the layer of the installed peft, adapters in the dtype of the weight.
-- ours: the way named in the table. Goals stand beside the ratios; on a GPU, `--device cuda` prints the same tables.
+- ours: the implementation named in the table. Goals stand beside the ratios; on a GPU, `--device cuda` prints the
+  same tables.
 
 With `--model 7b` a whole training step of a 7B-shaped model of random weights is measured instead (GPU only).
 """
@@ -30,7 +31,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from tune_sparse.config import Protocol
 from tune_sparse.lora.layer import adapt_model
-from tune_sparse.lora.masked_linear import Workspace, choose_way
+from tune_sparse.lora.masked_linear import Workspace, choose_impl
 from tune_sparse.models.architectures import PRUNED
 from tune_sparse.models.checkpoints import prunable_weights, write_weights_into
 
@@ -63,16 +64,16 @@ class SparsePeft(PeftLinear):
 
 
 class Ours(nn.Module):
-    """One of our ways with its factors."""
+    """One of our implementations with its factors."""
 
-    def __init__(self, weight: Tensor, mask: Tensor | None, way: str) -> None:
+    def __init__(self, weight: Tensor, mask: Tensor | None, impl: str) -> None:
         super().__init__()
-        self.weight, self.way = weight, choose_way(weight, mask, RANK, Workspace(), way)
+        self.weight, self.impl = weight, choose_impl(weight, mask, RANK, Workspace(), impl)
         self.A = nn.Parameter(torch.randn(RANK, weight.shape[1], device=weight.device) / 64)
         self.B = nn.Parameter(torch.randn(weight.shape[0], RANK, device=weight.device) / 64)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.way(x, self.weight, None, self.A, self.B, SCALING)
+        return self.impl(x, self.weight, None, self.A, self.B, SCALING)
 
 
 def peft_layer(kind: type[PeftLinear], weight: Tensor) -> PeftLinear:
@@ -125,47 +126,47 @@ def pruned(
 
 
 def layer_row(
-    width: int, dtype: torch.dtype, tokens: int, way: str, density: float, repeats: int, device: torch.device
+    width: int, dtype: torch.dtype, tokens: int, impl: str, density: float, repeats: int, device: torch.device
 ) -> dict[str, Any]:
-    weight, mask = pruned(width, dtype, density, device, structured=way == "structured")
+    weight, mask = pruned(width, dtype, density, device, structured=impl == "structured")
     x = torch.randn(tokens, width, device=device).to(dtype).requires_grad_()
     dY = torch.randn(tokens, width, device=device).to(dtype)
     layers = {
         "sparse_peft": peft_layer(SparsePeft, weight),
         "lora": peft_layer(PeftLinear, weight),
-        "ours": Ours(weight, mask, way),
+        "ours": Ours(weight, mask, impl),
         "gemm": None,
     }
     contenders: dict[str, Callable[[], Any]] = {name: step_of(la, x, dY) for name, la in layers.items() if la}
     contenders["gemm"] = lambda: F.linear(dY, weight)
     taken = seconds(contenders, repeats, device)
-    return {"dtype": str(dtype)[6:], "tokens": tokens, "way": way, "density": density} | taken
+    return {"dtype": str(dtype)[6:], "tokens": tokens, "impl": impl, "density": density} | taken
 
 
 def print_layers(rows: list[dict[str, Any]], goals: dict[Any, tuple[float | None, float | None]]) -> None:
     print(
-        f"\n{'way':13}{'dtype':9} density tokens | SparsePEFT   LoRA   ours   GEMM ms | / SparsePEFT goal | / LoRA goal"
+        f"\n{'impl':17}{'dtype':9} density tokens | SparsePEFT   LoRA   ours   GEMM ms | "
+        "/ SparsePEFT goal | / LoRA goal"
     )
     for row in rows:
-        peft_goal, lora_goal = goals.get((row["way"], row["dtype"], row["tokens"]), (None, None))
-        if row["way"] == "structured":
+        peft_goal, lora_goal = goals.get((row["impl"], row["dtype"], row["tokens"]), (None, None))
+        if row["impl"] == "structured":
             lora_goal = 1.1 * row["density"] + 0.08
         row |= {"of_sparse_peft": row["ours"] / row["sparse_peft"], "of_lora": row["ours"] / row["lora"]}
         times = "".join(f"{1e3 * row[name]:7.0f}" for name in ("sparse_peft", "lora", "ours", "gemm"))
         shown = [f"{goal:.2f}" if goal else "   -" for goal in (peft_goal, lora_goal)]
         print(
-            f"{row['way']:13}{row['dtype']:9} {row['density']:7.2f} {row['tokens']:6} |   {times}    "
+            f"{row['impl']:17}{row['dtype']:9} {row['density']:7.2f} {row['tokens']:6} |   {times}    "
             f"| {row['of_sparse_peft']:12.2f} {shown[0]} | {row['of_lora']:6.2f} {shown[1]}"
         )
 
 
 LAYER_GOALS: dict[Any, tuple[float | None, float | None]] = {
-    ("dense-stored", "bfloat16", 128): (0.25, None),
-    ("dense-stored", "bfloat16", 512): (0.50, 1.9),
-    ("dense-stored", "bfloat16", 1024): (0.45, 1.6),
-    ("dense-stored", "float32", 512): (0.55, 1.9),
-    ("dense-stored", "float32", 1024): (0.55, 1.6),
-    **{("csr", "float32", tokens): (0.30, None) for tokens in (128, 512, 1024)},
+    ("effective-weight", "bfloat16", 128): (0.25, None),
+    ("effective-weight", "bfloat16", 512): (0.50, 1.9),
+    ("effective-weight", "bfloat16", 1024): (0.45, 1.6),
+    ("effective-weight", "float32", 512): (0.55, 1.9),
+    ("effective-weight", "float32", 1024): (0.55, 1.6),
 }
 
 
@@ -195,7 +196,7 @@ def memory(width: int, device: torch.device) -> dict[str, float]:
     found = {
         "sparse_peft": saved_bytes([peft_layer(SparsePeft, w) for w in weights], x),
         "lora": saved_bytes([peft_layer(PeftLinear, w) for w in weights], x),
-        "ours": saved_bytes([Ours(w, mask, "dense-stored") for w in weights], x),
+        "ours": saved_bytes([Ours(w, mask, "effective-weight") for w in weights], x),
     }
     return {name: size / 2**20 for name, size in found.items()}
 
@@ -287,10 +288,9 @@ def main() -> None:
     figures: dict[str, Any] = {}
     if "layers" in chosen.only:
         bf16, fp32 = torch.bfloat16, torch.float32
-        cases = [(dtype, tokens, "dense-stored", 0.5) for dtype in (fp32, bf16) for tokens in sizes.tokens]
+        cases = [(dtype, tokens, "effective-weight", 0.5) for dtype in (fp32, bf16) for tokens in sizes.tokens]
         middle = sizes.tokens[len(sizes.tokens) // 2]
         cases += [(fp32, middle, "structured", 0.5), (fp32, middle, "structured", 0.2)]
-        cases += [(fp32, tokens, "csr", 0.1) for tokens in sizes.tokens if device.type == "cpu"]
         figures["layers"] = [layer_row(sizes.width, *case, repeats, device) for case in cases]
         print_layers(figures["layers"], LAYER_GOALS)
     if "memory" in chosen.only:

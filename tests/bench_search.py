@@ -32,12 +32,13 @@ from benchmarks import bench_parser, toy
 
 from search_spaces import subadapters
 from search_spaces.matrix import PRESETS
-from trainables.pipeline import Bench, run_cell
+from trainables.pipeline import run_cell
+from trainables.worker import WorkerCache
 from tune_sparse.config import SweepConfig
 from tune_sparse.evaluation.scoring import compute_outcomes
 from tune_sparse.files import read_json
 from tune_sparse.ledger.ledger import Ledger
-from tune_sparse.lora.masked_linear import DenseStored, Workspace
+from tune_sparse.lora.masked_linear import EffectiveWeight, Workspace
 from tune_sparse.lora.rank_space import Group, Ranks, Space
 from tune_sparse.lora.slices import Layer, count_layers
 from tune_sparse.search.config import SAMPLERS, SearchConfig
@@ -79,7 +80,7 @@ def switch_fraction(sizes: Sizes) -> float:
     width = sizes.width
     mask = torch.rand(width, width) > 0.5
     weight, A, B = torch.randn(width, width) * mask, torch.randn(32, width), torch.randn(width, 32)
-    layer, own = Layer(weight, A, B, 2.0, DenseStored(weight, mask, Workspace()), None), weight.clone()
+    layer, own = Layer(weight, A, B, 2.0, EffectiveWeight(weight, mask, Workspace()), None), weight.clone()
     x = torch.randn(sizes.measured_tokens, width)
     switch = seconds(lambda: own.copy_(layer.deployed(24)))
     return switch / (seconds(lambda: F.linear(x, own)) * TOKENS / sizes.measured_tokens)
@@ -104,7 +105,7 @@ def warm_worker(results_dir: Path, model: str) -> SliceScorer:
     preset = PRESETS["toy"] | subadapters.PROTOCOL | subadapters.TOY_PROTOCOL
     space = Space.of(subadapters.PRESETS["toy"])
     run, ledger = plan_search(SearchConfig(SweepConfig.from_names(preset | few), space)).run, Ledger(results_dir)
-    for _ in run_cell(run, ledger, Bench()):
+    for _ in run_cell(run, ledger, WorkerCache()):
         pass
     return SliceScorer.of(run, ledger)
 

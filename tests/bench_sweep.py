@@ -75,18 +75,19 @@ def trial_overhead_seconds(trials: int) -> float:
 
 def worker_memory(cells: int, model: str) -> tuple[list[float], int]:
     """Resident MB after every tenth of `cells` cells in one worker, and its model loads."""
-    from trainables.pipeline import Bench, run_cell
+    from trainables.pipeline import run_cell
+    from trainables.worker import WorkerCache
 
     with tempfile.TemporaryDirectory() as folder:
         few = {"steps": 2, "n_test": 40, "results_dir": folder, "models": (model,), "warmup_fraction": 0.0}
         plan = make_plan(SweepConfig.from_names(PRESETS["toy"] | few))
-        bench, process, ledger = Bench(), psutil.Process(), Ledger(Path(folder))
+        worker, process, ledger = WorkerCache(), psutil.Process(), Ledger(Path(folder))
         resident = []
         for number, run in enumerate(list(plan.runs.values())[:cells], start=1):
-            exhaust(run_cell(run, ledger, bench))
+            exhaust(run_cell(run, ledger, worker))
             if number % 10 == 0:
                 resident.append(process.memory_info().rss / 1e6)
-        return resident, bench.loads
+        return resident, worker.loads
 
 
 def exhaust(steps: Iterable[Any]) -> None:

@@ -70,11 +70,12 @@ def tiny_run(model: Path, data_dir: Path | None = None, **changes: Any) -> Run:
     )
 
 
-def finished(run: Run, ledger: Ledger, bench: Any = None) -> Record:
-    """The record of a run, once it has run: on `bench`, or on one that has done nothing before."""
-    from trainables.pipeline import Bench, run_cell
+def finished(run: Run, ledger: Ledger, worker: Any = None) -> Record:
+    """The record of a run, once it has run: on `worker`, or on one that has done nothing before."""
+    from trainables.pipeline import run_cell
+    from trainables.worker import WorkerCache
 
-    steps = run_cell(run, ledger, bench or Bench())
+    steps = run_cell(run, ledger, worker or WorkerCache())
     while True:
         try:
             next(steps)

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from tune_sparse.config import Protocol
 from tune_sparse.errors import InputError
 from tune_sparse.lora.adapter_io import MARKER, WEIGHTS, load_adapter, read_marker, save_adapter
-from tune_sparse.lora.layer import adapt_model, sparse_lora_layers, ways
+from tune_sparse.lora.layer import adapt_model, count_impls, sparse_lora_layers
 from tune_sparse.models.architectures import PRUNED
 from tune_sparse.models.checkpoints import check_checkpoint, load_model, prunable_weights, write_weights_into
 from tune_sparse.pruning.masks import Masks, mask_sha256, masked
@@ -70,9 +70,17 @@ def test_a_masked_adapter_comes_back_masked(method: str, kept_zero: bool, pruned
     assert marker is not None
     assert list(marker.kept_zeros) == ([Q] if kept_zero else [])
     loaded = load_adapter(pruned(method, kept_zero)[0], tmp_path / "adapter")
-    assert ways(loaded) == ways(adapted)
+    assert count_impls(loaded) == count_impls(adapted)
     assert all(torch.equal(layer.keep_mask, masks[name]) for name, layer in sparse_lora_layers(loaded))
     assert torch.equal(logits(loaded), logits(adapted))
+
+
+@pytest.mark.parametrize(("mode", "closest"), [("sparse-to-spars", "sparse-to-sparse"), ("masked-finetuning", "")])
+def test_a_marker_of_an_unknown_mode_is_refused(mode: str, closest: str, pruned: Pruned, tmp_path: Path) -> None:
+    model, masks = pruned()
+    save_adapter(trained(model, masks), tmp_path / "adapter", mode, masks)
+    with pytest.raises(InputError, match=f"unknown mode of the adapter in .*{mode}.*{closest}"):
+        read_marker(tmp_path / "adapter")
 
 
 def test_stock_peft_computes_something_else_with_a_masked_adapter(pruned: Pruned, tmp_path: Path) -> None:

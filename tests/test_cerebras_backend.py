@@ -123,12 +123,13 @@ def test_a_training_that_takes_too_long_fails_with_the_setting_to_raise(
     llama: Path, site: Path, ledger: Ledger
 ) -> None:
     from trainables.cerebras_backend import CerebrasTraining
-    from trainables.pipeline import Bench, run_cell
+    from trainables.pipeline import run_cell
+    from trainables.worker import WorkerCache
 
     (site / "fault").write_text("hang")
     run = cerebras_run(llama)
-    stage = CerebrasTraining(Cerebras("cpu", train_timeout_seconds=6))
-    steps = run_cell(run, ledger, Bench(), stage)
+    train_stage = CerebrasTraining(Cerebras("cpu", train_timeout_seconds=6))
+    steps = run_cell(run, ledger, WorkerCache(), train_stage)
     record = exhausted(steps)
     assert "within train_timeout_seconds" in failed(record)
     assert processes_of(folder_of(ledger, run)) == []
@@ -143,11 +144,12 @@ def exhausted(steps: Iterator[Any]) -> Record:
 
 
 def test_a_stop_in_mid_run_returns_at_once_and_leaves_no_process(llama: Path, site: Path, ledger: Ledger) -> None:
-    from trainables.pipeline import Bench, run_cell
+    from trainables.pipeline import run_cell
+    from trainables.worker import WorkerCache
 
     (site / "fault").write_text("hang")
     run = cerebras_run(llama)
-    steps = run_cell(run, ledger, Bench())
+    steps = run_cell(run, ledger, WorkerCache())
     while (step := next(steps)) is None or step.step < 2:
         pass
     began = time.monotonic()
@@ -164,11 +166,12 @@ def test_a_stop_in_mid_run_returns_at_once_and_leaves_no_process(llama: Path, si
 
 
 def test_the_next_start_ends_what_was_left_over(llama: Path, site: Path, ledger: Ledger) -> None:
-    from trainables.pipeline import Bench, run_cell
+    from trainables.pipeline import run_cell
+    from trainables.worker import WorkerCache
 
     (site / "fault").write_text("hang")
     run = cerebras_run(llama)
-    steps = run_cell(run, ledger, Bench())
+    steps = run_cell(run, ledger, WorkerCache())
     while next(steps) is None:
         pass
     assert is_guarded(folder_of(ledger, run))

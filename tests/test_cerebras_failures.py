@@ -40,7 +40,7 @@ def log_of(tmp_path: Path, text: str) -> Path:
 
 @pytest.mark.parametrize("text", PASSING)
 def test_what_passes_may_be_tried_again(tmp_path: Path, text: str) -> None:
-    from trainables.pipeline import is_infrastructure
+    from trainables.failures import is_infrastructure
 
     error = classify_failure(log_of(tmp_path, text), 1)
     assert isinstance(error, ApplianceError)
@@ -51,7 +51,7 @@ def test_what_passes_may_be_tried_again(tmp_path: Path, text: str) -> None:
 
 @pytest.mark.parametrize("text", LASTING)
 def test_what_lasts_is_not_tried_again(tmp_path: Path, text: str) -> None:
-    from trainables.pipeline import is_infrastructure
+    from trainables.failures import is_infrastructure
 
     error = classify_failure(log_of(tmp_path, text), 1)
     assert isinstance(error, RunError)

@@ -15,7 +15,7 @@ import pytest
 from factories import write_csctl
 
 from tune_sparse.cerebras import appliance, guard
-from tune_sparse.cerebras.guard import Ended, Guarded, is_guarded, read_ended
+from tune_sparse.cerebras.guard import Ended, SupervisedProcess, is_guarded, read_ended
 
 LABEL = "tune_sparse=results-run"
 JOB = "wsjob-abc  1m  RUNNING  systemf0  me  tune_sparse=results-run"
@@ -34,12 +34,14 @@ def until(condition: Callable[[], bool], seconds: float = 30) -> None:
         time.sleep(0.02)
 
 
-def start(folder: Path, program: str, label: str | None = None, timeout_seconds: float | None = None) -> Guarded:
+def start(
+    folder: Path, program: str, label: str | None = None, timeout_seconds: float | None = None
+) -> SupervisedProcess:
     folder.mkdir(exist_ok=True)
-    return Guarded(folder, [sys.executable, "-c", program], dict(os.environ), label, timeout_seconds)
+    return SupervisedProcess(folder, [sys.executable, "-c", program], dict(os.environ), label, timeout_seconds)
 
 
-def ending(guarded: Guarded) -> Ended:
+def ending(guarded: SupervisedProcess) -> Ended:
     until(lambda: guarded.ended() is not None)
     found = guarded.ended()
     assert found is not None
@@ -153,7 +155,7 @@ def test_large_files_go_with_the_program_and_the_adapter_stays(tmp_path: Path) -
 
 def test_a_command_that_cannot_be_run_is_an_end(tmp_path: Path) -> None:
     (tmp_path / "job").mkdir()
-    guarded = Guarded(tmp_path / "job", [str(tmp_path / "nothing")], {})
+    guarded = SupervisedProcess(tmp_path / "job", [str(tmp_path / "nothing")], {})
     assert ending(guarded).returncode == 127
     assert "nothing" in (tmp_path / "job" / "child.log").read_text()
 

@@ -171,7 +171,7 @@ def test_a_run_merges_to_the_weights_that_were_scored(
     llama: Path, environment: SiteEnvironment, tmp_path: Path
 ) -> None:
     """`merge --run` of a cell that Cerebras trained is a checkpoint whose accuracy is the recorded one."""
-    from trainables.pipeline import Bench
+    from trainables.worker import WorkerCache
     from tune_sparse.evaluation.scoring import score
     from tune_sparse.export.merge import merge_run
     from tune_sparse.models.checkpoints import load_model
@@ -180,10 +180,10 @@ def test_a_run_merges_to_the_weights_that_were_scored(
     run = replace(tiny_run(llama, backend="cerebras"), cerebras={"target": "cpu", "release": environment.release})
     record = finished(run, ledger)
     merge_run(ledger, run.run_id, tmp_path / "merged")
-    bench = Bench()
-    loaded = bench.lend(run)
+    worker = WorkerCache()
+    loaded = worker.model(run)
     model = load_model(tmp_path / "merged", torch.float32, torch.device("cpu"))
-    scored = score(model, loaded.tokenizer, bench.rows(run, loaded).tests, run.protocol)
+    scored = score(model, loaded.tokenizer, worker.examples(run, loaded).tests, run.protocol)
     assert scored.metrics["accuracy"] == record.metrics["accuracy"]
     assert all(
         (weight == 0).float().mean() == pytest.approx(0.5, abs=0.01) for weight in prunable_weights(model).values()

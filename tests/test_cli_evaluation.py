@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from factories import finished, tiny_run, write_boolq, write_jsonl
 
-from trainables.pipeline import Bench
+from trainables.worker import WorkerCache
 from tune_sparse.cli import main
 from tune_sparse.cli.command import BAD_INPUT, FAULT, OK
 from tune_sparse.data.tasks import TASKS
@@ -38,7 +38,7 @@ def evaluate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Evaluate:
 def run_id(llama: Path, tmp_path: Path) -> str:
     """A finished run in the results folder."""
     run = tiny_run(llama, write_boolq(tmp_path / "rows", train=30, validation=10))
-    assert finished(run, Ledger(tmp_path / "results"), Bench()).status == "done"
+    assert finished(run, Ledger(tmp_path / "results"), WorkerCache()).status == "done"
     return run.run_id
 
 

@@ -8,8 +8,9 @@ import pytest
 import yaml
 from factories import make_cell
 
-from tune_sparse.config import MODES, Cell, Cerebras, Protocol, SweepConfig
+from tune_sparse.config import Cell, Cerebras, Protocol, SweepConfig
 from tune_sparse.errors import InputError
+from tune_sparse.modes import MODES
 
 AT_LEAST_ONE = (
     "steps",
@@ -49,8 +50,7 @@ BROKEN_PROTOCOLS: list[tuple[dict[str, Any], str]] = [
     ({"warmup_steps": 200}, r"the warm-up must be shorter than the training of 200 steps, got 200\."),
     ({"warmup_steps": -1}, r"the warm-up must be shorter than the training of 200 steps, got -1\."),
     ({"steps": 2, "warmup_fraction": 0.9}, r"the warm-up must be shorter than the training of 2 steps, got 2\."),
-    ({"masked_way": "dense"}, r"unknown masked_way 'dense'\. Did you mean 'dense-stored'"),
-    ({"masked_way": "csr"}, r"masked_way csr computes in float32, got 'bfloat16'\. Set precision=float32"),
+    ({"masked_lora_impl": "effective"}, r"unknown masked_lora_impl 'effective'\. Did you mean 'effective-weight'"),
     ({"precision": "bfloat"}, r"unknown precision 'bfloat'\. Did you mean 'bfloat16'"),
 ]
 
@@ -89,16 +89,15 @@ BROKEN_SWEEPS: list[tuple[dict[str, Any], str]] = [
             ("lora_rank", 8),
             ("lora_alpha", 8.0),
             ("lora_dropout", 0.1),
-            ("masked_way", "dense-stored"),
+            ("masked_lora_impl", "effective-weight"),
         )
     ),
     ({"workers": 0}, r"workers must be at least 1, got 0\."),
     ({"gpus_per_trial": -0.5}, r"gpus_per_trial must be in \[0, 1\] or none, got -0\.5\."),
     ({"gpus_per_trial": 2.0}, r"gpus_per_trial must be in \[0, 1\] or none, got 2\.0\."),
-    ({"protocol": Protocol(masked_way="structured")}, r"the only method must be structured, got \('unstructured', "),
     (
-        {"protocol": Protocol(masked_way="csr", precision="float32"), "gpus_per_trial": 1.0},
-        r"masked_way csr computes on a CPU, so gpus_per_trial must be 0, got 1\.0\. Set masked_way=auto\.",
+        {"protocol": Protocol(masked_lora_impl="structured")},
+        r"the only method must be structured, got \('unstructured', ",
     ),
     ({"max_retries": -1}, r"max_retries must be at least 0, got -1\."),
     ({"hang_seconds": 0.0}, r"hang_seconds must be above 0 or none, got 0\.0\."),
@@ -261,7 +260,7 @@ def test_a_dense_cell_is_served_by_the_dense_baseline_whatever_its_sparsity() ->
     assert make_cell(sparsity=0.5, mode="dense").trained == make_cell(sparsity=0.0).trained
 
 
-@pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "dense"])
+@pytest.mark.parametrize("mode", [mode for mode, facts in MODES.items() if facts.is_pruned])
 def test_a_sparse_cell_is_trained_for_itself(mode: str) -> None:
     cell = make_cell(sparsity=0.1, mode=mode)
     assert cell.trained is cell

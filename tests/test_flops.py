@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from tune_sparse.config import Protocol
 from tune_sparse.data.splits import Encoded
 from tune_sparse.evaluation.flops import attended_pairs, inference_flops, training_flops
-from tune_sparse.lora.layer import adapt_model, ways
+from tune_sparse.lora.layer import adapt_model, count_impls
 from tune_sparse.models.architectures import pruned_weights
 from tune_sparse.models.checkpoints import check_checkpoint, load_model, prunable_weights
 from tune_sparse.models.dims import ModelDims
@@ -127,7 +127,7 @@ def test_training_flops_of_plain_lora_are_those_that_torch_counts(dense: Dense) 
     model, dims = dense
     masks = masks_of(dense, "none", 0.0)
     adapted = adapt_model(model, Protocol(lora_rank=2, lora_alpha=4.0), None, seed=0)
-    assert set(ways(adapted)) == {"plain"}
+    assert set(count_impls(adapted)) == {"plain"}
     for parameter in model.model.embed_tokens.parameters():  # or the first block needs no input gradient
         parameter.requires_grad_(True)
     with FlopCounterMode(display=False) as counter:

@@ -17,6 +17,7 @@ FILES = [path.relative_to(ROOT).as_posix() for folder in FOLDERS for path in sor
 LEVELS = (
     {"tune_sparse.errors"},
     {"tune_sparse.files", "tune_sparse.identity", "tune_sparse.net", "tune_sparse.watchdog"},
+    {"tune_sparse.modes"},
     {"tune_sparse.config"},
     {"search_spaces", "tune_sparse.data"},
     {"tune_sparse.training"},
@@ -94,6 +95,18 @@ def test_imports_point_down(folder: str) -> None:
         imported = {folder_of(module) for module in modules(file) if module.split(".")[0] in FOLDERS}
         upward = {other for other in imported & set(LEVEL) if other != folder and LEVEL[other] >= LEVEL[folder]}
         assert upward == set(), file
+
+
+def test_no_files_import_each_other_in_a_circle() -> None:
+    """Neither within functions nor for their types alone."""
+    files = {file.removesuffix(".py").replace("/", "."): file for file in FILES}
+    needs = {
+        name: {part for module in modules(file) for part in (module, module.rpartition(".")[0])} & set(files) - {name}
+        for name, file in files.items()
+    }
+    while free := {name for name, needed in needs.items() if not needed}:
+        needs = {name: needed - free for name, needed in needs.items() if name not in free}
+    assert needs == {}
 
 
 def test_imports_within_functions_count() -> None:

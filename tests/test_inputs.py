@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from factories import finished, make_run, tiny_run, write_boolq
 
+from trainables.failures import is_infrastructure
 from trainables.inputs import load_planned_calibration_text, load_planned_checkpoint, load_planned_splits
-from trainables.pipeline import is_infrastructure
 from tune_sparse.config import Protocol
 from tune_sparse.errors import NotReadyError
 from tune_sparse.identity import hash_json

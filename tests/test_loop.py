@@ -17,6 +17,7 @@ from tune_sparse.data.splits import Encoded
 from tune_sparse.errors import RunError
 from tune_sparse.lora.layer import adapt_model, sparse_lora_layers
 from tune_sparse.models.checkpoints import load_model
+from tune_sparse.models.toy_models import RECIPES
 from tune_sparse.training.loop import (
     Step,
     _accumulate_gradients,
@@ -24,6 +25,7 @@ from tune_sparse.training.loop import (
     adamw,
     answer_loss,
     batches,
+    cosine,
     fit,
     learning_rate_at,
     mean_loss,
@@ -96,6 +98,17 @@ def test_the_learning_rate_of_the_matrix(step: int, rate: float) -> None:
 def test_without_warm_up_the_first_step_has_the_peak_rate() -> None:
     protocol = Protocol(steps=3, warmup_steps=0, learning_rate=1.0, final_learning_rate=0.0)
     assert [learning_rate_at(step, protocol) for step in range(3)] == pytest.approx([1.0, 0.5, 0.0])
+
+
+def test_a_cosine_falls_from_start_to_end() -> None:
+    assert [cosine(angle, 1.0, 0.2) for angle in (0.0, math.pi / 2, math.pi)] == pytest.approx([1.0, 0.6, 0.2])
+
+
+def test_the_toy_models_have_their_schedule_to_the_last_bit() -> None:
+    recipe = RECIPES["tiny-llama"]
+    for step in range(recipe.steps):
+        warm = min(1.0, (step + 1) / 50)
+        assert recipe.learning_rate_at(step) == 3e-3 * warm * (1 + math.cos(math.pi * step / 800)) / 2
 
 
 def test_a_training_of_one_step_has_the_peak_rate() -> None:

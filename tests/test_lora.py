@@ -18,13 +18,14 @@ from tune_sparse.data.splits import Encoded
 from tune_sparse.lora.layer import (
     SparseLora,
     adapt_model,
+    apply_update_masks,
+    count_impls,
     lost_fraction,
     merged_weights,
     sparse_lora_layers,
     updates,
-    ways,
 )
-from tune_sparse.lora.masked_linear import Workspace, choose_way, effective_weight
+from tune_sparse.lora.masked_linear import Workspace, choose_impl, effective_weight
 from tune_sparse.models.architectures import PRUNED
 from tune_sparse.models.checkpoints import check_checkpoint, load_model, prunable_weights, write_weights_into
 from tune_sparse.pruning.masks import Masks, masked
@@ -85,15 +86,14 @@ def tiny(layers: int = 1, **changes: Any) -> LlamaForCausalLM:
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize(
-    ("way", "mask"),
+    ("impl", "mask"),
     [
         ("plain", None),
-        ("dense-stored", draw(3, 8, 8) > 0),
-        ("csr", draw(3, 8, 8) > 0),
+        ("effective-weight", draw(3, 8, 8) > 0),
         ("structured", (draw(3, 8, 1) > 0).expand(8, 8)),
     ],
 )
-def test_the_forward_is_the_formula(way: str, mask: Tensor | None, dropout: float, training: bool) -> None:
+def test_the_forward_is_the_formula(impl: str, mask: Tensor | None, dropout: float, training: bool) -> None:
     model = tiny(attention_bias=True)
     protocol = Protocol(lora_rank=4, lora_alpha=8.0, lora_dropout=dropout)
     adapted = adapt_model(model, protocol, None, seed=0)
@@ -102,7 +102,7 @@ def test_the_forward_is_the_formula(way: str, mask: Tensor | None, dropout: floa
     assert scaling == 2.0
     if mask is not None:
         layer.base_layer.weight.data *= mask
-        layer.way = choose_way(layer.base_layer.weight, mask, 4, Workspace(), way)
+        layer.impl = choose_impl(layer.base_layer.weight, mask, 4, Workspace(), impl)
     layer.base_layer.bias.data.copy_(draw(1, 8))
     B.data.copy_(draw(2, *B.shape))
     update = 2.0 * B @ A if mask is None else 2.0 * (B @ A) * mask
@@ -162,19 +162,22 @@ def test_a_merged_plain_update_computes_the_trained_function_but_for_rounding(ad
     torch.testing.assert_close(model(IDS).logits, trained, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("way", "layers"), [("auto", {"dense-stored": 21}), ("csr", {"csr": 21})])
-def test_the_ways_are_chosen_or_forced_and_counted(way: str, layers: dict[str, int], adapt: Adapt) -> None:
-    adapted, _ = adapt(confined=True, masked_way=way)
-    assert ways(adapted) == layers
-    assert ways(adapt(confined=False, masked_way=way)[0]) == {"dense-stored": 12, "plain": 9}
+@pytest.mark.parametrize("impl", ["auto", "effective-weight"])
+def test_the_impls_are_chosen_or_forced_and_counted(impl: str, adapt: Adapt) -> None:
+    adapted, masks = adapt(confined=True, masked_lora_impl=impl)
+    assert count_impls(adapted) == {"effective-weight": 21}
+    adapted, _ = adapt(confined=False, masked_lora_impl=impl)
+    assert count_impls(adapted) == {"effective-weight": 12, "plain": 9}
+    apply_update_masks(adapted, {name: torch.ones_like(mask) for name, mask in masks.items()}, impl)
+    assert count_impls(adapted) == ({"effective-weight": 12, "plain": 9} if impl == "auto" else {impl: 21})
 
 
 def test_the_layers_of_a_model_share_one_workspace(adapt: Adapt) -> None:
     adapted, _ = adapt(confined=True)
     adapted(IDS).logits.sum().backward()
-    [workspace] = {id(layer.way.workspace): layer.way.workspace for _, layer in sparse_lora_layers(adapted)}.values()
+    [workspace] = {id(layer.impl.workspace): layer.impl.workspace for _, layer in sparse_lora_layers(adapted)}.values()
     largest = max(layer.base_layer.weight.numel() for _, layer in sparse_lora_layers(adapted))
-    assert [room.numel() for (use, *_), room in workspace._rooms.items() if use == "weight"] == [largest]
+    assert [buffer.numel() for (use, *_), buffer in workspace._buffers.items() if use == "weight"] == [largest]
 
 
 @torch.no_grad()

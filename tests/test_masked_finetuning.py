@@ -9,9 +9,10 @@ import torch
 from factories import TINY_PROTOCOL, finished, tiny_run
 from torch import Tensor
 
-from trainables import masked_finetuning, pipeline
-from trainables.masked_finetuning import MaskedWeights, enforce_masks_after_steps
-from trainables.pipeline import Bench
+from trainables import masked_finetuning
+from trainables.finetuning import setup
+from trainables.masked_finetuning import MaskedFinetuning, enforce_masks_after_steps
+from trainables.worker import WorkerCache
 from tune_sparse.config import Protocol, SweepConfig
 from tune_sparse.data.splits import Encoded
 from tune_sparse.ledger.ledger import Ledger
@@ -36,21 +37,23 @@ def test_the_mask_is_enforced_on_weight_and_moments_by_hand() -> None:
     torch.testing.assert_close(optimizer.state[W]["exp_avg_sq"], torch.tensor([0.05, 0.05, 0.0]))
 
 
-def trainee(llama: Path, protocol: Protocol, method: str = "unstructured") -> tuple[MaskedWeights, dict[str, Tensor]]:
-    """(trainee, pruned weights)."""
+def pruned_and_set_up(
+    llama: Path, protocol: Protocol, method: str = "unstructured"
+) -> tuple[MaskedFinetuning, dict[str, Tensor]]:
+    """(the model in training, pruned weights)."""
     model = load_model(llama, getattr(torch, protocol.precision), torch.device("cpu"))
     weights = prunable_weights(model)
     masks: Masks = make_masks(method, weights, check_checkpoint(str(llama)).dims, 0.5, seed=0)
     pruned = masked(weights, masks)
     write_weights_into(model, pruned)
-    return masked_finetuning.begin(model, protocol, masks, 0), pruned
+    return masked_finetuning.setup("masked-finetuning", model, protocol, masks), pruned
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("method", ["unstructured", "structured"])
 def test_after_every_step_the_zeros_are_zero_and_kept_weights_move(method: str, precision: str, llama: Path) -> None:
     protocol = Protocol(**vars(TINY_PROTOCOL) | {"precision": precision})
-    trained, pruned = trainee(llama, protocol, method)
+    trained, pruned = pruned_and_set_up(llama, protocol, method)
     optimizer = trained.optimizer(protocol)
     steps = fit(trained.model, optimizer, ROWS, protocol, 0, accelerator=accelerator_for(trained.mixed_precision))
     for _ in steps:
@@ -59,16 +62,16 @@ def test_after_every_step_the_zeros_are_zero_and_kept_weights_move(method: str, 
             assert not weight[~mask].any()
             assert not any(optimizer.state[weight][moment][~mask].any() for moment in ("exp_avg", "exp_avg_sq"))
     assert trained.violations(pruned) == []
-    deployed = trained.deploy().trained
+    merged = trained.merge().before_mask
     for name, weight in pruned.items():
-        assert deployed[name].dtype == getattr(torch, precision)
-        assert not deployed[name][~trained.masks[name]].any()
+        assert merged[name].dtype == getattr(torch, precision)
+        assert not merged[name][~trained.masks[name]].any()
         assert trained.updates(pruned)[name].any()
-        assert not torch.equal(deployed[name], weight)
+        assert not torch.equal(merged[name], weight)
 
 
 def test_nothing_but_the_pruned_layers_is_trained(llama: Path) -> None:
-    trained, _ = trainee(llama, TINY_PROTOCOL)
+    trained, _ = pruned_and_set_up(llama, TINY_PROTOCOL)
     before = {name: parameter.clone() for name, parameter in trained.model.named_parameters()}
     list(fit(trained.model, trained.optimizer(TINY_PROTOCOL), ROWS, TINY_PROTOCOL, 0))
     moved = {name for name, parameter in trained.model.named_parameters() if not torch.equal(parameter, before[name])}
@@ -76,7 +79,7 @@ def test_nothing_but_the_pruned_layers_is_trained(llama: Path) -> None:
 
 
 def test_a_filled_zero_is_found(llama: Path) -> None:
-    trained, pruned = trainee(llama, TINY_PROTOCOL)
+    trained, pruned = pruned_and_set_up(llama, TINY_PROTOCOL)
     name, mask = next(iter(trained.masks.items()))
     trained.parameters()[0].data[~mask] = 1.0
     assert trained.violations(pruned) == [f"{name}: masked weights must stay 0 in training"]
@@ -85,20 +88,20 @@ def test_a_filled_zero_is_found(llama: Path) -> None:
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_the_model_is_given_back_as_it_was_lent(precision: str, llama: Path) -> None:
     protocol = Protocol(**vars(TINY_PROTOCOL) | {"precision": precision})
-    trained, _ = trainee(llama, protocol)
-    model = trained.plain_model()
+    trained, _ = pruned_and_set_up(llama, protocol)
+    model = trained.unwrap()
     assert {parameter.dtype for parameter in model.parameters()} == {getattr(torch, precision)}
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_a_bench_serves_lora_after_masked_finetuning(precision: str, llama: Path, tmp_path: Path) -> None:
-    bench, lora = Bench(), tiny_run(llama, precision=precision)
-    weights = finished(tiny_run(llama, mode="masked-finetuning", precision=precision), Ledger(tmp_path), bench)
+def test_a_worker_serves_lora_after_masked_finetuning(precision: str, llama: Path, tmp_path: Path) -> None:
+    worker, lora = WorkerCache(), tiny_run(llama, precision=precision)
+    weights = finished(tiny_run(llama, mode="masked-finetuning", precision=precision), Ledger(tmp_path), worker)
     assert (weights.status, weights.error) == ("done", None)
-    alone = finished(lora, Ledger(tmp_path / "alone"), Bench())
-    assert finished(lora, Ledger(tmp_path), bench).metrics == alone.metrics
-    assert bench.loads == 1
+    alone = finished(lora, Ledger(tmp_path / "alone"), WorkerCache())
+    assert finished(lora, Ledger(tmp_path), worker).metrics == alone.metrics
+    assert worker.loads == 1
     assert weights.metrics["accuracy_before_tuning"] == alone.metrics["accuracy_before_tuning"]
     assert (weights.metrics["update_rounded_away_fraction"] < 1e-9) == (precision == "float32")
 
@@ -120,5 +123,7 @@ def test_without_zeros_it_is_a_training_of_its_own_that_all_methods_share(llama:
     assert more == 2 * pruned_weights(dims) - 4 * adapter_weights(dims, 16)
 
 
-def test_the_table_has_it() -> None:
-    assert pipeline.MODES["masked-finetuning"] is masked_finetuning
+def test_it_is_set_up_by_its_name(llama: Path) -> None:
+    model = load_model(llama, torch.float32, torch.device("cpu"))
+    masks: Masks = {name: weight != 0 for name, weight in prunable_weights(model).items()}
+    assert isinstance(setup("masked-finetuning", model, TINY_PROTOCOL, masks, 0), MaskedFinetuning)

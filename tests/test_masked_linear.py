@@ -15,14 +15,13 @@ from torch import Tensor
 from tune_sparse.errors import InputError
 from tune_sparse.lora import masked_linear
 from tune_sparse.lora.masked_linear import (
-    Csr,
-    DenseStored,
+    EffectiveWeight,
+    LoraImpl,
     Plain,
     Structured,
-    Way,
     Workspace,
-    best_way,
-    choose_way,
+    best_impl,
+    choose_impl,
     effective_weight,
     is_structured,
 )
@@ -48,10 +47,10 @@ MASKS: dict[str, Tensor] = {
     "one weight": torch.zeros(O, I, dtype=torch.bool).index_put((torch.tensor(4), torch.tensor(2)), torch.tensor(True)),
 }
 CASES = [
-    (way, mask)
-    for way in ("plain", "structured", "dense-stored", "csr")
+    (impl, mask)
+    for impl in ("plain", "structured", "effective-weight")
     for mask, keep in MASKS.items()
-    if (way != "structured" or is_structured(keep)) and (way != "plain" or mask == "everything kept")
+    if (impl != "structured" or is_structured(keep)) and (impl != "plain" or mask == "everything kept")
 ]
 
 
@@ -64,9 +63,9 @@ def pruned(mask: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
     return weight
 
 
-def make(way: str, mask: Tensor, dtype: torch.dtype = torch.float64) -> tuple[Way, Tensor]:
+def make(impl: str, mask: Tensor, dtype: torch.dtype = torch.float64) -> tuple[LoraImpl, Tensor]:
     weight = pruned(mask, dtype)
-    return (Plain() if way == "plain" else choose_way(weight, mask, R, Workspace(), way)), weight
+    return (Plain() if impl == "plain" else choose_impl(weight, mask, R, Workspace(), impl)), weight
 
 
 @pytest.fixture(autouse=True)
@@ -74,15 +73,15 @@ def chunks_of_three_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(masked_linear, "CHUNK_BYTES", 3 * I * 8)
 
 
-def test_there_is_a_case_for_every_way() -> None:
-    assert {way for way, _ in CASES} == {way.name for way in (Plain, Structured, DenseStored, Csr)}
-    assert len(CASES) == 1 + 5 + 6 + 6
+def test_there_is_a_case_for_every_impl() -> None:
+    assert {impl for impl, _ in CASES} == {impl.name for impl in (Plain, Structured, EffectiveWeight)}
+    assert len(CASES) == 1 + 5 + 6
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize(("way", "mask"), CASES)
-def test_gradients_are_those_of_the_formula_in_float64(way: str, mask: str, bias: bool) -> None:
-    module, weight = make(way, MASKS[mask])
+@pytest.mark.parametrize(("impl", "mask"), CASES)
+def test_gradients_are_those_of_the_formula_in_float64(impl: str, mask: str, bias: bool) -> None:
+    module, weight = make(impl, MASKS[mask])
     b = draw(5, O) if bias else None
     x, A, B = draw(2, 2, T, I), draw(3, R, I), draw(4, O, R)
     inputs = tuple(t.requires_grad_() for t in (x, A, B))
@@ -100,20 +99,20 @@ def test_gradients_are_those_of_the_formula_in_float64(way: str, mask: str, bias
     torch.testing.assert_close(torch.autograd.grad(layer(*inputs), inputs, dY), expected)
 
 
-@pytest.mark.parametrize(("way", "mask"), CASES)
-def test_a_frozen_input_gets_no_gradient_and_the_adapters_the_same(way: str, mask: str) -> None:
-    module, weight = make(way, MASKS[mask])
+@pytest.mark.parametrize(("impl", "mask"), CASES)
+def test_a_frozen_input_gets_no_gradient_and_the_adapters_the_same(impl: str, mask: str) -> None:
+    module, weight = make(impl, MASKS[mask])
     A, B, dY = draw(3, R, I).requires_grad_(), draw(4, O, R).requires_grad_(), draw(6, T, O)
     x = draw(2, T, I)
     expected = torch.autograd.grad(F.linear(x, weight + 2 * (B @ A) * MASKS[mask]), (A, B), dY)
     torch.testing.assert_close(torch.autograd.grad(module(x, weight, None, A, B, 2.0), (A, B), dY), expected)
 
 
-@pytest.mark.parametrize(("way", "mask"), CASES)
-def test_a_way_gives_back_its_mask(way: str, mask: str) -> None:
-    module, weight = make(way, MASKS[mask])
+@pytest.mark.parametrize(("impl", "mask"), CASES)
+def test_an_impl_gives_back_its_mask(impl: str, mask: str) -> None:
+    module, weight = make(impl, MASKS[mask])
     found = module.mask(weight)
-    if way == "plain":
+    if impl == "plain":
         assert found is None
     else:
         assert torch.equal(found, MASKS[mask])
@@ -121,8 +120,8 @@ def test_a_way_gives_back_its_mask(way: str, mask: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("mask", MASKS)
-def test_dense_stored_computes_with_the_merged_weight_to_the_last_bit(mask: str, dtype: torch.dtype) -> None:
-    module, weight = make("dense-stored", MASKS[mask], dtype)
+def test_the_effective_weight_computes_with_the_merged_weight_to_the_last_bit(mask: str, dtype: torch.dtype) -> None:
+    module, weight = make("effective-weight", MASKS[mask], dtype)
     x, A, B = draw(2, T, I, dtype=dtype), draw(3, R, I).float(), draw(4, O, R).float()
     merged = effective_weight(weight, A, B, 0.5, MASKS[mask])
     assert torch.equal(module(x, weight, None, A, B, 0.5), F.linear(x, merged))
@@ -165,10 +164,9 @@ def test_the_product_and_the_sum_are_not_rounded_in_between() -> None:
     assert effective_weight(W, torch.ones(2, 1), half_and_a_little, 1.0).item() == 1 + 2**-7
 
 
-@pytest.mark.parametrize("way", ["dense-stored", "csr"])
-def test_a_layer_saves_its_input_and_nothing_of_the_size_of_the_weight(way: str) -> None:
+def test_a_layer_saves_its_input_and_nothing_of_the_size_of_the_weight() -> None:
     mask = scattered(64, 32)
-    module, weight = make(way, mask, torch.float32)
+    module, weight = make("effective-weight", mask, torch.float32)
     x = draw(2, T, 32, dtype=torch.float32).requires_grad_()
     A, B = draw(3, R, 32).float().requires_grad_(), draw(4, 64, R).float().requires_grad_()
     known = {t.data_ptr() for t in (x, weight, A, B)}
@@ -182,14 +180,14 @@ def test_a_layer_saves_its_input_and_nothing_of_the_size_of_the_weight(way: str)
 def test_one_workspace_serves_matrices_of_every_size_and_dtype() -> None:
     workspace = Workspace()
     small, large = torch.empty(2, 3), torch.empty(4, 3)
-    first = workspace.lend("weight", small)
+    first = workspace.get("weight", small)
     assert first.shape == (2, 3)
-    assert workspace.lend("weight", small).data_ptr() == first.data_ptr()
-    grown = workspace.lend("weight", large)
+    assert workspace.get("weight", small).data_ptr() == first.data_ptr()
+    grown = workspace.get("weight", large)
     assert grown.shape == (4, 3)
-    assert workspace.lend("weight", small).data_ptr() == grown.data_ptr()
-    assert workspace.lend("mask", small).data_ptr() != grown.data_ptr()
-    assert workspace.lend("weight", small, torch.bfloat16).dtype == torch.bfloat16
+    assert workspace.get("weight", small).data_ptr() == grown.data_ptr()
+    assert workspace.get("mask", small).data_ptr() != grown.data_ptr()
+    assert workspace.get("weight", small, torch.bfloat16).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("has_instructions", [False, True])
@@ -207,10 +205,10 @@ def test_bfloat16_gradients_are_near_those_of_float64(has_instructions: bool, mo
     monkeypatch.setattr(masked_linear, "_multiplies_bfloat16", lambda: has_instructions)
     mask = scattered(64, 48)
     weight = pruned(mask, torch.bfloat16)
-    way = choose_way(weight, mask, R, Workspace(), "dense-stored")
+    impl = choose_impl(weight, mask, R, Workspace(), "effective-weight")
     x, A, B, dY = draw(2, T, 48).bfloat16(), draw(3, R, 48).bfloat16(), draw(4, 64, R).bfloat16(), draw(6, T, 64)
     x, A, B = x.requires_grad_(), A.float().requires_grad_(), B.float().requires_grad_()
-    found = torch.autograd.grad(way(x, weight, None, A, B, 0.5), (x, A, B), dY.bfloat16())
+    found = torch.autograd.grad(impl(x, weight, None, A, B, 0.5), (x, A, B), dY.bfloat16())
     assert [gradient.dtype for gradient in found] == [torch.bfloat16, torch.float32, torch.float32]
     exact = tuple(t.detach().double().requires_grad_() for t in (x, A, B))
     formula = F.linear(exact[0], weight.double() + 0.5 * (exact[2] @ exact[1]) * mask)
@@ -222,18 +220,18 @@ def test_layers_that_share_a_workspace_do_not_disturb_each_other() -> None:
     workspace = Workspace()
     masks = [scattered(6, 6), scattered(9, 6), scattered(4, 9)]
     weights = [pruned(mask) for mask in masks]
-    ways = [choose_way(w, m, 2, workspace, "dense-stored") for w, m in zip(weights, masks, strict=True)]
+    impls = [choose_impl(w, m, 2, workspace, "effective-weight") for w, m in zip(weights, masks, strict=True)]
     factors = [(draw(i, 2, w.shape[1]), draw(i + 5, len(w), 2)) for i, w in enumerate(weights)]
     leaves = [f.requires_grad_() for pair in factors for f in pair]
 
     def network(layer: Callable[..., Tensor]) -> Tensor:
         x = draw(8, T, 6)
-        for parts in zip(ways, weights, masks, factors, strict=True):
+        for parts in zip(impls, weights, masks, factors, strict=True):
             x = layer(x, *parts).tanh()
         return x.sum()
 
-    ours = network(lambda x, way, W, M, f: way(x, W, None, *f, 0.5))
-    formula = network(lambda x, way, W, M, f: F.linear(x, W + 0.5 * (f[1] @ f[0]) * M))
+    ours = network(lambda x, impl, W, M, f: impl(x, W, None, *f, 0.5))
+    formula = network(lambda x, impl, W, M, f: F.linear(x, W + 0.5 * (f[1] @ f[0]) * M))
     torch.testing.assert_close(torch.autograd.grad(ours, leaves), torch.autograd.grad(formula, leaves))
 
 
@@ -250,33 +248,32 @@ def kept_rows(count: int, width: int = WIDE + 8) -> Tensor:
     ("mask", "dtype", "expected"),
     [
         (torch.ones(WIDE, WIDE, dtype=torch.bool), torch.float32, "plain"),
-        (torch.ones(WIDE, WIDE - 1, dtype=torch.bool), torch.float32, "dense-stored"),
+        (torch.ones(WIDE, WIDE - 1, dtype=torch.bool), torch.float32, "effective-weight"),
         (kept_rows(WIDE), torch.float32, "structured"),
         (kept_rows(WIDE).T, torch.bfloat16, "structured"),
         (kept_rows(WIDE) & kept_rows(WIDE).T, torch.float32, "structured"),
-        (kept_rows(WIDE // 2), torch.float32, "dense-stored"),
-        (MASKS["elementwise"], torch.float32, "dense-stored"),
-        (MASKS["elementwise"], torch.bfloat16, "dense-stored"),
-        (torch.rand(BIG, BIG) > 0.9, torch.float32, "csr"),
-        (torch.rand(BIG, BIG) > 0.9, torch.bfloat16, "dense-stored"),
-        (torch.rand(BIG, BIG) > 0.8, torch.float32, "dense-stored"),
+        (kept_rows(WIDE // 2), torch.float32, "effective-weight"),
+        (MASKS["elementwise"], torch.float32, "effective-weight"),
+        (MASKS["elementwise"], torch.bfloat16, "effective-weight"),
+        (torch.rand(BIG, BIG) > 0.9, torch.float32, "effective-weight"),
+        (torch.rand(BIG, BIG) > 0.9, torch.bfloat16, "effective-weight"),
     ],
 )
-def test_the_way_follows_from_mask_rank_and_precision(mask: Tensor, dtype: torch.dtype, expected: str) -> None:
+def test_the_impl_follows_from_mask_rank_and_precision(mask: Tensor, dtype: torch.dtype, expected: str) -> None:
     weight = torch.randn(mask.shape).to(dtype) * mask
-    assert best_way(weight, mask, R) == expected
-    assert choose_way(weight, mask, R, Workspace()).name == expected
+    assert best_impl(mask, R) == expected
+    assert choose_impl(weight, mask, R, Workspace()).name == expected
 
 
-@pytest.mark.parametrize("asked", ["auto", "structured", "dense-stored", "csr"])
-@pytest.mark.parametrize(("width", "expected"), [(WIDE, "plain"), (WIDE - 1, "dense-stored")])
-def test_without_a_mask_the_cheaper_way_computes_everything(asked: str, width: int, expected: str) -> None:
+@pytest.mark.parametrize("asked", ["auto", "structured", "effective-weight"])
+@pytest.mark.parametrize(("width", "expected"), [(WIDE, "plain"), (WIDE - 1, "effective-weight")])
+def test_without_a_mask_the_cheaper_impl_computes_everything(asked: str, width: int, expected: str) -> None:
     weight = draw(1, width, width)
-    way = choose_way(weight, None, R, Workspace(), asked)
-    assert (way.name, way.mask(weight)) == (expected, None)
+    impl = choose_impl(weight, None, R, Workspace(), asked)
+    assert (impl.name, impl.mask(weight)) == (expected, None)
     x, A, B = draw(2, 1, width), draw(3, R, width).requires_grad_(), draw(4, width, R).requires_grad_()
-    torch.testing.assert_close(way(x, weight, None, A, B, 0.5), F.linear(x, weight + 0.5 * B @ A))
-    assert torch.autograd.gradcheck(lambda A, B: way(x, weight, None, A, B, 0.5), (A, B))
+    torch.testing.assert_close(impl(x, weight, None, A, B, 0.5), F.linear(x, weight + 0.5 * B @ A))
+    assert torch.autograd.gradcheck(lambda A, B: impl(x, weight, None, A, B, 0.5), (A, B))
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
@@ -287,22 +284,21 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"mask": torch.ones(O, I)}, r"a mask must be bool .*, got float32 \(11, 7\)\."),
     ({"mask": MASKS["rows"]}, r"is 0 where its mask is, got 28 other values there\. Give the pruned weight"),
     ({"asked": "structured"}, r"'structured' needs masks of whole rows and columns, got another\. Choose 'auto'\."),
-    ({"asked": "csr", "dtype": torch.bfloat16}, r"'csr' computes in float32 on a CPU, got bfloat16 on cpu\. Choose"),
 ]
 
 
 @pytest.mark.parametrize(("mistake", "message"), REFUSED, ids=lambda case: str(case)[:40])
 def test_what_cannot_be_computed_is_refused(mistake: dict[str, Any], message: str) -> None:
     mask = mistake.get("mask", scattered())
-    weight = torch.ones(O, I, dtype=mistake.get("dtype", torch.float32))
+    weight = torch.ones(O, I)
     weight *= scattered() if mask.shape == scattered().shape and mask is not MASKS["rows"] else 1
     with pytest.raises(InputError, match=message):
-        choose_way(weight, mask, R, Workspace(), mistake.get("asked", "auto"))
+        choose_impl(weight, mask, R, Workspace(), mistake.get("asked", "auto"))
 
 
-@pytest.mark.parametrize(("way", "mask"), [("structured", "rows and columns"), ("dense-stored", "elementwise")])
-def test_what_a_way_keeps_moves_with_the_model_and_is_not_saved(way: str, mask: str) -> None:
-    module, _ = make(way, MASKS[mask])
+@pytest.mark.parametrize(("impl", "mask"), [("structured", "rows and columns"), ("effective-weight", "elementwise")])
+def test_what_an_impl_keeps_moves_with_the_model_and_is_not_saved(impl: str, mask: str) -> None:
+    module, _ = make(impl, MASKS[mask])
     moved = module.to("meta")
     assert all(buffer.is_meta for buffer in moved.buffers())
     assert list(module.buffers())

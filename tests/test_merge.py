@@ -14,8 +14,7 @@ from factories import finished, tiny_run
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from trainables import pruned as pruned_stage
-from trainables.pipeline import MODES
+from trainables import pruning_stage
 from tune_sparse.cli import main
 from tune_sparse.cli.command import BAD_INPUT, FAULT, OK
 from tune_sparse.config import Protocol
@@ -28,6 +27,7 @@ from tune_sparse.ledger.record import Record
 from tune_sparse.lora.adapter_io import merge_adapter_into, save_adapter
 from tune_sparse.lora.layer import adapt_model, merged_weights, sparse_lora_layers
 from tune_sparse.models.checkpoints import check_checkpoint, load_model, prunable_weights, write_weights_into
+from tune_sparse.modes import MODES
 from tune_sparse.pruning.masks import masked
 from tune_sparse.pruning.prune_model import make_masks
 from tune_sparse.training.loop import mean_loss
@@ -181,7 +181,7 @@ def test_a_mask_that_does_not_come_out_again_is_refused(
 ) -> None:
     run, ledger = tiny_run(llama), Ledger(tmp_path / "results")
     finished(run, ledger)
-    monkeypatch.setattr(pruned_stage, "make_masks", lambda method, *rest: make_masks("random", *rest))
+    monkeypatch.setattr(pruning_stage, "make_masks", lambda method, *rest: make_masks("random", *rest))
     with pytest.raises(merge.InputError, match="must come out as it was trained"):
         merge_run(ledger, run.run_id, tmp_path / "merged")
 

@@ -1,4 +1,4 @@
-"""The three modes, each trained for a few steps for real, and the bench that a worker keeps between cells."""
+"""The modes, each trained for a few steps for real, and what a worker keeps between cells."""
 
 from __future__ import annotations
 
@@ -15,14 +15,16 @@ from typing import Any
 import pytest
 import torch
 from factories import TINY_PROTOCOL, finished, tiny_run, write_boolq
-from peft import PeftModel
 from torch import Tensor
 
-from trainables import pipeline, pruned, sparse_to_dense, training
-from trainables.deployed import Deployed
-from trainables.pipeline import MODES, Bench, _merge_violations, run_cell
-from tune_sparse.config import MODES as MODE_NAMES
-from tune_sparse.config import SweepConfig
+from trainables import loaded, pipeline, pruning_stage, training
+from trainables import worker as worker_module
+from trainables.finetuning import setup
+from trainables.lora_finetuning import LoraFinetuning
+from trainables.mode import MergedWeights
+from trainables.pipeline import TRAIN_STAGES, _logit_violations, run_cell
+from trainables.worker import WorkerCache
+from tune_sparse.config import BACKENDS, SweepConfig
 from tune_sparse.data.splits import Encoded
 from tune_sparse.evaluation.outcomes import read_outcomes
 from tune_sparse.ledger.ledger import Ledger
@@ -30,6 +32,7 @@ from tune_sparse.ledger.record import Record
 from tune_sparse.ledger.run import Run
 from tune_sparse.lora.layer import merged_weights, sparse_lora_layers
 from tune_sparse.models.checkpoints import check_checkpoint, load_model, prunable_weights, write_weights_into
+from tune_sparse.modes import MODES
 from tune_sparse.pruning.masks import Masks, mask_sha256, masked
 from tune_sparse.pruning.prune_model import make_masks
 from tune_sparse.sweep.plan import make_plan
@@ -43,15 +46,15 @@ ROWS = [Encoded(tuple(range(i, i + 10)), (i, i + 1)) for i in range(8)]
 class Trained:
     masks: Masks
     pruned: dict[str, Tensor]
-    trainee: Any
-    deployed: Deployed
+    trainable: Any
+    merged: MergedWeights
 
     @property
     def factors(self) -> dict[str, Tensor]:
         return {name: torch.cat([f.flatten() for f in layer.factors()[:2]]) for name, layer in self.layers()}
 
     def layers(self) -> Iterator[tuple[str, Any]]:
-        return sparse_lora_layers(self.trainee.adapted)
+        return sparse_lora_layers(self.trainable.adapted)
 
 
 Train = Callable[..., Trained]
@@ -59,7 +62,7 @@ Train = Callable[..., Trained]
 
 @pytest.fixture
 def train(llama: Path) -> Train:
-    """Prune a model, train it in a mode, deploy it."""
+    """Prune a model, train it in a mode, merge it."""
 
     def run(mode: str, method: str = "unstructured", sparsity: float = 0.5, **changes: Any) -> Trained:
         protocol = replace(TINY_PROTOCOL, **changes)
@@ -68,21 +71,21 @@ def train(llama: Path) -> Train:
         masks = make_masks(method, weights, check_checkpoint(str(llama)).dims, sparsity, seed=0)
         pruned = masked(weights, masks)
         write_weights_into(model, pruned)
-        trainee = MODES[mode].begin(model, protocol, masks, 0)
-        accelerator = accelerator_for(trainee.mixed_precision)
-        list(fit(trainee.model, trainee.optimizer(protocol), ROWS, protocol, 0, accelerator=accelerator))
-        return Trained(masks, pruned, trainee, trainee.deploy())
+        trainable = setup(mode, model, protocol, masks, 0)
+        accelerator = accelerator_for(trainable.mixed_precision)
+        list(fit(trainable.model, trainable.optimizer(protocol), ROWS, protocol, 0, accelerator=accelerator))
+        return Trained(masks, pruned, trainable, trainable.merge())
 
     return run
 
 
-def test_the_table_has_every_mode_of_the_configuration() -> None:
-    assert tuple(MODES) == MODE_NAMES
+def test_every_backend_of_the_configuration_has_its_train_stage() -> None:
+    assert tuple(TRAIN_STAGES) == BACKENDS
 
 
 @torch.no_grad()
 def logits_of(trained: Trained, weights: dict[str, Tensor]) -> Tensor:
-    model = trained.trainee.plain_model()
+    model = trained.trainable.unwrap()
     write_weights_into(model, weights)
     return model(IDS).logits
 
@@ -94,53 +97,57 @@ def test_the_merged_model_computes_the_trained_function_to_the_last_bit_or_but_f
 ) -> None:
     trained = train(mode, precision=precision, max_grad_norm=100.0)
     with torch.no_grad():
-        expected = trained.trainee.model(IDS).logits if precision == "float32" or mode != "masked-finetuning" else None
-    is_exact = trained.trainee.is_merged_exactly
+        expected = (
+            trained.trainable.model(IDS).logits if precision == "float32" or mode != "masked-finetuning" else None
+        )
+    is_exact = trained.trainable.is_merged_exactly
     assert is_exact == (mode == "sparse-to-sparse" or (mode, precision) == ("masked-finetuning", "float32"))
-    merged = logits_of(trained, trained.deployed.trained)
+    merged = logits_of(trained, trained.merged.before_mask)
     if expected is not None:
-        assert _merge_violations(expected, merged, is_exact) == []
+        assert _logit_violations(expected, merged, is_exact) == []
 
 
 def test_a_merge_is_judged_by_the_digits_of_its_precision() -> None:
     trained = torch.ones(2, 4)
-    assert _merge_violations(trained, trained + 1e-4, exactly=False) == []
-    [said] = _merge_violations(trained, trained + 1e-3, exactly=False)
+    assert _logit_violations(trained, trained + 1e-4, exactly=False) == []
+    [said] = _logit_violations(trained, trained + 1e-3, exactly=False)
     assert said == "the merged model must compute the trained function within 0.0003 of its logits, got 0.001"
-    [said] = _merge_violations(trained, trained + 1e-6, exactly=True)
+    [said] = _logit_violations(trained, trained + 1e-6, exactly=True)
     assert said == "the merged model must compute exactly the trained function"
     half = trained.bfloat16()
-    assert _merge_violations(half, half * 1.0625, exactly=False) == []
-    assert _merge_violations(half, half * 1.125, exactly=False) != []
-    assert _merge_violations(trained, trained * math.nan, exactly=False) != []
+    assert _logit_violations(half, half * 1.0625, exactly=False) == []
+    assert _logit_violations(half, half * 1.125, exactly=False) != []
+    assert _logit_violations(trained, trained * math.nan, exactly=False) != []
 
 
-def test_dense_deploys_what_it_trained_without_a_zero(train: Train) -> None:
+def test_dense_merges_what_it_trained_without_a_zero(train: Train) -> None:
     trained = train("dense", sparsity=0.0)
-    assert trained.deployed.final is None
-    assert trained.deployed.metrics == {}
+    assert trained.merged.after_mask is None
+    assert trained.merged.metrics == {}
     assert all(layer.keep_mask is None for _, layer in trained.layers())
-    assert all(weight.all() for weight in trained.deployed.trained.values())
+    assert all(weight.all() for weight in trained.merged.before_mask.values())
 
 
 @pytest.mark.parametrize("method", ["unstructured", "structured", "random"])
-def test_sparse_to_sparse_deploys_zeros_exactly_at_the_mask(method: str, train: Train) -> None:
+def test_sparse_to_sparse_merges_zeros_exactly_at_the_mask(method: str, train: Train) -> None:
     trained = train("sparse-to-sparse", method)
-    assert trained.deployed.final is None
-    assert trained.deployed.metrics == {}
-    for name, weight in trained.deployed.trained.items():
+    assert trained.merged.after_mask is None
+    assert trained.merged.metrics == {}
+    for name, weight in trained.merged.before_mask.items():
         assert torch.equal(weight == 0, ~trained.masks[name])
         assert not torch.equal(weight, trained.pruned[name])
 
 
 @pytest.mark.parametrize("method", ["unstructured", "structured", "random"])
-def test_sparse_to_dense_fills_the_zeros_and_deploys_them_masked(method: str, train: Train) -> None:
+def test_sparse_to_dense_fills_the_zeros_and_merges_them_masked(method: str, train: Train) -> None:
     trained = train("sparse-to-dense", method)
-    assert trained.deployed.final is not None
-    filled = trained.deployed.trained
+    assert trained.merged.after_mask is not None
+    filled = trained.merged.before_mask
     assert any(filled[name][~mask].any() for name, mask in trained.masks.items())
-    assert all(torch.equal(trained.deployed.final[name], filled[name] * mask) for name, mask in trained.masks.items())
-    assert 0 < trained.deployed.metrics["update_removed_fraction"] < 1
+    assert all(
+        torch.equal(trained.merged.after_mask[name], filled[name] * mask) for name, mask in trained.masks.items()
+    )
+    assert 0 < trained.merged.metrics["update_removed_fraction"] < 1
 
 
 def test_the_removed_fraction_is_that_of_the_squared_update(train: Train) -> None:
@@ -151,7 +158,7 @@ def test_the_removed_fraction_is_that_of_the_squared_update(train: Train) -> Non
         update = (scaling * B @ A).detach().double().square()
         removed += float(update[~trained.masks[name]].sum())
         total += float(update.sum())
-    assert trained.deployed.metrics["update_removed_fraction"] == pytest.approx(removed / total, rel=1e-5)
+    assert trained.merged.metrics["update_removed_fraction"] == pytest.approx(removed / total, rel=1e-5)
 
 
 def test_the_modes_train_different_adapters_on_an_elementwise_mask(train: Train) -> None:
@@ -163,10 +170,10 @@ def test_the_modes_train_different_adapters_on_an_elementwise_mask(train: Train)
 
 
 def test_at_sparsity_0_every_mode_is_the_dense_baseline(train: Train) -> None:
-    baseline = train("dense", sparsity=0.0).deployed.trained
+    baseline = train("dense", sparsity=0.0).merged.before_mask
     for mode in ("sparse-to-dense", "sparse-to-sparse"):
-        deployed = train(mode, sparsity=0.0).deployed
-        final = deployed.final or deployed.trained
+        merged = train(mode, sparsity=0.0).merged
+        final = merged.after_mask or merged.before_mask
         assert all(torch.equal(final[name], weight) for name, weight in baseline.items())
 
 
@@ -186,13 +193,13 @@ def ledger(tmp_path: Path) -> Ledger:
 @pytest.fixture
 def fresh(tmp_path: Path) -> Callable[[Run], Record]:
     """What a worker that has done nothing before records."""
-    return lambda run: finished(run, Ledger(tmp_path / "fresh"), Bench())
+    return lambda run: finished(run, Ledger(tmp_path / "fresh"), WorkerCache())
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_run_leaves_its_record_and_every_file(mode: str, make_run: MakeRun, ledger: Ledger) -> None:
     run = make_run(mode=mode, sparsity=0.0 if mode == "dense" else 0.5, method="none" if mode == "dense" else "random")
-    record = finished(run, ledger, Bench())
+    record = finished(run, ledger, WorkerCache())
     assert (record.status, record.error) == ("done", None)
     assert ledger.record(run.run_id) == record
     assert ledger.run(run.run_id) == run
@@ -214,72 +221,72 @@ def test_a_run_leaves_its_record_and_every_file(mode: str, make_run: MakeRun, le
 
 
 def test_the_modes_of_one_mask_share_the_accuracy_before_tuning(make_run: MakeRun, ledger: Ledger) -> None:
-    bench = Bench()
-    records = [finished(make_run(mode=mode), ledger, bench) for mode in ("sparse-to-dense", "sparse-to-sparse")]
+    worker = WorkerCache()
+    records = [finished(make_run(mode=mode), ledger, worker) for mode in ("sparse-to-dense", "sparse-to-sparse")]
     assert len(list((ledger.folder / "pruned_baselines").glob("*.json"))) == 1
     assert len({record.metrics["accuracy_before_tuning"] for record in records}) == 1
     assert len({record.metrics["mask_sha256"] for record in records}) == 1
     assert records[0].metrics["eval_loss"] != records[1].metrics["eval_loss"]
 
 
-def test_a_bench_loads_a_model_once_for_several_runs(make_run: MakeRun, ledger: Ledger) -> None:
-    bench = Bench()
+def test_a_worker_loads_a_model_once_for_several_runs(make_run: MakeRun, ledger: Ledger) -> None:
+    worker = WorkerCache()
     for changes in ({}, {"mode": "sparse-to-dense"}, {"method": "structured"}, {"task": "gsm8k"}):
-        assert finished(make_run(**changes), ledger, bench).status == "done"
-    assert bench.loads == 1
-    assert finished(make_run(precision="bfloat16"), ledger, bench).status == "done"
-    assert bench.loads == 2
+        assert finished(make_run(**changes), ledger, worker).status == "done"
+    assert worker.loads == 1
+    assert finished(make_run(precision="bfloat16"), ledger, worker).status == "done"
+    assert worker.loads == 2
 
 
-def test_a_bench_lends_the_weights_of_the_checkpoint_after_every_run(
+def test_a_worker_lends_the_weights_of_the_checkpoint_after_every_run(
     make_run: MakeRun, ledger: Ledger, llama: Path
 ) -> None:
-    bench = Bench()
+    worker = WorkerCache()
     checkpoint = load_model(llama, torch.float32, torch.device("cpu")).state_dict()
     for mode in ("sparse-to-dense", "sparse-to-sparse"):
         run = make_run(mode=mode)
-        finished(run, ledger, bench)
-        lent = bench.lend(run).model.state_dict()
+        finished(run, ledger, worker)
+        lent = worker.model(run).model.state_dict()
         assert list(lent) == list(checkpoint)
         assert all(torch.equal(lent[name], checkpoint[name]) for name in checkpoint)
 
 
-def test_a_bench_encodes_the_rows_of_a_task_once(
+def test_a_worker_encodes_the_rows_of_a_task_once(
     make_run: MakeRun, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     encoded = []
-    encode_test = pipeline.encode_test
-    monkeypatch.setattr(pipeline, "encode_test", lambda *args: encoded.append(args[1].name) or encode_test(*args))
-    bench = Bench()
+    encode_test = loaded.encode_test
+    monkeypatch.setattr(loaded, "encode_test", lambda *args: encoded.append(args[1].name) or encode_test(*args))
+    worker = WorkerCache()
     for task in ("boolq", "gsm8k", "boolq"):
         for mode in ("sparse-to-dense", "sparse-to-sparse"):
-            finished(make_run(task=task, mode=mode), ledger, bench)
+            finished(make_run(task=task, mode=mode), ledger, worker)
     assert encoded == ["boolq", "gsm8k"]
-    finished(make_run(n_train=15), ledger, bench)
+    finished(make_run(n_train=15), ledger, worker)
     assert encoded == ["boolq", "gsm8k", "boolq"]
 
 
 def test_a_run_does_not_depend_on_the_runs_before_it(
     make_run: MakeRun, ledger: Ledger, fresh: Callable[[Run], Record]
 ) -> None:
-    bench, run = Bench(), make_run()
-    finished(make_run(mode="sparse-to-dense", method="structured"), ledger, bench)
-    assert finished(run, ledger, bench).metrics == fresh(run).metrics
+    worker, run = WorkerCache(), make_run()
+    finished(make_run(mode="sparse-to-dense", method="structured"), ledger, worker)
+    assert finished(run, ledger, worker).metrics == fresh(run).metrics
 
 
 def test_a_diverging_run_is_recorded_as_failed_and_its_model_forgotten(
     make_run: MakeRun, ledger: Ledger, fresh: Callable[[Run], Record]
 ) -> None:
-    bench, run = Bench(), make_run()
+    worker, run = WorkerCache(), make_run()
     diverging = make_run(learning_rate=1e30)
-    record = finished(diverging, ledger, bench)
+    record = finished(diverging, ledger, worker)
     assert record.status == "failed"
     assert record.error["class"] == "RunError"
     assert "got nan at step 2" in record.error["message"]
     assert not record.error["retryable"]
     assert ledger.record(diverging.run_id) == record
-    assert finished(run, ledger, bench).metrics == fresh(run).metrics
-    assert bench.loads == 2
+    assert finished(run, ledger, worker).metrics == fresh(run).metrics
+    assert worker.loads == 2
 
 
 def test_an_infrastructure_error_is_raised_and_leaves_nothing(
@@ -289,41 +296,41 @@ def test_an_infrastructure_error_is_raised_and_leaves_nothing(
         raise MemoryError("no room")
         yield
 
-    bench, run = Bench(), make_run()
+    worker, run = WorkerCache(), make_run()
     with monkeypatch.context() as patched:
         patched.setattr(training, "fit", out_of_memory)
         with pytest.raises(MemoryError, match="no room"):
-            finished(run, ledger, bench)
+            finished(run, ledger, worker)
     gc.collect()
     assert list((ledger.folder / "runs").iterdir()) == []
-    assert finished(run, ledger, bench).metrics == fresh(run).metrics
-    assert bench.loads == 2
+    assert finished(run, ledger, worker).metrics == fresh(run).metrics
+    assert worker.loads == 2
 
 
-def test_a_run_that_is_closed_leaves_the_bench_as_new(
+def test_a_run_that_is_closed_leaves_the_worker_as_new(
     make_run: MakeRun, ledger: Ledger, fresh: Callable[[Run], Record]
 ) -> None:
-    bench, run = Bench(), make_run()
-    steps = run_cell(make_run(mode="sparse-to-dense"), ledger, bench)
+    worker, run = WorkerCache(), make_run()
+    steps = run_cell(make_run(mode="sparse-to-dense"), ledger, worker)
     next(steps)
     steps.close()
     gc.collect()
     assert list((ledger.folder / "runs").iterdir()) == []
-    assert finished(run, ledger, bench).metrics == fresh(run).metrics
+    assert finished(run, ledger, worker).metrics == fresh(run).metrics
 
 
 def test_a_forgotten_model_is_freed(make_run: MakeRun) -> None:
-    bench = Bench()
-    model = weakref.ref(bench.lend(make_run()).model)
-    bench.clear()
+    worker = WorkerCache()
+    model = weakref.ref(worker.model(make_run()).model)
+    worker.clear()
     assert model() is None
 
 
 def test_a_run_without_its_last_mask_fails_its_validation(
     make_run: MakeRun, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sparse_to_dense, "deploy", lambda adapted, masks: Deployed(merged_weights(adapted)))
-    record = finished(make_run(mode="sparse-to-dense"), ledger, Bench())
+    monkeypatch.setattr(LoraFinetuning, "merge", lambda lora: MergedWeights(merged_weights(lora.adapted)))
+    record = finished(make_run(mode="sparse-to-dense"), ledger, WorkerCache())
     assert record.status == "failed"
     assert "a run must pass its validation: " in record.error["message"]
     assert "model.layers.0.self_attn.q_proj.weight: masked weights must be 0, got " in record.error["message"]
@@ -332,17 +339,17 @@ def test_a_run_without_its_last_mask_fails_its_validation(
 def test_a_merge_that_changes_the_function_fails_its_validation(
     make_run: MakeRun, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def rounded(adapted: PeftModel, masks: Masks) -> Deployed:
-        return Deployed({name: weight.bfloat16().float() for name, weight in merged_weights(adapted).items()})
+    def rounded(lora: LoraFinetuning) -> MergedWeights:
+        return MergedWeights({name: w.bfloat16().float() for name, w in merged_weights(lora.adapted).items()})
 
-    monkeypatch.setattr(pipeline.sparse_to_sparse, "deploy", rounded)
-    record = finished(make_run(), ledger, Bench())
+    monkeypatch.setattr(LoraFinetuning, "merge", rounded)
+    record = finished(make_run(), ledger, WorkerCache())
     assert record.status == "failed"
     assert record.error["message"].endswith("the merged model must compute exactly the trained function")
 
 
 def test_the_recorded_mask_is_that_of_the_method(make_run: MakeRun, ledger: Ledger, llama: Path) -> None:
-    record = finished(make_run(), ledger, Bench())
+    record = finished(make_run(), ledger, WorkerCache())
     weights = prunable_weights(load_model(llama, torch.float32, torch.device("cpu")))
     masks = make_masks("unstructured", weights, check_checkpoint(str(llama)).dims, 0.5, seed=0)
     assert record.metrics["mask_sha256"] == mask_sha256(masks)
@@ -358,7 +365,7 @@ def test_the_recorded_mask_is_that_of_the_method(make_run: MakeRun, ledger: Ledg
 )
 def test_every_kind_of_method_trains(method: str, order: str, make_run: MakeRun, ledger: Ledger) -> None:
     run = make_run(method=method, calibration_order=order)
-    record = finished(run, ledger, Bench())
+    record = finished(run, ledger, WorkerCache())
     assert record.status == "done", record.error
     assert record.metrics["actual_sparsity"] == pytest.approx(0.5, abs=0.01)
     described = json.loads((ledger.run_folder(run.run_id) / "sparse_config.json").read_text())
@@ -372,41 +379,42 @@ def test_sparsegpt_freezes_the_weights_that_it_updated(
 ) -> None:
     written: list[dict[str, Tensor]] = []
     write = pipeline.write_weights_into
-    monkeypatch.setattr(
-        pipeline,
-        "write_weights_into",
-        lambda model, weights: written.append(dict(weights)) or write(model, weights),
+    for module in (worker_module, pipeline):
+        monkeypatch.setattr(
+            module, "write_weights_into", lambda model, weights: written.append(dict(weights)) or write(model, weights)
+        )
+    finished(
+        make_run(method="sparsegpt", steps=1, learning_rate=1e-30, final_learning_rate=1e-30), ledger, WorkerCache()
     )
-    finished(make_run(method="sparsegpt", steps=1, learning_rate=1e-30, final_learning_rate=1e-30), ledger, Bench())
-    dense_weights, pruned, deployed = written[0], written[1], written[-1]
+    dense, pruned, merged = written[0], written[1], written[-1]
     for name, weight in pruned.items():
         kept = weight != 0
-        assert not torch.equal(weight[kept], dense_weights[name][kept])
-        torch.testing.assert_close(deployed[name], weight, atol=1e-6, rtol=0)
+        assert not torch.equal(weight[kept], dense[name][kept])
+        torch.testing.assert_close(merged[name], weight, atol=1e-6, rtol=0)
 
 
-def test_a_bench_measures_a_model_on_a_task_once(
+def test_a_worker_measures_a_model_on_a_task_once(
     make_run: MakeRun, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     walks = []
-    measured = pruned.measured
-    monkeypatch.setattr(pruned, "measured", lambda *args: walks.append(1) or measured(*args))
-    bench = Bench()
+    measured = pruning_stage.measured
+    monkeypatch.setattr(pruning_stage, "measured", lambda *args: walks.append(1) or measured(*args))
+    worker = WorkerCache()
     for sparsity in (0.3, 0.5):
         for mode in ("sparse-to-dense", "sparse-to-sparse"):
-            finished(make_run(method="wanda", sparsity=sparsity, mode=mode), ledger, bench)
+            finished(make_run(method="wanda", sparsity=sparsity, mode=mode), ledger, worker)
     assert len(walks) == 1
-    finished(make_run(method="wanda", task="gsm8k"), ledger, bench)
+    finished(make_run(method="wanda", task="gsm8k"), ledger, worker)
     assert len(walks) == 2
 
 
 def test_a_calibrated_run_does_not_depend_on_the_runs_before_it(
     make_run: MakeRun, ledger: Ledger, fresh: Callable[[Run], Record]
 ) -> None:
-    bench, run = Bench(), make_run(method="sparsegpt", calibration_order="sequential")
-    finished(make_run(method="taylor"), ledger, bench)
-    finished(make_run(method="wanda", calibration_order="sequential"), ledger, bench)
-    assert finished(run, ledger, bench).metrics == fresh(run).metrics
+    worker, run = WorkerCache(), make_run(method="sparsegpt", calibration_order="sequential")
+    finished(make_run(method="taylor"), ledger, worker)
+    finished(make_run(method="wanda", calibration_order="sequential"), ledger, worker)
+    assert finished(run, ledger, worker).metrics == fresh(run).metrics
 
 
 def test_scores_can_be_calibrated_on_text(llama: Path, ledger: Ledger, tmp_path: Path) -> None:
@@ -427,6 +435,6 @@ def test_scores_can_be_calibrated_on_text(llama: Path, ledger: Ledger, tmp_path:
     plan = make_plan(SweepConfig.from_names(names | few | calibration))
     first, second = plan.runs.values()
     assert first.calibration_fingerprint == second.calibration_fingerprint is not None
-    assert finished(first, ledger, Bench()).status == "done"
+    assert finished(first, ledger, WorkerCache()).status == "done"
     described = json.loads((ledger.run_folder(first.run_id) / "sparse_config.json").read_text())
     assert described["calibration"] | calibration == described["calibration"]

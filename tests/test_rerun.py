@@ -14,8 +14,8 @@ from factories import done_record, finished, make_run, tiny_run
 from safetensors.torch import load_file, save_file
 from sound import edit
 
-from trainables.pipeline import Bench
 from trainables.rerun import compared, same_bits
+from trainables.worker import WorkerCache
 from tune_sparse.cli import main
 from tune_sparse.cli.command import BAD_INPUT, FAULT, OK
 from tune_sparse.evaluation.outcomes import Outcome
@@ -28,7 +28,7 @@ OUTCOMES = [Outcome("boolq", str(i), "0", "0", True) for i in range(4)]
 @pytest.fixture
 def recorded(llama: Path, tmp_path: Path) -> tuple[Run, Ledger]:
     run, ledger = tiny_run(llama), Ledger(tmp_path / "results")
-    assert finished(run, ledger, Bench()).status == "done"
+    assert finished(run, ledger, WorkerCache()).status == "done"
     return run, ledger
 
 
@@ -67,7 +67,7 @@ def test_what_differs_is_named(
 def test_other_weights_cannot_be_repeated(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = Path(shutil.copytree(llama, tmp_path / "model"))
     run, ledger = tiny_run(model), Ledger(tmp_path / "results")
-    finished(run, ledger, Bench())
+    finished(run, ledger, WorkerCache())
     weights = load_file(model / "model.safetensors")
     save_file({name: 2 * weight for name, weight in weights.items()}, model / "model.safetensors", {"format": "pt"})
     assert main(["rerun", run.run_id, "--results-dir", str(ledger.folder)]) == BAD_INPUT

@@ -28,7 +28,7 @@ OTHER_PROTOCOL: dict[str, Any] = {
     "lora_rank": 8,
     "lora_alpha": 16.0,
     "lora_dropout": 0.05,
-    "masked_way": "dense-stored",
+    "masked_lora_impl": "effective-weight",
     "train_on_prompt": True,
     "packing": True,
     "activation_checkpointing": True,

@@ -14,8 +14,9 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from trainables.pipeline import Bench, run_cell
+from trainables.pipeline import run_cell
 from trainables.rebuild import pruned_by
+from trainables.worker import WorkerCache
 from tune_sparse.errors import InputError, RunError
 from tune_sparse.evaluation.scoring import score
 from tune_sparse.files import read_json
@@ -72,7 +73,7 @@ def test_a_slice_scores_exactly_as_the_same_sub_adapter_loaded_alone(trained: Tr
     weights = {name: weight.clone() for name, weight in prunable_weights(scorer.slices.model).items()}
     sliced = score(scorer.slices.model, scorer.tokenizer, [scorer.tests], scorer.protocol)
     scorer.slices.save(ranks, tmp_path / "adapter")
-    loaded, masks = pruned_by(trained.run, trained.ledger, Bench())
+    loaded, masks = pruned_by(trained.run, trained.ledger, WorkerCache())
     merge_adapter_into(loaded.model, tmp_path / "adapter", None if trained.run.cell.mode == "dense" else masks)
     for name, weight in prunable_weights(loaded.model).items():
         assert torch.equal(weight, weights[name]), name
@@ -82,7 +83,7 @@ def test_a_slice_scores_exactly_as_the_same_sub_adapter_loaded_alone(trained: Tr
 def test_the_maximal_slice_is_what_the_super_adapter_deployed(trained: Trained) -> None:
     scorer = trained.scorer
     scorer.slices.activate(SPACE.maximal(count_layers(scorer.slices.model)))
-    loaded, masks = pruned_by(trained.run, trained.ledger, Bench())
+    loaded, masks = pruned_by(trained.run, trained.ledger, WorkerCache())
     adapter = trained.ledger.run_folder(trained.run.run_id) / "adapter"
     merge_adapter_into(loaded.model, adapter, None if trained.run.cell.mode == "dense" else masks)
     mine = prunable_weights(scorer.slices.model)
@@ -151,13 +152,13 @@ def test_a_candidate_that_computes_nan_fails(trained: Trained) -> None:
         slices.activate(dict.fromkeys(ranks, 0))
 
 
-@pytest.mark.parametrize("way", ["dense-stored", "csr", "plain"])
-def test_an_active_rank_computes_as_an_adapter_of_that_rank(llama: Path, way: str) -> None:
+@pytest.mark.parametrize("impl", ["effective-weight", "plain"])
+def test_an_active_rank_computes_as_an_adapter_of_that_rank(llama: Path, impl: str) -> None:
     model = load_model(llama, torch.float32, torch.device("cpu"))
     masks: Masks = {name: torch.rand_like(w) > 0.5 for name, w in prunable_weights(model).items()}
     write_weights_into(model, {name: w * masks[name] for name, w in prunable_weights(model).items()})
-    protocol = replace(TINY_PROTOCOL, masked_way="auto" if way == "plain" else way)
-    adapted = adapt_model(model, protocol, None if way == "plain" else masks, 0, SPACE.modules)
+    protocol = replace(TINY_PROTOCOL, masked_lora_impl="auto" if impl == "plain" else impl)
+    adapted = adapt_model(model, protocol, None if impl == "plain" else masks, 0, SPACE.modules)
     layers = dict(sparse_lora_layers(adapted))
     assert {name.split(".")[-2] for name in layers} == set(SPACE.modules)
     for layer in layers.values():
@@ -183,7 +184,7 @@ def merged_outputs(llama: Path, layers: dict[str, object], masks: Masks, ids: Te
 
 
 def killed(run: Run, ledger: Ledger, after: int) -> Iterator[object]:
-    steps = run_cell(run, ledger, Bench())
+    steps = run_cell(run, ledger, WorkerCache())
     for _ in range(after):
         next(steps)
     steps.close()

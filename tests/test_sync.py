@@ -15,11 +15,12 @@ from mlflow import MlflowClient
 from mlflow.entities import Run as MlflowRun
 from mlflow.entities import ViewType
 
-from tune_sparse.config import MODES, SweepConfig
+from tune_sparse.config import SweepConfig
 from tune_sparse.errors import InputError
 from tune_sparse.files import write_json
 from tune_sparse.ledger.ledger import Ledger
 from tune_sparse.ledger.run import Run
+from tune_sparse.modes import MODES
 from tune_sparse.tracking.entries import CANDIDATE_TAG, RECORD_TAG, RUN_TAG, SEARCH_TAG, SWEEP_TAG, record_hash
 from tune_sparse.tracking.sync import (
     EXPERIMENT,
@@ -36,7 +37,7 @@ FAILED = make_run(make_cell(seed=1))
 MISSING = make_run(make_cell(seed=2))
 DENSE = make_run(make_cell(sparsity=0.0).trained)
 TRACKED = {DONE.run_id, FAILED.run_id, DENSE.run_id}
-CELLS = [DONE.cell, FAILED.cell, MISSING.cell, *(make_cell(sparsity=0.0, mode=mode) for mode in MODES[:3])]
+CELLS = [DONE.cell, FAILED.cell, MISSING.cell, *(make_cell(sparsity=0.0, mode=mode) for mode in list(MODES)[:3])]
 
 
 def by_hand(folder: Path) -> Ledger:

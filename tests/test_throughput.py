@@ -11,8 +11,8 @@ import torch
 from factories import tiny_run
 
 from trainables import throughput
-from trainables.pipeline import Bench
 from trainables.throughput import TIMED_STEPS, Throughput, measure
+from trainables.worker import WorkerCache
 from tune_sparse.cli import main
 from tune_sparse.cli.command import BAD_INPUT, OK
 from tune_sparse.training.loop import fit
@@ -20,14 +20,14 @@ from tune_sparse.training.loop import fit
 
 @pytest.mark.parametrize("mode", ["sparse-to-dense", "sparse-to-sparse", "masked-finetuning"])
 def test_rates_and_memory_of_every_batch_size(mode: str, llama: Path) -> None:
-    bench = Bench()
+    worker = WorkerCache()
     for size in (1, 3):
-        found = measure(tiny_run(llama, mode=mode), bench, size)
+        found = measure(tiny_run(llama, mode=mode), worker, size)
         assert found.batch_size == size
         assert found.train_samples_per_second > 0
         assert found.train_tokens_per_second > 10 * found.train_samples_per_second
         assert found.peak_memory_bytes > 10_000_000
-    assert bench.loads == 1
+    assert worker.loads == 1
 
 
 def test_as_many_steps_are_timed_as_it_says(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -39,7 +39,7 @@ def test_as_many_steps_are_timed_as_it_says(llama: Path, monkeypatch: pytest.Mon
             yield step
 
     monkeypatch.setattr(throughput, "fit", counted)
-    found = measure(tiny_run(llama), Bench(), 2)
+    found = measure(tiny_run(llama), WorkerCache(), 2)
     timed = steps[-TIMED_STEPS:]
     assert len(steps) == throughput.WARM_UP_STEPS + TIMED_STEPS
     assert found.train_samples_per_second == pytest.approx(2 * TIMED_STEPS / sum(step.seconds for step in timed))
@@ -49,11 +49,11 @@ def test_too_little_memory_is_recorded_as_such(llama: Path, monkeypatch: pytest.
     def out_of_memory(*_: Any, **__: Any) -> Any:
         raise torch.OutOfMemoryError("no room")
 
-    bench = Bench()
+    worker = WorkerCache()
     with monkeypatch.context() as patched:
         patched.setattr(throughput, "fit", out_of_memory)
-        assert measure(tiny_run(llama), bench, 4) == Throughput(4, None, None, None)
-    assert measure(tiny_run(llama), bench, 1).train_samples_per_second > 0
+        assert measure(tiny_run(llama), worker, 4) == Throughput(4, None, None, None)
+    assert measure(tiny_run(llama), worker, 1).train_samples_per_second > 0
 
 
 def test_the_command_prints_and_keeps_what_it_measured(

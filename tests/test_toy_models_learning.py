@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from search_spaces.matrix import PRESETS
-from trainables.pipeline import Bench, run_cell
+from trainables.pipeline import run_cell
+from trainables.worker import WorkerCache
 from tune_sparse.config import SweepConfig
 from tune_sparse.ledger.ledger import Ledger
 from tune_sparse.models.toy_models import TOY_MODELS, train_toy_models
@@ -23,10 +24,10 @@ def metrics(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str, st
     folder = tmp_path_factory.mktemp("results")
     axes = {"sparsities": (0.0, 0.5), "methods": ("unstructured", "random"), "modes": ("sparse-to-sparse",)}
     plan = make_plan(SweepConfig.from_names(PRESETS["toy"] | axes | {"results_dir": folder}))
-    ledger, bench = Ledger(folder), Bench()
+    ledger, worker = Ledger(folder), WorkerCache()
     found = {}
     for run in plan.runs.values():
-        for _ in run_cell(run, ledger, bench):
+        for _ in run_cell(run, ledger, worker):
             pass
         record = ledger.record(run.run_id)
         assert record is not None

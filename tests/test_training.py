@@ -15,8 +15,9 @@ from factories import finished, tiny_run
 from safetensors.torch import load_file
 
 from trainables import training
-from trainables.pipeline import Bench, run_cell
+from trainables.pipeline import run_cell
 from trainables.training import Training
+from trainables.worker import WorkerCache
 from tune_sparse.ledger.ledger import Ledger
 from tune_sparse.ledger.run import Run
 from tune_sparse.training.loop import Step
@@ -25,13 +26,14 @@ KILLED = """
 import json, sys, time
 from pathlib import Path
 from trainables import training
-from trainables.pipeline import Bench, run_cell
+from trainables.pipeline import run_cell
+from trainables.worker import WorkerCache
 from tune_sparse.ledger.ledger import Ledger
 from tune_sparse.ledger.run import Run
 
 training.CHECKPOINT_SECONDS = 0.0
 run, results = Run.from_config(json.loads(sys.argv[1])), Path(sys.argv[2])
-for step in run_cell(run, Ledger(results), Bench()):
+for step in run_cell(run, Ledger(results), WorkerCache()):
     if step.step == 3:
         print("three steps", flush=True)
         time.sleep(600)
@@ -85,7 +87,7 @@ def interrupted(run: Run, ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> Pa
     """The checkpoint of a training that was closed after two steps."""
     with monkeypatch.context() as patched:
         patched.setattr(training, "CHECKPOINT_SECONDS", 0.0)
-        steps = run_cell(run, ledger, Bench())
+        steps = run_cell(run, ledger, WorkerCache())
         next(steps)
         next(steps)
         steps.close()

@@ -1,1 +1,1 @@
-"""What Ray runs: the modes, the backends, and the trainable that keeps them warm."""
+"""Ray runs these: the pipeline of a cell, its backends and modes, and the trainable that keeps them warm."""

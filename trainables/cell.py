@@ -1,4 +1,4 @@
-"""The Ray Tune trainable: one trial is one cell, and its worker stays warm for the next. Only this file reports."""
+"""The Ray Tune trainable: one trial is one cell, and its worker stays warm for the next."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ class CellTrainable(tune.Trainable):
     """
 
     def setup(self, config: dict[str, Any]) -> None:
-        from trainables.pipeline import Bench
+        from trainables.worker import WorkerCache
 
-        self._bench = Bench()
+        self._worker = WorkerCache()
         self._begin(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -46,9 +46,9 @@ class CellTrainable(tune.Trainable):
         trial = config["trial"]
         keep_within(trial["resources"].get("GPU", 0))
         run = Run.from_config(trial["run"])
-        stage = on_cs3(trial["cerebras"]) if run.cerebras else None
+        train_stage = on_cs3(trial["cerebras"]) if run.cerebras else None
         ledger = connect_ledger(Path(trial["results_dir"]), trial["token"])
-        self._steps = run_cell(run, ledger, self._bench, stage, trial["resources"])
+        self._steps = run_cell(run, ledger, self._worker, train_stage, trial["resources"])
         self._watchdog = partial(watchdog, ledger.hang_report(run.run_id), trial["hang_seconds"])
         self._result: dict[str, Any] = {"run_id": run.run_id, "steps": run.protocol.steps, "step": 0}
 
@@ -67,7 +67,7 @@ class CellTrainable(tune.Trainable):
                 "done": True,
                 "status": record.status,
                 "accuracy": record.metrics.get("accuracy"),
-                "model_loads": self._bench.loads,
+                "model_loads": self._worker.loads,
                 "pid": os.getpid(),
             }
         return self._result | {"done": False}
@@ -76,7 +76,7 @@ class CellTrainable(tune.Trainable):
         self._steps.close()
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
-        """Nothing to save: an unfinished run starts again."""
+        """Nothing to save: an unfinished run resumes from its checkpoint in the ledger."""
 
     def load_checkpoint(self, checkpoint: str | None) -> None:
         """Nothing was saved."""

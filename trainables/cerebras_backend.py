@@ -11,18 +11,22 @@ import time
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from typing import Protocol as Interface
 
 import torch
 
-from trainables.mode import LoraTrainee, Trainee
-from trainables.training import WARM_UP_STEPS, Log, Training
+from trainables.loaded import Examples
+from trainables.lora_finetuning import LoraFinetuning
+from trainables.mode import TrainableModel
+from trainables.pruning_stage import Pruned
+from trainables.run_log import RunLog
+from trainables.training import WARM_UP_STEPS, Training
 from tune_sparse.cerebras.appliance import job_label, name_label
 from tune_sparse.cerebras.conversion import cerebras_name, check_convertible, to_cerebras
 from tune_sparse.cerebras.environment import check_cluster, find_environment
 from tune_sparse.cerebras.failures import ApplianceError, classify_failure
-from tune_sparse.cerebras.guard import Ended, Guarded
+from tune_sparse.cerebras.guard import Ended, SupervisedProcess
 from tune_sparse.cerebras.job import CHILD, Start, new_lines, rows_in_order, trained_adapters, write_job
 from tune_sparse.config import Cerebras
 from tune_sparse.errors import RunError
@@ -34,24 +38,21 @@ from tune_sparse.lora.layer import sparse_lora_layers
 from tune_sparse.models.checkpoints import find_folder
 from tune_sparse.models.dims import ModelDims
 from tune_sparse.models.safetensors_io import TensorFiles, weight_files
+from tune_sparse.modes import MODES
 from tune_sparse.pruning.masks import Masks
 from tune_sparse.training.loop import Step, batches, learning_rate_at, mean_loss
 
-if TYPE_CHECKING:
-    from trainables.pipeline import Rows
-    from trainables.pruned import Pruned
-
 POLL_SECONDS = 0.1
 FIRST_LOSS_TOLERANCE = {"float32": 1e-3, "bfloat16": 3e-2}
-"""Of the pruned model's loss here, relative: the model that trains there must be that model. A dense checkpoint in its
-place, a rotary base that was lost, a mask on the wrong matrix would all show."""
+"""The first loss must be the pruned model's loss here, within this fraction of it. A dense checkpoint in its place,
+a rotary base that was lost, a mask on the wrong matrix would all show."""
 WAFER_TOLERANCE = 3e-2
 """A wafer computes in half precision whatever the protocol says."""
 
 
 @dataclass(frozen=True)
-class Order:
-    """A training that is written in `folder`, to be begun where the Cerebras environment is."""
+class TrainingJob:
+    """A training that is written in `folder`, to be launched where the Cerebras environment is."""
 
     folder: Path
     model_path: str
@@ -62,8 +63,8 @@ class Order:
     """of its appliance jobs; None where there is no appliance"""
 
 
-class Running(Interface):
-    """A training that was ordered."""
+class JobHandle(Interface):
+    """A training that was launched, or waits for a CS-3."""
 
     def ended(self) -> Ended | None:
         """How it ended, or None while it waits or runs. Raises what kept it from beginning."""
@@ -72,42 +73,42 @@ class Running(Interface):
         """Give back what it holds and ask for its end, without waiting."""
 
 
-Launch = Callable[[Order], Running]
+Launcher = Callable[[TrainingJob], JobHandle]
 
 
-def begin(order: Order) -> Guarded:
+def launch(job: TrainingJob) -> SupervisedProcess:
     """Begin a training on this machine. Raises `InputError` or `RunError` for what keeps it from beginning."""
     environment = find_environment()
-    if order.settings.cerebras_target == "csx":
+    if job.settings.cerebras_target == "csx":
         check_cluster()
-    model = find_folder(order.model_path)
+    model = find_folder(job.model_path)
     check_convertible(model)
-    converted = to_cerebras(model, order.model_fingerprint, environment)
+    converted = to_cerebras(model, job.model_fingerprint, environment)
     base = {"config": str(converted.config), "checkpoint": str(converted.checkpoint)}
-    write_json(order.folder / "base.json", base)
-    command = [str(environment.python), str(CHILD), str(order.folder.resolve())]
-    limit = order.settings.train_timeout_seconds
-    return Guarded(order.folder, command, environment.variables(order.threads), order.label, limit)
+    write_json(job.folder / "base.json", base)
+    command = [str(environment.python), str(CHILD), str(job.folder.resolve())]
+    limit = job.settings.train_timeout_seconds
+    return SupervisedProcess(job.folder, command, environment.variables(job.threads), job.label, limit)
 
 
 @dataclass(frozen=True)
 class CerebrasTraining:
-    """Trains a cell's adapters on Cerebras, and puts them into the trainee that scores them."""
+    """Trains a cell's adapters on Cerebras, and puts them into the model here, which is scored."""
 
     settings: Cerebras
-    launch: Launch = begin
+    launcher: Launcher = launch
 
     def __call__(
-        self, run: Run, trainee: Trainee, pruned: Pruned, rows: Rows, ledger: RunStore, log: Log
+        self, run: Run, trainable: TrainableModel, pruned: Pruned, examples: Examples, ledger: RunStore, log: RunLog
     ) -> Generator[Step | None, None, Training]:
-        """Yields None while it waits. Raises `RunError` for what would come again, `ApplianceError` for the rest."""
-        assert isinstance(trainee, LoraTrainee), "the configuration refuses the other modes"
+        """Yield None while it waits. Raises `RunError` for what would come again, `ApplianceError` for the rest."""
+        assert isinstance(trainable, LoraFinetuning), "the configuration refuses the other modes"
         folder = job_folder(ledger, run.run_id)
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         label = job_label(results_label(ledger), run.identity) if self.settings.cerebras_target == "csx" else None
-        start = _starting_weights(run, trainee, pruned)
-        tokens = rows_in_order(rows.train, run.protocol, run.cell.seed)
+        start = _starting_weights(run, trainable, pruned)
+        tokens = rows_in_order(examples.train, run.protocol, run.cell.seed)
         write_job(
             folder,
             tokens,
@@ -117,26 +118,27 @@ class CerebrasTraining:
             self.settings,
             [label, name_label(run.run_id)] if label else [],
         )
-        first = mean_loss(trainee.model, next(batches(rows.train, run.protocol, run.cell.seed)), run.protocol)
+        first = mean_loss(trainable.model, next(batches(examples.train, run.protocol, run.cell.seed)), run.protocol)
         log(f"the training is written in {folder}, the pruned model's loss on the first rows is {first:.4f}")
 
-        order = Order(folder, run.model_path, run.model_fingerprint, run.protocol.threads, self.settings, label)
-        running = self.launch(order)
+        job = TrainingJob(folder, run.model_path, run.model_fingerprint, run.protocol.threads, self.settings, label)
+        handle = self.launcher(job)
         try:
-            training = yield from _followed(run, rows, folder, running, log, self._near(first, run.protocol.precision))
+            check_first = self.check_first_loss(first, run.protocol.precision)
+            training = yield from stream_steps(run, examples, folder, handle, log, check_first)
         finally:
-            running.stop()
+            handle.stop()
         report = read_json(folder / "report.json")
         _check_unchanged(report, run, pruned)
-        _write_adapters_into(trainee, folder)
+        _write_adapters_into(trainable, folder)
         (folder / "adapter.safetensors").unlink()  # the run's own adapter is the one that stays
         log(f"trained by release {report['release']}: {sum(report['zeros'].values())} zeros stayed zero")
         if self.settings.cerebras_target != "csx":
             training.compile_seconds = None
         return training
 
-    def _near(self, first: float, precision: str) -> Callable[[float], None]:
-        """Refuses a first loss that is not that of the pruned model."""
+    def check_first_loss(self, first: float, precision: str) -> Callable[[float], None]:
+        """Make a check that raises `RunError` for a first loss that is not that of the pruned model."""
         is_wafer = self.settings.cerebras_target == "csx"
         tolerance = WAFER_TOLERANCE if is_wafer else FIRST_LOSS_TOLERANCE[precision]
 
@@ -150,43 +152,52 @@ class CerebrasTraining:
         return check
 
 
+def train_stage(
+    run: Run, trainable: TrainableModel, pruned: Pruned, examples: Examples, ledger: RunStore, log: RunLog
+) -> Generator[Step | None, None, Training]:
+    """The training stage of the Cerebras backend, launched on this machine."""
+    assert run.cerebras is not None
+    training = CerebrasTraining(Cerebras(cerebras_target=run.cerebras["target"]))
+    return (yield from training(run, trainable, pruned, examples, ledger, log))
+
+
 def job_folder(ledger: RunStore, run_id: str) -> Path:
-    """Where a training is ordered and followed; its log stays there."""
+    """Name the folder where a training is written and followed; its log stays there."""
     return ledger.folder / "cerebras" / run_id
 
 
 def results_label(ledger: RunStore) -> str:
-    """Names the results folder in the labels of its jobs."""
+    """Name the results folder in the labels of its jobs."""
     return hash_json(str(ledger.folder.resolve()))
 
 
-def confining_masks(run: Run, pruned: Pruned) -> Masks:
-    """What masks the update: there it is (W != 0), which leaves out a weight that is kept and happens to be 0."""
-    if run.cell.mode != "sparse-to-sparse":
+def update_masks(run: Run, pruned: Pruned) -> Masks:
+    """Return what masks the update: there it is (W != 0), which leaves out a kept weight that happens to be 0."""
+    if not MODES[run.cell.mode].masks_update:
         return pruned.masks
     return {name: mask & (pruned.weights[name] != 0) for name, mask in pruned.masks.items()}
 
 
-def _starting_weights(run: Run, trainee: LoraTrainee, pruned: Pruned) -> Start:
+def _starting_weights(run: Run, lora: LoraFinetuning, pruned: Pruned) -> Start:
     checkpoint = TensorFiles(weight_files(find_folder(run.model_path)))
     updated = {
         name: weight
         for name, weight in pruned.weights.items()
         if not torch.equal(weight.cpu(), (checkpoint[name].to(weight.dtype) * pruned.masks[name].cpu()))
     }
-    layers = {name: layer.factors()[:2] for name, layer in sparse_lora_layers(trainee.adapted)}
-    return Start(pruned.masks, updated, layers, run.cell.mode == "sparse-to-sparse", _head_dim(trainee))
+    layers = {name: layer.factors()[:2] for name, layer in sparse_lora_layers(lora.adapted)}
+    return Start(pruned.masks, updated, layers, MODES[run.cell.mode].masks_update, _head_dim(lora))
 
 
-def _followed(
-    run: Run, rows: Rows, folder: Path, running: Running, log: Log, check_first: Callable[[float], None]
+def stream_steps(
+    run: Run, examples: Examples, folder: Path, handle: JobHandle, log: RunLog, check_first: Callable[[float], None]
 ) -> Generator[Step | None, None, Training]:
-    """Each step as it is reported, until the training has ended well."""
+    """Yield each step as it is reported, and None between, until the training has ended well."""
     training, protocol = Training(), run.protocol
-    upcoming = batches(rows.train, protocol, run.cell.seed)
+    upcoming = batches(examples.train, protocol, run.cell.seed)
     before, read = math.nan, 0
     while True:
-        ended = running.ended()  # asked first: what it wrote until then is read below
+        ended = handle.ended()  # asked first: what it wrote until then is read below
         lines, read = new_lines(folder / "metrics.jsonl", read)
         for line in lines:
             if line["step"]:
@@ -234,7 +245,7 @@ def _failure(ended: Ended, folder: Path, steps: int) -> Exception:
 
 
 def _check_unchanged(report: dict[str, Any], run: Run, pruned: Pruned) -> None:
-    """The frozen weights are what they were, and every zero is one still."""
+    """Raise `RunError` unless the frozen weights are what they were, and every zero is one still."""
     found = [f"{name}: the frozen weight must not change in training" for name in report["changed"]]
     for name, weight in pruned.weights.items():
         wanted, counted = int((weight == 0).sum()), report["zeros"].get(cerebras_name(name))
@@ -247,8 +258,8 @@ def _check_unchanged(report: dict[str, Any], run: Run, pruned: Pruned) -> None:
 
 
 @torch.no_grad()
-def _write_adapters_into(trainee: LoraTrainee, folder: Path) -> None:
-    trained, layers = trained_adapters(folder, _head_dim(trainee)), dict(sparse_lora_layers(trainee.adapted))
+def _write_adapters_into(lora: LoraFinetuning, folder: Path) -> None:
+    trained, layers = trained_adapters(folder, _head_dim(lora)), dict(sparse_lora_layers(lora.adapted))
     if trained.keys() != layers.keys():
         raise RunError(f"the trained adapter must have a lora_A and a lora_B for each matrix, see {folder}")
     for name, layer in layers.items():
@@ -256,5 +267,5 @@ def _write_adapters_into(trainee: LoraTrainee, folder: Path) -> None:
             own.copy_(factor)
 
 
-def _head_dim(trainee: LoraTrainee) -> int:
-    return ModelDims.from_config(trainee.model.config).head_dim
+def _head_dim(lora: LoraFinetuning) -> int:
+    return ModelDims.from_config(lora.model.config).head_dim

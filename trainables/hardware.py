@@ -79,7 +79,7 @@ def peak_memory_bytes() -> int | None:
 
 
 def gpu_memory_bytes() -> int | None:
-    """Of the GPU that this process computes on; None on a CPU."""
+    """Total memory of the GPU that this process computes on; None on a CPU."""
     return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
 
 

@@ -50,7 +50,7 @@ def _data_dir(run: Run) -> Path | None:
 
 @contextmanager
 def _needed(what: str) -> Iterator[None]:
-    """What is wrong with an input here was not wrong where the sweep was planned."""
+    """Raise `NotReadyError` for a bad input: it was not bad where the sweep was planned."""
     try:
         yield
     except InputError as error:

@@ -1,4 +1,4 @@
-"""Masked finetuning: the pruned weights themselves are trained, W <- W⊙M after every optimizer step; W is deployed.
+"""Masked finetuning: the pruned weights themselves are trained, W <- W⊙M after every optimizer step; W is scored.
 
 The older form of sparse-to-sparse (Mocanu et al. 2018, arXiv:1707.04780, with a fixed mask), without LoRA.
 """
@@ -10,25 +10,33 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
-from trainables.deployed import Deployed
+from trainables.mode import MergedWeights
 from tune_sparse.config import Protocol
 from tune_sparse.files import write_json
 from tune_sparse.models.architectures import list_matrices
+from tune_sparse.models.checkpoints import write_weights_into
 from tune_sparse.pruning.masks import Masks, mask_sha256
 from tune_sparse.training.loop import adamw
 
+SAVED = Path("weights") / "weights.safetensors"
 
-def begin(model: PreTrainedModel, protocol: Protocol, masks: Masks, seed: int) -> MaskedWeights:
-    """Train the prunable weights of `model`, in place, in float32 whatever the precision of the run."""
+
+def setup(mode: str, model: PreTrainedModel, protocol: Protocol, masks: Masks) -> MaskedFinetuning:
+    """Make the prunable weights of `model` trainable, in place, in float32 whatever the precision of the run."""
     for weight in _matrices(model).values():
         weight.data = weight.data.float()
         weight.requires_grad_(True)
-    return MaskedWeights(model, masks, getattr(torch, protocol.precision))
+    return MaskedFinetuning(model, masks, getattr(torch, protocol.precision), mode)
+
+
+def restore_into(model: PreTrainedModel, folder: Path) -> None:
+    """Write the matrices that a run saved in its folder into the model."""
+    write_weights_into(model, load_file(folder / SAVED))
 
 
 def _matrices(model: PreTrainedModel) -> dict[str, nn.Parameter]:
@@ -50,12 +58,13 @@ def enforce_masks_after_steps(optimizer: Optimizer, masks: dict[Tensor, Tensor])
 
 
 @dataclass(frozen=True)
-class MaskedWeights:
+class MaskedFinetuning:
     """The prunable weights of a model in training."""
 
     model: PreTrainedModel
     masks: Masks
     precision: torch.dtype
+    mode: str
     trains_factors: bool = False
 
     @property
@@ -64,7 +73,7 @@ class MaskedWeights:
 
     @property
     def is_merged_exactly(self) -> bool:
-        """Not where training computes with float32 weights and deploys them rounded."""
+        """Not where training computes with float32 weights and merges them rounded."""
         return self.precision == torch.float32
 
     def summary(self) -> str:
@@ -81,16 +90,16 @@ class MaskedWeights:
     def updates(self, pruned: dict[str, Tensor]) -> dict[str, Tensor]:
         return {name: weight.detach() - pruned[name].float() for name, weight in _matrices(self.model).items()}
 
-    def deploy(self) -> Deployed:
+    def merge(self) -> MergedWeights:
         trained = _matrices(self.model).items()
-        return Deployed({name: weight.detach().to(self.precision, copy=True) for name, weight in trained})
+        return MergedWeights({name: weight.detach().to(self.precision, copy=True) for name, weight in trained})
 
     def save(self, folder: Path) -> None:
         """The trained matrices in the precision of the run: there is no small adapter to keep."""
-        (folder / "weights").mkdir()
-        save_file(self.deploy().trained, folder / "weights" / "weights.safetensors", metadata={"format": "pt"})
-        marker = {"mode": "masked-finetuning", "mask_sha256": mask_sha256(self.masks)}
-        write_json(folder / "weights" / "tune_sparse.json", marker)
+        path = folder / SAVED
+        path.parent.mkdir()
+        save_file(self.merge().before_mask, path, metadata={"format": "pt"})
+        write_json(path.with_name("tune_sparse.json"), {"mode": self.mode, "mask_sha256": mask_sha256(self.masks)})
 
     def violations(self, pruned: dict[str, Tensor]) -> list[str]:
         return [
@@ -99,7 +108,7 @@ class MaskedWeights:
             if weight[~self.masks[name]].any()
         ]
 
-    def plain_model(self) -> PreTrainedModel:
+    def unwrap(self) -> PreTrainedModel:
         for weight in _matrices(self.model).values():
             weight.requires_grad_(False)
             weight.data = weight.data.to(self.precision)

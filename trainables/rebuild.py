@@ -1,38 +1,33 @@
-"""What a finished run deployed, made again from its base, its masks and what it trained."""
+"""The model of a finished run, made again from its base, its masks and what it saved."""
 
 from __future__ import annotations
 
-from safetensors.torch import load_file
-
-from trainables.pipeline import Bench, Loaded
+from trainables.finetuning import restore_into
+from trainables.loaded import LoadedModel
+from trainables.worker import WorkerCache
 from tune_sparse.errors import InputError
 from tune_sparse.ledger.contracts import LedgerReader
 from tune_sparse.ledger.run import Run
-from tune_sparse.lora.adapter_io import merge_adapter_into
 from tune_sparse.models.checkpoints import write_weights_into
 from tune_sparse.pruning.masks import Masks
 
 
-def deployed_by(run: Run, ledger: LedgerReader, bench: Bench) -> tuple[Loaded, Masks]:
-    """The model that a finished run deployed, lent by `bench` until it lends again, and its masks.
+def deployed_by(run: Run, ledger: LedgerReader, worker: WorkerCache) -> tuple[LoadedModel, Masks]:
+    """Make the model that a finished run scored, and its masks. It is `worker`'s until that serves another run.
 
     Raises `InputError` for a base model that changed, or masks that do not come out as they were trained.
     """
-    loaded, masks = pruned_by(run, ledger, bench)
-    folder = ledger.run_folder(run.run_id)
-    if run.cell.mode == "masked-finetuning":
-        write_weights_into(loaded.model, load_file(folder / "weights" / "weights.safetensors"))
-    else:
-        merge_adapter_into(loaded.model, folder / "adapter", masks)
+    loaded, masks = pruned_by(run, ledger, worker)
+    restore_into(run.cell.mode, loaded.model, ledger.run_folder(run.run_id), masks)
     return loaded, masks
 
 
-def pruned_by(run: Run, ledger: LedgerReader, bench: Bench) -> tuple[Loaded, Masks]:
-    """The pruned model that a finished run trained on, and its masks. Raises as `deployed_by`."""
+def pruned_by(run: Run, ledger: LedgerReader, worker: WorkerCache) -> tuple[LoadedModel, Masks]:
+    """Make the pruned model that a finished run trained on, and its masks. Raises as `deployed_by`."""
     record = ledger.record(run.run_id)
     assert record is not None
-    loaded = bench.lend(run)
-    pruned = bench.pruner.prune(run, loaded, bench.rows(run, loaded).train if run.is_calibrated else ())
+    loaded = worker.model(run)
+    pruned = worker.pruner.prune(run, loaded, worker.examples(run, loaded).train if run.is_calibrated else ())
     trained_with = record.metrics["mask_sha256"]
     if pruned.checksum != trained_with:
         raise InputError(

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from trainables.hardware import environment
-from trainables.pipeline import Bench, run_cell
+from trainables.pipeline import run_cell
+from trainables.worker import WorkerCache
 from tune_sparse.errors import InputError, NotReadyError
 from tune_sparse.evaluation.outcomes import Outcome, read_outcomes
 from tune_sparse.ledger.contracts import LedgerReader, RunStore
@@ -30,7 +31,7 @@ class Comparison:
     """A run and its repetition: every metric that differs, as `name: recorded, repeated`."""
 
     is_exact: bool
-    """Whether the same bits were demanded: on a CPU of the same name, with the same versions."""
+    """The same bits were demanded: on a CPU of the same name, with the same versions."""
     differences: tuple[str, ...]
     examples: int
     answered_otherwise: int
@@ -39,7 +40,7 @@ class Comparison:
 
 
 def rerun(run: Run, ledger: LedgerReader) -> Comparison:
-    """Prune, train, deploy and score `run` again in a scratch folder, and compare. The ledger is only read.
+    """Prune, train, merge and score `run` again in a scratch folder, and compare. The ledger is only read.
 
     Raises `InputError` where the run cannot be repeated here: other weights or rows, or a training that fails.
     """
@@ -58,7 +59,7 @@ def rerun(run: Run, ledger: LedgerReader) -> Comparison:
 
 
 def _finished(run: Run, ledger: RunStore) -> Record:
-    steps = run_cell(run, ledger, Bench())
+    steps = run_cell(run, ledger, WorkerCache())
     while True:
         try:
             next(steps)

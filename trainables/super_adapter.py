@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from trainables.mode import LoraTrainee, Trainee
+from trainables.lora_finetuning import LoraFinetuning
+from trainables.mode import TrainableModel
 from tune_sparse.ledger.run import Run
 from tune_sparse.lora.rank_space import SuperAdapter
 from tune_sparse.lora.slices import count_layers, set_ranks_into
@@ -12,29 +13,29 @@ from tune_sparse.lora.slices import count_layers, set_ranks_into
 
 @dataclass(frozen=True)
 class SampledSlices:
-    """The slices that a training activates in its trainee, in place."""
+    """The slices that a training activates in its adapters, in place."""
 
-    trainee: LoraTrainee
+    trainable: LoraFinetuning
     super_adapter: SuperAdapter
     seed: int
     layers: int
 
     @classmethod
-    def of(cls, run: Run, trainee: Trainee) -> SampledSlices | None:
+    def of(cls, run: Run, trainable: TrainableModel) -> SampledSlices | None:
         """None for a run that trains no super-adapter."""
         if run.super_adapter is None:
             return None
-        assert isinstance(trainee, LoraTrainee), "a mode without adapters trains no super-adapter"
-        return cls(trainee, run.super_adapter, run.cell.seed, count_layers(trainee.adapted))
+        assert isinstance(trainable, LoraFinetuning), "a mode without adapters trains no super-adapter"
+        return cls(trainable, run.super_adapter, run.cell.seed, count_layers(trainable.adapted))
 
     def activate_sampled(self, step: int) -> None:
         """Once before each step, in place: a rank sampled in the forward would be sampled again where activation
         checkpointing computes it again."""
         space = self.super_adapter.space
         set_ranks_into(
-            self.trainee.adapted, space, space.sample_ranks(self.layers, step, self.seed, self.super_adapter.sampling)
+            self.trainable.adapted, space, space.sample_ranks(self.layers, step, self.seed, self.super_adapter.sampling)
         )
 
     def activate_full(self) -> None:
         space = self.super_adapter.space
-        set_ranks_into(self.trainee.adapted, space, space.maximal(self.layers))
+        set_ranks_into(self.trainable.adapted, space, space.maximal(self.layers))

@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from trainables.finetuning import setup
 from trainables.hardware import peak_memory_bytes, reset_peak_memory
-from trainables.pipeline import MODES, Bench
 from trainables.training import WARM_UP_STEPS, Training
+from trainables.worker import WorkerCache
 from tune_sparse.ledger.run import Run
 from tune_sparse.models.checkpoints import write_weights_into
 from tune_sparse.training.loop import accelerator_for, fit
@@ -19,7 +20,7 @@ TIMED_STEPS = 5
 
 @dataclass(frozen=True)
 class Throughput:
-    """What was measured at one batch size; None where the memory did not suffice."""
+    """Rates and memory at one batch size; None where the memory did not suffice."""
 
     batch_size: int
     train_samples_per_second: float | None
@@ -27,7 +28,7 @@ class Throughput:
     peak_memory_bytes: int | None
 
 
-def measure(run: Run, bench: Bench, batch_size: int) -> Throughput:
+def measure(run: Run, worker: WorkerCache, batch_size: int) -> Throughput:
     """Train `TIMED_STEPS` steps of `batch_size` rows after the warm-up steps, as `run` would."""
     steps = WARM_UP_STEPS + TIMED_STEPS
     protocol = replace(
@@ -35,20 +36,20 @@ def measure(run: Run, bench: Bench, batch_size: int) -> Throughput:
     )
     run = replace(run, protocol=protocol)
     torch.set_num_threads(protocol.threads)
-    loaded = bench.lend(run)
-    rows = bench.rows(run, loaded)
-    pruned = bench.pruner.prune(run, loaded, rows.train)
+    loaded = worker.model(run)
+    examples = worker.examples(run, loaded)
+    pruned = worker.pruner.prune(run, loaded, examples.train)
     write_weights_into(loaded.model, pruned.weights)
-    trainee = MODES[run.cell.mode].begin(loaded.model, protocol, pruned.masks, run.cell.seed)
-    accelerator, totals = accelerator_for(trainee.mixed_precision), Training()
+    trainable = setup(run.cell.mode, loaded.model, protocol, pruned.masks, run.cell.seed)
+    accelerator, totals = accelerator_for(trainable.mixed_precision), Training()
     gc.collect()
     reset_peak_memory()
     try:
-        optimizer = trainee.optimizer(protocol)
-        for step in fit(trainee.model, optimizer, rows.train, protocol, run.cell.seed, accelerator=accelerator):
+        optimizer = trainable.optimizer(protocol)
+        for step in fit(trainable.model, optimizer, examples.train, protocol, run.cell.seed, accelerator=accelerator):
             totals.add(step, cold=step.step <= WARM_UP_STEPS)
     except (torch.OutOfMemoryError, MemoryError):
-        bench.clear()
+        worker.clear()
         return Throughput(batch_size, None, None, None)
-    trainee.plain_model()
+    trainable.unwrap()
     return Throughput(batch_size, peak_memory_bytes=peak_memory_bytes(), **totals.rates())

@@ -9,9 +9,9 @@ from collections.abc import Generator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-from typing import Protocol as Interface
 
-from trainables.mode import Trainee
+from trainables.mode import TrainableModel
+from trainables.run_log import RunLog
 from trainables.super_adapter import SampledSlices
 from tune_sparse.data.splits import Encoded
 from tune_sparse.ledger.run import Run
@@ -67,16 +67,13 @@ class Training:
         }
 
 
-class Log(Interface):
-    """The run's log: a line of text, or a line of metrics."""
-
-    def __call__(self, text: str) -> None: ...
-
-    def metrics(self, **values: float | int) -> None: ...
-
-
 def train(
-    run: Run, trainee: Trainee, rows: Sequence[Encoded], selection: Sequence[Encoded], checkpoint: Path, log: Log
+    run: Run,
+    trainable: TrainableModel,
+    examples: Sequence[Encoded],
+    selection: Sequence[Encoded],
+    checkpoint: Path,
+    log: RunLog,
 ) -> Generator[Step, None, Training]:
     """Train in place, with an eval loss every `eval_every` steps and at the end.
 
@@ -84,9 +81,9 @@ def train(
     in the log, and the training begins anew.
     """
     protocol, training = run.protocol, Training()
-    optimizer, lines = trainee.optimizer(protocol), list[dict[str, Any]]()
+    optimizer, lines = trainable.optimizer(protocol), list[dict[str, Any]]()
     try:
-        so_far = restore_into(checkpoint, run.identity, trainee.parameters(), optimizer)
+        so_far = restore_into(checkpoint, run.identity, trainable.parameters(), optimizer)
     except BrokenStateError as error:
         so_far = None
         log(f"begins anew: {error}")
@@ -100,23 +97,25 @@ def train(
         lines.append(values)
         log.metrics(**values)
 
-    slices = SampledSlices.of(run, trainee)
+    slices = SampledSlices.of(run, trainable)
     saved, first = time.monotonic(), training.steps
-    accelerator = accelerator_for(trainee.mixed_precision)
+    accelerator = accelerator_for(trainable.mixed_precision)
     seed, activate_sampled = run.cell.seed, slices.activate_sampled if slices else None
-    for step in fit(trainee.model, optimizer, rows, protocol, seed, training.steps, accelerator, activate_sampled):
+    for step in fit(
+        trainable.model, optimizer, examples, protocol, seed, training.steps, accelerator, activate_sampled
+    ):
         if slices:
             slices.activate_full()
         training.add(step, cold=step.step - first <= WARM_UP_STEPS)
         note(step=step.step, train_loss=step.loss, learning_rate=step.learning_rate)
         if step.step % protocol.eval_every == 0 or step.step == protocol.steps:
-            loss = mean_loss(trainee.model, selection, protocol, accelerator)
+            loss = mean_loss(trainable.model, selection, protocol, accelerator)
             training.add_eval(loss)
             note(step=step.step, eval_loss=loss)
             log(f"step {step.step} of {protocol.steps}: train loss {step.loss:.4f}, eval loss {loss:.4f}")
         if time.monotonic() - saved > CHECKPOINT_SECONDS and step.step < protocol.steps:
             so_far = {"training": asdict(training), "lines": json.dumps(lines)}
-            save_training(checkpoint, run.identity, trainee.parameters(), optimizer, so_far)
+            save_training(checkpoint, run.identity, trainable.parameters(), optimizer, so_far)
             saved = time.monotonic()
         yield step
     return training

@@ -18,6 +18,7 @@ from tune_sparse.data.tasks import tasks_named
 from tune_sparse.errors import InputError
 from tune_sparse.ledger.run import Run
 from tune_sparse.models.architectures import matrix_named
+from tune_sparse.modes import MODES, SPARSE_ADAPTER_MODES
 from tune_sparse.pruning.methods import METHODS, TOLERANCE
 
 Detections = Iterator[tuple[str, list[str]]]
@@ -25,7 +26,7 @@ Detections = Iterator[tuple[str, list[str]]]
 TEST_ROWS = ("n_test", "num_fewshot")
 HARMLESS = {
     *(*TEST_ROWS, "max_new_tokens", "batch_tokens", "eval_every"),
-    *("threads", "micro_batch_size", "masked_way", "activation_checkpointing"),
+    *("threads", "micro_batch_size", "masked_lora_impl", "activation_checkpointing"),
 }
 """Settings that may leave every bit of a training as it is."""
 COUNTS_AGREE = 1e-6
@@ -96,7 +97,7 @@ def modes_coincide(first: RunFiles, second: RunFiles) -> bool:
     method = METHODS.get(first.run.cell.method)
     return (
         differing(first.run, second.run) == ["mode"]
-        and {first.run.cell.mode, second.run.cell.mode} == {"sparse-to-dense", "sparse-to-sparse"}
+        and {first.run.cell.mode, second.run.cell.mode} == set(SPARSE_ADAPTER_MODES)
         and method is not None
         and method.pattern == "structured"
         and first.sparse_config["mask_sha256"] == second.sparse_config["mask_sha256"]
@@ -119,7 +120,7 @@ def no_effect(results: Results) -> Detections:
     dense = {_scored(e.run): e.pruned_baseline for e in results.done if e.run.cell.sparsity == 0}
     for e in results.done:
         cell = e.run.cell
-        if cell.mode == "sparse-to-dense" and e.record.metrics.get("update_removed_fraction") == 0:
+        if MODES[cell.mode].masks_at_merge and e.record.metrics.get("update_removed_fraction") == 0:
             yield f"{e.run_id}: the last mask removed nothing of the trained update", [e.run_id]
         if _same_scores(e.pruned_baseline, e.predictions):
             yield f"{e.run_id}: every score is the one before tuning, to the last bit", [e.run_id]

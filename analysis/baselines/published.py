@@ -17,9 +17,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from tune_sparse.config import MODES
 from tune_sparse.data.tasks import TASKS
 from tune_sparse.errors import InputError, unknown_name
+from tune_sparse.modes import MODES
 
 FOLDER = Path(__file__).parent
 BUILT_IN = (FOLDER / "phoenix.csv", FOLDER / "published.csv")

@@ -27,6 +27,7 @@ from analysis.report.style import (
 )
 from tune_sparse.config import FLOPS_TOKENS
 from tune_sparse.models.architectures import matrix_named
+from tune_sparse.modes import SPARSE_ADAPTER_MODES
 
 GIGA = 1e9
 LAYERS_WITH_NUMBERS = 12
@@ -135,10 +136,7 @@ def mode_difference(cells: pd.DataFrame, runs: Runs) -> Figure | None:
     """Accuracy trained under the mask minus accuracy masked after training, over sparsity."""
     done = cells[cells["accuracy"].notna() & (cells["sparsity"] > 0)]
     keys = ["backend", "model", "task", "method", "sparsity", "seed"]
-    after, under = (
-        done.loc[done["mode"] == mode, [*keys, "run_id", "accuracy"]]
-        for mode in ("sparse-to-dense", "sparse-to-sparse")
-    )
+    after, under = (done.loc[done["mode"] == mode, [*keys, "run_id", "accuracy"]] for mode in SPARSE_ADAPTER_MODES)
     pairs = pd.merge(after, under, on=keys, suffixes=("_after", "_under"))
     if pairs.empty:
         return None

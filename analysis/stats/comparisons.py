@@ -20,6 +20,7 @@ from analysis.stats.statistics import (
     paired_bootstrap,
     paired_difference,
 )
+from tune_sparse.modes import ADAPTER_MODES
 
 BASE = ["backend", "model", "task"]
 """A base model on a task, from which cells grow."""
@@ -86,7 +87,7 @@ class Points:
         usual = questions.groupby([done["model"], done["task"]]).transform(lambda same: same.mode()[0])
         done = done[questions == usual]
         self.pruned = done[done["sparsity"] > 0].drop_duplicates("run_id")
-        self.dense = done[(done["sparsity"] == 0) & (done["mode"] != "masked-finetuning")].drop_duplicates("run_id")
+        self.dense = done[(done["sparsity"] == 0) & done["mode"].isin(ADAPTER_MODES)].drop_duplicates("run_id")
         self.predictions = predictions
 
     def pairs(self, axis: str, left: Any, right: Any, within: Sequence[str] = BASE) -> pd.DataFrame:

@@ -11,15 +11,15 @@ from analysis.stats.claims import Claim, Number, escaped, interval, number
 from analysis.stats.comparisons import ALL_BASES, BASE, PairedTest, Points, compare_cells, compare_values, swap_sides
 from analysis.stats.sparsity_claims import sparsity_claims
 from analysis.stats.statistics import anova, repeated_measures, seeds_sentence
+from tune_sparse.modes import SPARSE_ADAPTER_MODES
 
 MEASURED = "{{difference}} {unit} ({{low}} to {{high}}, {{p}}, {{cells}} pairs of cells)"
-LORA_MODES = ("sparse-to-dense", "sparse-to-sparse")
 
 
 def make_claims(points: Points, imported: Sequence[Imported] = ()) -> tuple[list[Claim], pd.DataFrame]:
     """The claims, and a table of every test behind them."""
     methods, modes = compare_values(points, "method"), compare_values(points, "mode")
-    single = compare_cells(points, "mode", *LORA_MODES)
+    single = compare_cells(points, "mode", *SPARSE_ADAPTER_MODES)
     backends = _backend_tests(points)
     claims = [
         *sparsity_claims(points, imported),
@@ -104,10 +104,10 @@ EFFECT_SIZES = ("eta_squared", "omega_squared")
 
 
 def _mode_claims(points: Points, tests: Sequence[PairedTest], single: Sequence[PairedTest]) -> Iterator[Claim]:
-    between_modes = [t for t in tests if {t.left, t.right} == set(LORA_MODES) and not t.warning]
+    between_modes = [t for t in tests if {t.left, t.right} == set(SPARSE_ADAPTER_MODES) and not t.warning]
     if not between_modes:
         yield Claim("RQ3", ALL_BASES, "No two cells differ in these modes alone: there is nothing to compare.")
-    for test in (swap_sides(t, LORA_MODES[1]) for t in between_modes):
+    for test in (swap_sides(t, SPARSE_ADAPTER_MODES[1]) for t in between_modes):
         unit = "accuracy" if points.is_accuracy(test.run_ids[0]) else "log-likelihood a token"
         measured = MEASURED.format(unit=unit)
         if test.is_shown:

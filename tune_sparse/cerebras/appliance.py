@@ -17,14 +17,14 @@ LABEL = "tune_sparse"
 
 @dataclass(frozen=True)
 class Cancelled:
-    """What became of the jobs of a label."""
+    """The jobs of a label that were cancelled."""
 
     jobs: tuple[str, ...] = ()
     problem: str | None = None
     """Why it is not known that none is left, if it is not."""
 
 
-class AppliancesSilentError(Exception):
+class ApplianceUnreachableError(Exception):
     """`csctl` is missing, failed, or did not answer in time."""
 
 
@@ -39,7 +39,7 @@ def name_label(run_id: str) -> str:
 
 
 def jobs_with(label: str) -> list[str]:
-    """Names of the jobs, waiting or running, whose labels begin with `label`. Raises `AppliancesSilentError`."""
+    """Names of the jobs, waiting or running, whose labels begin with `label`. Raises `ApplianceUnreachableError`."""
     return [job for job, labels in _unfinished(_csctl(["get", "jobs"])) if any(x.startswith(label) for x in labels)]
 
 
@@ -53,7 +53,7 @@ def cancel(label: str) -> Cancelled:
                 _csctl(["cancel", "job", job])
                 cancelled.append(job)
             return Cancelled(tuple(dict.fromkeys(cancelled)))
-        except AppliancesSilentError as error:
+        except ApplianceUnreachableError as error:
             problem = str(error)
     return Cancelled(tuple(dict.fromkeys(cancelled)), problem)
 
@@ -72,15 +72,15 @@ def _unfinished(table: str) -> list[tuple[str, list[str]]]:
 def _csctl(arguments: Sequence[str]) -> str:
     program = shutil.which("csctl")
     if program is None:
-        raise AppliancesSilentError("csctl is not on PATH: it is on the user nodes of a CS-3")
+        raise ApplianceUnreachableError("csctl is not on PATH: it is on the user nodes of a CS-3")
     asked = " ".join(["csctl", *arguments])
     try:
         answer = subprocess.run([program, *arguments], capture_output=True, text=True, timeout=SECONDS)
     except subprocess.TimeoutExpired as error:
-        raise AppliancesSilentError(f"`{asked}` did not answer in {SECONDS:g} s") from error
+        raise ApplianceUnreachableError(f"`{asked}` did not answer in {SECONDS:g} s") from error
     except OSError as error:
-        raise AppliancesSilentError(f"`{asked}` cannot be run: {error}") from error
+        raise ApplianceUnreachableError(f"`{asked}` cannot be run: {error}") from error
     if answer.returncode:
         said = (answer.stderr or answer.stdout).strip().splitlines()
-        raise AppliancesSilentError(f"`{asked}` failed with status {answer.returncode}: {said[-1] if said else ''}")
+        raise ApplianceUnreachableError(f"`{asked}` failed with status {answer.returncode}: {said[-1] if said else ''}")
     return answer.stdout

@@ -36,7 +36,7 @@ MODELS = {"llama": LlamaModel, "mistral": MistralModel}
 ADAMW_EPSILON = 1e-8
 """of torch's AdamW"""
 REJECTED = ("norm_first", "use_ff_layer1_dropout")
-"""What the converter of release 2.10 writes and its models refuse."""
+"""The converter of release 2.10 writes these, and its models refuse them."""
 
 
 class MaskedLoRALinear(LoRA_Linear):
@@ -277,7 +277,7 @@ def write_adapter(job, folder):
 
 
 def lowered(folder):
-    """What the compiler's front end made of the model."""
+    """Count what the compiler's front end made of the model."""
     files = list((folder / "model_dir").rglob("cirh.mlir"))
     text = "".join(path.read_text(errors="replace") for path in files)
     return {"cirh_files": len(files), "cirh_bytes": len(text), "sparsity_annotations": text.count("cs.sparsity")}

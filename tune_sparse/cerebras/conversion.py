@@ -54,7 +54,7 @@ class Converted:
 
 
 def cerebras_name(weight: str) -> str:
-    """Of a prunable matrix: model.layers.0.mlp.up_proj.weight -> transformer_decoder.layers.0.ffn.ffn.0..."""
+    """Name a matrix in Model Zoo: model.layers.0.mlp.up_proj.weight -> transformer_decoder.layers.0.ffn.ffn.0..."""
     matrix = matrix_named(weight)
     assert matrix is not None, weight
     return f"transformer_decoder.layers.{matrix.block}.{NAMES[matrix.layer]}.weight"
@@ -164,7 +164,7 @@ def _convert(
 
 
 def _write_source(folder: Path, source: Path) -> str:
-    """What the converter can read: an index, and a config with the names of transformers 4. Returns the model type."""
+    """Write an index, and a config with the names of transformers 4, for the converter. Returns the model type."""
     source.mkdir()
     config = read_config(folder)
     write_json(source / "config.json", {**config, **_rope(config)})

@@ -53,14 +53,17 @@ class SiteEnvironment:
         return "cs-2.9" if _major_minor(self.release) >= (2, 9) else "cs-2.5"
 
     def variables(self, threads: int = 1) -> dict[str, str]:
-        """For a program in this environment. Ray's variables, and our own packages, are none of its business."""
+        """Return the variables of a program in this environment. Ray's, and our own packages, are not passed on."""
         own = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "PYTHON"))}
         path = f"{self.venv / 'bin'}{os.pathsep}{own.get('PATH', '')}"  # torch-cirh-opt is found there
         return own | {"PATH": path, "PYTHONPATH": str(self.modelzoo), "OMP_NUM_THREADS": str(threads)}
 
 
 def find_environment() -> SiteEnvironment:
-    """What CEREBRAS_VENV and MODELZOO name, asked what it holds. Raises `NotReadyError` for what is missing."""
+    """Find the environment that CEREBRAS_VENV and MODELZOO name, and ask what it holds.
+
+    Raises `NotReadyError` for what is missing.
+    """
     venv, modelzoo = _read_folder_variable("CEREBRAS_VENV"), _read_folder_variable("MODELZOO")
     if not (modelzoo / "cerebras" / "modelzoo").is_dir() and (modelzoo / "src" / "cerebras").is_dir():
         modelzoo = modelzoo / "src"
@@ -109,7 +112,7 @@ def probed(venv: Path) -> tuple[str, dict[str, str | None]]:
 
 
 def cerebras_identity(settings: Cerebras) -> dict[str, str]:
-    """What of the Cerebras side changes a result."""
+    """Return the settings and versions of the Cerebras side that change a result."""
     return {"target": settings.cerebras_target, "release": find_environment().release}
 
 

@@ -1,4 +1,4 @@
-"""What a failed training said in its log, as an error that a user can act on."""
+"""Turn the log of a failed training into an error that a user can act on."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def classify_failure(log: Path, returncode: int) -> Exception:
                 what = (found.groupdict().get("what") or "").strip("`")
                 return kind(f"{failure.cause.format(what=what)}. {failure.fix} See {log}")
     if returncode < 0:
-        return ApplianceError(f"the training was killed by signal {-returncode}, for want of memory perhaps. See {log}")
+        return ApplianceError(f"the training was killed by signal {-returncode}, possibly out of memory. See {log}")
     lines = [line for line in text.splitlines() if line.strip()]
     return RunError(f"the training ended with status {returncode}: {lines[-1] if lines else 'nothing said'}. See {log}")
 

@@ -31,7 +31,7 @@ STOP_VARIABLE = "TUNE_SPARSE_CEREBRAS_STOP_SECONDS"
 STOP_SECONDS = float(os.environ.get(STOP_VARIABLE, "10"))
 """Between the stop file, SIGTERM and SIGKILL: time for the trainer to end its step."""
 WORKING_FILES = ("start.mdl", "model_dir", "masks.safetensors", "weights.safetensors", "adapter_start.safetensors")
-"""What only a running training needs, as large as the model: gone when it has ended."""
+"""Only a running training needs them. They are as large as the model, and gone when it has ended."""
 PACKAGE_ROOT = Path(__file__).parents[2]
 
 
@@ -45,7 +45,7 @@ class Ended:
     cancelled: appliance.Cancelled
 
 
-class Guarded:
+class SupervisedProcess:
     """A command under a guard, which ends it when this process is gone."""
 
     def __init__(
@@ -61,12 +61,12 @@ class Guarded:
         own = os.environ | {"PYTHONPATH": str(PACKAGE_ROOT)}
         # What the guard inherits is not written down: secrets are among it.
         changed = {name: value for name, value in variables.items() if own.get(name) != value}
-        order = {
+        job = {
             "command": [str(part) for part in command],
             "variables": changed,
             "unset": sorted({*own} - {*variables}),
         }
-        write_json(folder / "guard.json", order | {"label": label, "timeout_seconds": timeout_seconds})
+        write_json(folder / "guard.json", job | {"label": label, "timeout_seconds": timeout_seconds})
         starter = [sys.executable, "-m", "tune_sparse.cerebras.guard", str(folder.resolve())]
         with (folder / "guard.log").open("w") as log:
             self._process = subprocess.Popen(starter, stdin=subprocess.PIPE, stdout=log, stderr=log, env=own)
@@ -114,7 +114,7 @@ def is_guarded(folder: Path) -> bool:
 
 
 def main(folder: Path) -> None:
-    order = json.loads((folder / "guard.json").read_text())
+    job = json.loads((folder / "guard.json").read_text())
     (folder / "guard.pid").write_text("")
     if os.fork():
         _await_pid(folder)
@@ -123,14 +123,14 @@ def main(folder: Path) -> None:
     (folder / "guard.pid").write_text(str(os.getpid()))
     with (folder / "child.log").open("a") as log:
         try:
-            child = _started(order, log)
+            child = _started(job, log)
         except OSError as error:
             log.write(f"{error}\n")
             write_json(folder / "ended.json", asdict(Ended("ended", 127, appliance.Cancelled())))
             return
-    why = _watch(child, folder, order["timeout_seconds"])
+    why = _watch(child, folder, job["timeout_seconds"])
     failed = why != "ended" or child.returncode != 0
-    cancelled = appliance.cancel(order["label"]) if failed and order["label"] else appliance.Cancelled()
+    cancelled = appliance.cancel(job["label"]) if failed and job["label"] else appliance.Cancelled()
     remove_working_files(folder)
     write_json(folder / "ended.json", asdict(Ended(why, child.returncode, cancelled)))
 
@@ -146,10 +146,10 @@ def _await_pid(folder: Path) -> None:
         time.sleep(POLL_SECONDS / 10)
 
 
-def _started(order: Mapping[str, Any], log: IO[str]) -> subprocess.Popen[bytes]:
+def _started(job: Mapping[str, Any], log: IO[str]) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
-        order["command"],
-        env={n: value for n, value in os.environ.items() if n not in order["unset"]} | order["variables"],
+        job["command"],
+        env={n: value for n, value in os.environ.items() if n not in job["unset"]} | job["variables"],
         stdin=subprocess.DEVNULL,
         stdout=log,
         stderr=log,

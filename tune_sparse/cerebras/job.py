@@ -39,7 +39,7 @@ CHILD = Path(__file__).parent / "child.py"
 
 @dataclass(frozen=True)
 class Start:
-    """What a training begins with. Matrices are named as in the Hugging Face checkpoint."""
+    """The state that a training begins with. Matrices are named as in the Hugging Face checkpoint."""
 
     masks: Masks
     """bool, (O, I)"""

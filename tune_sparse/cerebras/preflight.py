@@ -1,4 +1,4 @@
-"""What is done once before a sweep trains on Cerebras: left-overs ended, models converted, each kind lowered."""
+"""Prepare a sweep on Cerebras, once: end left-overs, convert models, lower each kind."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tune_sparse.cerebras import appliance
 from tune_sparse.cerebras.conversion import cerebras_name, to_cerebras
 from tune_sparse.cerebras.environment import SiteEnvironment, check_cluster, find_environment
 from tune_sparse.cerebras.failures import classify_failure
-from tune_sparse.cerebras.guard import STOP_SECONDS, Guarded, is_guarded, remove_working_files
+from tune_sparse.cerebras.guard import STOP_SECONDS, SupervisedProcess, is_guarded, remove_working_files
 from tune_sparse.cerebras.job import CHILD, job_appliance, job_protocol
 from tune_sparse.config import Cerebras, Protocol, SweepConfig
 from tune_sparse.files import read_json, write_json
@@ -25,15 +25,16 @@ from tune_sparse.ledger.ledger import Ledger
 from tune_sparse.models.architectures import matrix_named, pruned_weights
 from tune_sparse.models.checkpoints import Checkpoint
 from tune_sparse.models.safetensors_io import TensorFiles, weight_files
+from tune_sparse.modes import DENSE, MODES
 
 POLL_SECONDS = 0.2
 CHECKPOINT_BYTES = 8
-"""Of each weight while a training runs: float32 where it begins, and in its last checkpoint."""
+"""A weight's bytes on disk while a training runs: float32 where it begins, and in its last checkpoint."""
 
 
 @dataclass(frozen=True)
 class Lowering:
-    """What the compiler's front end made of one kind of model."""
+    """The result of lowering one kind of model with the compiler's front end."""
 
     model: str
     mode: str
@@ -97,7 +98,7 @@ def lower_all(config: SweepConfig, checkpoints: Sequence[Checkpoint], ledger: Le
         protocol = config.protocol.within(checkpoint.dims.max_positions)
         converted = to_cerebras(checkpoint.path, checkpoint.fingerprint, environment)
         for mode in trained_modes(config):
-            shapes = matrix_shapes(checkpoint.path) if mode != "dense" else {}
+            shapes = matrix_shapes(checkpoint.path) if MODES[mode].is_pruned else {}
             folder = ledger.folder / "cerebras" / f"lowering_{checkpoint.name}_{mode}_{precision}"
             report = lower(folder, converted.config, shapes, mode, max(config.sparsities), protocol, environment)
             yield Lowering(
@@ -112,9 +113,10 @@ def lower_all(config: SweepConfig, checkpoints: Sequence[Checkpoint], ledger: Le
 
 
 def trained_modes(config: SweepConfig) -> list[str]:
-    """The modes that are trained: at sparsity 0 every mode is the dense one."""
-    sparse = [mode for mode in config.modes if mode != "dense"] if any(config.sparsities) else []
-    return (["dense"] if 0 in config.sparsities or "dense" in config.modes else []) + sparse
+    """List the modes that are trained: at sparsity 0 every mode is the dense one."""
+    pruned = [mode for mode in config.modes if MODES[mode].is_pruned]
+    has_dense = 0 in config.sparsities or len(pruned) < len(config.modes)
+    return ([DENSE] if has_dense else []) + (pruned if any(config.sparsities) else [])
 
 
 def lower(
@@ -133,7 +135,7 @@ def lower(
     order = torch.zeros(protocol.global_batch_size, dtype=torch.long)
     save_file({"rows": rows, "order": order}, folder / "rows" / "tokens.safetensors")
     kind = {
-        "update_is_masked": mode == "sparse-to-sparse",
+        "update_is_masked": MODES[mode].masks_update,
         "sparsity_by_weight": {cerebras_name(name): sparsity for name in shapes},
         "rows": str((folder / "rows").resolve()),
     }
@@ -142,12 +144,12 @@ def lower(
     write_json(folder / "job.json", job)
     write_json(folder / "base.json", {"config": str(model_config)})
     command = [str(environment.python), str(CHILD), str(folder.resolve())]
-    guarded = Guarded(folder, command, environment.variables(protocol.threads))
+    process = SupervisedProcess(folder, command, environment.variables(protocol.threads))
     try:
-        while (ended := guarded.ended()) is None:
+        while (ended := process.ended()) is None:
             time.sleep(POLL_SECONDS)
     finally:
-        guarded.stop()
+        process.stop()
     if ended.returncode:
         raise classify_failure(folder / "child.log", ended.returncode)
     found: dict[str, Any] = read_json(folder / "report.json")
@@ -155,7 +157,7 @@ def lower(
 
 
 def working_bytes(checkpoints: Sequence[Checkpoint], trainings_at_once: int) -> int:
-    """What trainings write while they run, at most: two checkpoints of the largest model each."""
+    """Bound what trainings write while they run: two checkpoints of the largest model each."""
     weights = max(pruned_weights(c.dims) + 2 * c.dims.vocab_size * c.dims.hidden_size for c in checkpoints)
     return CHECKPOINT_BYTES * weights * trainings_at_once
 

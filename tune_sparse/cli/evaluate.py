@@ -135,11 +135,11 @@ def _run(chosen: argparse.Namespace) -> Subject:
     def lend() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         import torch
 
-        from trainables.pipeline import Bench
         from trainables.rebuild import deployed_by
+        from trainables.worker import WorkerCache
 
         torch.set_num_threads(run.protocol.threads)
-        loaded, _ = deployed_by(run, ledger, Bench())
+        loaded, _ = deployed_by(run, ledger, WorkerCache())
         return loaded.model, loaded.tokenizer
 
     asks_the_same = not settings and not chosen.tasks and not chosen.data_dir

@@ -30,20 +30,20 @@ def _throughput(chosen: argparse.Namespace) -> int:
     if min(sizes) < 1:
         raise InputError(f"a batch size must be at least 1, got {min(sizes)}. Give larger numbers.")
     from trainables.hardware import environment
-    from trainables.pipeline import Bench
     from trainables.throughput import measure
+    from trainables.worker import WorkerCache
     from tune_sparse.files import write_json
     from tune_sparse.models.checkpoints import prepare_models
     from tune_sparse.sweep.plan import make_plan
 
     prepare_models(config.models, report=print)
-    plan, bench = make_plan(config), Bench()
+    plan, worker = make_plan(config), WorkerCache()
     folder = config.results_dir / "throughput"
     folder.mkdir(parents=True, exist_ok=True)
     if not chosen.json:
         print(f"{'rows':>5}{'samples/s':>11}{'tokens/s':>11}{'peak GB':>9}")
     for run in plan.runs.values():
-        measured = [measure(run, bench, size) for size in sizes]
+        measured = [measure(run, worker, size) for size in sizes]
         value = {"run_id": run.run_id, "by_batch_size": [asdict(m) for m in measured], "environment": environment()}
         write_json(folder / f"{run.run_id}.json", value)
         if chosen.json:

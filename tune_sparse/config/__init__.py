@@ -8,15 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 from tune_sparse.config.options import converted, option, rule
 from tune_sparse.errors import unknown_name
+from tune_sparse.modes import DENSE, MODES, SPARSE_ADAPTER_MODES
 from tune_sparse.net import check_address
 
-MODES = ("dense", "sparse-to-dense", "sparse-to-sparse", "masked-finetuning")
-LORA_SETTINGS = ("lora_rank", "lora_alpha", "lora_dropout", "masked_way")
+LORA_SETTINGS = ("lora_rank", "lora_alpha", "lora_dropout", "masked_lora_impl")
 BACKENDS = ("torch", "cerebras")
 BOTH, SPLIT = "both", "split"
 """As `backend`: each cell on each, or whole (model, task) blocks on one or the other."""
@@ -27,7 +28,7 @@ CS3_TRIAL = "CS3_TRIAL"
 One more than there are CS3 keeps these busy, and other trials are never crowded out."""
 CEREBRAS_TARGETS = ("cpu", "validate", "csx")
 PRECISIONS = ("float32", "bfloat16")
-MASKED_WAYS = ("auto", "structured", "dense-stored", "csr")
+MASKED_LORA_IMPLS = ("auto", "structured", "effective-weight")
 CALIBRATIONS = ("task", "wikitext2")
 CALIBRATION_ORDERS = ("dense", "sequential")
 SYNTHETIC, HUB_ROWS = Path("synthetic"), Path("hub")
@@ -67,7 +68,7 @@ class Protocol:
     lora_rank: int = option("rank R of the adapters", 16)
     lora_alpha: float = option("scaling s = alpha / R", 32.0)
     lora_dropout: float = option("dropout on the adapters' input", 0.0)
-    masked_way: str = option(f"how masked adapters compute: {', '.join(MASKED_WAYS)}", "auto")
+    masked_lora_impl: str = option(f"how masked adapters compute: {', '.join(MASKED_LORA_IMPLS)}", "auto")
     train_on_prompt: bool = option("the prompt's tokens count in the loss too, not the answer's alone", False)
     packing: bool = option("rows share sequences of max_tokens, without attention from row to row", False)
     activation_checkpointing: bool = option("activations are computed again in the backward, to save memory", False)
@@ -137,14 +138,8 @@ class Protocol:
         )
         if self.precision not in PRECISIONS:
             raise unknown_name("precision", self.precision, PRECISIONS)
-        if self.masked_way not in MASKED_WAYS:
-            raise unknown_name("masked_way", self.masked_way, MASKED_WAYS)
-        rule(
-            self.masked_way != "csr" or self.precision == "float32",
-            "masked_way csr computes in float32",
-            self.precision,
-            "Set precision=float32, or masked_way=auto.",
-        )
+        if self.masked_lora_impl not in MASKED_LORA_IMPLS:
+            raise unknown_name("masked_lora_impl", self.masked_lora_impl, MASKED_LORA_IMPLS)
         if self.calibration not in CALIBRATIONS:
             raise unknown_name("calibration", self.calibration, CALIBRATIONS)
         if self.calibration_order not in CALIBRATION_ORDERS:
@@ -192,10 +187,12 @@ class Cell:
     @property
     def trained(self) -> Cell:
         """The cell whose training serves this one: without zeros, every method and LoRA mode is the dense baseline."""
-        if self.sparsity > 0 and self.mode != "dense":
+        mode = MODES[self.mode]
+        if self.sparsity > 0 and mode.is_pruned:
             return self
-        mode = self.mode if self.mode == "masked-finetuning" else "dense"
-        return Cell(self.model, self.task, "none", 0.0, mode, self.seed, self.backend)
+        return Cell(
+            self.model, self.task, "none", 0.0, DENSE if mode.has_adapter else self.mode, self.seed, self.backend
+        )
 
 
 @dataclass(frozen=True)
@@ -223,8 +220,8 @@ class Cerebras:
         rule(0 < share < 1, "cerebras_share must be in (0, 1)", share, "Give a fraction, or another --backend.")
 
 
-UNTOUCHED_ON_CEREBRAS = ("lora_dropout", "masked_way", "packing", "activation_checkpointing")
-"""The settings of a `Protocol` that the backend cerebras has no way to honour."""
+UNTOUCHED_ON_CEREBRAS = ("lora_dropout", "masked_lora_impl", "packing", "activation_checkpointing")
+"""The settings of a `Protocol` that the Cerebras backend ignores."""
 
 
 @dataclass(frozen=True)
@@ -237,7 +234,7 @@ class SweepConfig:
     sparsities: tuple[float, ...] = option(
         "fractions of zeros in the pruned matrices", (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
     )
-    modes: tuple[str, ...] = option("training modes", ("sparse-to-dense", "sparse-to-sparse"))
+    modes: tuple[str, ...] = option("training modes", SPARSE_ADAPTER_MODES)
     seeds: tuple[int, ...] = option("of the rows' order, the adapters and the random masks", (0,))
     backend: tuple[str, ...] = option(
         "where trials compute: torch, cerebras, both (each cell on each) or split (whole model-task blocks)", ("torch",)
@@ -262,16 +259,16 @@ class SweepConfig:
             if mode not in MODES:
                 raise unknown_name("mode", mode, MODES)
         rule(
-            "dense" not in self.modes or not any(self.sparsities),
+            all(MODES[mode].is_pruned for mode in self.modes) or not any(self.sparsities),
             "the mode dense prunes nothing, so all sparsities must be 0 with it",
             self.sparsities,
             "Leave it out: at sparsity 0 the sparse modes are the dense baseline.",
         )
-        for name in LORA_SETTINGS if "masked-finetuning" in self.modes else ():
+        for mode, name in product(self._modes_without_adapter, LORA_SETTINGS):
             value, default = getattr(self.protocol, name), getattr(Protocol, name)
             rule(
                 value == default,
-                f"the mode masked-finetuning trains the weights themselves, so {name} must not be set with it",
+                f"the mode {mode} trains the weights themselves, so {name} must not be set with it",
                 value,
                 f"Leave it at {default}, or sweep the LoRA modes apart.",
             )
@@ -286,16 +283,10 @@ class SweepConfig:
         gpus = self.gpus_per_trial
         rule(gpus is None or 0 <= gpus <= 1, "gpus_per_trial must be in [0, 1] or none", gpus, "Give 1, or a fraction.")
         rule(
-            self.protocol.masked_way != "structured" or self.methods == ("structured",),
-            "masked_way structured computes masks of whole rows and columns, so the only method must be structured",
+            self.protocol.masked_lora_impl != "structured" or self.methods == ("structured",),
+            "masked_lora_impl structured needs masks of whole rows and columns, so the only method must be structured",
             self.methods,
-            "Set masked_way=auto.",
-        )
-        rule(
-            self.protocol.masked_way != "csr" or self.gpus_per_trial == 0,
-            "masked_way csr computes on a CPU, so gpus_per_trial must be 0",
-            self.gpus_per_trial,
-            "Set masked_way=auto.",
+            "Set masked_lora_impl=auto.",
         )
         limit = self.hang_seconds
         rule(limit is None or limit > 0, "hang_seconds must be above 0 or none", limit, "Give seconds.")
@@ -307,10 +298,15 @@ class SweepConfig:
         """Every backend that a cell may be of."""
         return BACKENDS if self.backend == (SPLIT,) else self.backend
 
+    @property
+    def _modes_without_adapter(self) -> tuple[str, ...]:
+        return tuple(mode for mode in self.modes if not MODES[mode].has_adapter)
+
     def _check_cerebras(self) -> None:
         rule(
-            "masked-finetuning" not in self.modes,
-            "the backend cerebras trains adapters, so the mode masked-finetuning must not be in modes",
+            not self._modes_without_adapter,
+            "the backend cerebras trains adapters, so the mode "
+            f"{' and '.join(self._modes_without_adapter)} must not be in modes",
             self.modes,
             "Leave it out, or sweep it with --backend torch.",
         )

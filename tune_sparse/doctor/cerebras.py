@@ -72,7 +72,7 @@ def _cluster() -> Check:
 def _controller() -> Check:
     try:
         waiting = appliance.jobs_with(appliance.LABEL)
-    except appliance.AppliancesSilentError as error:
+    except appliance.ApplianceUnreachableError as error:
         return Check("csctl", False, str(error), "Without it a job that is left over cannot be cancelled.")
     return Check("csctl", True, f"answers; {len(waiting)} unfinished jobs of this program")
 
@@ -81,7 +81,7 @@ def _same_release(release: str) -> Check:
     """Compare the releases of the client and the cluster, where `csctl` says one."""
     try:
         said = appliance.versions()
-    except appliance.AppliancesSilentError as error:
+    except appliance.ApplianceUnreachableError as error:
         return Check("cluster's release", True, f"not known: {error}")
     ours = ".".join(release.split(".")[:2])
     is_same = not said or any(version.startswith(f"{ours}.") or version == ours for version in said)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from trainables.pipeline import Bench
 from trainables.rebuild import deployed_by
+from trainables.worker import WorkerCache
 from tune_sparse.errors import InputError, RunError, unknown_name
 from tune_sparse.evaluation.validation import validation_report
 from tune_sparse.export.model_card import model_card
@@ -28,6 +28,7 @@ from tune_sparse.models.checkpoints import (
     load_model,
     prunable_weights,
 )
+from tune_sparse.modes import DENSE
 from tune_sparse.pruning.masks import Masks, count_sparsity, mask_sha256
 
 COPIED = (*TOKENIZERS, *TOKENIZER_SETTINGS, "generation_config.json", "chat_template.jinja")
@@ -61,7 +62,7 @@ def merge_run(ledger: LedgerReader, run_id: str, output: Path) -> dict[str, Any]
         status = record.status if record else "missing"
         raise InputError(f"only a run that is done can be merged, {run_id} is {status}. Run its sweep again.")
     run = ledger.run(run_id)
-    loaded, masks = deployed_by(run, ledger, Bench())
+    loaded, masks = deployed_by(run, ledger, WorkerCache())
     origin = {"mode": run.cell.mode, "run_id": run_id, "base": run.model_path}
     return _write(Merged(loaded.model, masks, check_checkpoint(run.model_path).path, origin, run, record), output)
 
@@ -81,7 +82,7 @@ def merge_adapter(base: str, adapter: Path, output: Path, keep_zeros: bool = Fal
         last_mask = {name: weight != 0 for name, weight in prunable_weights(model).items()}
     merge_adapter_into(model, adapter, last_mask)
     masks = last_mask or {name: weight != 0 for name, weight in prunable_weights(model).items()}
-    origin = {"mode": marker.mode if marker else "dense", "adapter": str(adapter.resolve()), "base": base}
+    origin = {"mode": marker.mode if marker else DENSE, "adapter": str(adapter.resolve()), "base": base}
     return _write(Merged(model, masks, checkpoint.path, origin), output)
 
 

@@ -14,8 +14,9 @@ from transformers import PreTrainedModel
 
 from tune_sparse.errors import InputError, unknown_name
 from tune_sparse.files import read_json, write_json
-from tune_sparse.lora.layer import ADAPTER, confine, inject, merged_weights, sparse_lora_layers
+from tune_sparse.lora.layer import ADAPTER, apply_update_masks, inject, merged_weights, sparse_lora_layers
 from tune_sparse.models.checkpoints import prunable_weights
+from tune_sparse.modes import ADAPTER_MODES, MODES, Mode
 from tune_sparse.pruning.masks import Masks, mask_sha256
 
 MARKER = "tune_sparse.json"
@@ -30,6 +31,11 @@ class Marker:
     mask_sha256: str
     kept_zeros: dict[str, list[int]] = field(default_factory=dict)
     """Positions of weights that the mask keeps though they are exactly 0, by matrix: the rest of M is W != 0."""
+
+    @property
+    def facts(self) -> Mode:
+        """The facts of its mode."""
+        return MODES[self.mode]
 
 
 def save_adapter(adapted: PeftModel, folder: Path, mode: str, masks: Masks) -> None:
@@ -53,9 +59,12 @@ def read_marker(folder: Path) -> Marker | None:
     if not path.exists():
         return None
     try:
-        return Marker(**read_json(path))
+        marker = Marker(**read_json(path))
     except (ValueError, TypeError) as error:
         raise InputError(f"{path} must say mode and mask of its adapter: {error}. Copy the adapter again.") from error
+    if marker.mode not in ADAPTER_MODES:
+        raise unknown_name(f"mode of the adapter in {folder}", marker.mode, ADAPTER_MODES)
+    return marker
 
 
 def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
@@ -68,7 +77,7 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
     masks = model_masks(model, marker) if marker else None
     _check_targets(model, config)
     adapted = inject(model, config)
-    confine(adapted, masks if marker and marker.mode == "sparse-to-sparse" else None)
+    apply_update_masks(adapted, masks if marker and marker.facts.masks_update else None)
     set_peft_model_state_dict(adapted, _read_weights(folder, get_peft_model_state_dict(adapted)))
     adapted.requires_grad_(False)
     return adapted.eval()
@@ -87,7 +96,7 @@ def merge_adapter_into(model: PreTrainedModel, folder: Path, last_mask: Masks | 
 def load_last_mask(model: PreTrainedModel, folder: Path) -> Masks | None:
     """The mask that an adapter's mode applies when it is deployed on a pruned model; None for a dense or foreign."""
     marker = read_marker(folder)
-    return model_masks(model, marker) if marker is not None and marker.mode != "dense" else None
+    return model_masks(model, marker) if marker is not None and marker.facts.is_pruned else None
 
 
 def model_masks(model: PreTrainedModel, marker: Marker) -> Masks:
@@ -97,7 +106,7 @@ def model_masks(model: PreTrainedModel, marker: Marker) -> Masks:
         if name not in masks:
             raise unknown_name("matrix of the adapter's mask", name, masks)
         masks[name].view(-1)[positions] = True
-    if marker.mode != "dense" and mask_sha256(masks) != marker.mask_sha256:
+    if marker.facts.is_pruned and mask_sha256(masks) != marker.mask_sha256:
         raise InputError(
             f"an adapter trained {marker.mode} belongs to the mask {marker.mask_sha256[:12]}, got a model whose zeros "
             f"are {mask_sha256(masks)[:12]}. Give the model pruned as in its training; `tune-sparse merge --run` does."

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tune_sparse.config import Protocol
-from tune_sparse.lora.masked_linear import Plain, Way, Workspace, choose_way, effective_weight
+from tune_sparse.lora.masked_linear import LoraImpl, Plain, Workspace, choose_impl, effective_weight
 from tune_sparse.models.architectures import PRUNED
 from tune_sparse.pruning.masks import Masks
 from tune_sparse.pruning.seeded import seeded_uniform
@@ -27,21 +27,21 @@ ADAPTER = "default"
 
 
 class SparseLora(PeftLinear):
-    """y = (W + s(BA)⊙M) x + b, M absent where the mode does not mask the update; `way` computes it.
+    """y = (W + s(BA)⊙M) x + b, M absent where the mode does not mask the update; `impl` computes it.
 
     Dropout p > 0 acts on the adapter's input, as in PEFT: y = Wx + b + (s(BA)⊙M) dropout(x), exact and slower.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.way: Way = Plain()
+        self.impl: LoraImpl = Plain()
         self.active_rank: int | None = None
         """Only so many rows of A and columns of B compute, s unchanged: a slice. None for all."""
 
     @property
     def keep_mask(self) -> Tensor | None:
         """M, or None where the update is not masked."""
-        return self.way.mask(self.base_layer.weight)
+        return self.impl.mask(self.base_layer.weight)
 
     def factors(self) -> tuple[Tensor, Tensor, float]:
         """A, B and s, of the active slice."""
@@ -59,7 +59,7 @@ class SparseLora(PeftLinear):
         dropout = self.lora_dropout[ADAPTER]
         if self.training and not isinstance(dropout, nn.Identity):
             return self.base_layer(x) + self._low_rank_update(dropout(x))
-        return self.way(x, self.base_layer.weight, self.base_layer.bias, *self.factors())
+        return self.impl(x, self.base_layer.weight, self.base_layer.bias, *self.factors())
 
     def _low_rank_update(self, x: Tensor) -> Tensor:
         A, B, scaling = self.factors()
@@ -81,8 +81,8 @@ def adapt_model(
     seed: int,
     modules: Sequence[str] = PRUNED,
 ) -> PeftModel:
-    """Put adapters into `modules` of `model`, in place, by default all that are pruned; `update_masks` confines their
-    update.
+    """Put adapters into `modules` of `model`, in place, by default all that are pruned; `update_masks` mask
+    their update.
 
     B starts at zero and A uniform in ±1/sqrt(I) (Hu et al. 2021, arXiv:2106.09685, and PEFT), from `seed` and the
     layer's name alone. PEFT's own initialisation depends on the layers that came before.
@@ -95,7 +95,7 @@ def adapt_model(
         task_type="CAUSAL_LM",
     )
     adapted = inject(model, config)
-    confine(adapted, update_masks, protocol.masked_way)
+    apply_update_masks(adapted, update_masks, protocol.masked_lora_impl)
     for name, layer in sparse_lora_layers(adapted):
         A, B, _ = layer.factors()
         A.data.copy_((2 * seeded_uniform(A.shape, f"{seed}/adapter/{name}") - 1) / math.sqrt(A.shape[1]))
@@ -104,24 +104,24 @@ def adapt_model(
 
 
 def inject(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
-    """Put `SparseLora` layers into `model` where the config says, in place; none is confined yet."""
+    """Put `SparseLora` layers into `model` where the config says, in place; none is masked yet."""
     config._register_custom_module({nn.Linear: SparseLora})
     adapted = get_peft_model(model, config)
     assert isinstance(adapted, PeftModel)
     return adapted
 
 
-def confine(adapted: PeftModel, masks: Masks | None, asked: str = "auto") -> None:
-    """Choose the way of every adapted layer, in place: confined to `masks`, or to nothing without them."""
+def apply_update_masks(adapted: PeftModel, masks: Masks | None, asked: str = "auto") -> None:
+    """Choose the implementation of every adapted layer, in place: its update masked by `masks`, or not without them."""
     workspace = Workspace()
     for name, layer in sparse_lora_layers(adapted):
         rank, mask = layer.r[ADAPTER], masks[name] if masks else None
-        layer.way = choose_way(layer.base_layer.weight, mask, rank, workspace, asked)
+        layer.impl = choose_impl(layer.base_layer.weight, mask, rank, workspace, asked)
 
 
-def ways(adapted: PeftModel) -> Counter[str]:
-    """Count the layers that compute in each way."""
-    return Counter(layer.way.name for _, layer in sparse_lora_layers(adapted))
+def count_impls(adapted: PeftModel) -> Counter[str]:
+    """Count the layers of each implementation."""
+    return Counter(layer.impl.name for _, layer in sparse_lora_layers(adapted))
 
 
 def sparse_lora_layers(adapted: PeftModel) -> Iterator[tuple[str, SparseLora]]:

@@ -1,14 +1,13 @@
-"""y = (W + s(BA)⊙M) x for a frozen, pruned W: the effective weight, and four ways to compute with it.
+"""y = (W + s(BA)⊙M) x for a frozen, pruned W: the effective weight, and three ways to compute with it.
 
 W: (O, I) and 0 wherever M is; A: (R, I) and B: (O, R) in float32, rounded to the precision of W where they are used;
-s = alpha / R; x: (..., I). A way is a module, so that what it keeps moves with the model, and none holds a parameter.
+s = alpha / R; x: (..., I). An implementation is a module: what it keeps moves with the model. None holds a parameter.
 
-| way | masks | what a step costs |
+| implementation | masks | what a step costs |
 | --- | --- | --- |
 | plain | none | two GEMMs, as LoRA |
 | structured | whole rows and columns | as plain, on what is left of W |
-| dense-stored | any | three GEMMs, and the weight built twice in a workspace that all layers share |
-| csr | any; float32 or more on a CPU | operations on the kept weights alone |
+| effective-weight | any | three GEMMs, and the weight built twice in a workspace that all layers share |
 """
 
 from __future__ import annotations
@@ -22,38 +21,34 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from tune_sparse.errors import InputError
-from tune_sparse.lora.csr_linear import Csr
 
 CHUNK_BYTES = 2**20
 """A CPU masks a weight in chunks of rows that stay in its cache between two operations."""
-CSR_SPARSITY = 0.85
-CSR_WEIGHTS = 2**18
-"""From this sparsity and size on, CSR beats three dense GEMMs on a CPU (docs/lora.md)."""
 
 
 class Workspace:
-    """Room for matrices of the size of a weight, lent to one layer at a time and grown to the largest."""
+    """Buffers of the size of a weight, used by one layer at a time and grown to the largest."""
 
     def __init__(self) -> None:
-        self._rooms: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
-        self._lent: dict[tuple[str, torch.dtype, torch.device, torch.Size], Tensor] = {}
+        self._buffers: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
+        self._views: dict[tuple[str, torch.dtype, torch.device, torch.Size], Tensor] = {}
 
-    def lend(self, use: str, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """A matrix of the shape and kind of `like`, holding anything."""
-        room, shape = (use, dtype or like.dtype, like.device), like.shape
-        if (*room, shape) not in self._lent:
-            if room not in self._rooms or self._rooms[room].numel() < like.numel():
-                self._rooms[room] = like.new_empty(like.numel(), dtype=dtype)
-                self._lent = {key: lent for key, lent in self._lent.items() if key[:3] != room}
-            self._lent[(*room, shape)] = self._rooms[room][: like.numel()].view(shape)
-        return self._lent[(*room, shape)]
+    def get(self, use: str, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Return a matrix of the shape and kind of `like`, holding anything, until the next call for the same use."""
+        key, shape = (use, dtype or like.dtype, like.device), like.shape
+        if (*key, shape) not in self._views:
+            if key not in self._buffers or self._buffers[key].numel() < like.numel():
+                self._buffers[key] = like.new_empty(like.numel(), dtype=dtype)
+                self._views = {of: view for of, view in self._views.items() if of[:3] != key}
+            self._views[(*key, shape)] = self._buffers[key][: like.numel()].view(shape)
+        return self._views[(*key, shape)]
 
     def product_into(self, out: Tensor, a: Tensor, b: Tensor) -> Tensor:
         """a b, rounded once to the dtype of `out`; through float32 where a CPU is faster in it."""
         if not _is_faster_in_float32(out):
             return torch.mm(a, b, out=out)
-        wide = (self.lend(use, t, torch.float32).copy_(t) for use, t in (("a", a), ("b", b)))
-        return out.copy_(torch.mm(*wide, out=self.lend("product", out, torch.float32)))
+        wide = (self.get(use, t, torch.float32).copy_(t) for use, t in (("a", a), ("b", b)))
+        return out.copy_(torch.mm(*wide, out=self.get("product", out, torch.float32)))
 
 
 def _is_faster_in_float32(matrix: Tensor) -> bool:
@@ -73,7 +68,7 @@ def effective_weight(weight: Tensor, A: Tensor, B: Tensor, scaling: float, mask:
 
     The factors are rounded to that dtype once, their product and the sum are not rounded in between.
     """
-    return DenseStored(weight, mask, Workspace()).effective_weight(weight, A, B, scaling)
+    return EffectiveWeight(weight, mask, Workspace()).build(weight, A, B, scaling)
 
 
 def _rounded(A: Tensor, B: Tensor, scaling: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -149,14 +144,14 @@ class _Columns(torch.autograd.Function):
         return gradient.new_zeros(*gradient.shape[:-1], ctx.width).index_copy_(-1, columns, gradient), None
 
 
-class DenseStored(nn.Module):
+class EffectiveWeight(nn.Module):
     """y = W_eff x + b with W_eff = W + s(BA)⊙M as a dense matrix, which is what is merged: the same bits.
 
     M is W != 0, and nothing of the size of W is kept: W_eff lies in the workspace only while it is used. Kept
     weights that are exactly zero are remembered by their positions. Without a mask W_eff = W + sBA.
     """
 
-    name = "dense-stored"
+    name = "effective-weight"
     kept_zeros: Tensor
 
     def __init__(self, weight: Tensor, mask: Tensor | None, workspace: Workspace) -> None:
@@ -174,17 +169,17 @@ class DenseStored(nn.Module):
         self._cuts = torch.searchsorted(kept_zeros.cpu(), starts * width).tolist() if len(kept_zeros) else []
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float) -> Tensor:
-        return _DenseStored.apply(x, weight, bias, A, B, scaling, self)
+        return _EffectiveWeight.apply(x, weight, bias, A, B, scaling, self)
 
     def mask(self, weight: Tensor) -> Tensor | None:
         if not self.is_masked:
             return None
         return (weight != 0).flatten().index_fill(0, self.kept_zeros, True).view(weight.shape)
 
-    def effective_weight(self, weight: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
-        """W + s(BA)⊙M, in the workspace: (O, I)."""
+    def build(self, weight: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
+        """Compute W + s(BA)⊙M in the workspace: (O, I)."""
         B, A = _rounded(A, B, scaling, weight.dtype)
-        out = self.workspace.lend("weight", weight)
+        out = self.workspace.get("weight", weight)
         if not self.is_masked:
             return torch.addmm(weight, B, A, out=out)
         for i, (to, chunk, rows) in enumerate(zip(*map(self._chunks, (out, weight, B)), strict=True)):
@@ -193,7 +188,7 @@ class DenseStored(nn.Module):
 
     def weight_gradient(self, weight: Tensor, dY: Tensor, x: Tensor) -> Tensor:
         """(dYᵀX)⊙M, in the workspace, where it takes the place of the effective weight: (O, I)."""
-        out = self.workspace.lend("weight", weight)
+        out = self.workspace.get("weight", weight)
         self.workspace.product_into(out, dY.T, x)
         if self.is_masked:
             for i, (to, chunk) in enumerate(zip(self._chunks(out), self._chunks(weight), strict=True)):
@@ -206,14 +201,14 @@ class DenseStored(nn.Module):
     def _kept(self, i: int, chunk: Tensor) -> Tensor:
         """The rows of M that are those of the i-th chunk of W, as numbers: to multiply by numbers of the same dtype is
         ten times faster than by bools, or `masked_fill_`."""
-        keep = torch.ne(chunk, 0, out=self.workspace.lend("mask", chunk))
+        keep = torch.ne(chunk, 0, out=self.workspace.get("mask", chunk))
         if self._cuts and self._cuts[i] < self._cuts[i + 1]:
             places = self.kept_zeros[self._cuts[i] : self._cuts[i + 1]] - i * self._rows * chunk.shape[1]
             keep.view(-1)[places] = 1
         return keep
 
 
-class _DenseStored(torch.autograd.Function):
+class _EffectiveWeight(torch.autograd.Function):
     """With G = (dYᵀX)⊙M: dX = dY W_eff, dB = s G Aᵀ, dA = s Bᵀ G. Only x is saved; W_eff is built again."""
 
     @staticmethod
@@ -225,61 +220,56 @@ class _DenseStored(torch.autograd.Function):
         A: Tensor,
         B: Tensor,
         scaling: float,
-        way: DenseStored,
+        impl: EffectiveWeight,
     ) -> Tensor:
         ctx.save_for_backward(x, weight, A, B)
-        ctx.scaling, ctx.way = scaling, way
-        return F.linear(x, way.effective_weight(weight, A, B, scaling), bias)
+        ctx.scaling, ctx.impl = scaling, impl
+        return F.linear(x, impl.build(weight, A, B, scaling), bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dY: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, A, B = ctx.saved_tensors
-        way, dX, rows = ctx.way, None, dY.flatten(0, -2)
+        impl, dX, rows = ctx.impl, None, dY.flatten(0, -2)
         if ctx.needs_input_grad[0]:
             dX = x.new_empty(x.shape)
-            W_eff = way.effective_weight(weight, A, B, ctx.scaling)
-            way.workspace.product_into(dX.view(-1, x.shape[-1]), rows, W_eff)
-        G = way.weight_gradient(weight, rows, x.flatten(0, -2))
+            W_eff = impl.build(weight, A, B, ctx.scaling)
+            impl.workspace.product_into(dX.view(-1, x.shape[-1]), rows, W_eff)
+        G = impl.weight_gradient(weight, rows, x.flatten(0, -2))
         sB, rounded_A = _rounded(A, B, ctx.scaling, weight.dtype)
         dA, dB = sB.T @ G, ctx.scaling * (G @ rounded_A.T)
         return dX, None, None, dA.to(A.dtype), dB.to(B.dtype), None, None
 
 
-Way = Plain | Structured | DenseStored | Csr
+LoraImpl = Plain | Structured | EffectiveWeight
 
 
-def choose_way(weight: Tensor, mask: Tensor | None, rank: int, workspace: Workspace, asked: str = "auto") -> Way:
-    """The way to compute with a pruned weight and its keep-mask, both (O, I).
+def choose_impl(weight: Tensor, mask: Tensor | None, rank: int, workspace: Workspace, asked: str = "auto") -> LoraImpl:
+    """Choose how to compute with a pruned weight and its keep-mask, both (O, I).
 
-    `asked` forces the way of a masked layer. Raises `InputError` for a mask that the weight was not pruned with, and
-    for a way that cannot compute this one.
+    `asked` forces the implementation of a masked layer. Raises `InputError` for a mask that the weight was not pruned
+    with, and for an implementation that cannot compute this one.
     """
     if mask is None:
-        return Plain() if _pays_by_factors(len(weight), weight.shape[1], rank) else DenseStored(weight, None, workspace)
+        is_wide = _pays_by_factors(len(weight), weight.shape[1], rank)
+        return Plain() if is_wide else EffectiveWeight(weight, None, workspace)
     _check_mask_fits(weight, mask)
-    name = best_way(weight, mask, rank) if asked == "auto" else asked
+    name = best_impl(mask, rank) if asked == "auto" else asked
     if name == "structured" and not is_structured(mask):
-        raise InputError("the way 'structured' needs masks of whole rows and columns, got another. Choose 'auto'.")
-    if name == "csr" and not _is_for_csr(weight):
         raise InputError(
-            f"the way 'csr' computes in float32 on a CPU, got {str(weight.dtype)[6:]} on {weight.device.type}. "
-            "Choose 'auto', or set precision=float32."
+            "the implementation 'structured' needs masks of whole rows and columns, got another. Choose 'auto'."
         )
     if name == "plain":
         return Plain()
-    if name == "structured":
-        return Structured(weight, mask)
-    return Csr(weight, mask) if name == "csr" else DenseStored(weight, mask, workspace)
+    return Structured(weight, mask) if name == "structured" else EffectiveWeight(weight, mask, workspace)
 
 
-def best_way(weight: Tensor, mask: Tensor, rank: int) -> str:
-    """The name of the fastest way for a masked layer, by what was counted and measured (docs/lora.md)."""
+def best_impl(mask: Tensor, rank: int) -> str:
+    """Name the fastest implementation for a masked layer, by what was counted and measured (docs/lora.md)."""
     rows, columns = (int(mask.any(dim=dim).sum()) for dim in (1, 0))
     if is_structured(mask) and _pays_by_factors(rows, columns, rank):
         return "plain" if mask.all() else "structured"
-    sparse = int(mask.sum()) <= (1 - CSR_SPARSITY) * mask.numel()
-    return "csr" if sparse and mask.numel() >= CSR_WEIGHTS and _is_for_csr(weight) else "dense-stored"
+    return "effective-weight"
 
 
 def _pays_by_factors(rows: int, columns: int, rank: int) -> bool:
@@ -294,10 +284,6 @@ def _pays_by_factors(rows: int, columns: int, rank: int) -> bool:
 def is_structured(mask: Tensor) -> bool:
     """True if a mask keeps whole rows and columns and drops whole ones: if it is r cᵀ."""
     return int(mask.sum()) == int(mask.any(dim=1).sum()) * int(mask.any(dim=0).sum())
-
-
-def _is_for_csr(weight: Tensor) -> bool:
-    return weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.float64)
 
 
 def _check_mask_fits(weight: Tensor, mask: Tensor) -> None:

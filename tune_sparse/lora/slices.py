@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from tune_sparse.files import write_json
 from tune_sparse.lora.adapter_io import MARKER, WEIGHTS, Marker, load_adapter
 from tune_sparse.lora.layer import sparse_lora_layers
-from tune_sparse.lora.masked_linear import DenseStored, Workspace
+from tune_sparse.lora.masked_linear import EffectiveWeight, Workspace
 from tune_sparse.lora.rank_space import Ranks, Space
 from tune_sparse.models.checkpoints import prunable_weights
 from tune_sparse.pruning.masks import Masks
@@ -45,7 +45,7 @@ class Layer:
     A: Tensor
     B: Tensor
     scaling: float
-    way: DenseStored
+    impl: EffectiveWeight
     """It masks the update where the mode does."""
     last_mask: Tensor | None
     """The mask that the mode applies once more when it deploys: (O, I)."""
@@ -55,7 +55,7 @@ class Layer:
         slice as an adapter of its own."""
         if not rank:
             return self.weight
-        weight = self.way.effective_weight(self.weight, self.A[:rank], self.B[:, :rank], self.scaling)
+        weight = self.impl.build(self.weight, self.A[:rank], self.B[:, :rank], self.scaling)
         return weight if self.last_mask is None else weight.mul_(self.last_mask)
 
 
@@ -81,9 +81,9 @@ class Slices:
         for name, layer in sparse_lora_layers(adapted):
             A, B, scaling = layer.factors()
             weight = layer.base_layer.weight.detach().clone()
-            way = DenseStored(weight, layer.keep_mask, workspace)
-            last_mask = masks[name] if marker.mode == "sparse-to-dense" else None
-            layers[name] = Layer(weight, A.detach(), B.detach(), scaling, way, last_mask)
+            impl = EffectiveWeight(weight, layer.keep_mask, workspace)
+            last_mask = masks[name] if marker.facts.masks_at_merge else None
+            layers[name] = Layer(weight, A.detach(), B.detach(), scaling, impl, last_mask)
         return cls(adapted.unload(), space, marker, layers, dict.fromkeys(layers, 0))
 
     @torch.no_grad()

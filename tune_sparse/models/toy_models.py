@@ -29,7 +29,7 @@ from tune_sparse.data.task_types import PromptTask
 from tune_sparse.data.tasks import TASKS
 from tune_sparse.errors import unknown_name
 from tune_sparse.files import atomic_folder, cache_dir
-from tune_sparse.training.loop import answer_loss
+from tune_sparse.training.loop import answer_loss, cosine
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -82,9 +82,9 @@ class Recipe:
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:8]
 
     def learning_rate_at(self, step: int) -> float:
-        """Linear warm-up, then a cosine to 0. `step` counts from 0."""
+        """A cosine to 0, its first steps times a linear warm-up. `step` counts from 0."""
         warm = min(1.0, (step + 1) / max(1, self.warmup_steps))
-        return self.learning_rate * warm * (1 + math.cos(math.pi * step / self.steps)) / 2
+        return cosine(math.pi * step / self.steps, self.learning_rate * warm)
 
 
 RECIPES = {

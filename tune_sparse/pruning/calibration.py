@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
+from typing import Protocol as Interface
 
 import torch
 import torch.nn.functional as F
@@ -72,7 +73,7 @@ class CalibrationStats:
     """OWL's fraction of outliers of each block."""
 
 
-class Blocks(Protocol):
+class Blocks(Interface):
     """A model as a row of blocks: whole in memory, or one block at a time."""
 
     @property

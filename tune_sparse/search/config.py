@@ -9,6 +9,7 @@ from tune_sparse.config import SweepConfig
 from tune_sparse.config.options import option, rule
 from tune_sparse.errors import InputError, unknown_name
 from tune_sparse.lora.rank_space import SAMPLINGS, Space, SuperAdapter
+from tune_sparse.modes import MODES
 
 SAMPLERS = ("nsga2", "tpe", "hill-climbing", "random")
 OBJECTIVES = ("accuracy", "parameters", "inference_flops")
@@ -37,10 +38,9 @@ class SearchConfig:
         for axis in CELL_AXES:
             values = getattr(self.sweep, axis)
             rule(len(values) == 1, f"a search adapts one cell, so {axis} must name one", values, "Search one by one.")
-        if self.sweep.modes[0] == "masked-finetuning":
-            raise InputError(
-                "a search slices adapters, and the mode masked-finetuning trains none. Choose sparse-to-sparse."
-            )
+        [mode] = self.sweep.modes
+        if not MODES[mode].has_adapter:
+            raise InputError(f"a search slices adapters, and the mode {mode} trains none. Choose sparse-to-sparse.")
         rule(
             self.sweep.backend == ("torch",),
             "a search slices adapters where it scores them, so its backend must be torch",

@@ -10,8 +10,8 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from trainables.inputs import load_planned_splits
-from trainables.pipeline import Bench
 from trainables.rebuild import pruned_by
+from trainables.worker import WorkerCache
 from tune_sparse.config import Protocol
 from tune_sparse.data.tasks import task_named
 from tune_sparse.errors import RunError
@@ -25,6 +25,7 @@ from tune_sparse.lora.adapter_io import merge_adapter_into, read_marker
 from tune_sparse.lora.rank_space import Ranks
 from tune_sparse.lora.slices import Slices
 from tune_sparse.models.checkpoints import prunable_weights
+from tune_sparse.modes import MODES
 from tune_sparse.pruning.masks import Masks, count_sparsity, mask_sha256
 from tune_sparse.search.racing import Correctness
 
@@ -46,8 +47,7 @@ class SliceScorer:
         """Load a finished super-adapter. Raises `InputError` for one of another model, mask or rows."""
         assert run.super_adapter is not None
         torch.set_num_threads(run.protocol.threads)
-        bench = Bench()
-        loaded, masks = pruned_by(run, ledger, bench)
+        loaded, masks = pruned_by(run, ledger, WorkerCache())
         folder = ledger.run_folder(run.run_id) / "adapter"
         marker = read_marker(folder)
         assert marker is not None, "a super-adapter is ours, so it has a marker"
@@ -79,7 +79,7 @@ class SliceScorer:
         self.slices.activate(ranks)
         searched = {name: weight.clone() for name, weight in prunable_weights(self.slices.model).items()}
         self.slices.activate(dict.fromkeys(ranks, 0))
-        last_mask = None if self.run.cell.mode == "dense" else self.masks
+        last_mask = self.masks if MODES[self.run.cell.mode].is_pruned else None
         merge_adapter_into(self.slices.model, folder / "adapter", last_mask)
         matrices = prunable_weights(self.slices.model)
         differing = [name for name in searched if not torch.equal(searched[name], matrices[name])]

@@ -74,7 +74,7 @@ class CandidateTrainable(tune.Trainable):
 
     def _answer(self, stage: Sequence[int]) -> str | None:
         """Answer what is not known of a stage, and keep it; returns the error of a candidate that cannot be scored."""
-        from trainables.pipeline import describe_error, is_infrastructure
+        from trainables.failures import describe_error, is_infrastructure
 
         correctness, started = Correctness.from_text(self._candidate.correctness), time.perf_counter()
         if all(correctness.knows(i) for i in stage):

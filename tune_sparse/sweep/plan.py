@@ -23,6 +23,7 @@ from tune_sparse.ledger.run import Run, readable_id
 from tune_sparse.models.architectures import adapter_weights, pruned_weights
 from tune_sparse.models.checkpoints import Checkpoint, check_checkpoint, load_tokenizer, short_name
 from tune_sparse.models.toy_models import TOY_MODELS
+from tune_sparse.modes import MODES
 from tune_sparse.pruning.calibration import text_rows
 from tune_sparse.pruning.methods import method_named
 from tune_sparse.pruning.prune_model import check_method_sparsities
@@ -55,7 +56,7 @@ class Plan:
         """Estimate the bytes that a run will write: mostly what it trained and its outcomes."""
         dims = self.checkpoints[run.cell.model].dims
         trained = 4 * adapter_weights(dims, run.protocol.lora_rank)
-        if run.cell.mode == "masked-finetuning":
+        if not MODES[run.cell.mode].has_adapter:
             trained = pruned_weights(dims) * (2 if run.protocol.precision == "bfloat16" else 4)
         generates = any(isinstance(task, AnswerTask) for task in tasks_named(run.cell.task))
         outcome = OUTCOME_BYTES + TOKEN_BYTES * (run.protocol.max_new_tokens if generates else 0)

@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
+from typing import Protocol as Interface
 from urllib.parse import quote
 
 from tune_sparse.tracking.entries import RUN_TAG
@@ -23,7 +24,7 @@ OURS_SHOWN, PUBLISHED_SHOWN = 6, 6
 HALF = 0.5
 
 
-class BaselineRun(Protocol):
+class BaselineRun(Interface):
     """Published numbers of one setting, named as our runs name it."""
 
     @property

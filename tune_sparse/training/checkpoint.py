@@ -1,4 +1,4 @@
-"""Where a training stands, on disk: read back, it goes on to the same bits on a CPU."""
+"""Checkpoints of unfinished trainings: read back, a training resumes to the same bits on a CPU."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ from tune_sparse.watchdog import heartbeat
 
 @dataclass(frozen=True)
 class Step:
-    """What one optimizer step did."""
+    """The outcome of one optimizer step."""
 
     step: int
     loss: float
@@ -37,13 +37,17 @@ class Step:
     seconds: float
 
 
+def cosine(angle: float, start: float, end: float = 0.0) -> float:
+    """Fall from `start` at angle 0 to `end` at angle pi (Loshchilov & Hutter 2017, eq. 5)."""
+    return end + (start - end) * (1 + math.cos(angle)) / 2
+
+
 def learning_rate_at(step: int, protocol: Protocol) -> float:
-    """Linear warm-up, then a cosine from the peak to the final rate (Loshchilov & Hutter 2017, eq. 5). step: from 0."""
+    """Linear warm-up, then a cosine from the peak to the final rate. step: from 0."""
     if step < protocol.warmup:
         return protocol.learning_rate * (step + 1) / protocol.warmup
     done = (step - protocol.warmup) / max(1, protocol.steps - 1 - protocol.warmup)
-    fall = protocol.learning_rate - protocol.final_learning_rate
-    return protocol.final_learning_rate + fall * (1 + math.cos(math.pi * done)) / 2
+    return cosine(math.pi * done, protocol.learning_rate, protocol.final_learning_rate)
 
 
 def batches(rows: Sequence[Encoded], protocol: Protocol, seed: int) -> Iterator[list[Encoded]]:

@@ -1,14 +1,15 @@
-"""The pruning stage of a cell: masks and pruned weights, by statistics that a worker measures once."""
+"""The pruning stage of a cell: masks and pruned weights, with statistics that a worker measures once."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
 from trainables.inputs import load_planned_calibration_text
+from trainables.loaded import LoadedModel
 from tune_sparse.data.splits import Encoded
 from tune_sparse.errors import RunError
 from tune_sparse.evaluation.validation import mask_violations
@@ -25,9 +26,6 @@ from tune_sparse.pruning.prune_model import (
     prune_blockwise,
 )
 
-if TYPE_CHECKING:
-    from trainables.pipeline import Loaded
-
 
 @dataclass(frozen=True)
 class Pruned:
@@ -38,7 +36,7 @@ class Pruned:
     weights: dict[str, Tensor]
 
     def sparse_config(self, run: Run) -> dict[str, Any]:
-        """What `sparse_config.json` holds."""
+        """The content of `sparse_config.json`."""
         return {
             "method": run.cell.method,
             "sparsity": run.cell.sparsity,
@@ -51,12 +49,12 @@ class Pruned:
 
 
 class Pruner:
-    """Prunes the model that a worker holds, and keeps what its calibration rows said."""
+    """Prunes the model that a worker holds, and keeps what calibration measured on it."""
 
     def __init__(self) -> None:
         self._statistics: dict[tuple[Any, ...], CalibrationStats] = {}
 
-    def prune(self, run: Run, loaded: Loaded, train: Sequence[Encoded]) -> Pruned:
+    def prune(self, run: Run, loaded: LoadedModel, train: Sequence[Encoded]) -> Pruned:
         """Masks and pruned weights. The model may be left half-pruned: the caller writes the weights into it.
 
         train: the task's training rows. Raises `RunError` for masks that break a rule.
@@ -78,8 +76,8 @@ class Pruner:
             raise RunError("masks must be valid: " + "; ".join(violations))
         return Pruned(masks, mask_sha256(masks), weights)
 
-    def _measured(self, run: Run, loaded: Loaded, rows: Sequence[Encoded]) -> CalibrationStats:
-        """What the run's method uses of its calibration rows, measured once on the dense model."""
+    def _measured(self, run: Run, loaded: LoadedModel, rows: Sequence[Encoded]) -> CalibrationStats:
+        """Measure what the run's method uses of its calibration rows, once on the dense model."""
         method, protocol = method_named(run.cell.method), run.protocol
         inputs = (run.cell.task, run.data_fingerprint, run.prompt_version, run.calibration_fingerprint)
         needs = (method.needs.input_norms, method.needs.gradients, method.allocation == "owl")
@@ -90,8 +88,8 @@ class Pruner:
         return self._statistics[key]
 
 
-def calibration_rows(run: Run, loaded: Loaded, train: Sequence[Encoded]) -> list[Encoded]:
-    """What scores are calibrated on: training rows of the task, or pieces of a text."""
+def calibration_rows(run: Run, loaded: LoadedModel, train: Sequence[Encoded]) -> list[Encoded]:
+    """Return what scores are calibrated on: training rows of the task, or pieces of a text."""
     protocol = run.protocol
     if protocol.calibration == "task":
         return checked_rows(train, protocol.calibration_rows)

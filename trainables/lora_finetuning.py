@@ -1,0 +1,100 @@
+"""The LoRA modes: adapters on a frozen model, trained and merged as the facts of the mode say.
+
+| mode | computes in training | merged |
+| --- | --- | --- |
+| dense | (W + sBA)x | W + sBA |
+| sparse-to-dense | (W⊙M + sBA)x | (W⊙M + sBA)⊙M: the last mask removes what filled the zeros |
+| sparse-to-sparse | (W⊙M + s(BA)⊙M)x | the same weight: the zeros stay zero |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from torch.optim import Optimizer
+from transformers import PreTrainedModel
+
+from trainables.mode import MergedWeights
+from tune_sparse.config import Protocol
+from tune_sparse.lora.adapter_io import merge_adapter_into, save_adapter
+from tune_sparse.lora.layer import adapt_model, count_impls, lost_fraction, merged_weights, sparse_lora_layers, updates
+from tune_sparse.models.architectures import PRUNED
+from tune_sparse.modes import MODES
+from tune_sparse.pruning.masks import Masks, masked
+from tune_sparse.training.loop import adamw
+
+
+def setup(
+    mode: str, model: PreTrainedModel, protocol: Protocol, masks: Masks, seed: int, modules: Sequence[str] = PRUNED
+) -> LoraFinetuning:
+    """Put adapters into `modules` of `model`, in place."""
+    update_masks = masks if MODES[mode].masks_update else None
+    return LoraFinetuning(adapt_model(model, protocol, update_masks, seed, modules), masks, mode)
+
+
+def restore_into(model: PreTrainedModel, folder: Path, masks: Masks) -> None:
+    """Merge what a run saved in its folder into the pruned model."""
+    merge_adapter_into(model, folder / "adapter", masks)
+
+
+@dataclass(frozen=True)
+class LoraFinetuning:
+    """Adapters on a frozen model."""
+
+    adapted: PeftModel
+    masks: Masks
+    mode: str
+    mixed_precision: str = "no"
+    """The frozen weights have the precision of the run already, and the layers round their adapters to it."""
+
+    @property
+    def model(self) -> PreTrainedModel:
+        return self.adapted.get_base_model()
+
+    @property
+    def is_merged_exactly(self) -> bool:
+        return set(count_impls(self.adapted)) == {"effective-weight"}
+
+    @property
+    def trains_factors(self) -> bool:
+        return all(layer.keep_mask is None for _, layer in sparse_lora_layers(self.adapted))
+
+    def summary(self) -> str:
+        return "adapted layers by implementation: " + ", ".join(
+            f"{n} {impl}" for impl, n in count_impls(self.adapted).items()
+        )
+
+    def parameters(self) -> list[Tensor]:
+        return [parameter for parameter in self.adapted.parameters() if parameter.requires_grad]
+
+    def optimizer(self, protocol: Protocol) -> Optimizer:
+        return adamw(self.parameters(), protocol)
+
+    def updates(self, pruned: dict[str, Tensor]) -> dict[str, Tensor]:
+        return updates(self.adapted)
+
+    def merge(self) -> MergedWeights:
+        filled = merged_weights(self.adapted)
+        if not MODES[self.mode].masks_at_merge:
+            return MergedWeights(filled)
+        update = updates(self.adapted)
+        removed = lost_fraction(update, masked(update, self.masks))
+        return MergedWeights(filled, masked(filled, self.masks), {"update_removed_fraction": removed})
+
+    def save(self, folder: Path) -> None:
+        save_adapter(self.adapted, folder / "adapter", self.mode, self.masks)
+
+    def violations(self, pruned: dict[str, Tensor]) -> list[str]:
+        return [
+            f"{name}: the frozen weight must not change in training"
+            for name, layer in sparse_lora_layers(self.adapted)
+            if not torch.equal(layer.base_layer.weight, pruned[name])
+        ]
+
+    def unwrap(self) -> PreTrainedModel:
+        return self.adapted.unload()

@@ -1,0 +1,21 @@
+"""The training stage of a cell on this machine, on its CPU or GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+
+from trainables.loaded import Examples
+from trainables.mode import TrainableModel
+from trainables.pruning_stage import Pruned
+from trainables.run_log import RunLog
+from trainables.training import Training, train
+from tune_sparse.ledger.contracts import RunStore
+from tune_sparse.ledger.run import Run
+from tune_sparse.training.loop import Step
+
+
+def train_stage(
+    run: Run, trainable: TrainableModel, pruned: Pruned, examples: Examples, ledger: RunStore, log: RunLog
+) -> Generator[Step | None, None, Training]:
+    checkpoint = ledger.checkpoint(run.run_id)
+    return (yield from train(run, trainable, examples.train, examples.selection, checkpoint, log))

@@ -1,0 +1,43 @@
+"""The fine-tuning modes and their facts. Nobody else asks a mode for its name.
+
+W⊙M is the pruned weight, s(BA) the update of an adapter.
+
+| mode | computes in training | merged and scored |
+| --- | --- | --- |
+| dense | (W + sBA)x | W + sBA |
+| sparse-to-dense | (W⊙M + sBA)x | (W⊙M + sBA)⊙M |
+| sparse-to-sparse | (W⊙M + s(BA)⊙M)x | the same weight |
+| masked-finetuning | Wx, W <- W⊙M after every step | the same weight |
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+DENSE = "dense"
+"""The mode of an adapter that says nothing of itself, and of every LoRA training without zeros."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mode:
+    """The facts of a fine-tuning mode."""
+
+    is_pruned: bool = True
+    """It fine-tunes a pruned model, and keeps its zeros to the end."""
+    has_adapter: bool = True
+    """It trains LoRA adapters on frozen weights, or else the weights themselves."""
+    masks_update: bool = False
+    """The update of its adapters is masked in training."""
+    masks_at_merge: bool = False
+    """Training fills zeros, which a last mask restores after the merge."""
+
+
+MODES = {
+    DENSE: Mode(is_pruned=False),
+    "sparse-to-dense": Mode(masks_at_merge=True),
+    "sparse-to-sparse": Mode(masks_update=True),
+    "masked-finetuning": Mode(has_adapter=False),
+}
+ADAPTER_MODES = tuple(name for name, mode in MODES.items() if mode.has_adapter)
+SPARSE_ADAPTER_MODES = tuple(name for name in ADAPTER_MODES if MODES[name].is_pruned)
+"""The two that the matrix compares: masked after training, and masked in training."""
