@@ -27,6 +27,8 @@ from tune_sparse.ledger.ledger import Ledger
 from tune_sparse.tracking.entries import RUN_TAG, SWEEP_TAG
 from tune_sparse.tracking.sync import EXPERIMENT, default_uri
 
+pytestmark = pytest.mark.xdist_group("machine")
+
 PATIENCE_SECONDS = 240
 
 
@@ -78,7 +80,7 @@ class Driver:
 @pytest.fixture(scope="module")
 def smoke(llama: Path) -> list[str]:
     """The smoke sweep, on a model that needs no minutes of base training."""
-    return ["smoke", "--models", str(llama)]
+    return ["smoke", "--models", str(llama), "--no-report"]
 
 
 @pytest.fixture(scope="module")
@@ -165,10 +167,14 @@ def test_mlflow_has_each_training_once(finished: Driver) -> None:
     assert tracked(finished) == sorted(finished.done())
 
 
-def test_the_same_command_again_runs_nothing(finished: Driver) -> None:
+def test_the_same_sweep_again_runs_nothing_and_writes_the_report_that_was_not_wanted(
+    finished: Driver, llama: Path
+) -> None:
     before = {run_id: finished.ledger.record(run_id) for run_id in finished.done()}
-    status, printed = finished.run()
+    assert not (finished.results / "analysis").exists()
+    status, printed = Driver(["smoke", "--models", str(llama)], finished.results).run()
     assert status == 0, printed
+    assert (finished.results / "analysis" / "findings.md").is_file()
     assert "0 trainings in" in printed
     assert before == {run_id: finished.ledger.record(run_id) for run_id in finished.done()}
 
@@ -176,7 +182,7 @@ def test_the_same_command_again_runs_nothing(finished: Driver) -> None:
 @pytest.mark.slow
 def test_one_worker_and_another_order_give_the_same_bits(finished: Driver, llama: Path, tmp_path: Path) -> None:
     reversed_axes = ["--methods", "random", "structured", "--tasks", "gsm8k", "--workers", "1"]
-    other = Driver(["smoke", "--models", str(llama), *reversed_axes], tmp_path / "results")
+    other = Driver(["smoke", "--models", str(llama), "--no-report", *reversed_axes], tmp_path / "results")
     status, printed = other.run()
     assert status == 0, printed
     expected = compute_metrics(finished)
@@ -281,7 +287,7 @@ def test_a_cell_whose_loss_is_not_finite_fails_alone(llama: Path, tmp_path: Path
     save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
 
     few = ["--tasks", "boolq", "--methods", "unstructured", "random", "--sparsities", "0.5", "--set", "steps=3"]
-    driver = Driver(["smoke", "--models", str(model), *few], tmp_path / "results")
+    driver = Driver(["smoke", "--models", str(model), "--no-report", *few], tmp_path / "results")
     status, printed = driver.run()
 
     assert status == 1

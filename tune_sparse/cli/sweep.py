@@ -28,6 +28,9 @@ def add_commands(commands: Any) -> None:
         "--pilot", action="store_true", help="with --dry-run: first run one cell of what has none measured"
     )
     sweep.add_argument("--retry-failed", action="store_true", help="also run what failed for good")
+    sweep.add_argument(
+        "--no-report", action="store_true", help="end without audit, tables and figures; `report` writes them later"
+    )
     sweep.add_argument("--json", action="store_true", help="print the outcome as JSON")
 
     prepare = add_command(commands, "prepare", _prepare, "fetch or train what a sweep needs, to run offline later")
@@ -92,20 +95,19 @@ def _sweep(chosen: argparse.Namespace) -> int:
         return _dry_run(config, chosen)
     if "cerebras" in config.backends and config.cerebras.cerebras_target == "validate":
         return _lower(config, chosen)
-    from analysis.report.report import write_report
     from tune_sparse.sweep.driver import run_sweep
     from tune_sparse.sweep.progress import duration
 
     outcome = run_sweep(config, chosen.retry_failed)
     complete = outcome.done == len(outcome.plan.runs)
     # Of a stopped one somebody awaits the end, or the disk is full; `report` writes it all the same.
-    report = None if outcome.stopped else write_report([config.results_dir], [outcome.plan.record.sweep_id])
-    faults = report.faults if report else 0
+    unwanted = outcome.stopped or chosen.no_report
+    faults, lines = (None, []) if unwanted else _write_report(config.results_dir, outcome.plan.record.sweep_id)
     if chosen.json:
         names = ("ran", "done", "failed", "left", "stopped", "seconds", "utilisation")
         print(json.dumps({name: getattr(outcome, name) for name in names} | {"faults": faults}))
         return OK if complete and not faults else FAULT
-    print("\n".join(report.lines if report else ()))
+    print("\n".join(lines))
     used = f", utilisation {outcome.utilisation:.2f}" if outcome.utilisation is not None else ""
     print(f"{outcome.ran} trainings in {duration(outcome.seconds)}{used}.")
     print(f"Look at them with `tune-sparse ui --results-dir {config.results_dir}`.")
@@ -117,6 +119,14 @@ def _sweep(chosen: argparse.Namespace) -> int:
             file=sys.stderr,
         )
     return OK if complete and not faults else FAULT
+
+
+def _write_report(results_dir: Path, sweep_id: str) -> tuple[int, list[str]]:
+    """How many faults the audit found, and what is to be printed."""
+    from analysis.report.report import write_report
+
+    report = write_report([results_dir], [sweep_id])
+    return report.faults, list(report.lines)
 
 
 def _lower(config: SweepConfig, chosen: argparse.Namespace) -> int:
