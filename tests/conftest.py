@@ -185,13 +185,13 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.fixture
-def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def site(tmp_path: Path, run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A stand-in for the site's Cerebras environment, which ends its trainings soon."""
     from stand_in_cerebras import write_environment
 
     from tune_sparse.cerebras import guard
 
-    folder = write_environment(tmp_path / "site")
+    folder = write_environment(tmp_path / "site", run_folder / "losses")
     monkeypatch.setenv("CEREBRAS_VENV", str(folder / "venv"))
     monkeypatch.setenv("MODELZOO", str(folder / "modelzoo"))
     monkeypatch.setenv(guard.STOP_VARIABLE, "0.5")
