@@ -19,6 +19,8 @@ from tune_sparse.tracking.background import BackgroundTracker, track_search, tra
 from tune_sparse.tracking.entries import RUN_TAG, SWEEP_TAG
 from tune_sparse.tracking.sync import EXPERIMENT, default_uri, make_client
 
+pytestmark = pytest.mark.xdist_group("machine")
+
 RUNS = [make_run(make_cell(seed=seed)) for seed in range(3)]
 LOGGER = "tune_sparse.tracking.background"
 SERVER_SECONDS = 3.0

@@ -21,6 +21,8 @@ from tune_sparse.ledger.ledger import Ledger
 from tune_sparse.tracking.entries import RUN_TAG, SWEEP_TAG
 from tune_sparse.tracking.sync import EXPERIMENT, default_uri
 
+pytestmark = pytest.mark.xdist_group("machine")
+
 PATIENCE_SECONDS = 240
 FEW = ["--tasks", "boolq", "--methods", "unstructured", "--sparsities", "0.5", "--set", "steps=12", "n_test=20"]
 
