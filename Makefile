@@ -8,6 +8,8 @@ VENV ?= .venv
 TORCH_OPTIONS ?=
 # Options for every benchmark.
 BENCH_OPTIONS ?=
+# Processes that share the tests; one of them starts clusters, servers and browsers.
+TEST_WORKERS ?= 2
 CEREBRAS_ENV ?= .venv-cerebras
 # cerebras_pytorch, what Model Zoo's Trainer imports, and what its checkpoint converter imports.
 CEREBRAS_PACKAGES := cerebras_pytorch transformers tokenizers pydantic requests Pillow torchvision slack-sdk \
@@ -25,7 +27,7 @@ smoke: $(READY)
 	$(BIN)/tune-sparse sweep smoke
 
 test: lint types
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n $(TEST_WORKERS) --dist loadgroup --no-loadscope-reorder
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m "slow"

@@ -1,15 +1,19 @@
-"""What the tests share: a cache of their own, and checkpoints of the toy classes after two training steps."""
+"""What the tests share: a cache of their own, and checkpoints of the toy classes after two training steps.
+
+What takes seconds to make is made once for the whole run, by whichever worker of pytest-xdist needs it first.
+"""
 
 from __future__ import annotations
 
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from filelock import FileLock
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -23,38 +27,83 @@ REAL_ROWS = Path(__file__).parent / "data"
 """A few real rows of each task; its README has their licences and sources."""
 
 
+Once = Callable[[str, Callable[[Path], None]], Path]
+"""`once(name, make)`: a folder that `make` has filled, made by the first worker that asks and then only read."""
+
+
+MACHINE = pytest.mark.xdist_group("machine")
+"""Tests that start clusters, servers or browsers: one at a time, and first, beside the files that compute."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The tests of a file go to one worker, which then makes its models and imports once."""
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+    items.sort(key=lambda item: item.get_closest_marker("xdist_group") != MACHINE.mark)
+
+
+@pytest.fixture(scope="session")
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that all workers of this run of pytest see."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+
+@pytest.fixture(scope="session")
+def once(run_folder: Path) -> Once:
+    def made(name: str, make: Callable[[Path], None]) -> Path:
+        folder = run_folder / "once" / name
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{folder}.lock"):
+            if not folder.exists():
+                partial = folder.with_name(f"{name}.partial")
+                partial.mkdir()
+                make(partial)
+                partial.rename(folder)
+        return folder
+
+    return made
+
+
 @pytest.fixture(scope="session", autouse=True)
-def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def own_cache(run_folder: Path) -> Iterator[Path]:
     """Neither read nor write the user's cache."""
-    before = os.environ.get("TUNE_SPARSE_CACHE")
-    folder = tmp_path_factory.mktemp("cache")
-    os.environ["TUNE_SPARSE_CACHE"] = str(folder)
-    yield folder
-    if before is None:
-        del os.environ["TUNE_SPARSE_CACHE"]
-    else:
-        os.environ["TUNE_SPARSE_CACHE"] = before
+    folder = run_folder / "cache"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TUNE_SPARSE_CACHE", str(folder))
+        yield folder
+
+
+def _checkpoint(cache: Path, name: str) -> Path:
+    from tune_sparse.models.toy_models import toy_model
+
+    cache.mkdir(exist_ok=True)
+    with FileLock(cache / f"{name}.lock"):
+        return toy_model(name, steps=2)
 
 
 @pytest.fixture(scope="session")
 def llama(own_cache: Path) -> Path:
     """A Llama checkpoint that has learned next to nothing."""
-    from tune_sparse.models.toy_models import toy_model
-
-    return toy_model("tiny-llama", steps=2)
+    return _checkpoint(own_cache, "tiny-llama")
 
 
 @pytest.fixture(scope="session")
 def mistral(own_cache: Path) -> Path:
     """A Mistral checkpoint with a sliding window that has learned next to nothing."""
-    from tune_sparse.models.toy_models import toy_model
-
-    return toy_model("tiny-mistral", steps=2)
+    return _checkpoint(own_cache, "tiny-mistral")
 
 
 @pytest.fixture(scope="session")
-def architecture_folders(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def architecture_folders(llama: Path, once: Once) -> dict[str, Path]:
     """{class: a sharded checkpoint of random weights}, with the tokenizer of the toy models."""
+    made = once("architectures", lambda folder: _write_architectures(folder, llama))
+    return {folder.name: folder for folder in sorted(made.iterdir())}
+
+
+def _write_architectures(place: Path, llama: Path) -> None:
     import torch
     from transformers import (
         GPT2Config,
@@ -83,19 +132,15 @@ def architecture_folders(llama: Path, tmp_path_factory: pytest.TempPathFactory) 
         (GPT2LMHeadModel, GPT2Config(**gpt2, **ids, initializer_range=0.1)),
         (OPTForCausalLM, OPTConfig(**sizes, **ids, **opt)),
     ]
-    folders: dict[str, Path] = {}
     for make, config in made:
-        folder = tmp_path_factory.mktemp("architectures") / make.__name__
         torch.manual_seed(0)
         model = make(config)
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):  # zero when made; a wrongly cut bias would go unseen
                 torch.nn.init.normal_(parameter, std=0.1)
-        model.save_pretrained(folder, max_shard_size="100KB")
+        model.save_pretrained(place / make.__name__, max_shard_size="100KB")
         for path in llama.glob("tokenizer*"):
-            shutil.copy(path, folder)
-        folders[make.__name__] = folder
-    return folders
+            shutil.copy(path, place / make.__name__)
 
 
 @pytest.fixture
@@ -138,13 +183,13 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.fixture
-def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def site(tmp_path: Path, run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A stand-in for the site's Cerebras environment, which ends its trainings soon."""
     from stand_in_cerebras import write_environment
 
     from tune_sparse.cerebras import guard
 
-    folder = write_environment(tmp_path / "site")
+    folder = write_environment(tmp_path / "site", run_folder / "losses")
     monkeypatch.setenv("CEREBRAS_VENV", str(folder / "venv"))
     monkeypatch.setenv("MODELZOO", str(folder / "modelzoo"))
     monkeypatch.setenv(guard.STOP_VARIABLE, "0.5")
@@ -152,13 +197,27 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture(scope="session")
-def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def empty_store(once: Once) -> Path:
     """The database of an MLflow that tracks nothing yet: to copy, since making one takes seconds."""
     from tune_sparse.tracking.sync import default_uri, make_client
 
-    folder = tmp_path_factory.mktemp("mlflow")
-    make_client(default_uri(folder)).search_experiments()
-    return folder / "mlflow.db"
+    def make(folder: Path) -> None:
+        make_client(default_uri(folder)).search_experiments()
+
+    return once("mlflow", make) / "mlflow.db"
+
+
+@pytest.fixture(scope="session")
+def local_ray() -> Iterator[None]:
+    """A Ray cluster of this process: two cores, a token of each kind of hardware."""
+    import ray
+
+    from tune_sparse.config import CS3, CS3_TRIAL
+
+    quiet = {"include_dashboard": False, "log_to_driver": False, "configure_logging": False}
+    ray.init(address="local", num_cpus=2, num_gpus=1, resources={CS3: 1, CS3_TRIAL: 1}, **quiet)
+    yield
+    ray.shutdown()
 
 
 @pytest.fixture(scope="session")

@@ -38,8 +38,10 @@ class Head:
         command = [RAY, "job", arguments[0], "--address", self.address, *arguments[1:]]
         return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE_SECONDS)
 
-    def submit(self, sweep: list[str], *options: str) -> subprocess.CompletedProcess[str]:
-        return self.ray("submit", *options, "--", "tune-sparse", "sweep", *sweep)
+    def submit(
+        self, sweep: list[str], *options: str, program: Sequence[str] = ("tune-sparse",)
+    ) -> subprocess.CompletedProcess[str]:
+        return self.ray("submit", *options, "--", *program, "sweep", *sweep)
 
     def processes(self) -> list[psutil.Process]:
         return [*self.process.children(recursive=True), self.process]

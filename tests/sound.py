@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
@@ -137,8 +137,13 @@ def write_sound(
     return ledger.run_folder(run.run_id)
 
 
-def sound_ledger(folder: Path, cells: Iterable[Cell] | None = None, protocol: Protocol = PROTOCOL) -> Ledger:
-    """A sweep of `cells`, every run of it finished."""
+def sound_ledger(
+    folder: Path,
+    cells: Iterable[Cell] | None = None,
+    protocol: Protocol = PROTOCOL,
+    accuracy: Callable[[Cell], float | None] = lambda cell: None,
+) -> Ledger:
+    """A sweep of `cells`, every run of it finished; `accuracy` as in `write_sound`."""
     ledger, asked = Ledger(folder), list(cells or cells_of())
     runs = {cell: sound_run(cell.trained, protocol) for cell in asked}
     sweep = sweep_of(asked)
@@ -150,7 +155,7 @@ def sound_ledger(folder: Path, cells: Iterable[Cell] | None = None, protocol: Pr
         rows.append({**row, "run_id": runs[cell].run_id, "shared_with": shared})
     ledger.write_sweep(replace(sweep, cells=tuple(rows)))
     for run in {run.run_id: run for run in runs.values()}.values():
-        write_sound(ledger, run)
+        write_sound(ledger, run, accuracy(run.cell))
     return ledger
 
 

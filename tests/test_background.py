@@ -16,12 +16,22 @@ from mlflow.exceptions import MlflowException
 
 from tune_sparse.ledger.ledger import Ledger
 from tune_sparse.ledger.record import SweepRecord
-from tune_sparse.tracking.background import SERVER_SECONDS, BackgroundTracker, track_search, track_sweep
+from tune_sparse.tracking.background import BackgroundTracker, track_search, track_sweep
 from tune_sparse.tracking.entries import RUN_TAG, SWEEP_TAG
 from tune_sparse.tracking.sync import EXPERIMENT, default_uri, make_client
 
+pytestmark = pytest.mark.xdist_group("machine")
+
 RUNS = [make_run(make_cell(seed=seed)) for seed in range(3)]
 LOGGER = "tune_sparse.tracking.background"
+SERVER_SECONDS = 3.0
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The end waits for an answer, and for another try, as briefly as can still be told from not at all."""
+    monkeypatch.setattr("tune_sparse.tracking.background.SERVER_SECONDS", SERVER_SECONDS)
+    monkeypatch.setattr("tune_sparse.tracking.background.AGAIN_SECONDS", 1.0)
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ from tune_sparse.tracking.baselines import comparison_page, track_published
 from tune_sparse.tracking.sync import default_uri, track_ledger
 
 pytestmark = [
+    pytest.mark.xdist_group("machine"),
     pytest.mark.browser,
     pytest.mark.skipif(find_chromium() is None, reason="no chromium on this machine (Debian: apt install chromium)"),
 ]

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import ray
 from factories import make_cell, make_run
 from ray import cloudpickle, tune
 from ray.exceptions import RayTaskError
@@ -31,12 +29,7 @@ from tune_sparse.tracking.background import BackgroundTracker
 from tune_sparse.tracking.sync import default_uri
 from tune_sparse.watchdog import HangReport
 
-
-@pytest.fixture(scope="module", autouse=True)
-def two_cores() -> Iterator[None]:
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
+pytestmark = pytest.mark.xdist_group("machine")
 
 
 def failing() -> type[tune.Trainable]:
@@ -117,7 +110,7 @@ def sweep(folder: Path, *endings: str, retries: int = 2) -> Ended:
 
 
 @pytest.fixture(scope="module")
-def ended(tmp_path_factory: pytest.TempPathFactory) -> Ended:
+def ended(tmp_path_factory: pytest.TempPathFactory, local_ray: None) -> Ended:
     """A sweep with a trial for each way of failing, and some that go well."""
     folder = tmp_path_factory.mktemp("failing")
     return sweep(folder, "large", "lost", "well", "crowded", "well", "well")
@@ -157,7 +150,7 @@ def test_the_others_ran_once_and_earlier_failures_are_kept(ended: Ended) -> None
     assert sorted(aside) == sorted([ended.runs[0].run_id, ended.runs[3].run_id, *[ended.runs[1].run_id] * 2])
 
 
-def test_a_full_disk_stops_the_sweep_and_nothing_is_tried_again(tmp_path: Path) -> None:
+def test_a_full_disk_stops_the_sweep_and_nothing_is_tried_again(tmp_path: Path, local_ray: None) -> None:
     ended = sweep(tmp_path, "full")
     assert ended.stopped is not None
     assert "the results folder can no longer be written" in ended.stopped

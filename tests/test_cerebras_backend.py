@@ -128,7 +128,7 @@ def test_a_training_that_takes_too_long_fails_with_the_setting_to_raise(
 
     (site / "fault").write_text("hang")
     run = cerebras_run(llama)
-    train_stage = CerebrasTraining(Cerebras("cpu", train_timeout_seconds=6))
+    train_stage = CerebrasTraining(Cerebras("cpu", train_timeout_seconds=2))
     steps = run_cell(run, ledger, WorkerCache(), train_stage)
     record = exhausted(steps)
     assert "within train_timeout_seconds" in failed(record)

@@ -40,7 +40,7 @@ ROWS = [Encoded(tuple(range(1, 2 + n)), tuple(range(50, 52 + n % 3))) for n in r
 
 @pytest.fixture
 def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    folder = write_environment(tmp_path / "site")
+    folder = write_environment(tmp_path / "site", tmp_path / "losses")
     monkeypatch.setenv("CEREBRAS_VENV", str(folder / "venv"))
     monkeypatch.setenv("MODELZOO", str(folder / "modelzoo"))
     monkeypatch.setenv("TUNE_SPARSE_CACHE", str(tmp_path / "cache"))

@@ -21,12 +21,14 @@ from tune_sparse.ledger.ledger import Ledger
 from tune_sparse.tracking.entries import RUN_TAG, SWEEP_TAG
 from tune_sparse.tracking.sync import EXPERIMENT, default_uri
 
+pytestmark = pytest.mark.xdist_group("machine")
+
 PATIENCE_SECONDS = 240
 FEW = ["--tasks", "boolq", "--methods", "unstructured", "--sparsities", "0.5", "--set", "steps=12", "n_test=20"]
 
 
 def started(model: Path, results: Path, *arguments: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "tune_sparse", "sweep", "smoke", "--models", str(model), *FEW]
+    command = [sys.executable, "-m", "tune_sparse", "sweep", "smoke", "--no-report", "--models", str(model), *FEW]
     command += ["--cerebras-target", "cpu", "--results-dir", str(results), *arguments]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 

@@ -17,6 +17,7 @@ import torch
 from factories import write_boolq
 from filelock import FileLock
 
+from tune_sparse.cli import main
 from tune_sparse.config import SCORING, Protocol
 from tune_sparse.data.splits import Splits, load_splits
 from tune_sparse.data.tasks import TASKS
@@ -118,9 +119,10 @@ def test_a_killed_scoring_ends_as_an_undisturbed_one(llama: Path, tmp_path: Path
             "n_test=60",
             "num_fewshot=0",
         ]
-        return [sys.executable, "-m", "tune_sparse", "evaluate", *chosen, "--set", *settings]
+        return ["evaluate", *chosen, "--set", *settings]
 
-    process = subprocess.Popen(command(tmp_path / "killed"), stdout=subprocess.DEVNULL)
+    program = [sys.executable, "-m", "tune_sparse", *command(tmp_path / "killed")]
+    process = subprocess.Popen(program, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while not any(path.stat().st_size for path in (tmp_path / "killed").glob("evaluations/*/outcomes.jsonl")):
         assert process.poll() is None, "it ended before it could be killed"
@@ -131,7 +133,7 @@ def test_a_killed_scoring_ends_as_an_undisturbed_one(llama: Path, tmp_path: Path
     assert not list((tmp_path / "killed").glob("evaluations/*/result.json"))
     found = []
     for results in (tmp_path / "killed", tmp_path / "undisturbed"):
-        subprocess.run(command(results), check=True, stdout=subprocess.DEVNULL)
+        assert main(command(results)) == 0
         [folder] = (results / "evaluations").iterdir()
         found.append((read_outcomes(folder / "examples.parquet"), read_json(folder / "result.json")))
     (killed, killed_result), (undisturbed, undisturbed_result) = found

@@ -1,7 +1,8 @@
 """Sweeps on a cluster whose hosts, networks, heads, workers and drivers are lost in mid-sweep.
 
-Hosts are name spaces of the kernel (`hosts.py`). After each fault every finished run is still what it was, to the
-byte, and in the end all runs are those of an undisturbed sweep, each once.
+Hosts are name spaces of the kernel (`hosts.py`). A fault comes when two runs are done and each worker is in the middle
+of another one, where it waits until the test releases it. After each fault every finished run is still what it was, to
+the byte, and in the end all runs are those of an undisturbed sweep, each once.
 """
 
 from __future__ import annotations
@@ -19,14 +20,14 @@ import psutil
 import pytest
 from factories import done_record, make_cell, make_run, write_run
 from hosts import Cluster, Host, cluster
-from patience import PATIENCE_SECONDS, wait_until
+from patience import PATIENCE_SECONDS, held_sweep, wait_until
 
 from tune_sparse.files import read_json
 from tune_sparse.ledger.ledger import Ledger
 
 pytestmark = pytest.mark.slow
 
-FEW = ["smoke", "--tasks", "boolq", "--set", "steps=60"]
+FEW = ["smoke", "--no-report", "--tasks", "boolq", "--set", "steps=60"]
 RUNS = 7
 FAST = {
     "RAY_health_check_initial_delay_ms": "1000",
@@ -45,19 +46,37 @@ class Sweep:
 
     model: Path
     results: Path
+    place: Path
+    """for what the test itself writes"""
+
+    @property
+    def arguments(self) -> list[str]:
+        return ["sweep", *FEW, "--models", str(self.model), "--results-dir", str(self.results)]
 
     @property
     def command(self) -> list[str]:
-        options = ["--models", str(self.model), "--results-dir", str(self.results)]
-        return [sys.executable, "-m", "tune_sparse", "sweep", *FEW, *options]
+        return [sys.executable, "-m", "tune_sparse", *self.arguments]
 
-    def start_on(self, host: Host) -> subprocess.Popen[str]:
+    @property
+    def hold(self) -> Path:
+        return self.place / "hold"
+
+    @property
+    def held_command(self) -> list[str]:
+        """The same sweep; once two runs are done, the others wait in their midst until they are released."""
+        self.hold.touch()
+        return [*held_sweep(self.hold, 2), *self.arguments]
+
+    def start_on(self, host: Host, held: bool = False) -> subprocess.Popen[str]:
         with self.log.open("a") as log:
-            return host.start(self.command, log)
+            return host.start(self.held_command if held else self.command, log)
+
+    def release(self) -> None:
+        self.hold.unlink()
 
     @property
     def log(self) -> Path:
-        return self.results.with_suffix(".log")
+        return self.place / "results.log"
 
     def done(self) -> Files:
         """{finished run: when and what was written}"""
@@ -89,7 +108,8 @@ class Sweep:
 @pytest.fixture(scope="module")
 def undisturbed(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Sweep:
     """On this machine alone, without a cluster."""
-    sweep = Sweep(llama, tmp_path_factory.mktemp("undisturbed") / "results")
+    place = tmp_path_factory.mktemp("undisturbed")
+    sweep = Sweep(llama, place / "results", place)
     ended = subprocess.run(sweep.command, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert len(sweep.done()) == RUNS
@@ -98,7 +118,7 @@ def undisturbed(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Sweep:
 
 @pytest.fixture
 def sweep(llama: Path, tmp_path: Path) -> Sweep:
-    return Sweep(llama, tmp_path / "results")
+    return Sweep(llama, tmp_path / "results", tmp_path)
 
 
 @pytest.fixture
@@ -145,30 +165,32 @@ def cut_off(nodes: Cluster) -> None:
 def test_what_a_lost_worker_was_at_runs_again_and_the_sweep_ends_by_itself(
     nodes: Cluster, sweep: Sweep, undisturbed: Sweep, fault: Callable[[Cluster], None]
 ) -> None:
-    process = sweep.start_on(nodes.head)
+    process = sweep.start_on(nodes.head, held=True)
     kept = sweep.wait_for_middle()
     fault(nodes)
     seconds = wait_until(lambda: bool(failures(sweep)))
     print(f"{fault.__name__}: {failures(sweep)} after {seconds:.1f} s")
     if fault is cut_off:
         nodes.hosts["one"].fix()
+    sweep.release()
     assert sweep.ends(process) == 0, sweep.log.read_text()
     assert_undisturbed(sweep, kept, undisturbed)
 
 
 def test_a_short_cut_loses_nothing(nodes: Cluster, sweep: Sweep, undisturbed: Sweep) -> None:
-    process = sweep.start_on(nodes.head)
+    process = sweep.start_on(nodes.head, held=True)
     kept = sweep.wait_for_middle()
     nodes.hosts["one"].cut()
     time.sleep(3)
     nodes.hosts["one"].fix()
+    sweep.release()
     assert sweep.ends(process) == 0, sweep.log.read_text()
     assert_undisturbed(sweep, kept, undisturbed)
     assert not (sweep.results / "set_aside").exists(), sweep.log.read_text()
 
 
 def test_a_killed_driver_is_followed_by_one_on_another_host(nodes: Cluster, sweep: Sweep, undisturbed: Sweep) -> None:
-    process = sweep.start_on(nodes.head)
+    process = sweep.start_on(nodes.head, held=True)
     sweep.wait_for_middle()
     [driver] = psutil.Process(process.pid).children()
     driver.kill()
@@ -177,6 +199,7 @@ def test_a_killed_driver_is_followed_by_one_on_another_host(nodes: Cluster, swee
     print(f"killed driver: its workers ended within {seconds:.1f} s")
     kept = sweep.done()
     assert len(kept) < RUNS
+    sweep.release()
     assert sweep.ends(sweep.start_on(nodes.hosts["two"])) == 0, sweep.log.read_text()
     assert f"running {RUNS - len(kept)} of {RUNS} trainings" in sweep.log.read_text()
     assert_undisturbed(sweep, kept, undisturbed)
@@ -185,7 +208,7 @@ def test_a_killed_driver_is_followed_by_one_on_another_host(nodes: Cluster, swee
 def test_a_sweep_goes_on_after_its_head_was_killed_and_started_again(
     nodes: Cluster, sweep: Sweep, undisturbed: Sweep
 ) -> None:
-    process = sweep.start_on(nodes.head)
+    process = sweep.start_on(nodes.head, held=True)
     sweep.wait_for_middle()
     nodes.head.kill()
     assert process.returncode not in (0, None)
@@ -194,6 +217,7 @@ def test_a_sweep_goes_on_after_its_head_was_killed_and_started_again(
     print(f"killed head: Ray ended on the other hosts after {seconds:.1f} s")
     kept = sweep.done()
     assert len(kept) < RUNS
+    sweep.release()
 
     nodes.head.boot()
     for name in nodes.hosts:
@@ -242,7 +266,7 @@ def test_a_worker_that_hangs_is_ended_and_says_where(sweep: Sweep, undisturbed: 
             (marks / run_id).touch()
     script = tmp_path / "hanging.py"
     script.write_text(HANGING.replace("MARKS", repr(str(marks))))
-    command = [sys.executable, str(script), *sweep.command[3:], "--hang-seconds", "10"]
+    command = [sys.executable, str(script), *sweep.arguments, "--hang-seconds", "10"]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_SECONDS)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert_undisturbed(sweep, {}, undisturbed)
@@ -300,10 +324,11 @@ def test_what_is_done_outlives_a_disk_that_breaks_in_the_next_moment(breaking_di
 def test_a_disk_that_turns_read_only_stops_the_sweep_and_the_rest_runs_once_it_is_mended(
     llama: Path, breaking_disk: Path, undisturbed: Sweep, tmp_path: Path
 ) -> None:
-    sweep = Sweep(llama, breaking_disk / "results")
-    process = subprocess.Popen(sweep.command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    sweep = Sweep(llama, breaking_disk / "results", tmp_path)
+    process = subprocess.Popen(sweep.held_command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     kept = sweep.wait_for_middle()
     break_disk(breaking_disk)
+    sweep.release()
     started = time.monotonic()
     out, err = process.communicate(timeout=PATIENCE_SECONDS)
     print(f"read-only disk: the sweep ended after {time.monotonic() - started:.1f} s")

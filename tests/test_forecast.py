@@ -140,6 +140,7 @@ def test_a_pilot_without_a_dry_run_is_refused(capsys: pytest.CaptureFixture[str]
     assert "--pilot runs a few cells for a forecast, so it goes with --dry-run" in capsys.readouterr().err
 
 
+@pytest.mark.xdist_group("machine")
 def test_a_pilot_runs_one_cell_of_each_kind_and_wastes_none(llama: Path, tmp_path: Path) -> None:
     command = ["sweep", "smoke", "--models", str(llama), "--tasks", "boolq", "--results-dir", str(tmp_path), "--json"]
     ended = subprocess.run(

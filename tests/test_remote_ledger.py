@@ -9,7 +9,7 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import Any
 import psutil
 import pytest
 from factories import done_record, finished, make_run, tiny_run, write_run
+from patience import held_sweep
 from ray_head import PATIENCE_SECONDS, Head, blind_node, ray_head, wait_until
 
 from trainables import remote_ledger
@@ -35,6 +36,8 @@ from tune_sparse.errors import InputError
 from tune_sparse.ledger.lease import FolderLease
 from tune_sparse.ledger.ledger import Ledger
 from tune_sparse.sweep.driver import gathered
+
+pytestmark = pytest.mark.xdist_group("machine")
 
 RUN = make_run()
 
@@ -128,16 +131,6 @@ def test_what_a_killed_process_left_on_its_node_goes_and_a_living_ones_stays(tmp
         mine = own_folder(tmp_path)
         assert sorted(tmp_path.glob("workers/*")) == sorted([mine, other])
         living.communicate(b"\n")
-
-
-@pytest.fixture(scope="module")
-def local_ray() -> Iterator[None]:
-    import ray
-
-    quiet = {"include_dashboard": False, "log_to_driver": False, "configure_logging": False}
-    ray.init(address="local", num_cpus=1, resources={CS3: 1}, **quiet)
-    yield
-    ray.shutdown()
 
 
 @pytest.fixture
@@ -237,7 +230,7 @@ class TestRefusal:
 
     def test_nodes_that_matter_must_see_the_folder(self, lease: FolderLease, local_ray: None, tmp_path: Path) -> None:
         check_visible(lease.path.parent, lease.token, "a search needs", lambda resources: True)
-        check_visible(tmp_path / "elsewhere", lease.token, "a search needs", lambda resources: "GPU" in resources)
+        check_visible(tmp_path / "elsewhere", lease.token, "a search needs", lambda resources: "TPU" in resources)
         with pytest.raises(InputError, match=r"a search needs a results folder that all its nodes see, .+ is not"):
             check_visible(tmp_path / "elsewhere", lease.token, "a search needs", lambda resources: CS3 in resources)
 
@@ -255,6 +248,9 @@ class TestRefusal:
             raise AssertionError("it began")
 
 
+TUNE_SPARSE = (sys.executable, "-m", "tune_sparse")
+
+
 @dataclass
 class Site:
     """A cluster whose second node does not see the results folder."""
@@ -265,8 +261,8 @@ class Site:
     """of the second node"""
     sweep: list[str]
 
-    def start(self, *arguments: str) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "tune_sparse", *self.sweep, "--results-dir", str(self.results), *arguments]
+    def start(self, *arguments: str, program: Sequence[str] = TUNE_SPARSE) -> subprocess.Popen[str]:
+        command = [*program, *self.sweep, "--results-dir", str(self.results), *arguments]
         environment = self.head.driver_environment
         return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
@@ -285,7 +281,7 @@ class Site:
         return list(self.cache.glob("remote/*/workers/*/runs/[!.]*"))
 
 
-FEW = ["--tasks", "boolq", "--methods", "random"]
+FEW = ["--no-report", "--tasks", "boolq", "--methods", "random"]
 
 
 @pytest.fixture(params=[0])
@@ -322,9 +318,7 @@ class TestCluster:
         status, printed = site.run()
         assert status == 0, printed
         shared = tmp_path / "shared"
-        alone = subprocess.run(
-            [sys.executable, "-m", "tune_sparse", *site.sweep, "--results-dir", shared], capture_output=True, text=True
-        )
+        alone = subprocess.run([*TUNE_SPARSE, *site.sweep, "--results-dir", shared], capture_output=True, text=True)
         assert alone.returncode == 0, alone.stdout + alone.stderr
         assert len(records(shared)) == 3
         assert records(site.results) == records(shared)
@@ -334,13 +328,15 @@ class TestCluster:
 
     @pytest.mark.parametrize("who", ["worker", "driver"])
     def test_what_is_killed_while_a_run_is_sent_leaves_nothing_and_the_run_runs_again(
-        self, site: Site, who: str
+        self, site: Site, who: str, tmp_path: Path
     ) -> None:
-        few = ["--sparsities", "0.5", "--set", "steps=300"]
-        process = site.start(*few)
+        few, hold = ["--sparsities", "0.5", "--set", "steps=300"], tmp_path / "hold"
+        hold.touch()
+        process = site.start(*few, program=held_sweep(hold, 0))
         wait_until(lambda: len(site.training()) == 2)  # they ask no more until they send
         [server] = processes("LedgerServer")
         server.suspend()
+        hold.unlink()
         wait_until(lambda: len(site.sending()) == 2)
         assert records(site.results) == {}
         assert len(list((site.results / "runs").glob(".*.partial"))) == 2

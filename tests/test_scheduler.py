@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
 from hypothesis import given
 from hypothesis import strategies as st
 from ray import tune
@@ -177,17 +176,14 @@ def sleeping() -> type[tune.Trainable]:
     return Sleep
 
 
-def test_tune_keeps_both_kinds_busy_though_all_cells_of_one_come_first(tmp_path: Path) -> None:
+@pytest.mark.xdist_group("machine")
+def test_tune_keeps_both_kinds_busy_though_all_cells_of_one_come_first(tmp_path: Path, local_ray: None) -> None:
     place = {"folder": str(tmp_path)}
     queues = {
         "cerebras": [trial | place for trial in trials("cs3", 24, {"CS3_TRIAL": 1})],
         "torch": [trial | place for trial in trials("gpu", 12, {"GPU": 1})],
     }
-    ray.init(address="local", num_cpus=2, num_gpus=1, resources={"CS3_TRIAL": 1}, include_dashboard=False)
-    try:
-        run_trials(sleeping(), ResourceQueue(queues, dict, capacity), tune.Callback())
-    finally:
-        ray.shutdown()
+    run_trials(sleeping(), ResourceQueue(queues, dict, capacity), tune.Callback())
     spans = {path.name: tuple(map(float, path.read_text().split())) for path in tmp_path.iterdir()}
     assert len(spans) == 36
     assert len({pid for *_, pid in spans.values()}) <= 6, "workers stay warm"

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from patience import held_sweep
 from ray_head import Head, ray_head, wait_until
 
 from tune_sparse.ledger.ledger import Ledger
@@ -39,8 +40,9 @@ def test_a_submitted_sweep_that_is_stopped_and_submitted_again_ends_as_an_undist
     assert any("24 cells: 24 done" in line for line in lines)
     assert not any("\r" in line or "\x1b[2K" in line for line in lines)
 
-    again = [*sweep, "--results-dir", str(stopped)]
-    sent = head.submit(again, "--no-wait", "--submission-id", "first")
+    again, hold = [*sweep, "--no-report", "--results-dir", str(stopped)], tmp_path / "hold"
+    hold.touch()
+    sent = head.submit(again, "--no-wait", "--submission-id", "first", program=held_sweep(hold, 3))
     assert sent.returncode == 0, sent.stdout + sent.stderr
     wait_until(lambda: len(metrics_in(stopped)) >= 3)
     assert head.ray("stop", "first").returncode == 0

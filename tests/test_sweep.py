@@ -5,29 +5,34 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
 import torch
 from mlflow import MlflowClient
+from patience import held_sweep
 from safetensors.torch import load_file, save_file
 
 from analysis.read.load import cells_table
+from tune_sparse.cli import main
 from tune_sparse.files import read_json
 from tune_sparse.ledger.ledger import Ledger
 from tune_sparse.tracking.entries import RUN_TAG, SWEEP_TAG
 from tune_sparse.tracking.sync import EXPERIMENT, default_uri
 
+pytestmark = pytest.mark.xdist_group("machine")
+
 PATIENCE_SECONDS = 240
+FEW = ["steps=12", "eval_every=6", "n_selection=16", "n_test=40"]
 
 
 @dataclass
@@ -37,28 +42,32 @@ class Driver:
     arguments: list[str]
     results: Path
 
-    def start(self) -> subprocess.Popen[str]:
-        command = [
-            sys.executable,
-            "-m",
-            "tune_sparse",
-            "sweep",
-            *self.arguments,
-            "--results-dir",
-            str(self.results),
-        ]
+    def start(self, program: Sequence[str] = (sys.executable, "-m", "tune_sparse")) -> subprocess.Popen[str]:
+        command = [*program, "sweep", *self.arguments, "--results-dir", str(self.results)]
         return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    def start_held(self, done: int) -> subprocess.Popen[str]:
+        """Its runs wait in their midst once so many are done, until `release`."""
+        self.hold.touch()
+        return self.start(held_sweep(self.hold, done))
+
+    @property
+    def hold(self) -> Path:
+        return self.results.with_name("hold")
+
+    def release(self) -> None:
+        self.hold.unlink()
+
+    def is_in_the_midst(self, done: int) -> bool:
+        """Whether so many runs are done and two train."""
+        training = [path for path in self.results.glob("runs/.*/metrics.jsonl") if path.stat().st_size]
+        return len(self.done()) >= done and len(training) == 2
 
     def run(self) -> tuple[int, str]:
         """Exit status, and everything that was printed."""
         process = self.start()
         out, err = process.communicate(timeout=PATIENCE_SECONDS)
         return process.returncode, out + err
-
-    def dry_run(self) -> dict[str, Any]:
-        status, printed = self.run()
-        assert status == 0, printed
-        return json.loads(printed)
 
     @property
     def ledger(self) -> Ledger:
@@ -77,8 +86,8 @@ class Driver:
 
 @pytest.fixture(scope="module")
 def smoke(llama: Path) -> list[str]:
-    """The smoke sweep, on a model that needs no minutes of base training."""
-    return ["smoke", "--models", str(llama)]
+    """The smoke sweep, of few steps and examples, on a model that needs no minutes of base training."""
+    return ["smoke", "--models", str(llama), "--no-report", "--set", *FEW]
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +97,15 @@ def finished(smoke: list[str], tmp_path_factory: pytest.TempPathFactory) -> Driv
     status, printed = driver.run()
     assert status == 0, printed
     return driver
+
+
+@pytest.fixture
+def results(tmp_path: Path, empty_store: Path) -> Path:
+    """A results folder in which MLflow's database is made already, which takes a sweep seconds."""
+    folder = tmp_path / "results"
+    folder.mkdir()
+    shutil.copy(empty_store, folder)
+    return folder
 
 
 def compute_metrics(driver: Driver) -> dict[str, dict[str, object]]:
@@ -165,18 +183,20 @@ def test_mlflow_has_each_training_once(finished: Driver) -> None:
     assert tracked(finished) == sorted(finished.done())
 
 
-def test_the_same_command_again_runs_nothing(finished: Driver) -> None:
+def test_the_same_sweep_again_runs_nothing_and_writes_the_report_that_was_not_wanted(finished: Driver) -> None:
     before = {run_id: finished.ledger.record(run_id) for run_id in finished.done()}
-    status, printed = finished.run()
+    assert not (finished.results / "analysis").exists()
+    status, printed = Driver([part for part in finished.arguments if part != "--no-report"], finished.results).run()
     assert status == 0, printed
+    assert (finished.results / "analysis" / "findings.md").is_file()
     assert "0 trainings in" in printed
     assert before == {run_id: finished.ledger.record(run_id) for run_id in finished.done()}
 
 
 @pytest.mark.slow
-def test_one_worker_and_another_order_give_the_same_bits(finished: Driver, llama: Path, tmp_path: Path) -> None:
+def test_one_worker_and_another_order_give_the_same_bits(finished: Driver, results: Path) -> None:
     reversed_axes = ["--methods", "random", "structured", "--tasks", "gsm8k", "--workers", "1"]
-    other = Driver(["smoke", "--models", str(llama), *reversed_axes], tmp_path / "results")
+    other = Driver([*finished.arguments, *reversed_axes], results)
     status, printed = other.run()
     assert status == 0, printed
     expected = compute_metrics(finished)
@@ -185,12 +205,13 @@ def test_one_worker_and_another_order_give_the_same_bits(finished: Driver, llama
     assert found == {run_id: expected[run_id] for run_id in found}
 
 
-def test_a_killed_sweep_resumes_with_what_was_missing(finished: Driver, smoke: list[str], tmp_path: Path) -> None:
-    driver = Driver(smoke, tmp_path / "results")
-    process = driver.start()
-    driver.wait_until(lambda: len(driver.done()) >= 5)
+def test_a_killed_sweep_resumes_with_what_was_missing(finished: Driver, smoke: list[str], results: Path) -> None:
+    driver = Driver(smoke, results)
+    process = driver.start_held(5)
+    driver.wait_until(lambda: driver.is_in_the_midst(5))
     process.send_signal(signal.SIGKILL)
     process.communicate()
+    driver.release()
     time.sleep(3)  # workers that outlive the driver may still finish the run they were at
     kept = {run_id: (driver.ledger.run_folder(run_id) / "result.json").stat().st_mtime_ns for run_id in driver.done()}
     assert 5 <= len(kept) < 14
@@ -209,13 +230,13 @@ def test_a_killed_sweep_resumes_with_what_was_missing(finished: Driver, smoke: l
     assert not list(driver.results.glob("*/.*.partial"))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_stops_cleanly_and_the_rest_runs_next_time(
-    smoke: list[str], tmp_path: Path, number: signal.Signals
+    smoke: list[str], results: Path, number: signal.Signals, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    driver = Driver([*smoke, "--set", "steps=5000"], tmp_path / "results")
-    process = driver.start()
-    driver.wait_until(lambda: len(list(driver.results.glob("runs/.*/metrics.jsonl"))) == 2)
+    driver = Driver(smoke, results)
+    process = driver.start_held(0)
+    driver.wait_until(lambda: driver.is_in_the_midst(0))
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 1, out + err
@@ -225,30 +246,35 @@ def test_a_signal_stops_cleanly_and_the_rest_runs_next_time(
     assert not (driver.results / "lease.json").exists()
     statuses = cells_table([driver.results]).drop_duplicates("run_id")["status"]
     assert sorted(statuses) == ["interrupted"] * 2 + ["missing"] * 12
-    assert len(Driver([*driver.arguments, "--dry-run", "--json"], driver.results).dry_run()["missing"]) == 14
+    assert main(["sweep", *smoke, "--results-dir", str(driver.results), "--dry-run", "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["missing"]) == 14
 
 
-def test_a_killed_worker_costs_one_retry(smoke: list[str], tmp_path: Path) -> None:
-    driver = Driver([*smoke, "--tasks", "boolq", "--methods", "random"], tmp_path / "results")
-    process = driver.start()
-    driver.wait_until(lambda: len(driver.done()) >= 1)
+@pytest.mark.slow
+def test_a_killed_worker_costs_one_retry(smoke: list[str], results: Path) -> None:
+    driver = Driver([*smoke, "--tasks", "boolq", "--methods", "random"], results)
+    process = driver.start_held(1)
+    driver.wait_until(lambda: driver.is_in_the_midst(1))
     [worker, *_] = [p for p in psutil.Process(process.pid).children(recursive=True) if _is_training(p)]
     worker.kill()
+    driver.release()
     out, err = process.communicate(timeout=PATIENCE_SECONDS)
     assert process.returncode == 0, out + err
     assert set(cells_table([driver.results])["status"]) == {"done"}
 
 
+@pytest.mark.slow
 def test_a_full_disk_stops_the_sweep_with_its_reason_and_the_rest_runs_next_time(
     smoke: list[str], small_disk: Path
 ) -> None:
     driver = Driver([*smoke, "--tasks", "boolq", "--methods", "random", "unstructured"], small_disk / "results")
-    process = driver.start()
-    driver.wait_until(lambda: len(driver.done()) >= 1)
+    process = driver.start_held(1)
+    driver.wait_until(lambda: driver.is_in_the_midst(1))
     ballast = small_disk / "ballast"
     with suppress(OSError), ballast.open("wb", buffering=0) as stream:
         while True:
             stream.write(bytes(1 << 16))
+    driver.release()
     out, err = process.communicate(timeout=PATIENCE_SECONDS)
     assert process.returncode == 1, out + err
     assert "No space left on device" in err.splitlines()[-1]
@@ -269,7 +295,7 @@ def _is_training(process: psutil.Process) -> bool:
         return False
 
 
-def test_a_cell_whose_loss_is_not_finite_fails_alone(llama: Path, tmp_path: Path) -> None:
+def test_a_cell_whose_loss_is_not_finite_fails_alone(llama: Path, tmp_path: Path, results: Path) -> None:
     """One weight is so large that the model overflows wherever the mask keeps it: magnitude always, random not."""
     model = tmp_path / "overflowing"
     model.mkdir()
@@ -281,7 +307,7 @@ def test_a_cell_whose_loss_is_not_finite_fails_alone(llama: Path, tmp_path: Path
     save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
 
     few = ["--tasks", "boolq", "--methods", "unstructured", "random", "--sparsities", "0.5", "--set", "steps=3"]
-    driver = Driver(["smoke", "--models", str(model), *few], tmp_path / "results")
+    driver = Driver(["smoke", "--models", str(model), "--no-report", *few], results)
     status, printed = driver.run()
 
     assert status == 1

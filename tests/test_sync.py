@@ -32,6 +32,8 @@ from tune_sparse.tracking.sync import (
     tracking_uri,
 )
 
+pytestmark = pytest.mark.xdist_group("machine")
+
 DONE = make_run(make_cell(seed=0))
 FAILED = make_run(make_cell(seed=1))
 MISSING = make_run(make_cell(seed=2))

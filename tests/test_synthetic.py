@@ -289,6 +289,7 @@ def test_of_two_trainings_at_once_the_first_saved_stays(cache: Path, monkeypatch
     assert list((cache / "models").iterdir()) == [folder]
 
 
+@pytest.mark.slow
 def test_missing_models_are_trained_side_by_side(cache: Path) -> None:
     lines: list[str] = []
     folders = train_toy_models(TOY_MODELS, lines.append, steps=1)

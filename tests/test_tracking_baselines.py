@@ -27,6 +27,8 @@ from tune_sparse.tracking.baselines import (
 from tune_sparse.tracking.entries import RUN_TAG
 from tune_sparse.tracking.sync import EXPERIMENT, default_uri, every_run, track_ledger
 
+pytestmark = pytest.mark.xdist_group("machine")
+
 ROWS = [
     published(model="tiny", task="boolq"),
     published(model="llama-7b", tuning="SQFT + SparsePEFT", kind="restated"),

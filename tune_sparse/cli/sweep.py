@@ -7,6 +7,7 @@ import json
 import logging
 import sys
 from dataclasses import asdict, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from search_spaces.matrix import PRESETS
@@ -29,6 +30,9 @@ def declare(commands: Any) -> None:
         "--pilot", action="store_true", help="with --dry-run: first run one cell of what has none measured"
     )
     sweep.add_argument("--retry-failed", action="store_true", help="also run what failed for good")
+    sweep.add_argument(
+        "--no-report", action="store_true", help="end without audit, tables and figures; `report` writes them later"
+    )
     sweep.add_argument("--json", action="store_true", help="print the outcome as JSON")
 
 
@@ -53,20 +57,27 @@ def _sweep(chosen: argparse.Namespace) -> int:
 
     if "cerebras" in config.backends and config.cerebras.cerebras_target == "validate":
         return _lower(prepare(config, report=print), chosen)
-    from analysis.report.report import write_report
     from tune_sparse.sweep.driver import run_sweep
 
     result = run_sweep(prepare(config), chosen.retry_failed)
     # Skip the report of an interrupted sweep: the user is waiting, or the disk is full.
-    report = None if result.stopped else write_report([config.results_dir], [result.plan.record.sweep_id])
-    errors = report.errors if report else 0
+    unwanted = result.stopped or chosen.no_report
+    errors, lines = (None, []) if unwanted else _write_report(config.results_dir, result.plan.record.sweep_id)
     if chosen.json:
         names = ("ran", "done", "failed", "left", "stopped", "seconds", "utilisation")
         print(json.dumps({name: getattr(result, name) for name in names} | {"errors": errors}))
     else:
-        print("\n".join(report.lines if report else ()))
+        print("\n".join(lines))
         _print_result(result)
     return OK if result.is_complete and not errors else FAULT
+
+
+def _write_report(results_dir: Path, sweep_id: str) -> tuple[int, list[str]]:
+    """Write the report; returns the errors that its audit found, and the lines to print."""
+    from analysis.report.report import write_report
+
+    report = write_report([results_dir], [sweep_id])
+    return report.errors, list(report.lines)
 
 
 def _print_result(result: SweepResult) -> None:
