@@ -70,12 +70,12 @@ def stream_of(run: Run) -> str:
 
 
 def outcomes_of(run: Run, accuracy: float, salt: str = "", answers: Mapping[str, str] | None = None) -> list[Outcome]:
-    """Outcomes on the run's test rows, drawn by the run or `salt`: right with probability `accuracy`, or `answers`."""
+    """Outcomes on the run's test examples, drawn by the run or `salt`: `answers`, or right with this probability."""
     rng, task = random.Random(salt or stream_of(run)), TASKS[run.cell.task]
     assert isinstance(task, PromptTask)
     found = []
-    for row in splits(run.protocol, run.cell.task).test:
-        name, gold = task.question_id(row), str(task.gold(row))
+    for example in splits(run.protocol, run.cell.task).test:
+        name, gold = task.question_id(example), str(task.gold(example))
         right = rng.random() < accuracy
         predicted = answers[name] if answers else (gold if right else str(1 - int(gold)))
         likelihoods = (-rng.random(), -1 - rng.random())
@@ -118,7 +118,7 @@ def write_sound(
     }
     if cell.mode == "sparse-to-dense":
         recorded["update_removed_fraction"] = 0.25
-    measured = {"trial_seconds": 3.0, "train_seconds": 2.0, "train_samples_per_second": 128.0}
+    measured = {"trial_seconds": 3.0, "train_seconds": 2.0, "train_examples_per_second": 128.0}
     measured |= {"peak_memory_bytes": 2**20, "train_tokens_per_second": 4096.0}
     environment = {"hardware": "abacus", "host": "here", "packages": {"torch": "2.13"}, "git_sha": "c" * 40}
     record = Record(run.run_id, run.identity, "done", recorded | metrics, measured, environment)

@@ -240,7 +240,7 @@ def test_equal_scores_of_different_settings_are_twins(ledger: Ledger) -> None:
     assert "differ in mode, and to the last bit not in their scores" in said(ledger)
 
 
-def test_equal_losses_under_another_limit_of_test_rows_are_no_twins(ledger: Ledger) -> None:
+def test_equal_losses_under_another_limit_of_test_examples_are_no_twins(ledger: Ledger) -> None:
     run = sound_run(A_CELL, replace(PROTOCOL, n_test=390))
     write_sound(ledger, run)
     shutil.copy(folder_of(ledger) / "metrics.jsonl", folder_of(ledger, run))
@@ -333,10 +333,10 @@ def test_a_broken_sweep_record_is_listed(ledger: Ledger) -> None:
     assert [finding.rule for finding in audited(ledger).findings] == ["unreadable"]
 
 
-def test_rows_that_are_gone_are_a_warning(tmp_path: Path) -> None:
+def test_examples_that_are_gone_are_a_warning(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path / "results")
-    write_sound(ledger, replace(A_RUN, data_dir="/no/such/rows"))
-    assert "the rows of boolq are not here any more (/no/such/rows)" in said(ledger)
+    write_sound(ledger, replace(A_RUN, data_dir="/no/such/data"))
+    assert "the examples of boolq are no longer here (/no/such/data)" in said(ledger)
 
 
 def test_warnings_mark_a_run(ledger: Ledger) -> None:

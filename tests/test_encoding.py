@@ -1,4 +1,4 @@
-"""Rows, prompts and texts as a model's tokens (tune_sparse.data.splits)."""
+"""Examples, prompts and texts as a model's tokens (tune_sparse.data.splits)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from factories import boolq_rows, prompt_task
+from factories import boolq_examples, prompt_task
 from transformers import PreTrainedTokenizerBase
 
 from tune_sparse.data.splits import (
@@ -66,15 +66,17 @@ def test_a_text_longer_than_the_model_warns_of_nothing(tokenizer: PreTrainedToke
 
 
 def test_a_text_is_learned_in_windows_and_a_prompt_with_its_answer(tokenizer: PreTrainedTokenizerBase) -> None:
-    row = {"text": LONG_TEXT}
-    assert encode_training(tokenizer, TASKS["wikitext2"], [row], 32, 3) == encode_windows(tokenizer, LONG_TEXT, 32, 3)
-    rows = boolq_rows(3)
-    pairs = [prompt_pair(row) for row in rows]
-    assert encode_training(tokenizer, prompt_task("boolq"), rows, 64, 1) == encode_answers(tokenizer, pairs, 64)
+    example = {"text": LONG_TEXT}
+    assert encode_training(tokenizer, TASKS["wikitext2"], [example], 32, 3) == encode_windows(
+        tokenizer, LONG_TEXT, 32, 3
+    )
+    examples = boolq_examples(3)
+    pairs = [prompt_pair(example) for example in examples]
+    assert encode_training(tokenizer, prompt_task("boolq"), examples, 64, 1) == encode_answers(tokenizer, pairs, 64)
 
 
-def prompt_pair(row: Any) -> tuple[str, str]:
-    return prompt_task("boolq").training_pair(row)
+def prompt_pair(example: Any) -> tuple[str, str]:
+    return prompt_task("boolq").training_pair(example)
 
 
 # Pairs and prompts.

@@ -42,7 +42,7 @@ OTHER: dict[str, Any] = {
 
 @pytest.fixture
 def splits(tmp_path: Path) -> Splits:
-    return load_splits(BOOLQ, write_boolq(tmp_path / "rows", validation=12), PROTOCOL)
+    return load_splits(BOOLQ, write_boolq(tmp_path / "data", validation=12), PROTOCOL)
 
 
 @pytest.fixture
@@ -78,7 +78,7 @@ def test_each_setting_is_a_scoring_of_its_own(setting: str, splits: Splits) -> N
     assert key(splits, replace(PROTOCOL, **{setting: OTHER[setting]})).name != key(splits).name
 
 
-def test_weights_rows_and_evaluators_are_told_apart(splits: Splits) -> None:
+def test_weights_examples_and_evaluators_are_told_apart(splits: Splits) -> None:
     names = {key(splits).name, key(splits, fingerprint="g").name, key(splits, evaluator="lm-eval").name}
     assert len(names | {key(replace(splits, test=splits.test[:3])).name}) == 4
 

@@ -98,10 +98,10 @@ def test_every_example_has_its_line_and_the_readme_leads_to_them() -> None:
 
 @pytest.fixture
 def python_of_the_readme(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The README's Python, in a folder that has the checkpoint and the rows that it names."""
+    """The README's Python, in a folder that has the checkpoint and the examples that it names."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(llama, "my-llama")
-    write_boolq(Path("rows"), train=300, validation=10)
+    write_boolq(Path("data"), train=300, validation=10)
     [code] = re.findall(r"^ *```python\n(.+?)^ *```", README, re.MULTILINE | re.DOTALL)
     return textwrap.dedent(code)
 

@@ -31,11 +31,11 @@ def ledger(tmp_path_factory: pytest.TempPathFactory) -> Ledger:
     ledger = sound_ledger(tmp_path_factory.mktemp("results"))
     [sweep] = ledger.sweeps()
     points = [
-        {"batch_size": size, "train_samples_per_second": 10.0 * size, "train_tokens_per_second": 100.0 * size}
+        {"batch_size": size, "train_examples_per_second": 10.0 * size, "train_tokens_per_second": 100.0 * size}
         | {"peak_memory_bytes": None}
         for size in (1, 2, 4)
     ]
-    points.append({"batch_size": 8, "train_samples_per_second": None, "train_tokens_per_second": None})
+    points.append({"batch_size": 8, "train_examples_per_second": None, "train_tokens_per_second": None})
     (ledger.folder / "throughput").mkdir()
     run_id = sweep.cells[-1]["run_id"]
     write_json(ledger.folder / "throughput" / "one.json", {"run_id": run_id, "by_batch_size": points})

@@ -244,7 +244,7 @@ def test_nothing_finished_says_nothing(apart: Ledger) -> None:
 
 
 def test_what_was_not_measured_is_unknown(apart: Ledger) -> None:
-    cells = cells_table([apart.folder]).query("model == 'tiny'").assign(train_samples_per_second=float("nan"))
+    cells = cells_table([apart.folder]).query("model == 'tiny'").assign(train_examples_per_second=float("nan"))
     claims, _ = make_claims(Points(cells, points_of(apart).predictions))
     [cost] = [claim for claim in claims if claim.about == "cost on torch"]
     assert cost.numbers["rate0"].value is None

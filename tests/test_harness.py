@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tune_sparse.config import Protocol
 from tune_sparse.data.splits import Encoded, load_splits
 from tune_sparse.data.synthetic import SYNTHETIC_TASKS
-from tune_sparse.data.task_types import AnswerTask, ChoiceTask, PromptTask, Row
+from tune_sparse.data.task_types import AnswerTask, ChoiceTask, Example, PromptTask
 from tune_sparse.data.tasks import TASKS
 from tune_sparse.errors import InputError
 from tune_sparse.evaluation import harness, scoring
@@ -60,17 +60,20 @@ def mistral_lent(mistral: Path) -> Lent:
 
 
 def asked_by_the_harness(samples: Sequence[dict[str, Any]], count: int) -> list[list[tuple[str, str]]]:
-    """(context, continuation) of each choice of each row; (prompt, "") where an answer is generated."""
-    by_row = {sample["doc_id"]: sample["arguments"] for sample in samples}
-    return [[(text, rest if isinstance(rest, str) else "") for text, rest in by_row[i]] for i in range(count)]
+    """(context, continuation) of each choice of each example; (prompt, "") where an answer is generated."""
+    by_example = {sample["doc_id"]: sample["arguments"] for sample in samples}
+    return [[(text, rest if isinstance(rest, str) else "") for text, rest in by_example[i]] for i in range(count)]
 
 
 def asked_by_us(
-    task: PromptTask, rows: Sequence[Row], examples: Sequence[Row], protocol: Protocol
+    task: PromptTask, examples: Sequence[Example], shots: Sequence[Example], protocol: Protocol
 ) -> list[list[tuple[str, str]]]:
-    prefixes = few_shot_prefixes(task, rows, examples, protocol.num_fewshot)
-    pairs = [task.pairs(row) if isinstance(task, ChoiceTask) else [(task.training_pair(row)[0], "")] for row in rows]
-    return [[(prefix + text, rest) for text, rest in row] for row, prefix in zip(pairs, prefixes, strict=True)]
+    prefixes = few_shot_prefixes(task, examples, shots, protocol.num_fewshot)
+    pairs = [
+        task.pairs(example) if isinstance(task, ChoiceTask) else [(task.training_pair(example)[0], "")]
+        for example in examples
+    ]
+    return [[(prefix + text, rest) for text, rest in example] for example, prefix in zip(pairs, prefixes, strict=True)]
 
 
 def verdict(outcome: Outcome) -> Outcome:
@@ -84,15 +87,15 @@ def assert_agreement(
 ) -> tuple[Outcome, ...]:
     """Of prompts, continuations, log-likelihoods and verdicts; returns our outcomes."""
     task, splits = prompt_task(name), load_splits(TASKS[name], data_dir, protocol)
-    rows, examples = splits.test, splits.examples
-    samples = harness_samples(*lent, task, rows, examples, protocol)
-    assert asked_by_the_harness(samples, len(rows)) == asked_by_us(task, rows, examples, protocol)
+    examples, shots = splits.test, splits.shots
+    samples = harness_samples(*lent, task, examples, shots, protocol)
+    assert asked_by_the_harness(samples, len(examples)) == asked_by_us(task, examples, shots, protocol)
     if isinstance(task, AnswerTask):
         assert {tuple(settings["until"]) for s in samples for _, settings in s["arguments"]} == {task.until}
     monkeypatch.setattr(harness, "harness_samples", lambda *_: samples)
-    theirs = harness_outcomes(*lent, task, rows, examples, protocol)
-    ours = score(*lent, [encode_test(lent[1], task, rows, protocol, examples)], protocol).outcomes
-    assert len(ours) == len(theirs) == len(rows) == protocol.n_test
+    theirs = harness_outcomes(*lent, task, examples, shots, protocol)
+    ours = score(*lent, [encode_test(lent[1], task, examples, protocol, shots)], protocol).outcomes
+    assert len(ours) == len(theirs) == len(examples) == protocol.n_test
     for our, their in zip(ours, theirs, strict=True):
         assert our.log_likelihoods == pytest.approx(their.log_likelihoods, abs=TOLERANCE)
         assert verdict(our) == verdict(their)
@@ -101,24 +104,24 @@ def assert_agreement(
 
 @pytest.mark.parametrize("num_fewshot", [0, 2])
 @pytest.mark.parametrize("name", TASK_FILES)
-def test_real_rows_are_asked_and_judged_alike(
-    name: str, num_fewshot: int, llama_lent: Lent, real_rows: Path, monkeypatch: pytest.MonkeyPatch
+def test_real_examples_are_asked_and_judged_alike(
+    name: str, num_fewshot: int, llama_lent: Lent, real_examples: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert_agreement(llama_lent, name, real_rows, replace(PROTOCOL, num_fewshot=num_fewshot), monkeypatch)
+    assert_agreement(llama_lent, name, real_examples, replace(PROTOCOL, num_fewshot=num_fewshot), monkeypatch)
 
 
 @pytest.mark.parametrize("name", ["hellaswag", "winogrande", "gsm8k"])
-def test_real_rows_are_judged_alike_with_a_sliding_window(
-    name: str, mistral_lent: Lent, real_rows: Path, monkeypatch: pytest.MonkeyPatch
+def test_real_examples_are_judged_alike_with_a_sliding_window(
+    name: str, mistral_lent: Lent, real_examples: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert_agreement(mistral_lent, name, real_rows, replace(PROTOCOL, num_fewshot=1), monkeypatch)
+    assert_agreement(mistral_lent, name, real_examples, replace(PROTOCOL, num_fewshot=1), monkeypatch)
 
 
 def test_gsm8k_is_asked_with_its_own_number_of_shots(
-    llama_lent: Lent, real_rows: Path, monkeypatch: pytest.MonkeyPatch
+    llama_lent: Lent, real_examples: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     protocol = replace(PROTOCOL, num_fewshot=TASKS["gsm8k"].num_fewshot, max_tokens=2048, batch_tokens=8192, n_test=2)
-    assert_agreement(llama_lent, "gsm8k", real_rows, protocol, monkeypatch)
+    assert_agreement(llama_lent, "gsm8k", real_examples, protocol, monkeypatch)
 
 
 @pytest.mark.parametrize(("model", "num_fewshot"), [("llama_lent", 0), ("llama_lent", 2), ("mistral_lent", 2)])
@@ -152,15 +155,15 @@ def test_a_tokenizer_that_begins_texts_with_a_token_is_heeded_alike(
     )
     assert tokenizer("a")["input_ids"] == [1, *plain("a")["input_ids"]]
     begun = assert_agreement((model, tokenizer), name, None, PROTOCOL, monkeypatch)
-    rows = load_splits(TASKS[name], None, PROTOCOL).test
-    assert begun != score(model, plain, [encode_test(plain, TASKS[name], rows, PROTOCOL)], PROTOCOL).outcomes
+    examples = load_splits(TASKS[name], None, PROTOCOL).test
+    assert begun != score(model, plain, [encode_test(plain, TASKS[name], examples, PROTOCOL)], PROTOCOL).outcomes
 
 
 def test_answers_end_alike_at_the_end_of_text(llama_lent: Lent, monkeypatch: pytest.MonkeyPatch) -> None:
     """The end-of-text token is a word that the model writes in the middle of an answer."""
     model, plain = llama_lent
-    rows = load_splits(TASKS["gsm8k"], None, PROTOCOL).test
-    wholes = score(model, plain, [encode_test(plain, TASKS["gsm8k"], rows, PROTOCOL)], PROTOCOL).outcomes
+    examples = load_splits(TASKS["gsm8k"], None, PROTOCOL).test
+    wholes = score(model, plain, [encode_test(plain, TASKS["gsm8k"], examples, PROTOCOL)], PROTOCOL).outcomes
     ids = [token for outcome in wholes for token in plain(outcome.text)["input_ids"][2:]]
     tokenizer = copy.deepcopy(plain)
     tokenizer.eos_token = plain.convert_ids_to_tokens(next(i for i in ids if len(plain.decode(i)) > 4))
@@ -212,9 +215,9 @@ def test_answers_are_read_and_compared_alike(llama_lent: Lent, monkeypatch: pyte
 
     task = answer_task("gsm8k")
     cases = [(number, text) for number in NUMBERS for text in TEXTS]
-    rows = [{"question": f"{i}?", "answer": f"so\n#### {number}"} for i, (number, _) in enumerate(cases)]
+    examples = [{"question": f"{i}?", "answer": f"so\n#### {number}"} for i, (number, _) in enumerate(cases)]
     monkeypatch.setattr(HFLM, "generate_until", lambda self, requests, **_: [cases[r.doc_id][1] for r in requests])
-    theirs = harness_outcomes(*llama_lent, task, rows, (), PROTOCOL)
+    theirs = harness_outcomes(*llama_lent, task, examples, (), PROTOCOL)
     strict = [task.extract(text) for _, text in cases]
     assert [o.correct for o in theirs] == [
         found is not None and task.equal(found, number) for found, (number, _) in zip(strict, cases, strict=True)
@@ -236,14 +239,14 @@ def test_numbers_are_judged_alike(name: str, llama_lent: Lent, monkeypatch: pyte
     from lm_eval.models.huggingface import HFLM
 
     protocol = replace(PROTOCOL, n_test=100)
-    task, rows = prompt_task(name), load_splits(TASKS[name], None, protocol).test
-    tests = encode_test(llama_lent[1], task, rows, protocol)
+    task, examples = prompt_task(name), load_splits(TASKS[name], None, protocol).test
+    tests = encode_test(llama_lent[1], task, examples, protocol)
     rng = random.Random(name)
     values = [[-float(rng.randrange(15, 18)) for _ in example.encoded] for example in tests.examples]
     monkeypatch.setattr(
         HFLM, "loglikelihood", lambda self, requests, **_: [(values[r.doc_id][r.idx], False) for r in requests]
     )
-    theirs = harness_outcomes(*llama_lent, task, rows, (), protocol)
+    theirs = harness_outcomes(*llama_lent, task, examples, (), protocol)
     monkeypatch.setattr(scoring, "log_likelihoods", known(tests, values))
     ours = score(*llama_lent, [tests], protocol).outcomes
     assert [replace(our, truncated=None) for our in ours] == theirs
@@ -259,7 +262,7 @@ def known(tests: EvalSet, values: Sequence[Sequence[float]]) -> Any:
     return log_likelihoods
 
 
-# What the two say of a task without any row.
+# What the two say of a task without any example.
 
 
 @pytest.mark.parametrize("name", TASK_FILES)
@@ -308,8 +311,8 @@ def test_the_model_is_given_back_as_it_was(fails: bool, llama_lent: Lent, monkey
 
     monkeypatch.setattr(model.generation_config, "eos_token_id", 17)
     monkeypatch.setattr(lm_eval, "simple_evaluate", evaluated)
-    rows = load_splits(TASKS["boolq"], None, PROTOCOL).test
+    examples = load_splits(TASKS["boolq"], None, PROTOCOL).test
     with pytest.raises(RuntimeError, match="broke") if fails else nullcontext():
-        harness_samples(model, tokenizer, prompt_task("boolq"), rows, (), PROTOCOL)
+        harness_samples(model, tokenizer, prompt_task("boolq"), examples, (), PROTOCOL)
     assert seen == [tokenizer.eos_token_id]
     assert model.generation_config.eos_token_id == 17

@@ -201,7 +201,7 @@ def test_a_record_is_read_as_it_was_written(ledger: Ledger) -> None:
     "run",
     [
         make_run(),
-        make_run(data_dir="/rows", protocol=Protocol(learning_rate=1e-5, final_learning_rate=1e-6, n_selection=None)),
+        make_run(data_dir="/data", protocol=Protocol(learning_rate=1e-5, final_learning_rate=1e-6, n_selection=None)),
         make_run(make_cell(sparsity=0.1, model="123", seed=7)),
     ],
 )

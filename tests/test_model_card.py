@@ -45,7 +45,7 @@ def test_what_was_not_measured_is_said(tmp_path: Path) -> None:
     rows = rows_of(model_card(ORIGIN, REPORT, run, done_record(run, accuracy_before_tuning=None)))
     assert rows["accuracy before tuning"] == "not measured"
     assert rows["chance accuracy"] == "not measured"
-    assert rows["data"].startswith("training rows with the fields of google/boolq of the Hugging Face Hub")
+    assert rows["data"].startswith("training examples with the fields of google/boolq of the Hugging Face Hub")
 
 
 def test_the_card_of_an_adapter_alone_claims_no_accuracy() -> None:
@@ -56,7 +56,7 @@ def test_the_card_of_an_adapter_alone_claims_no_accuracy() -> None:
 
 def test_a_merged_run_has_its_card(llama: Path, tmp_path: Path) -> None:
     ledger = Ledger(tmp_path / "results")
-    run = tiny_run(llama, write_boolq(tmp_path / "rows"), n_train=8, n_test=4)
+    run = tiny_run(llama, write_boolq(tmp_path / "data"), n_train=8, n_test=4)
     record = finished(run, ledger)
     merge_run(ledger, run.run_id, tmp_path / "merged")
     rows = rows_of((tmp_path / "merged" / "README.md").read_text())

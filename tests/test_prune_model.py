@@ -32,14 +32,14 @@ from tune_sparse.pruning.prune_model import (
 from tune_sparse.pruning.streaming import open_checkpoint
 
 SPARSITIES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
-ROWS = [Encoded(tuple(range(i, i + 9)), (i + 3, i + 1, i + 2)) for i in range(6)]
+EXAMPLES = [Encoded(tuple(range(i, i + 9)), (i + 3, i + 1, i + 2)) for i in range(6)]
 
 Model = tuple[dict[str, Tensor], ModelDims]
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A model and what its calibration rows say."""
+    """A model and what its calibration examples say."""
 
     blocks: ModelBlocks
     model: Prunable
@@ -51,7 +51,7 @@ class Measured:
     def pruned(self, method: str, sparsities: Sequence[float], seed: int = 0) -> list[PrunedMatrix]:
         if METHODS[method].updates_weights:
             blocks, statistics = self.blocks, self.statistics
-            return list(prune_blockwise(method, self.model, blocks, ROWS, sparsities, seed, statistics))
+            return list(prune_blockwise(method, self.model, blocks, EXAMPLES, sparsities, seed, statistics))
         return list(prune(method, self.model, sparsities, seed, self.statistics))
 
 
@@ -64,7 +64,7 @@ def model(llama: Path) -> Model:
 def measured_model(folder: Path) -> Measured:
     checkpoint = open_checkpoint(str(folder))
     blocks = ModelBlocks(load_model(folder, torch.float32, torch.device("cpu")))
-    statistics = measured(METHODS.values(), checkpoint.prunable, blocks, ROWS)
+    statistics = measured(METHODS.values(), checkpoint.prunable, blocks, EXAMPLES)
     return Measured(blocks, checkpoint.prunable, statistics)
 
 
@@ -193,7 +193,7 @@ def test_unknown_rows_of_a_multiple_are_refused(trained: Measured) -> None:
 def test_sequential_pruning_of_the_first_block_is_that_of_the_dense_model(llama: Path, trained: Measured) -> None:
     def found(sequential: bool) -> dict[str, PrunedMatrix]:
         blocks = ModelBlocks(load_model(llama, torch.float32, torch.device("cpu")))
-        blockwise = prune_blockwise("wanda", trained.model, blocks, ROWS, [0.5], sequential=sequential)
+        blockwise = prune_blockwise("wanda", trained.model, blocks, EXAMPLES, [0.5], sequential=sequential)
         pruned = {matrix.name: matrix for matrix in blockwise}
         own = blocks.weights(0)
         changed = any(not own[name].all() for name in own)

@@ -26,7 +26,7 @@ from tune_sparse.search.searcher import JournaledSearcher
 from tune_sparse.sweep.callbacks import Stop
 
 SPACE = Space((Group("qkv", ("q_proj",), (8, 4, 2)), Group("up", ("up_proj",), (8, 4, 2))))
-LAYERS, ROWS, BUDGET = 2, 60, 24
+LAYERS, EXAMPLES, BUDGET = 2, 60, 24
 each_sampler = pytest.mark.parametrize("sampler", SAMPLERS)
 Objectives = tuple[str, ...]
 BOTH: Objectives = ("accuracy", "parameters")
@@ -39,7 +39,7 @@ def cost(ranks: Ranks) -> float:
 def truth(ranks: Ranks) -> str:
     """What a configuration answers: more of it the larger l01.up is."""
     rng, skill = random.Random(str(ranks)), 0.5 + 0.05 * ranks["l01.up"]
-    return "".join("1" if rng.random() < skill else "0" for _ in range(ROWS))
+    return "".join("1" if rng.random() < skill else "0" for _ in range(EXAMPLES))
 
 
 class Desk:
@@ -49,7 +49,7 @@ class Desk:
         self, folder: Path, sampler: str, objectives: Objectives = BOTH, fails: Callable[[Ranks], bool] | None = None
     ) -> None:
         self.candidates, self.journal = Candidates(folder, "run"), SearchJournal(folder / "search")
-        self.race, self.fails = Race(ROWS, len(objectives) > 1), fails or (lambda ranks: False)
+        self.race, self.fails = Race(EXAMPLES, len(objectives) > 1), fails or (lambda ranks: False)
         searcher = searcher_named(sampler, SPACE, LAYERS, 3, objectives)
         self.search = JournaledSearcher(
             searcher, self.journal, self.candidates, self.race, cost, lambda r, s: {"ranks": r, "stages": s}, BUDGET, 3
@@ -66,7 +66,7 @@ class Desk:
             self.score(trial_id, config)
 
     def score(self, trial_id: str, config: dict[str, Any]) -> None:
-        ranks, correctness = config["ranks"], Correctness(ROWS)
+        ranks, correctness = config["ranks"], Correctness(EXAMPLES)
         if self.fails(ranks):
             self.search.on_trial_complete(trial_id, {"correctness": str(correctness), "error": "RunError: nan"})
             return
@@ -140,7 +140,7 @@ def test_what_another_search_scored_in_full_is_told_without_a_trial(tmp_path: Pa
     first.play()
     assert configuration_key(ranks) not in first.scored
     assert first.journal.suggestions[0].examples == 0
-    assert first.journal.suggestions[0].accuracy == truth(ranks).count("1") / ROWS
+    assert first.journal.suggestions[0].accuracy == truth(ranks).count("1") / EXAMPLES
 
 
 def test_a_configuration_that_is_being_scored_is_waited_for(tmp_path: Path) -> None:
@@ -162,7 +162,7 @@ def test_a_sampler_that_suggests_otherwise_than_it_did_is_refused(tmp_path: Path
 def test_a_trial_that_was_stopped_from_outside_stays_open(tmp_path: Path) -> None:
     desk = Desk(tmp_path, "random")
     desk.search.suggest("a")
-    desk.search.on_trial_complete("a", {"correctness": "1" * 5 + "-" * (ROWS - 5), "error": None})
+    desk.search.on_trial_complete("a", {"correctness": "1" * 5 + "-" * (EXAMPLES - 5), "error": None})
     desk.search.suggest("b")
     desk.search.on_trial_complete("b", None, error=True)
     assert len(desk.journal.open()) == 2

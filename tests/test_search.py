@@ -39,15 +39,15 @@ SETTINGS = [
         "lora_alpha=8",
         "n_train=16",
     ),
-    *("n_selection=12", "n_test=6", "eval_every=3", "calibration_rows=4", "max_tokens=128", "max_new_tokens=4"),
+    *("n_selection=12", "n_test=6", "eval_every=3", "calibration_examples=4", "max_tokens=128", "max_new_tokens=4"),
 ]
 
 
 def arguments(llama: Path, folder: Path, *more: str) -> list[str]:
     space = folder / "space.yaml"
     space.write_text(json.dumps(GROUPS))
-    rows = write_boolq(folder / "rows", train=40, validation=6)
-    places = ["--data-dir", str(rows), "--results-dir", str(folder / "results"), "--space", str(space)]
+    data_dir = write_boolq(folder / "data", train=40, validation=6)
+    places = ["--data-dir", str(data_dir), "--results-dir", str(folder / "results"), "--space", str(space)]
     model = ["--model", str(llama), "--task", "boolq", "--sparsity", "0.5"]
     return ["search", *model, *places, "--trials", "10", "--workers", "1", "--in-order", *more, "--set", *SETTINGS]
 
@@ -59,7 +59,7 @@ def config(llama: Path, folder: Path, **changes: Any) -> SearchConfig:
         "methods": "unstructured",
         "sparsities": 0.5,
         "modes": "sparse-to-sparse",
-        "data_dir": str(write_boolq(folder / "rows", train=40)),
+        "data_dir": str(write_boolq(folder / "data", train=40)),
         "results_dir": str(folder / "results"),
         "lora_rank": 4,
         "n_selection": 12,

@@ -60,7 +60,7 @@ class Trained:
 @pytest.fixture(scope="module", params=MODES)
 def trained(request: pytest.FixtureRequest, llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
     folder = tmp_path_factory.mktemp("super")
-    run, ledger = super_run(llama, write_boolq(folder / "rows"), request.param), Ledger(folder / "results")
+    run, ledger = super_run(llama, write_boolq(folder / "data"), request.param), Ledger(folder / "results")
     record = finished(run, ledger)
     assert record.status == "done", record.error
     return Trained(run, ledger, SliceScorer.of(run, ledger))
@@ -195,7 +195,7 @@ def test_a_super_adapter_goes_on_as_if_it_had_not_been_killed(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("trainables.training.CHECKPOINT_SECONDS", 0.0)
-    run = super_run(llama, write_boolq(tmp_path / "rows"), "sparse-to-sparse")
+    run = super_run(llama, write_boolq(tmp_path / "data"), "sparse-to-sparse")
     whole, cut = Ledger(tmp_path / "whole"), Ledger(tmp_path / "cut")
     finished(run, whole)
     (cut.folder / "checkpoints").mkdir(parents=True)
@@ -217,7 +217,7 @@ def adapter_tensors(ledger: Ledger, run: Run) -> dict[str, Tensor]:
 def test_ranks_are_drawn_once_a_step_also_with_activation_checkpointing(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = super_run(llama, write_boolq(tmp_path / "rows"), "sparse-to-sparse", micro_batch_size=2)
+    run = super_run(llama, write_boolq(tmp_path / "data"), "sparse-to-sparse", micro_batch_size=2)
     drawn: list[int] = []
     draw = Space.sample_ranks
     monkeypatch.setattr(

@@ -42,7 +42,7 @@ class Comparison:
 def rerun(run: Run, ledger: LedgerReader) -> Comparison:
     """Prune, train, merge and score `run` again in a scratch folder, and compare. The ledger is only read.
 
-    Raises `InputError` where the run cannot be repeated here: other weights or rows, or a training that fails.
+    Raises `InputError` where the run cannot be repeated here: other weights or examples, or a training that fails.
     """
     recorded = ledger.record(run.run_id)
     assert recorded is not None

@@ -23,9 +23,9 @@ from tune_sparse.pruning.methods import METHODS, TOLERANCE
 
 Detections = Iterator[tuple[str, list[str]]]
 
-TEST_ROWS = ("n_test", "num_fewshot")
+TEST_EXAMPLES = ("n_test", "num_fewshot")
 HARMLESS = {
-    *(*TEST_ROWS, "max_new_tokens", "batch_tokens", "eval_every"),
+    *(*TEST_EXAMPLES, "max_new_tokens", "batch_tokens", "eval_every"),
     *("threads", "micro_batch_size", "masked_lora_impl", "activation_checkpointing"),
 }
 """Settings that may leave every bit of a training as it is."""
@@ -176,14 +176,14 @@ def _version(package: str, e: RunFiles) -> Any:
 
 
 def overlap(results: Results) -> Detections:
-    """Rows are read again where they still are; where they are not, `unchecked` says so."""
-    for runs in grouped(results.done, rows_key).values():
+    """Examples are read again where they still are; where they are not, `unchecked` says so."""
+    for runs in grouped(results.done, examples_key).values():
         run, names = runs[0].run, [e.run_id for e in runs]
         trained: set[str] = set()
         try:
-            trained = {name for task, row in _training_rows(run) for name in [task.question_id(row)]}
+            trained = {name for task, example in _training_examples(run) for name in [task.question_id(example)]}
         except InputError as error:
-            if has_rows(run):
+            if has_examples(run):
                 yield f"{run.cell.task}: {error}", names
         for e in runs:
             shared = trained & set(e.predictions.ids) if e.predictions else set()
@@ -191,24 +191,24 @@ def overlap(results: Results) -> Detections:
                 yield f"{e.run_id}: {len(shared)} scored questions were trained on, {min(shared)} is one", [e.run_id]
 
 
-def rows_key(e: RunFiles) -> tuple[Any, ...]:
+def examples_key(e: RunFiles) -> tuple[Any, ...]:
     p = e.run.protocol
     limits = (p.n_train, p.n_selection, p.n_test, p.num_fewshot)
     return (e.run.cell.task, e.run.data_dir, e.run.data_fingerprint, *limits)
 
 
-def has_rows(run: Run) -> bool:
-    """Whether the rows of a run are on this machine."""
+def has_examples(run: Run) -> bool:
+    """Whether the examples of a run are on this machine."""
     if run.data_dir is None:
         return True
     return all(split_path(task, "train", Path(run.data_dir)).exists() for task in tasks_named(run.cell.task))
 
 
-def _training_rows(run: Run) -> Iterator[tuple[PromptTask, Any]]:
+def _training_examples(run: Run) -> Iterator[tuple[PromptTask, Any]]:
     for task in tasks_named(run.cell.task):
         splits = load_splits(task, Path(run.data_dir) if run.data_dir else None, run.protocol)
         if isinstance(task, PromptTask):
-            yield from ((task, row) for row in splits.train)
+            yield from ((task, example) for example in splits.train)
 
 
 def counted_twice(results: Results) -> Detections:
@@ -291,7 +291,7 @@ def differing(first: Run, second: Run) -> list[str]:
     if not (first.is_calibrated or second.is_calibrated):
         harmless |= set(CALIBRATION_SETTINGS)
     names = [name for name in left if left[name] != right[name]]
-    if any(name in TEST_ROWS for name in names):  # the fingerprint is of test rows too
+    if any(name in TEST_EXAMPLES for name in names):  # the fingerprint is of test examples too
         harmless |= {"data_fingerprint"}
     return [name for name in names if name not in harmless]
 

@@ -45,7 +45,7 @@ COLUMNS = (
     "perplexity_before_merge",
     "train_loss",
     "eval_loss",
-    "train_samples_per_second",
+    "train_examples_per_second",
     "train_tokens_per_second",
     "train_seconds",
     "peak_memory_bytes",

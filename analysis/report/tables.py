@@ -31,10 +31,10 @@ PERFORMANCE = [
     "perplexity_before_tuning",
     "train_loss",
     "eval_loss",
-    "train_samples_per_second",
+    "train_examples_per_second",
     "inference_flops",
 ]
-COSTS = ("train_samples_per_second", "train_seconds", "peak_memory_bytes", "inference_flops")
+COSTS = ("train_examples_per_second", "train_seconds", "peak_memory_bytes", "inference_flops")
 
 
 def sparsity_vs_performance(cells: pd.DataFrame) -> pd.DataFrame:

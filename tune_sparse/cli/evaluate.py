@@ -62,13 +62,13 @@ class Subject:
 
 
 def _evaluate(chosen: argparse.Namespace) -> int:
-    from tune_sparse.data.sources import rows_folder
+    from tune_sparse.data.sources import examples_folder
     from tune_sparse.data.splits import load_test
     from tune_sparse.evaluation.evaluations import EvaluationKey, evaluate
 
     subject = _run(chosen) if chosen.run else _checkpoint(chosen)
     tasks = [task for name in subject.tasks for task in tasks_named(name)]
-    folder = rows_folder(subject.data_dir, subject.tasks)
+    folder = examples_folder(subject.data_dir, subject.tasks)
     planned = []
     for task in tasks:
         protocol = subject.protocol(task.num_fewshot)

@@ -34,7 +34,7 @@ EVALUATORS = ("tune-sparse", "lm-eval")
 
 @dataclass(frozen=True)
 class EvaluationKey:
-    """Everything that changes the numbers: the model, the task and its rows, the evaluator and its settings."""
+    """Everything that changes the numbers: the model, the task and its examples, the evaluator and its settings."""
 
     model: str
     fingerprint: str
@@ -87,7 +87,7 @@ Lend = Callable[[], tuple["PreTrainedModel", "PreTrainedTokenizerBase"]]
 def evaluate(
     key: EvaluationKey, task: Task, splits: Splits, protocol: Protocol, lend: Lend, results_dir: Path
 ) -> Evaluation:
-    """Score a model on a task's test rows, or find that this was done.
+    """Score a model on a task's test examples, or find that this was done.
 
     A scoring that was stopped goes on after its last whole batch, and ends with the same numbers.
     Raises `InputError` while another process scores the same, `RunError` if the model computes NaN.
@@ -122,7 +122,7 @@ def _evaluate_into(
     if key.evaluator == "lm-eval":
         from tune_sparse.evaluation.harness import harness_outcomes
 
-        outcomes, resumed = harness_outcomes(model, tokenizer, task, splits.test, splits.examples, protocol), 0
+        outcomes, resumed = harness_outcomes(model, tokenizer, task, splits.test, splits.shots, protocol), 0
     else:
         outcomes, resumed = _score_on(folder, model, tokenizer, task, splits, protocol)
     seconds = time.perf_counter() - started
@@ -144,7 +144,7 @@ def _score_on(
     """All outcomes in order, and how many were known before."""
     from tune_sparse.evaluation.scoring import compute_outcomes, encode_test
 
-    tests = encode_test(tokenizer, task, splits.test, protocol, splits.examples)
+    tests = encode_test(tokenizer, task, splits.test, protocol, splits.shots)
     path = folder / "outcomes.jsonl"
     outcomes = _known(path)
     resumed = len(outcomes)

@@ -42,7 +42,7 @@ class Method:
 
     @property
     def updates_weights(self) -> bool:
-        """Kept weights change, by the Hessian of the layer's output on calibration rows."""
+        """Kept weights change, by the Hessian of the layer's output on calibration examples."""
         return self.needs.hessian
 
     @property

@@ -105,7 +105,7 @@ def prune_blockwise(
     method: str,
     model: Prunable,
     blocks: Blocks,
-    rows: Sequence[Encoded],
+    examples: Sequence[Encoded],
     sparsities: Sequence[float],
     seed: int = 0,
     statistics: CalibrationStats = NO_STATISTICS,
@@ -118,7 +118,7 @@ def prune_blockwise(
     """
     assert not sequential or len(sparsities) == 1
     job = Job.of(method, model, sparsities, seed, statistics)
-    for number, inputs in calibrate_blockwise(blocks, rows, job.method.updates_weights, sequential):
+    for number, inputs in calibrate_blockwise(blocks, examples, job.method.updates_weights, sequential):
         here = replace(statistics, norms=statistics.norms | {source: sums.norms for source, sums in inputs.items()})
         own = blocks.weights(number)
         for pruned in job.prune_block([m for m in model.matrices if m.block == number], here, inputs):
@@ -275,20 +275,22 @@ def check_method_sparsities(name: str, dims: ModelDims, sparsities: Iterable[flo
 
 
 def needs_blockwise(method: str, sequential: bool) -> bool:
-    """True where a method prunes each block as the calibration rows reach it, not from statistics alone."""
+    """True where a method prunes each block as the calibration examples reach it, not from statistics alone."""
     chosen = method_named(method)
     return chosen.updates_weights or (sequential and chosen.needs.input_norms)
 
 
-def measured(methods: Iterable[Method], model: Prunable, blocks: Blocks, rows: Sequence[Encoded]) -> CalibrationStats:
+def measured(
+    methods: Iterable[Method], model: Prunable, blocks: Blocks, examples: Sequence[Encoded]
+) -> CalibrationStats:
     """Measure what the scores of `methods` need, on the dense model. Gradients need all of it in memory."""
     needs = list(methods)
     gradients: dict[str, Tensor] = {}
     norms: dict[InputKey, Tensor] = {}
     if any(method.needs.gradients for method in needs):
-        gradients = gradient_sums(blocks.whole(), rows, model.matrices)
+        gradients = gradient_sums(blocks.whole(), examples, model.matrices)
     if any(method.needs.input_norms for method in needs):
-        for _, inputs in calibrate_blockwise(blocks, rows):
+        for _, inputs in calibrate_blockwise(blocks, examples):
             norms |= {source: sums.norms for source, sums in inputs.items()}
     owl = any(method.allocation == "owl" for method in needs)
     return CalibrationStats(norms, gradients, measured_outliers(model, norms) if owl else ())

@@ -26,7 +26,7 @@ def configuration_key(ranks: Ranks) -> str:
 
 @dataclass(frozen=True)
 class Candidate:
-    """One configuration of a super-adapter, and how it did on the selection rows."""
+    """One configuration of a super-adapter, and how it did on the selection examples."""
 
     ranks: Ranks
     parameters: int
@@ -70,7 +70,7 @@ class Suggestion:
     state: str | None = None
     """done, stopped (beaten) or failed"""
     accuracy: float | None = None
-    """On the selection rows; estimated for one that was stopped."""
+    """On the selection examples; estimated for one that was stopped."""
     cost: float | None = None
     examples: int = 0
     """That a trial answered; 0 where the ledger knew the configuration."""

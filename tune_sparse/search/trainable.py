@@ -26,7 +26,7 @@ class CandidateTrainable(tune.Trainable):
     of examples. A result has the correctness so far; the last one is `done`. A worker ends after `hang_seconds`
     without progress.
 
-    With a `folder`, the candidate is instead finished there: written, merged, validated and scored on test rows.
+    With a `folder`, the candidate is instead finished there: written, merged, validated and scored on test examples.
     """
 
     def setup(self, config: dict[str, Any]) -> None:

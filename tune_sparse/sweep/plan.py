@@ -24,7 +24,7 @@ from tune_sparse.models.architectures import adapter_weights, pruned_weights
 from tune_sparse.models.checkpoints import Checkpoint, check_checkpoint, load_tokenizer, short_name
 from tune_sparse.models.toy_models import TOY_MODELS
 from tune_sparse.modes import MODES
-from tune_sparse.pruning.calibration import text_rows
+from tune_sparse.pruning.calibration import text_examples
 from tune_sparse.pruning.methods import method_named
 from tune_sparse.pruning.prune_model import check_method_sparsities
 from tune_sparse.sweep.examples import Examples, read_examples
@@ -166,7 +166,7 @@ def _check_model(config: SweepConfig, checkpoint: Checkpoint, calibration_text: 
         check_convertible(checkpoint.path)
     if calibration_text is not None:
         tokens = min(protocol.calibration_tokens, checkpoint.dims.max_positions)
-        text_rows(load_tokenizer(checkpoint.path), calibration_text, protocol.calibration_rows, tokens)
+        text_examples(load_tokenizer(checkpoint.path), calibration_text, protocol.calibration_examples, tokens)
 
 
 def _check_reachable(config: SweepConfig, checkpoint: Checkpoint) -> None:
