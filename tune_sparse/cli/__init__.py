@@ -37,7 +37,7 @@ from tune_sparse.cli import (
     ui,
     validate,
 )
-from tune_sparse.cli.command import BAD_INPUT, FAULT, HELP_FORMAT
+from tune_sparse.cli.command import BAD_INPUT, FAULT, HelpFormat
 from tune_sparse.cli.words import paragraph, table
 from tune_sparse.errors import DISK_FULL, InputError, unknown_name
 
@@ -74,17 +74,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parse(given: Sequence[str]) -> argparse.Namespace:
-    root, commands = _declare()
+    root, commands = parsers()
     if given and not given[0].startswith("-") and given[0] not in commands:
         raise unknown_name("command", given[0], commands)
     return root.parse_args(given)
 
 
 def parser() -> argparse.ArgumentParser:
-    return _declare()[0]
+    return parsers()[0]
 
 
-def _declare() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentParser]]:
+def parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentParser]]:
     """The parser of everything, and those of the commands."""
     root = argparse.ArgumentParser(
         prog="tune-sparse",
@@ -93,13 +93,13 @@ def _declare() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentP
             "Prune language models, fine-tune them at several sparsities (fractions of weights that are zero), and "
             "measure how good they stay at tasks."
         ),
-        formatter_class=HELP_FORMAT,
+        formatter_class=HelpFormat,
         add_help=False,
     )
     root.add_argument("-h", "--help", action="help", help="show this help and exit")
     version = f"tune-sparse {__version__}"
     root.add_argument("--version", action="version", version=version, help="show the version and exit")
-    commands = root.add_subparsers(required=True, metavar="COMMAND", help=argparse.SUPPRESS)
+    commands = root.add_subparsers(required=True, prog="tune-sparse", metavar="COMMAND", help=argparse.SUPPRESS)
     root.epilog = "\n\n".join([*_declare_into(commands), EXAMPLES, MORE])
     return root, commands.choices
 
@@ -110,6 +110,5 @@ def _declare_into(commands: Any) -> Iterator[str]:
         known = set(commands.choices)
         for module in modules:
             module.declare(commands)
-        yield table(
-            heading, {name: made.description or "" for name, made in commands.choices.items() if name not in known}
-        )
+        made = {name: command for name, command in commands.choices.items() if name not in known}
+        yield table(heading, {name: command.description or "" for name, command in made.items()})

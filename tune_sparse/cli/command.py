@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import textwrap
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,15 @@ from tune_sparse.errors import InputError
 OK, FAULT, BAD_INPUT = 0, 1, 2
 DEFAULT_RESULTS = SweepConfig.__dataclass_fields__["results_dir"].default
 
-HELP_FORMAT: Any = partial(argparse.RawDescriptionHelpFormatter, width=WIDTH, max_help_position=26)
+
+class HelpFormat(argparse.RawDescriptionHelpFormatter):
+    """A help of `WIDTH` columns whatever the terminal, in which the name of an option is never divided."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, width=WIDTH, max_help_position=26)
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(text, width, break_on_hyphens=False)
 
 
 def add_command(
@@ -41,7 +49,7 @@ def add_command(
         help=summary,
         description=paragraph(f"{summary[0].upper()}{summary[1:]}."),
         epilog="\n\n".join([*notes, f"examples:\n{shown}", table("exit status", status)]),
-        formatter_class=HELP_FORMAT,
+        formatter_class=HelpFormat,
         add_help=False,
     )
     command.set_defaults(command=run)

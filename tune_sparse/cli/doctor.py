@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from tune_sparse.cli.command import FAULT, OK, add_command, add_json, add_results_dir
-from tune_sparse.cli.words import models
+from tune_sparse.cli.words import models, words
 
 if TYPE_CHECKING:
     from tune_sparse.doctor import Check
@@ -27,7 +27,7 @@ def declare(commands: Any) -> None:
         ),
         ok="no problem was found",
         fault="a problem was found",
-        notes=[models()],
+        notes=[words("results folder", "Ray", "CS-3"), models()],
     )
     doctor.add_argument(
         "--ray",

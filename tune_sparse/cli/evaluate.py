@@ -59,7 +59,7 @@ def declare(commands: Any) -> None:
         "--evaluator",
         default="tune-sparse",
         metavar="NAME",
-        help="tune-sparse, the scorer of this program, or lm-eval, the program lm-evaluation-harness of EleutherAI "
+        help="tune-sparse, the scorer of this program, or lm-eval, the scorer lm-evaluation-harness by EleutherAI "
         "(default: tune-sparse)",
     )
     add_set(scoring, "settings of scoring, listed below")

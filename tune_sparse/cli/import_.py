@@ -12,7 +12,7 @@ from tune_sparse.data.tasks import TASKS
 
 COLUMNS = {
     "model": "name of the model in the report: the last part of its path or Hugging Face id",
-    "task": f"one of {', '.join(TASKS)}",
+    "task": f"one of {', '.join(name for name, task in TASKS.items() if task.chance is not None)}",
     "accuracy": "fraction of the test examples that are right, from 0 to 1",
     "source": "who measured it, and how: shown beside the number",
     "n_examples": "number of test examples; the column can be left out",

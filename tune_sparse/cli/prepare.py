@@ -7,7 +7,7 @@ from typing import Any
 
 from tune_sparse.cli.command import OK, add_command
 from tune_sparse.cli.sweep_options import add_sweep_options, sweep_config
-from tune_sparse.cli.words import models, presets, tasks
+from tune_sparse.cli.words import models, presets, tasks, words
 from tune_sparse.config import HUB
 
 
@@ -20,7 +20,7 @@ def declare(commands: Any) -> None:
         examples=("prepare", "prepare matrix --data-dir hub", "prepare --models tiny-llama"),
         ok="everything is on this machine",
         fault="the disk is full",
-        notes=[models(), tasks(), presets()],
+        notes=[words("cell", "run", "example"), models(), tasks(), presets()],
     )
     add_sweep_options(prepare, {"what to prepare": ("models", "tasks", "data_dir")}, sets=False)
 

@@ -44,7 +44,7 @@ def declare(commands: Any) -> None:
         "--bundle",
         type=Path,
         metavar="DIR",
-        help="copy the report, the records, the versions of all packages and checksums to this folder, for publication; "
+        help="copy the report, the records, the versions of packages and checksums to this folder, for publication; "
         "it must not exist yet (default: none)",
     )
 

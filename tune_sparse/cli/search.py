@@ -57,7 +57,7 @@ def declare(commands: Any) -> None:
         notes=[
             words(
                 *("sparsity", "example", "calibration", "adapter", "super-adapter", "sub-adapter", "candidate"),
-                *("run", "results folder"),
+                *("cell", "run", "results folder"),
             ),
             OUTCOME,
             models(),

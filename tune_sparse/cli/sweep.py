@@ -44,7 +44,14 @@ def declare(commands: Any) -> None:
         ok="every run is finished, and the audit found no error",
         fault="a run failed, the sweep was interrupted, or the audit found an error",
         notes=[
-            words(*("cell", "run", "trial", "example", "adapter", "calibration"), "results folder", "audit", "MLflow"),
+            words(
+                *("cell", "run", "trial", "example", "adapter", "calibration"),
+                "results folder",
+                "audit",
+                "Ray",
+                "MLflow",
+                "CS-3",
+            ),
             "The same command resumes an interrupted sweep: finished runs are never repeated.",
             models(),
             tasks(),

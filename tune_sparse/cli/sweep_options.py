@@ -39,8 +39,8 @@ def add_sweep_options(
         "--config",
         type=Path,
         metavar="FILE",
-        help="YAML file with settings as `name: value`: every option with _ for -, and what --set takes. It comes "
-        "after the preset; options and --set come after it (default: none)",
+        help="YAML file with settings of a sweep as `name: value`: its options, with _ for -, and what its --set "
+        "takes. The file changes the preset, and options change both (default: none)",
     )
     if sets:
         add_set(group, "settings of training and scoring, listed below")

@@ -26,22 +26,23 @@ WORDS = {
     "example": "one item of a dataset. Training examples train a model, selection examples are held out to choose "
     "between models, test examples give the final score",
     "calibration": "measuring the model on a few examples, for the pruning methods that need data",
-    "cell": "one combination of model, task, method, sparsity, mode, seed and backend",
-    "run": "the pruning, training and scoring of a cell. Cells that would train the same share a run, such as all "
-    "those of sparsity 0. RUN is the name of its folder in DIR/runs: backend, model, task, method, sNN for a sparsity "
-    "of NN percent, mode, and a hash of all settings",
+    "cell": "one combination of model, task, method, sparsity, mode, seed and backend. Cells that train the same share "
+    "a run: at sparsity 0 all methods and modes of a model and task",
+    "run": "pruning, training and scoring a model once. RUN is the name of its folder in DIR/runs: backend, model, "
+    "task, method, sNN for a sparsity of NN percent, mode, and a hash of all settings",
     "trial": "a run while it executes, as one of several at the same time",
     "adapter": "LoRA: two small matrices for each large one, trained in its place and merged into it afterwards",
     "super-adapter": "a LoRA adapter that is trained so that it works at many ranks",
     "sub-adapter": "a part of a super-adapter: a chosen rank for each group of matrices in each layer",
     "candidate": "a sub-adapter that a search scores",
     "results folder": "holds all that sweeps record: runs/ has a folder for each run, sweeps/ one for each sweep, "
-    "analysis/ the report, mlflow.db the data of MLflow",
+    "analysis/ the report, mlflow.db the data of `tune-sparse ui`",
     "audit": "checks records against each other. An error means that a result cannot be trusted, a warning that it "
     "needs a look",
     "structured": "pruned by whole attention heads and feed-forward channels, so that matrices can become smaller",
     "published numbers": "results of papers, built in or in CSV files, that are shown beside yours",
-    "CS-3": "a computer for machine learning by the company Cerebras",
+    "Ray": "the program that distributes work over CPU cores, GPUs and machines",
+    "CS-3": "a computer for machine learning by the company Cerebras, which sells its software with it",
     "MLflow": "a program that stores results of experiments and shows them in a browser",
 }
 """What a reader needs to know who has never seen the project."""

@@ -37,7 +37,7 @@ MASKED_LORA_IMPLS = {
     "effective-weight": "builds the masked weight, for any mask",
     "auto": "chooses by the mask",
 }
-CALIBRATIONS = {"task": "training examples of the cell's task", "wikitext2": "pieces of that text"}
+CALIBRATIONS = {"task": "training examples of the task", "wikitext2": "pieces of that text"}
 CALIBRATION_ORDERS = {
     "dense": "the unpruned model, once",
     "sequential": "layer after layer, with all earlier layers pruned already",
@@ -104,9 +104,9 @@ class Protocol:
     batch_tokens: int = option("most tokens, padding included, in one batch of scoring: bounds its memory", 8192)
     n_train: int | None = option("number of training examples", None, unset="all", heading="examples and evaluation")
     n_selection: int | None = option(
-        "number of selection examples: the loss during training and the candidates of a search are measured on them, "
-        "never on test examples; `none` takes a tenth of the training split, or the whole validation split where the "
-        "test examples do not come from it",
+        "number of selection examples: used to measure the loss during training and, by `tune-sparse search`, to "
+        "compare; never trained on or among the test examples. `none` takes a tenth of the training split, or the "
+        "whole validation split where the test examples do not come from it",
         256,
     )
     n_test: int | None = option("number of test examples", None, unset="all")
@@ -293,6 +293,7 @@ class SweepConfig:
     models: tuple[str, ...] = option(
         "models to prune and train: toy models, checkpoint folders, or Hugging Face ids as ORG/NAME@REVISION",
         metavar="MODEL",
+        unset="those of the preset",
     )
     tasks: tuple[str, ...] = option(
         "tasks to train and score on, listed below; TASK+TASK trains on a mixture",
@@ -334,7 +335,7 @@ class SweepConfig:
         "`synthetic` for generated ones",
         None,
         metavar="DIR",
-        unset="so it must be given",
+        unset="so the preset or this option must say it",
     )
     results_dir: Path = option("results folder", Path("results"), metavar="DIR")
     workers: int | None = option(

@@ -16,8 +16,8 @@ def option(
 ) -> Any:
     """A field with what a help says of it.
 
-    unset: the meaning of a default that is empty. choices: {value: its meaning}, or values whose names say it.
-    heading: begins a group of settings.
+    unset: the meaning of a default that is empty or missing. choices: {value: its meaning}, or values whose names say
+    it. heading: begins a group of settings.
     """
     texts = {"help": help, "metavar": metavar, "unset": unset, "choices": choices, "heading": heading}
     return field(default=default, metadata=texts)
@@ -29,11 +29,12 @@ def describe_option(at: Field[Any]) -> str:
     choices = metadata["choices"]
     meant = [f"{name}: {meaning}" for name, meaning in choices.items()] if isinstance(choices, dict) else choices
     listed = f" ({'; '.join(meant)})" if isinstance(choices, dict) else f": {' or '.join(meant)}" if meant else ""
-    shown = "" if at.default is MISSING else f" (default: {_default_text(at)})"
-    return metadata["help"] + listed + shown
+    return f"{metadata['help']}{listed} (default: {_default_text(at)})"
 
 
 def _default_text(at: Field[Any]) -> str:
+    if at.default is MISSING:
+        return str(at.metadata["unset"])
     value = " ".join(map(str, at.default)) if isinstance(at.default, tuple) else str(at.default)
     value = value.lower() if at.default is None or isinstance(at.default, bool) else value
     return ", ".join(filter(None, (value, at.metadata["unset"])))

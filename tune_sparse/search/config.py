@@ -47,7 +47,7 @@ class SearchConfig:
     )
     trials: int = option("number of different candidates to score", 100, metavar="N")
     objectives: tuple[str, ...] = option(
-        "what the search optimises: accuracy, alone or with one of the other two",
+        "aims of the search: accuracy, alone or with one of the other two",
         ("accuracy", "parameters"),
         metavar="NAME",
         choices=OBJECTIVES,
