@@ -153,9 +153,9 @@ def test_a_table_is_aligned() -> None:
 
 
 def test_an_unknown_command_offers_the_closest(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["sweeep", "--workers", "2"]) == BAD_INPUT
-    said = capsys.readouterr().err
-    assert said.startswith("tune-sparse: unknown command 'sweeep'. Did you mean 'sweep'")
+    with pytest.raises(SystemExit, match=str(BAD_INPUT)):
+        main(["sweeep", "--workers", "2"])
+    assert "tune-sparse: error: unknown command 'sweeep'. Did you mean 'sweep'" in capsys.readouterr().err
 
 
 def test_the_version_and_every_command_are_shown(capsys: pytest.CaptureFixture[str]) -> None:

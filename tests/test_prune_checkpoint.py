@@ -258,7 +258,7 @@ def test_a_broken_checkpoint_leaves_no_file(
         ),
         (
             ("--methods", "wanda", *CALIBRATION, "--calibration-tokens", "1"),
-            "at least 2 tokens, got 8 rows of 1",
+            "at least 2 tokens, got 8 examples of 1",
         ),
         (("--methods", "magnitude-global", "--sparsities", "0.99999"), "no layer may be 100% sparse"),
     ],

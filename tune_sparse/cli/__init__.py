@@ -76,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parse(given: Sequence[str]) -> argparse.Namespace:
     root, commands = parsers()
     if given and not given[0].startswith("-") and given[0] not in commands:
-        raise unknown_name("command", given[0], commands)
+        root.error(str(unknown_name("command", given[0], commands)))
     return root.parse_args(given)
 
 
