@@ -20,11 +20,12 @@ from tune_sparse.ledger.lease import FolderLease
 from tune_sparse.ledger.ledger import Ledger
 from tune_sparse.ledger.record import Record
 from tune_sparse.ledger.run import Run
-from tune_sparse.sweep.callbacks import LedgerCallback, Stop, _error_record, error_of
+from tune_sparse.sweep.callbacks import LedgerCallback, _error_record, error_of
 from tune_sparse.sweep.progress import Progress
 from tune_sparse.sweep.ray_session import capacity, nodes, run_trials
 from tune_sparse.sweep.resources import Placement
 from tune_sparse.sweep.scheduler import ResourceQueue
+from tune_sparse.sweep.tune_parts import Stop
 from tune_sparse.tracking.background import BackgroundTracker
 from tune_sparse.tracking.sync import default_uri
 from tune_sparse.watchdog import HangReport

@@ -23,7 +23,7 @@ from tune_sparse.search.journal import Candidate, Candidates, SearchJournal, Sug
 from tune_sparse.search.racing import Correctness, Race
 from tune_sparse.search.samplers import searcher_named
 from tune_sparse.search.searcher import JournaledSearcher
-from tune_sparse.sweep.callbacks import Stop
+from tune_sparse.sweep.tune_parts import Stop
 
 SPACE = Space((Group("qkv", ("q_proj",), (8, 4, 2)), Group("up", ("up_proj",), (8, 4, 2))))
 LAYERS, EXAMPLES, BUDGET = 2, 60, 24

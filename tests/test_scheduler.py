@@ -14,10 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ray import tune
 
-from tune_sparse.sweep.callbacks import Stop
 from tune_sparse.sweep.ray_session import capacity, run_trials
 from tune_sparse.sweep.resources import Resources
 from tune_sparse.sweep.scheduler import ResourceQueue
+from tune_sparse.sweep.tune_parts import Stop
 
 CS3_TRIAL: Resources = {"CPU": 1, "CS3_TRIAL": 1}
 GPU_TRIAL: Resources = {"CPU": 1, "GPU": 1}

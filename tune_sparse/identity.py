@@ -1,4 +1,4 @@
-"""What makes two computations the same: a hash of everything that changes their numbers."""
+"""The identity of a computation: a hash of everything that changes their numbers."""
 
 from __future__ import annotations
 

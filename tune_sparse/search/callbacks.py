@@ -11,8 +11,8 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
 from tune_sparse.search.journal import SearchJournal, configuration_key
 from tune_sparse.search.searcher import JournaledSearcher
-from tune_sparse.sweep.callbacks import Stop, error_of
-from tune_sparse.sweep.ray_session import Unsaved
+from tune_sparse.sweep.callbacks import error_of
+from tune_sparse.sweep.tune_parts import Stop, Unsaved
 
 
 class RacingScheduler(Unsaved, FIFOScheduler):

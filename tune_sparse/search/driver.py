@@ -73,7 +73,7 @@ def run_race(session: SearchSession) -> tuple[Race, str | None]:
     from tune_sparse.search.samplers import searcher_named
     from tune_sparse.search.searcher import JournaledSearcher
     from tune_sparse.search.trainable import CandidateTrainable
-    from tune_sparse.sweep.callbacks import Stop
+    from tune_sparse.sweep.tune_parts import Stop
 
     plan, journal = session.plan, session.journal
     config, seed = plan.config, plan.run.cell.seed

@@ -10,7 +10,7 @@ from ray.tune.search import Searcher
 from tune_sparse.lora.rank_space import Ranks, Space
 from tune_sparse.search.journal import configuration_key
 from tune_sparse.search.racing import pareto_front
-from tune_sparse.sweep.ray_session import Unsaved
+from tune_sparse.sweep.tune_parts import Unsaved
 
 
 class HillClimbing(Unsaved, Searcher):

@@ -16,7 +16,7 @@ from tune_sparse.errors import RunError
 from tune_sparse.lora.rank_space import Ranks
 from tune_sparse.search.journal import Candidates, SearchJournal, Suggestion, configuration_key
 from tune_sparse.search.racing import WARM_UP, Correctness, Race, cut_stages, most_divisive_first
-from tune_sparse.sweep.ray_session import Unsaved
+from tune_sparse.sweep.tune_parts import Unsaved
 
 Suggest = Callable[[Ranks, list[list[int]]], dict[str, Any]]
 SUGGESTIONS_PER_CANDIDATE = 10

@@ -47,8 +47,8 @@ def train(run: Run, session: SearchSession) -> str | None:
     from ray import tune
 
     from trainables.cell import CellTrainable
-    from tune_sparse.sweep.callbacks import Stop
     from tune_sparse.sweep.scheduler import ResourceQueue
+    from tune_sparse.sweep.tune_parts import Stop
 
     stop = Stop()
     session.report(f"training {run.run_id}")

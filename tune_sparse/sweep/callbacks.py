@@ -16,27 +16,10 @@ from tune_sparse.ledger.ledger import Ledger
 from tune_sparse.ledger.record import Record
 from tune_sparse.ledger.run import Run
 from tune_sparse.sweep.progress import Progress
-from tune_sparse.sweep.ray_session import Unsaved
 from tune_sparse.sweep.resources import Placement
+from tune_sparse.sweep.tune_parts import Stop, Unsaved
 from tune_sparse.tracking.background import BackgroundTracker
 from tune_sparse.watchdog import HangReport, read_hang_report
-
-
-class Stop(Unsaved, tune.Stopper):
-    """Ends the experiment, once there is a reason."""
-
-    def __init__(self) -> None:
-        self.reason: str | None = None
-
-    def because(self, reason: str) -> None:
-        """End the experiment; the first reason is kept."""
-        self.reason = self.reason or reason
-
-    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-        return self.stop_all()
-
-    def stop_all(self) -> bool:
-        return self.reason is not None
 
 
 class LedgerCallback(Unsaved, tune.Callback):

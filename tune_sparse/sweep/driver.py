@@ -112,8 +112,9 @@ def _tune(
     config = plan.config
     with ray_session(config) as workers, gathered(ledger, lease.token, missing):
         from trainables.cell import CellTrainable
-        from tune_sparse.sweep.callbacks import LedgerCallback, Stop
+        from tune_sparse.sweep.callbacks import LedgerCallback
         from tune_sparse.sweep.scheduler import ResourceQueue
+        from tune_sparse.sweep.tune_parts import Stop
 
         placement, stop = Placement(config, nodes), Stop()
         for run in plan.runs.values():

@@ -17,7 +17,7 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 from tune_sparse.config import CS3, CS3_TRIAL, SweepConfig
 from tune_sparse.sweep.nodes import check_head
@@ -28,24 +28,7 @@ if TYPE_CHECKING:
     from ray.tune.schedulers import TrialScheduler
     from ray.tune.search import Searcher
 
-    from tune_sparse.sweep.callbacks import Stop
-
-
-class Unsaved:
-    """Goes first among the bases of what is handed to Tune, which saves its parts to restore an experiment, and copies
-    them: ours are never restored, and talk to each other as they are."""
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {}
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        return self
-
-    def save(self, checkpoint_path: str) -> None:
-        """Save nothing: the ledger, or the journal of a search, knows what is done."""
-
-    def restore(self, checkpoint_path: str) -> None:
-        """Restore nothing: nothing was saved."""
+    from tune_sparse.sweep.tune_parts import Stop
 
 
 def run_trials(

@@ -11,9 +11,8 @@ from typing import Any
 
 from ray.tune.search import Searcher
 
-from tune_sparse.sweep.callbacks import Stop
-from tune_sparse.sweep.ray_session import Unsaved
 from tune_sparse.sweep.resources import describe_resources, fits
+from tune_sparse.sweep.tune_parts import Stop, Unsaved
 
 logger = logging.getLogger(__name__)
 
