@@ -189,15 +189,15 @@ def cases(sizes: Sizes) -> Iterator[Case]:
     folder = toy_model("tiny-llama", print, steps=sizes.tiny_steps)
     tiny, tokenizer = load_model(folder, torch.float32, torch.device("cpu")), load_tokenizer(folder)
 
-    def examples_of(name: str, count: int, data_dir: Path | None = REAL_EXAMPLES) -> Sequence[Example]:
+    def load_examples(name: str, count: int, data_dir: Path | None = REAL_EXAMPLES) -> Sequence[Example]:
         return load_test(TASKS[name], data_dir, replace(PROTOCOL, n_test=count)).test
 
     for name, count in (("hellaswag", sizes.examples), ("boolq", min(sizes.examples, 12))):
-        yield Case(name, examples_of(name, count), random_model(tokenizer), tokenizer)
-    examples, model = examples_of("gsm8k", sizes.examples), random_model(tokenizer)
+        yield Case(name, load_examples(name, count), random_model(tokenizer), tokenizer)
+    examples, model = load_examples("gsm8k", sizes.examples), random_model(tokenizer)
     EndsOnTime(model, tokenizer.eos_token_id, answer_tokens(tokenizer, TASKS["gsm8k"], examples))
     yield Case("gsm8k", examples, model, tokenizer)
-    yield Case("gsm8k, tiny", examples_of("gsm8k", sizes.tiny_examples, None), tiny, tokenizer)
+    yield Case("gsm8k, tiny", load_examples("gsm8k", sizes.tiny_examples, None), tiny, tokenizer)
 
 
 def memory(tokenizer: PreTrainedTokenizerBase, n: int) -> dict[str, float]:

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 from PIL import Image
-from sound import cells_of, sound_ledger
+from sound import make_cells, sound_ledger
 
 from analysis.read.load import COLUMNS, cells_table
 from analysis.read.results import read_results
@@ -174,4 +174,4 @@ def test_of_several_folders_the_one_that_finished_a_run_counts(ledger: Ledger, t
     assert both.folder_of(run_id) == ledger.run_folder(run_id)
     assert both.folder_of("no run") is None
     assert both.record("no run") is None
-    assert len(cells_of()) == 12
+    assert len(make_cells()) == 12

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from factories import done_record, failed_record, make_cell, make_run, sweep_of, write_run
+from factories import done_record, failed_record, make_cell, make_run, make_sweep, write_run
 from mlflow import MlflowClient
 
 from analysis.read.load import cells_table
@@ -28,8 +28,8 @@ CELLS = [run.cell for run in (BOTH, HERE, THERE, FAILED, MISSING)]
 def sites(tmp_path: Path) -> list[Path]:
     """Two folders of one sweep: one run done at both, one at each, one that failed here and was cut off there."""
     here, there = Ledger(tmp_path / "here"), Ledger(tmp_path / "there")
-    here.write_sweep(sweep_of(CELLS))
-    there.write_sweep(replace(sweep_of(CELLS), started=900.0))
+    here.write_sweep(make_sweep(CELLS))
+    there.write_sweep(replace(make_sweep(CELLS), started=900.0))
     for ledger, run, seconds in ((here, BOTH, 3.0), (there, BOTH, 4.0), (here, HERE, 3.0), (there, THERE, 3.0)):
         record = done_record(run)
         write_run(ledger, run, replace(record, measured=record.measured | {"trial_seconds": seconds}))

@@ -31,7 +31,7 @@ from tune_sparse.pruning.masks import Masks
 from tune_sparse.search.racing import Correctness
 from tune_sparse.search.scorer import SliceScorer
 
-SPACE = Space.of(
+SPACE = Space.from_groups(
     {
         "qkv": {"modules": ["q_proj", "k_proj", "v_proj"], "ranks": [4, 2, 1, 0]},
         "up": {"modules": ["up_proj"], "ranks": [4, 3, 2]},
@@ -63,7 +63,7 @@ def trained(request: pytest.FixtureRequest, llama: Path, tmp_path_factory: pytes
     run, ledger = super_run(llama, write_boolq(folder / "data"), request.param), Ledger(folder / "results")
     record = finished(run, ledger)
     assert record.status == "done", record.error
-    return Trained(run, ledger, SliceScorer.of(run, ledger))
+    return Trained(run, ledger, SliceScorer.from_run(run, ledger))
 
 
 def test_a_slice_scores_exactly_as_the_same_sub_adapter_loaded_alone(trained: Trained, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 import psutil
 import pytest
-from factories import done_record, failed_record, make_cell, make_run, sweep_of, write_run
+from factories import done_record, failed_record, make_cell, make_run, make_sweep, write_run
 from mlflow import MlflowClient
 from mlflow_server import MlflowServer, Postgres, mlflow_server, postgres
 from ray_head import wait_until
@@ -98,7 +98,7 @@ def assert_shows(client: MlflowClient, ledgers: list[Ledger], tmp_path: Path) ->
 
 def small_ledger(folder: Path, seeds: range) -> Ledger:
     ledger = Ledger(folder)
-    ledger.write_sweep(sweep_of([make_cell(seed=seed) for seed in seeds], started=1_000.0 + seeds.start))
+    ledger.write_sweep(make_sweep([make_cell(seed=seed) for seed in seeds], started=1_000.0 + seeds.start))
     return ledger
 
 
