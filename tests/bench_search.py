@@ -142,7 +142,7 @@ def worker_mb(scorer: SliceScorer, count: int) -> tuple[float, float]:
 
 def raced(answered: Sequence[tuple[Correctness, float]], minimises_cost: bool) -> dict[str, Any]:
     """How candidates race, in their order: (what they answered in full, their cost)."""
-    n, asked, stages = answered[0][0].n, 0, [list(range(answered[0][0].n))]
+    n, answers, stages = answered[0][0].n, 0, [list(range(answered[0][0].n))]
     race, full = Race(n, minimises_cost), Race(n, minimises_cost)
     for key, (correctness, cost) in enumerate(answered):
         full.update(str(key), cost, correctness)
@@ -154,11 +154,11 @@ def raced(answered: Sequence[tuple[Correctness, float]], minimises_cost: bool) -
             race.update(str(key), cost, mine)
             if not mine.is_complete and race.beaten_by(str(key)) is not None:
                 break
-        asked += mine.count
+        answers += mine.count
     best, found = (max(r.correctness[key].accuracy for key in r.complete()) for r in (full, race))
     return {
         "candidates": len(answered),
-        "asked_fraction": asked / n / len(answered),
+        "answered_fraction": answers / n / len(answered),
         "same_winner": race.winner() == full.winner(),
         "regret_points": 100 * (best - found),
     }

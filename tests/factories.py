@@ -150,7 +150,7 @@ def write_run(ledger: Ledger, run: Run, record: Record) -> Path:
 
 
 def make_sweep(cells: Iterable[Cell], started: float = 1_000.0, **run_changes: Any) -> SweepRecord:
-    """A sweep that asked for `cells`, each served as `tune_sparse.sweep.plan` decides."""
+    """A sweep that requested `cells`, each served as `tune_sparse.sweep.plan` decides."""
     rows: list[dict[str, Any]] = []
     owners: dict[str, str] = {}
     for cell in cells:

@@ -146,12 +146,12 @@ def sound_ledger(
     accuracy: Callable[[Cell], float | None] = lambda cell: None,
 ) -> Ledger:
     """A sweep of `cells`, every run of it finished; `accuracy` as in `write_sound`."""
-    ledger, asked = Ledger(folder), list(cells or make_cells())
-    runs = {cell: sound_run(cell.trained, protocol) for cell in asked}
-    sweep = make_sweep(asked)
+    ledger, requested = Ledger(folder), list(cells or make_cells())
+    runs = {cell: sound_run(cell.trained, protocol) for cell in requested}
+    sweep = make_sweep(requested)
     owners: dict[str, str] = {}
     rows = []
-    for cell, row in zip(asked, sweep.cells, strict=True):
+    for cell, row in zip(requested, sweep.cells, strict=True):
         owner = owners.setdefault(runs[cell].run_id, row["cell_id"])
         shared = None if owner == row["cell_id"] else owner
         rows.append({**row, "run_id": runs[cell].run_id, "shared_with": shared})

@@ -224,7 +224,7 @@ def test_a_planted_fault_is_found_by_its_rule_alone(rule: str, ledger: Ledger) -
         assert finding.run_ids
 
 
-def said(ledger: Ledger) -> str:
+def findings_text(ledger: Ledger) -> str:
     return "\n".join(audited(ledger).lines(most=100))
 
 
@@ -232,12 +232,12 @@ def test_equal_weights_of_different_settings_are_twins(ledger: Ledger) -> None:
     for run in (A_RUN, sound_run(replace(A_CELL, method="random"))):
         edit(run_folder_in(ledger, run) / "result.json", metrics={"weights_sha256": "e" * 64})
     expected = r"error duplicate-results.*\n  .* differ in method, and to the last bit not in their weights"
-    assert re.search(expected, said(ledger))
+    assert re.search(expected, findings_text(ledger))
 
 
 def test_equal_scores_of_different_settings_are_twins(ledger: Ledger) -> None:
     shutil.copy(run_folder_in(ledger, ANOTHER) / "examples.parquet", run_folder_in(ledger))
-    assert "differ in mode, and to the last bit not in their scores" in said(ledger)
+    assert "differ in mode, and to the last bit not in their scores" in findings_text(ledger)
 
 
 def test_equal_losses_under_another_limit_of_test_examples_are_no_twins(ledger: Ledger) -> None:
@@ -262,20 +262,20 @@ def test_one_mask_for_two_methods_had_no_effect(ledger: Ledger) -> None:
         edit(folder / "result.json", metrics={"mask_sha256": mask})
         for name in ("sparse_config.json", "validation_report.json"):
             edit(folder / name, mask_sha256=mask)
-    assert "have one and the same mask" in said(ledger)
+    assert "have one and the same mask" in findings_text(ledger)
 
 
 def test_a_training_that_changed_no_score_had_no_effect(ledger: Ledger) -> None:
     pruned_baseline = ledger.folder / "pruned_baselines" / f"{A_RUN.pruned_baseline_id}.parquet"
     shutil.copy(pruned_baseline, run_folder_in(ledger) / "examples.parquet")
-    assert "every score is the one before tuning, to the last bit" in said(ledger)
+    assert "every score is the one before tuning, to the last bit" in findings_text(ledger)
 
 
 def test_a_mask_that_changed_no_score_had_no_effect(ledger: Ledger) -> None:
     dense = sound_run(A_CELL.trained.__class__("tiny", "boolq", "none", 0.0, "dense", 0, "torch"))
     files = [ledger.folder / "pruned_baselines" / f"{run.pruned_baseline_id}.parquet" for run in (dense, A_RUN)]
     shutil.copy(*files)
-    assert "before tuning every score is the unpruned model's" in said(ledger)
+    assert "before tuning every score is the unpruned model's" in findings_text(ledger)
 
 
 def test_a_cell_that_points_to_another_cells_run_has_no_run(ledger: Ledger) -> None:
@@ -284,7 +284,7 @@ def test_a_cell_that_points_to_another_cells_run_has_no_run(ledger: Ledger) -> N
     [cell] = [c for c in cells if c["run_id"] == ANOTHER.run_id]
     cell |= {"run_id": A_RUN.run_id, "shared_with": cells[0]["cell_id"]}
     edit(path, cells=cells)
-    assert "which is a run of another cell" in said(ledger)
+    assert "which is a run of another cell" in findings_text(ledger)
 
 
 def test_a_copied_run_folder_is_counted_twice(ledger: Ledger) -> None:
@@ -295,12 +295,12 @@ def test_a_copied_run_folder_is_counted_twice(ledger: Ledger) -> None:
 def test_losses_that_end_early_are_no_run(ledger: Ledger) -> None:
     path = run_folder_in(ledger) / "metrics.jsonl"
     path.write_text("\n".join(path.read_text().splitlines()[:-2]))
-    assert "12 steps were requested, metrics.jsonl has the losses of 10" in said(ledger)
+    assert "12 steps were requested, metrics.jsonl has the losses of 10" in findings_text(ledger)
 
 
 def test_a_backend_of_tests_is_foreign(ledger: Ledger) -> None:
     write_sound(ledger, sound_run(replace(A_CELL, backend="fake")))
-    assert "the backend 'fake' is none of torch" in said(ledger)
+    assert "the backend 'fake' is none of torch" in findings_text(ledger)
 
 
 @pytest.mark.parametrize(
@@ -336,7 +336,7 @@ def test_a_broken_sweep_record_is_listed(ledger: Ledger) -> None:
 def test_examples_that_are_gone_are_a_warning(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path / "results")
     write_sound(ledger, replace(A_RUN, data_dir="/no/such/data"))
-    assert "the examples of boolq are no longer here (/no/such/data)" in said(ledger)
+    assert "the examples of boolq are no longer here (/no/such/data)" in findings_text(ledger)
 
 
 def test_warnings_mark_a_run(ledger: Ledger) -> None:

@@ -97,13 +97,13 @@ def test_a_fault_that_lasts_fails_the_run_and_nothing_takes_its_place(
     assert "See /" in failed(record) or fault != "converter"
 
 
-@pytest.mark.parametrize(("fault", "said"), [("unavailable", "was unavailable"), ("kill", "killed by signal 9")])
+@pytest.mark.parametrize(("fault", "message"), [("unavailable", "was unavailable"), ("kill", "killed by signal 9")])
 def test_a_fault_that_passes_is_raised_so_that_the_run_is_tried_again(
-    llama: Path, site: Path, ledger: Ledger, fault: str, said: str
+    llama: Path, site: Path, ledger: Ledger, fault: str, message: str
 ) -> None:
     (site / "fault").write_text(fault)
     run = cerebras_run(llama)
-    with pytest.raises(ApplianceError, match=f"{said}.*child.log"):
+    with pytest.raises(ApplianceError, match=f"{message}.*child.log"):
         finished(run, ledger)
     assert not is_guarded(job_folder(ledger, run))
     (site / "fault").unlink()

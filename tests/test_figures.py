@@ -41,8 +41,8 @@ def ledger(tmp_path_factory: pytest.TempPathFactory) -> Ledger:
     write_json(ledger.folder / "throughput" / "one.json", {"run_id": run_id, "by_batch_size": points})
     searched = ledger.folder / "searches" / "one"
     searched.mkdir(parents=True)
-    asked = {"model": "tiny", "task": "boolq", "method": "wanda", "sparsity": 0.5, "sampler": "nsga2"}
-    write_json(searched / "config.json", asked)
+    described = {"model": "tiny", "task": "boolq", "method": "wanda", "sparsity": 0.5, "sampler": "nsga2"}
+    write_json(searched / "config.json", described)
     front = [{"parameters_fraction": f, "accuracy": a} for f, a in ((1.0, 0.9), (0.5, 0.8))]
     write_json(searched / "result.json", {"front": front})
     (ledger.folder / "searches" / "unfinished").mkdir()

@@ -121,17 +121,17 @@ def test_two_backends_are_compared_cell_by_cell(alike: Ledger) -> None:
     other = points.pruned.assign(backend="cerebras", run_id=points.pruned["run_id"] + "+")
     predictions = {**points.predictions, **{f"{run}+": points.predictions[run] for run in points.pruned["run_id"]}}
     both = Points(pd.concat([points.pruned, other]), predictions)
-    said = texts(make_claims(both)[0], "RQ4")
-    assert "Of 32 cells that ran on two backends, 0 are shown to differ in accuracy." in said
-    assert "cerebras 128, torch 128" in said
+    shown = texts(make_claims(both)[0], "RQ4")
+    assert "Of 32 cells that ran on two backends, 0 are shown to differ in accuracy." in shown
+    assert "cerebras 128, torch 128" in shown
 
 
 def test_curves_are_followed_against_dense_on_the_same_examples(apart: Ledger) -> None:
-    said = texts(find_claims(apart), "RQ1", "torch, tiny, boolq")
-    assert re.search(r"random, sparse-to-sparse: within 2% up to \S+ \(shown up to \S+\), 5% up to", said)
-    assert re.search(r"Half of the weights gone: \d of 4 runs are within 10% of dense, \d within 5%\.", said)
-    assert re.search(r"Nine tenths gone: \d of 4 runs are above chance and the largest class \(0\.\d+\)", said)
-    assert "No earlier dense result was imported" in said
+    shown = texts(find_claims(apart), "RQ1", "torch, tiny, boolq")
+    assert re.search(r"random, sparse-to-sparse: within 2% up to \S+ \(shown up to \S+\), 5% up to", shown)
+    assert re.search(r"Half of the weights gone: \d of 4 runs are within 10% of dense, \d within 5%\.", shown)
+    assert re.search(r"Nine tenths gone: \d of 4 runs are above chance and the largest class \(0\.\d+\)", shown)
+    assert "No earlier dense result was imported" in shown
 
 
 def test_nothing_is_shown_beyond_what_the_accuracies_reach(apart: Ledger) -> None:
@@ -156,20 +156,20 @@ def test_a_break_is_where_a_fall_is_shown(tmp_path: Path) -> None:
         for i, (c, r) in enumerate(zip(cells, runs, strict=True))
     ]
     ledger.write_sweep(replace(sweep, cells=tuple(rows)))
-    said = texts(find_claims(ledger), "RQ1")
-    assert said.count("breaks between 0.3 and 0.6, where accuracy falls most") == 2
-    assert "breaks between 0 and 0.3" not in said
+    shown = texts(find_claims(ledger), "RQ1")
+    assert shown.count("breaks between 0.3 and 0.6, where accuracy falls most") == 2
+    assert "breaks between 0 and 0.3" not in shown
 
 
 def test_an_imported_baseline_is_measured_against(alike: Ledger) -> None:
     dense = cells_table([alike.folder]).query("sparsity == 0 and model == 'tiny'")["accuracy"].iloc[0]
     near = Imported("tiny", "boolq", round(dense, 3), "lab {A}", 400)
     far = Imported("tiny", "boolq", dense - 0.2, "lab B")
-    said = texts(find_claims(alike, near, far), "RQ1", "torch, tiny, boolq")
-    assert "passes the mark of 2% within the imported baseline" in said
-    assert "(lab {A}) and cannot be told from it" in said
-    assert "(lab B) and differs from it: +0.200" in said
-    assert "No earlier dense result" not in said
+    shown = texts(find_claims(alike, near, far), "RQ1", "torch, tiny, boolq")
+    assert "passes the mark of 2% within the imported baseline" in shown
+    assert "(lab {A}) and cannot be told from it" in shown
+    assert "(lab B) and differs from it: +0.200" in shown
+    assert "No earlier dense result" not in shown
     assert "No earlier dense result" in texts(find_claims(alike, near, far), "RQ1", "torch, other, boolq")
 
 
@@ -194,8 +194,8 @@ def test_shared_dense_runs_are_in_no_pair(apart: Ledger) -> None:
 def test_runs_that_answered_other_questions_are_not_compared(apart: Ledger) -> None:
     points = load_points(apart)
     odd = points.pruned["run_id"].iloc[0]
-    asked = points.predictions[odd]
-    predictions = {**points.predictions, odd: replace(asked, ids=np.array([f"x{i}" for i in asked.ids], object))}
+    before = points.predictions[odd]
+    predictions = {**points.predictions, odd: replace(before, ids=np.array([f"x{i}" for i in before.ids], object))}
     fewer = Points(cells_table([apart.folder]), predictions)
     assert len(fewer.pruned) == len(points.pruned) - 1
     assert odd not in set(fewer.pruned["run_id"])

@@ -110,10 +110,10 @@ def test_the_merged_model_computes_the_trained_function_to_the_last_bit_or_but_f
 def test_a_merge_is_judged_by_the_digits_of_its_precision() -> None:
     trained = torch.ones(2, 4)
     assert _logit_violations(trained, trained + 1e-4, exactly=False) == []
-    [said] = _logit_violations(trained, trained + 1e-3, exactly=False)
-    assert said == "the merged model must compute the trained function within 0.0003 of its logits, got 0.001"
-    [said] = _logit_violations(trained, trained + 1e-6, exactly=True)
-    assert said == "the merged model must compute exactly the trained function"
+    [violation] = _logit_violations(trained, trained + 1e-3, exactly=False)
+    assert violation == "the merged model must compute the trained function within 0.0003 of its logits, got 0.001"
+    [violation] = _logit_violations(trained, trained + 1e-6, exactly=True)
+    assert violation == "the merged model must compute exactly the trained function"
     half = trained.bfloat16()
     assert _logit_violations(half, half * 1.0625, exactly=False) == []
     assert _logit_violations(half, half * 1.125, exactly=False) != []

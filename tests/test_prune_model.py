@@ -103,7 +103,7 @@ def test_every_method_hits_its_target_on_every_class(method: str, name: str, eve
         assert abs(count_sparsity(masks) - sparsity) <= TOLERANCE
         if METHODS[method].pattern == "element-wise" and METHODS[method].allocation == "uniform":
             counts = [(int((~mask).sum()), pruned_count(mask.numel(), sparsity)) for mask in masks.values()]
-            assert all(lost == asked for lost, asked in counts)
+            assert all(lost == target for lost, target in counts)
         for pruned in found:
             weight, dense = pruned.weight(level), model.weights[pruned.name]
             assert (weight.dtype, weight.shape) == (dense.dtype, dense.shape)

@@ -97,8 +97,8 @@ def test_track_has_each_run_of_two_folders_once_and_keeps_it(sites: list[Path]) 
 
 def test_status_counts_each_cell_once(sites: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["status", "--results-dir", *map(str, sites), "--json"]) == 1
-    said = json.loads(capsys.readouterr().out)
-    assert (said["cells"], said["by_status"]) == (5, {"done": 3, "failed": 1, "missing": 1})
+    printed = json.loads(capsys.readouterr().out)
+    assert (printed["cells"], printed["by_status"]) == (5, {"done": 3, "failed": 1, "missing": 1})
 
 
 def sweep(arguments: list[str]) -> None:

@@ -38,7 +38,7 @@ def eval_set(tokenizer: PreTrainedTokenizerBase, task: Task, count: int, **setti
     return encode_test(tokenizer, task, load_examples(task, count), replace(PROTOCOL, **settings))
 
 
-# What a model is asked.
+# What a model is given.
 
 
 def test_choices_are_encoded_with_their_gold_and_their_lengths_in_characters(
@@ -188,7 +188,7 @@ def example_choices(*lengths: int, gold: str = "0") -> EvalSet:
     return EvalSet(HELLASWAG, (EvalExample("a", gold, (choice,) * len(lengths), lengths),))
 
 
-def said(values: Sequence[float], monkeypatch: pytest.MonkeyPatch) -> None:
+def patch_likelihoods(values: Sequence[float], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scoring, "log_likelihoods", lambda model, questions, limit: [list(values)] * len(questions))
 
 
@@ -214,7 +214,7 @@ def test_the_first_of_the_likeliest_choices_is_the_prediction(
     tokenizer: PreTrainedTokenizerBase,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    said(values, monkeypatch)
+    patch_likelihoods(values, monkeypatch)
     [outcome] = score(model, tokenizer, [example_choices(*lengths, gold=gold)], PROTOCOL).outcomes
     assert outcome == Outcome(
         "hellaswag", "a", gold, predicted, correct, correct_norm, None, tuple(values), None, truncated=False
@@ -231,10 +231,10 @@ def test_tasks_without_a_normalised_accuracy_have_none(
 
 
 def answers(texts: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
-    """The model answers so; returns what it was asked."""
-    asked: list[tuple[Any, ...]] = []
-    monkeypatch.setattr(scoring, "generate", lambda *given: asked.append(given[2:]) or list(texts))
-    return asked
+    """The model answers so; returns what it was given."""
+    requests: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(scoring, "generate", lambda *given: requests.append(given[2:]) or list(texts))
+    return requests
 
 
 def test_answers_are_extracted_and_compared(
@@ -255,10 +255,10 @@ def test_answers_are_extracted_and_compared(
 def test_generation_is_asked_for_what_the_task_says(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = answers([""], monkeypatch)
+    requests = answers([""], monkeypatch)
     tests = encode_test(tokenizer, GSM8K, [{"question": "How many?", "answer": "#### 1"}], PROTOCOL)
     score(model, tokenizer, [tests], PROTOCOL)
-    [([prompt], limit, until)] = asked
+    [([prompt], limit, until)] = requests
     assert tokenizer.decode(prompt) == "Question: How many?\nAnswer:"
     assert (limit, until) == (8, GSM8K.until)
 

@@ -89,9 +89,9 @@ def test_a_search_ends_with_a_proved_winner_and_starting_it_again_scores_nothing
     tracked_as(ledger, folder.name)
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "results" / "candidates").rglob("*.json")}
     assert main(arguments(llama, tmp_path)) == 0
-    said = capsys.readouterr().out
-    assert "10 candidates by nsga2" in said
-    assert "of the parameters, test accuracy" in said
+    printed = capsys.readouterr().out
+    assert "10 candidates by nsga2" in printed
+    assert "of the parameters, test accuracy" in printed
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 

@@ -138,7 +138,7 @@ def test_a_choice_task_keeps_its_contract(name: str) -> None:
     assert task.chance == pytest.approx(1 / len(pairs))
     assert task.training_pair(example) == pairs[gold]
     assert len(set(pairs)) == len(pairs)
-    assert task.asked(example) == tuple(context + rest for context, rest in pairs)
+    assert task.question(example) == tuple(context + rest for context, rest in pairs)
     assert all(rest.startswith(" ") and not context.endswith(" ") for context, rest in pairs)
     assert task.yes is None or 0 <= task.yes < len(pairs) == 2
 
@@ -149,7 +149,7 @@ def test_an_answer_task_keeps_its_contract(name: str) -> None:
     prompt, answer = task.training_pair(example)
     assert task.chance == 0
     assert task.until
-    assert task.asked(example) == (prompt,)
+    assert task.question(example) == (prompt,)
     assert answer.startswith(" ")
     found = task.extract(answer)
     assert found is not None

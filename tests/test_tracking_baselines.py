@@ -85,14 +85,14 @@ def test_the_page_has_our_best_sparse_runs_and_theirs(uri: str) -> None:
     page = comparison_page(uri)
     assert page is not None
     assert (page.ours, page.published) == (2, 3)
-    asked = parse_qs(page.address.partition("?")[2])
-    ids = json.loads(unquote(asked["runs"][0]))
+    query = parse_qs(page.address.partition("?")[2])
+    ids = json.loads(unquote(query["runs"][0]))
     client = MlflowClient(tracking_uri=uri)
     shown = [client.get_run(id_) for id_ in ids]
     assert [run.data.params["task"] for run in shown[:2]] == ["boolq", "gsm8k"]
     assert {run.data.params["sparsity"] for run in shown[:2]} == {"0.5"}
     assert [run.data.params["model"] for run in shown[2:]] == ["tiny", "llama-7b", "Llama-2-7b-hf"]
-    assert len(json.loads(unquote(asked["experiments"][0]))) == 2
+    assert len(json.loads(unquote(query["experiments"][0]))) == 2
 
 
 def test_a_run_that_was_cut_off_is_logged_anew(uri: str) -> None:

@@ -147,11 +147,11 @@ def test_three_folders_and_a_server_and_a_database_that_are_killed(
             assert sweep.poll() is None, "the sweep ended before the faults did"
         finally:
             over.set()
-        said, _ = sweep.communicate(timeout=PATIENCE_SECONDS)
+        printed, _ = sweep.communicate(timeout=PATIENCE_SECONDS)
     for thread in threads:
         thread.join()
-    assert sweep.returncode in (0, 1), said  # 1 where the audit finds an error in so small a model
-    assert "is not up to date" not in said
+    assert sweep.returncode in (0, 1), printed  # 1 where the audit finds an error in so small a model
+    assert "is not up to date" not in printed
     assert_shows(client, [*ledgers, live], tmp_path / "files")
     kept_at = client.get_experiment_by_name(EXPERIMENT).artifact_location
     assert kept_at.startswith("mlflow-artifacts:"), "files of runs are the server's to keep"
