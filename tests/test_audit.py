@@ -200,7 +200,7 @@ def audited(ledger: Ledger) -> Audit:
     return audit_folders([ledger.folder, other] if other.exists() else [ledger.folder])
 
 
-def test_every_rule_has_a_planted_fault_and_a_page() -> None:
+def test_every_rule_has_a_planted_error_and_a_page() -> None:
     assert set(PLANTED) == set(RULES)
     described = re.findall(r"^### `([a-z-]+)`", DOCS.read_text(encoding="utf-8"), flags=re.MULTILINE)
     assert described == list(RULES)
@@ -214,7 +214,7 @@ def test_a_sound_ledger_has_no_finding(ledger: Ledger) -> None:
 
 
 @pytest.mark.parametrize("rule", PLANTED)
-def test_a_planted_fault_is_found_by_its_rule_alone(rule: str, ledger: Ledger) -> None:
+def test_a_planted_error_is_found_by_its_rule_alone(rule: str, ledger: Ledger) -> None:
     PLANTED[rule](ledger)
     found = audited(ledger)
     assert {finding.rule for finding in found.findings} == {rule}
@@ -228,19 +228,19 @@ def findings_text(ledger: Ledger) -> str:
     return "\n".join(audited(ledger).lines(most=100))
 
 
-def test_equal_weights_of_different_settings_are_twins(ledger: Ledger) -> None:
+def test_equal_weights_of_different_settings_are_duplicates(ledger: Ledger) -> None:
     for run in (A_RUN, sound_run(replace(A_CELL, method="random"))):
         edit(run_folder_in(ledger, run) / "result.json", metrics={"weights_sha256": "e" * 64})
     expected = r"error duplicate-results.*\n  .* differ in method, and to the last bit not in their weights"
     assert re.search(expected, findings_text(ledger))
 
 
-def test_equal_scores_of_different_settings_are_twins(ledger: Ledger) -> None:
+def test_equal_scores_of_different_settings_are_duplicates(ledger: Ledger) -> None:
     shutil.copy(run_folder_in(ledger, ANOTHER) / "examples.parquet", run_folder_in(ledger))
     assert "differ in mode, and to the last bit not in their scores" in findings_text(ledger)
 
 
-def test_equal_losses_under_another_limit_of_test_examples_are_no_twins(ledger: Ledger) -> None:
+def test_equal_losses_under_another_limit_of_test_examples_are_no_duplicates(ledger: Ledger) -> None:
     run = sound_run(A_CELL, replace(PROTOCOL, n_test=390))
     write_sound(ledger, run)
     shutil.copy(run_folder_in(ledger) / "metrics.jsonl", run_folder_in(ledger, run))

@@ -100,14 +100,14 @@ NODE = {
 }
 
 
-def test_a_node_that_differs_is_named_fault_by_fault() -> None:
+def test_a_node_that_differs_is_named_check_by_check() -> None:
     found = by_what(of_ray.check_node(NODE))
     assert found["node 10.0.0.7"].found == "seven: 8 CPU, 2 GPU, 1 CS3, 64 GB"
     assert "3.10.1, here 3.11" in found["node 10.0.0.7, Python"].found
     assert "torch 2.0 (here 2.13.0" in found["node 10.0.0.7, packages"].found
     assert "-30.0 s from here" in found["node 10.0.0.7, clock"].found
-    faults = {what.partition(", ")[2] for what, finding in found.items() if not finding.is_well}
-    assert faults == {"Python", "packages", "results", "tiny-llama", "clock"}
+    failed = {what.partition(", ")[2] for what, finding in found.items() if not finding.is_well}
+    assert failed == {"Python", "packages", "results", "tiny-llama", "clock"}
 
 
 def test_a_node_that_says_nothing_is_a_fault() -> None:

@@ -321,7 +321,7 @@ def test_what_is_done_outlives_a_disk_that_breaks_in_the_next_moment(breaking_di
     assert all(ledger.record(run.run_id) == done_record(run) for run in runs)
 
 
-def test_a_disk_that_turns_read_only_stops_the_sweep_and_the_rest_runs_once_it_is_mended(
+def test_a_disk_that_turns_read_only_stops_the_sweep_and_the_rest_runs_once_it_is_fixed(
     llama: Path, breaking_disk: Path, undisturbed: Sweep, tmp_path: Path
 ) -> None:
     sweep = Sweep(llama, breaking_disk / "results", tmp_path)

@@ -238,7 +238,7 @@ def test_a_worker_loads_a_model_once_for_several_runs(make_run: MakeRun, ledger:
     assert worker.loads == 2
 
 
-def test_a_worker_lends_the_weights_of_the_checkpoint_after_every_run(
+def test_a_worker_gives_the_weights_of_the_checkpoint_after_every_run(
     make_run: MakeRun, ledger: Ledger, llama: Path
 ) -> None:
     worker = WorkerCache()

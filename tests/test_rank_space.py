@@ -45,9 +45,9 @@ def test_parameters_are_rank_times_both_sides_of_each_adapted_matrix() -> None:
 
 @given(step=st.integers(0, 10_000), seed=st.integers(0, 5), sampling=st.sampled_from(SAMPLINGS))
 def test_a_step_draws_the_same_ranks_whenever_it_is_asked(step: int, seed: int, sampling: str) -> None:
-    drawn = SMALL.sample_ranks(3, step, seed, sampling)
-    assert drawn == SMALL.sample_ranks(3, step, seed, sampling)
-    assert all(rank in SMALL.dimensions(3)[name] for name, rank in drawn.items())
+    ranks = SMALL.sample_ranks(3, step, seed, sampling)
+    assert ranks == SMALL.sample_ranks(3, step, seed, sampling)
+    assert all(rank in SMALL.dimensions(3)[name] for name, rank in ranks.items())
 
 
 def test_uniform_draws_every_rank_alike_and_sandwich_the_extremes_in_turn() -> None:

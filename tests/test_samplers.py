@@ -122,7 +122,7 @@ def test_asking_and_telling_are_replayed_in_their_order(tmp_path: Path) -> None:
     Rehearsal(tmp_path, "nsga2").play()
 
 
-def test_a_candidate_that_fails_is_told_to_the_sampler_and_not_tried_again(tmp_path: Path) -> None:
+def test_a_candidate_that_fails_is_reported_to_the_sampler_and_not_tried_again(tmp_path: Path) -> None:
     rehearsal = Rehearsal(tmp_path, "nsga2", fails=lambda ranks: ranks["l00.qkv"] == 8)
     rehearsal.play()
     failed = [s for s in rehearsal.journal.suggestions if s.state == "failed"]
@@ -133,7 +133,7 @@ def test_a_candidate_that_fails_is_told_to_the_sampler_and_not_tried_again(tmp_p
     assert not any(rehearsal.race.correctness.get(configuration_key(s.ranks)) for s in failed)
 
 
-def test_what_another_search_scored_in_full_is_told_without_a_trial(tmp_path: Path) -> None:
+def test_what_another_search_scored_in_full_is_reported_without_a_trial(tmp_path: Path) -> None:
     first = Rehearsal(tmp_path, "random")
     ranks = SPACE.heuristic(LAYERS)
     first.candidates.write(Candidate(ranks, 1, truth(ranks)))
@@ -221,8 +221,11 @@ def test_hill_climbing_goes_from_the_front_to_neighbours() -> None:
 def test_a_journal_reads_what_it_wrote(tmp_path: Path) -> None:
     journal = SearchJournal(tmp_path)
     journal.ask({"l00.up": 4})
-    told = journal.tell(0, state="done", accuracy=0.5, cost=4.0, examples=10)
-    assert SearchJournal(tmp_path).suggestions == [told] == [Suggestion(0, {"l00.up": 4}, 0, 0, "done", 0.5, 4.0, 10)]
+    completed = journal.tell(0, state="done", accuracy=0.5, cost=4.0, examples=10)
+    assert SearchJournal(tmp_path).suggestions == [completed]
+    assert (
+        SearchJournal(tmp_path).suggestions == [completed] == [Suggestion(0, {"l00.up": 4}, 0, 0, "done", 0.5, 4.0, 10)]
+    )
     assert journal.stages() is None
     journal.write_stages([[1], [0]])
     assert SearchJournal(tmp_path).stages() == [[1], [0]]

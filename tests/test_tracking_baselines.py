@@ -105,7 +105,7 @@ def test_a_run_that_was_cut_off_is_logged_anew(uri: str) -> None:
     assert cut not in {run.info.run_id for run in active}
 
 
-def test_a_number_that_was_mended_takes_the_place_of_the_old_one(uri: str) -> None:
+def test_a_number_that_was_fixed_takes_the_place_of_the_old_one(uri: str) -> None:
     fixed = [replace(ROWS[0], value=0.51), *ROWS[1:]]
     assert track_published(as_runs(fixed), uri) == 3
     values = [run.data.metrics["accuracy"] for run in runs_in(uri, PUBLISHED_EXPERIMENT)]

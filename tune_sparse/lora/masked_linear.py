@@ -1,4 +1,4 @@
-"""y = (W + s(BA)⊙M) x for a frozen, pruned W: the effective weight, and three ways to compute with it.
+"""y = (W + s(BA)⊙M) x for a frozen, pruned W: the effective weight, and three implementations.
 
 W: (O, I) and 0 wherever M is; A: (R, I) and B: (O, R) in float32, rounded to the precision of W where they are used;
 s = alpha / R; x: (..., I). An implementation is a module: what it keeps moves with the model. None holds a parameter.

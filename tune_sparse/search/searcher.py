@@ -160,6 +160,6 @@ class JournaledSearcher(Unsaved, Searcher):
         return {"state": state, "accuracy": accuracy, "cost": self._cost(ranks)}
 
     def _tell(self, suggestion: Suggestion, known: Mapping[str, Any], examples: int) -> None:
-        told = self._journal.tell(suggestion.number, **known, examples=examples)
+        completed = self._journal.tell(suggestion.number, **known, examples=examples)
         self._results[configuration_key(suggestion.ranks)] = dict(known)
-        self._tell_sampler(told)
+        self._tell_sampler(completed)
