@@ -87,11 +87,11 @@ class Case:
         """The same of the harness."""
         if isinstance(self.task, AnswerTask):
             settings = {"until": list(self.task.until), "do_sample": False, "max_gen_toks": PROTOCOL.max_new_tokens}
-            asked = [(self.task.training_pair(example)[0], settings) for example in self.examples]
-            return lm.generate_until(instances("generate_until", asked), disable_tqdm=True)
+            requests = [(self.task.training_pair(example)[0], settings) for example in self.examples]
+            return lm.generate_until(instances("generate_until", requests), disable_tqdm=True)
         pairs = [self.task.pairs(example) for example in self.examples]
-        asked = [pair for choices in pairs for pair in choices]
-        values = iter(lm.loglikelihood(instances("loglikelihood", asked), disable_tqdm=True))
+        requests = [pair for choices in pairs for pair in choices]
+        values = iter(lm.loglikelihood(instances("loglikelihood", requests), disable_tqdm=True))
         return [[next(values)[0] for _ in choices] for choices in pairs]
 
     @property
@@ -104,8 +104,8 @@ class Case:
         return PROTOCOL.batch_tokens // (max(map(len, self.tokenizer(texts)["input_ids"])) + new)
 
 
-def instances(kind: str, asked: Sequence[tuple[Any, ...]]) -> list[Instance]:
-    return [Instance(request_type=kind, doc={}, arguments=arguments, idx=0) for arguments in asked]
+def instances(kind: str, requests: Sequence[tuple[Any, ...]]) -> list[Instance]:
+    return [Instance(request_type=kind, doc={}, arguments=arguments, idx=0) for arguments in requests]
 
 
 def cpu_seconds(compute: Callable[[], Any]) -> tuple[float, Any]:
@@ -189,15 +189,15 @@ def cases(sizes: Sizes) -> Iterator[Case]:
     folder = toy_model("tiny-llama", print, steps=sizes.tiny_steps)
     tiny, tokenizer = load_model(folder, torch.float32, torch.device("cpu")), load_tokenizer(folder)
 
-    def examples_of(name: str, count: int, data_dir: Path | None = REAL_EXAMPLES) -> Sequence[Example]:
+    def load_examples(name: str, count: int, data_dir: Path | None = REAL_EXAMPLES) -> Sequence[Example]:
         return load_test(TASKS[name], data_dir, replace(PROTOCOL, n_test=count)).test
 
     for name, count in (("hellaswag", sizes.examples), ("boolq", min(sizes.examples, 12))):
-        yield Case(name, examples_of(name, count), random_model(tokenizer), tokenizer)
-    examples, model = examples_of("gsm8k", sizes.examples), random_model(tokenizer)
+        yield Case(name, load_examples(name, count), random_model(tokenizer), tokenizer)
+    examples, model = load_examples("gsm8k", sizes.examples), random_model(tokenizer)
     EndsOnTime(model, tokenizer.eos_token_id, answer_tokens(tokenizer, TASKS["gsm8k"], examples))
     yield Case("gsm8k", examples, model, tokenizer)
-    yield Case("gsm8k, tiny", examples_of("gsm8k", sizes.tiny_examples, None), tiny, tokenizer)
+    yield Case("gsm8k, tiny", load_examples("gsm8k", sizes.tiny_examples, None), tiny, tokenizer)
 
 
 def memory(tokenizer: PreTrainedTokenizerBase, n: int) -> dict[str, float]:

@@ -149,8 +149,8 @@ def write_run(ledger: Ledger, run: Run, record: Record) -> Path:
     return ledger.run_folder(run.run_id)
 
 
-def sweep_of(cells: Iterable[Cell], started: float = 1_000.0, **run_changes: Any) -> SweepRecord:
-    """A sweep that asked for `cells`, each served as `tune_sparse.sweep.plan` decides."""
+def make_sweep(cells: Iterable[Cell], started: float = 1_000.0, **run_changes: Any) -> SweepRecord:
+    """A sweep that requested `cells`, each served as `tune_sparse.sweep.plan` decides."""
     rows: list[dict[str, Any]] = []
     owners: dict[str, str] = {}
     for cell in cells:

@@ -129,10 +129,10 @@ def _first_loss(job: dict[str, object], model_folder: str) -> float:
         bits = np.unpackbits(masks[cerebras_name(name)].numpy())[: weight.numel()]
         weight.mul_(separated(name, torch.from_numpy(bits).view(weight.shape), head_dim))
     tokens = load_file(Path(str(job["examples"])) / "tokens.safetensors")
-    ids, learned, labels = tokens["examples"][tokens["order"][: job["batch_size"]]].long().unbind(1)  # type: ignore[misc]
+    ids, loss_mask, labels = tokens["examples"][tokens["order"][: job["batch_size"]]].long().unbind(1)  # type: ignore[misc]
     with torch.no_grad():
         losses = F.cross_entropy(model(input_ids=ids).logits.transpose(1, 2), labels, reduction="none")
-    return float((losses * learned).sum() / learned.sum())
+    return float((losses * loss_mask).sum() / loss_mask.sum())
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ def sound(llama: Path, data_dir: Path, tmp_path: Path) -> list[str]:
 
 @pytest.fixture
 def refused(sound: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Refused:
-    """Runs a sound sweep with one mistake added, and returns what was said about it."""
+    """Runs a sound sweep with one mistake added, and returns the message."""
 
     def run(*mistake: str) -> str:
         assert main([*sound, *mistake]) == BAD_INPUT
@@ -211,8 +211,8 @@ def test_a_file_that_is_not_text_is_named(refused: Refused, data_dir: Path) -> N
 def test_a_label_out_of_range_is_named_by_file_and_line(refused: Refused, data_dir: Path) -> None:
     example = {"goal": "g", "sol1": "a", "sol2": "b", "label": 1}
     path = write_jsonl(data_dir / "piqa" / "train.jsonl", [example, example | {"label": 2}])
-    said = refused("--tasks", "piqa")
-    assert said == f"{path}:2: the label of piqa must be one of its 2 choices, got 2. Fix the example."
+    error = refused("--tasks", "piqa")
+    assert error == f"{path}:2: the label of piqa must be one of its 2 choices, got 2. Fix the example."
 
 
 def test_an_example_in_two_splits_is_refused(refused: Refused, data_dir: Path) -> None:
@@ -303,8 +303,10 @@ def test_a_dry_run_refuses_bad_input_too(bad: tuple[str, str], sound: list[str])
 
 def test_two_models_of_one_name_are_refused(refused: Refused, llama: Path, model: Path, tmp_path: Path) -> None:
     other = shutil.copytree(model, tmp_path / "other" / "model")
-    said = refused("--models", str(model), str(other))
-    assert said.startswith(f"models of one sweep must differ in the last part of their names, got {model} and {other}.")
+    error = refused("--models", str(model), str(other))
+    assert error.startswith(
+        f"models of one sweep must differ in the last part of their names, got {model} and {other}."
+    )
 
 
 def test_a_structured_sparsity_out_of_reach_is_refused(refused: Refused, model: Path) -> None:
@@ -312,18 +314,18 @@ def test_a_structured_sparsity_out_of_reach_is_refused(refused: Refused, model: 
     weights = load_file(model / "model.safetensors")
     one_group = {name: w[:8].clone() if "k_proj" in name or "v_proj" in name else w for name, w in weights.items()}
     save_file(one_group, model / "model.safetensors", metadata={"format": "pt"})
-    said = refused("--models", str(model), "--methods", "structured", "--sparsities", "0.9")
-    assert re.match(r"model: structured sparsity must come within 0\.01 of the target: with 1 key/value groups", said)
-    assert said.endswith("got 0.9. Choose another sparsity or an element-wise method.")
+    error = refused("--models", str(model), "--methods", "structured", "--sparsities", "0.9")
+    assert re.match(r"model: structured sparsity must come within 0\.01 of the target: with 1 key/value groups", error)
+    assert error.endswith("got 0.9. Choose another sparsity or an element-wise method.")
 
 
 @pytest.mark.parametrize("below", ["", "results"])
 def test_a_results_folder_that_is_a_file_or_in_one_is_refused(refused: Refused, tmp_path: Path, below: str) -> None:
     file = tmp_path / "file"
     file.write_text("in the way")
-    said = refused("--results-dir", str(file / below))
+    error = refused("--results-dir", str(file / below))
     assert re.match(
-        rf"the results folder must be writable, {file / below} is not: .+ Give another --results-dir\.", said
+        rf"the results folder must be writable, {file / below} is not: .+ Give another --results-dir\.", error
     )
     assert file.read_text() == "in the way"
 
@@ -331,17 +333,19 @@ def test_a_results_folder_that_is_a_file_or_in_one_is_refused(refused: Refused, 
 def test_a_results_folder_locked_by_a_live_process_is_refused(refused: Refused, tmp_path: Path) -> None:
     (tmp_path / "results").mkdir()
     with FolderLease(tmp_path / "results"):
-        said = refused()
+        error = refused()
     assert re.match(
-        r"one sweep at a time writes to a results folder: .* is locked by process \d+ on .* Wait for it", said
+        r"one sweep at a time writes to a results folder: .* is locked by process \d+ on .* Wait for it", error
     )
 
 
 def test_too_little_disk_is_refused(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(10**9, 10**9, 10**4))
-    said = refused()
-    assert re.match(r"a sweep needs room for what it writes, about \d+\.\d\d GB, .* has 0\.00 GB\. Free some, or", said)
+    error = refused()
+    assert re.match(
+        r"a sweep needs room for what it writes, about \d+\.\d\d GB, .* has 0\.00 GB\. Free some, or", error
+    )
 
 
 @pytest.mark.parametrize("command", ["status", "report", "track"])
@@ -350,8 +354,8 @@ def test_a_results_folder_that_is_missing_is_refused(
 ) -> None:
     absent = tmp_path / "absent"
     assert main([command, "--results-dir", str(absent)]) == BAD_INPUT
-    said = capsys.readouterr().err
-    assert said == f"tune-sparse: a results folder must exist, {absent} does not. Run `tune-sparse sweep` first.\n"
+    error = capsys.readouterr().err
+    assert error == f"tune-sparse: a results folder must exist, {absent} does not. Run `tune-sparse sweep` first.\n"
 
 
 def test_discarding_an_unknown_run_offers_the_closest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -26,7 +26,7 @@ RNG = random.Random(0)
 EXAMPLES = [Encoded((), tuple(RNG.randrange(700) for _ in range(20))) for _ in range(5)]
 
 
-def model_of(folder: Path) -> nn.Module:
+def load_module(folder: Path) -> nn.Module:
     return load_model(folder, torch.float32, torch.device("cpu"))
 
 
@@ -40,7 +40,7 @@ def test_sums_by_hand() -> None:
 
 @pytest.mark.parametrize("name", ["LlamaForCausalLM", "GPT2LMHeadModel", "OPTForCausalLM"])
 def test_inputs_are_what_each_layer_reads_in_one_forward_pass(name: str, architecture_folders: dict[str, Path]) -> None:
-    model = model_of(architecture_folders[name])
+    model = load_module(architecture_folders[name])
     blocks = ModelBlocks(model)
     seen: dict[str, list[Tensor]] = {}
     layers = {matrix.name: model.get_submodule(matrix.name.removesuffix(".weight")) for matrix in blocks.matrices}
@@ -67,7 +67,7 @@ def test_inputs_are_what_each_layer_reads_in_one_forward_pass(name: str, archite
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_a_model_read_block_by_block_computes_the_same(name: str, architecture_folders: dict[str, Path]) -> None:
     folder = architecture_folders[name]
-    whole = calibrate_blockwise(ModelBlocks(model_of(folder)), EXAMPLES, wants_hessians=True)
+    whole = calibrate_blockwise(ModelBlocks(load_module(folder)), EXAMPLES, wants_hessians=True)
     streamed = calibrate_blockwise(
         StreamedBlocks(open_checkpoint(str(folder)), torch.float32), EXAMPLES, wants_hessians=True
     )
@@ -80,7 +80,7 @@ def test_a_model_read_block_by_block_computes_the_same(name: str, architecture_f
 
 
 def test_experts_read_the_tokens_that_are_sent_to_them(architecture_folders: dict[str, Path]) -> None:
-    model = model_of(architecture_folders["MixtralForCausalLM"])
+    model = load_module(architecture_folders["MixtralForCausalLM"])
     inputs = {
         source: sums for _, found in calibrate_blockwise(ModelBlocks(model), EXAMPLES) for source, sums in found.items()
     }
@@ -92,7 +92,7 @@ def test_experts_read_the_tokens_that_are_sent_to_them(architecture_folders: dic
 
 
 def test_an_expert_without_a_token_is_refused(architecture_folders: dict[str, Path]) -> None:
-    model = model_of(architecture_folders["MixtralForCausalLM"])
+    model = load_module(architecture_folders["MixtralForCausalLM"])
     with pytest.raises(
         InputError, match=r"experts\.\d\.w1\.weight was given no token by 1 examples\. Give more examples"
     ):
@@ -100,7 +100,7 @@ def test_an_expert_without_a_token_is_refused(architecture_folders: dict[str, Pa
 
 
 def test_activations_that_overflow_are_refused(architecture_folders: dict[str, Path]) -> None:
-    model = model_of(architecture_folders["LlamaForCausalLM"])
+    model = load_module(architecture_folders["LlamaForCausalLM"])
     read_weights(model)["model.layers.0.mlp.up_proj.weight"].fill_(1e38)
     with pytest.raises(InputError, match=r"activations must be finite, the input of model\.layers\.0\.mlp\.down_proj"):
         list(calibrate_blockwise(ModelBlocks(model), EXAMPLES))
@@ -109,7 +109,7 @@ def test_activations_that_overflow_are_refused(architecture_folders: dict[str, P
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_gradients_are_summed_example_by_example(name: str, architecture_folders: dict[str, Path]) -> None:
     folder = architecture_folders[name]
-    model, blocks = model_of(folder), ModelBlocks(model_of(folder))
+    model, blocks = load_module(folder), ModelBlocks(load_module(folder))
     found = gradient_sums(blocks.whole(), EXAMPLES, blocks.matrices)
     assert not any(p.requires_grad or p.grad is not None for p in blocks.whole().parameters())
     model.requires_grad_(True)
@@ -127,7 +127,7 @@ def test_gradients_are_summed_example_by_example(name: str, architecture_folders
 
 
 def test_the_loss_is_that_of_transformers(architecture_folders: dict[str, Path]) -> None:
-    model = model_of(architecture_folders["LlamaForCausalLM"])
+    model = load_module(architecture_folders["LlamaForCausalLM"])
     ids = torch.tensor([EXAMPLES[0].continuation])
     torch.testing.assert_close(example_loss(model, EXAMPLES[0]), model(ids, labels=ids).loss)
     answered = Encoded(EXAMPLES[0].continuation[:15], EXAMPLES[0].continuation[15:])

@@ -96,7 +96,7 @@ def test_an_adapter_changes_what_is_scored(llama: Path, run_id: str, evaluate: E
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["--model", "LLAMA"], "evaluate needs tasks, got none. Give --tasks."),
         (["--model", "LLAMA", "--tasks", "bolq"], "unknown task 'bolq'. Did you mean 'boolq'?"),
@@ -127,19 +127,19 @@ def test_an_adapter_changes_what_is_scored(llama: Path, run_id: str, evaluate: E
     ],
 )
 def test_bad_input_is_refused_before_anything_is_scored(
-    arguments: list[str], said: str, llama: Path, evaluate: Evaluate, tmp_path: Path
+    arguments: list[str], message: str, llama: Path, evaluate: Evaluate, tmp_path: Path
 ) -> None:
     (tmp_path / "results").mkdir()
     data_dir = write_boolq(tmp_path / "data")
     question = {"original_text": "Half of 4 ?", "ans": 2.0}
-    for split, asked in (("train", "a"), ("test", "b"), ("validation", "c")):
-        write_jsonl(data_dir / "mawps" / f"{split}.jsonl", [question | {"original_text": f"{asked} ?"}] * 3)
+    for split, passage in (("train", "a"), ("test", "b"), ("validation", "c")):
+        write_jsonl(data_dir / "mawps" / f"{split}.jsonl", [question | {"original_text": f"{passage} ?"}] * 3)
         write_jsonl(data_dir / "arc_easy" / f"{split}.jsonl", [] if split == "test" else [ARC])
         write_jsonl(data_dir / "hellaswag" / f"{split}.jsonl", [HELLASWAG])
     places = {"LLAMA": str(llama), "DATA": str(data_dir)}
     status, error = evaluate(*(places.get(argument, argument) for argument in arguments))
     assert status == BAD_INPUT
-    assert said in error
+    assert message in error
     assert not (tmp_path / "results" / "evaluations").exists()
 
 

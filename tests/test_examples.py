@@ -55,9 +55,9 @@ def test_the_file_of_a_sweep_says_what_its_python_says() -> None:
 
 def test_a_sweep_that_is_done_is_shown_again(swept: Path, llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
     example("sweep").main(str(swept), models=[str(llama)], **FEW)
-    said = capsys.readouterr().out
-    assert "0 trainings, 0 failed, 0 left" in said
-    assert [line.split()[:2] for line in said.splitlines()[-4:]] == [
+    printed = capsys.readouterr().out
+    assert "0 trainings, 0 failed, 0 left" in printed
+    assert [line.split()[:2] for line in printed.splitlines()[-4:]] == [
         ["unstructured", "0.0"],
         ["unstructured", "0.5"],
         ["random", "0.0"],

@@ -138,12 +138,12 @@ def test_the_order_of_examples_depends_on_the_seed_and_not_on_batches() -> None:
     assert first_examples(48, PROTOCOL, seed=1) != expected
 
 
-def stock_loss(model: PreTrainedModel, example: Encoded, learned_from: int) -> Tensor:
+def stock_loss(model: PreTrainedModel, example: Encoded, first_target: int) -> Tensor:
     """Summed by transformers itself, from its mean over the labels that are not -100."""
     ids = torch.tensor([example.context + example.continuation])
     labels = ids.clone()
-    labels[:, :learned_from] = -100
-    return model(input_ids=ids, labels=labels).loss * (ids.shape[1] - max(1, learned_from))
+    labels[:, :first_target] = -100
+    return model(input_ids=ids, labels=labels).loss * (ids.shape[1] - max(1, first_target))
 
 
 @torch.no_grad()

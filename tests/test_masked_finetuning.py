@@ -86,7 +86,7 @@ def test_a_filled_zero_is_found(llama: Path) -> None:
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_the_model_is_given_back_as_it_was_lent(precision: str, llama: Path) -> None:
+def test_the_model_is_given_back_as_it_was(precision: str, llama: Path) -> None:
     protocol = Protocol(**vars(TINY_PROTOCOL) | {"precision": precision})
     trained, _ = pruned_and_set_up(llama, protocol)
     model = trained.unwrap()

@@ -84,7 +84,7 @@ def test_every_backend_of_the_configuration_has_its_train_stage() -> None:
 
 
 @torch.no_grad()
-def logits_of(trained: Trained, weights: dict[str, Tensor]) -> Tensor:
+def compute_logits(trained: Trained, weights: dict[str, Tensor]) -> Tensor:
     model = trained.trainable.unwrap()
     write_weights_into(model, weights)
     return model(IDS).logits
@@ -102,7 +102,7 @@ def test_the_merged_model_computes_the_trained_function_to_the_last_bit_or_but_f
         )
     is_exact = trained.trainable.is_merged_exactly
     assert is_exact == (mode == "sparse-to-sparse" or (mode, precision) == ("masked-finetuning", "float32"))
-    merged = logits_of(trained, trained.merged.before_mask)
+    merged = compute_logits(trained, trained.merged.before_mask)
     if expected is not None:
         assert _logit_violations(expected, merged, is_exact) == []
 
@@ -110,10 +110,10 @@ def test_the_merged_model_computes_the_trained_function_to_the_last_bit_or_but_f
 def test_a_merge_is_judged_by_the_digits_of_its_precision() -> None:
     trained = torch.ones(2, 4)
     assert _logit_violations(trained, trained + 1e-4, exactly=False) == []
-    [said] = _logit_violations(trained, trained + 1e-3, exactly=False)
-    assert said == "the merged model must compute the trained function within 0.0003 of its logits, got 0.001"
-    [said] = _logit_violations(trained, trained + 1e-6, exactly=True)
-    assert said == "the merged model must compute exactly the trained function"
+    [violation] = _logit_violations(trained, trained + 1e-3, exactly=False)
+    assert violation == "the merged model must compute the trained function within 0.0003 of its logits, got 0.001"
+    [violation] = _logit_violations(trained, trained + 1e-6, exactly=True)
+    assert violation == "the merged model must compute exactly the trained function"
     half = trained.bfloat16()
     assert _logit_violations(half, half * 1.0625, exactly=False) == []
     assert _logit_violations(half, half * 1.125, exactly=False) != []
@@ -238,7 +238,7 @@ def test_a_worker_loads_a_model_once_for_several_runs(make_run: MakeRun, ledger:
     assert worker.loads == 2
 
 
-def test_a_worker_lends_the_weights_of_the_checkpoint_after_every_run(
+def test_a_worker_gives_the_weights_of_the_checkpoint_after_every_run(
     make_run: MakeRun, ledger: Ledger, llama: Path
 ) -> None:
     worker = WorkerCache()
@@ -246,9 +246,9 @@ def test_a_worker_lends_the_weights_of_the_checkpoint_after_every_run(
     for mode in ("sparse-to-dense", "sparse-to-sparse"):
         run = make_run(mode=mode)
         finished(run, ledger, worker)
-        lent = worker.model(run).model.state_dict()
-        assert list(lent) == list(checkpoint)
-        assert all(torch.equal(lent[name], checkpoint[name]) for name in checkpoint)
+        weights = worker.model(run).model.state_dict()
+        assert list(weights) == list(checkpoint)
+        assert all(torch.equal(weights[name], checkpoint[name]) for name in checkpoint)
 
 
 def test_a_worker_encodes_the_examples_of_a_task_once(

@@ -32,7 +32,7 @@ class Calibrated:
         self.model = load_model(folder, torch.float32, torch.device("cpu"))
         self.blocks = ModelBlocks(self.model)
         self.dense = {name: weight.clone() for b in range(3) for name, weight in self.blocks.weights(b).items()}
-        self.prunable = Prunable.of(self.dense, check_checkpoint(str(folder)).dims)
+        self.prunable = Prunable.from_weights(self.dense, check_checkpoint(str(folder)).dims)
         self.inputs = {
             source: sums
             for _, found in calibrate_blockwise(self.blocks, examples, True)

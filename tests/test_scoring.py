@@ -27,7 +27,7 @@ PROTOCOL = Protocol(max_tokens=256, max_new_tokens=8, precision="float32", batch
 BOOLQ, HELLASWAG, GSM8K, TEXT = (TASKS[name] for name in ("boolq", "hellaswag", "gsm8k", "tinyshakespeare"))
 
 
-def examples_of(task: Task, count: int) -> list[Example]:
+def load_examples(task: Task, count: int) -> list[Example]:
     if task is TEXT:
         passages = [example["passage"] for example in synthetic_examples("boolq", "validation")[: 4 * count]]
         return [{"text": "\n".join(passages)}]
@@ -35,16 +35,16 @@ def examples_of(task: Task, count: int) -> list[Example]:
 
 
 def eval_set(tokenizer: PreTrainedTokenizerBase, task: Task, count: int, **settings: Any) -> EvalSet:
-    return encode_test(tokenizer, task, examples_of(task, count), replace(PROTOCOL, **settings))
+    return encode_test(tokenizer, task, load_examples(task, count), replace(PROTOCOL, **settings))
 
 
-# What a model is asked.
+# What a model is given.
 
 
 def test_choices_are_encoded_with_their_gold_and_their_lengths_in_characters(
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
-    examples = examples_of(HELLASWAG, 3)
+    examples = load_examples(HELLASWAG, 3)
     tests = encode_test(tokenizer, HELLASWAG, examples, PROTOCOL)
     assert tests.task is HELLASWAG
     for example, encoded in zip(examples, tests.examples, strict=True):
@@ -55,7 +55,7 @@ def test_choices_are_encoded_with_their_gold_and_their_lengths_in_characters(
 
 
 def test_questions_are_encoded_without_their_answer(tokenizer: PreTrainedTokenizerBase) -> None:
-    examples = examples_of(GSM8K, 3)
+    examples = load_examples(GSM8K, 3)
     for example, encoded in zip(examples, encode_test(tokenizer, GSM8K, examples, PROTOCOL).examples, strict=True):
         assert encoded.gold == GSM8K.gold(example)
         [prompt] = encoded.encoded
@@ -64,7 +64,7 @@ def test_questions_are_encoded_without_their_answer(tokenizer: PreTrainedTokeniz
 
 
 def test_a_text_is_windows_of_the_longest_examples(tokenizer: PreTrainedTokenizerBase) -> None:
-    [example] = examples_of(TEXT, 20)
+    [example] = load_examples(TEXT, 20)
     ids = tokenizer(example["text"])["input_ids"]
     examples = eval_set(tokenizer, TEXT, 20, max_tokens=64).examples
     assert [example.id for example in examples] == [f"window {i}" for i in range(len(ids) // 64)]
@@ -108,7 +108,7 @@ def test_an_example_of_which_one_choice_is_truncated_is_truncated_once() -> None
 
 
 def test_a_choice_of_more_tokens_than_a_model_may_read_is_refused(tokenizer: PreTrainedTokenizerBase) -> None:
-    example = dict(examples_of(HELLASWAG, 1)[0])
+    example = dict(load_examples(HELLASWAG, 1)[0])
     example["endings"] = [*example["endings"][:3], "tall trees " * 40]
     message = r"a choice must have between 1 and max_tokens = 64 tokens, hellaswag has ' tall trees .*Raise max_tokens"
     with pytest.raises(InputError, match=message):
@@ -116,7 +116,7 @@ def test_a_choice_of_more_tokens_than_a_model_may_read_is_refused(tokenizer: Pre
 
 
 def test_a_choice_that_just_fits_follows_one_token(tokenizer: PreTrainedTokenizerBase) -> None:
-    example = dict(examples_of(HELLASWAG, 1)[0])
+    example = dict(load_examples(HELLASWAG, 1)[0])
     example["endings"] = [*example["endings"][:3], "tall trees " * 10]
     ending = encode_test(tokenizer, HELLASWAG, [example], PROTOCOL).examples[0].encoded[3].continuation
     [fitting] = encode_test(tokenizer, HELLASWAG, [example], replace(PROTOCOL, max_tokens=len(ending))).examples
@@ -129,25 +129,25 @@ def test_a_choice_that_just_fits_follows_one_token(tokenizer: PreTrainedTokenize
 
 
 def test_without_shots_nothing_is_before_a_prompt() -> None:
-    assert few_shot_prefixes(BOOLQ, examples_of(BOOLQ, 2), (), 0) == ["", ""]
+    assert few_shot_prefixes(BOOLQ, load_examples(BOOLQ, 2), (), 0) == ["", ""]
 
 
 @pytest.mark.parametrize("task", [BOOLQ, GSM8K], ids=lambda task: task.name)
 def test_shots_are_whole_examples_of_the_pool(task: Task) -> None:
     pool = synthetic_examples(task.name, "train")[:10]
     shown = {"".join(task.training_pair(example)) for example in pool}
-    prefixes = few_shot_prefixes(task, examples_of(task, 20), pool, 3)
+    prefixes = few_shot_prefixes(task, load_examples(task, 20), pool, 3)
     for prefix in prefixes:
         *examples, rest = prefix.split("\n\n")
         assert rest == ""
         assert len(set(examples)) == 3
         assert set(examples) <= shown
     assert len(set(prefixes)) > 10
-    assert prefixes == few_shot_prefixes(task, examples_of(task, 20), pool, 3)
+    assert prefixes == few_shot_prefixes(task, load_examples(task, 20), pool, 3)
 
 
 def test_an_example_is_never_an_example_of_itself() -> None:
-    pool = examples_of(BOOLQ, 4)
+    pool = load_examples(BOOLQ, 4)
     prefixes = few_shot_prefixes(BOOLQ, pool * 5, pool, 3)
     for example, prefix in zip(pool * 5, prefixes, strict=True):
         assert example["passage"] not in prefix
@@ -155,21 +155,21 @@ def test_an_example_is_never_an_example_of_itself() -> None:
 
 
 def test_a_pool_full_of_the_example_itself_is_drawn_from_again() -> None:
-    example, other = examples_of(BOOLQ, 2)
+    example, other = load_examples(BOOLQ, 2)
     prefixes = few_shot_prefixes(BOOLQ, [example] * 20, [example] * 5 + [other], 1)
     assert set(prefixes) == {"".join(BOOLQ.training_pair(other)) + "\n\n"}
 
 
 def test_the_first_examples_have_the_same_shots_however_many_follow() -> None:
     pool = synthetic_examples("gsm8k", "train")[:10]
-    assert few_shot_prefixes(GSM8K, examples_of(GSM8K, 9), pool, 2)[:4] == few_shot_prefixes(
-        GSM8K, examples_of(GSM8K, 4), pool, 2
+    assert few_shot_prefixes(GSM8K, load_examples(GSM8K, 9), pool, 2)[:4] == few_shot_prefixes(
+        GSM8K, load_examples(GSM8K, 4), pool, 2
     )
 
 
 def test_a_prompt_is_asked_after_its_shots(tokenizer: PreTrainedTokenizerBase) -> None:
     pool = synthetic_examples("boolq", "train")[:10]
-    examples, protocol = examples_of(BOOLQ, 4), replace(PROTOCOL, num_fewshot=2)
+    examples, protocol = load_examples(BOOLQ, 4), replace(PROTOCOL, num_fewshot=2)
     prefixes = few_shot_prefixes(BOOLQ, examples, pool, 2)
     plain = encode_test(tokenizer, BOOLQ, examples, PROTOCOL)
     shown = encode_test(tokenizer, BOOLQ, examples, protocol, pool)
@@ -188,7 +188,7 @@ def example_choices(*lengths: int, gold: str = "0") -> EvalSet:
     return EvalSet(HELLASWAG, (EvalExample("a", gold, (choice,) * len(lengths), lengths),))
 
 
-def said(values: Sequence[float], monkeypatch: pytest.MonkeyPatch) -> None:
+def patch_likelihoods(values: Sequence[float], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scoring, "log_likelihoods", lambda model, questions, limit: [list(values)] * len(questions))
 
 
@@ -214,7 +214,7 @@ def test_the_first_of_the_likeliest_choices_is_the_prediction(
     tokenizer: PreTrainedTokenizerBase,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    said(values, monkeypatch)
+    patch_likelihoods(values, monkeypatch)
     [outcome] = score(model, tokenizer, [example_choices(*lengths, gold=gold)], PROTOCOL).outcomes
     assert outcome == Outcome(
         "hellaswag", "a", gold, predicted, correct, correct_norm, None, tuple(values), None, truncated=False
@@ -231,10 +231,10 @@ def test_tasks_without_a_normalised_accuracy_have_none(
 
 
 def answers(texts: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
-    """The model answers so; returns what it was asked."""
-    asked: list[tuple[Any, ...]] = []
-    monkeypatch.setattr(scoring, "generate", lambda *given: asked.append(given[2:]) or list(texts))
-    return asked
+    """The model answers so; returns what it was given."""
+    requests: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(scoring, "generate", lambda *given: requests.append(given[2:]) or list(texts))
+    return requests
 
 
 def test_answers_are_extracted_and_compared(
@@ -255,10 +255,10 @@ def test_answers_are_extracted_and_compared(
 def test_generation_is_asked_for_what_the_task_says(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = answers([""], monkeypatch)
+    requests = answers([""], monkeypatch)
     tests = encode_test(tokenizer, GSM8K, [{"question": "How many?", "answer": "#### 1"}], PROTOCOL)
     score(model, tokenizer, [tests], PROTOCOL)
-    [([prompt], limit, until)] = asked
+    [([prompt], limit, until)] = requests
     assert tokenizer.decode(prompt) == "Question: How many?\nAnswer:"
     assert (limit, until) == (8, GSM8K.until)
 

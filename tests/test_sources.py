@@ -45,11 +45,11 @@ def test_examples_of_the_hub_are_those_of_its_dataset() -> None:
 
 
 def test_examples_are_fetched_once(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    said: list[str] = []
-    fetch_examples(["boolq"], said.append)
+    reported: list[str] = []
+    fetch_examples(["boolq"], reported.append)
     monkeypatch.setattr(sources, "_fetch_splits", lambda *_: pytest.fail("fetched again"))
-    assert fetch_examples(["boolq"], said.append) == cache_dir() / "hub_examples"
-    assert [line.split(":")[0] for line in said] == ["boolq"]
+    assert fetch_examples(["boolq"], reported.append) == cache_dir() / "hub_examples"
+    assert [line.split(":")[0] for line in reported] == ["boolq"]
 
 
 def test_the_tasks_of_a_mixture_are_fetched(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -224,15 +224,15 @@ def test_examples_are_the_whole_train_split_in_its_own_order(tmp_path: Path) -> 
     assert splits.train == load_splits(BOOLQ, tmp_path, replace(SMALL, n_train=3)).train
 
 
-def test_examples_are_part_of_the_fingerprint_only_where_they_are_asked_for(tmp_path: Path) -> None:
+def test_shots_are_part_of_the_fingerprint_only_where_they_are_requested(tmp_path: Path) -> None:
     write_boolq(tmp_path)
     without, two, three = (load_splits(BOOLQ, tmp_path, replace(SMALL, num_fewshot=count)) for count in (0, 2, 3))
-    assert without.examples == ()
+    assert without.shots == ()
     assert without.fingerprint != two.fingerprint == three.fingerprint
-    assert replace(two, examples=two.examples[::-1]).fingerprint != two.fingerprint
+    assert replace(two, shots=two.shots[::-1]).fingerprint != two.fingerprint
 
 
-def test_examples_must_be_fewer_than_the_training_examples(tmp_path: Path) -> None:
+def test_shots_must_be_fewer_than_the_training_examples(tmp_path: Path) -> None:
     write_boolq(tmp_path)
     load_splits(BOOLQ, tmp_path, replace(SMALL, num_fewshot=19))
     with pytest.raises(
@@ -257,7 +257,7 @@ def limited(n_train: int, n_test: int) -> Protocol:
 
 
 @pytest.mark.parametrize("num_fewshot", [0, 2])
-def test_scoring_alone_needs_the_test_examples_and_the_examples(tmp_path: Path, num_fewshot: int) -> None:
+def test_scoring_alone_needs_the_test_examples_and_the_shots(tmp_path: Path, num_fewshot: int) -> None:
     protocol = replace(SMALL, n_test=3, num_fewshot=num_fewshot)
     whole = load_splits(BOOLQ, write_boolq(tmp_path), protocol)
     if not num_fewshot:
@@ -300,14 +300,14 @@ def write_shakespeare(data_dir: Path, text: str) -> Path:
     return data_dir
 
 
-def texts_of(splits: Splits) -> list[str]:
+def list_texts(splits: Splits) -> list[str]:
     return [example["text"] for examples in (splits.train, splits.selection, splits.test) for example in examples]
 
 
 def test_a_text_task_has_one_example_a_split_from_a_file_each(tmp_path: Path) -> None:
     """Lines are examples joined by blank lines, the blank ones empty examples: as in GPTQ, SparseGPT and Wanda."""
     splits = load_splits(WIKITEXT, write_wikitext(tmp_path, test=" \n = Title = \n \n A line .\n"), SMALL)
-    assert texts_of(splits) == ["a b\n", "c d\n", "\n\n = Title = \n\n\n\n\n A line .\n"]
+    assert list_texts(splits) == ["a b\n", "c d\n", "\n\n = Title = \n\n\n\n\n A line .\n"]
     assert splits.shots == ()
 
 
@@ -322,7 +322,7 @@ def test_the_examples_of_the_hub_and_their_file_have_the_same_text(tmp_path: Pat
 def test_a_text_in_one_file_is_divided_by_its_lines(tmp_path: Path) -> None:
     lines = [f"line {i}\n" for i in range(40)]
     splits = load_splits(SHAKESPEARE, write_shakespeare(tmp_path, "".join(lines)), SMALL)
-    assert texts_of(splits) == ["".join(lines[:36]), "".join(lines[36:38]), "".join(lines[38:])]
+    assert list_texts(splits) == ["".join(lines[:36]), "".join(lines[36:38]), "".join(lines[38:])]
 
 
 @pytest.mark.parametrize("count", [7, 33, 41, 100])
@@ -332,7 +332,7 @@ def test_no_line_of_a_divided_text_is_lost_or_shared(tmp_path: Path, count: int)
         with pytest.raises(InputError, match=r"input\.txt: a text of tinyshakespeare must not be empty"):
             load_splits(SHAKESPEARE, write_shakespeare(tmp_path, text), SMALL)
     else:
-        assert "".join(texts_of(load_splits(SHAKESPEARE, write_shakespeare(tmp_path, text), SMALL))) == text
+        assert "".join(list_texts(load_splits(SHAKESPEARE, write_shakespeare(tmp_path, text), SMALL))) == text
 
 
 def test_the_limits_of_a_text_count_windows_not_lines(tmp_path: Path) -> None:

@@ -28,11 +28,11 @@ def prompt_task(name: str) -> PromptTask:
     return task
 
 
-def prompt_of(name: str, example: Example) -> str:
+def make_prompt(name: str, example: Example) -> str:
     return prompt_task(name).training_pair(example)[0]
 
 
-def splits_of(task_name: str) -> list[str]:
+def list_splits(task_name: str) -> list[str]:
     return [split for name, split in SPLITS if name == task_name]
 
 
@@ -61,7 +61,7 @@ def test_hellaswag_examples_have_every_field_of_the_original() -> None:
 
 @pytest.mark.parametrize("name", SYNTHETIC_TASKS)
 def test_no_prompt_is_repeated_within_or_across_splits(name: str) -> None:
-    prompts = [prompt_of(name, example) for split in splits_of(name) for example in synthetic_examples(name, split)]
+    prompts = [make_prompt(name, example) for split in list_splits(name) for example in synthetic_examples(name, split)]
     assert len(set(prompts)) == len(prompts) == 8600
 
 
@@ -79,8 +79,8 @@ def facts_asked(name: str, text: str) -> tuple[str, ...]:
 @pytest.mark.parametrize("name", SYNTHETIC_TASKS)
 def test_no_two_splits_share_what_carries_the_answer(name: str) -> None:
     facts = [
-        {facts_asked(name, prompt_of(name, example)) for example in synthetic_examples(name, split)}
-        for split in splits_of(name)
+        {facts_asked(name, make_prompt(name, example)) for example in synthetic_examples(name, split)}
+        for split in list_splits(name)
     ]
     assert all(len(f) > 200 for f in facts)
     assert sum(map(len, facts)) == len(set.union(*facts))

@@ -69,7 +69,7 @@ ASKED_ANEW: list[tuple[PromptTask, dict[str, Any], dict[str, Any]]] = [
 @pytest.mark.parametrize(("task", "example", "change"), ANSWER_APART)
 def test_what_is_right_is_no_part_of_what_is_asked(task: PromptTask, example: Example, change: Example) -> None:
     other = {**example, **change}
-    assert task.asked(example) == task.asked(other)
+    assert task.question(example) == task.question(other)
     assert task.question_id(example) == task.question_id(other)
 
 
@@ -78,7 +78,7 @@ def test_another_question_or_other_choices_are_another_example(
     task: PromptTask, example: Example, change: Example
 ) -> None:
     other = {**example, **change}
-    assert task.asked(example) != task.asked(other)
+    assert task.question(example) != task.question(other)
     assert task.question_id(example) != task.question_id(other)
 
 

@@ -91,11 +91,11 @@ ANSWER_TASKS = [name for name, task in TASKS.items() if isinstance(task, AnswerT
 TEXT_TASKS = [name for name, task in TASKS.items() if isinstance(task, TextTask)]
 
 
-def example_of(name: str) -> dict[str, Any]:
+def read_example(name: str) -> dict[str, Any]:
     return dict(GOLDEN[name][0]) if name in GOLDEN else {"text": "A word after a word."}
 
 
-def pairs_of(task: Task, example: dict[str, Any]) -> list[tuple[str, str]]:
+def make_pairs(task: Task, example: dict[str, Any]) -> list[tuple[str, str]]:
     if isinstance(task, ChoiceTask):
         return task.pairs(example)
     assert isinstance(task, AnswerTask)
@@ -106,7 +106,7 @@ def pairs_of(task: Task, example: dict[str, Any]) -> list[tuple[str, str]]:
 def test_the_prompt_and_the_answer_are_those_written_by_hand(name: str) -> None:
     example, pairs, gold = GOLDEN[name]
     task = prompt_task(name)
-    assert pairs_of(task, example) == pairs
+    assert make_pairs(task, example) == pairs
     assert task.gold(example) == gold
     task.check(example)
 
@@ -119,7 +119,7 @@ def test_every_task_is_of_one_kind_and_every_prompt_is_golden() -> None:
 
 @pytest.mark.parametrize("name", TASKS)
 def test_a_task_keeps_its_contract(name: str) -> None:
-    task, example = TASKS[name], example_of(name)
+    task, example = TASKS[name], read_example(name)
     assert task.name == name
     assert task.test_split in ("validation", "test")
     assert task.prompt_version >= 1
@@ -132,24 +132,24 @@ def test_a_task_keeps_its_contract(name: str) -> None:
 @pytest.mark.parametrize("name", CHOICE_TASKS)
 def test_a_choice_task_keeps_its_contract(name: str) -> None:
     """The space that divides context and continuation belongs to the continuation."""
-    task, example = TASKS[name], example_of(name)
+    task, example = TASKS[name], read_example(name)
     assert isinstance(task, ChoiceTask)
     pairs, gold = task.pairs(example), task.gold(example)
     assert task.chance == pytest.approx(1 / len(pairs))
     assert task.training_pair(example) == pairs[gold]
     assert len(set(pairs)) == len(pairs)
-    assert task.asked(example) == tuple(context + rest for context, rest in pairs)
+    assert task.question(example) == tuple(context + rest for context, rest in pairs)
     assert all(rest.startswith(" ") and not context.endswith(" ") for context, rest in pairs)
     assert task.yes is None or 0 <= task.yes < len(pairs) == 2
 
 
 @pytest.mark.parametrize("name", ANSWER_TASKS)
 def test_an_answer_task_keeps_its_contract(name: str) -> None:
-    task, example = answer_task(name), example_of(name)
+    task, example = answer_task(name), read_example(name)
     prompt, answer = task.training_pair(example)
     assert task.chance == 0
     assert task.until
-    assert task.asked(example) == (prompt,)
+    assert task.question(example) == (prompt,)
     assert answer.startswith(" ")
     found = task.extract(answer)
     assert found is not None
@@ -177,7 +177,7 @@ def test_only_boolq_has_a_positive_answer() -> None:
     """F1 is of yes, the second choice."""
     positive = {name: task.yes for name, task in TASKS.items() if isinstance(task, ChoiceTask) and task.yes is not None}
     assert positive == {"boolq": 1}
-    assert pairs_of(TASKS["boolq"], example_of("boolq"))[1][1] == " yes"
+    assert make_pairs(TASKS["boolq"], read_example("boolq"))[1][1] == " yes"
 
 
 def test_the_text_of_wikitext_is_joined_as_in_the_pruning_literature() -> None:
@@ -196,7 +196,7 @@ def test_the_text_of_tinyshakespeare_is_the_file() -> None:
 
 @pytest.mark.parametrize(("name", "field"), [(name, field) for name, task in TASKS.items() for field in task.fields])
 def test_a_missing_field_and_a_wrong_type_are_refused_by_name(name: str, field: str) -> None:
-    example = example_of(name)
+    example = read_example(name)
     wrong: Any = example | {field: None}
     with pytest.raises(InputError, match=f"the field '{field}' of {name} must be .+, got None"):
         TASKS[name].check(wrong)
@@ -240,7 +240,7 @@ def test_a_missing_field_and_a_wrong_type_are_refused_by_name(name: str, field: 
 )
 def test_a_label_out_of_range_or_unreadable_is_refused(name: str, change: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        TASKS[name].check(example_of(name) | change)
+        TASKS[name].check(read_example(name) | change)
 
 
 @pytest.mark.parametrize(

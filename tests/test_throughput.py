@@ -1,4 +1,4 @@
-"""Throughput by batch size is measured on real steps, and memory that does not suffice is said, not guessed."""
+"""Throughput by batch size is measured on real steps, and memory that does not suffice is reported, not guessed."""
 
 from __future__ import annotations
 

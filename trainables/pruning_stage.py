@@ -64,7 +64,7 @@ class Pruner:
         statistics = self._measured(run, loaded, examples) if run.is_calibrated else NO_STATISTICS
         sequential = run.protocol.calibration_order == "sequential"
         if sparsity and needs_blockwise(method, sequential):
-            model, blocks = Prunable.of(loaded.dense_weights, loaded.dims), ModelBlocks(loaded.model)
+            model, blocks = Prunable.from_weights(loaded.dense_weights, loaded.dims), ModelBlocks(loaded.model)
             found = list(prune_blockwise(method, model, blocks, examples, [sparsity], seed, statistics, sequential))
             masks = {matrix.name: matrix.keep(0) for matrix in found}
             weights = {matrix.name: matrix.weight(0) for matrix in found}
@@ -83,7 +83,7 @@ class Pruner:
         needs = (method.needs.input_norms, method.needs.gradients, method.allocation == "owl")
         key = (*inputs, *needs, protocol.max_tokens, *protocol.calibrated_by.values())
         if key not in self._statistics:
-            model = Prunable.of(loaded.dense_weights, loaded.dims)
+            model = Prunable.from_weights(loaded.dense_weights, loaded.dims)
             self._statistics[key] = measured([method], model, ModelBlocks(loaded.model), examples)
         return self._statistics[key]
 

@@ -97,7 +97,7 @@ def train(
         lines.append(values)
         log.metrics(**values)
 
-    slices = SampledSlices.of(run, trainable)
+    slices = SampledSlices.from_run(run, trainable)
     saved, first = time.monotonic(), training.steps
     accelerator = accelerator_for(trainable.mixed_precision)
     seed, activate_sampled = run.cell.seed, slices.activate_sampled if slices else None

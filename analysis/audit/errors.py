@@ -58,9 +58,9 @@ def checksum(results: Results) -> Detections:
     for e in results.done:
         places = {"result.json": e.record.metrics, "sparse_config.json": e.sparse_config}
         places |= {"validation_report.json": e.validation, "the adapter": e.marker or {}}
-        said = {name: str(place["mask_sha256"])[:12] for name, place in places.items() if place.get("mask_sha256")}
-        if len(set(said.values())) > 1:
-            yield f"{e.run_id}: the mask has several checksums: {_listed(said)}", [e.run_id]
+        found = {name: str(place["mask_sha256"])[:12] for name, place in places.items() if place.get("mask_sha256")}
+        if len(set(found.values())) > 1:
+            yield f"{e.run_id}: the mask has several checksums: {_listed(found)}", [e.run_id]
 
 
 def duplicate_results(results: Results) -> Detections:
@@ -132,23 +132,23 @@ def off_target(results: Results) -> Detections:
     for e in results.done:
         kept = list(e.sparse_config["kept_by_matrix"].values())
         recounted = 1 - sum(k for k, _ in kept) / sum(of for _, of in kept)
-        said = {"in the masks": recounted, "in sparse_config.json": e.sparse_config["actual_sparsity"]}
-        said |= {"in the deployed weights": e.validation["actual_sparsity"]}
-        said |= {"in result.json": e.record.metrics["actual_sparsity"]}
+        found = {"in the masks": recounted, "in sparse_config.json": e.sparse_config["actual_sparsity"]}
+        found |= {"in the deployed weights": e.validation["actual_sparsity"]}
+        found |= {"in result.json": e.record.metrics["actual_sparsity"]}
         target = e.run.cell.sparsity
-        if any(abs(value - target) > TOLERANCE for value in said.values()):
-            yield f"{e.run_id}: the target sparsity is {target:g}, within {TOLERANCE:g}; {_listed(said)}", [e.run_id]
+        if any(abs(value - target) > TOLERANCE for value in found.values()):
+            yield f"{e.run_id}: the target sparsity is {target:g}, within {TOLERANCE:g}; {_listed(found)}", [e.run_id]
         elif abs(recounted - e.sparse_config["actual_sparsity"]) > COUNTS_AGREE:
-            yield f"{e.run_id}: the counts disagree: {_listed(said)}", [e.run_id]
+            yield f"{e.run_id}: the counts disagree: {_listed(found)}", [e.run_id]
 
 
 def zeros_lost(results: Results) -> Detections:
     for e in results.done:
         if not e.validation["all_valid"] or e.validation["max_abs_at_masked"]:
-            said = (
+            broken = (
                 "; ".join(e.validation["violations"]) or f"max {e.validation['max_abs_at_masked']:g} at masked weights"
             )
-            yield f"{e.run_id}: its validation found: {said}", [e.run_id]
+            yield f"{e.run_id}: its validation found: {broken}", [e.run_id]
         for name, (zeros, of) in e.validation["zeros_by_matrix"].items():
             masked = of - e.sparse_config["kept_by_matrix"][name][0]
             if zeros < masked:
@@ -323,13 +323,13 @@ def _same_scores(first: Predictions | None, second: Predictions | None) -> bool:
 def _several(what: str, runs: list[RunFiles], value: Callable[[RunFiles], Any]) -> Detections:
     by_value = grouped(runs, lambda e: str(value(e)))
     if len(by_value) > 1:
-        said = {f"{v[:12]}": f"{len(same)} runs" for v, same in by_value.items()}
+        found = {f"{v[:12]}": f"{len(same)} runs" for v, same in by_value.items()}
         fewest = min(by_value.values(), key=len)
-        yield f"{what} differs: {_listed(said)}", [e.run_id for e in fewest]
+        yield f"{what} differs: {_listed(found)}", [e.run_id for e in fewest]
 
 
-def _listed(said: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {_short(value)}" for name, value in said.items())
+def _listed(found: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {_short(value)}" for name, value in found.items())
 
 
 def _short(value: Any) -> str:

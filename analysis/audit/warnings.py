@@ -97,8 +97,8 @@ def hardware(results: Results) -> Detections:
     for (model, task, _), runs in compared(results).items():
         by_name = grouped(runs, lambda e: (e.run.cell.backend, str(e.record.environment.get("hardware"))))
         if len({name for _, name in by_name}) > len({backend for backend, _ in by_name}):
-            said = ", ".join(f"{name}: {len(same)}" for (_, name), same in by_name.items())
-            yield f"{model}, {task} ran on several kinds of hardware ({said})", _ids(min(by_name.values(), key=len))
+            kinds = ", ".join(f"{name}: {len(same)}" for (_, name), same in by_name.items())
+            yield f"{model}, {task} ran on several kinds of hardware ({kinds})", _ids(min(by_name.values(), key=len))
 
 
 def uncommitted(results: Results) -> Detections:

@@ -222,7 +222,7 @@ def throughput_vs_batch_size(cells: pd.DataFrame, runs: Runs) -> Figure | None:
         return None
     models = sorted({str(known.loc[value["run_id"], "model"]) for value in measured})
     settings = list(dict.fromkeys(_measured_setting(value, known) for value in measured))
-    marks = dict(zip(settings, [*MARKERS.values()] * 9, strict=False))
+    markers = dict(zip(settings, [*MARKERS.values()] * 9, strict=False))
     colours = assign_colours(settings)
     figure, axes = panels(1, len(models), (4.2, 3.0), sharey=True)
     for axis, model in zip(axes[0], models, strict=True):
@@ -231,7 +231,7 @@ def throughput_vs_batch_size(cells: pd.DataFrame, runs: Runs) -> Figure | None:
             rows = [point["batch_size"] for point in points]
             setting = _measured_setting(value, known)
             rates = [point["train_tokens_per_second"] for point in points]
-            axis.plot(rows, rates, marker=marks[setting], ms=4, lw=1.2, color=colours[setting])
+            axis.plot(rows, rates, marker=markers[setting], ms=4, lw=1.2, color=colours[setting])
         axis.set_xscale("log", base=2)
         axis.xaxis.set_major_formatter("{x:g}")
         axis.set_xlabel("batch size (examples)")
@@ -240,7 +240,7 @@ def throughput_vs_batch_size(cells: pd.DataFrame, runs: Runs) -> Figure | None:
     axes[0][0].set_ylabel(LABELS["train_tokens_per_second"])
     axes[0][0].set_ylim(bottom=0)  # of all panels, once all are drawn: it also ends the search for their top
     handles = [
-        Line2D([], [], color=colours[setting], marker=marks[setting], ms=4, label=", ".join(setting))
+        Line2D([], [], color=colours[setting], marker=markers[setting], ms=4, label=", ".join(setting))
         for setting in settings
     ]
     legend_below(figure, handles)

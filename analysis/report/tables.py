@@ -72,7 +72,7 @@ def with_imported(cells: pd.DataFrame, imported: Sequence[Imported]) -> pd.DataF
 
 def with_warnings(cells: pd.DataFrame, found: Audit) -> pd.DataFrame:
     """The cells with the rules of the audit that speak of their run, errors in capitals."""
-    return cells.assign(warnings=[found.marks_of(run_id) for run_id in cells["run_id"]])
+    return cells.assign(warnings=[found.rules_about(run_id) for run_id in cells["run_id"]])
 
 
 def grouped_summary(points: Points) -> pd.DataFrame:

@@ -162,10 +162,10 @@ def make_backend(job, folder):
         return cstorch.backend("CPU", artifact_dir=str(folder / "model_dir"))
     if job["target"] == "validate":
         return cstorch.backend("CSX", artifact_dir=str(folder / "model_dir"), validate_only=True)
-    asked = {name: job[name] for name in ("num_csx", "job_labels", "mount_dirs", "python_paths") if job[name]}
+    options = {name: job[name] for name in ("num_csx", "job_labels", "mount_dirs", "python_paths") if job[name]}
     if job["timeout_seconds"]:
-        asked["job_time_sec"] = int(job["timeout_seconds"])  # the appliance ends the job, whatever becomes of us
-    cluster = ClusterConfig(**asked)
+        options["job_time_sec"] = int(job["timeout_seconds"])  # the appliance ends the job, whatever becomes of us
+    cluster = ClusterConfig(**options)
     return cstorch.backend("CSX", artifact_dir=str(folder / "model_dir"), cluster_config=cluster)
 
 

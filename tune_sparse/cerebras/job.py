@@ -9,7 +9,7 @@ start.mdl, model_dir/ what it works with, gone when it has ended
 metrics.jsonl         a line a step
 adapter.safetensors   A and B as trained
 report.json           seconds, steps, and whether the frozen weights are what they were
-child.log             what it said
+child.log             its output
 """
 
 from __future__ import annotations

@@ -103,8 +103,8 @@ def _prompt_splits(task: PromptTask, data_dir: Path | None, protocol: Protocol) 
                 f"n_selection must leave examples to train on: {task.name} has {len(train)} training examples, "
                 f"got {carved}. Lower n_selection."
             )
-        selection, asked = train[:carved], {task.asked(example) for example in train[:carved]}
-        train = [example for example in train[carved:] if task.asked(example) not in asked]
+        selection, questions = train[:carved], {task.question(example) for example in train[:carved]}
+        train = [example for example in train[carved:] if task.question(example) not in questions]
     return replace(scored, train=tuple(train[: protocol.n_train]), selection=tuple(selection))
 
 
@@ -185,20 +185,20 @@ LEAK_CHARACTERS = 200
 def _questions(task: Task, examples: Sequence[Example]) -> set[Any]:
     """Questions that must not be in two splits, or the long lines of a text."""
     if isinstance(task, PromptTask):
-        return {task.asked(example) for example in examples}
+        return {task.question(example) for example in examples}
     return {(line,) for example in examples for line in example["text"].splitlines() if len(line) >= LEAK_CHARACTERS}
 
 
 def _check_disjoint(task: Task, splits: Splits) -> None:
     seen: dict[Any, str] = {}
     for split in ("test", "selection", "train"):
-        asked = _questions(task, getattr(splits, split))
-        for question in asked & seen.keys():
+        questions = _questions(task, getattr(splits, split))
+        for question in questions & seen.keys():
             raise InputError(
                 f"no example of {task.name} may be in two splits, got one in {split} and {seen[question]}: "
                 f"{question[0][-120:]!r}. Remove it from one of them."
             )
-        seen |= dict.fromkeys(asked, split)
+        seen |= dict.fromkeys(questions, split)
 
 
 @dataclass(frozen=True)

@@ -90,12 +90,12 @@ class PromptTask(Task):
         """The prompt and the answer to learn."""
 
     @abstractmethod
-    def asked(self, example: Example) -> tuple[str, ...]:
+    def question(self, example: Example) -> tuple[str, ...]:
         """The question of an example, without its answer: two examples that ask the same are the same."""
 
     def question_id(self, example: Example) -> str:
         """Names what an example asks in every run and file."""
-        return hashlib.sha256("\0".join(self.asked(example)).encode()).hexdigest()[:16]
+        return hashlib.sha256("\0".join(self.question(example)).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +112,7 @@ class ChoiceTask(PromptTask):
     def training_pair(self, example: Example) -> Pair:
         return self.pairs(example)[self.gold(example)]
 
-    def asked(self, example: Example) -> tuple[str, ...]:
+    def question(self, example: Example) -> tuple[str, ...]:
         return tuple("".join(pair) for pair in self.pairs(example))
 
     def _check_values(self, example: Example) -> None:
@@ -142,7 +142,7 @@ class AnswerTask(PromptTask):
     def training_pair(self, example: Example) -> Pair:
         return self.pair(example)
 
-    def asked(self, example: Example) -> tuple[str, ...]:
+    def question(self, example: Example) -> tuple[str, ...]:
         return (self.pair(example)[0],)
 
     def _check_values(self, example: Example) -> None:

@@ -94,14 +94,14 @@ def _encode_choices(
     prefixes: Sequence[str],
     protocol: Protocol,
 ) -> Iterator[EvalExample]:
-    asked = [
+    questions = [
         [(prefix + context, rest) for context, rest in task.pairs(example)]
         for example, prefix in zip(examples, prefixes, strict=True)
     ]
-    flat: list[Pair] = [pair for pairs in asked for pair in pairs]
+    flat: list[Pair] = [pair for pairs in questions for pair in pairs]
     # A model reads all but the last token of a pair.
     encoded = iter(encode_pairs(tokenizer, flat, protocol.max_tokens + 1))
-    for example, pairs in zip(examples, asked, strict=True):
+    for example, pairs in zip(examples, questions, strict=True):
         choices = tuple(next(encoded) for _ in pairs)
         for (_, text), choice in zip(pairs, choices, strict=True):
             if not choice.context or not choice.continuation:

@@ -86,7 +86,7 @@ def _plain_name(score: str, allocation: str, pattern: str) -> str:
     return "-".join([score, *(part for part in (allocation, pattern) if part not in ("uniform", "element-wise"))])
 
 
-def methods_of(scores: Iterable[str]) -> dict[str, Method]:
+def methods_from_scores(scores: Iterable[str]) -> dict[str, Method]:
     """{name: method} of every combination of these scores that makes sense."""
     return {
         OWN_NAMES.get(parts) or _plain_name(*parts): Method(*parts)
@@ -95,7 +95,7 @@ def methods_of(scores: Iterable[str]) -> dict[str, Method]:
     }
 
 
-METHODS = methods_of(SCORES)
+METHODS = methods_from_scores(SCORES)
 
 
 def method_named(name: str) -> Method:

@@ -57,7 +57,7 @@ class Prunable:
     dims: ModelDims
 
     @classmethod
-    def of(cls, weights: Mapping[str, Tensor], dims: ModelDims) -> Prunable:
+    def from_weights(cls, weights: Mapping[str, Tensor], dims: ModelDims) -> Prunable:
         """Find the prunable matrices among the tensors of a checkpoint of these dims."""
         matrices = architecture_named(dims.architecture).matrices(weights)
         if isinstance(weights, TensorFiles):
@@ -95,7 +95,7 @@ def prune(
 
     Raises `InputError` for a method or sparsity that makes no sense here, or a layer that would lose everything.
     """
-    job = Job.of(method, model, sparsities, seed, statistics)
+    job = Job.from_name(method, model, sparsities, seed, statistics)
     assert not job.method.updates_weights
     for _, block in groupby(model.matrices, key=lambda matrix: matrix.block):
         yield from job.prune_block(list(block), statistics)
@@ -117,7 +117,7 @@ def prune_blockwise(
     the pruned weights.
     """
     assert not sequential or len(sparsities) == 1
-    job = Job.of(method, model, sparsities, seed, statistics)
+    job = Job.from_name(method, model, sparsities, seed, statistics)
     for number, inputs in calibrate_blockwise(blocks, examples, job.method.updates_weights, sequential):
         here = replace(statistics, norms=statistics.norms | {source: sums.norms for source, sums in inputs.items()})
         own = blocks.weights(number)
@@ -138,7 +138,7 @@ class Job:
     counts: Counts
 
     @classmethod
-    def of(
+    def from_name(
         cls, name: str, model: Prunable, sparsities: Sequence[float], seed: int, statistics: CalibrationStats
     ) -> Job:
         method = method_named(name)
@@ -320,6 +320,6 @@ def make_masks(
     """Keep-masks of a model's prunable weights. At sparsity 0 everything is kept, whatever the method."""
     if sparsity == 0:
         return {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in weights.items()}
-    model = Prunable.of(weights, dims)
+    model = Prunable.from_weights(weights, dims)
     masks = {pruned.name: pruned.keep(0) for pruned in prune(method, model, [sparsity], seed, statistics)}
     return {name: masks[name] for name in weights}

@@ -1,9 +1,9 @@
 """Candidates on disk: what each answered, and the journal of a search, from which it goes on.
 
 candidates/<run_id of the super-adapter>/<key>.json    one configuration: its ranks, parameters and correctness
-searches/<search_id>/config.json                       what was asked
+searches/<search_id>/config.json                       what was requested
 searches/<search_id>/trials/<number>.json              one suggestion of the sampler, and its result
-searches/<search_id>/stages.json                       in which order examples are asked, once it is known
+searches/<search_id>/stages.json                       in which order examples are scored, once it is known
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ class SliceScorer:
     protocol: Protocol
 
     @classmethod
-    def of(cls, run: Run, ledger: LedgerReader) -> SliceScorer:
+    def from_run(cls, run: Run, ledger: LedgerReader) -> SliceScorer:
         """Load a finished super-adapter. Raises `InputError` for one of another model, mask or examples."""
         assert run.super_adapter is not None
         torch.set_num_threads(run.protocol.threads)
@@ -51,7 +51,7 @@ class SliceScorer:
         folder = ledger.run_folder(run.run_id) / "adapter"
         marker = read_marker(folder)
         assert marker is not None, "a super-adapter is ours, so it has a marker"
-        slices = Slices.of(loaded.model, folder, run.super_adapter.space, masks, marker)
+        slices = Slices.from_folder(loaded.model, folder, run.super_adapter.space, masks, marker)
         task, protocol = task_named(run.cell.task), run.protocol.within(loaded.dims.max_positions)
         [splits] = load_planned_splits(run, protocol)
         tests = encode_test(loaded.tokenizer, task, splits.selection, protocol, splits.shots)

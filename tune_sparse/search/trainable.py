@@ -42,7 +42,7 @@ class CandidateTrainable(tune.Trainable):
 
         run, results_dir = Run.from_config(trial["run"]), Path(trial["results_dir"])
         if self._scorer is None or self._scorer.run.run_id != run.run_id:
-            self._scorer = SliceScorer.of(run, Ledger(results_dir))
+            self._scorer = SliceScorer.from_run(run, Ledger(results_dir))
         self._trial, self._stages = trial, list(trial["stages"])
         dump = Ledger(results_dir).hang_report(f"{run.run_id}.{os.getpid()}")
         self._watchdog = partial(watchdog, dump, trial["hang_seconds"])

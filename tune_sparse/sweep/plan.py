@@ -121,13 +121,13 @@ def plan_cells(config: SweepConfig, examples: Examples) -> Plan:
     owners: dict[str, str] = {}
     rows = []
     for cell in asked_cells(config):
-        asked, run = name_run(cell), name_run(cell.trained)
-        cell_id = readable_id(asked.cell, asked.identity)
+        requested, run = name_run(cell), name_run(cell.trained)
+        cell_id = readable_id(requested.cell, requested.identity)
         runs.setdefault(run.run_id, run)
         owner = owners.setdefault(run.run_id, cell_id)
         rows.append(
             {"cell_id": cell_id, "run_id": run.run_id, "shared_with": None if owner == cell_id else owner}
-            | asdict(asked.cell)
+            | asdict(requested.cell)
             | {"chance": mean_chance(tasks_named(cell.task))}
         )
     described = {name: _plain(value) for name, value in asdict(config).items()}
