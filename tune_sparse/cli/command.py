@@ -91,7 +91,7 @@ def add_sweep_filter(command: Any) -> None:
         "--sweep",
         nargs="+",
         metavar="NAME",
-        help="read only these sweeps: names of folders in DIR/sweeps (default: all sweeps)",
+        help="read only these sweeps: names of files in DIR/sweeps, without .json (default: all sweeps)",
     )
 
 

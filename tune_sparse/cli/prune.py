@@ -115,9 +115,12 @@ def _add_files_into(group: Any) -> None:
 
 def _files() -> str:
     files = {
-        "masks_sparsityNN_METHOD.FORMAT": "masks of the sparsity of NN percent; with --format levels "
-        "there is one masks_METHOD.safetensors for all sparsities",
-        "stats_sparsityNN_METHOD.json": "statistics of these masks",
+        "masks_sparsityNN_METHOD.safetensors": "masks of the sparsity of NN percent; or .pt with --format pt",
+        "levels_METHOD.safetensors": "masks of all sparsities, with --format levels",
+        "stats_sparsityNN_METHOD.json": "statistics of the masks, for each layer",
+        "histogram_sparsityNN_METHOD.png": "histogram of the absolute values of pruned and kept weights",
+        "checkpoint_sparsityNN_METHOD": "folder of the pruned model, with --checkpoints",
+        "compact_sparsityNN_METHOD": "folder of the smaller model, with --compact",
     }
     return table("files in DIR/MODEL", files)
 

@@ -35,7 +35,7 @@ WORDS = {
     "super-adapter": "a LoRA adapter that is trained so that it works at many ranks",
     "sub-adapter": "a part of a super-adapter: a chosen rank for each group of matrices in each layer",
     "candidate": "a sub-adapter that a search scores",
-    "results folder": "holds all that sweeps record: runs/ has a folder for each run, sweeps/ one for each sweep, "
+    "results folder": "holds all that sweeps record: runs/ has a folder for each run, sweeps/ a file for each sweep, "
     "analysis/ the report, mlflow.db the data of `tune-sparse ui`",
     "audit": "checks records against each other. An error means that a result cannot be trusted, a warning that it "
     "needs a look",

@@ -24,7 +24,10 @@ GROUPS = {"2:4": (2, 4), "4:8": (4, 8)}
 PATTERNS = {
     "element-wise": "prunes single weights",
     "structured": "prunes whole attention heads and feed-forward channels",
-    **{name: f"keeps {kept} of every {size} neighbouring weights" for name, (kept, size) in GROUPS.items()},
+    **{
+        name: f"keeps {kept} of every {size} neighbouring weights, so the only sparsity is {1 - kept / size:g}"
+        for name, (kept, size) in GROUPS.items()
+    },
 }
 TOLERANCE = 0.01
 """The actual sparsity may be this far from the target sparsity."""
