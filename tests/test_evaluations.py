@@ -18,7 +18,8 @@ from factories import write_boolq
 from filelock import FileLock
 
 from tune_sparse.cli import main
-from tune_sparse.config import SCORING, Protocol
+from tune_sparse.config import Protocol
+from tune_sparse.config.protocol import SCORING
 from tune_sparse.data.splits import Splits, load_splits
 from tune_sparse.data.tasks import TASKS
 from tune_sparse.errors import InputError

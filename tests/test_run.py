@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from factories import make_cell, make_run
 
-from tune_sparse.config import SCORING, Protocol
+from tune_sparse.config import Protocol
+from tune_sparse.config.protocol import SCORING
 from tune_sparse.identity import NUMERICS_VERSION
 from tune_sparse.ledger import run as run_module
 from tune_sparse.ledger.run import Run

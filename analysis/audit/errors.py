@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from analysis.read.results import Predictions, Results, RunFiles
-from tune_sparse.config import BACKENDS, CALIBRATION_SETTINGS, Cell
+from tune_sparse.config import BACKENDS, Cell
+from tune_sparse.config.protocol import CALIBRATION_SETTINGS
 from tune_sparse.data.splits import load_splits, split_path
 from tune_sparse.data.task_types import PromptTask
 from tune_sparse.data.tasks import tasks_named

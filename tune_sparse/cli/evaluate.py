@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 from tune_sparse.cli.command import FAULT, OK, add_command, add_json, add_results_dir, existing_folders
 from tune_sparse.cli.settings import DATA_DIR, add_set, parse_settings
 from tune_sparse.cli.words import models, paragraph, settings, tasks, words
-from tune_sparse.config import SCORING, SYNTHETIC, Protocol
+from tune_sparse.config import SYNTHETIC, Protocol
 from tune_sparse.config.options import converted
+from tune_sparse.config.protocol import SCORING
 from tune_sparse.data.tasks import tasks_named
 from tune_sparse.errors import InputError, unknown_name
 

@@ -7,12 +7,13 @@ The same names serve the command line (`--models`, `--set steps=20`), a YAML fil
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 from tune_sparse.config.options import converted, option, rule
+from tune_sparse.config.protocol import Protocol as Protocol
 from tune_sparse.errors import unknown_name
 from tune_sparse.modes import DENSE, MODES, SPARSE_ADAPTER_MODES
 from tune_sparse.net import check_address
@@ -31,17 +32,8 @@ CEREBRAS_TARGETS = {
     "cpu": "train on the CPU of this machine",
     "validate": "only check that the Cerebras compiler accepts each kind of model, and train nothing",
 }
-PRECISIONS = ("float32", "bfloat16")
-MASKED_LORA_IMPLS = {
-    "structured": "on the rows and columns that are left, for method structured",
-    "effective-weight": "builds the masked weight, for any mask",
-    "auto": "chooses by the mask",
-}
-CALIBRATIONS = {"task": "training examples of the task", "wikitext2": "pieces of that text"}
-CALIBRATION_ORDERS = {
-    "dense": "the unpruned model, once",
-    "sequential": "layer after layer, with all earlier layers pruned already",
-}
+FLOPS_TOKENS = 2048
+"""The sequence length at which inference FLOPs are compared."""
 SYNTHETIC, HUB = Path("synthetic"), Path("hub")
 """As a `data_dir`: examples come from the synthetic generator, or from the Hugging Face Hub. Neither is ever a default,
 so that no model is trained on generated examples, and nothing is fetched, by oversight."""
@@ -56,159 +48,6 @@ def check_sparsities(sparsities: Iterable[float]) -> None:
             sparsity,
             f"Did you mean {sparsity / 100:g}?" if 1 < sparsity < 100 else "Give a fraction.",
         )
-
-
-@dataclass(frozen=True)
-class Protocol:
-    """How a cell is trained and scored. Each field changes numbers, so all are part of a run's identity.
-
-    The defaults are the protocol of the 7B matrix.
-    """
-
-    steps: int = option("optimizer steps of a training", 200, heading="training")
-    global_batch_size: int = option("examples in each optimizer step", 256)
-    micro_batch_size: int = option("examples in each forward pass; must divide global_batch_size", 8)
-    learning_rate: float = option("highest learning rate of AdamW, from which a cosine schedule decays", 3e-4)
-    final_learning_rate: float = option("learning rate at the end of the cosine schedule", 3e-5)
-    warmup_fraction: float = option("fraction of the steps in which the learning rate rises linearly", 0.03)
-    warmup_steps: int | None = option(
-        "the same as a number of steps, which wins", None, unset="so the fraction decides"
-    )
-    weight_decay: float = option("weight decay of AdamW", 0.1)
-    beta1: float = option("beta1 of AdamW: decay of its mean of gradients", 0.9)
-    beta2: float = option("beta2 of AdamW: decay of its mean of squared gradients", 0.95)
-    max_grad_norm: float = option("norm to which gradients are clipped", 1.0)
-    lora_rank: int = option("rank of the LoRA adapters", 16, heading="LoRA adapters")
-    lora_alpha: float = option("LoRA alpha: the update of an adapter is scaled by lora_alpha / lora_rank", 32.0)
-    lora_dropout: float = option("dropout probability on the input of the adapters", 0.0)
-    masked_lora_impl: str = option(
-        "how mode sparse-to-sparse computes a masked adapter",
-        "auto",
-        choices=MASKED_LORA_IMPLS,
-    )
-    train_on_prompt: bool = option(
-        "compute the loss on the tokens of prompt and answer, instead of the answer alone", False, heading="sequences"
-    )
-    packing: bool = option("put several examples into one sequence; none attends to another", False)
-    activation_checkpointing: bool = option("recompute activations in the backward pass, to save memory", False)
-    precision: str = option("data type of the model's weights", "bfloat16", choices=PRECISIONS)
-    max_tokens: int = option(
-        "most tokens of a sequence, or the context of the model if that is less; a longer example loses the beginning "
-        "of its prompt",
-        2048,
-    )
-    max_new_tokens: int = option("most tokens of a generated answer", 256, heading="scoring")
-    num_fewshot: int = option(
-        "solved examples in the prompt of each test example; the prompts of the training have none", 0
-    )
-    batch_tokens: int = option("most tokens, padding included, in one batch of scoring: bounds its memory", 8192)
-    n_train: int | None = option("number of training examples", None, unset="all", heading="examples and evaluation")
-    n_selection: int | None = option(
-        "number of selection examples: used to measure the loss during training and, by `tune-sparse search`, to "
-        "compare; never trained on or among the test examples. `none` takes a tenth of the training split, or the "
-        "whole validation split where the test examples do not come from it",
-        256,
-    )
-    n_test: int | None = option("number of test examples", None, unset="all")
-    eval_every: int = option("steps between two measurements of the loss on the selection examples", 50)
-    threads: int = option("CPU threads of a run; another number can change the last bits of a result", 1)
-    calibration: str = option(
-        "examples on which the methods that need data measure the model",
-        "task",
-        choices=CALIBRATIONS,
-        heading="calibration of the pruning methods that need data",
-    )
-    calibration_examples: int = option("number of calibration examples", 128)
-    calibration_tokens: int = option(
-        "tokens of each piece of wikitext2; a task's examples are as long as in training", 2048
-    )
-    calibration_order: str = option(
-        "the model whose activations are measured",
-        "dense",
-        choices=CALIBRATION_ORDERS,
-    )
-
-    def __post_init__(self) -> None:
-        counted = (
-            "steps",
-            "global_batch_size",
-            "micro_batch_size",
-            "lora_rank",
-            "max_new_tokens",
-            "eval_every",
-            "threads",
-        )
-        for name in (*counted, "calibration_examples"):
-            rule(getattr(self, name) >= 1, f"{name} must be at least 1", getattr(self, name), "Give a larger number.")
-        for name in ("max_tokens", "batch_tokens", "calibration_tokens"):
-            rule(getattr(self, name) >= 2, f"{name} must be at least 2", getattr(self, name), "Give a larger number.")
-        rule(
-            self.max_new_tokens < self.max_tokens,
-            f"max_new_tokens must leave room for a prompt in max_tokens = {self.max_tokens}",
-            self.max_new_tokens,
-            "Lower it.",
-        )
-        rule(self.num_fewshot >= 0, "num_fewshot must be at least 0", self.num_fewshot, "Give 0 or more.")
-        for name in ("n_train", "n_selection", "n_test"):
-            value = getattr(self, name)
-            rule(value is None or value >= 1, f"{name} must be at least 1 or none", value, "Give more examples.")
-        for name in ("learning_rate", "lora_alpha", "max_grad_norm"):
-            rule(getattr(self, name) > 0, f"{name} must be above 0", getattr(self, name), "Give a positive number.")
-        rule(
-            self.global_batch_size % self.micro_batch_size == 0,
-            "micro_batch_size must divide global_batch_size",
-            f"{self.micro_batch_size} and {self.global_batch_size}",
-            "Give a divisor.",
-        )
-        rule(
-            0 <= self.final_learning_rate <= self.learning_rate,
-            "final_learning_rate must be between 0 and learning_rate",
-            self.final_learning_rate,
-            "Lower it.",
-        )
-        rule(self.weight_decay >= 0, "weight_decay must be at least 0", self.weight_decay, "Give 0 or more.")
-        for name in ("beta1", "beta2", "lora_dropout", "warmup_fraction"):
-            rule(0 <= getattr(self, name) < 1, f"{name} must be in [0, 1)", getattr(self, name), "Give a fraction.")
-        rule(
-            0 <= self.warmup < self.steps,
-            f"the warm-up must be shorter than the training of {self.steps} steps",
-            self.warmup,
-            "Lower warmup_steps or raise steps.",
-        )
-        if self.precision not in PRECISIONS:
-            raise unknown_name("precision", self.precision, PRECISIONS)
-        if self.masked_lora_impl not in MASKED_LORA_IMPLS:
-            raise unknown_name("masked_lora_impl", self.masked_lora_impl, MASKED_LORA_IMPLS)
-        if self.calibration not in CALIBRATIONS:
-            raise unknown_name("calibration", self.calibration, CALIBRATIONS)
-        if self.calibration_order not in CALIBRATION_ORDERS:
-            raise unknown_name("calibration_order", self.calibration_order, CALIBRATION_ORDERS)
-
-    @property
-    def calibrated_by(self) -> dict[str, Any]:
-        """The settings that decide calibrated scores besides the examples: part of the identity of calibrated runs."""
-        return {name: getattr(self, name) for name in CALIBRATION_SETTINGS}
-
-    def within(self, max_positions: int) -> Protocol:
-        """For a model whose context may be shorter than `max_tokens`. Raises `InputError` if no prompt would fit."""
-        return replace(self, max_tokens=min(self.max_tokens, max_positions))
-
-    @property
-    def warmup(self) -> int:
-        """Steps of linear warm-up."""
-        return round(self.warmup_fraction * self.steps) if self.warmup_steps is None else self.warmup_steps
-
-    @property
-    def pack_to(self) -> int | None:
-        """Tokens of a packed sequence; None without packing."""
-        return self.max_tokens if self.packing else None
-
-
-FLOPS_TOKENS = 2048
-"""The sequence length at which inference FLOPs are compared."""
-SCORING = ("precision", "max_tokens", "max_new_tokens", "num_fewshot", "batch_tokens", "n_test", "threads")
-"""The settings of a `Protocol` that scoring reads."""
-CALIBRATION_SETTINGS = tuple(f.name for f in fields(Protocol) if f.name.startswith("calibration"))
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
-from tune_sparse.config import SCORING, Protocol
+from tune_sparse.config import Protocol
+from tune_sparse.config.protocol import SCORING
 from tune_sparse.data.splits import Splits
 from tune_sparse.data.task_types import Task
 from tune_sparse.errors import InputError, unknown_name

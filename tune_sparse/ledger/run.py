@@ -9,7 +9,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tune_sparse.config import CALIBRATION_SETTINGS, SCORING, Cell, Protocol
+from tune_sparse.config import Cell, Protocol
+from tune_sparse.config.protocol import CALIBRATION_SETTINGS, SCORING
 from tune_sparse.files import write_text
 from tune_sparse.identity import NUMERICS_VERSION, hash_json
 from tune_sparse.lora.rank_space import SuperAdapter
