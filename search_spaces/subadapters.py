@@ -46,5 +46,5 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 PROTOCOL = {"lora_rank": 32, "lora_alpha": 64.0}
 """Settings of a super-adapter: s = 2 at every active rank."""
-TOY_PROTOCOL = {"n_selection": 400, "calibration_rows": 32}
-"""Accuracies of candidates differ by points: so many rows tell them apart."""
+TOY_PROTOCOL = {"n_selection": 400, "calibration_examples": 32}
+"""Accuracies of candidates differ by points: so many examples tell them apart."""

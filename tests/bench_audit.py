@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 from benchmarks import bench_parser
-from sound import PROTOCOL, cells_of, sound_ledger
+from sound import PROTOCOL, make_cells, sound_ledger
 
 from analysis.audit.audit import audit
 from analysis.read.results import read_results
@@ -38,7 +38,7 @@ def measure(count: int) -> None:
         cell
         for model in range(1 + count // (len(METHODS) * len(sparsities) * 2 * SEEDS_OF_ONE_MODEL))
         for seed in range(SEEDS_OF_ONE_MODEL)
-        for cell in cells_of(METHODS, sparsities, model=f"model{model}", seed=seed)
+        for cell in make_cells(METHODS, sparsities, model=f"model{model}", seed=seed)
     ][:count]
     with tempfile.TemporaryDirectory() as folder:
         sound_ledger(Path(folder), cells, PROTOCOL)

@@ -1,9 +1,9 @@
 """Scoring against lm-evaluation-harness: `python tests/bench_eval.py` (a table, then one JSON line). Two minutes;
-`--smoke`: few rows, once.
+`--smoke`: few examples, once.
 
-Both sides get the same model, rows and tokens a pass, tokenise their prompts, and compute on one thread in fp32. The
-harness is measured inside its model class (HFLM), without its reading of tasks and its statistics. Medians of process
-CPU time, the two sides in turn; what they find is compared, row by row.
+Both sides get the same model, examples and tokens a pass, tokenise their prompts, and compute on one thread in fp32.
+The harness is measured inside its model class (HFLM), without its reading of tasks and its statistics. Medians of
+process CPU time, the two sides in turn; what they find is compared, example by example.
 
 - hellaswag, boolq: log-likelihoods of choices, on random weights of 4 layers of width 512. The vocabulary is that of
   the tiny models, so that logits are about 2% of the arithmetic, as in a 7B model. Choices of hellaswag share a
@@ -11,11 +11,11 @@ CPU time, the two sides in turn; what they find is compared, row by row.
   times the harness, the same argmax, log-probabilities within 1e-4.
 - gsm8k: texts of the same random weights, made to end after as many tokens as the worked answer to the same question
   has: real lengths are what a batch has to cope with. Goal: 1.5 times the harness, the same texts.
-- gsm8k, tiny: the trained tiny model, whose answers to synthetic rows have all the same 16 tokens: the overhead alone.
-- memory: peak resident MB of scoring choices at one budget of tokens, then of ten times the rows, then of ten times
+- gsm8k, tiny: the trained tiny model, whose answers to synthetic examples all have the same 16 tokens: overhead alone.
+- memory: peak resident MB of scoring choices at one budget of tokens, then of ten times the examples, then of ten times
   the choices. Goal: no growth.
 
-Rows are the real ones of tests/data, but for those of the tiny model.
+Examples are the real ones of tests/data, but for those of the tiny model.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from typing import Any
 
 import torch
 from benchmarks import bench_parser
-from conftest import REAL_ROWS
+from conftest import REAL_EXAMPLES
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
@@ -39,7 +39,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrai
 
 from tune_sparse.config import Protocol
 from tune_sparse.data.splits import Encoded, load_test
-from tune_sparse.data.task_types import AnswerTask, ChoiceTask, Row
+from tune_sparse.data.task_types import AnswerTask, ChoiceTask, Example
 from tune_sparse.data.tasks import TASKS
 from tune_sparse.evaluation.likelihood import log_likelihoods
 from tune_sparse.evaluation.scoring import encode_test, score
@@ -54,11 +54,11 @@ class Sizes:
     """How much is measured."""
 
     repeats: int = 3
-    rows: int = 20
-    tiny_rows: int = 128
+    examples: int = 20
+    tiny_examples: int = 128
     tiny_steps: int | None = None
     """None: the tiny model is trained to its end."""
-    memory_rows: int = 10
+    memory_examples: int = 10
 
 
 SMOKE = Sizes(1, 3, 4, 2, 1)
@@ -69,7 +69,7 @@ class Case:
     """A task on a model, measured on both sides."""
 
     name: str
-    rows: Sequence[Row]
+    examples: Sequence[Example]
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
 
@@ -78,8 +78,8 @@ class Case:
         return TASKS[self.name.split(",")[0]]
 
     def ours(self) -> list[Any]:
-        """Log-likelihoods of the choices, or the text, of each row."""
-        tests = encode_test(self.tokenizer, self.task, self.rows, PROTOCOL)
+        """Log-likelihoods of the choices, or the text, of each example."""
+        tests = encode_test(self.tokenizer, self.task, self.examples, PROTOCOL)
         outcomes = score(self.model, self.tokenizer, [tests], PROTOCOL).outcomes
         return [list(outcome.log_likelihoods) if outcome.text is None else outcome.text for outcome in outcomes]
 
@@ -87,25 +87,25 @@ class Case:
         """The same of the harness."""
         if isinstance(self.task, AnswerTask):
             settings = {"until": list(self.task.until), "do_sample": False, "max_gen_toks": PROTOCOL.max_new_tokens}
-            asked = [(self.task.training_pair(row)[0], settings) for row in self.rows]
-            return lm.generate_until(instances("generate_until", asked), disable_tqdm=True)
-        pairs = [self.task.pairs(row) for row in self.rows]
-        asked = [pair for choices in pairs for pair in choices]
-        values = iter(lm.loglikelihood(instances("loglikelihood", asked), disable_tqdm=True))
+            requests = [(self.task.training_pair(example)[0], settings) for example in self.examples]
+            return lm.generate_until(instances("generate_until", requests), disable_tqdm=True)
+        pairs = [self.task.pairs(example) for example in self.examples]
+        requests = [pair for choices in pairs for pair in choices]
+        values = iter(lm.loglikelihood(instances("loglikelihood", requests), disable_tqdm=True))
         return [[next(values)[0] for _ in choices] for choices in pairs]
 
     @property
-    def batch_rows(self) -> int:
-        """Rows of the harness in a pass of at most `batch_tokens`."""
+    def batch_examples(self) -> int:
+        """Examples of the harness in a pass of at most `batch_tokens`."""
         if isinstance(self.task, AnswerTask):
-            texts, new = [self.task.training_pair(row)[0] for row in self.rows], PROTOCOL.max_new_tokens
+            texts, new = [self.task.training_pair(example)[0] for example in self.examples], PROTOCOL.max_new_tokens
         else:
-            texts, new = ["".join(pair) for row in self.rows for pair in self.task.pairs(row)], 0
+            texts, new = ["".join(pair) for example in self.examples for pair in self.task.pairs(example)], 0
         return PROTOCOL.batch_tokens // (max(map(len, self.tokenizer(texts)["input_ids"])) + new)
 
 
-def instances(kind: str, asked: Sequence[tuple[Any, ...]]) -> list[Instance]:
-    return [Instance(request_type=kind, doc={}, arguments=arguments, idx=0) for arguments in asked]
+def instances(kind: str, requests: Sequence[tuple[Any, ...]]) -> list[Instance]:
+    return [Instance(request_type=kind, doc={}, arguments=arguments, idx=0) for arguments in requests]
 
 
 def cpu_seconds(compute: Callable[[], Any]) -> tuple[float, Any]:
@@ -115,16 +115,16 @@ def cpu_seconds(compute: Callable[[], Any]) -> tuple[float, Any]:
 
 
 def measured(case: Case, repeats: int) -> dict[str, Any]:
-    """Both sides are warmed up by the first two rows."""
-    lm = HFLM(case.model, tokenizer=case.tokenizer, batch_size=case.batch_rows, max_length=PROTOCOL.max_tokens)
-    few = replace(case, rows=case.rows[:2])
+    """Both sides are warmed up by the first two examples."""
+    lm = HFLM(case.model, tokenizer=case.tokenizer, batch_size=case.batch_examples, max_length=PROTOCOL.max_tokens)
+    few = replace(case, examples=case.examples[:2])
     few.harness(lm), few.ours()
     turns = [(cpu_seconds(lambda: case.harness(lm)), cpu_seconds(case.ours)) for _ in range(repeats)]
     theirs, ours = (statistics.median(turn[side][0] for turn in turns) for side in (0, 1))
     (_, expected), (_, found) = turns[0]
     differing = sum(best(a) != best(b) for a, b in zip(expected, found, strict=True))
-    figures = {"rows": len(case.rows), "harness_seconds": theirs, "seconds": ours, "times": theirs / ours}
-    return figures | {"differing_rows": differing, "worst_log_probability": worst(expected, found)}
+    figures = {"examples": len(case.examples), "harness_seconds": theirs, "seconds": ours, "times": theirs / ours}
+    return figures | {"differing_examples": differing, "worst_log_probability": worst(expected, found)}
 
 
 def best(found: Any) -> Any:
@@ -156,31 +156,31 @@ def random_model(tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
 class EndsOnTime:
     """Hooks that make a model end each text after a given number of tokens, by the length of its prompt.
 
-    All rows of a batch are at the same step: the tokens that a row sees, less the steps, are its prompt. Where all
-    prompts of a batch are of one length, transformers makes no attention mask: a row sees everything.
+    All examples of a batch are at the same step: the tokens that an example sees, less the steps, are its prompt. Where
+    all prompts of a batch are of one length, transformers makes no attention mask: an example sees everything.
     """
 
     def __init__(self, model: PreTrainedModel, end: int, answer_tokens: Mapping[int, int]) -> None:
         self.end, self.answer_tokens, self.step, self.width = end, answer_tokens, 0, 0
         self.ended: Tensor
         model.model.register_forward_pre_hook(self.look, with_kwargs=True)
-        model.lm_head.register_forward_hook(self.end_rows)
+        model.lm_head.register_forward_hook(self.end_examples)
 
     def look(self, module: Any, args: Any, kwargs: dict[str, Tensor]) -> None:
-        rows, width = kwargs["input_ids"].shape
+        examples, width = kwargs["input_ids"].shape
         self.step, self.width = (0, width) if width > 1 else (self.step + 1, self.width)
         attended = kwargs.get("attention_mask")
-        prompts = [self.width] * rows if attended is None else (attended.sum(-1) - self.step).tolist()
+        prompts = [self.width] * examples if attended is None else (attended.sum(-1) - self.step).tolist()
         self.ended = torch.tensor([self.step >= self.answer_tokens[prompt] for prompt in prompts])
 
-    def end_rows(self, module: Any, args: Any, logits: Tensor) -> Tensor:
+    def end_examples(self, module: Any, args: Any, logits: Tensor) -> Tensor:
         logits[..., self.end] = torch.where(self.ended.view(-1, *[1] * (logits.dim() - 2)), 1e4, -1e4)
         return logits
 
 
-def answer_tokens(tokenizer: PreTrainedTokenizerBase, task: AnswerTask, rows: Sequence[Row]) -> dict[int, int]:
+def answer_tokens(tokenizer: PreTrainedTokenizerBase, task: AnswerTask, examples: Sequence[Example]) -> dict[int, int]:
     """{tokens of a prompt: tokens of its worked answer}"""
-    pairs = [task.training_pair(row) for row in rows]
+    pairs = [task.training_pair(example) for example in examples]
     prompts, answers = (tokenizer(list(texts))["input_ids"] for texts in zip(*pairs, strict=True))
     return {len(prompt): len(answer) for prompt, answer in zip(prompts, answers, strict=True)}
 
@@ -189,15 +189,15 @@ def cases(sizes: Sizes) -> Iterator[Case]:
     folder = toy_model("tiny-llama", print, steps=sizes.tiny_steps)
     tiny, tokenizer = load_model(folder, torch.float32, torch.device("cpu")), load_tokenizer(folder)
 
-    def rows_of(name: str, count: int, data_dir: Path | None = REAL_ROWS) -> Sequence[Row]:
+    def load_examples(name: str, count: int, data_dir: Path | None = REAL_EXAMPLES) -> Sequence[Example]:
         return load_test(TASKS[name], data_dir, replace(PROTOCOL, n_test=count)).test
 
-    for name, count in (("hellaswag", sizes.rows), ("boolq", min(sizes.rows, 12))):
-        yield Case(name, rows_of(name, count), random_model(tokenizer), tokenizer)
-    rows, model = rows_of("gsm8k", sizes.rows), random_model(tokenizer)
-    EndsOnTime(model, tokenizer.eos_token_id, answer_tokens(tokenizer, TASKS["gsm8k"], rows))
-    yield Case("gsm8k", rows, model, tokenizer)
-    yield Case("gsm8k, tiny", rows_of("gsm8k", sizes.tiny_rows, None), tiny, tokenizer)
+    for name, count in (("hellaswag", sizes.examples), ("boolq", min(sizes.examples, 12))):
+        yield Case(name, load_examples(name, count), random_model(tokenizer), tokenizer)
+    examples, model = load_examples("gsm8k", sizes.examples), random_model(tokenizer)
+    EndsOnTime(model, tokenizer.eos_token_id, answer_tokens(tokenizer, TASKS["gsm8k"], examples))
+    yield Case("gsm8k", examples, model, tokenizer)
+    yield Case("gsm8k, tiny", load_examples("gsm8k", sizes.tiny_examples, None), tiny, tokenizer)
 
 
 def memory(tokenizer: PreTrainedTokenizerBase, n: int) -> dict[str, float]:
@@ -208,10 +208,10 @@ def memory(tokenizer: PreTrainedTokenizerBase, n: int) -> dict[str, float]:
         return [Encoded(context, tuple(range(i + 1, i + 21))) for i in range(choices)]
 
     found = {}
-    cases = ((f"{n} rows", n, 4), (f"{10 * n} rows", 10 * n, 4), (f"{n} rows of 40 choices", n, 40))
-    for name, rows, choices in cases:
+    cases = ((f"{n} examples", n, 4), (f"{10 * n} examples", 10 * n, 4), (f"{n} examples of 40 choices", n, 40))
+    for name, examples, choices in cases:
         Path("/proc/self/clear_refs").write_text("5")
-        log_likelihoods(model, [question(choices)] * rows, 2048)
+        log_likelihoods(model, [question(choices)] * examples, 2048)
         status = Path("/proc/self/status").read_text()
         found[name] = int(status.split("VmHWM:")[1].split()[0]) / 1000
     return found
@@ -222,12 +222,12 @@ def main() -> None:
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     sizes = SMOKE if bench_parser(__doc__).parse_args().smoke else Sizes()
     figures: dict[str, Any] = {}
-    columns = ("rows", "harness_seconds", "seconds", "times", "differing_rows", "worst_log_probability")
+    columns = ("examples", "harness_seconds", "seconds", "times", "differing_examples", "worst_log_probability")
     print(f"{'':12}" + "".join(f"{column:>23}" for column in columns))
     for case in cases(sizes):
         found = figures[case.name] = measured(case, sizes.repeats)
         print(f"{case.name:12}" + "".join(f"{cell(found[column]):>23}" for column in columns))
-    figures["peak_mb"] = memory(load_tokenizer(toy_model("tiny-llama", steps=sizes.tiny_steps)), sizes.memory_rows)
+    figures["peak_mb"] = memory(load_tokenizer(toy_model("tiny-llama", steps=sizes.tiny_steps)), sizes.memory_examples)
     print("peak MB: " + ", ".join(f"{mb:.0f} ({name})" for name, mb in figures["peak_mb"].items()))
     print(json.dumps(figures))
 

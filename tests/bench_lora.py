@@ -105,7 +105,7 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def step_of(layer: nn.Module, x: Tensor, dY: Tensor) -> Callable[[], None]:
+def make_step(layer: nn.Module, x: Tensor, dY: Tensor) -> Callable[[], None]:
     """Forward and backward, the input's gradient too."""
 
     def run() -> None:
@@ -137,7 +137,7 @@ def layer_row(
         "ours": Ours(weight, mask, impl),
         "gemm": None,
     }
-    contenders: dict[str, Callable[[], Any]] = {name: step_of(la, x, dY) for name, la in layers.items() if la}
+    contenders: dict[str, Callable[[], Any]] = {name: make_step(la, x, dY) for name, la in layers.items() if la}
     contenders["gemm"] = lambda: F.linear(dY, weight)
     taken = seconds(contenders, repeats, device)
     return {"dtype": str(dtype)[6:], "tokens": tokens, "impl": impl, "density": density} | taken

@@ -103,14 +103,14 @@ def warm_worker(results_dir: Path, model: str) -> SliceScorer:
     few = {"models": model, "tasks": "boolq", "methods": "wanda", "sparsities": 0.7, "modes": "sparse-to-sparse"}
     few |= {"steps": 2, "warmup_fraction": 0.0, "n_test": 10, "results_dir": results_dir}
     preset = PRESETS["toy"] | subadapters.PROTOCOL | subadapters.TOY_PROTOCOL
-    space = Space.of(subadapters.PRESETS["toy"])
+    space = Space.from_groups(subadapters.PRESETS["toy"])
     run, ledger = plan_search(SearchConfig(SweepConfig.from_names(preset | few), space)).run, Ledger(results_dir)
     for _ in run_cell(run, ledger, WorkerCache()):
         pass
-    return SliceScorer.of(run, ledger)
+    return SliceScorer.from_run(run, ledger)
 
 
-def candidates_of(scorer: SliceScorer, count: int) -> list[Ranks]:
+def sample_candidates(scorer: SliceScorer, count: int) -> list[Ranks]:
     space, layers = scorer.slices.space, count_layers(scorer.slices.model)
     return [space.sample_ranks(layers, number, 0, "uniform") for number in range(count)]
 
@@ -122,7 +122,7 @@ def score(scorer: SliceScorer, ranks: Ranks, examples: Sequence[int]) -> Correct
 
 def score_fraction(scorer: SliceScorer) -> float:
     everything, found = range(len(scorer.tests.examples)), []
-    for ranks in candidates_of(scorer, 9):
+    for ranks in sample_candidates(scorer, 9):
         start = time.process_time()
         score(scorer, ranks, everything)
         scored = time.process_time()
@@ -134,7 +134,7 @@ def score_fraction(scorer: SliceScorer) -> float:
 
 def worker_mb(scorer: SliceScorer, count: int) -> tuple[float, float]:
     resident = []
-    for ranks in candidates_of(scorer, count):
+    for ranks in sample_candidates(scorer, count):
         score(scorer, ranks, range(10))
         resident.append(psutil.Process().memory_info().rss / 1e6)
     return resident[19], resident[-1]
@@ -142,7 +142,7 @@ def worker_mb(scorer: SliceScorer, count: int) -> tuple[float, float]:
 
 def raced(answered: Sequence[tuple[Correctness, float]], minimises_cost: bool) -> dict[str, Any]:
     """How candidates race, in their order: (what they answered in full, their cost)."""
-    n, asked, stages = answered[0][0].n, 0, [list(range(answered[0][0].n))]
+    n, answers, stages = answered[0][0].n, 0, [list(range(answered[0][0].n))]
     race, full = Race(n, minimises_cost), Race(n, minimises_cost)
     for key, (correctness, cost) in enumerate(answered):
         full.update(str(key), cost, correctness)
@@ -154,11 +154,11 @@ def raced(answered: Sequence[tuple[Correctness, float]], minimises_cost: bool) -
             race.update(str(key), cost, mine)
             if not mine.is_complete and race.beaten_by(str(key)) is not None:
                 break
-        asked += mine.count
+        answers += mine.count
     best, found = (max(r.correctness[key].accuracy for key in r.complete()) for r in (full, race))
     return {
         "candidates": len(answered),
-        "asked_fraction": asked / n / len(answered),
+        "answered_fraction": answers / n / len(answered),
         "same_winner": race.winner() == full.winner(),
         "regret_points": 100 * (best - found),
     }

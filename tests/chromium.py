@@ -23,7 +23,7 @@ def find_chromium() -> str | None:
 
 
 class Browser:
-    """One page of a browser. Its faults and what it asked of the network are kept."""
+    """One page of a browser. Its errors and what it asked of the network are kept."""
 
     def __init__(self, profile: Path, width: int = 1280, height: int = 1000) -> None:
         chromium = find_chromium()
@@ -40,7 +40,7 @@ class Browser:
         os.close(read_commands)
         os.close(write_answers)
         self._count, self._buffer, self._session = 0, b"", ""
-        self.faults: list[str] = []
+        self.errors: list[str] = []
         self.requested: list[str] = []
         target = self._ask("Target.createTarget", url="about:blank")["targetId"]
         self._session = self._ask("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
@@ -76,7 +76,7 @@ class Browser:
             if value.get("value"):
                 return value["value"]
             time.sleep(0.05)
-        raise AssertionError(f"not within {seconds} s: {script}; faults: {self.faults}")
+        raise AssertionError(f"not within {seconds} s: {script}; errors: {self.errors}")
 
     def screenshot(self, path: Path) -> None:
         path.write_bytes(base64.b64decode(self._ask("Page.captureScreenshot", format="png")["data"]))
@@ -104,6 +104,6 @@ class Browser:
 
     def _note(self, event: dict[str, Any]) -> None:
         if event.get("method") == "Runtime.exceptionThrown":
-            self.faults.append(str(event["params"]["exceptionDetails"]))
+            self.errors.append(str(event["params"]["exceptionDetails"]))
         if event.get("method") == "Network.requestWillBeSent":
             self.requested.append(event["params"]["request"]["url"])

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 # As a trial computes. More threads than cores wait for each other, here and in every process that a test starts.
 os.environ["OMP_NUM_THREADS"] = "1"
 
-REAL_ROWS = Path(__file__).parent / "data"
-"""A few real rows of each task; its README has their licences and sources."""
+REAL_EXAMPLES = Path(__file__).parent / "data"
+"""A few real examples of each task; its README has their licences and sources."""
 
 
 Once = Callable[[str, Callable[[Path], None]], Path]
@@ -144,9 +144,9 @@ def _write_architectures(place: Path, llama: Path) -> None:
 
 
 @pytest.fixture
-def real_rows() -> Path:
-    """A data folder of real rows: 20 of each scored split and of each train split, and pieces of the texts."""
-    return REAL_ROWS
+def real_examples() -> Path:
+    """A data folder of real examples: 20 of each scored split and of each train split, and pieces of the texts."""
+    return REAL_EXAMPLES
 
 
 @pytest.fixture(scope="module", params=["llama", "mistral"])

@@ -1,4 +1,4 @@
-"""Makers of runs, records and rows for tests that need a ledger but no training."""
+"""Makers of runs, records and examples for tests that need a ledger but no training."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ TINY_PROTOCOL = Protocol(
     n_selection=4,
     n_test=8,
     eval_every=2,
-    calibration_rows=6,
+    calibration_examples=6,
 )
 
 
@@ -122,7 +122,7 @@ def done_record(run: Run, accuracy: float = 0.75, **metrics: Any) -> Record:
         measured={
             "trial_seconds": 3.0,
             "train_seconds": 2.0,
-            "train_samples_per_second": 128.0,
+            "train_examples_per_second": 128.0,
             "train_tokens_per_second": 4096.0,
             "compile_seconds": None,
             "peak_memory_bytes": 1_000_000,
@@ -149,8 +149,8 @@ def write_run(ledger: Ledger, run: Run, record: Record) -> Path:
     return ledger.run_folder(run.run_id)
 
 
-def sweep_of(cells: Iterable[Cell], started: float = 1_000.0, **run_changes: Any) -> SweepRecord:
-    """A sweep that asked for `cells`, each served as `tune_sparse.sweep.plan` decides."""
+def make_sweep(cells: Iterable[Cell], started: float = 1_000.0, **run_changes: Any) -> SweepRecord:
+    """A sweep that requested `cells`, each served as `tune_sparse.sweep.plan` decides."""
     rows: list[dict[str, Any]] = []
     owners: dict[str, str] = {}
     for cell in cells:
@@ -162,13 +162,13 @@ def sweep_of(cells: Iterable[Cell], started: float = 1_000.0, **run_changes: Any
     return SweepRecord(f"sweep{started:g}", started, {"models": ["tiny"], "protocol": {"steps": 200}}, tuple(rows))
 
 
-def write_jsonl(path: Path, rows: Sequence[Any]) -> Path:
+def write_jsonl(path: Path, examples: Sequence[Any]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    path.write_text("".join(json.dumps(example) + "\n" for example in examples), encoding="utf-8")
     return path
 
 
-def boolq_rows(count: int, prefix: str = "q") -> list[dict[str, Any]]:
+def boolq_examples(count: int, prefix: str = "q") -> list[dict[str, Any]]:
     return [
         {"question": f"is {prefix} {i} odd", "passage": f"{prefix} {i} is a number.", "answer": i % 2 == 1}
         for i in range(count)
@@ -176,9 +176,9 @@ def boolq_rows(count: int, prefix: str = "q") -> list[dict[str, Any]]:
 
 
 def write_boolq(data_dir: Path, train: int = 20, validation: int = 6) -> Path:
-    """A folder of boolq rows, small and sound; returns `data_dir`."""
-    write_jsonl(data_dir / "boolq" / "train.jsonl", boolq_rows(train, "train"))
-    write_jsonl(data_dir / "boolq" / "validation.jsonl", boolq_rows(validation, "validation"))
+    """A folder of boolq examples, small and sound; returns `data_dir`."""
+    write_jsonl(data_dir / "boolq" / "train.jsonl", boolq_examples(train, "train"))
+    write_jsonl(data_dir / "boolq" / "validation.jsonl", boolq_examples(validation, "validation"))
     return data_dir
 
 

@@ -66,7 +66,7 @@ class Host:
     def processes(self) -> list[psutil.Process]:
         """All that run on it."""
         ours = os.readlink(f"/proc/{self._first().pid}/ns/net")
-        return [process for process in psutil.process_iter() if _network_of(process) == ours]
+        return [process for process in psutil.process_iter() if _find_network(process) == ours]
 
     def kill(self) -> None:
         """As if its power failed: it falls silent. The kernel kills all processes of a space whose first is gone."""
@@ -185,7 +185,7 @@ def _ip(*arguments: str) -> None:
     subprocess.run(["ip", *arguments], check=True, capture_output=True)
 
 
-def _network_of(process: psutil.Process) -> str | None:
+def _find_network(process: psutil.Process) -> str | None:
     try:
         return os.readlink(f"/proc/{process.pid}/ns/net")
     except OSError:

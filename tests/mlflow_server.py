@@ -61,8 +61,8 @@ class Postgres:
             self.process = subprocess.Popen(
                 self._command("postgres", *options), stdout=log, stderr=log, cwd=self.folder
             )
-        asked = self._command("pg_isready", "-q", "-h", str(self.folder))
-        wait_until(lambda: subprocess.run(asked, cwd=self.folder).returncode == 0)
+        command = self._command("pg_isready", "-q", "-h", str(self.folder))
+        wait_until(lambda: subprocess.run(command, cwd=self.folder).returncode == 0)
 
     def kill(self) -> None:
         assert self.process is not None

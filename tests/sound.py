@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from factories import sweep_of
+from factories import make_sweep
 
 from tune_sparse.config import Cell, Protocol
 from tune_sparse.data.splits import Splits, fingerprint_splits, load_splits
@@ -58,24 +58,26 @@ def sound_run(cell: Cell, protocol: Protocol = PROTOCOL, **changes: Any) -> Run:
     return Run(cell=cell, **fields | changes)
 
 
-def cells_of(methods: Iterable[str] = METHODS, sparsities: Iterable[float] = SPARSITIES, **changes: Any) -> list[Cell]:
+def make_cells(
+    methods: Iterable[str] = METHODS, sparsities: Iterable[float] = SPARSITIES, **changes: Any
+) -> list[Cell]:
     base = {"model": "tiny", "task": "boolq", "seed": 0, "backend": "torch"} | changes
     return [Cell(method=m, sparsity=s, mode=mode, **base) for m in methods for s in sparsities for mode in MODES]
 
 
-def stream_of(run: Run) -> str:
+def name_stream(run: Run) -> str:
     """Names a run's random numbers by values alone: renaming a setting changes identities, and not these."""
     changed = [str(value) for name, value in vars(run.protocol).items() if value != getattr(PROTOCOL, name)]
     return "-".join([str(SEED), *map(str, asdict(run.cell).values()), run.model_fingerprint, *changed])
 
 
-def outcomes_of(run: Run, accuracy: float, salt: str = "", answers: Mapping[str, str] | None = None) -> list[Outcome]:
-    """Outcomes on the run's test rows, drawn by the run or `salt`: right with probability `accuracy`, or `answers`."""
-    rng, task = random.Random(salt or stream_of(run)), TASKS[run.cell.task]
+def make_outcomes(run: Run, accuracy: float, salt: str = "", answers: Mapping[str, str] | None = None) -> list[Outcome]:
+    """Outcomes on the run's test examples, drawn by the run or `salt`: `answers`, or right with this probability."""
+    rng, task = random.Random(salt or name_stream(run)), TASKS[run.cell.task]
     assert isinstance(task, PromptTask)
     found = []
-    for row in splits(run.protocol, run.cell.task).test:
-        name, gold = task.question_id(row), str(task.gold(row))
+    for example in splits(run.protocol, run.cell.task).test:
+        name, gold = task.question_id(example), str(task.gold(example))
         right = rng.random() < accuracy
         predicted = answers[name] if answers else (gold if right else str(1 - int(gold)))
         likelihoods = (-rng.random(), -1 - rng.random())
@@ -93,11 +95,11 @@ def write_sound(
 ) -> Path:
     """A whole finished run. kept: the share of each matrix that its mask keeps; 1 - sparsity if not given."""
     cell, name = run.cell, "-".join(map(str, asdict(run.cell).values()))
-    outcomes = outcomes_of(run, 0.95 - 0.3 * cell.sparsity if accuracy is None else accuracy, answers=answers)
-    pruned_baseline = outcomes_of(
+    outcomes = make_outcomes(run, 0.95 - 0.3 * cell.sparsity if accuracy is None else accuracy, answers=answers)
+    pruned_baseline = make_outcomes(
         run,
         0.8 - 0.3 * cell.sparsity,
-        f"untuned-{stream_of(replace(run, cell=replace(run.cell, mode=MODES[0])))}",
+        f"untuned-{name_stream(replace(run, cell=replace(run.cell, mode=MODES[0])))}",
     )
     chance, shares = 0.5, kept or dict.fromkeys(MATRICES, 1 - cell.sparsity)
     kept_by_matrix = {matrix: [round(1000 * share), 1000] for matrix, share in shares.items()}
@@ -118,7 +120,7 @@ def write_sound(
     }
     if cell.mode == "sparse-to-dense":
         recorded["update_removed_fraction"] = 0.25
-    measured = {"trial_seconds": 3.0, "train_seconds": 2.0, "train_samples_per_second": 128.0}
+    measured = {"trial_seconds": 3.0, "train_seconds": 2.0, "train_examples_per_second": 128.0}
     measured |= {"peak_memory_bytes": 2**20, "train_tokens_per_second": 4096.0}
     environment = {"hardware": "abacus", "host": "here", "packages": {"torch": "2.13"}, "git_sha": "c" * 40}
     record = Record(run.run_id, run.identity, "done", recorded | metrics, measured, environment)
@@ -144,12 +146,12 @@ def sound_ledger(
     accuracy: Callable[[Cell], float | None] = lambda cell: None,
 ) -> Ledger:
     """A sweep of `cells`, every run of it finished; `accuracy` as in `write_sound`."""
-    ledger, asked = Ledger(folder), list(cells or cells_of())
-    runs = {cell: sound_run(cell.trained, protocol) for cell in asked}
-    sweep = sweep_of(asked)
+    ledger, requested = Ledger(folder), list(cells or make_cells())
+    runs = {cell: sound_run(cell.trained, protocol) for cell in requested}
+    sweep = make_sweep(requested)
     owners: dict[str, str] = {}
     rows = []
-    for cell, row in zip(asked, sweep.cells, strict=True):
+    for cell, row in zip(requested, sweep.cells, strict=True):
         owner = owners.setdefault(runs[cell].run_id, row["cell_id"])
         shared = None if owner == row["cell_id"] else owner
         rows.append({**row, "run_id": runs[cell].run_id, "shared_with": shared})

@@ -100,9 +100,9 @@ def _bits(packed: object) -> int:
 
 
 def _known_first_loss(losses: Path, job: dict[str, object], model_folder: str) -> float:
-    """Computed once for each model, masks and rows."""
-    rows = Path(str(job["rows"])) / "tokens.safetensors"
-    read = [model_folder, job["batch_size"], rows.read_bytes(), Path(str(job["masks"])).read_bytes()]
+    """Computed once for each model, masks and examples."""
+    examples = Path(str(job["examples"])) / "tokens.safetensors"
+    read = [model_folder, job["batch_size"], examples.read_bytes(), Path(str(job["masks"])).read_bytes()]
     known = losses / hashlib.sha256(repr(read).encode()).hexdigest()
     if not known.exists():
         own = known.with_suffix(f".{os.getpid()}")
@@ -112,7 +112,7 @@ def _known_first_loss(losses: Path, job: dict[str, object], model_folder: str) -
 
 
 def _first_loss(job: dict[str, object], model_folder: str) -> float:
-    """Of the pruned model on the rows of the first step, as the job's files say."""
+    """Of the pruned model on the examples of the first step, as the job's files say."""
     import numpy as np
     import torch
     import torch.nn.functional as F
@@ -128,11 +128,11 @@ def _first_loss(job: dict[str, object], model_folder: str) -> float:
     for name, weight in prunable_weights(model).items():
         bits = np.unpackbits(masks[cerebras_name(name)].numpy())[: weight.numel()]
         weight.mul_(separated(name, torch.from_numpy(bits).view(weight.shape), head_dim))
-    tokens = load_file(Path(str(job["rows"])) / "tokens.safetensors")
-    ids, learned, labels = tokens["rows"][tokens["order"][: job["batch_size"]]].long().unbind(1)  # type: ignore[misc]
+    tokens = load_file(Path(str(job["examples"])) / "tokens.safetensors")
+    ids, loss_mask, labels = tokens["examples"][tokens["order"][: job["batch_size"]]].long().unbind(1)  # type: ignore[misc]
     with torch.no_grad():
         losses = F.cross_entropy(model(input_ids=ids).logits.transpose(1, 2), labels, reduction="none")
-    return float((losses * learned).sum() / learned.sum())
+    return float((losses * loss_mask).sum() / loss_mask.sum())
 
 
 if __name__ == "__main__":

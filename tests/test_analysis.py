@@ -10,9 +10,9 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from factories import done_record, failed_record, make_cell, make_run, sweep_of, write_run
+from factories import done_record, failed_record, make_cell, make_run, make_sweep, write_run
 from PIL import Image
-from sound import cells_of, edit, sound_ledger
+from sound import edit, make_cells, sound_ledger
 
 from analysis.read.load import COLUMNS, cells_table
 from analysis.report.figures import FIGURES
@@ -30,7 +30,7 @@ SUMMARY = (
     "accuracy_stderr,accuracy_before_tuning,accuracy_before_merge,chance_accuracy,n_examples,majority_fraction,most_frequent_fraction,"
     "truncated_fraction,accuracy_norm,accuracy_flexible,f1,perplexity,perplexity_stderr,perplexity_before_tuning,"
     "perplexity_before_merge,train_loss,eval_loss,"
-    "train_samples_per_second,train_tokens_per_second,train_seconds,peak_memory_bytes,compile_seconds,"
+    "train_examples_per_second,train_tokens_per_second,train_seconds,peak_memory_bytes,compile_seconds,"
     "inference_flops,hardware,error"
 )
 NUMBERS = SUMMARY.split(",")[12:16] + SUMMARY.split(",")[17:26] + ["actual_sparsity"]
@@ -64,7 +64,7 @@ def ledger(tmp_path: Path) -> Ledger:
 def mixed(ledger: Ledger) -> pd.DataFrame:
     """Six cells: at 0 two that share a run, at 0.5 two done, at 0.9 one failed and one missing; by sparsity, mode."""
     cells = matrix((0.0, 0.5, 0.9))
-    ledger.write_sweep(sweep_of(cells))
+    ledger.write_sweep(make_sweep(cells))
     write_done(ledger, [cell for cell in cells if cell.sparsity < 0.9])
     failed = make_run(cells[2])
     write_run(ledger, failed, failed_record(failed))
@@ -103,7 +103,7 @@ def test_a_missing_cell_has_a_reason_and_no_numbers(mixed: pd.DataFrame) -> None
 
 def test_an_interrupted_cell_has_a_reason_and_no_numbers(ledger: Ledger) -> None:
     run = make_run()
-    ledger.write_sweep(sweep_of([run.cell]))
+    ledger.write_sweep(make_sweep([run.cell]))
     ledger.write_record(run, replace(failed_record(run), status="interrupted", error=None))
     [row] = cells_table([ledger.folder]).to_dict("records")
     assert row["status"] == "interrupted"
@@ -123,8 +123,8 @@ def test_a_shared_run_is_pointed_to_and_counted_once(mixed: pd.DataFrame) -> Non
 
 def test_two_sweeps_of_one_folder_share_a_run_only_once(ledger: Ledger) -> None:
     cells = matrix((0.0, 0.5))
-    ledger.write_sweep(sweep_of(cells[2:], started=1.0))
-    ledger.write_sweep(sweep_of(cells, started=2.0))
+    ledger.write_sweep(make_sweep(cells[2:], started=1.0))
+    ledger.write_sweep(make_sweep(cells, started=2.0))
     write_done(ledger, cells)
     table = cells_table([ledger.folder])
     assert len(table) == 4
@@ -139,7 +139,7 @@ def two_folders(tmp_path: Path, first: str, second: str) -> dict[str, Any]:
     makers = {"done": lambda: done_record(run, accuracy=0.8), "failed": lambda: failed_record(run)}
     folders = [tmp_path / "one", tmp_path / "two"]
     for folder, status in zip(folders, (first, second), strict=True):
-        Ledger(folder).write_sweep(sweep_of([run.cell]))
+        Ledger(folder).write_sweep(make_sweep([run.cell]))
         if status in makers:
             write_run(Ledger(folder), run, makers[status]())
     [row] = cells_table(folders).to_dict("records")
@@ -165,7 +165,7 @@ def test_of_two_done_runs_the_first_folder_counts(tmp_path: Path) -> None:
     run = make_run()
     folders = [tmp_path / "one", tmp_path / "two"]
     for folder, accuracy in zip(folders, (0.6, 0.7), strict=True):
-        Ledger(folder).write_sweep(sweep_of([run.cell]))
+        Ledger(folder).write_sweep(make_sweep([run.cell]))
         write_run(Ledger(folder), run, done_record(run, accuracy))
     assert cells_table(folders)["accuracy"].tolist() == [0.6]
 
@@ -178,7 +178,7 @@ def test_an_empty_folder_has_an_empty_table(tmp_path: Path) -> None:
 
 def test_performance_is_the_mean_over_seeds(ledger: Ledger) -> None:
     cells = [make_cell(seed=seed) for seed in (0, 1, 2)]
-    ledger.write_sweep(sweep_of(cells))
+    ledger.write_sweep(make_sweep(cells))
     for cell, accuracy in zip(cells[:2], (0.6, 0.8), strict=True):
         write_run(ledger, make_run(cell), done_record(make_run(cell), accuracy))
     [row] = sparsity_vs_performance(cells_table([ledger.folder])).to_dict("records")
@@ -190,7 +190,7 @@ def test_runs_of_different_protocols_are_never_averaged(ledger: Ledger) -> None:
     for steps, accuracy in ((100, 0.6), (200, 0.8)):
         protocol = Protocol(steps=steps)
         run = make_run(cell, protocol=protocol)
-        ledger.write_sweep(sweep_of([cell], started=float(steps), protocol=protocol))
+        ledger.write_sweep(make_sweep([cell], started=float(steps), protocol=protocol))
         write_run(ledger, run, done_record(run, accuracy))
     with pytest.raises(InputError, match="must not mix sweeps that differ in protocol"):
         write_report([ledger.folder])
@@ -234,7 +234,7 @@ def test_perplexity_passes_while_it_is_low(perplexities: dict[float, float], hig
 
 def test_a_text_is_drawn_by_its_perplexity(ledger: Ledger) -> None:
     cells = matrix((0.0, 0.5), task="wikitext2")
-    sweep = sweep_of(cells)
+    sweep = make_sweep(cells)
     ledger.write_sweep(replace(sweep, cells=tuple(cell | {"chance": None} for cell in sweep.cells)))
     for cell in {cell.trained for cell in cells}:
         metrics = {"perplexity": 10 + cell.sparsity, "perplexity_stderr": 0.5, "perplexity_before_tuning": 20.0}
@@ -275,17 +275,17 @@ REPORT_FILES = {
 
 def test_a_report_has_tables_figures_and_lines(tmp_path: Path) -> None:
     """Of six cells: two that share a run, two done, one failed, one missing."""
-    cells = cells_of(methods=("unstructured",), sparsities=(0.0, 0.3))
+    cells = make_cells(methods=("unstructured",), sparsities=(0.0, 0.3))
     ledger = sound_ledger(tmp_path, cells)
-    lost = cells_of(methods=("unstructured",), sparsities=(0.9,))
+    lost = make_cells(methods=("unstructured",), sparsities=(0.9,))
     rows = [{**vars(cell), "cell_id": f"lost{i}", "run_id": make_run(cell).run_id} for i, cell in enumerate(lost)]
     [sweep] = ledger.sweeps()
     ledger.write_sweep(replace(sweep, cells=(*sweep.cells, *({**sweep.cells[0], **row} for row in rows))))
     ledger.write_record(make_run(lost[0]), failed_record(make_run(lost[0])))
     report, folder = write_report([tmp_path]), tmp_path / "analysis"
-    said = [line for line in report.lines if not line.startswith("RQ")]
-    assert len(report.lines) - len(said) == 4
-    assert said == [
+    lines = [line for line in report.lines if not line.startswith("RQ")]
+    assert len(report.lines) - len(lines) == 4
+    assert lines == [
         "6 cells: 4 done, 1 failed, 1 missing; 3 distinct runs, 1 cells point to the run they share.",
         "Audit of 3 runs: no error; warnings: 2 missing.",
         "Highest sparsity with accuracy, or perplexity, within 10% of the dense baseline:",
@@ -312,7 +312,7 @@ def dense_accuracy(folder: Path) -> float:
 
 
 def test_a_report_says_errors_first_and_keeps_what_is_faulty(tmp_path: Path) -> None:
-    ledger = sound_ledger(tmp_path, cells_of(methods=("unstructured",), sparsities=(0.0, 0.3)))
+    ledger = sound_ledger(tmp_path, make_cells(methods=("unstructured",), sparsities=(0.0, 0.3)))
     [run_id] = {cell["run_id"] for cell in ledger.sweeps()[0].cells if cell["mode"] == "sparse-to-dense"} - {
         cell["run_id"] for cell in ledger.sweeps()[0].cells if cell["sparsity"] == 0
     }
@@ -328,7 +328,7 @@ def test_a_report_says_errors_first_and_keeps_what_is_faulty(tmp_path: Path) -> 
 
 
 def test_a_broken_record_is_a_missing_cell_and_the_rest_is_reported(tmp_path: Path) -> None:
-    ledger = sound_ledger(tmp_path, cells_of(methods=("unstructured",), sparsities=(0.0, 0.3)))
+    ledger = sound_ledger(tmp_path, make_cells(methods=("unstructured",), sparsities=(0.0, 0.3)))
     run_id = ledger.sweeps()[0].cells[-1]["run_id"]
     (ledger.run_folder(run_id) / "result.json").write_text('{"run_id"')
     (tmp_path / "sweeps" / "half.json").write_text("{")
@@ -339,7 +339,7 @@ def test_a_broken_record_is_a_missing_cell_and_the_rest_is_reported(tmp_path: Pa
 
 def test_a_report_of_nothing_but_failures_has_no_figures(ledger: Ledger) -> None:
     run = make_run()
-    ledger.write_sweep(sweep_of([run.cell]))
+    ledger.write_sweep(make_sweep([run.cell]))
     write_run(ledger, run, failed_record(run))
     lines = write_report([ledger.folder]).lines
     assert lines[0].startswith("1 cells: 1 failed; 0 distinct runs")
@@ -348,7 +348,7 @@ def test_a_report_of_nothing_but_failures_has_no_figures(ledger: Ledger) -> None
 
 def test_a_report_of_dense_runs_alone_has_no_accuracy_before_a_merge(ledger: Ledger) -> None:
     cells = [make_cell(sparsity=0.0, mode="dense", method=method) for method in ("none", "random")]
-    ledger.write_sweep(sweep_of(cells))
+    ledger.write_sweep(make_sweep(cells))
     write_done(ledger, cells)
     write_report([ledger.folder])
     table = pd.read_csv(ledger.folder / "analysis" / "sparsity_vs_performance.csv")
@@ -359,7 +359,7 @@ def test_a_report_of_dense_runs_alone_has_no_accuracy_before_a_merge(ledger: Led
 def test_a_report_is_written_into_the_first_of_several_folders(tmp_path: Path) -> None:
     for name, sparsity, started in (("one", 0.0, 1000.0), ("two", 0.5, 2000.0)):
         cells = matrix([sparsity])
-        Ledger(tmp_path / name).write_sweep(sweep_of(cells, started))
+        Ledger(tmp_path / name).write_sweep(make_sweep(cells, started))
         write_done(Ledger(tmp_path / name), cells)
     lines = write_report([tmp_path / "one", tmp_path / "two"]).lines
     assert any(line.startswith("4 cells: 4 done") for line in lines)

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from sound import PROTOCOL, cells_of, edit, outcomes_of, sound_ledger, sound_run, splits, write_sound
+from sound import PROTOCOL, edit, make_cells, make_outcomes, sound_ledger, sound_run, splits, write_sound
 
 from analysis.audit.audit import RULES, Audit, audit_folders
 from analysis.read.imported import Imported
@@ -41,12 +41,12 @@ def ledger(pattern: Path, tmp_path: Path) -> Ledger:
     return Ledger(Path(shutil.copytree(pattern, tmp_path / "results")))
 
 
-def folder_of(ledger: Ledger, run: object = A_RUN) -> Path:
+def run_folder_in(ledger: Ledger, run: object = A_RUN) -> Path:
     return ledger.run_folder(run.run_id)  # type: ignore[attr-defined]
 
 
 def rewritten(ledger: Ledger, **changes: object) -> None:
-    shutil.rmtree(folder_of(ledger))
+    shutil.rmtree(run_folder_in(ledger))
     write_sound(ledger, A_RUN, **changes)  # type: ignore[arg-type]
 
 
@@ -55,43 +55,43 @@ def unreadable(ledger: Ledger) -> None:
 
 
 def identity(ledger: Ledger) -> None:
-    path = folder_of(ledger) / "config.yaml"
+    path = run_folder_in(ledger) / "config.yaml"
     path.write_text(path.read_text().replace("learning_rate: 0.0003", "learning_rate: 0.0004"))
 
 
 def checksum(ledger: Ledger) -> None:
-    edit(folder_of(ledger) / "validation_report.json", mask_sha256="f" * 64)
+    edit(run_folder_in(ledger) / "validation_report.json", mask_sha256="f" * 64)
 
 
 def duplicate_results(ledger: Ledger) -> None:
-    shutil.copy(folder_of(ledger, ANOTHER) / "metrics.jsonl", folder_of(ledger))
-    last = json.loads((folder_of(ledger) / "metrics.jsonl").read_text().splitlines()[-1])
-    edit(folder_of(ledger) / "result.json", metrics={"train_loss": last["train_loss"]})
+    shutil.copy(run_folder_in(ledger, ANOTHER) / "metrics.jsonl", run_folder_in(ledger))
+    last = json.loads((run_folder_in(ledger) / "metrics.jsonl").read_text().splitlines()[-1])
+    edit(run_folder_in(ledger) / "result.json", metrics={"train_loss": last["train_loss"]})
 
 
 def no_effect(ledger: Ledger) -> None:
-    edit(folder_of(ledger) / "result.json", metrics={"update_removed_fraction": 0.0})
+    edit(run_folder_in(ledger) / "result.json", metrics={"update_removed_fraction": 0.0})
 
 
 def off_target(ledger: Ledger) -> None:
-    edit(folder_of(ledger) / "result.json", metrics={"actual_sparsity": 0.28})
+    edit(run_folder_in(ledger) / "result.json", metrics={"actual_sparsity": 0.28})
 
 
 def zeros_lost(ledger: Ledger) -> None:
     zeros = {"model.layers.0.mlp.up_proj.weight": [299, 1000]}
-    edit(folder_of(ledger) / "validation_report.json", zeros_by_matrix=zeros)
+    edit(run_folder_in(ledger) / "validation_report.json", zeros_by_matrix=zeros)
 
 
 def mixed_versions(ledger: Ledger) -> None:
-    edit(folder_of(ledger) / "result.json", environment={"git_sha": "d" * 40})
+    edit(run_folder_in(ledger) / "result.json", environment={"git_sha": "d" * 40})
 
 
 def overlap(ledger: Ledger) -> None:
     task = TASKS["boolq"]
     assert isinstance(task, PromptTask)
-    outcomes = outcomes_of(A_RUN, 0.86)
+    outcomes = make_outcomes(A_RUN, 0.86)
     outcomes[7] = replace(outcomes[7], id=task.question_id(splits(PROTOCOL).train[3]))
-    write_outcomes(folder_of(ledger) / "examples.parquet", outcomes)
+    write_outcomes(run_folder_in(ledger) / "examples.parquet", outcomes)
 
 
 def counted_twice(ledger: Ledger) -> None:
@@ -100,12 +100,12 @@ def counted_twice(ledger: Ledger) -> None:
 
 
 def unproven_number(ledger: Ledger) -> None:
-    edit(folder_of(ledger) / "result.json", metrics={"accuracy": 0.99})
+    edit(run_folder_in(ledger) / "result.json", metrics={"accuracy": 0.99})
 
 
 def conflict(ledger: Ledger) -> None:
     other = ledger.folder.parent / "other"
-    shutil.copytree(folder_of(ledger), other / "runs" / A_RUN.run_id)
+    shutil.copytree(run_folder_in(ledger), other / "runs" / A_RUN.run_id)
     edit(other / "runs" / A_RUN.run_id / "result.json", metrics={"eval_loss": 0.25})
 
 
@@ -115,14 +115,14 @@ def at_chance(ledger: Ledger) -> None:
 
 def constant_prediction(ledger: Ledger) -> None:
     """The commonest answer nearly always, and right where it is not given."""
-    golds = {o.id: str(o.gold) for o in outcomes_of(A_RUN, 1.0)}
+    golds = {o.id: str(o.gold) for o in make_outcomes(A_RUN, 1.0)}
     usual, _ = Counter(golds.values()).most_common(1)[0]
     others = [name for name, gold in golds.items() if gold != usual][:12]
     rewritten(ledger, answers=dict.fromkeys(golds, usual) | {name: golds[name] for name in others})
 
 
 def same_answers(ledger: Ledger) -> None:
-    rewritten(ledger, answers={o.id: str(o.predicted) for o in outcomes_of(ANOTHER, 0.86)})
+    rewritten(ledger, answers={o.id: str(o.predicted) for o in make_outcomes(ANOTHER, 0.86)})
 
 
 def modes_coincide(ledger: Ledger) -> None:
@@ -143,11 +143,11 @@ def few_steps(ledger: Ledger) -> None:
 
 
 def missing(ledger: Ledger) -> None:
-    shutil.rmtree(folder_of(ledger))
+    shutil.rmtree(run_folder_in(ledger))
 
 
 def hardware(ledger: Ledger) -> None:
-    edit(folder_of(ledger) / "result.json", environment={"hardware": "slide rule"})
+    edit(run_folder_in(ledger) / "result.json", environment={"hardware": "slide rule"})
 
 
 def uncommitted(ledger: Ledger) -> None:
@@ -156,7 +156,7 @@ def uncommitted(ledger: Ledger) -> None:
 
 
 def unchecked(ledger: Ledger) -> None:
-    path = folder_of(ledger) / "result.json"
+    path = run_folder_in(ledger) / "result.json"
     content = json.loads(path.read_text())
     del content["metrics"]["weights_sha256"]
     write_json(path, content)
@@ -200,7 +200,7 @@ def audited(ledger: Ledger) -> Audit:
     return audit_folders([ledger.folder, other] if other.exists() else [ledger.folder])
 
 
-def test_every_rule_has_a_planted_fault_and_a_page() -> None:
+def test_every_rule_has_a_planted_error_and_a_page() -> None:
     assert set(PLANTED) == set(RULES)
     described = re.findall(r"^### `([a-z-]+)`", DOCS.read_text(encoding="utf-8"), flags=re.MULTILINE)
     assert described == list(RULES)
@@ -214,7 +214,7 @@ def test_a_sound_ledger_has_no_finding(ledger: Ledger) -> None:
 
 
 @pytest.mark.parametrize("rule", PLANTED)
-def test_a_planted_fault_is_found_by_its_rule_alone(rule: str, ledger: Ledger) -> None:
+def test_a_planted_error_is_found_by_its_rule_alone(rule: str, ledger: Ledger) -> None:
     PLANTED[rule](ledger)
     found = audited(ledger)
     assert {finding.rule for finding in found.findings} == {rule}
@@ -224,26 +224,26 @@ def test_a_planted_fault_is_found_by_its_rule_alone(rule: str, ledger: Ledger) -
         assert finding.run_ids
 
 
-def said(ledger: Ledger) -> str:
+def findings_text(ledger: Ledger) -> str:
     return "\n".join(audited(ledger).lines(most=100))
 
 
-def test_equal_weights_of_different_settings_are_twins(ledger: Ledger) -> None:
+def test_equal_weights_of_different_settings_are_duplicates(ledger: Ledger) -> None:
     for run in (A_RUN, sound_run(replace(A_CELL, method="random"))):
-        edit(folder_of(ledger, run) / "result.json", metrics={"weights_sha256": "e" * 64})
+        edit(run_folder_in(ledger, run) / "result.json", metrics={"weights_sha256": "e" * 64})
     expected = r"error duplicate-results.*\n  .* differ in method, and to the last bit not in their weights"
-    assert re.search(expected, said(ledger))
+    assert re.search(expected, findings_text(ledger))
 
 
-def test_equal_scores_of_different_settings_are_twins(ledger: Ledger) -> None:
-    shutil.copy(folder_of(ledger, ANOTHER) / "examples.parquet", folder_of(ledger))
-    assert "differ in mode, and to the last bit not in their scores" in said(ledger)
+def test_equal_scores_of_different_settings_are_duplicates(ledger: Ledger) -> None:
+    shutil.copy(run_folder_in(ledger, ANOTHER) / "examples.parquet", run_folder_in(ledger))
+    assert "differ in mode, and to the last bit not in their scores" in findings_text(ledger)
 
 
-def test_equal_losses_under_another_limit_of_test_rows_are_no_twins(ledger: Ledger) -> None:
+def test_equal_losses_under_another_limit_of_test_examples_are_no_duplicates(ledger: Ledger) -> None:
     run = sound_run(A_CELL, replace(PROTOCOL, n_test=390))
     write_sound(ledger, run)
-    shutil.copy(folder_of(ledger) / "metrics.jsonl", folder_of(ledger, run))
+    shutil.copy(run_folder_in(ledger) / "metrics.jsonl", run_folder_in(ledger, run))
     assert "duplicate-results" not in {finding.rule for finding in audited(ledger).findings}
 
 
@@ -256,26 +256,26 @@ def test_structured_modes_that_lost_heads_must_differ(ledger: Ledger) -> None:
 
 
 def test_one_mask_for_two_methods_had_no_effect(ledger: Ledger) -> None:
-    mask = json.loads((folder_of(ledger) / "result.json").read_text())["metrics"]["mask_sha256"]
+    mask = json.loads((run_folder_in(ledger) / "result.json").read_text())["metrics"]["mask_sha256"]
     for mode in ("sparse-to-dense", "sparse-to-sparse"):
-        folder = folder_of(ledger, sound_run(replace(A_CELL, method="random", mode=mode)))
+        folder = run_folder_in(ledger, sound_run(replace(A_CELL, method="random", mode=mode)))
         edit(folder / "result.json", metrics={"mask_sha256": mask})
         for name in ("sparse_config.json", "validation_report.json"):
             edit(folder / name, mask_sha256=mask)
-    assert "have one and the same mask" in said(ledger)
+    assert "have one and the same mask" in findings_text(ledger)
 
 
 def test_a_training_that_changed_no_score_had_no_effect(ledger: Ledger) -> None:
     pruned_baseline = ledger.folder / "pruned_baselines" / f"{A_RUN.pruned_baseline_id}.parquet"
-    shutil.copy(pruned_baseline, folder_of(ledger) / "examples.parquet")
-    assert "every score is the one before tuning, to the last bit" in said(ledger)
+    shutil.copy(pruned_baseline, run_folder_in(ledger) / "examples.parquet")
+    assert "every score is the one before tuning, to the last bit" in findings_text(ledger)
 
 
 def test_a_mask_that_changed_no_score_had_no_effect(ledger: Ledger) -> None:
     dense = sound_run(A_CELL.trained.__class__("tiny", "boolq", "none", 0.0, "dense", 0, "torch"))
     files = [ledger.folder / "pruned_baselines" / f"{run.pruned_baseline_id}.parquet" for run in (dense, A_RUN)]
     shutil.copy(*files)
-    assert "before tuning every score is the unpruned model's" in said(ledger)
+    assert "before tuning every score is the unpruned model's" in findings_text(ledger)
 
 
 def test_a_cell_that_points_to_another_cells_run_has_no_run(ledger: Ledger) -> None:
@@ -284,23 +284,23 @@ def test_a_cell_that_points_to_another_cells_run_has_no_run(ledger: Ledger) -> N
     [cell] = [c for c in cells if c["run_id"] == ANOTHER.run_id]
     cell |= {"run_id": A_RUN.run_id, "shared_with": cells[0]["cell_id"]}
     edit(path, cells=cells)
-    assert "which is a run of another cell" in said(ledger)
+    assert "which is a run of another cell" in findings_text(ledger)
 
 
 def test_a_copied_run_folder_is_counted_twice(ledger: Ledger) -> None:
-    shutil.copytree(folder_of(ledger), ledger.folder / "runs" / "copy")
+    shutil.copytree(run_folder_in(ledger), ledger.folder / "runs" / "copy")
     assert {finding.rule for finding in audited(ledger).findings} == {"counted-twice"}
 
 
 def test_losses_that_end_early_are_no_run(ledger: Ledger) -> None:
-    path = folder_of(ledger) / "metrics.jsonl"
+    path = run_folder_in(ledger) / "metrics.jsonl"
     path.write_text("\n".join(path.read_text().splitlines()[:-2]))
-    assert "12 steps were requested, metrics.jsonl has the losses of 10" in said(ledger)
+    assert "12 steps were requested, metrics.jsonl has the losses of 10" in findings_text(ledger)
 
 
 def test_a_backend_of_tests_is_foreign(ledger: Ledger) -> None:
     write_sound(ledger, sound_run(replace(A_CELL, backend="fake")))
-    assert "the backend 'fake' is none of torch" in said(ledger)
+    assert "the backend 'fake' is none of torch" in findings_text(ledger)
 
 
 @pytest.mark.parametrize(
@@ -321,10 +321,10 @@ def test_a_backend_of_tests_is_foreign(ledger: Ledger) -> None:
 def test_a_broken_file_is_listed_and_the_rest_analysed(
     name: str, content: str, reason: str, ledger: Ledger, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (folder_of(ledger) / name).write_text(content)
+    (run_folder_in(ledger) / name).write_text(content)
     assert main(["audit", "--results-dir", str(ledger.folder)]) == FAULT
     printed = capsys.readouterr().out
-    assert re.search(rf"error unreadable.*\n  {re.escape(str(folder_of(ledger)))}: .*{re.escape(reason)}", printed)
+    assert re.search(rf"error unreadable.*\n  {re.escape(str(run_folder_in(ledger)))}: .*{re.escape(reason)}", printed)
     assert "Audit of 8 runs: 1 unreadable" in printed
 
 
@@ -333,18 +333,18 @@ def test_a_broken_sweep_record_is_listed(ledger: Ledger) -> None:
     assert [finding.rule for finding in audited(ledger).findings] == ["unreadable"]
 
 
-def test_rows_that_are_gone_are_a_warning(tmp_path: Path) -> None:
+def test_examples_that_are_gone_are_a_warning(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path / "results")
-    write_sound(ledger, replace(A_RUN, data_dir="/no/such/rows"))
-    assert "the rows of boolq are not here any more (/no/such/rows)" in said(ledger)
+    write_sound(ledger, replace(A_RUN, data_dir="/no/such/data"))
+    assert "the examples of boolq are no longer here (/no/such/data)" in findings_text(ledger)
 
 
 def test_warnings_mark_a_run(ledger: Ledger) -> None:
     hardware(ledger)
     unproven_number(ledger)
     found = audited(ledger)
-    assert found.marks_of(A_RUN.run_id) == "UNPROVEN-NUMBER hardware"
-    assert found.marks_of("another") == ""
+    assert found.rules_about(A_RUN.run_id) == "UNPROVEN-NUMBER hardware"
+    assert found.rules_about("another") == ""
 
 
 def test_the_command_prints_json_and_says_by_its_status_whether_there_is_a_fault(
@@ -376,4 +376,4 @@ def test_a_folder_that_is_not_there_is_bad_input(tmp_path: Path) -> None:
 
 
 def test_the_matrix_of_the_fixture_is_whole() -> None:
-    assert len(cells_of()) == 12
+    assert len(make_cells()) == 12

@@ -11,7 +11,7 @@ from shutil import copy
 from typing import Any
 
 import pytest
-from factories import done_record, make_cell, make_run, sweep_of, write_run
+from factories import done_record, make_cell, make_run, make_sweep, write_run
 from mlflow.exceptions import MlflowException
 
 from tune_sparse.ledger.ledger import Ledger
@@ -36,7 +36,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def sweep() -> SweepRecord:
-    return sweep_of([run.cell for run in RUNS])
+    return make_sweep([run.cell for run in RUNS])
 
 
 @pytest.fixture

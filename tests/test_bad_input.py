@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from factories import boolq_rows, write_boolq, write_jsonl
+from factories import boolq_examples, write_boolq, write_jsonl
 from safetensors.torch import load_file, save_file
 
 from tune_sparse.cli import main
@@ -34,20 +34,20 @@ def no_trial(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def rows(tmp_path: Path) -> Path:
-    return write_boolq(tmp_path / "rows")
+def data_dir(tmp_path: Path) -> Path:
+    return write_boolq(tmp_path / "data")
 
 
 @pytest.fixture
-def sound(llama: Path, rows: Path, tmp_path: Path) -> list[str]:
+def sound(llama: Path, data_dir: Path, tmp_path: Path) -> list[str]:
     """A sweep without a mistake."""
-    places = ["--models", str(llama), "--data-dir", str(rows), "--results-dir", str(tmp_path / "results")]
+    places = ["--models", str(llama), "--data-dir", str(data_dir), "--results-dir", str(tmp_path / "results")]
     return ["sweep", *places, "--tasks", "boolq", "--set", "n_selection=4"]
 
 
 @pytest.fixture
 def refused(sound: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Refused:
-    """Runs a sound sweep with one mistake added, and returns what was said about it."""
+    """Runs a sound sweep with one mistake added, and returns the message."""
 
     def run(*mistake: str) -> str:
         assert main([*sound, *mistake]) == BAD_INPUT
@@ -84,7 +84,7 @@ FLAGS = [
     ),
     (
         ["--methods", "wanda"],
-        r"calibration needs 128 rows, boolq has 16 training rows\. Lower calibration_rows, or raise",
+        r"calibration needs 128 examples, boolq has 16 training examples\. Lower calibration_examples, or raise",
     ),
     (
         ["--methods", "wanda", "--set", "calibration=wikitext"],
@@ -92,10 +92,10 @@ FLAGS = [
     ),
     (
         ["--methods", "wanda", "--set", "calibration=wikitext2"],
-        r"wikitext2 needs the file .*/rows/wikitext2/train\.txt, which is missing\. Add it, or fix --data-dir\.",
+        r"wikitext2 needs the file .*/data/wikitext2/train\.txt, which is missing\. Add it, or fix --data-dir\.",
     ),
     (["--methods", "taylor", "--set", "calibration_order=sequential"], r"taylor needs gradients of the whole dense"),
-    (["--set", "calibration_rows=0"], r"calibration_rows must be at least 1, got 0\."),
+    (["--set", "calibration_examples=0"], r"calibration_examples must be at least 1, got 0\."),
     (["--modes", "sparse-to-dence"], r"unknown mode 'sparse-to-dence'\. Did you mean 'sparse-to-dense'"),
     (
         ["--backend", "pytorch"],
@@ -115,7 +115,10 @@ FLAGS = [
         ["--set", "train_on_prompt=answer"],
         r"train_on_prompt \(.*\) must be bool, got 'answer' \(neither true nor false\)\. Fix",
     ),
-    (["--set", "n_selection=20"], r"n_selection must leave rows to train on: boolq has 20 training rows, got 20\. L"),
+    (
+        ["--set", "n_selection=20"],
+        r"n_selection must leave examples to train on: boolq has 20 training examples, got 20\. L",
+    ),
     (["--sparsities", "1.0"], r"a sparsity is the fraction of zeros, in \[0, 1\), got 1\.0\. Give a fraction\."),
     (["--sparsities", "-0.1"], r"a sparsity is the fraction of zeros, in \[0, 1\), got -0\.1\. Give a fraction\."),
     (["--sparsities", "50"], r"a sparsity is the fraction of zeros, in \[0, 1\), got 50\.0\. Did you mean 0\.5\?"),
@@ -124,7 +127,7 @@ FLAGS = [
     (["--seeds", "a"], r"seeds \(.+\) must be .+, got \['a'\].* Fix the value\."),
     (["--workers", "0"], r"workers must be at least 1, got 0\. Give 1 or more\."),
     (["--tasks", "piqa"], r"piqa needs the file .*/piqa/train\.jsonl, which is missing\. Add it, or fix --data-dir\."),
-    (["--data-dir", "/no/such/rows"], r"boolq needs the file /no/such/rows/boolq/train\.jsonl, which is missing\."),
+    (["--data-dir", "/no/such/data"], r"boolq needs the file /no/such/data/boolq/train\.jsonl, which is missing\."),
     (["--config", "/no/such/file.yaml"], r"--config must be a readable YAML file: .*/no/such/file\.yaml.* Fix it\."),
 ]
 
@@ -173,40 +176,48 @@ def test_a_yaml_file_that_is_not_utf8_is_refused(refused: Refused, tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    ("row", "message"),
+    ("example", "message"),
     [
-        ({"question": "q", "passage": "p"}, r"a row of boolq needs the field 'answer', got question, passage\. Fix"),
+        (
+            {"question": "q", "passage": "p"},
+            r"an example of boolq needs the field 'answer', got question, passage\. Fix",
+        ),
         ({"question": "q", "passage": "p", "answer": 2}, r"the field 'answer' of boolq must be bool, got 2\. Fix"),
-        (["q"], r"a row of boolq must be an object with question, passage, answer, got \['q'\]\. Fix the row\."),
+        (
+            ["q"],
+            r"an example of boolq must be an object with question, passage, answer, got \['q'\]\. Fix the example\.",
+        ),
     ],
 )
-def test_a_malformed_row_is_named_by_file_and_line(refused: Refused, rows: Path, row: Any, message: str) -> None:
-    path = write_jsonl(rows / "boolq" / "validation.jsonl", [*boolq_rows(2, "v"), row])
+def test_a_malformed_example_is_named_by_file_and_line(
+    refused: Refused, data_dir: Path, example: Any, message: str
+) -> None:
+    path = write_jsonl(data_dir / "boolq" / "validation.jsonl", [*boolq_examples(2, "v"), example])
     assert re.match(rf"{path}:3: {message}", refused())
 
 
-def test_a_line_that_is_not_json_is_named(refused: Refused, rows: Path) -> None:
-    path = rows / "boolq" / "train.jsonl"
+def test_a_line_that_is_not_json_is_named(refused: Refused, data_dir: Path) -> None:
+    path = data_dir / "boolq" / "train.jsonl"
     path.write_text("{'question': 1}\n")
     assert re.match(rf"{path}:1: each line must be a JSON object: .+ Fix the line\.", refused())
 
 
-def test_a_file_that_is_not_text_is_named(refused: Refused, rows: Path) -> None:
-    path = rows / "boolq" / "train.jsonl"
+def test_a_file_that_is_not_text_is_named(refused: Refused, data_dir: Path) -> None:
+    path = data_dir / "boolq" / "train.jsonl"
     path.write_bytes(b"\xff\xfe\x00")
     assert str(path) in refused()
 
 
-def test_a_label_out_of_range_is_named_by_file_and_line(refused: Refused, rows: Path) -> None:
-    row = {"goal": "g", "sol1": "a", "sol2": "b", "label": 1}
-    path = write_jsonl(rows / "piqa" / "train.jsonl", [row, row | {"label": 2}])
-    said = refused("--tasks", "piqa")
-    assert said == f"{path}:2: the label of piqa must be one of its 2 choices, got 2. Fix the row."
+def test_a_label_out_of_range_is_named_by_file_and_line(refused: Refused, data_dir: Path) -> None:
+    example = {"goal": "g", "sol1": "a", "sol2": "b", "label": 1}
+    path = write_jsonl(data_dir / "piqa" / "train.jsonl", [example, example | {"label": 2}])
+    error = refused("--tasks", "piqa")
+    assert error == f"{path}:2: the label of piqa must be one of its 2 choices, got 2. Fix the example."
 
 
-def test_a_row_in_two_splits_is_refused(refused: Refused, rows: Path) -> None:
-    write_jsonl(rows / "boolq" / "validation.jsonl", boolq_rows(1, "train"))
-    assert "no row of boolq may be in two splits" in refused()
+def test_an_example_in_two_splits_is_refused(refused: Refused, data_dir: Path) -> None:
+    write_jsonl(data_dir / "boolq" / "validation.jsonl", boolq_examples(1, "train"))
+    assert "no example of boolq may be in two splits" in refused()
 
 
 def break_config(model: Path) -> None:
@@ -292,8 +303,10 @@ def test_a_dry_run_refuses_bad_input_too(bad: tuple[str, str], sound: list[str])
 
 def test_two_models_of_one_name_are_refused(refused: Refused, llama: Path, model: Path, tmp_path: Path) -> None:
     other = shutil.copytree(model, tmp_path / "other" / "model")
-    said = refused("--models", str(model), str(other))
-    assert said.startswith(f"models of one sweep must differ in the last part of their names, got {model} and {other}.")
+    error = refused("--models", str(model), str(other))
+    assert error.startswith(
+        f"models of one sweep must differ in the last part of their names, got {model} and {other}."
+    )
 
 
 def test_a_structured_sparsity_out_of_reach_is_refused(refused: Refused, model: Path) -> None:
@@ -301,18 +314,18 @@ def test_a_structured_sparsity_out_of_reach_is_refused(refused: Refused, model: 
     weights = load_file(model / "model.safetensors")
     one_group = {name: w[:8].clone() if "k_proj" in name or "v_proj" in name else w for name, w in weights.items()}
     save_file(one_group, model / "model.safetensors", metadata={"format": "pt"})
-    said = refused("--models", str(model), "--methods", "structured", "--sparsities", "0.9")
-    assert re.match(r"model: structured sparsity must come within 0\.01 of the target: with 1 key/value groups", said)
-    assert said.endswith("got 0.9. Choose another sparsity or an element-wise method.")
+    error = refused("--models", str(model), "--methods", "structured", "--sparsities", "0.9")
+    assert re.match(r"model: structured sparsity must come within 0\.01 of the target: with 1 key/value groups", error)
+    assert error.endswith("got 0.9. Choose another sparsity or an element-wise method.")
 
 
 @pytest.mark.parametrize("below", ["", "results"])
 def test_a_results_folder_that_is_a_file_or_in_one_is_refused(refused: Refused, tmp_path: Path, below: str) -> None:
     file = tmp_path / "file"
     file.write_text("in the way")
-    said = refused("--results-dir", str(file / below))
+    error = refused("--results-dir", str(file / below))
     assert re.match(
-        rf"the results folder must be writable, {file / below} is not: .+ Give another --results-dir\.", said
+        rf"the results folder must be writable, {file / below} is not: .+ Give another --results-dir\.", error
     )
     assert file.read_text() == "in the way"
 
@@ -320,17 +333,19 @@ def test_a_results_folder_that_is_a_file_or_in_one_is_refused(refused: Refused, 
 def test_a_results_folder_locked_by_a_live_process_is_refused(refused: Refused, tmp_path: Path) -> None:
     (tmp_path / "results").mkdir()
     with FolderLease(tmp_path / "results"):
-        said = refused()
+        error = refused()
     assert re.match(
-        r"one sweep at a time writes to a results folder: .* is locked by process \d+ on .* Wait for it", said
+        r"one sweep at a time writes to a results folder: .* is locked by process \d+ on .* Wait for it", error
     )
 
 
 def test_too_little_disk_is_refused(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(10**9, 10**9, 10**4))
-    said = refused()
-    assert re.match(r"a sweep needs room for what it writes, about \d+\.\d\d GB, .* has 0\.00 GB\. Free some, or", said)
+    error = refused()
+    assert re.match(
+        r"a sweep needs room for what it writes, about \d+\.\d\d GB, .* has 0\.00 GB\. Free some, or", error
+    )
 
 
 @pytest.mark.parametrize("command", ["status", "report", "track"])
@@ -339,8 +354,8 @@ def test_a_results_folder_that_is_missing_is_refused(
 ) -> None:
     absent = tmp_path / "absent"
     assert main([command, "--results-dir", str(absent)]) == BAD_INPUT
-    said = capsys.readouterr().err
-    assert said == f"tune-sparse: a results folder must exist, {absent} does not. Run `tune-sparse sweep` first.\n"
+    error = capsys.readouterr().err
+    assert error == f"tune-sparse: a results folder must exist, {absent} does not. Run `tune-sparse sweep` first.\n"
 
 
 def test_discarding_an_unknown_run_offers_the_closest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -365,7 +380,7 @@ def test_a_preset_without_its_weights_can_still_be_planned(
     assert main(command) == OK
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == counts
-    assert lines[1].startswith("Not ready to run: rows of the tasks are needed, got no data_dir.")
+    assert lines[1].startswith("Not ready to run: examples of the tasks are needed, got no data_dir.")
     assert main([*command, "--tasks", "boolq", "--data-dir", "synthetic"]) == OK
     assert re.search(
         r"Not ready to run: the weights of a model must be on this machine before a sweep, '.+' is not",
@@ -391,12 +406,12 @@ def test_an_unknown_name_is_refused_even_where_the_weights_are_missing(capsys: p
 
 
 def test_a_folder_named_like_a_toy_model_does_not_stand_in_for_it(
-    llama: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    llama: Path, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tune_sparse.models.toy_models.toy_model_folder", lambda name: llama)
     (tmp_path / "tiny-llama").mkdir()
     monkeypatch.chdir(tmp_path)
-    names = {"models": "tiny-llama", "tasks": "boolq", "data_dir": rows, "n_selection": 4}
+    names = {"models": "tiny-llama", "tasks": "boolq", "data_dir": data_dir, "n_selection": 4}
     planned = make_plan(SweepConfig.from_names(names))
     assert planned.checkpoints["tiny-llama"].path == llama
     assert {find_folder(run.model_path) for run in planned.runs.values()} == {llama}

@@ -43,7 +43,7 @@ def page(ledger: Ledger, browser: Browser, monkeypatch: pytest.MonkeyPatch) -> B
     if not path.exists():
         monkeypatch.setattr("analysis.report.presentation.FIGURES", {})  # tests/test_figures.py draws them
         write_report([ledger.folder])
-    browser.faults.clear()
+    browser.errors.clear()
     browser.requested.clear()
     browser.open("about:blank")
     browser.open(path.as_uri())
@@ -51,11 +51,11 @@ def page(ledger: Ledger, browser: Browser, monkeypatch: pytest.MonkeyPatch) -> B
     return browser
 
 
-def test_the_page_draws_without_a_fault_and_without_the_network(page: Browser) -> None:
+def test_the_page_draws_without_an_error_and_without_the_network(page: Browser) -> None:
     assert page.run("document.querySelectorAll('#plot circle').length") == 12
     assert page.run("document.querySelectorAll('.heat td a').length") == 12
     assert page.run("document.querySelectorAll('#table tbody tr.cell').length") == 12
-    assert page.faults == []
+    assert page.errors == []
     assert [address for address in page.requested if not address.startswith(("file:", "data:", "about:"))] == []
 
 

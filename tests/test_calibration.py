@@ -15,18 +15,18 @@ from tune_sparse.pruning.calibration import (
     InputStats,
     ModelBlocks,
     calibrate_blockwise,
-    checked_rows,
+    checked_examples,
+    example_loss,
     gradient_sums,
-    row_loss,
-    text_rows,
+    text_examples,
 )
 from tune_sparse.pruning.streaming import StreamedBlocks, open_checkpoint
 
 RNG = random.Random(0)
-ROWS = [Encoded((), tuple(RNG.randrange(700) for _ in range(20))) for _ in range(5)]
+EXAMPLES = [Encoded((), tuple(RNG.randrange(700) for _ in range(20))) for _ in range(5)]
 
 
-def model_of(folder: Path) -> nn.Module:
+def load_module(folder: Path) -> nn.Module:
     return load_model(folder, torch.float32, torch.device("cpu"))
 
 
@@ -40,7 +40,7 @@ def test_sums_by_hand() -> None:
 
 @pytest.mark.parametrize("name", ["LlamaForCausalLM", "GPT2LMHeadModel", "OPTForCausalLM"])
 def test_inputs_are_what_each_layer_reads_in_one_forward_pass(name: str, architecture_folders: dict[str, Path]) -> None:
-    model = model_of(architecture_folders[name])
+    model = load_module(architecture_folders[name])
     blocks = ModelBlocks(model)
     seen: dict[str, list[Tensor]] = {}
     layers = {matrix.name: model.get_submodule(matrix.name.removesuffix(".weight")) for matrix in blocks.matrices}
@@ -49,13 +49,13 @@ def test_inputs_are_what_each_layer_reads_in_one_forward_pass(name: str, archite
         for name, layer in layers.items()
     ]
     with torch.no_grad():
-        for row in ROWS:
-            model(torch.tensor([row.continuation]), use_cache=False)
+        for example in EXAMPLES:
+            model(torch.tensor([example.continuation]), use_cache=False)
     for hook in hooks:
         hook.remove()
     inputs = {
         source: sums
-        for _, found in calibrate_blockwise(blocks, ROWS, wants_hessians=True)
+        for _, found in calibrate_blockwise(blocks, EXAMPLES, wants_hessians=True)
         for source, sums in found.items()
     }
     for matrix in blocks.matrices:
@@ -67,9 +67,9 @@ def test_inputs_are_what_each_layer_reads_in_one_forward_pass(name: str, archite
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_a_model_read_block_by_block_computes_the_same(name: str, architecture_folders: dict[str, Path]) -> None:
     folder = architecture_folders[name]
-    whole = calibrate_blockwise(ModelBlocks(model_of(folder)), ROWS, wants_hessians=True)
+    whole = calibrate_blockwise(ModelBlocks(load_module(folder)), EXAMPLES, wants_hessians=True)
     streamed = calibrate_blockwise(
-        StreamedBlocks(open_checkpoint(str(folder)), torch.float32), ROWS, wants_hessians=True
+        StreamedBlocks(open_checkpoint(str(folder)), torch.float32), EXAMPLES, wants_hessians=True
     )
     for (_, expected), (_, found) in zip(whole, streamed, strict=True):
         assert list(found) == list(expected)
@@ -80,11 +80,11 @@ def test_a_model_read_block_by_block_computes_the_same(name: str, architecture_f
 
 
 def test_experts_read_the_tokens_that_are_sent_to_them(architecture_folders: dict[str, Path]) -> None:
-    model = model_of(architecture_folders["MixtralForCausalLM"])
+    model = load_module(architecture_folders["MixtralForCausalLM"])
     inputs = {
-        source: sums for _, found in calibrate_blockwise(ModelBlocks(model), ROWS) for source, sums in found.items()
+        source: sums for _, found in calibrate_blockwise(ModelBlocks(model), EXAMPLES) for source, sums in found.items()
     }
-    tokens = sum(len(row.continuation) for row in ROWS)
+    tokens = sum(len(example.continuation) for example in EXAMPLES)
     for block in range(2):
         sent = [inputs[block, expert, "feed-forward"].tokens for expert in range(4)]
         assert sum(sent) == 2 * tokens
@@ -92,29 +92,31 @@ def test_experts_read_the_tokens_that_are_sent_to_them(architecture_folders: dic
 
 
 def test_an_expert_without_a_token_is_refused(architecture_folders: dict[str, Path]) -> None:
-    model = model_of(architecture_folders["MixtralForCausalLM"])
-    with pytest.raises(InputError, match=r"experts\.\d\.w1\.weight was given no token by 1 rows\. Give more rows"):
+    model = load_module(architecture_folders["MixtralForCausalLM"])
+    with pytest.raises(
+        InputError, match=r"experts\.\d\.w1\.weight was given no token by 1 examples\. Give more examples"
+    ):
         list(calibrate_blockwise(ModelBlocks(model), [Encoded((), (5,))]))
 
 
 def test_activations_that_overflow_are_refused(architecture_folders: dict[str, Path]) -> None:
-    model = model_of(architecture_folders["LlamaForCausalLM"])
+    model = load_module(architecture_folders["LlamaForCausalLM"])
     read_weights(model)["model.layers.0.mlp.up_proj.weight"].fill_(1e38)
     with pytest.raises(InputError, match=r"activations must be finite, the input of model\.layers\.0\.mlp\.down_proj"):
-        list(calibrate_blockwise(ModelBlocks(model), ROWS))
+        list(calibrate_blockwise(ModelBlocks(model), EXAMPLES))
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_gradients_are_summed_row_by_row(name: str, architecture_folders: dict[str, Path]) -> None:
+def test_gradients_are_summed_example_by_example(name: str, architecture_folders: dict[str, Path]) -> None:
     folder = architecture_folders[name]
-    model, blocks = model_of(folder), ModelBlocks(model_of(folder))
-    found = gradient_sums(blocks.whole(), ROWS, blocks.matrices)
+    model, blocks = load_module(folder), ModelBlocks(load_module(folder))
+    found = gradient_sums(blocks.whole(), EXAMPLES, blocks.matrices)
     assert not any(p.requires_grad or p.grad is not None for p in blocks.whole().parameters())
     model.requires_grad_(True)
     expected = {name: torch.zeros_like(weight) for name, weight in read_weights(model).items()}
-    for row in ROWS:
+    for example in EXAMPLES:
         model.zero_grad()
-        row_loss(model, row).backward()
+        example_loss(model, example).backward()
         for parameter in model.parameters():
             parameter.data, parameter.grad = parameter.grad, None  # so that read_weights shows the gradients
         for matrix, gradient in read_weights(model).items():
@@ -125,28 +127,28 @@ def test_gradients_are_summed_row_by_row(name: str, architecture_folders: dict[s
 
 
 def test_the_loss_is_that_of_transformers(architecture_folders: dict[str, Path]) -> None:
-    model = model_of(architecture_folders["LlamaForCausalLM"])
-    ids = torch.tensor([ROWS[0].continuation])
-    torch.testing.assert_close(row_loss(model, ROWS[0]), model(ids, labels=ids).loss)
-    answered = Encoded(ROWS[0].continuation[:15], ROWS[0].continuation[15:])
+    model = load_module(architecture_folders["LlamaForCausalLM"])
+    ids = torch.tensor([EXAMPLES[0].continuation])
+    torch.testing.assert_close(example_loss(model, EXAMPLES[0]), model(ids, labels=ids).loss)
+    answered = Encoded(EXAMPLES[0].continuation[:15], EXAMPLES[0].continuation[15:])
     labels = ids.clone()
     labels[:, :15] = -100
-    torch.testing.assert_close(row_loss(model, answered), model(ids, labels=labels).loss)
+    torch.testing.assert_close(example_loss(model, answered), model(ids, labels=labels).loss)
 
 
-def test_text_is_cut_into_rows(llama: Path) -> None:
+def test_text_is_cut_into_examples(llama: Path) -> None:
     tokenizer = load_tokenizer(llama)
     text = "one two three four five six seven eight nine ten. " * 40
     ids = tokenizer(text)["input_ids"]
-    rows = text_rows(tokenizer, text, rows=3, tokens=7)
-    assert [row.continuation for row in rows] == [tuple(ids[i : i + 7]) for i in (0, 7, 14)]
-    with pytest.raises(InputError, match=r"must have rows x tokens = 300 x 700 tokens, got \d+\. Give more text"):
-        text_rows(tokenizer, text, rows=300, tokens=700)
+    examples = text_examples(tokenizer, text, examples=3, tokens=7)
+    assert [example.continuation for example in examples] == [tuple(ids[i : i + 7]) for i in (0, 7, 14)]
+    with pytest.raises(InputError, match=r"must have examples x tokens = 300 x 700 tokens, got \d+\. Give more text"):
+        text_examples(tokenizer, text, examples=300, tokens=700)
 
 
-def test_too_few_or_too_short_rows_are_refused() -> None:
-    assert checked_rows(ROWS, 2) == ROWS[:2]
-    with pytest.raises(InputError, match="calibration needs 6 rows, got 5"):
-        checked_rows(ROWS, 6)
-    with pytest.raises(InputError, match="must have at least 2 tokens, row 2 has fewer"):
-        checked_rows([ROWS[0], Encoded((), (1,))], 2)
+def test_too_few_or_too_short_examples_are_refused() -> None:
+    assert checked_examples(EXAMPLES, 2) == EXAMPLES[:2]
+    with pytest.raises(InputError, match="calibration needs 6 examples, got 5"):
+        checked_examples(EXAMPLES, 6)
+    with pytest.raises(InputError, match="must have at least 2 tokens, example 2 has fewer"):
+        checked_examples([EXAMPLES[0], Encoded((), (1,))], 2)

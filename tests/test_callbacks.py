@@ -20,7 +20,7 @@ from tune_sparse.ledger.lease import FolderLease
 from tune_sparse.ledger.ledger import Ledger
 from tune_sparse.ledger.record import Record
 from tune_sparse.ledger.run import Run
-from tune_sparse.sweep.callbacks import LedgerCallback, _error_record, error_of
+from tune_sparse.sweep.callbacks import LedgerCallback, _error_record, read_error
 from tune_sparse.sweep.progress import Progress
 from tune_sparse.sweep.ray_session import capacity, nodes, run_trials
 from tune_sparse.sweep.resources import Placement
@@ -171,11 +171,11 @@ def test_out_of_memory_has_many_names(error: dict[str, str], crowded: bool) -> N
     assert is_out_of_memory(error) == crowded
 
 
-def test_theerror_of_a_trial_is_the_one_that_its_worker_raised(tmp_path: Path) -> None:
+def test_the_error_of_a_trial_is_the_one_that_its_worker_raised(tmp_path: Path) -> None:
     path = tmp_path / "error.pkl"
     raised = RayTaskError("step", "Traceback ...\nOSError: No space left on device", OSError("No space left on device"))
     path.write_bytes(cloudpickle.dumps(raised))
-    error = _error_record(error_of(SimpleNamespace(pickled_error_file=str(path))))
+    error = _error_record(read_error(SimpleNamespace(pickled_error_file=str(path))))
     assert error["class"] == "OSError"
     assert error["message"] == "OSError: No space left on device"
     assert "OSError: No space left on device" in error["traceback"]
@@ -184,7 +184,7 @@ def test_theerror_of_a_trial_is_the_one_that_its_worker_raised(tmp_path: Path) -
 
 def test_a_trial_without_an_error_lost_its_worker(tmp_path: Path) -> None:
     for nowhere in (None, str(tmp_path / "error.pkl")):
-        assert _error_record(error_of(SimpleNamespace(pickled_error_file=nowhere)))["class"] == "WorkerLost"
+        assert _error_record(read_error(SimpleNamespace(pickled_error_file=nowhere)))["class"] == "WorkerLost"
 
 
 def test_a_worker_that_hung_says_for_how_long_and_where() -> None:

@@ -42,11 +42,11 @@ def failed(record: Record) -> str:
     return str(record.error["message"])
 
 
-def folder_of(ledger: Ledger, run: Run) -> Path:
+def job_folder(ledger: Ledger, run: Run) -> Path:
     return ledger.folder / "cerebras" / run.run_id
 
 
-def processes_of(folder: Path) -> list[int]:
+def list_processes(folder: Path) -> list[int]:
     return [p.pid for p in psutil.process_iter(["cmdline"]) if str(folder) in " ".join(p.info["cmdline"] or [])]
 
 
@@ -62,7 +62,7 @@ def test_a_cell_is_trained_merged_scored_and_validated(llama: Path, site: Path, 
     assert report["max_abs_at_masked"] in (0, None)
     steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 3, 4]
-    assert not {"start.mdl", "adapter.safetensors"} & {path.name for path in folder_of(ledger, run).iterdir()}
+    assert not {"start.mdl", "adapter.safetensors"} & {path.name for path in job_folder(ledger, run).iterdir()}
 
 
 def test_what_was_trained_there_is_what_is_kept_here(llama: Path, site: Path, ledger: Ledger) -> None:
@@ -97,15 +97,15 @@ def test_a_fault_that_lasts_fails_the_run_and_nothing_takes_its_place(
     assert "See /" in failed(record) or fault != "converter"
 
 
-@pytest.mark.parametrize(("fault", "said"), [("unavailable", "was unavailable"), ("kill", "killed by signal 9")])
+@pytest.mark.parametrize(("fault", "message"), [("unavailable", "was unavailable"), ("kill", "killed by signal 9")])
 def test_a_fault_that_passes_is_raised_so_that_the_run_is_tried_again(
-    llama: Path, site: Path, ledger: Ledger, fault: str, said: str
+    llama: Path, site: Path, ledger: Ledger, fault: str, message: str
 ) -> None:
     (site / "fault").write_text(fault)
     run = cerebras_run(llama)
-    with pytest.raises(ApplianceError, match=f"{said}.*child.log"):
+    with pytest.raises(ApplianceError, match=f"{message}.*child.log"):
         finished(run, ledger)
-    assert not is_guarded(folder_of(ledger, run))
+    assert not is_guarded(job_folder(ledger, run))
     (site / "fault").unlink()
     assert finished(run, ledger).status == "done"
 
@@ -115,8 +115,8 @@ def test_a_full_disk_is_raised_in_the_words_that_stop_a_sweep(llama: Path, site:
     run = cerebras_run(llama)
     with pytest.raises(DiskFullError, match=r"Disk quota exceeded\. Free some"):
         finished(run, ledger)
-    assert not is_guarded(folder_of(ledger, run))
-    assert not (folder_of(ledger, run) / "start.mdl").exists()
+    assert not is_guarded(job_folder(ledger, run))
+    assert not (job_folder(ledger, run) / "start.mdl").exists()
 
 
 def test_a_training_that_takes_too_long_fails_with_the_setting_to_raise(
@@ -132,7 +132,7 @@ def test_a_training_that_takes_too_long_fails_with_the_setting_to_raise(
     steps = run_cell(run, ledger, WorkerCache(), train_stage)
     record = exhausted(steps)
     assert "within train_timeout_seconds" in failed(record)
-    assert processes_of(folder_of(ledger, run)) == []
+    assert list_processes(job_folder(ledger, run)) == []
 
 
 def exhausted(steps: Iterator[Any]) -> Record:
@@ -156,12 +156,12 @@ def test_a_stop_in_mid_run_returns_at_once_and_leaves_no_process(llama: Path, si
     steps.close()
     assert time.monotonic() - began < 3, "Ray gives a trial three seconds"
     deadline = time.monotonic() + 20
-    while read_ended(folder_of(ledger, run)) is None and time.monotonic() < deadline:
+    while read_ended(job_folder(ledger, run)) is None and time.monotonic() < deadline:
         time.sleep(0.05)
-    ended = read_ended(folder_of(ledger, run))
+    ended = read_ended(job_folder(ledger, run))
     assert ended is not None
     assert ended.why == "stopped"
-    assert not (folder_of(ledger, run) / "start.mdl").exists()
+    assert not (job_folder(ledger, run) / "start.mdl").exists()
     assert ledger.record(run.run_id) is None
 
 
@@ -174,9 +174,9 @@ def test_the_next_start_ends_what_was_left_over(llama: Path, site: Path, ledger:
     steps = run_cell(run, ledger, WorkerCache())
     while next(steps) is None:
         pass
-    assert is_guarded(folder_of(ledger, run))
+    assert is_guarded(job_folder(ledger, run))
     assert list(end_leftovers(ledger, Cerebras("cpu"))) == []
-    assert not is_guarded(folder_of(ledger, run))
+    assert not is_guarded(job_folder(ledger, run))
     steps.close()
 
 

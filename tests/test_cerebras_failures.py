@@ -32,7 +32,7 @@ LASTING = {
 }
 
 
-def log_of(tmp_path: Path, text: str) -> Path:
+def write_log(tmp_path: Path, text: str) -> Path:
     path = tmp_path / "child.log"
     path.write_text(f"INFO: began\n{text}\n")
     return path
@@ -42,7 +42,7 @@ def log_of(tmp_path: Path, text: str) -> Path:
 def test_what_passes_may_be_tried_again(tmp_path: Path, text: str) -> None:
     from trainables.failures import is_infrastructure
 
-    error = classify_failure(log_of(tmp_path, text), 1)
+    error = classify_failure(write_log(tmp_path, text), 1)
     assert isinstance(error, ApplianceError)
     assert PASSING[text] in str(error)
     assert str(tmp_path / "child.log") in str(error)
@@ -53,7 +53,7 @@ def test_what_passes_may_be_tried_again(tmp_path: Path, text: str) -> None:
 def test_what_lasts_is_not_tried_again(tmp_path: Path, text: str) -> None:
     from trainables.failures import is_infrastructure
 
-    error = classify_failure(log_of(tmp_path, text), 1)
+    error = classify_failure(write_log(tmp_path, text), 1)
     assert isinstance(error, RunError)
     assert LASTING[text] in str(error)
     assert not is_infrastructure(error)
@@ -61,27 +61,27 @@ def test_what_lasts_is_not_tried_again(tmp_path: Path, text: str) -> None:
 
 @pytest.mark.parametrize("text", ["OSError: [Errno 122] Disk quota exceeded", "No space left on device"])
 def test_a_full_disk_is_said_in_the_words_that_stop_a_sweep(tmp_path: Path, text: str) -> None:
-    error = classify_failure(log_of(tmp_path, f"{text}\nSocket closed"), 1)
+    error = classify_failure(write_log(tmp_path, f"{text}\nSocket closed"), 1)
     assert isinstance(error, DiskFullError)
     assert text.rpartition("] ")[2] in str(error)
 
 
 def test_a_cause_that_lasts_wins_over_what_followed_from_it(tmp_path: Path) -> None:
-    error = classify_failure(log_of(tmp_path, "No module named 'h5py'\nSocket closed"), 1)
+    error = classify_failure(write_log(tmp_path, "No module named 'h5py'\nSocket closed"), 1)
     assert isinstance(error, RunError)
 
 
 def test_a_killed_program_may_be_tried_again(tmp_path: Path) -> None:
-    assert isinstance(classify_failure(log_of(tmp_path, ""), -9), ApplianceError)
+    assert isinstance(classify_failure(write_log(tmp_path, ""), -9), ApplianceError)
     assert isinstance(classify_failure(tmp_path / "nothing", -9), ApplianceError)
 
 
 def test_an_unknown_end_shows_the_last_line_and_is_not_tried_again(tmp_path: Path) -> None:
-    error = classify_failure(log_of(tmp_path, "ValueError: 7 is not a batch"), 1)
+    error = classify_failure(write_log(tmp_path, "ValueError: 7 is not a batch"), 1)
     assert isinstance(error, RunError)
     assert "status 1: ValueError: 7 is not a batch. See" in str(error)
 
 
 def test_only_the_end_of_a_long_log_is_read(tmp_path: Path) -> None:
-    error = classify_failure(log_of(tmp_path, "Socket closed\n" + "x" * LOG_TAIL_BYTES), 1)
+    error = classify_failure(write_log(tmp_path, "Socket closed\n" + "x" * LOG_TAIL_BYTES), 1)
     assert isinstance(error, RunError)

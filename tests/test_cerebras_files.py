@@ -1,4 +1,4 @@
-"""What goes to the Cerebras environment and comes back: names, rows, bits, tokens, conversions, and where it is."""
+"""What goes to the Cerebras environment and comes back: names, examples, bits, tokens, conversions, and where it is."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from tune_sparse.cerebras.conversion import (
     to_cerebras,
 )
 from tune_sparse.cerebras.environment import find_environment
-from tune_sparse.cerebras.job import encoded_tokens, new_lines, packed_bits, rows_in_order, step_order
+from tune_sparse.cerebras.job import encoded_tokens, examples_in_order, new_lines, packed_bits, step_order
 from tune_sparse.cli import main
 from tune_sparse.data.splits import Encoded
 from tune_sparse.doctor.cerebras import examine
 from tune_sparse.errors import InputError, NotReadyError, RunError
 from tune_sparse.training.loop import batches
 
-ROWS = [Encoded(tuple(range(1, 2 + n)), tuple(range(50, 52 + n % 3))) for n in range(6)]
+EXAMPLES = [Encoded(tuple(range(1, 2 + n)), tuple(range(50, 52 + n % 3))) for n in range(6)]
 
 
 @pytest.fixture
@@ -80,17 +80,18 @@ def test_tokens_are_inputs_loss_mask_and_what_follows() -> None:
     assert tokens.tolist() == [[[5, 6, 7], [0, 1, 1], [6, 7, 8]], [[9, 3, 0], [1, 0, 0], [3, 0, 0]]]
 
 
-def test_rows_are_in_the_order_of_the_torch_backend(site: Path) -> None:
+def test_examples_are_in_the_order_of_the_torch_backend(site: Path) -> None:
     protocol = replace(TINY_PROTOCOL, steps=5)
-    expected = [row for batch in islice(batches(ROWS, protocol, 3), 5) for row in batch]
-    assert [ROWS[at] for at in step_order(ROWS, protocol, 3)] == expected
-    folder = rows_in_order(ROWS, protocol, 3)
+    expected = [example for batch in islice(batches(EXAMPLES, protocol, 3), 5) for example in batch]
+    assert [EXAMPLES[at] for at in step_order(EXAMPLES, protocol, 3)] == expected
+    folder = examples_in_order(EXAMPLES, protocol, 3)
     written = load_file(folder / "tokens.safetensors")
     assert torch.equal(
-        written["rows"][written["order"]], encoded_tokens(ROWS, train_on_prompt=False)[step_order(ROWS, protocol, 3)]
+        written["examples"][written["order"]],
+        encoded_tokens(EXAMPLES, train_on_prompt=False)[step_order(EXAMPLES, protocol, 3)],
     )
-    assert rows_in_order(ROWS, protocol, 3) == folder, "written once"
-    assert rows_in_order(ROWS, protocol, 4) != folder
+    assert examples_in_order(EXAMPLES, protocol, 3) == folder, "written once"
+    assert examples_in_order(EXAMPLES, protocol, 4) != folder
 
 
 def test_only_whole_lines_of_a_growing_file_are_read(tmp_path: Path) -> None:

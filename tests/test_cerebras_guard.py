@@ -48,7 +48,7 @@ def ending(guarded: SupervisedProcess) -> Ended:
     return found
 
 
-def child_of(folder: Path) -> int:
+def find_child(folder: Path) -> int:
     until(lambda: (folder / "child.log").exists() and (folder / "child.log").read_text().strip() != "")
     return int((folder / "child.log").read_text().split()[0])
 
@@ -79,13 +79,13 @@ def test_a_program_that_fails_has_its_job_cancelled(tmp_path: Path, csctl: Path)
 
 def test_a_killed_child_has_its_job_cancelled(tmp_path: Path, csctl: Path) -> None:
     guarded = start(tmp_path / "job", SLEEPER, LABEL)
-    os.kill(child_of(tmp_path / "job"), signal.SIGKILL)
+    os.kill(find_child(tmp_path / "job"), signal.SIGKILL)
     assert ending(guarded) == Ended("ended", -9, appliance.Cancelled(("wsjob-abc",)))
 
 
 def test_a_program_that_takes_too_long_is_ended(tmp_path: Path, csctl: Path, fast_end: None) -> None:
     guarded = start(tmp_path / "job", SLEEPER, LABEL, timeout_seconds=0.5)
-    pid = child_of(tmp_path / "job")
+    pid = find_child(tmp_path / "job")
     assert ending(guarded).why == "timeout"
     assert is_gone(pid)
     assert (csctl / "cancelled").read_text() == "wsjob-abc\n"
@@ -93,7 +93,7 @@ def test_a_program_that_takes_too_long_is_ended(tmp_path: Path, csctl: Path, fas
 
 def test_a_stop_ends_a_program_that_ignores_sigterm(tmp_path: Path, fast_end: None) -> None:
     guarded = start(tmp_path / "job", STUBBORN)
-    pid = child_of(tmp_path / "job")
+    pid = find_child(tmp_path / "job")
     guarded.stop()
     assert ending(guarded) == Ended("stopped", -9, appliance.Cancelled())
     assert is_gone(pid)
@@ -101,7 +101,7 @@ def test_a_stop_ends_a_program_that_ignores_sigterm(tmp_path: Path, fast_end: No
 
 def test_children_of_the_program_end_with_it(tmp_path: Path, fast_end: None) -> None:
     guarded = start(tmp_path / "job", WITH_CHILD)
-    grandchild = child_of(tmp_path / "job")
+    grandchild = find_child(tmp_path / "job")
     guarded.stop()
     ending(guarded)
     until(lambda: is_gone(grandchild))
@@ -115,7 +115,7 @@ def test_a_killed_starter_takes_program_and_job_with_it(tmp_path: Path, csctl: P
         f"kept = start(Path({str(job)!r}), SLEEPER, LABEL); time.sleep(60)"
     )
     starter = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[1])
-    pid = child_of(job)
+    pid = find_child(job)
     starter.kill()
     starter.wait()
     until(lambda: read_ended(job) is not None)
@@ -126,7 +126,7 @@ def test_a_killed_starter_takes_program_and_job_with_it(tmp_path: Path, csctl: P
 
 def test_a_killed_guard_takes_the_program_with_it_and_is_noticed(tmp_path: Path) -> None:
     guarded = start(tmp_path / "job", SLEEPER)
-    pid = child_of(tmp_path / "job")
+    pid = find_child(tmp_path / "job")
     os.kill(int((tmp_path / "job" / "guard.pid").read_text()), signal.SIGKILL)
     until(lambda: is_gone(pid))
     until(lambda: not is_guarded(tmp_path / "job"))

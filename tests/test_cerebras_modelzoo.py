@@ -57,12 +57,12 @@ backend = cstorch.backend("CSX", artifact_dir=sys.argv[1], validate_only=True)
 with backend.device:
     model = Model()
 compiled = cstorch.compile(model, backend)
-def rows():
+def examples():
     return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.randn(16, 8)), batch_size=8)
 @cstorch.trace
 def step(batch):
     return compiled(batch[0])
-for batch in cstorch.utils.data.DataExecutor(cstorch.utils.data.DataLoader(rows), num_steps=1):
+for batch in cstorch.utils.data.DataExecutor(cstorch.utils.data.DataLoader(examples), num_steps=1):
     step(batch)
 """
 

@@ -37,14 +37,14 @@ def evaluate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Evaluate:
 @pytest.fixture
 def run_id(llama: Path, tmp_path: Path) -> str:
     """A finished run in the results folder."""
-    run = tiny_run(llama, write_boolq(tmp_path / "rows", train=30, validation=10))
+    run = tiny_run(llama, write_boolq(tmp_path / "data", train=30, validation=10))
     assert finished(run, Ledger(tmp_path / "results"), WorkerCache()).status == "done"
     return run.run_id
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_every_task_is_scored_on_real_rows(task: str, llama: Path, real_rows: Path, evaluate: Evaluate) -> None:
-    chosen = ["--model", str(llama), "--tasks", task, "--data-dir", str(real_rows)]
+def test_every_task_is_scored_on_real_examples(task: str, llama: Path, real_examples: Path, evaluate: Evaluate) -> None:
+    chosen = ["--model", str(llama), "--tasks", task, "--data-dir", str(real_examples)]
     status, [found] = evaluate(*chosen, *SMALL, "num_fewshot=0")
     assert (status, found["task"], found["n_examples"]) == (OK, task, 4)
     assert found["perplexity"] > 1 if TASKS[task].chance is None else 0 <= found["accuracy"] <= 1
@@ -96,50 +96,50 @@ def test_an_adapter_changes_what_is_scored(llama: Path, run_id: str, evaluate: E
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["--model", "LLAMA"], "evaluate needs tasks, got none. Give --tasks."),
         (["--model", "LLAMA", "--tasks", "bolq"], "unknown task 'bolq'. Did you mean 'boolq'?"),
-        (["--model", "LLAMA", "--tasks", "boolq"], "rows of the tasks are needed, got no data_dir."),
+        (["--model", "LLAMA", "--tasks", "boolq"], "examples of the tasks are needed, got no data_dir."),
         (
-            ["--model", "LLAMA", "--tasks", "boolq", "--data-dir", "ROWS", "--set", "steps=4"],
+            ["--model", "LLAMA", "--tasks", "boolq", "--data-dir", "DATA", "--set", "steps=4"],
             "unknown setting of scoring",
         ),
         (
-            ["--model", "LLAMA", "--tasks", "boolq", "--data-dir", "ROWS", "--set", "n_test=0"],
+            ["--model", "LLAMA", "--tasks", "boolq", "--data-dir", "DATA", "--set", "n_test=0"],
             "n_test must be at least 1",
         ),
         (
-            ["--model", "LLAMA", "--tasks", "boolq", "--data-dir", "ROWS", "--adapter", "ROWS"],
+            ["--model", "LLAMA", "--tasks", "boolq", "--data-dir", "DATA", "--adapter", "DATA"],
             "needs adapter_config.json",
         ),
-        (["--model", "LLAMA", "--tasks", "boolq", "--data-dir", "ROWS", "--evaluator", "lm"], "unknown evaluator 'lm'"),
-        (["--model", "LLAMA", "--tasks", "mawps", "--data-dir", "ROWS", "--evaluator", "lm-eval"], "got 'mawps'"),
+        (["--model", "LLAMA", "--tasks", "boolq", "--data-dir", "DATA", "--evaluator", "lm"], "unknown evaluator 'lm'"),
+        (["--model", "LLAMA", "--tasks", "mawps", "--data-dir", "DATA", "--evaluator", "lm-eval"], "got 'mawps'"),
         (
-            ["--model", "LLAMA", "--tasks", "hellaswag", "--data-dir", "ROWS"],
+            ["--model", "LLAMA", "--tasks", "hellaswag", "--data-dir", "DATA"],
             "a choice of hellaswag must have a question and a text",
         ),
         (
-            ["--model", "LLAMA", "--tasks", "arc_easy", "--data-dir", "ROWS"],
-            "arc_easy/test.jsonl must have at least one row",
+            ["--model", "LLAMA", "--tasks", "arc_easy", "--data-dir", "DATA"],
+            "arc_easy/test.jsonl must have at least one example",
         ),
         (["--run", "torch"], "unknown finished run 'torch'"),
     ],
 )
 def test_bad_input_is_refused_before_anything_is_scored(
-    arguments: list[str], said: str, llama: Path, evaluate: Evaluate, tmp_path: Path
+    arguments: list[str], message: str, llama: Path, evaluate: Evaluate, tmp_path: Path
 ) -> None:
     (tmp_path / "results").mkdir()
-    rows = write_boolq(tmp_path / "rows")
+    data_dir = write_boolq(tmp_path / "data")
     question = {"original_text": "Half of 4 ?", "ans": 2.0}
-    for split, asked in (("train", "a"), ("test", "b"), ("validation", "c")):
-        write_jsonl(rows / "mawps" / f"{split}.jsonl", [question | {"original_text": f"{asked} ?"}] * 3)
-        write_jsonl(rows / "arc_easy" / f"{split}.jsonl", [] if split == "test" else [ARC])
-        write_jsonl(rows / "hellaswag" / f"{split}.jsonl", [HELLASWAG])
-    places = {"LLAMA": str(llama), "ROWS": str(rows)}
+    for split, passage in (("train", "a"), ("test", "b"), ("validation", "c")):
+        write_jsonl(data_dir / "mawps" / f"{split}.jsonl", [question | {"original_text": f"{passage} ?"}] * 3)
+        write_jsonl(data_dir / "arc_easy" / f"{split}.jsonl", [] if split == "test" else [ARC])
+        write_jsonl(data_dir / "hellaswag" / f"{split}.jsonl", [HELLASWAG])
+    places = {"LLAMA": str(llama), "DATA": str(data_dir)}
     status, error = evaluate(*(places.get(argument, argument) for argument in arguments))
     assert status == BAD_INPUT
-    assert said in error
+    assert message in error
     assert not (tmp_path / "results" / "evaluations").exists()
 
 

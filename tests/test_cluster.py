@@ -79,8 +79,8 @@ class TestAllocation:
         assert "--head" in head
         assert "--dashboard-host=127.0.0.1" in head
         assert f"--address={address}" in worker
-        asked = SWEEP if name == "slurm.sh" else site["ARGUMENTS"].split()
-        assert calls[-1] == f"tune-sparse {' '.join(asked)}"
+        requested = SWEEP if name == "slurm.sh" else site["ARGUMENTS"].split()
+        assert calls[-1] == f"tune-sparse {' '.join(requested)}"
         assert sum(call.startswith("tune-sparse") for call in calls) == 1
 
     @pytest.mark.parametrize("status", [1, 2])

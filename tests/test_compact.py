@@ -21,7 +21,7 @@ def structured_masks(checkpoint: OpenCheckpoint, sparsity: float) -> dict[str, T
 
 
 @torch.no_grad()
-def logits_of(folder: Path, masks: dict[str, Tensor] | None = None) -> Tensor:
+def compute_logits(folder: Path, masks: dict[str, Tensor] | None = None) -> Tensor:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     for name, weight in read_weights(model).items() if masks else ():
         weight.copy_(masked({name: weight}, masks)[name])
@@ -36,7 +36,9 @@ def test_a_compact_checkpoint_computes_what_the_masked_model_does(
     checkpoint = open_checkpoint(str(architecture_folders[name]))
     masks = structured_masks(checkpoint, sparsity)
     dims = compact(checkpoint, masks, tmp_path / "small")
-    torch.testing.assert_close(logits_of(tmp_path / "small"), logits_of(checkpoint.path, masks), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        compute_logits(tmp_path / "small"), compute_logits(checkpoint.path, masks), atol=1e-5, rtol=1e-5
+    )
     assert dims.intermediate_size < checkpoint.dims.intermediate_size
     assert pruned_weights(dims) < pruned_weights(checkpoint.dims)
     assert open_checkpoint(str(tmp_path / "small")).dims == dims
@@ -82,7 +84,9 @@ def test_blocks_of_different_sizes_are_filled_up_to_the_largest(
     dims = compact(checkpoint, masks, tmp_path / "small")
     assert dims.intermediate_size == 40
     assert dims.num_kv_heads == (3 if name == "MistralForCausalLM" else 8)
-    torch.testing.assert_close(logits_of(tmp_path / "small"), logits_of(checkpoint.path, masks), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        compute_logits(tmp_path / "small"), compute_logits(checkpoint.path, masks), atol=1e-5, rtol=1e-5
+    )
 
 
 def test_masks_that_are_not_structured_are_refused(architecture_folders: dict[str, Path], tmp_path: Path) -> None:

@@ -40,8 +40,8 @@ def test_findings_are_printed_with_their_fixes(
 ) -> None:
     monkeypatch.setattr("tune_sparse.doctor.machine.LEAST_DISK_BYTES", 1e30)
     assert main(["doctor", "--results-dir", str(tmp_path)]) == 1
-    said = capsys.readouterr().out
-    assert f"GB free at {tmp_path}\n     Free some, or give another --results-dir." in said
+    printed = capsys.readouterr().out
+    assert f"GB free at {tmp_path}\n     Free some, or give another --results-dir." in printed
     assert main(["doctor", "--json", "--results-dir", str(tmp_path)]) == 1
     values = json.loads(capsys.readouterr().out)
     assert [value["what"] for value in values if not value["is_well"]] == ["results", "cache"]
@@ -89,7 +89,7 @@ def test_a_cluster_that_does_not_answer_is_named_at_once(monkeypatch: pytest.Mon
 NODE = {
     "address": "10.0.0.7",
     "resources": {"CPU": 8.0, "GPU": 2.0, "CS3": 1.0, "memory": 64e9},
-    "said": {
+    "facts": {
         "host": "seven",
         "python": "3.10.1",
         "packages": {"torch": "2.0"},
@@ -100,14 +100,14 @@ NODE = {
 }
 
 
-def test_a_node_that_differs_is_named_fault_by_fault() -> None:
+def test_a_node_that_differs_is_named_check_by_check() -> None:
     found = by_what(of_ray.check_node(NODE))
     assert found["node 10.0.0.7"].found == "seven: 8 CPU, 2 GPU, 1 CS3, 64 GB"
     assert "3.10.1, here 3.11" in found["node 10.0.0.7, Python"].found
     assert "torch 2.0 (here 2.13.0" in found["node 10.0.0.7, packages"].found
     assert "-30.0 s from here" in found["node 10.0.0.7, clock"].found
-    faults = {what.partition(", ")[2] for what, finding in found.items() if not finding.is_well}
-    assert faults == {"Python", "packages", "results", "tiny-llama", "clock"}
+    failed = {what.partition(", ")[2] for what, finding in found.items() if not finding.is_well}
+    assert failed == {"Python", "packages", "results", "tiny-llama", "clock"}
 
 
 def test_a_node_that_says_nothing_is_a_fault() -> None:
@@ -121,7 +121,7 @@ def head() -> Iterator[Head]:
         yield started
 
 
-def asked(head: Head, *arguments: str, **environment: str) -> tuple[int, dict[str, Check]]:
+def examine(head: Head, *arguments: str, **environment: str) -> tuple[int, dict[str, Check]]:
     command = [sys.executable, "-m", "tune_sparse", "doctor", "--ray", "--json", *arguments]
     variables = head.environment | {"RAY_ADDRESS": head.gcs} | environment
     run = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=PATIENCE_SECONDS)
@@ -131,7 +131,7 @@ def asked(head: Head, *arguments: str, **environment: str) -> tuple[int, dict[st
 
 @pytest.mark.slow
 def test_a_real_cluster_is_looked_at_node_by_node(head: Head, llama: Path, tmp_path: Path) -> None:
-    _, found = asked(head, "--models", str(llama), "nonsense", "--results-dir", str(tmp_path))
+    _, found = examine(head, "--models", str(llama), "nonsense", "--results-dir", str(tmp_path))
     [node] = [what for what in found if what.startswith("node ") and "," not in what]
     assert found["Ray"].found == f"{head.gcs} lets us in: 1 nodes"
     assert "2 CPU" in found[node].found
@@ -143,6 +143,6 @@ def test_a_real_cluster_is_looked_at_node_by_node(head: Head, llama: Path, tmp_p
 
 @pytest.mark.slow
 def test_a_wrong_token_is_said_to_be_the_fault(head: Head, tmp_path: Path) -> None:
-    status, found = asked(head, "--results-dir", str(tmp_path), RAY_AUTH_TOKEN=secrets.token_hex(32))
+    status, found = examine(head, "--results-dir", str(tmp_path), RAY_AUTH_TOKEN=secrets.token_hex(32))
     assert status == 1
     assert "its token is another one" in found["token"].found

@@ -1,4 +1,4 @@
-"""Rows, prompts and texts as a model's tokens (tune_sparse.data.splits)."""
+"""Examples, prompts and texts as a model's tokens (tune_sparse.data.splits)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from factories import boolq_rows, prompt_task
+from factories import boolq_examples, prompt_task
 from transformers import PreTrainedTokenizerBase
 
 from tune_sparse.data.splits import (
@@ -26,7 +26,7 @@ def tokenizer(llama: Path) -> PreTrainedTokenizerBase:
     return load_tokenizer(llama)
 
 
-def ids_of(windows: list[Encoded]) -> list[int]:
+def list_ids(windows: list[Encoded]) -> list[int]:
     return [token for window in windows for token in window.context + window.continuation]
 
 
@@ -38,7 +38,7 @@ def test_windows_lie_one_after_the_other_and_the_rest_is_dropped(tokenizer: PreT
     windows = encode_windows(tokenizer, LONG_TEXT, 32)
     assert len(windows) == len(ids) // 32
     assert len(ids) % 32, "or nothing is left over"
-    assert ids_of(windows) == ids[: 32 * len(windows)]
+    assert list_ids(windows) == ids[: 32 * len(windows)]
     assert {(len(w.context), len(w.continuation), w.truncated) for w in windows} == {(1, 31, False)}
 
 
@@ -51,13 +51,13 @@ def test_the_first_windows_may_do(tokenizer: PreTrainedTokenizerBase) -> None:
 def test_a_text_of_whole_windows_loses_nothing(tokenizer: PreTrainedTokenizerBase) -> None:
     ids = tokenizer(LONG_TEXT)["input_ids"]
     size = next(n for n in range(2, len(ids)) if len(ids) % n == 0)
-    assert ids_of(encode_windows(tokenizer, LONG_TEXT, size)) == ids
+    assert list_ids(encode_windows(tokenizer, LONG_TEXT, size)) == ids
 
 
 def test_a_text_shorter_than_a_window_is_one(tokenizer: PreTrainedTokenizerBase) -> None:
     ids = tokenizer("The man had seven apples.")["input_ids"]
     [window] = encode_windows(tokenizer, "The man had seven apples.", 2048)
-    assert ids_of([window]) == ids
+    assert list_ids([window]) == ids
 
 
 def test_a_text_longer_than_the_model_warns_of_nothing(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -66,15 +66,17 @@ def test_a_text_longer_than_the_model_warns_of_nothing(tokenizer: PreTrainedToke
 
 
 def test_a_text_is_learned_in_windows_and_a_prompt_with_its_answer(tokenizer: PreTrainedTokenizerBase) -> None:
-    row = {"text": LONG_TEXT}
-    assert encode_training(tokenizer, TASKS["wikitext2"], [row], 32, 3) == encode_windows(tokenizer, LONG_TEXT, 32, 3)
-    rows = boolq_rows(3)
-    pairs = [prompt_pair(row) for row in rows]
-    assert encode_training(tokenizer, prompt_task("boolq"), rows, 64, 1) == encode_answers(tokenizer, pairs, 64)
+    example = {"text": LONG_TEXT}
+    assert encode_training(tokenizer, TASKS["wikitext2"], [example], 32, 3) == encode_windows(
+        tokenizer, LONG_TEXT, 32, 3
+    )
+    examples = boolq_examples(3)
+    pairs = [prompt_pair(example) for example in examples]
+    assert encode_training(tokenizer, prompt_task("boolq"), examples, 64, 1) == encode_answers(tokenizer, pairs, 64)
 
 
-def prompt_pair(row: Any) -> tuple[str, str]:
-    return prompt_task("boolq").training_pair(row)
+def prompt_pair(example: Any) -> tuple[str, str]:
+    return prompt_task("boolq").training_pair(example)
 
 
 # Pairs and prompts.

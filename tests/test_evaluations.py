@@ -22,7 +22,7 @@ from tune_sparse.config import SCORING, Protocol
 from tune_sparse.data.splits import Splits, load_splits
 from tune_sparse.data.tasks import TASKS
 from tune_sparse.errors import InputError
-from tune_sparse.evaluation.evaluations import Evaluation, EvaluationKey, Lend, evaluate
+from tune_sparse.evaluation.evaluations import Evaluation, EvaluationKey, LoadModel, evaluate
 from tune_sparse.evaluation.outcomes import read_outcomes
 from tune_sparse.files import read_json
 from tune_sparse.models.checkpoints import load_model, load_tokenizer
@@ -42,30 +42,30 @@ OTHER: dict[str, Any] = {
 
 @pytest.fixture
 def splits(tmp_path: Path) -> Splits:
-    return load_splits(BOOLQ, write_boolq(tmp_path / "rows", validation=12), PROTOCOL)
+    return load_splits(BOOLQ, write_boolq(tmp_path / "data", validation=12), PROTOCOL)
 
 
 @pytest.fixture
-def lend(llama: Path) -> Lend:
+def load_tiny(llama: Path) -> LoadModel:
     return lambda: (load_model(llama, torch.float32, torch.device("cpu")), load_tokenizer(llama))
 
 
 def key(
     splits: Splits, protocol: Protocol = PROTOCOL, fingerprint: str = "f", evaluator: str = "tune-sparse"
 ) -> EvaluationKey:
-    return EvaluationKey.of("tiny", fingerprint, BOOLQ, splits, protocol, evaluator)
+    return EvaluationKey.from_protocol("tiny", fingerprint, BOOLQ, splits, protocol, evaluator)
 
 
-def scored(splits: Splits, lend: Lend, results: Path) -> Evaluation:
-    return evaluate(key(splits), BOOLQ, splits, PROTOCOL, lend, results)
+def scored(splits: Splits, load_tiny: LoadModel, results: Path) -> Evaluation:
+    return evaluate(key(splits), BOOLQ, splits, PROTOCOL, load_tiny, results)
 
 
 def no_model() -> Any:
     pytest.fail("the model was loaded")
 
 
-def test_a_scoring_is_kept_whole_and_found_again(splits: Splits, lend: Lend, tmp_path: Path) -> None:
-    first = scored(splits, lend, tmp_path)
+def test_a_scoring_is_kept_whole_and_found_again(splits: Splits, load_tiny: LoadModel, tmp_path: Path) -> None:
+    first = scored(splits, load_tiny, tmp_path)
     assert {path.name for path in first.folder.iterdir()} == {"config.yaml", "result.json", "examples.parquet", ".lock"}
     assert (first.metrics["n_examples"], len(first.outcomes)) == (12, 12)
     assert first.metrics["accuracy"] == sum(bool(o.correct) for o in first.outcomes) / 12
@@ -78,7 +78,7 @@ def test_each_setting_is_a_scoring_of_its_own(setting: str, splits: Splits) -> N
     assert key(splits, replace(PROTOCOL, **{setting: OTHER[setting]})).name != key(splits).name
 
 
-def test_weights_rows_and_evaluators_are_told_apart(splits: Splits) -> None:
+def test_weights_examples_and_evaluators_are_told_apart(splits: Splits) -> None:
     names = {key(splits).name, key(splits, fingerprint="g").name, key(splits, evaluator="lm-eval").name}
     assert len(names | {key(replace(splits, test=splits.test[:3])).name}) == 4
 
@@ -95,13 +95,15 @@ def test_a_second_process_is_refused(splits: Splits, tmp_path: Path) -> None:
         scored(splits, no_model, tmp_path)
 
 
-def test_what_a_stopped_scoring_knew_is_kept_but_not_a_torn_line(splits: Splits, lend: Lend, tmp_path: Path) -> None:
-    whole = scored(splits, lend, tmp_path / "whole")
+def test_what_a_stopped_scoring_knew_is_kept_but_not_a_torn_line(
+    splits: Splits, load_tiny: LoadModel, tmp_path: Path
+) -> None:
+    whole = scored(splits, load_tiny, tmp_path / "whole")
     folder = tmp_path / "stopped" / "evaluations" / whole.key.name
     folder.mkdir(parents=True)
     lines = [json.dumps([i, asdict(outcome)]) + "\n" for i, outcome in enumerate(whole.outcomes)]
     (folder / "outcomes.jsonl").write_text("".join(lines[:5]) + lines[5][:20])
-    resumed = scored(splits, lend, tmp_path / "stopped")
+    resumed = scored(splits, load_tiny, tmp_path / "stopped")
     assert resumed.outcomes == whole.outcomes
     assert read_json(folder / "result.json")["measured"]["examples_known_before"] == 5
 

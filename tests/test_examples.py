@@ -55,9 +55,9 @@ def test_the_file_of_a_sweep_says_what_its_python_says() -> None:
 
 def test_a_sweep_that_is_done_is_shown_again(swept: Path, llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
     example("sweep").main(str(swept), models=[str(llama)], **FEW)
-    said = capsys.readouterr().out
-    assert "0 trainings, 0 failed, 0 left" in said
-    assert [line.split()[:2] for line in said.splitlines()[-4:]] == [
+    printed = capsys.readouterr().out
+    assert "0 trainings, 0 failed, 0 left" in printed
+    assert [line.split()[:2] for line in printed.splitlines()[-4:]] == [
         ["unstructured", "0.0"],
         ["unstructured", "0.5"],
         ["random", "0.0"],
@@ -98,10 +98,10 @@ def test_every_example_has_its_line_and_the_readme_leads_to_them() -> None:
 
 @pytest.fixture
 def python_of_the_readme(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The README's Python, in a folder that has the checkpoint and the rows that it names."""
+    """The README's Python, in a folder that has the checkpoint and the examples that it names."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(llama, "my-llama")
-    write_boolq(Path("rows"), train=300, validation=10)
+    write_boolq(Path("data"), train=300, validation=10)
     [code] = re.findall(r"^ *```python\n(.+?)^ *```", README, re.MULTILINE | re.DOTALL)
     return textwrap.dedent(code)
 

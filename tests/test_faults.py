@@ -246,7 +246,7 @@ def hang_in_c():
 
 class Hanging(trainables.cell.CellTrainable):
     def step(self):
-        mark = Path(MARKS) / self._result["run_id"]
+        mark = Path(ATTEMPTS) / self._result["run_id"]
         if not mark.exists():
             mark.touch()
             self._steps = (hang_in_c if "sparse-to-sparse" in mark.name else hang_in_python)()
@@ -259,13 +259,13 @@ sys.exit(main(sys.argv[1:]))
 
 def test_a_worker_that_hangs_is_ended_and_says_where(sweep: Sweep, undisturbed: Sweep, tmp_path: Path) -> None:
     """Some runs hang when they are first tried: in Python, or in C that holds the interpreter."""
-    marks = tmp_path / "marks"
-    marks.mkdir()
+    attempts = tmp_path / "attempts"
+    attempts.mkdir()
     for run_id in undisturbed.done():
         if "random" not in run_id:
-            (marks / run_id).touch()
+            (attempts / run_id).touch()
     script = tmp_path / "hanging.py"
-    script.write_text(HANGING.replace("MARKS", repr(str(marks))))
+    script.write_text(HANGING.replace("ATTEMPTS", repr(str(attempts))))
     command = [sys.executable, str(script), *sweep.arguments, "--hang-seconds", "10"]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_SECONDS)
     assert ended.returncode == 0, ended.stdout + ended.stderr
@@ -321,7 +321,7 @@ def test_what_is_done_outlives_a_disk_that_breaks_in_the_next_moment(breaking_di
     assert all(ledger.record(run.run_id) == done_record(run) for run in runs)
 
 
-def test_a_disk_that_turns_read_only_stops_the_sweep_and_the_rest_runs_once_it_is_mended(
+def test_a_disk_that_turns_read_only_stops_the_sweep_and_the_rest_runs_once_it_is_fixed(
     llama: Path, breaking_disk: Path, undisturbed: Sweep, tmp_path: Path
 ) -> None:
     sweep = Sweep(llama, breaking_disk / "results", tmp_path)

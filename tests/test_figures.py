@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 from PIL import Image
-from sound import cells_of, sound_ledger
+from sound import make_cells, sound_ledger
 
 from analysis.read.load import COLUMNS, cells_table
 from analysis.read.results import read_results
@@ -31,18 +31,18 @@ def ledger(tmp_path_factory: pytest.TempPathFactory) -> Ledger:
     ledger = sound_ledger(tmp_path_factory.mktemp("results"))
     [sweep] = ledger.sweeps()
     points = [
-        {"batch_size": size, "train_samples_per_second": 10.0 * size, "train_tokens_per_second": 100.0 * size}
+        {"batch_size": size, "train_examples_per_second": 10.0 * size, "train_tokens_per_second": 100.0 * size}
         | {"peak_memory_bytes": None}
         for size in (1, 2, 4)
     ]
-    points.append({"batch_size": 8, "train_samples_per_second": None, "train_tokens_per_second": None})
+    points.append({"batch_size": 8, "train_examples_per_second": None, "train_tokens_per_second": None})
     (ledger.folder / "throughput").mkdir()
     run_id = sweep.cells[-1]["run_id"]
     write_json(ledger.folder / "throughput" / "one.json", {"run_id": run_id, "by_batch_size": points})
     searched = ledger.folder / "searches" / "one"
     searched.mkdir(parents=True)
-    asked = {"model": "tiny", "task": "boolq", "method": "wanda", "sparsity": 0.5, "sampler": "nsga2"}
-    write_json(searched / "config.json", asked)
+    described = {"model": "tiny", "task": "boolq", "method": "wanda", "sparsity": 0.5, "sampler": "nsga2"}
+    write_json(searched / "config.json", described)
     front = [{"parameters_fraction": f, "accuracy": a} for f, a in ((1.0, 0.9), (0.5, 0.8))]
     write_json(searched / "result.json", {"front": front})
     (ledger.folder / "searches" / "unfinished").mkdir()
@@ -174,4 +174,4 @@ def test_of_several_folders_the_one_that_finished_a_run_counts(ledger: Ledger, t
     assert both.folder_of(run_id) == ledger.run_folder(run_id)
     assert both.folder_of("no run") is None
     assert both.record("no run") is None
-    assert len(cells_of()) == 12
+    assert len(make_cells()) == 12

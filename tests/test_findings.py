@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from sound import cells_of, outcomes_of, sound_ledger, sound_run, write_sound
+from sound import make_cells, make_outcomes, sound_ledger, sound_run, write_sound
 
 from analysis.read.imported import Imported
 from analysis.read.load import cells_table
@@ -31,7 +31,7 @@ TASKS = ("boolq", "hellaswag")
 def written(folder: Path, accuracy: dict[str, float], drop: float = 0.3) -> Ledger:
     """Two bases, two methods, two modes: the accuracy of a mode less `drop` times the sparsity."""
     cells = [
-        cell for model in ("tiny", "other") for cell in cells_of(sparsities=(0.0, 0.3, 0.5, 0.6, 0.9), model=model)
+        cell for model in ("tiny", "other") for cell in make_cells(sparsities=(0.0, 0.3, 0.5, 0.6, 0.9), model=model)
     ]
     return sound_ledger(
         folder, cells, accuracy=lambda cell: accuracy[cell.mode] - drop * cell.sparsity if cell.sparsity else None
@@ -50,15 +50,15 @@ def alike(tmp_path_factory: pytest.TempPathFactory) -> Ledger:
 
 
 @cache
-def points_of(ledger: Ledger) -> Points:
+def load_points(ledger: Ledger) -> Points:
     results = read_results([ledger.folder])
     predictions = {run: e.predictions for run, e in results.by_run.items() if e.predictions}
     return Points(cells_table([ledger.folder]), predictions)
 
 
 @cache
-def claims_of(ledger: Ledger, *imported: Imported) -> list[Claim]:
-    return make_claims(points_of(ledger), imported)[0]
+def find_claims(ledger: Ledger, *imported: Imported) -> list[Claim]:
+    return make_claims(load_points(ledger), imported)[0]
 
 
 def texts(claims: list[Claim], question: str, about: str = "") -> str:
@@ -69,7 +69,7 @@ def texts(claims: list[Claim], question: str, about: str = "") -> str:
 def test_every_number_of_a_claim_is_one_of_its_numbers_and_has_runs(name: str, request: pytest.FixtureRequest) -> None:
     ledger: Ledger = request.getfixturevalue(name)
     runs = {path.name for path in (ledger.folder / "runs").iterdir()}
-    claims = claims_of(ledger)
+    claims = find_claims(ledger)
     assert {claim.question for claim in claims} == set(QUESTIONS)
     for claim in claims:
         fields = {field for _, field, _, _ in string.Formatter().parse(claim.template) if field}
@@ -85,21 +85,21 @@ def test_every_number_of_a_claim_is_one_of_its_numbers_and_has_runs(name: str, r
 
 def test_a_mean_is_that_of_the_runs_behind_it(apart: Ledger) -> None:
     cells = cells_table([apart.folder]).set_index("run_id")
-    [claim] = [c for c in claims_of(apart) if c.question == "RQ2" and c.about == ALL_BASES and "mean0" in c.numbers]
+    [claim] = [c for c in find_claims(apart) if c.question == "RQ2" and c.about == ALL_BASES and "mean0" in c.numbers]
     mean = claim.numbers["mean0"]
     assert mean.value == pytest.approx(cells.loc[list(mean.run_ids), "accuracy"].mean())
     assert len(mean.run_ids) == 16
 
 
 def test_a_difference_that_is_there_is_claimed_in_its_direction(apart: Ledger) -> None:
-    claims = claims_of(apart)
+    claims = find_claims(apart)
     for about in ("torch, tiny, boolq", "torch, other, boolq"):
         assert "Sparse-to-sparse is better than sparse-to-dense by +0." in texts(claims, "RQ3", about)
     assert "worse in 0" in texts(claims, "RQ3", ALL_BASES)
 
 
 def test_no_difference_is_claimed_where_there_is_none(alike: Ledger) -> None:
-    claims = claims_of(alike)
+    claims = find_claims(alike)
     for about in ("torch, tiny, boolq", "torch, other, boolq"):
         assert "No difference can be shown between the modes" in texts(claims, "RQ3", about)
         assert "No difference can be shown between" in texts(claims, "RQ2", about)
@@ -107,35 +107,35 @@ def test_no_difference_is_claimed_where_there_is_none(alike: Ledger) -> None:
 
 
 def test_two_bases_cannot_carry_a_general_claim_easily(alike: Ledger) -> None:
-    assert "is better than" not in texts(claims_of(alike), "RQ2", ALL_BASES)
+    assert "is better than" not in texts(find_claims(alike), "RQ2", ALL_BASES)
 
 
 def test_one_backend_says_nothing_of_backends(alike: Ledger) -> None:
-    assert texts(claims_of(alike), "RQ4") == (
+    assert texts(find_claims(alike), "RQ4") == (
         "One backend only (torch, on abacus): nothing can be said of the CS-3 against GPUs."
     )
 
 
 def test_two_backends_are_compared_cell_by_cell(alike: Ledger) -> None:
-    points = points_of(alike)
+    points = load_points(alike)
     other = points.pruned.assign(backend="cerebras", run_id=points.pruned["run_id"] + "+")
     predictions = {**points.predictions, **{f"{run}+": points.predictions[run] for run in points.pruned["run_id"]}}
     both = Points(pd.concat([points.pruned, other]), predictions)
-    said = texts(make_claims(both)[0], "RQ4")
-    assert "Of 32 cells that ran on two backends, 0 are shown to differ in accuracy." in said
-    assert "cerebras 128, torch 128" in said
+    shown = texts(make_claims(both)[0], "RQ4")
+    assert "Of 32 cells that ran on two backends, 0 are shown to differ in accuracy." in shown
+    assert "cerebras 128, torch 128" in shown
 
 
 def test_curves_are_followed_against_dense_on_the_same_examples(apart: Ledger) -> None:
-    said = texts(claims_of(apart), "RQ1", "torch, tiny, boolq")
-    assert re.search(r"random, sparse-to-sparse: within 2% up to \S+ \(shown up to \S+\), 5% up to", said)
-    assert re.search(r"Half of the weights gone: \d of 4 runs are within 10% of dense, \d within 5%\.", said)
-    assert re.search(r"Nine tenths gone: \d of 4 runs are above chance and the largest class \(0\.\d+\)", said)
-    assert "No earlier dense result was imported" in said
+    shown = texts(find_claims(apart), "RQ1", "torch, tiny, boolq")
+    assert re.search(r"random, sparse-to-sparse: within 2% up to \S+ \(shown up to \S+\), 5% up to", shown)
+    assert re.search(r"Half of the weights gone: \d of 4 runs are within 10% of dense, \d within 5%\.", shown)
+    assert re.search(r"Nine tenths gone: \d of 4 runs are above chance and the largest class \(0\.\d+\)", shown)
+    assert "No earlier dense result was imported" in shown
 
 
 def test_nothing_is_shown_beyond_what_the_accuracies_reach(apart: Ledger) -> None:
-    reaches = [c.numbers for c in claims_of(apart) if "reach2" in c.numbers]
+    reaches = [c.numbers for c in find_claims(apart) if "reach2" in c.numbers]
     assert len(reaches) == 8
     for numbers in reaches:
         assert numbers["reach2"].value <= numbers["reach5"].value <= numbers["reach10"].value
@@ -144,7 +144,7 @@ def test_nothing_is_shown_beyond_what_the_accuracies_reach(apart: Ledger) -> Non
 
 
 def test_a_break_is_where_a_fall_is_shown(tmp_path: Path) -> None:
-    cells = cells_of(methods=("random",), sparsities=(0.0, 0.3, 0.6))
+    cells = make_cells(methods=("random",), sparsities=(0.0, 0.3, 0.6))
     ledger = Ledger(tmp_path)
     ledger = sound_ledger(tmp_path, [cell for cell in cells if cell.sparsity < 0.6])
     for mode in ("sparse-to-dense", "sparse-to-sparse"):
@@ -156,34 +156,34 @@ def test_a_break_is_where_a_fall_is_shown(tmp_path: Path) -> None:
         for i, (c, r) in enumerate(zip(cells, runs, strict=True))
     ]
     ledger.write_sweep(replace(sweep, cells=tuple(rows)))
-    said = texts(claims_of(ledger), "RQ1")
-    assert said.count("breaks between 0.3 and 0.6, where accuracy falls most") == 2
-    assert "breaks between 0 and 0.3" not in said
+    shown = texts(find_claims(ledger), "RQ1")
+    assert shown.count("breaks between 0.3 and 0.6, where accuracy falls most") == 2
+    assert "breaks between 0 and 0.3" not in shown
 
 
 def test_an_imported_baseline_is_measured_against(alike: Ledger) -> None:
     dense = cells_table([alike.folder]).query("sparsity == 0 and model == 'tiny'")["accuracy"].iloc[0]
     near = Imported("tiny", "boolq", round(dense, 3), "lab {A}", 400)
     far = Imported("tiny", "boolq", dense - 0.2, "lab B")
-    said = texts(claims_of(alike, near, far), "RQ1", "torch, tiny, boolq")
-    assert "passes the mark of 2% within the imported baseline" in said
-    assert "(lab {A}) and cannot be told from it" in said
-    assert "(lab B) and differs from it: +0.200" in said
-    assert "No earlier dense result" not in said
-    assert "No earlier dense result" in texts(claims_of(alike, near, far), "RQ1", "torch, other, boolq")
+    shown = texts(find_claims(alike, near, far), "RQ1", "torch, tiny, boolq")
+    assert "passes the mark of 2% within the imported baseline" in shown
+    assert "(lab {A}) and cannot be told from it" in shown
+    assert "(lab B) and differs from it: +0.200" in shown
+    assert "No earlier dense result" not in shown
+    assert "No earlier dense result" in texts(find_claims(alike, near, far), "RQ1", "torch, other, boolq")
 
 
 def test_the_naive_test_is_shown_with_its_warning_and_never_carries_a_claim(apart: Ledger) -> None:
-    tests = compare_values(points_of(apart), "mode")
+    tests = compare_values(load_points(apart), "mode")
     naive = [test for test in tests if test.warning]
     assert [test.warning for test in naive] == [NAIVE_WARNING]
     assert naive[0].p_corrected < 0.001
     assert not naive[0].is_shown
-    assert not any("paired t" in str(claim.test) for claim in claims_of(apart))
+    assert not any("paired t" in str(claim.test) for claim in find_claims(apart))
 
 
 def test_shared_dense_runs_are_in_no_pair(apart: Ledger) -> None:
-    points = points_of(apart)
+    points = load_points(apart)
     assert len(points.dense) == 2
     assert set(points.dense["run_id"]).isdisjoint(points.pruned["run_id"])
     pairs = points.pairs("mode", "sparse-to-dense", "sparse-to-sparse")
@@ -192,17 +192,17 @@ def test_shared_dense_runs_are_in_no_pair(apart: Ledger) -> None:
 
 
 def test_runs_that_answered_other_questions_are_not_compared(apart: Ledger) -> None:
-    points = points_of(apart)
+    points = load_points(apart)
     odd = points.pruned["run_id"].iloc[0]
-    asked = points.predictions[odd]
-    predictions = {**points.predictions, odd: replace(asked, ids=np.array([f"x{i}" for i in asked.ids], object))}
+    before = points.predictions[odd]
+    predictions = {**points.predictions, odd: replace(before, ids=np.array([f"x{i}" for i in before.ids], object))}
     fewer = Points(cells_table([apart.folder]), predictions)
     assert len(fewer.pruned) == len(points.pruned) - 1
     assert odd not in set(fewer.pruned["run_id"])
 
 
 def test_turning_a_test_turns_its_numbers(apart: Ledger) -> None:
-    test = compare_values(points_of(apart), "mode")[0]
+    test = compare_values(load_points(apart), "mode")[0]
     back = swap_sides(test, test.left)
     assert (back.left, back.right) == (test.right, test.left)
     assert (back.estimate.value, back.estimate.low) == (-test.estimate.value, -test.estimate.high)
@@ -211,12 +211,12 @@ def test_turning_a_test_turns_its_numbers(apart: Ledger) -> None:
 
 def test_a_method_with_a_colon_in_its_name_can_be_spoken_of(apart: Ledger) -> None:
     cells = cells_table([apart.folder]).query("model == 'tiny'").replace({"method": {"random": "wanda-2:4"}})
-    claims, _ = make_claims(Points(cells, points_of(apart).predictions))
+    claims, _ = make_claims(Points(cells, load_points(apart).predictions))
     assert "wanda-2:4" in texts(claims, "RQ2")
 
 
 def test_texts_are_compared_by_their_likelihoods_and_not_averaged_with_accuracies(apart: Ledger) -> None:
-    cells, predictions = cells_table([apart.folder]), dict(points_of(apart).predictions)
+    cells, predictions = cells_table([apart.folder]), dict(load_points(apart).predictions)
     of_text = cells["model"] == "other"
     cells.loc[of_text, "accuracy"] = None
     for run in set(cells.loc[of_text, "run_id"]):
@@ -231,7 +231,7 @@ def test_texts_are_compared_by_their_likelihoods_and_not_averaged_with_accuracie
 def test_one_method_and_one_mode_are_said_to_be_one(apart: Ledger) -> None:
     cells = cells_table([apart.folder])
     only = cells[(cells["method"] == "random") & (cells["mode"] == "sparse-to-dense")]
-    claims, _ = make_claims(Points(only, points_of(apart).predictions))
+    claims, _ = make_claims(Points(only, load_points(apart).predictions))
     assert texts(claims, "RQ2") == "One method only: there is nothing to compare."
     assert "No two cells differ in these modes alone" in texts(claims, "RQ3")
 
@@ -244,8 +244,8 @@ def test_nothing_finished_says_nothing(apart: Ledger) -> None:
 
 
 def test_what_was_not_measured_is_unknown(apart: Ledger) -> None:
-    cells = cells_table([apart.folder]).query("model == 'tiny'").assign(train_samples_per_second=float("nan"))
-    claims, _ = make_claims(Points(cells, points_of(apart).predictions))
+    cells = cells_table([apart.folder]).query("model == 'tiny'").assign(train_examples_per_second=float("nan"))
+    claims, _ = make_claims(Points(cells, load_points(apart).predictions))
     [cost] = [claim for claim in claims if claim.about == "cost on torch"]
     assert cost.numbers["rate0"].value is None
     assert "sparse-to-dense unknown samples a second" in cost.text
@@ -287,4 +287,4 @@ def test_headlines_are_the_first_claim_of_each_question() -> None:
 
 def test_outcomes_of_the_fixture_repeat() -> None:
     run = sound_run(Cell("tiny", "boolq", "random", 0.3, "sparse-to-dense", 0, "torch"))
-    assert outcomes_of(run, 0.5) == outcomes_of(run, 0.5)
+    assert make_outcomes(run, 0.5) == make_outcomes(run, 0.5)

@@ -29,7 +29,7 @@ def dense(request: pytest.FixtureRequest) -> Dense:
     return load_model(folder, torch.float32, torch.device("cpu")), check_checkpoint(str(folder)).dims
 
 
-def masks_of(dense: Dense, method: str, sparsity: float) -> Masks:
+def draw_masks(dense: Dense, method: str, sparsity: float) -> Masks:
     model, dims = dense
     return make_masks(method, prunable_weights(model), dims, sparsity, seed=0)
 
@@ -52,7 +52,7 @@ def test_flops_of_a_dense_model_by_hand(tokens: int, dense: Dense) -> None:
     block = 64 * 64 + 32 * 64 + 32 * 64 + 64 * 64 + 3 * 64 * 192
     pairs = sum(min(query + 1, dims.sliding_window or tokens) for query in range(tokens))
     expected = 2 * tokens * (3 * block + 64 * dims.vocab_size) + 3 * 4 * pairs * 64
-    assert inference_flops(masks_of(dense, "none", 0.0), dims, tokens) == expected
+    assert inference_flops(draw_masks(dense, "none", 0.0), dims, tokens) == expected
 
 
 def test_flops_of_the_matrices_are_those_that_torch_counts(dense: Dense) -> None:
@@ -62,24 +62,24 @@ def test_flops_of_the_matrices_are_those_that_torch_counts(dense: Dense) -> None
     products = {torch.ops.aten.mm, torch.ops.aten.addmm}
     counted = sum(flops for op, flops in counter.get_flop_counts()["Global"].items() if op in products)
     attention = 3 * 4 * attended_pairs(40, dims.sliding_window) * 64
-    assert inference_flops(masks_of(dense, "none", 0.0), dims, 40) - attention == counted
+    assert inference_flops(draw_masks(dense, "none", 0.0), dims, 40) - attention == counted
 
 
 @pytest.mark.parametrize("method", ["unstructured", "structured", "random", "random-structured"])
 def test_flops_fall_with_sparsity(method: str, dense: Dense) -> None:
-    flops = [inference_flops(masks_of(dense, method, s), dense[1], 1024) for s in (0.0, 0.1, 0.5, 0.9)]
+    flops = [inference_flops(draw_masks(dense, method, s), dense[1], 1024) for s in (0.0, 0.1, 0.5, 0.9)]
     assert flops == sorted(set(flops), reverse=True)
 
 
 def test_elementwise_sparsity_saves_two_operations_a_weight_and_token(dense: Dense) -> None:
     _, dims = dense
-    whole, half = (inference_flops(masks_of(dense, "random", s), dims, 100) for s in (0.0, 0.5))
+    whole, half = (inference_flops(draw_masks(dense, "random", s), dims, 100) for s in (0.0, 0.5))
     assert whole - half == 2 * 100 * pruned_weights(dims) // 2
 
 
 def test_removed_heads_save_their_attention(dense: Dense) -> None:
     _, dims = dense
-    masks = masks_of(dense, "structured", 0.5)
+    masks = draw_masks(dense, "structured", 0.5)
     kept = sum(int(mask.sum()) for mask in masks.values())
     heads_left = 4
     attention = 3 * 4 * attended_pairs(100, dims.sliding_window) * heads_left * 8
@@ -114,7 +114,7 @@ def test_a_sliding_window_makes_long_texts_cheaper() -> None:
 @pytest.mark.parametrize("trains_factors", [False, True])
 def test_training_flops_by_hand(trains_factors: bool, dense: Dense) -> None:
     _, dims = dense
-    masks = masks_of(dense, "unstructured", 0.5)
+    masks = draw_masks(dense, "unstructured", 0.5)
     kept = sum(int(mask.sum()) for mask in masks.values())
     factors = 4 * 3 * (2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + 192))
     pairs = attended_pairs(20, dims.sliding_window) + attended_pairs(50, dims.sliding_window)
@@ -125,15 +125,15 @@ def test_training_flops_by_hand(trains_factors: bool, dense: Dense) -> None:
 
 def test_training_flops_of_plain_lora_are_those_that_torch_counts(dense: Dense) -> None:
     model, dims = dense
-    masks = masks_of(dense, "none", 0.0)
+    masks = draw_masks(dense, "none", 0.0)
     adapted = adapt_model(model, Protocol(lora_rank=2, lora_alpha=4.0), None, seed=0)
     assert set(count_impls(adapted)) == {"plain"}
     for parameter in model.model.embed_tokens.parameters():  # or the first block needs no input gradient
         parameter.requires_grad_(True)
     with FlopCounterMode(display=False) as counter:
-        loss, learned = answer_loss(adapted.get_base_model(), [Encoded(tuple(range(1, 37)), (5, 6, 7, 8))])
+        loss, targets = answer_loss(adapted.get_base_model(), [Encoded(tuple(range(1, 37)), (5, 6, 7, 8))])
         loss.backward()
     products = {torch.ops.aten.mm, torch.ops.aten.addmm}
     counted = sum(flops for op, flops in counter.get_flop_counts()["Global"].items() if op in products)
     attention = 12 * attended_pairs(40, dims.sliding_window) * 3 * 64
-    assert training_flops(masks, dims, [(40, learned)], 2, True) - attention == counted
+    assert training_flops(masks, dims, [(40, targets)], 2, True) - attention == counted

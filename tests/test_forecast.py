@@ -33,7 +33,7 @@ def plan(llama: Path, mistral: Path) -> Plan:
     return make_plan(SweepConfig.from_names({"models": models, "tasks": "boolq gsm8k"} | FEW | SMALL))
 
 
-def run_of(plan: Plan, model: str, task: str, mode: str) -> Run:
+def find_run(plan: Plan, model: str, task: str, mode: str) -> Run:
     [run] = (r for r in plan.runs.values() if model in r.cell.model and (r.cell.task, r.cell.mode) == (task, mode))
     return run
 
@@ -57,8 +57,8 @@ def test_without_measurements_time_is_unknown_and_disk_a_bound(plan: Plan, ledge
 
 def test_each_run_takes_the_median_of_the_finest_group_that_was_measured(plan: Plan, ledger: Ledger) -> None:
     """Of one model, boolq's dense run took 10 s and its sparse-to-dense one 30 s."""
-    measure(ledger, run_of(plan, "llama", "boolq", "dense"), 10.0, held={"CPU": 2.0})
-    measure(ledger, run_of(plan, "llama", "boolq", "sparse-to-dense"), 30.0, held={"CPU": 2.0, "GPU": 0.5})
+    measure(ledger, find_run(plan, "llama", "boolq", "dense"), 10.0, held={"CPU": 2.0})
+    measure(ledger, find_run(plan, "llama", "boolq", "sparse-to-dense"), 30.0, held={"CPU": 2.0, "GPU": 0.5})
     found = forecast(plan, ledger, plan.missing(ledger))
     assert found.by_group == {"backend, model, task": 1, "backend, model": 3}
     assert found.cpu_seconds == 4 * 2 * 20
@@ -68,15 +68,15 @@ def test_each_run_takes_the_median_of_the_finest_group_that_was_measured(plan: P
 
 
 def test_the_disk_of_a_run_is_that_of_its_mode(plan: Plan, ledger: Ledger) -> None:
-    run = run_of(plan, "llama", "boolq", "dense")
+    run = find_run(plan, "llama", "boolq", "dense")
     measure(ledger, run, 1.0)
     folder = ledger.run_folder(run.run_id)
     (folder / "adapter").mkdir()
     (folder / "adapter" / "weights").write_bytes(bytes(10_000))
     written = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    other = run_of(plan, "llama", "gsm8k", "dense")
+    other = find_run(plan, "llama", "gsm8k", "dense")
     assert forecast(plan, ledger, [other]).disk_bytes == written > 10_000
-    sparse = run_of(plan, "llama", "boolq", "sparse-to-dense")
+    sparse = find_run(plan, "llama", "boolq", "sparse-to-dense")
     found = forecast(plan, ledger, [sparse])
     assert (found.disk_bytes, found.bounded) == (plan.estimate_bytes(sparse), 1)
 
@@ -84,13 +84,13 @@ def test_the_disk_of_a_run_is_that_of_its_mode(plan: Plan, ledger: Ledger) -> No
 def test_medians_of_nothing_and_of_an_even_number() -> None:
     cell = make_cell()
     groups = (("model", "task"), ("model",))
-    assert Medians([], groups).of(cell) == ((), None)
+    assert Medians([], groups).nearest(cell) == ((), None)
     medians = Medians(
         [(cell, cost_taking(1.0)), (cell, cost_taking(4.0)), (make_cell(task="gsm8k"), cost_taking(100.0))], groups
     )
-    assert medians.of(cell) == (("model", "task"), cost_taking(2.5))
-    assert medians.of(make_cell(task="hellaswag")) == (("model",), cost_taking(4.0))
-    assert medians.of(make_cell(model="other")) == ((), None)
+    assert medians.nearest(cell) == (("model", "task"), cost_taking(2.5))
+    assert medians.nearest(make_cell(task="hellaswag")) == (("model",), cost_taking(4.0))
+    assert medians.nearest(make_cell(model="other")) == ((), None)
 
 
 def test_what_a_cs3_did_is_counted_apart(tmp_path: Path) -> None:
@@ -117,7 +117,7 @@ def test_how_many_trials_run_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_pilots_are_missing_runs_of_what_has_no_measured_one(plan: Plan, ledger: Ledger) -> None:
     assert len(pilots(plan, ledger, plan.missing(ledger))) == 4
-    measure(ledger, run_of(plan, "llama", "boolq", "dense"), 1.0)
+    measure(ledger, find_run(plan, "llama", "boolq", "dense"), 1.0)
     chosen = pilots(plan, ledger, plan.missing(ledger))
     assert len({(run.cell.model, run.cell.task) for run in chosen}) == len(chosen) == 3
     assert {run.run_id for run in chosen} <= {run.run_id for run in plan.missing(ledger)}
@@ -125,7 +125,7 @@ def test_pilots_are_missing_runs_of_what_has_no_measured_one(plan: Plan, ledger:
 
 
 def test_the_lines_say_what_is_known_and_what_is_not(plan: Plan, ledger: Ledger) -> None:
-    measure(ledger, run_of(plan, "llama", "boolq", "dense"), 3600.0, held={"CPU": 2.0})
+    measure(ledger, find_run(plan, "llama", "boolq", "dense"), 3600.0, held={"CPU": 2.0})
     found = forecast(plan, ledger, plan.missing(ledger))
     lines = "\n".join(found.lines())
     assert "Time of 5 of 11 runs: 10 CPU-hours; 2.5 h on the clock" in lines

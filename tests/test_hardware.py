@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from sound import cells_of, edit, sound_ledger
+from sound import edit, make_cells, sound_ledger
 
 from analysis.read.load import cells_table
 from analysis.read.results import read_results
@@ -19,7 +19,7 @@ from tune_sparse.ledger.ledger import Ledger
 @pytest.fixture(scope="module")
 def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[pd.DataFrame, Runs]:
     """Five runs of torch, three of which cerebras has too."""
-    torch_cells = cells_of(methods=("random",))
+    torch_cells = make_cells(methods=("random",))
     cells = [*torch_cells, *(replace(cell, backend="cerebras") for cell in torch_cells if cell.sparsity < 0.6)]
     ledger = sound_ledger(tmp_path_factory.mktemp("results"), cells)
     for folder in (ledger.folder / "runs").glob("cerebras*"):
@@ -63,5 +63,5 @@ def test_a_row_shows_compile_time_apart_from_rates(both: tuple[pd.DataFrame, Run
 
 
 def test_one_backend_has_no_pairs(tmp_path: Path) -> None:
-    ledger: Ledger = sound_ledger(tmp_path, cells_of(methods=("random",), sparsities=(0.3,)))
+    ledger: Ledger = sound_ledger(tmp_path, make_cells(methods=("random",), sparsities=(0.3,)))
     assert hardware_pairs(cells_table([ledger.folder]), find_runs([ledger.folder])).empty

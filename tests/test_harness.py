@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tune_sparse.config import Protocol
 from tune_sparse.data.splits import Encoded, load_splits
 from tune_sparse.data.synthetic import SYNTHETIC_TASKS
-from tune_sparse.data.task_types import AnswerTask, ChoiceTask, PromptTask, Row
+from tune_sparse.data.task_types import AnswerTask, ChoiceTask, Example, PromptTask
 from tune_sparse.data.tasks import TASKS
 from tune_sparse.errors import InputError
 from tune_sparse.evaluation import harness, scoring
@@ -32,14 +32,14 @@ from tune_sparse.models.checkpoints import load_model, load_tokenizer
 
 lm_eval = pytest.importorskip("lm_eval")
 
-Lent = tuple[PreTrainedModel, PreTrainedTokenizerBase]
+Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
 PROTOCOL = Protocol(max_tokens=512, max_new_tokens=12, precision="float32", batch_tokens=4096, n_test=4, n_selection=4)
 TOLERANCE = 1e-4
 """Between orders of summation in fp32, summed over a continuation: the bound of the issue."""
 
 
-def lent(folder: Path) -> Lent:
+def loaded(folder: Path) -> Loaded:
     return load_model(folder, torch.float32, torch.device("cpu")), load_tokenizer(folder)
 
 
@@ -50,27 +50,30 @@ def no_inventory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def llama_lent(llama: Path) -> Lent:
-    return lent(llama)
+def llama_loaded(llama: Path) -> Loaded:
+    return loaded(llama)
 
 
 @pytest.fixture(scope="module")
-def mistral_lent(mistral: Path) -> Lent:
-    return lent(mistral)
+def mistral_loaded(mistral: Path) -> Loaded:
+    return loaded(mistral)
 
 
 def asked_by_the_harness(samples: Sequence[dict[str, Any]], count: int) -> list[list[tuple[str, str]]]:
-    """(context, continuation) of each choice of each row; (prompt, "") where an answer is generated."""
-    by_row = {sample["doc_id"]: sample["arguments"] for sample in samples}
-    return [[(text, rest if isinstance(rest, str) else "") for text, rest in by_row[i]] for i in range(count)]
+    """(context, continuation) of each choice of each example; (prompt, "") where an answer is generated."""
+    by_example = {sample["doc_id"]: sample["arguments"] for sample in samples}
+    return [[(text, rest if isinstance(rest, str) else "") for text, rest in by_example[i]] for i in range(count)]
 
 
 def asked_by_us(
-    task: PromptTask, rows: Sequence[Row], examples: Sequence[Row], protocol: Protocol
+    task: PromptTask, examples: Sequence[Example], shots: Sequence[Example], protocol: Protocol
 ) -> list[list[tuple[str, str]]]:
-    prefixes = few_shot_prefixes(task, rows, examples, protocol.num_fewshot)
-    pairs = [task.pairs(row) if isinstance(task, ChoiceTask) else [(task.training_pair(row)[0], "")] for row in rows]
-    return [[(prefix + text, rest) for text, rest in row] for row, prefix in zip(pairs, prefixes, strict=True)]
+    prefixes = few_shot_prefixes(task, examples, shots, protocol.num_fewshot)
+    pairs = [
+        task.pairs(example) if isinstance(task, ChoiceTask) else [(task.training_pair(example)[0], "")]
+        for example in examples
+    ]
+    return [[(prefix + text, rest) for text, rest in example] for example, prefix in zip(pairs, prefixes, strict=True)]
 
 
 def verdict(outcome: Outcome) -> Outcome:
@@ -80,19 +83,19 @@ def verdict(outcome: Outcome) -> Outcome:
 
 
 def assert_agreement(
-    lent: Lent, name: str, data_dir: Path | None, protocol: Protocol, monkeypatch: pytest.MonkeyPatch
+    loaded: Loaded, name: str, data_dir: Path | None, protocol: Protocol, monkeypatch: pytest.MonkeyPatch
 ) -> tuple[Outcome, ...]:
     """Of prompts, continuations, log-likelihoods and verdicts; returns our outcomes."""
     task, splits = prompt_task(name), load_splits(TASKS[name], data_dir, protocol)
-    rows, examples = splits.test, splits.examples
-    samples = harness_samples(*lent, task, rows, examples, protocol)
-    assert asked_by_the_harness(samples, len(rows)) == asked_by_us(task, rows, examples, protocol)
+    examples, shots = splits.test, splits.shots
+    samples = harness_samples(*loaded, task, examples, shots, protocol)
+    assert asked_by_the_harness(samples, len(examples)) == asked_by_us(task, examples, shots, protocol)
     if isinstance(task, AnswerTask):
         assert {tuple(settings["until"]) for s in samples for _, settings in s["arguments"]} == {task.until}
     monkeypatch.setattr(harness, "harness_samples", lambda *_: samples)
-    theirs = harness_outcomes(*lent, task, rows, examples, protocol)
-    ours = score(*lent, [encode_test(lent[1], task, rows, protocol, examples)], protocol).outcomes
-    assert len(ours) == len(theirs) == len(rows) == protocol.n_test
+    theirs = harness_outcomes(*loaded, task, examples, shots, protocol)
+    ours = score(*loaded, [encode_test(loaded[1], task, examples, protocol, shots)], protocol).outcomes
+    assert len(ours) == len(theirs) == len(examples) == protocol.n_test
     for our, their in zip(ours, theirs, strict=True):
         assert our.log_likelihoods == pytest.approx(their.log_likelihoods, abs=TOLERANCE)
         assert verdict(our) == verdict(their)
@@ -101,27 +104,27 @@ def assert_agreement(
 
 @pytest.mark.parametrize("num_fewshot", [0, 2])
 @pytest.mark.parametrize("name", TASK_FILES)
-def test_real_rows_are_asked_and_judged_alike(
-    name: str, num_fewshot: int, llama_lent: Lent, real_rows: Path, monkeypatch: pytest.MonkeyPatch
+def test_real_examples_are_asked_and_judged_alike(
+    name: str, num_fewshot: int, llama_loaded: Loaded, real_examples: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert_agreement(llama_lent, name, real_rows, replace(PROTOCOL, num_fewshot=num_fewshot), monkeypatch)
+    assert_agreement(llama_loaded, name, real_examples, replace(PROTOCOL, num_fewshot=num_fewshot), monkeypatch)
 
 
 @pytest.mark.parametrize("name", ["hellaswag", "winogrande", "gsm8k"])
-def test_real_rows_are_judged_alike_with_a_sliding_window(
-    name: str, mistral_lent: Lent, real_rows: Path, monkeypatch: pytest.MonkeyPatch
+def test_real_examples_are_judged_alike_with_a_sliding_window(
+    name: str, mistral_loaded: Loaded, real_examples: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert_agreement(mistral_lent, name, real_rows, replace(PROTOCOL, num_fewshot=1), monkeypatch)
+    assert_agreement(mistral_loaded, name, real_examples, replace(PROTOCOL, num_fewshot=1), monkeypatch)
 
 
 def test_gsm8k_is_asked_with_its_own_number_of_shots(
-    llama_lent: Lent, real_rows: Path, monkeypatch: pytest.MonkeyPatch
+    llama_loaded: Loaded, real_examples: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     protocol = replace(PROTOCOL, num_fewshot=TASKS["gsm8k"].num_fewshot, max_tokens=2048, batch_tokens=8192, n_test=2)
-    assert_agreement(llama_lent, "gsm8k", real_rows, protocol, monkeypatch)
+    assert_agreement(llama_loaded, "gsm8k", real_examples, protocol, monkeypatch)
 
 
-@pytest.mark.parametrize(("model", "num_fewshot"), [("llama_lent", 0), ("llama_lent", 2), ("mistral_lent", 2)])
+@pytest.mark.parametrize(("model", "num_fewshot"), [("llama_loaded", 0), ("llama_loaded", 2), ("mistral_loaded", 2)])
 @pytest.mark.parametrize("name", SYNTHETIC_TASKS)
 def test_synthetic_examples_are_prompted_and_judged_alike(
     name: str, model: str, num_fewshot: int, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
@@ -132,19 +135,19 @@ def test_synthetic_examples_are_prompted_and_judged_alike(
 
 @pytest.mark.parametrize(("name", "max_tokens"), [("boolq", 16), ("hellaswag", 14), ("gsm8k", 40)])
 def test_prompts_beyond_the_context_are_cut_alike(
-    name: str, max_tokens: int, llama_lent: Lent, monkeypatch: pytest.MonkeyPatch
+    name: str, max_tokens: int, llama_loaded: Loaded, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     protocol = replace(PROTOCOL, num_fewshot=1, max_tokens=max_tokens)
-    outcomes = assert_agreement(llama_lent, name, None, protocol, monkeypatch)
+    outcomes = assert_agreement(llama_loaded, name, None, protocol, monkeypatch)
     assert all(outcome.truncated for outcome in outcomes)
 
 
 @pytest.mark.parametrize("name", ["hellaswag", "gsm8k"])
 def test_a_tokenizer_that_begins_texts_with_a_token_is_heeded_alike(
-    name: str, llama_lent: Lent, monkeypatch: pytest.MonkeyPatch
+    name: str, llama_loaded: Loaded, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As that of LLaMA; the other side of padding must not matter."""
-    model, plain = llama_lent
+    model, plain = llama_loaded
     tokenizer = copy.deepcopy(plain)
     tokenizer.bos_token, tokenizer.padding_side = plain.convert_ids_to_tokens(1), "left"
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
@@ -152,15 +155,15 @@ def test_a_tokenizer_that_begins_texts_with_a_token_is_heeded_alike(
     )
     assert tokenizer("a")["input_ids"] == [1, *plain("a")["input_ids"]]
     begun = assert_agreement((model, tokenizer), name, None, PROTOCOL, monkeypatch)
-    rows = load_splits(TASKS[name], None, PROTOCOL).test
-    assert begun != score(model, plain, [encode_test(plain, TASKS[name], rows, PROTOCOL)], PROTOCOL).outcomes
+    examples = load_splits(TASKS[name], None, PROTOCOL).test
+    assert begun != score(model, plain, [encode_test(plain, TASKS[name], examples, PROTOCOL)], PROTOCOL).outcomes
 
 
-def test_answers_end_alike_at_the_end_of_text(llama_lent: Lent, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_answers_end_alike_at_the_end_of_text(llama_loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
     """The end-of-text token is a word that the model writes in the middle of an answer."""
-    model, plain = llama_lent
-    rows = load_splits(TASKS["gsm8k"], None, PROTOCOL).test
-    wholes = score(model, plain, [encode_test(plain, TASKS["gsm8k"], rows, PROTOCOL)], PROTOCOL).outcomes
+    model, plain = llama_loaded
+    examples = load_splits(TASKS["gsm8k"], None, PROTOCOL).test
+    wholes = score(model, plain, [encode_test(plain, TASKS["gsm8k"], examples, PROTOCOL)], PROTOCOL).outcomes
     ids = [token for outcome in wholes for token in plain(outcome.text)["input_ids"][2:]]
     tokenizer = copy.deepcopy(plain)
     tokenizer.eos_token = plain.convert_ids_to_tokens(next(i for i in ids if len(plain.decode(i)) > 4))
@@ -206,15 +209,15 @@ TEXTS = [
 ]
 
 
-def test_answers_are_read_and_compared_alike(llama_lent: Lent, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_answers_are_read_and_compared_alike(llama_loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every text as the answer to a question with every number."""
     from lm_eval.models.huggingface import HFLM
 
     task = answer_task("gsm8k")
     cases = [(number, text) for number in NUMBERS for text in TEXTS]
-    rows = [{"question": f"{i}?", "answer": f"so\n#### {number}"} for i, (number, _) in enumerate(cases)]
+    examples = [{"question": f"{i}?", "answer": f"so\n#### {number}"} for i, (number, _) in enumerate(cases)]
     monkeypatch.setattr(HFLM, "generate_until", lambda self, requests, **_: [cases[r.doc_id][1] for r in requests])
-    theirs = harness_outcomes(*llama_lent, task, rows, (), PROTOCOL)
+    theirs = harness_outcomes(*llama_loaded, task, examples, (), PROTOCOL)
     strict = [task.extract(text) for _, text in cases]
     assert [o.correct for o in theirs] == [
         found is not None and task.equal(found, number) for found, (number, _) in zip(strict, cases, strict=True)
@@ -231,21 +234,21 @@ def test_answers_are_read_and_compared_alike(llama_lent: Lent, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("name", ["boolq", "hellaswag"])
-def test_numbers_are_judged_alike(name: str, llama_lent: Lent, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_numbers_are_judged_alike(name: str, llama_loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
     """Log-likelihoods of few values, so that there are ties, with and without the lengths."""
     from lm_eval.models.huggingface import HFLM
 
     protocol = replace(PROTOCOL, n_test=100)
-    task, rows = prompt_task(name), load_splits(TASKS[name], None, protocol).test
-    tests = encode_test(llama_lent[1], task, rows, protocol)
+    task, examples = prompt_task(name), load_splits(TASKS[name], None, protocol).test
+    tests = encode_test(llama_loaded[1], task, examples, protocol)
     rng = random.Random(name)
     values = [[-float(rng.randrange(15, 18)) for _ in example.encoded] for example in tests.examples]
     monkeypatch.setattr(
         HFLM, "loglikelihood", lambda self, requests, **_: [(values[r.doc_id][r.idx], False) for r in requests]
     )
-    theirs = harness_outcomes(*llama_lent, task, rows, (), protocol)
+    theirs = harness_outcomes(*llama_loaded, task, examples, (), protocol)
     monkeypatch.setattr(scoring, "log_likelihoods", known(tests, values))
-    ours = score(*llama_lent, [tests], protocol).outcomes
+    ours = score(*llama_loaded, [tests], protocol).outcomes
     assert [replace(our, truncated=None) for our in ours] == theirs
     assert len({(o.correct, o.correct_norm) for o in ours}) == (4 if name == "hellaswag" else 2)
 
@@ -259,7 +262,7 @@ def known(tests: EvalSet, values: Sequence[Sequence[float]]) -> Any:
     return log_likelihoods
 
 
-# What the two say of a task without any row.
+# What the two say of a task without any example.
 
 
 @pytest.mark.parametrize("name", TASK_FILES)
@@ -295,9 +298,9 @@ def test_without_the_harness_it_says_how_to_install_it(monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_the_model_is_given_back_as_it_was(fails: bool, llama_lent: Lent, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_model_is_given_back_as_it_was(fails: bool, llama_loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
     """The harness generates up to what the model's settings call the end of a text."""
-    model, tokenizer = llama_lent
+    model, tokenizer = llama_loaded
     seen = []
 
     def evaluated(*given: Any, **named: Any) -> dict[str, Any]:
@@ -308,8 +311,8 @@ def test_the_model_is_given_back_as_it_was(fails: bool, llama_lent: Lent, monkey
 
     monkeypatch.setattr(model.generation_config, "eos_token_id", 17)
     monkeypatch.setattr(lm_eval, "simple_evaluate", evaluated)
-    rows = load_splits(TASKS["boolq"], None, PROTOCOL).test
+    examples = load_splits(TASKS["boolq"], None, PROTOCOL).test
     with pytest.raises(RuntimeError, match="broke") if fails else nullcontext():
-        harness_samples(model, tokenizer, prompt_task("boolq"), rows, (), PROTOCOL)
+        harness_samples(model, tokenizer, prompt_task("boolq"), examples, (), PROTOCOL)
     assert seen == [tokenizer.eos_token_id]
     assert model.generation_config.eos_token_id == 17

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from sound import cells_of, sound_ledger
+from sound import make_cells, sound_ledger
 
 from analysis.read.imported import Imported, imported_records
 from analysis.report.report import write_report
@@ -70,7 +70,7 @@ def test_a_record_that_was_broken_later_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_imported_number_is_seen_as_such(tmp_path: Path) -> None:
-    ledger = sound_ledger(tmp_path / "results", cells_of(methods=("random",)))
+    ledger = sound_ledger(tmp_path / "results", make_cells(methods=("random",)))
     imported(ledger.folder, HEADER + "tiny,boolq,0.93,lab B,400\n")
     lines = write_report([ledger.folder]).lines
     folder = ledger.folder / "analysis"

@@ -66,14 +66,14 @@ def modules(file: str) -> Iterator[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def folder_of(module: str) -> str:
+def owning_folder(module: str) -> str:
     """The folder, or top-level module, that a dotted name belongs to."""
     parts = module.split(".")
     return ".".join(parts[:2]) if parts[0] in ("tune_sparse", "analysis") else parts[0]
 
 
-def files_of(folder: str) -> list[str]:
-    return [file for file in FILES if folder_of(file.removesuffix(".py").replace("/", ".")) == folder]
+def list_files(folder: str) -> list[str]:
+    return [file for file in FILES if owning_folder(file.removesuffix(".py").replace("/", ".")) == folder]
 
 
 def libraries(file: str) -> set[str]:
@@ -82,7 +82,7 @@ def libraries(file: str) -> set[str]:
 
 
 def test_every_folder_has_its_level() -> None:
-    folders = {folder_of(file.removesuffix(".py").replace("/", ".")) for file in FILES}
+    folders = {owning_folder(file.removesuffix(".py").replace("/", ".")) for file in FILES}
     packages = {"tune_sparse.__init__", "analysis.__init__", "cluster"}
     assert folders - packages == set(LEVEL)
     assert len(LEVEL) <= 30, "a reader sees at most 30 folders and top-level modules first"
@@ -90,9 +90,9 @@ def test_every_folder_has_its_level() -> None:
 
 @pytest.mark.parametrize("folder", sorted(LEVEL))
 def test_imports_point_down(folder: str) -> None:
-    assert files_of(folder)
-    for file in files_of(folder):
-        imported = {folder_of(module) for module in modules(file) if module.split(".")[0] in FOLDERS}
+    assert list_files(folder)
+    for file in list_files(folder):
+        imported = {owning_folder(module) for module in modules(file) if module.split(".")[0] in FOLDERS}
         upward = {other for other in imported & set(LEVEL) if other != folder and LEVEL[other] >= LEVEL[folder]}
         assert upward == set(), file
 
@@ -117,16 +117,18 @@ def test_imports_within_functions_count() -> None:
 
 @pytest.mark.parametrize("library", LIBRARIES)
 def test_a_library_is_imported_only_where_it_belongs(library: str) -> None:
-    assert {folder for folder in LEVEL for file in files_of(folder) if library in libraries(file)} == LIBRARIES[library]
+    assert {folder for folder in LEVEL for file in list_files(folder) if library in libraries(file)} == LIBRARIES[
+        library
+    ]
 
 
 @pytest.mark.parametrize("folder", sorted(CORE))
 def test_the_core_needs_only_its_libraries(folder: str) -> None:
-    assert {library for file in files_of(folder) for library in libraries(file)} <= CORE_LIBRARIES
+    assert {library for file in list_files(folder) for library in libraries(file)} <= CORE_LIBRARIES
 
 
 def test_search_spaces_need_only_the_standard_library() -> None:
-    assert {library for file in files_of("search_spaces") for library in libraries(file)} == set()
+    assert {library for file in list_files("search_spaces") for library in libraries(file)} == set()
 
 
 def test_cluster_holds_no_code() -> None:

@@ -1,4 +1,4 @@
-"""A node without the model or the rows of a sweep, or with others."""
+"""A node without the model or the examples of a sweep, or with others."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ HOST = socket.gethostname()
 
 
 @pytest.fixture
-def rows(tmp_path: Path) -> Path:
-    return write_boolq(tmp_path / "rows")
+def data_dir(tmp_path: Path) -> Path:
+    return write_boolq(tmp_path / "data")
 
 
 @pytest.fixture
-def run(llama: Path, rows: Path, tmp_path: Path) -> Run:
-    """A run whose model and rows lie in folders of its own."""
+def run(llama: Path, data_dir: Path, tmp_path: Path) -> Run:
+    """A run whose model and examples lie in folders of its own."""
     shutil.copytree(llama, tmp_path / "model")
-    return tiny_run(tmp_path / "model", rows)
+    return tiny_run(tmp_path / "model", data_dir)
 
 
 def test_what_was_planned_is_given(run: Run) -> None:
@@ -59,26 +59,26 @@ def test_a_missing_model_is_refused(run: Run) -> None:
         load_planned_checkpoint(run)
 
 
-def test_other_rows_are_refused(run: Run, rows: Path) -> None:
-    write_boolq(rows, train=21)
-    with pytest.raises(NotReadyError, match=rf"the rows of boolq in {rows} as it was planned, .+; {HOST} has "):
+def test_other_examples_are_refused(run: Run, data_dir: Path) -> None:
+    write_boolq(data_dir, train=21)
+    with pytest.raises(NotReadyError, match=rf"the examples of boolq in {data_dir} as it was planned, .+; {HOST} has "):
         load_planned_splits(run, run.protocol)
 
 
-def test_missing_rows_are_refused(run: Run, rows: Path) -> None:
-    (rows / "boolq" / "train.jsonl").unlink()
-    with pytest.raises(NotReadyError, match=rf"{HOST} says: boolq needs the file {rows}/boolq/train.jsonl"):
+def test_missing_examples_are_refused(run: Run, data_dir: Path) -> None:
+    (data_dir / "boolq" / "train.jsonl").unlink()
+    with pytest.raises(NotReadyError, match=rf"{HOST} says: boolq needs the file {data_dir}/boolq/train.jsonl"):
         load_planned_splits(run, run.protocol)
 
 
-def test_another_calibration_text_is_refused(rows: Path) -> None:
-    text = rows / "wikitext2" / "train.txt"
+def test_another_calibration_text_is_refused(data_dir: Path) -> None:
+    text = data_dir / "wikitext2" / "train.txt"
     text.parent.mkdir()
     text.write_text("The tower was built in 1889 . " * 10)
-    planned = make_run(protocol=Protocol(calibration="wikitext2"), data_dir=str(rows))
+    planned = make_run(protocol=Protocol(calibration="wikitext2"), data_dir=str(data_dir))
     read = load_planned_calibration_text(replace(planned, calibration_fingerprint=hash_json(text.read_text())))
     assert read == text.read_text()
-    with pytest.raises(NotReadyError, match=f"the text wikitext2 in {rows} as it was planned"):
+    with pytest.raises(NotReadyError, match=f"the text wikitext2 in {data_dir} as it was planned"):
         load_planned_calibration_text(replace(planned, calibration_fingerprint="f" * 64))
 
 

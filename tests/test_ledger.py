@@ -10,7 +10,7 @@ from threading import Barrier
 from typing import Any
 
 import pytest
-from factories import done_record, failed_record, make_cell, make_run, sweep_of, write_run
+from factories import done_record, failed_record, make_cell, make_run, make_sweep, write_run
 
 from tune_sparse.config import Protocol
 from tune_sparse.evaluation.outcomes import Outcome, read_outcomes
@@ -201,7 +201,7 @@ def test_a_record_is_read_as_it_was_written(ledger: Ledger) -> None:
     "run",
     [
         make_run(),
-        make_run(data_dir="/rows", protocol=Protocol(learning_rate=1e-5, final_learning_rate=1e-6, n_selection=None)),
+        make_run(data_dir="/data", protocol=Protocol(learning_rate=1e-5, final_learning_rate=1e-6, n_selection=None)),
         make_run(make_cell(sparsity=0.1, model="123", seed=7)),
     ],
 )
@@ -259,7 +259,9 @@ def test_an_accuracy_before_tuning_is_kept_and_unknown_before(ledger: Ledger) ->
 
 
 def test_sweeps_are_read_back_the_oldest_first(ledger: Ledger) -> None:
-    sweeps = [sweep_of([make_cell(seed=seed)], started=started) for seed, started in ((0, 30.0), (1, 10.0), (2, 20.0))]
+    sweeps = [
+        make_sweep([make_cell(seed=seed)], started=started) for seed, started in ((0, 30.0), (1, 10.0), (2, 20.0))
+    ]
     for sweep in sweeps:
         ledger.write_sweep(sweep)
     assert [sweep.started for sweep in ledger.sweeps()] == [10.0, 20.0, 30.0]

@@ -48,7 +48,7 @@ def changed(**changes: object) -> Protocol:
     return Protocol(**(vars(PROTOCOL) | changes))  # type: ignore[arg-type]
 
 
-def random_rows(count: int, seed: int = 0) -> list[Encoded]:
+def random_examples(count: int, seed: int = 0) -> list[Encoded]:
     """Contexts of 3 to 60 tokens (longer than Mistral's window) and answers of 1 to 5."""
     rng = random.Random(seed)
     tokens = [[rng.randrange(1, 500) for _ in range(rng.randint(3, 60) + 5)] for _ in range(count)]
@@ -56,7 +56,7 @@ def random_rows(count: int, seed: int = 0) -> list[Encoded]:
     return [Encoded(tuple(ids[:cut]), tuple(ids[cut:])) for ids, cut in zip(tokens, cuts, strict=True)]
 
 
-ROWS = random_rows(12)
+EXAMPLES = random_examples(12)
 
 
 @pytest.fixture(params=["llama", "mistral"])
@@ -77,9 +77,11 @@ def trainable(adapted: PeftModel) -> list[nn.Parameter]:
     return [parameter for parameter in adapted.parameters() if parameter.requires_grad]
 
 
-def fitted(adapted: PeftModel, rows: list[Encoded], protocol: Protocol, seed: int = 0) -> Generator[Step, None, None]:
+def fitted(
+    adapted: PeftModel, examples: list[Encoded], protocol: Protocol, seed: int = 0
+) -> Generator[Step, None, None]:
     """The training of all adapters."""
-    return fit(adapted.get_base_model(), adamw(trainable(adapted), protocol), rows, protocol, seed)
+    return fit(adapted.get_base_model(), adamw(trainable(adapted), protocol), examples, protocol, seed)
 
 
 @pytest.mark.parametrize(
@@ -115,58 +117,58 @@ def test_a_training_of_one_step_has_the_peak_rate() -> None:
     assert learning_rate_at(0, Protocol(steps=1, warmup_steps=0)) == Protocol().learning_rate
 
 
-def first_rows(count: int, protocol: Protocol, seed: int = 0) -> list[Encoded]:
-    return list(itertools.islice(itertools.chain.from_iterable(batches(ROWS, protocol, seed)), count))
+def first_examples(count: int, protocol: Protocol, seed: int = 0) -> list[Encoded]:
+    return list(itertools.islice(itertools.chain.from_iterable(batches(EXAMPLES, protocol, seed)), count))
 
 
 @pytest.mark.parametrize("global_batch_size", [4, 8, 12, 40])
-def test_every_epoch_is_a_new_permutation_of_the_rows(global_batch_size: int) -> None:
+def test_every_epoch_is_a_new_permutation_of_the_examples(global_batch_size: int) -> None:
     protocol = changed(global_batch_size=global_batch_size)
-    assert {len(batch) for batch in itertools.islice(batches(ROWS, protocol, 0), 9)} == {global_batch_size}
-    seen = first_rows(5 * len(ROWS), protocol)
-    epochs = [tuple(seen[start : start + len(ROWS)]) for start in range(0, len(seen), len(ROWS))]
-    assert all(set(epoch) == set(ROWS) for epoch in epochs)
+    assert {len(batch) for batch in itertools.islice(batches(EXAMPLES, protocol, 0), 9)} == {global_batch_size}
+    seen = first_examples(5 * len(EXAMPLES), protocol)
+    epochs = [tuple(seen[start : start + len(EXAMPLES)]) for start in range(0, len(seen), len(EXAMPLES))]
+    assert all(set(epoch) == set(EXAMPLES) for epoch in epochs)
     assert len(set(epochs)) == 5
 
 
-def test_the_order_of_rows_depends_on_the_seed_and_not_on_batches() -> None:
-    expected = first_rows(48, PROTOCOL)
-    assert first_rows(48, changed(micro_batch_size=1)) == expected
-    assert first_rows(48, changed(global_batch_size=16)) == expected
-    assert first_rows(48, PROTOCOL, seed=1) != expected
+def test_the_order_of_examples_depends_on_the_seed_and_not_on_batches() -> None:
+    expected = first_examples(48, PROTOCOL)
+    assert first_examples(48, changed(micro_batch_size=1)) == expected
+    assert first_examples(48, changed(global_batch_size=16)) == expected
+    assert first_examples(48, PROTOCOL, seed=1) != expected
 
 
-def stock_loss(model: PreTrainedModel, row: Encoded, learned_from: int) -> Tensor:
+def stock_loss(model: PreTrainedModel, example: Encoded, first_target: int) -> Tensor:
     """Summed by transformers itself, from its mean over the labels that are not -100."""
-    ids = torch.tensor([row.context + row.continuation])
+    ids = torch.tensor([example.context + example.continuation])
     labels = ids.clone()
-    labels[:, :learned_from] = -100
-    return model(input_ids=ids, labels=labels).loss * (ids.shape[1] - max(1, learned_from))
+    labels[:, :first_target] = -100
+    return model(input_ids=ids, labels=labels).loss * (ids.shape[1] - max(1, first_target))
 
 
 @torch.no_grad()
 def test_the_loss_is_that_of_transformers_on_the_answers(model: PreTrainedModel) -> None:
-    loss, count = answer_loss(model, ROWS)
-    torch.testing.assert_close(loss, sum(stock_loss(model, row, len(row.context)) for row in ROWS))
-    assert count == sum(len(row.continuation) for row in ROWS)
+    loss, count = answer_loss(model, EXAMPLES)
+    torch.testing.assert_close(loss, sum(stock_loss(model, example, len(example.context)) for example in EXAMPLES))
+    assert count == sum(len(example.continuation) for example in EXAMPLES)
 
 
 @torch.no_grad()
 def test_the_loss_of_prompt_and_answer_is_that_of_transformers(model: PreTrainedModel) -> None:
-    loss, count = answer_loss(model, ROWS, train_on_prompt=True)
-    torch.testing.assert_close(loss, sum(stock_loss(model, row, 0) for row in ROWS))
-    assert count == sum(len(row.context) + len(row.continuation) - 1 for row in ROWS)
+    loss, count = answer_loss(model, EXAMPLES, train_on_prompt=True)
+    torch.testing.assert_close(loss, sum(stock_loss(model, example, 0) for example in EXAMPLES))
+    assert count == sum(len(example.context) + len(example.continuation) - 1 for example in EXAMPLES)
 
 
 @torch.no_grad()
-def test_padding_does_not_change_the_loss_of_a_row(model: PreTrainedModel) -> None:
+def test_padding_does_not_change_the_loss_of_an_example(model: PreTrainedModel) -> None:
     short, long = Encoded((5, 6, 7), (8,)), Encoded(tuple(range(1, 80)), (9, 10))
     alone, beside = answer_loss(model, [short])[0], answer_loss(model, [short, long])[0] - answer_loss(model, [long])[0]
     torch.testing.assert_close(beside, alone, atol=1e-4, rtol=1e-4)
 
 
 @torch.no_grad()
-def test_the_first_token_of_a_row_without_context_is_not_learned(model: PreTrainedModel) -> None:
+def test_the_first_token_of_an_example_without_context_is_not_learned(model: PreTrainedModel) -> None:
     loss, count = answer_loss(model, [Encoded((), (5, 6, 7))])
     assert count == 2
     torch.testing.assert_close(loss, stock_loss(model, Encoded((), (5, 6, 7)), 0))
@@ -174,34 +176,34 @@ def test_the_first_token_of_a_row_without_context_is_not_learned(model: PreTrain
 
 @torch.no_grad()
 def test_mean_loss_is_over_tokens_not_over_micro_batches(model: PreTrainedModel) -> None:
-    loss, count = answer_loss(model, ROWS)
+    loss, count = answer_loss(model, EXAMPLES)
     for micro_batch_size in (1, 8):
-        mean = mean_loss(model, ROWS, changed(micro_batch_size=micro_batch_size))
+        mean = mean_loss(model, EXAMPLES, changed(micro_batch_size=micro_batch_size))
         assert mean == pytest.approx(float(loss) / count, rel=1e-5)
 
 
 @pytest.mark.parametrize("train_on_prompt", [False, True])
 def test_the_micro_batch_does_not_change_the_gradients(train_on_prompt: bool, adapted: PeftModel) -> None:
-    rows = [*ROWS[:7], Encoded((), (3, 4, 5))]
+    examples = [*EXAMPLES[:7], Encoded((), (3, 4, 5))]
     for _, layer in sparse_lora_layers(adapted):
         nn.init.normal_(layer.factors()[1], std=0.02)
     found = []
     for micro_batch_size in (8, 2):
         protocol = changed(micro_batch_size=micro_batch_size, train_on_prompt=train_on_prompt)
-        loss = _accumulate_gradients(adapted.get_base_model(), rows, protocol, accelerator_for())
+        loss = _accumulate_gradients(adapted.get_base_model(), examples, protocol, accelerator_for())
         found.append((loss, [parameter.grad.clone() for parameter in trainable(adapted)]))
         adapted.zero_grad()
     (whole_loss, whole), (parts_loss, parts) = found
-    expected = mean_loss(adapted.get_base_model(), rows, changed(train_on_prompt=train_on_prompt))
+    expected = mean_loss(adapted.get_base_model(), examples, changed(train_on_prompt=train_on_prompt))
     assert (whole_loss, parts_loss) == pytest.approx((expected, expected), rel=1e-5)
     torch.testing.assert_close(parts, whole, atol=1e-6, rtol=1e-3)
     assert all(gradient.any() for gradient in whole)
 
 
-def test_the_loss_falls_on_a_few_rows(adapted: PeftModel) -> None:
-    steps = list(fitted(adapted, ROWS[:8], changed(steps=20)))
+def test_the_loss_falls_on_a_few_examples(adapted: PeftModel) -> None:
+    steps = list(fitted(adapted, EXAMPLES[:8], changed(steps=20)))
     assert steps[-1].loss < 0.5 * steps[0].loss
-    assert steps[0].loss == pytest.approx(mean_loss(load_base(adapted), ROWS[:8], PROTOCOL), rel=1e-5)
+    assert steps[0].loss == pytest.approx(mean_loss(load_base(adapted), EXAMPLES[:8], PROTOCOL), rel=1e-5)
 
 
 def load_base(adapted: PeftModel) -> PreTrainedModel:
@@ -210,11 +212,13 @@ def load_base(adapted: PeftModel) -> PreTrainedModel:
 
 
 def test_a_step_says_what_it_did(adapted: PeftModel) -> None:
-    steps = list(fitted(adapted, ROWS[:8], PROTOCOL))
+    steps = list(fitted(adapted, EXAMPLES[:8], PROTOCOL))
     assert [step.step for step in steps] == [1, 2, 3, 4, 5, 6]
     assert [step.learning_rate for step in steps] == [learning_rate_at(step, PROTOCOL) for step in range(6)]
-    assert {step.rows for step in steps} == {8}
-    assert {step.tokens for step in steps} == {sum(len(row.context + row.continuation) for row in ROWS[:8])}
+    assert {step.examples for step in steps} == {8}
+    assert {step.tokens for step in steps} == {
+        sum(len(example.context + example.continuation) for example in EXAMPLES[:8])
+    }
     assert all(step.seconds > 0 for step in steps)
 
 
@@ -225,7 +229,7 @@ def test_a_training_repeats_to_the_last_bit(dropout: float, llama: Path) -> None
         model = load_model(llama, torch.float32, torch.device("cpu"))
         adapted = adapt_model(model, changed(lora_dropout=dropout), None, seed=0)
         torch.manual_seed(noise)
-        losses = [step.loss for step in fitted(adapted, ROWS, PROTOCOL, seed=5)]
+        losses = [step.loss for step in fitted(adapted, EXAMPLES, PROTOCOL, seed=5)]
         found.append((losses, [parameter.detach() for parameter in trainable(adapted)]))
     (first_losses, first), (second_losses, second) = found
     assert first_losses == second_losses
@@ -235,13 +239,13 @@ def test_a_training_repeats_to_the_last_bit(dropout: float, llama: Path) -> None
 def test_the_optimizer_is_adamw_on_clipped_gradients(llama: Path) -> None:
     protocol = changed(steps=4, global_batch_size=12, max_grad_norm=0.5, weight_decay=0.3)
     adapted = adapted_model(llama)
-    list(fitted(adapted, ROWS, protocol))
+    list(fitted(adapted, EXAMPLES, protocol))
 
     manual = adapted_model(llama)
     parameters = trainable(manual)
     means, squares = ([torch.zeros_like(p) for p in parameters] for _ in range(2))
     for step in range(4):
-        loss, count = answer_loss(manual.get_base_model(), ROWS)
+        loss, count = answer_loss(manual.get_base_model(), EXAMPLES)
         gradients = torch.autograd.grad(loss / count, parameters)
         norm = torch.cat([gradient.flatten() for gradient in gradients]).norm()
         assert norm > 0.5, "or clipping is not tested"
@@ -258,10 +262,10 @@ def test_the_optimizer_is_adamw_on_clipped_gradients(llama: Path) -> None:
 @pytest.mark.parametrize("ends", ["done", "closed", "failed"])
 def test_the_model_is_in_training_mode_until_its_training_ends(ends: str, adapted: PeftModel) -> None:
     model = adapted.get_base_model()
-    steps = fitted(adapted, ROWS, PROTOCOL)
+    steps = fitted(adapted, EXAMPLES, PROTOCOL)
     for _ in range(2):
         next(steps)
-        mean_loss(model, ROWS, PROTOCOL)
+        mean_loss(model, EXAMPLES, PROTOCOL)
         assert all(module.training for module in model.modules())
     if ends == "done":
         list(steps)
@@ -278,19 +282,19 @@ def test_the_eval_loss_has_no_dropout(llama: Path) -> None:
     model = load_model(llama, torch.float32, torch.device("cpu"))
     adapted = adapt_model(model, changed(lora_dropout=0.5), None, seed=0)
     nn.init.normal_(next(sparse_lora_layers(adapted))[1].factors()[1])
-    expected = mean_loss(model, ROWS, PROTOCOL)
-    assert mean_loss(model.train(), ROWS, PROTOCOL) == expected
+    expected = mean_loss(model, EXAMPLES, PROTOCOL)
+    assert mean_loss(model.train(), EXAMPLES, PROTOCOL) == expected
 
 
 def test_a_loss_that_is_not_finite_names_its_step(adapted: PeftModel) -> None:
     next(sparse_lora_layers(adapted))[1].factors()[1].data.fill_(math.inf)
     with pytest.raises(RunError, match=r"got nan at step 1 with learning rate 0\.01 \(no good loss before\)\. Lower"):
-        list(fitted(adapted, ROWS, PROTOCOL))
+        list(fitted(adapted, EXAMPLES, PROTOCOL))
 
 
 def test_a_diverging_training_stops_at_the_first_bad_loss(adapted: PeftModel) -> None:
     protocol = changed(learning_rate=1e30, final_learning_rate=0.0)
-    steps = fitted(adapted, ROWS, protocol)
+    steps = fitted(adapted, EXAMPLES, protocol)
     first = next(steps).loss
     assert math.isfinite(first)
     with pytest.raises(RunError, match=rf"got nan at step 2 with .* \(last good loss {first:.4g} at step 1\)\. Lower"):
@@ -303,7 +307,7 @@ def test_computing_activations_again_changes_no_bit(dropout: float, llama: Path)
     for again in (False, True):
         protocol = changed(lora_dropout=dropout, activation_checkpointing=again, steps=3)
         adapted = adapt_model(load_model(llama, torch.float32, torch.device("cpu")), protocol, None, seed=0)
-        losses = [step.loss for step in fitted(adapted, ROWS, protocol)]
+        losses = [step.loss for step in fitted(adapted, EXAMPLES, protocol)]
         found.append((losses, [parameter.detach() for parameter in trainable(adapted)]))
         assert not adapted.get_base_model().is_activation_checkpointing
     assert found[0][0] == found[1][0]
@@ -316,7 +320,7 @@ def test_checkpointed_activations_are_not_kept(llama: Path) -> None:
         adapted = adapted_model(llama)
         sizes: list[int] = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t, s=sizes: s.append(t.numel()) or t, lambda t: t):
-            next(fitted(adapted, ROWS, changed(activation_checkpointing=again)))
+            next(fitted(adapted, EXAMPLES, changed(activation_checkpointing=again)))
         kept.append(sum(sizes))
     assert kept[1] < 0.2 * kept[0]
 
@@ -325,21 +329,23 @@ def test_a_packed_training_learns_the_same(llama: Path) -> None:
     plain, together = (
         [
             step.loss
-            for step in fitted(adapted_model(llama), ROWS, changed(packing=packing, max_tokens=200, max_new_tokens=1))
+            for step in fitted(
+                adapted_model(llama), EXAMPLES, changed(packing=packing, max_tokens=200, max_new_tokens=1)
+            )
         ]
         for packing in (False, True)
     )
     assert together == pytest.approx(plain, rel=1e-3)
 
 
-def test_a_training_that_goes_on_takes_the_rows_that_are_left(llama: Path) -> None:
+def test_a_training_that_goes_on_takes_the_examples_that_are_left(llama: Path) -> None:
     adapted = adapted_model(llama)
     optimizer = adamw(trainable(adapted), PROTOCOL)
-    first = [step.step for step in itertools.islice(fit(adapted.get_base_model(), optimizer, ROWS, PROTOCOL, 0), 2)]
-    rest = list(fit(adapted.get_base_model(), optimizer, ROWS, PROTOCOL, 0, done=2))
+    first = [step.step for step in itertools.islice(fit(adapted.get_base_model(), optimizer, EXAMPLES, PROTOCOL, 0), 2)]
+    rest = list(fit(adapted.get_base_model(), optimizer, EXAMPLES, PROTOCOL, 0, done=2))
     assert first + [step.step for step in rest] == [1, 2, 3, 4, 5, 6]
     assert [step.learning_rate for step in rest] == [learning_rate_at(step, PROTOCOL) for step in range(2, 6)]
-    whole = list(fitted(adapted_model(llama), ROWS, PROTOCOL))
+    whole = list(fitted(adapted_model(llama), EXAMPLES, PROTOCOL))
     assert [step.loss for step in rest] == [step.loss for step in whole[2:]]
 
 

@@ -211,9 +211,9 @@ def test_a_plain_update_fills_the_zeros_until_the_last_mask(adapt: Adapt) -> Non
 def test_training_moves_the_adapters_and_nothing_else(confined: bool, adapt: Adapt) -> None:
     adapted, _ = adapt(confined)
     before = {name: parameter.clone() for name, parameter in adapted.named_parameters()}
-    rows = [Encoded(tuple(range(i, i + 10)), (i, i + 1)) for i in range(8)]
+    examples = [Encoded(tuple(range(i, i + 10)), (i, i + 1)) for i in range(8)]
     parameters = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
-    list(fit(adapted.get_base_model(), adamw(parameters, PROTOCOL), rows, PROTOCOL, seed=0))
+    list(fit(adapted.get_base_model(), adamw(parameters, PROTOCOL), examples, PROTOCOL, seed=0))
     moved = {name for name, parameter in adapted.named_parameters() if not torch.equal(parameter, before[name])}
     assert moved == {name for name in before if ".lora_A." in name or ".lora_B." in name}
     assert len(moved) == 2 * 21

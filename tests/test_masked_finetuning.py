@@ -23,7 +23,7 @@ from tune_sparse.pruning.prune_model import make_masks
 from tune_sparse.sweep.plan import make_plan
 from tune_sparse.training.loop import accelerator_for, fit
 
-ROWS = [Encoded(tuple(range(i, i + 10)), (i, i + 1)) for i in range(8)]
+EXAMPLES = [Encoded(tuple(range(i, i + 10)), (i, i + 1)) for i in range(8)]
 
 
 def test_the_mask_is_enforced_on_weight_and_moments_by_hand() -> None:
@@ -55,7 +55,7 @@ def test_after_every_step_the_zeros_are_zero_and_kept_weights_move(method: str, 
     protocol = Protocol(**vars(TINY_PROTOCOL) | {"precision": precision})
     trained, pruned = pruned_and_set_up(llama, protocol, method)
     optimizer = trained.optimizer(protocol)
-    steps = fit(trained.model, optimizer, ROWS, protocol, 0, accelerator=accelerator_for(trained.mixed_precision))
+    steps = fit(trained.model, optimizer, EXAMPLES, protocol, 0, accelerator=accelerator_for(trained.mixed_precision))
     for _ in steps:
         for weight, mask in zip(trained.parameters(), trained.masks.values(), strict=True):
             assert weight.dtype == torch.float32
@@ -73,7 +73,7 @@ def test_after_every_step_the_zeros_are_zero_and_kept_weights_move(method: str, 
 def test_nothing_but_the_pruned_layers_is_trained(llama: Path) -> None:
     trained, _ = pruned_and_set_up(llama, TINY_PROTOCOL)
     before = {name: parameter.clone() for name, parameter in trained.model.named_parameters()}
-    list(fit(trained.model, trained.optimizer(TINY_PROTOCOL), ROWS, TINY_PROTOCOL, 0))
+    list(fit(trained.model, trained.optimizer(TINY_PROTOCOL), EXAMPLES, TINY_PROTOCOL, 0))
     moved = {name for name, parameter in trained.model.named_parameters() if not torch.equal(parameter, before[name])}
     assert moved == set(trained.masks)
 
@@ -86,7 +86,7 @@ def test_a_filled_zero_is_found(llama: Path) -> None:
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_the_model_is_given_back_as_it_was_lent(precision: str, llama: Path) -> None:
+def test_the_model_is_given_back_as_it_was(precision: str, llama: Path) -> None:
     protocol = Protocol(**vars(TINY_PROTOCOL) | {"precision": precision})
     trained, _ = pruned_and_set_up(llama, protocol)
     model = trained.unwrap()

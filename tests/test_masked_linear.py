@@ -265,11 +265,11 @@ def test_the_impl_follows_from_mask_rank_and_precision(mask: Tensor, dtype: torc
     assert choose_impl(weight, mask, R, Workspace()).name == expected
 
 
-@pytest.mark.parametrize("asked", ["auto", "structured", "effective-weight"])
+@pytest.mark.parametrize("requested", ["auto", "structured", "effective-weight"])
 @pytest.mark.parametrize(("width", "expected"), [(WIDE, "plain"), (WIDE - 1, "effective-weight")])
-def test_without_a_mask_the_cheaper_impl_computes_everything(asked: str, width: int, expected: str) -> None:
+def test_without_a_mask_the_cheaper_impl_computes_everything(requested: str, width: int, expected: str) -> None:
     weight = draw(1, width, width)
-    impl = choose_impl(weight, None, R, Workspace(), asked)
+    impl = choose_impl(weight, None, R, Workspace(), requested)
     assert (impl.name, impl.mask(weight)) == (expected, None)
     x, A, B = draw(2, 1, width), draw(3, R, width).requires_grad_(), draw(4, width, R).requires_grad_()
     torch.testing.assert_close(impl(x, weight, None, A, B, 0.5), F.linear(x, weight + 0.5 * B @ A))
@@ -283,7 +283,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ),
     ({"mask": torch.ones(O, I)}, r"a mask must be bool .*, got float32 \(11, 7\)\."),
     ({"mask": MASKS["rows"]}, r"is 0 where its mask is, got 28 other values there\. Give the pruned weight"),
-    ({"asked": "structured"}, r"'structured' needs masks of whole rows and columns, got another\. Choose 'auto'\."),
+    ({"requested": "structured"}, r"'structured' needs masks of whole rows and columns, got another\. Choose 'auto'\."),
 ]
 
 
@@ -293,7 +293,7 @@ def test_what_cannot_be_computed_is_refused(mistake: dict[str, Any], message: st
     weight = torch.ones(O, I)
     weight *= scattered() if mask.shape == scattered().shape and mask is not MASKS["rows"] else 1
     with pytest.raises(InputError, match=message):
-        choose_impl(weight, mask, R, Workspace(), mistake.get("asked", "auto"))
+        choose_impl(weight, mask, R, Workspace(), mistake.get("requested", "auto"))
 
 
 @pytest.mark.parametrize(("impl", "mask"), [("structured", "rows and columns"), ("effective-weight", "elementwise")])

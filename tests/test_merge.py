@@ -59,9 +59,11 @@ def test_a_merged_run_is_the_model_that_was_scored(mode: str, precision: str, ll
     model = stock(tmp_path / "merged")
     assert model.dtype == getattr(torch, precision)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
-    pairs = [TASKS["boolq"].training_pair(row) for row in load_splits(TASKS["boolq"], None, run.protocol).selection]
-    rows = encode_answers(tokenizer, pairs, run.protocol.max_tokens)
-    assert mean_loss(model, rows, run.protocol) == record.metrics["eval_loss"]
+    pairs = [
+        TASKS["boolq"].training_pair(example) for example in load_splits(TASKS["boolq"], None, run.protocol).selection
+    ]
+    examples = encode_answers(tokenizer, pairs, run.protocol.max_tokens)
+    assert mean_loss(model, examples, run.protocol) == record.metrics["eval_loss"]
     origin = json.loads((tmp_path / "merged" / "tune_sparse_merge.json").read_text())
     assert (origin["mode"], origin["run_id"]) == (mode, run.run_id)
     assert not list(tmp_path.glob(".*.partial"))

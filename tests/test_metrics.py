@@ -22,7 +22,7 @@ from tune_sparse.evaluation.outcomes import Outcome
 
 
 def choices(golds: str, predictions: str, norm: str = "") -> list[Outcome]:
-    """A digit a row; `norm` says whether the length-normalised choice was right."""
+    """A digit an example; `norm` says whether the length-normalised choice was right."""
     return [
         Outcome("t", str(i), gold, predicted, gold == predicted, norm[i] == "1" if norm else None)
         for i, (gold, predicted) in enumerate(zip(golds, predictions, strict=True))
@@ -162,7 +162,7 @@ def test_tasks_of_a_mixture_count_alike() -> None:
     }
 
 
-def test_a_mixture_with_a_task_of_one_row_has_no_standard_error() -> None:
+def test_a_mixture_with_a_task_of_one_example_has_no_standard_error() -> None:
     by_task = {"a": accuracy_metrics(0.2, 0.03, 0.0, 100), "b": accuracy_metrics(1.0, None, 0.5, 1)}
     assert combined(by_task)["accuracy_stderr"] is None
 

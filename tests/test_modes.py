@@ -39,7 +39,7 @@ from tune_sparse.sweep.plan import make_plan
 from tune_sparse.training.loop import accelerator_for, fit
 
 IDS = torch.arange(2 * 20).view(2, 20)
-ROWS = [Encoded(tuple(range(i, i + 10)), (i, i + 1)) for i in range(8)]
+EXAMPLES = [Encoded(tuple(range(i, i + 10)), (i, i + 1)) for i in range(8)]
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def train(llama: Path) -> Train:
         write_weights_into(model, pruned)
         trainable = setup(mode, model, protocol, masks, 0)
         accelerator = accelerator_for(trainable.mixed_precision)
-        list(fit(trainable.model, trainable.optimizer(protocol), ROWS, protocol, 0, accelerator=accelerator))
+        list(fit(trainable.model, trainable.optimizer(protocol), EXAMPLES, protocol, 0, accelerator=accelerator))
         return Trained(masks, pruned, trainable, trainable.merge())
 
     return run
@@ -84,7 +84,7 @@ def test_every_backend_of_the_configuration_has_its_train_stage() -> None:
 
 
 @torch.no_grad()
-def logits_of(trained: Trained, weights: dict[str, Tensor]) -> Tensor:
+def compute_logits(trained: Trained, weights: dict[str, Tensor]) -> Tensor:
     model = trained.trainable.unwrap()
     write_weights_into(model, weights)
     return model(IDS).logits
@@ -102,7 +102,7 @@ def test_the_merged_model_computes_the_trained_function_to_the_last_bit_or_but_f
         )
     is_exact = trained.trainable.is_merged_exactly
     assert is_exact == (mode == "sparse-to-sparse" or (mode, precision) == ("masked-finetuning", "float32"))
-    merged = logits_of(trained, trained.merged.before_mask)
+    merged = compute_logits(trained, trained.merged.before_mask)
     if expected is not None:
         assert _logit_violations(expected, merged, is_exact) == []
 
@@ -110,10 +110,10 @@ def test_the_merged_model_computes_the_trained_function_to_the_last_bit_or_but_f
 def test_a_merge_is_judged_by_the_digits_of_its_precision() -> None:
     trained = torch.ones(2, 4)
     assert _logit_violations(trained, trained + 1e-4, exactly=False) == []
-    [said] = _logit_violations(trained, trained + 1e-3, exactly=False)
-    assert said == "the merged model must compute the trained function within 0.0003 of its logits, got 0.001"
-    [said] = _logit_violations(trained, trained + 1e-6, exactly=True)
-    assert said == "the merged model must compute exactly the trained function"
+    [violation] = _logit_violations(trained, trained + 1e-3, exactly=False)
+    assert violation == "the merged model must compute the trained function within 0.0003 of its logits, got 0.001"
+    [violation] = _logit_violations(trained, trained + 1e-6, exactly=True)
+    assert violation == "the merged model must compute exactly the trained function"
     half = trained.bfloat16()
     assert _logit_violations(half, half * 1.0625, exactly=False) == []
     assert _logit_violations(half, half * 1.125, exactly=False) != []
@@ -238,7 +238,7 @@ def test_a_worker_loads_a_model_once_for_several_runs(make_run: MakeRun, ledger:
     assert worker.loads == 2
 
 
-def test_a_worker_lends_the_weights_of_the_checkpoint_after_every_run(
+def test_a_worker_gives_the_weights_of_the_checkpoint_after_every_run(
     make_run: MakeRun, ledger: Ledger, llama: Path
 ) -> None:
     worker = WorkerCache()
@@ -246,12 +246,12 @@ def test_a_worker_lends_the_weights_of_the_checkpoint_after_every_run(
     for mode in ("sparse-to-dense", "sparse-to-sparse"):
         run = make_run(mode=mode)
         finished(run, ledger, worker)
-        lent = worker.model(run).model.state_dict()
-        assert list(lent) == list(checkpoint)
-        assert all(torch.equal(lent[name], checkpoint[name]) for name in checkpoint)
+        weights = worker.model(run).model.state_dict()
+        assert list(weights) == list(checkpoint)
+        assert all(torch.equal(weights[name], checkpoint[name]) for name in checkpoint)
 
 
-def test_a_worker_encodes_the_rows_of_a_task_once(
+def test_a_worker_encodes_the_examples_of_a_task_once(
     make_run: MakeRun, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     encoded = []
@@ -369,7 +369,12 @@ def test_every_kind_of_method_trains(method: str, order: str, make_run: MakeRun,
     assert record.status == "done", record.error
     assert record.metrics["actual_sparsity"] == pytest.approx(0.5, abs=0.01)
     described = json.loads((ledger.run_folder(run.run_id) / "sparse_config.json").read_text())
-    calibration = {"calibration": "task", "calibration_rows": 6, "calibration_tokens": 2048, "calibration_order": order}
+    calibration = {
+        "calibration": "task",
+        "calibration_examples": 6,
+        "calibration_tokens": 2048,
+        "calibration_order": order,
+    }
     assert described["calibration"] == (calibration if run.is_calibrated else None)
     assert described["mask_sha256"] == record.metrics["mask_sha256"]
 
@@ -418,8 +423,8 @@ def test_a_calibrated_run_does_not_depend_on_the_runs_before_it(
 
 
 def test_scores_can_be_calibrated_on_text(llama: Path, ledger: Ledger, tmp_path: Path) -> None:
-    rows = write_boolq(tmp_path / "rows", train=20, validation=6)
-    text = rows / "wikitext2" / "train.txt"
+    data_dir = write_boolq(tmp_path / "data", train=20, validation=6)
+    text = data_dir / "wikitext2" / "train.txt"
     text.parent.mkdir()
     text.write_text("The tower was built in 1889 and is 330 metres tall . " * 60)
     few = {
@@ -430,8 +435,8 @@ def test_scores_can_be_calibrated_on_text(llama: Path, ledger: Ledger, tmp_path:
         "n_selection": 4,
         "precision": "float32",
     }
-    calibration = {"calibration": "wikitext2", "calibration_rows": 4, "calibration_tokens": 64}
-    names = {"models": str(llama), "tasks": "boolq", "data_dir": rows, "methods": "wanda", "sparsities": "0.5"}
+    calibration = {"calibration": "wikitext2", "calibration_examples": 4, "calibration_tokens": 64}
+    names = {"models": str(llama), "tasks": "boolq", "data_dir": data_dir, "methods": "wanda", "sparsities": "0.5"}
     plan = make_plan(SweepConfig.from_names(names | few | calibration))
     first, second = plan.runs.values()
     assert first.calibration_fingerprint == second.calibration_fingerprint is not None

@@ -36,7 +36,7 @@ def test_columns_have_their_types_even_where_all_values_are_missing(tmp_path: Pa
 
 
 def test_a_thousand_outcomes_take_little_room(tmp_path: Path) -> None:
-    """Most of it are the log-likelihoods: 4 x 8 bytes a row."""
+    """Most of it are the log-likelihoods: 4 x 8 bytes an example."""
     outcomes = [
         Outcome("hellaswag", f"{i:016x}", str(i % 4), "0", i % 4 == 0, True, None, (-i / 7, -i / 11, -i / 13, -i / 17))
         for i in range(1000)

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import yaml
-from factories import failed_record, make_run, sweep_of
-from sound import cells_of, sound_ledger
+from factories import failed_record, make_run, make_sweep
+from sound import make_cells, sound_ledger
 
 from analysis.report.bundle import PROGRAM, citation, write_bundle
 from analysis.report.page import render_claim
@@ -39,7 +39,7 @@ def page(ledger: Ledger) -> str:
     return (ledger.folder / "analysis" / "report.html").read_text("utf-8")
 
 
-def data_of(page: str) -> dict[str, Any]:
+def read_data(page: str) -> dict[str, Any]:
     [text] = re.findall(r'<script type="application/json" id="data">(.*?)</script>', page)
     return json.loads(text)
 
@@ -58,7 +58,7 @@ def test_the_audit_comes_first_and_then_the_findings(page: str) -> None:
 
 
 def test_every_trace_leads_to_cells(page: str) -> None:
-    data = data_of(page)
+    data = read_data(page)
     used = {int(n) for n in re.findall(r'href="#trace=(\d+)"', page)}
     assert used == set(range(len(data["traces"])))
     assert all(trace and max(trace) < data["count"] for trace in data["traces"])
@@ -74,7 +74,7 @@ def test_every_number_of_a_finding_is_a_link(page: str, ledger: Ledger) -> None:
 
 
 def test_every_cell_has_a_record_where_its_link_leads(page: str, ledger: Ledger) -> None:
-    data = data_of(page)
+    data = read_data(page)
     columns = data["columns"]
     names = columns["cell_id"]["words"]
     for place in range(data["count"]):
@@ -112,7 +112,7 @@ class Tags(HTMLParser):
 def test_names_cannot_become_markup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("analysis.report.presentation.FIGURES", {})
     evil = "</script><script>alert(1)</script>"
-    cells = [replace(cell, method=evil if cell.method == "random" else cell.method) for cell in cells_of()]
+    cells = [replace(cell, method=evil if cell.method == "random" else cell.method) for cell in make_cells()]
     ledger = sound_ledger(tmp_path / "results", cells)
     write_report([ledger.folder])
     text = (ledger.folder / "analysis" / "report.html").read_text("utf-8")
@@ -133,7 +133,7 @@ def test_a_bundle_has_everything_and_its_links_hold(ledger: Ledger, tmp_path: Pa
     assert sums.keys() == {path.relative_to(bundle).as_posix() for path in files} - {"SHA256SUMS"}
     name = "CITATION.cff"
     assert sums[name] == hashlib.sha256((bundle / name).read_bytes()).hexdigest()
-    data = data_of((bundle / "analysis" / "report.html").read_text("utf-8"))
+    data = read_data((bundle / "analysis" / "report.html").read_text("utf-8"))
     assert data["roots"] == ["../results/runs"]
     for run in (bundle / "results" / "runs").iterdir():
         assert {"result.json", "config.yaml", "examples.parquet"} <= {path.name for path in run.iterdir()}
@@ -172,7 +172,7 @@ def test_an_empty_folder_is_said_with_status_1_and_nothing_is_drawn(
 
 def test_a_sweep_without_a_finished_run_has_status_1_and_no_figure(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path)
-    ledger.write_sweep(sweep_of([make_run().cell]))
+    ledger.write_sweep(make_sweep([make_run().cell]))
     ledger.write_record(make_run(), failed_record(make_run()))
     assert main(["report", "--results-dir", str(tmp_path)]) == 1
     assert not list((tmp_path / "analysis").glob("*.png"))

@@ -29,7 +29,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     read_text = Path.read_text
 
     def counted(path: Path, *arguments: Any, **options: Any) -> str:
-        if path.suffix in (".jsonl", ".txt") and path.parent.parent.name == "rows":
+        if path.suffix in (".jsonl", ".txt") and path.parent.parent.name == "data":
             counts[f"{path.parent.name}/{path.name}"] += 1
         return read_text(path, *arguments, **options)
 
@@ -39,8 +39,8 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
 def settings(llama: Path, folder: Path, **names: Any) -> dict[str, Any]:
     """Of a sweep of one training."""
-    rows = write_boolq(folder / "rows", train=40, validation=6)
-    places = {"models": str(llama), "tasks": "boolq", "data_dir": str(rows), "results_dir": str(folder / "results")}
+    data_dir = write_boolq(folder / "data", train=40, validation=6)
+    places = {"models": str(llama), "tasks": "boolq", "data_dir": str(data_dir), "results_dir": str(folder / "results")}
     cell = {"methods": "unstructured", "sparsities": 0.5, "modes": "sparse-to-sparse", "workers": 1}
     counts = {"n_train": 8, "n_selection": 4, "n_test": 4, "max_tokens": 64, "max_new_tokens": 4}
     training = {"steps": 1, "warmup_steps": 0, "global_batch_size": 4, "micro_batch_size": 4, "eval_every": 1}
@@ -75,7 +75,7 @@ def test_a_dry_run_with_pilots_reads_each_file_of_examples_once(
     assert reads == BOOLQ_ONCE
 
 
-@pytest.mark.parametrize("more", [{"num_fewshot": 2}, {"methods": "wanda", "calibration_rows": 2}])
+@pytest.mark.parametrize("more", [{"num_fewshot": 2}, {"methods": "wanda", "calibration_examples": 2}])
 def test_few_shot_examples_and_calibration_read_nothing_more(
     llama: Path, tmp_path: Path, reads: Counter[str], more: dict[str, Any]
 ) -> None:
@@ -88,12 +88,12 @@ def test_a_task_alone_and_in_a_mixture_and_a_text_that_calibrates_are_read_once(
     llama: Path, tmp_path: Path, reads: Counter[str]
 ) -> None:
     texts = {"train": "a b\n", "valid": "c d\n", "test": "e f\n"}
-    (tmp_path / "rows" / "wikitext2").mkdir(parents=True)
+    (tmp_path / "data" / "wikitext2").mkdir(parents=True)
     for split, text in texts.items():
-        (tmp_path / "rows" / "wikitext2" / f"{split}.txt").write_text(text)
+        (tmp_path / "data" / "wikitext2" / f"{split}.txt").write_text(text)
     svamp = [{"Body": f"{i} boys.", "Question": f"How many in {i}?", "Answer": str(i)} for i in range(20)]
-    write_jsonl(tmp_path / "rows" / "svamp" / "train.jsonl", svamp[:12])
-    write_jsonl(tmp_path / "rows" / "svamp" / "test.jsonl", svamp[12:])
+    write_jsonl(tmp_path / "data" / "svamp" / "train.jsonl", svamp[:12])
+    write_jsonl(tmp_path / "data" / "svamp" / "test.jsonl", svamp[12:])
     tasks = {"tasks": ["boolq", "boolq+svamp", "wikitext2"], "methods": "wanda", "calibration": "wikitext2"}
     found = read_examples(SweepConfig.from_names(settings(llama, tmp_path, **tasks)))
     assert len(set(found.fingerprints.values())) == 3

@@ -157,7 +157,7 @@ def test_a_text_file_calibrates_too(llama_folder: Path, tmp_path: Path) -> None:
     size = ("--calibration-rows", "4", "--calibration-tokens", "32")
     assert prune(llama_folder, tmp_path, "--methods", "taylor", "--calibration", str(text), *size) == OK
     stats = json.loads((tmp_path / "llama" / "stats_sparsity50_taylor.json").read_text())
-    assert stats["calibration"] == {"source": str(text), "rows": 4, "tokens": 32, "sequential": False}
+    assert stats["calibration"] == {"source": str(text), "examples": 4, "tokens": 32, "sequential": False}
 
 
 def test_a_calibration_file_that_is_not_text_is_refused(
@@ -169,8 +169,8 @@ def test_a_calibration_file_that_is_not_text_is_refused(
     assert "a calibration text must be UTF-8" in capsys.readouterr().err
 
 
-def test_rows_are_no_longer_than_the_models_context(architecture_folders: dict[str, Path], tmp_path: Path) -> None:
-    """OPT's positions are a table of 128: a longer row would fall off it."""
+def test_examples_are_no_longer_than_the_models_context(architecture_folders: dict[str, Path], tmp_path: Path) -> None:
+    """OPT's positions are a table of 128: a longer example would fall off it."""
     (tmp_path / "text.txt").write_text("the cat is red and the dog is blue. " * 300)
     text = ("--calibration", str(tmp_path / "text.txt"), "--calibration-rows", "3")
     assert prune(architecture_folders["OPTForCausalLM"], tmp_path, "--methods", "wanda", *text) == OK
@@ -239,7 +239,7 @@ def test_a_broken_checkpoint_leaves_no_file(
     [
         (("--methods", "wnda"), "unknown method 'wnda'. Did you mean 'wanda'"),
         (("--methods", "wanda-global"), "Wanda's scores compare within an output row"),
-        (("--methods", "wanda"), "wanda needs calibration rows, got none. Give --calibration."),
+        (("--methods", "wanda"), "wanda needs calibration examples, got none. Give --calibration."),
         (("--sparsities", "50"), "a sparsity is the fraction of zeros, in [0, 1), got 50.0. Did you mean 0.5?"),
         (("--sparsities", "0"), "sparsities must ascend from above 0, got [0.0]"),
         (("--sparsities", "0.5", "0.2"), "sparsities must ascend from above 0, got [0.5, 0.2]"),
@@ -251,8 +251,8 @@ def test_a_broken_checkpoint_leaves_no_file(
         (("--format", "levels", "--sequential", "--methods", "wanda", *CALIBRATION), "--sequential prunes block after"),
         (("--compact",), "only structured masks make a model smaller, got unstructured"),
         (("--methods", "wanda", "--calibration", "bolq"), "unknown task or text file 'bolq'. Did you mean 'boolq'?"),
-        (("--methods", "wanda", "--calibration", "boolq"), "rows of the tasks are needed, got no data_dir"),
-        (("--methods", "wanda", *CALIBRATION, "--calibration-rows", "99999"), "calibration needs 99999 rows, got"),
+        (("--methods", "wanda", "--calibration", "boolq"), "examples of the tasks are needed, got no data_dir"),
+        (("--methods", "wanda", *CALIBRATION, "--calibration-rows", "99999"), "calibration needs 99999 examples, got"),
         (
             ("--methods", "wanda", *CALIBRATION, "--calibration-tokens", "1"),
             "at least 2 tokens, got 8 rows of 1",
@@ -273,7 +273,7 @@ def test_a_text_that_is_too_short_is_refused(
 ) -> None:
     (tmp_path / "text.txt").write_text("too short")
     assert prune(llama_folder, tmp_path, "--methods", "wanda", "--calibration", str(tmp_path / "text.txt")) == BAD_INPUT
-    assert "must have rows x tokens = 128 x 2048 tokens" in capsys.readouterr().err
+    assert "must have examples x tokens = 128 x 2048 tokens" in capsys.readouterr().err
 
 
 def test_too_little_room_is_refused(

@@ -32,14 +32,14 @@ from tune_sparse.pruning.prune_model import (
 from tune_sparse.pruning.streaming import open_checkpoint
 
 SPARSITIES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
-ROWS = [Encoded(tuple(range(i, i + 9)), (i + 3, i + 1, i + 2)) for i in range(6)]
+EXAMPLES = [Encoded(tuple(range(i, i + 9)), (i + 3, i + 1, i + 2)) for i in range(6)]
 
 Model = tuple[dict[str, Tensor], ModelDims]
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A model and what its calibration rows say."""
+    """A model and what its calibration examples say."""
 
     blocks: ModelBlocks
     model: Prunable
@@ -51,7 +51,7 @@ class Measured:
     def pruned(self, method: str, sparsities: Sequence[float], seed: int = 0) -> list[PrunedMatrix]:
         if METHODS[method].updates_weights:
             blocks, statistics = self.blocks, self.statistics
-            return list(prune_blockwise(method, self.model, blocks, ROWS, sparsities, seed, statistics))
+            return list(prune_blockwise(method, self.model, blocks, EXAMPLES, sparsities, seed, statistics))
         return list(prune(method, self.model, sparsities, seed, self.statistics))
 
 
@@ -64,7 +64,7 @@ def model(llama: Path) -> Model:
 def measured_model(folder: Path) -> Measured:
     checkpoint = open_checkpoint(str(folder))
     blocks = ModelBlocks(load_model(folder, torch.float32, torch.device("cpu")))
-    statistics = measured(METHODS.values(), checkpoint.prunable, blocks, ROWS)
+    statistics = measured(METHODS.values(), checkpoint.prunable, blocks, EXAMPLES)
     return Measured(blocks, checkpoint.prunable, statistics)
 
 
@@ -78,7 +78,7 @@ def trained(llama: Path) -> Measured:
     return measured_model(llama)
 
 
-def sparsities_of(method: str) -> tuple[float, ...]:
+def valid_sparsities(method: str) -> tuple[float, ...]:
     fixed = METHODS[method].fixed_sparsity
     return (fixed,) if fixed is not None else (0.3, 0.5, 0.6)
 
@@ -103,7 +103,7 @@ def test_every_method_hits_its_target_on_every_class(method: str, name: str, eve
         assert abs(count_sparsity(masks) - sparsity) <= TOLERANCE
         if METHODS[method].pattern == "element-wise" and METHODS[method].allocation == "uniform":
             counts = [(int((~mask).sum()), pruned_count(mask.numel(), sparsity)) for mask in masks.values()]
-            assert all(lost == asked for lost, asked in counts)
+            assert all(lost == target for lost, target in counts)
         for pruned in found:
             weight, dense = pruned.weight(level), model.weights[pruned.name]
             assert (weight.dtype, weight.shape) == (dense.dtype, dense.shape)
@@ -114,20 +114,20 @@ def test_every_method_hits_its_target_on_every_class(method: str, name: str, eve
 
 @pytest.mark.parametrize("method", METHODS)
 def test_masks_are_nested_where_the_weights_stay(method: str, trained: Measured) -> None:
-    found = trained.pruned(method, sparsities_of(method))
+    found = trained.pruned(method, valid_sparsities(method))
     if METHODS[method].updates_weights:
         assert all(pruned.levels is None for pruned in found)
         return
     for pruned in found:
         assert pruned.levels is not None
-        masks = [pruned.keep(level) for level in range(len(sparsities_of(method)))]
+        masks = [pruned.keep(level) for level in range(len(valid_sparsities(method)))]
         assert torch.equal(pruned.levels, torch.stack(masks).sum(dim=0))
         assert all(bool((sparser <= denser).all()) for denser, sparser in pairwise(masks))
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_levels_together_are_levels_alone(method: str, trained: Measured) -> None:
-    sparsities = sparsities_of(method)
+    sparsities = valid_sparsities(method)
     together = trained.pruned(method, sparsities)
     for level, sparsity in enumerate(sparsities):
         alone = trained.masks(method, sparsity)
@@ -193,7 +193,7 @@ def test_unknown_rows_of_a_multiple_are_refused(trained: Measured) -> None:
 def test_sequential_pruning_of_the_first_block_is_that_of_the_dense_model(llama: Path, trained: Measured) -> None:
     def found(sequential: bool) -> dict[str, PrunedMatrix]:
         blocks = ModelBlocks(load_model(llama, torch.float32, torch.device("cpu")))
-        blockwise = prune_blockwise("wanda", trained.model, blocks, ROWS, [0.5], sequential=sequential)
+        blockwise = prune_blockwise("wanda", trained.model, blocks, EXAMPLES, [0.5], sequential=sequential)
         pruned = {matrix.name: matrix for matrix in blockwise}
         own = blocks.weights(0)
         changed = any(not own[name].all() for name in own)
@@ -236,7 +236,7 @@ def test_an_unknown_method_offers_the_closest(model: Model) -> None:
         make_masks("unstructred", *model, 0.5, seed=0)
 
 
-def block_of(masks: Masks, block: int) -> dict[str, Tensor]:
+def select_block(masks: Masks, block: int) -> dict[str, Tensor]:
     """Masks of one block by layer name."""
     return {
         layer: mask
@@ -252,7 +252,7 @@ def test_structured_masks_remove_whole_groups_and_channels(sparsity: float, mode
     masks = make_masks("structured", weights, dims, sparsity, seed=0)
     removed = set()
     for block in range(dims.num_layers):
-        mask = block_of(masks, block)
+        mask = select_block(masks, block)
         queries, keys, channels = mask["q_proj"][:, 0], mask["k_proj"][:, 0], mask["gate_proj"][:, 0]
         groups = keys.view(dims.num_kv_heads, -1)[:, 0]
         assert torch.equal(keys, groups.repeat_interleave(8))
@@ -285,7 +285,7 @@ def with_small_group_and_channel(weights: dict[str, Tensor], group: int, channel
 def test_structured_removes_the_group_and_channel_of_smallest_norm(group: int, model: Model) -> None:
     weights, dims = model
     small = with_small_group_and_channel(weights, group, channel=100)
-    mask = block_of(make_masks("structured", small, dims, 0.25, seed=0), block=1)
+    mask = select_block(make_masks("structured", small, dims, 0.25, seed=0), block=1)
     assert mask["k_proj"][:, 0].view(4, 8).all(dim=1).tolist() == [g != group for g in range(4)]
     assert not mask["gate_proj"][100].any()
 
@@ -296,14 +296,14 @@ def test_one_large_matrix_keeps_its_group_or_channel(layer: str, model: Model) -
     small = with_small_group_and_channel(weights, group=2, channel=100)
     name = next(name for name in small if name.startswith("model.layers.1.") and layer in name)
     small[name] = torch.where(small[name] == weights[name], small[name], weights[name] * 100)
-    mask = block_of(make_masks("structured", small, dims, 0.25, seed=0), block=1)
+    mask = select_block(make_masks("structured", small, dims, 0.25, seed=0), block=1)
     kept_by_size = mask["gate_proj"][100] if layer in ("gate_proj", "up_proj", "down_proj") else mask["k_proj"][16:24]
     assert kept_by_size.all()
 
 
 def physically_smaller(model: PreTrainedModel, masks: Masks) -> PreTrainedModel:
     """A stock model of the same class without the rows and columns that are all masked."""
-    kept = block_of(masks, 0)
+    kept = select_block(masks, 0)
     config = copy.deepcopy(model.config)
     config.num_key_value_heads = int(kept["k_proj"].any(1).sum()) // config.head_dim
     config.num_attention_heads = int(kept["q_proj"].any(1).sum()) // config.head_dim

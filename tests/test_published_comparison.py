@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from factories import done_record, make_cell, make_run, sweep_of, write_run
+from factories import done_record, make_cell, make_run, make_sweep, write_run
 from test_published import published
 
 from analysis.baselines.comparison import compare_with_published, protocols, summary_sentence
@@ -27,7 +27,7 @@ def cells(tmp_path_factory: pytest.TempPathFactory) -> tuple[pd.DataFrame, dict[
     accuracies = {("random", 0): 0.70, ("random", 1): 0.72, ("wanda", 0): 0.80, ("wanda", 1): 0.84}
     cells = [make_cell(method=method, seed=seed) for method, seed in accuracies]
     cells += [make_cell(sparsity=0.0, method=method) for method in ("random", "wanda")]
-    sweep = sweep_of(cells, protocol=FEW)
+    sweep = make_sweep(cells, protocol=FEW)
     sweep.config["protocol"] = {"num_fewshot": 5, "max_tokens": 2048}
     ledger.write_sweep(sweep)
     for cell in {cell.trained for cell in cells}:
@@ -108,5 +108,5 @@ def test_the_table_of_phoenix_says_what_is_missing(cells: tuple[pd.DataFrame, di
 
 
 def test_protocols_are_those_of_the_sweeps(tmp_path: Path) -> None:
-    Ledger(tmp_path).write_sweep(sweep_of([make_cell()]))
+    Ledger(tmp_path).write_sweep(make_sweep([make_cell()]))
     assert protocols(Ledger(tmp_path)) == {make_run().run_id: {"steps": 200}}

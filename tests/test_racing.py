@@ -28,7 +28,7 @@ marks_texts = st.text("01-", min_size=1, max_size=30)
 
 
 @given(text=marks_texts)
-def test_marks_are_what_was_written(text: str) -> None:
+def test_correctness_is_what_was_written(text: str) -> None:
     correctness = Correctness.from_text(text)
     assert str(correctness) == text
     assert correctness.count == len(text) - text.count("-")

@@ -23,7 +23,7 @@ each_preset = pytest.mark.parametrize("name", PRESETS)
 
 @each_preset
 def test_every_preset_is_a_space_between_its_smallest_and_largest_configuration(name: str) -> None:
-    space = Space.of(PRESETS[name])
+    space = Space.from_groups(PRESETS[name])
     layers = [layer for layer in ATTENTION | GATED if layer.rsplit(".", 1)[-1] in space.modules]
     sizes = {f"model.layers.{n}.{layer}.weight": (3, 5) for n in range(2) for layer in layers}
     small, middle, large = (space.parameters(r(2), sizes) for r in (space.minimal, space.heuristic, space.maximal))
@@ -32,7 +32,7 @@ def test_every_preset_is_a_space_between_its_smallest_and_largest_configuration(
 
 
 def test_the_heuristic_of_the_papers_spaces_is_the_middle_rank() -> None:
-    shears, sqft = (Space.of(PRESETS[name]).heuristic(1) for name in ("shears", "sqft"))
+    shears, sqft = (Space.from_groups(PRESETS[name]).heuristic(1) for name in ("shears", "sqft"))
     assert shears == {"l00.qkv": 24, "l00.up": 24, "l00.down": 24}
     assert sqft == {"l00.qkv": 24, "l00.up": 32, "l00.down": 32}
 
@@ -45,9 +45,9 @@ def test_parameters_are_rank_times_both_sides_of_each_adapted_matrix() -> None:
 
 @given(step=st.integers(0, 10_000), seed=st.integers(0, 5), sampling=st.sampled_from(SAMPLINGS))
 def test_a_step_draws_the_same_ranks_whenever_it_is_asked(step: int, seed: int, sampling: str) -> None:
-    drawn = SMALL.sample_ranks(3, step, seed, sampling)
-    assert drawn == SMALL.sample_ranks(3, step, seed, sampling)
-    assert all(rank in SMALL.dimensions(3)[name] for name, rank in drawn.items())
+    ranks = SMALL.sample_ranks(3, step, seed, sampling)
+    assert ranks == SMALL.sample_ranks(3, step, seed, sampling)
+    assert all(rank in SMALL.dimensions(3)[name] for name, rank in ranks.items())
 
 
 def test_uniform_draws_every_rank_alike_and_sandwich_the_extremes_in_turn() -> None:
@@ -76,7 +76,7 @@ def test_uniform_draws_every_rank_alike_and_sandwich_the_extremes_in_turn() -> N
 )
 def test_a_broken_space_is_refused_with_the_rule(groups: Any, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        Space.of(groups)
+        Space.from_groups(groups)
 
 
 def test_a_space_must_fit_the_model_and_the_super_adapter() -> None:

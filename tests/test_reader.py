@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from factories import done_record, failed_record, make_cell, make_run, sweep_of, write_run
+from factories import done_record, failed_record, make_cell, make_run, make_sweep, write_run
 from mlflow import MlflowClient
 
 from analysis.read.load import cells_table
@@ -28,8 +28,8 @@ CELLS = [run.cell for run in (BOTH, HERE, THERE, FAILED, MISSING)]
 def sites(tmp_path: Path) -> list[Path]:
     """Two folders of one sweep: one run done at both, one at each, one that failed here and was cut off there."""
     here, there = Ledger(tmp_path / "here"), Ledger(tmp_path / "there")
-    here.write_sweep(sweep_of(CELLS))
-    there.write_sweep(replace(sweep_of(CELLS), started=900.0))
+    here.write_sweep(make_sweep(CELLS))
+    there.write_sweep(replace(make_sweep(CELLS), started=900.0))
     for ledger, run, seconds in ((here, BOTH, 3.0), (there, BOTH, 4.0), (here, HERE, 3.0), (there, THERE, 3.0)):
         record = done_record(run)
         write_run(ledger, run, replace(record, measured=record.measured | {"trial_seconds": seconds}))
@@ -97,8 +97,8 @@ def test_track_has_each_run_of_two_folders_once_and_keeps_it(sites: list[Path]) 
 
 def test_status_counts_each_cell_once(sites: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["status", "--results-dir", *map(str, sites), "--json"]) == 1
-    said = json.loads(capsys.readouterr().out)
-    assert (said["cells"], said["by_status"]) == (5, {"done": 3, "failed": 1, "missing": 1})
+    printed = json.loads(capsys.readouterr().out)
+    assert (printed["cells"], printed["by_status"]) == (5, {"done": 3, "failed": 1, "missing": 1})
 
 
 def sweep(arguments: list[str]) -> None:

@@ -376,11 +376,11 @@ class TestCluster:
             site = Site(head, tmp_path / "results", tmp_path / "cache", ["sweep", "smoke", *few])
             status, printed = site.run()
         assert status == 1
-        said = f"a run needs the model {model}, on every node; {socket.gethostname()} says: "
-        assert said in printed, printed
+        message = f"a run needs the model {model}, on every node; {socket.gethostname()} says: "
+        assert message in printed, printed
         [run_id] = records(site.results)
         record = Ledger(site.results).record(run_id)
         assert record is not None
         assert record.error is not None
         assert (record.error["class"], record.error["retryable"]) == ("NotReadyError", True)
-        assert said in record.error["message"]
+        assert message in record.error["message"]

@@ -1,4 +1,4 @@
-"""A finished run is repeated to the last bit, and what differs from its record is said."""
+"""A finished run is repeated to the last bit, and what differs from its record is reported."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ OTHER_PROTOCOL: dict[str, Any] = {
 }
 OTHER_CALIBRATION: dict[str, Any] = {
     "calibration": "wikitext2",
-    "calibration_rows": 64,
+    "calibration_examples": 64,
     "calibration_tokens": 512,
     "calibration_order": "sequential",
 }

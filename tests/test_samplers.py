@@ -26,7 +26,7 @@ from tune_sparse.search.searcher import JournaledSearcher
 from tune_sparse.sweep.tune_parts import Stop
 
 SPACE = Space((Group("qkv", ("q_proj",), (8, 4, 2)), Group("up", ("up_proj",), (8, 4, 2))))
-LAYERS, ROWS, BUDGET = 2, 60, 24
+LAYERS, EXAMPLES, BUDGET = 2, 60, 24
 each_sampler = pytest.mark.parametrize("sampler", SAMPLERS)
 Objectives = tuple[str, ...]
 BOTH: Objectives = ("accuracy", "parameters")
@@ -39,17 +39,17 @@ def cost(ranks: Ranks) -> float:
 def truth(ranks: Ranks) -> str:
     """What a configuration answers: more of it the larger l01.up is."""
     rng, skill = random.Random(str(ranks)), 0.5 + 0.05 * ranks["l01.up"]
-    return "".join("1" if rng.random() < skill else "0" for _ in range(ROWS))
+    return "".join("1" if rng.random() < skill else "0" for _ in range(EXAMPLES))
 
 
-class Desk:
+class Rehearsal:
     """A search in a folder, and workers that answer at once, in stages."""
 
     def __init__(
         self, folder: Path, sampler: str, objectives: Objectives = BOTH, fails: Callable[[Ranks], bool] | None = None
     ) -> None:
         self.candidates, self.journal = Candidates(folder, "run"), SearchJournal(folder / "search")
-        self.race, self.fails = Race(ROWS, len(objectives) > 1), fails or (lambda ranks: False)
+        self.race, self.fails = Race(EXAMPLES, len(objectives) > 1), fails or (lambda ranks: False)
         searcher = searcher_named(sampler, SPACE, LAYERS, 3, objectives)
         self.search = JournaledSearcher(
             searcher, self.journal, self.candidates, self.race, cost, lambda r, s: {"ranks": r, "stages": s}, BUDGET, 3
@@ -66,7 +66,7 @@ class Desk:
             self.score(trial_id, config)
 
     def score(self, trial_id: str, config: dict[str, Any]) -> None:
-        ranks, correctness = config["ranks"], Correctness(ROWS)
+        ranks, correctness = config["ranks"], Correctness(EXAMPLES)
         if self.fails(ranks):
             self.search.on_trial_complete(trial_id, {"correctness": str(correctness), "error": "RunError: nan"})
             return
@@ -87,24 +87,24 @@ class Desk:
 def test_a_search_scores_its_budget_each_configuration_once(
     tmp_path: Path, sampler: str, objectives: Objectives
 ) -> None:
-    desk = Desk(tmp_path, sampler, objectives)
-    desk.play()
-    assert len(desk.scored) == len(set(desk.scored)) == BUDGET
-    assert [s.ranks for s in desk.journal.suggestions[:2]] == [SPACE.heuristic(LAYERS), SPACE.maximal(LAYERS)]
-    assert all(s.state in ("done", "stopped") for s in desk.journal.suggestions)
+    rehearsal = Rehearsal(tmp_path, sampler, objectives)
+    rehearsal.play()
+    assert len(rehearsal.scored) == len(set(rehearsal.scored)) == BUDGET
+    assert [s.ranks for s in rehearsal.journal.suggestions[:2]] == [SPACE.heuristic(LAYERS), SPACE.maximal(LAYERS)]
+    assert all(s.state in ("done", "stopped") for s in rehearsal.journal.suggestions)
     assert [s.completed_at for s in SearchJournal(tmp_path / "search").suggestions] == list(
-        range(len(desk.journal.suggestions))
+        range(len(rehearsal.journal.suggestions))
     )
 
 
 @each_sampler
 @pytest.mark.parametrize("killed_after", [1, 9, 15])
 def test_a_killed_search_ends_as_an_undisturbed_one(tmp_path: Path, sampler: str, killed_after: int) -> None:
-    whole, first = Desk(tmp_path / "whole", sampler), Desk(tmp_path / "killed", sampler)
+    whole, first = Rehearsal(tmp_path / "whole", sampler), Rehearsal(tmp_path / "killed", sampler)
     whole.play()
     first.play(killed_after)
     first.search.suggest("in flight")
-    again = Desk(tmp_path / "killed", sampler)
+    again = Rehearsal(tmp_path / "killed", sampler)
     again.play()
     assert again.front() == whole.front()
     assert sorted(first.scored + again.scored) == sorted(whole.scored)
@@ -112,83 +112,83 @@ def test_a_killed_search_ends_as_an_undisturbed_one(tmp_path: Path, sampler: str
 
 
 def test_asking_and_telling_are_replayed_in_their_order(tmp_path: Path) -> None:
-    desk = Desk(tmp_path, "nsga2")
-    configs = {name: desk.search.suggest(name) for name in ("a", "b", "c")}
+    rehearsal = Rehearsal(tmp_path, "nsga2")
+    configs = {name: rehearsal.search.suggest(name) for name in ("a", "b", "c")}
     for name in ("b", "a", "c"):
-        desk.score(name, configs[name])
-    seen = [(asking, s.number) for asking, s in desk.journal.events()]
+        rehearsal.score(name, configs[name])
+    seen = [(asking, s.number) for asking, s in rehearsal.journal.events()]
     assert seen == [(True, 0), (True, 1), (True, 2), (False, 1), (False, 0), (False, 2)]
-    assert [s.completed_before for s in desk.journal.suggestions] == [0, 0, 0]
-    Desk(tmp_path, "nsga2").play()
+    assert [s.completed_before for s in rehearsal.journal.suggestions] == [0, 0, 0]
+    Rehearsal(tmp_path, "nsga2").play()
 
 
-def test_a_candidate_that_fails_is_told_to_the_sampler_and_not_tried_again(tmp_path: Path) -> None:
-    desk = Desk(tmp_path, "nsga2", fails=lambda ranks: ranks["l00.qkv"] == 8)
-    desk.play()
-    failed = [s for s in desk.journal.suggestions if s.state == "failed"]
+def test_a_candidate_that_fails_is_reported_to_the_sampler_and_not_tried_again(tmp_path: Path) -> None:
+    rehearsal = Rehearsal(tmp_path, "nsga2", fails=lambda ranks: ranks["l00.qkv"] == 8)
+    rehearsal.play()
+    failed = [s for s in rehearsal.journal.suggestions if s.state == "failed"]
     assert failed
     assert {s.error for s in failed} == {"RunError: nan"}
-    study = desk.search._sampler._ot_study
+    study = rehearsal.search._sampler._ot_study
     assert [t.state.name for t in study.trials].count("FAIL") == len(failed)
-    assert not any(desk.race.correctness.get(configuration_key(s.ranks)) for s in failed)
+    assert not any(rehearsal.race.correctness.get(configuration_key(s.ranks)) for s in failed)
 
 
-def test_what_another_search_scored_in_full_is_told_without_a_trial(tmp_path: Path) -> None:
-    first = Desk(tmp_path, "random")
+def test_what_another_search_scored_in_full_is_reported_without_a_trial(tmp_path: Path) -> None:
+    first = Rehearsal(tmp_path, "random")
     ranks = SPACE.heuristic(LAYERS)
     first.candidates.write(Candidate(ranks, 1, truth(ranks)))
     first.play()
     assert configuration_key(ranks) not in first.scored
     assert first.journal.suggestions[0].examples == 0
-    assert first.journal.suggestions[0].accuracy == truth(ranks).count("1") / ROWS
+    assert first.journal.suggestions[0].accuracy == truth(ranks).count("1") / EXAMPLES
 
 
 def test_a_configuration_that_is_being_scored_is_waited_for(tmp_path: Path) -> None:
-    desk = Desk(tmp_path, "random")
-    config = desk.search.suggest("a")
-    desk.search._open.append(replace(desk.journal.ask(config["ranks"])))
-    assert desk.search.suggest("b") is None
-    desk.score("a", config)
-    desk.search._sampler._ot_trials["1"] = desk.search._sampler._ot_study.ask()
-    assert desk.search.suggest("b")["ranks"] != config["ranks"]
+    rehearsal = Rehearsal(tmp_path, "random")
+    config = rehearsal.search.suggest("a")
+    rehearsal.search._open.append(replace(rehearsal.journal.ask(config["ranks"])))
+    assert rehearsal.search.suggest("b") is None
+    rehearsal.score("a", config)
+    rehearsal.search._sampler._ot_trials["1"] = rehearsal.search._sampler._ot_study.ask()
+    assert rehearsal.search.suggest("b")["ranks"] != config["ranks"]
 
 
 def test_a_sampler_that_suggests_otherwise_than_it_did_is_refused(tmp_path: Path) -> None:
-    Desk(tmp_path, "random").play(3)
+    Rehearsal(tmp_path, "random").play(3)
     with pytest.raises(RunError, match="a sampler must suggest again what it suggested"):
-        Desk(tmp_path, "hill-climbing")
+        Rehearsal(tmp_path, "hill-climbing")
 
 
 def test_a_trial_that_was_stopped_from_outside_stays_open(tmp_path: Path) -> None:
-    desk = Desk(tmp_path, "random")
-    desk.search.suggest("a")
-    desk.search.on_trial_complete("a", {"correctness": "1" * 5 + "-" * (ROWS - 5), "error": None})
-    desk.search.suggest("b")
-    desk.search.on_trial_complete("b", None, error=True)
-    assert len(desk.journal.open()) == 2
+    rehearsal = Rehearsal(tmp_path, "random")
+    rehearsal.search.suggest("a")
+    rehearsal.search.on_trial_complete("a", {"correctness": "1" * 5 + "-" * (EXAMPLES - 5), "error": None})
+    rehearsal.search.suggest("b")
+    rehearsal.search.on_trial_complete("b", None, error=True)
+    assert len(rehearsal.journal.open()) == 2
 
 
 def test_a_candidate_whose_worker_was_lost_is_suggested_again(tmp_path: Path) -> None:
-    desk, stop = Desk(tmp_path, "random"), Stop()
-    callback = SearchCallback(desk.search, desk.journal, BUDGET, stop, 1, lambda text: None)
-    first, other = desk.search.suggest("a"), desk.search.suggest("b")
+    rehearsal, stop = Rehearsal(tmp_path, "random"), Stop()
+    callback = SearchCallback(rehearsal.search, rehearsal.journal, BUDGET, stop, 1, lambda text: None)
+    first, other = rehearsal.search.suggest("a"), rehearsal.search.suggest("b")
     lost = SimpleNamespace(config={"trial": first}, pickled_error_file=None)
     for trial_id in ("a", "c"):
-        desk.search.on_trial_complete(trial_id, None, error=True)
+        rehearsal.search.on_trial_complete(trial_id, None, error=True)
         assert stop.reason is None
         callback.on_trial_error(1, [], lost)
-        assert trial_id == "c" or desk.search.suggest("c") == first
+        assert trial_id == "c" or rehearsal.search.suggest("c") == first
     assert stop.reason == "a worker process ended unexpectedly"
     assert first != other
 
 
 def test_a_search_does_not_end_while_a_candidate_may_still_be_lost(tmp_path: Path) -> None:
-    desk = Desk(tmp_path, "random")
-    desk.play(BUDGET - 1)
-    last = desk.search.suggest("last")
-    assert desk.search.suggest("more") is None
-    desk.score("last", last)
-    assert desk.search.suggest("more") == Searcher.FINISHED
+    rehearsal = Rehearsal(tmp_path, "random")
+    rehearsal.play(BUDGET - 1)
+    last = rehearsal.search.suggest("last")
+    assert rehearsal.search.suggest("more") is None
+    rehearsal.score("last", last)
+    assert rehearsal.search.suggest("more") == Searcher.FINISHED
 
 
 def test_a_small_space_ends_the_search(tmp_path: Path) -> None:
@@ -221,8 +221,9 @@ def test_hill_climbing_goes_from_the_front_to_neighbours() -> None:
 def test_a_journal_reads_what_it_wrote(tmp_path: Path) -> None:
     journal = SearchJournal(tmp_path)
     journal.ask({"l00.up": 4})
-    told = journal.tell(0, state="done", accuracy=0.5, cost=4.0, examples=10)
-    assert SearchJournal(tmp_path).suggestions == [told] == [Suggestion(0, {"l00.up": 4}, 0, 0, "done", 0.5, 4.0, 10)]
+    completed = journal.tell(0, state="done", accuracy=0.5, cost=4.0, examples=10)
+    assert SearchJournal(tmp_path).suggestions == [completed]
+    assert completed == Suggestion(0, {"l00.up": 4}, 0, 0, "done", 0.5, 4.0, 10)
     assert journal.stages() is None
     journal.write_stages([[1], [0]])
     assert SearchJournal(tmp_path).stages() == [[1], [0]]

@@ -85,7 +85,7 @@ def test_every_score_of_the_table_makes_methods_and_no_other() -> None:
 
 def add_score(monkeypatch: pytest.MonkeyPatch, name: str, score: Score) -> dict[str, methods.Method]:
     monkeypatch.setitem(scores.SCORES, name, score)
-    added = methods.methods_of([name])
+    added = methods.methods_from_scores([name])
     for method in added:
         monkeypatch.setitem(methods.METHODS, method, added[method])
     return added

@@ -15,56 +15,57 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tune_sparse.config import Protocol
 from tune_sparse.data.splits import Encoded, encode_pairs
 from tune_sparse.data.synthetic import synthetic_examples
-from tune_sparse.data.task_types import Row, Task
+from tune_sparse.data.task_types import Example, Task
 from tune_sparse.data.tasks import TASKS
 from tune_sparse.errors import InputError, RunError
 from tune_sparse.evaluation import scoring
 from tune_sparse.evaluation.metrics import compute_metrics
 from tune_sparse.evaluation.outcomes import Outcome
-from tune_sparse.evaluation.scoring import EvalSet, Example, compute_outcomes, encode_test, few_shot_prefixes, score
+from tune_sparse.evaluation.scoring import EvalExample, EvalSet, compute_outcomes, encode_test, few_shot_prefixes, score
 
 PROTOCOL = Protocol(max_tokens=256, max_new_tokens=8, precision="float32", batch_tokens=1024)
 BOOLQ, HELLASWAG, GSM8K, TEXT = (TASKS[name] for name in ("boolq", "hellaswag", "gsm8k", "tinyshakespeare"))
 
 
-def rows_of(task: Task, count: int) -> list[Row]:
+def load_examples(task: Task, count: int) -> list[Example]:
     if task is TEXT:
-        return [{"text": "\n".join(row["passage"] for row in synthetic_examples("boolq", "validation")[: 4 * count])}]
+        passages = [example["passage"] for example in synthetic_examples("boolq", "validation")[: 4 * count]]
+        return [{"text": "\n".join(passages)}]
     return synthetic_examples(task.name, task.test_split)[:count]
 
 
 def eval_set(tokenizer: PreTrainedTokenizerBase, task: Task, count: int, **settings: Any) -> EvalSet:
-    return encode_test(tokenizer, task, rows_of(task, count), replace(PROTOCOL, **settings))
+    return encode_test(tokenizer, task, load_examples(task, count), replace(PROTOCOL, **settings))
 
 
-# What a model is asked.
+# What a model is given.
 
 
 def test_choices_are_encoded_with_their_gold_and_their_lengths_in_characters(
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
-    rows = rows_of(HELLASWAG, 3)
-    tests = encode_test(tokenizer, HELLASWAG, rows, PROTOCOL)
+    examples = load_examples(HELLASWAG, 3)
+    tests = encode_test(tokenizer, HELLASWAG, examples, PROTOCOL)
     assert tests.task is HELLASWAG
-    for row, example in zip(rows, tests.examples, strict=True):
-        assert example.id == HELLASWAG.question_id(row)
-        assert example.gold == row["label"]
-        assert list(example.encoded) == encode_pairs(tokenizer, HELLASWAG.pairs(row), 256)
-        assert example.lengths == tuple(map(len, row["endings"]))
+    for example, encoded in zip(examples, tests.examples, strict=True):
+        assert encoded.id == HELLASWAG.question_id(example)
+        assert encoded.gold == example["label"]
+        assert list(encoded.encoded) == encode_pairs(tokenizer, HELLASWAG.pairs(example), 256)
+        assert encoded.lengths == tuple(map(len, example["endings"]))
 
 
 def test_questions_are_encoded_without_their_answer(tokenizer: PreTrainedTokenizerBase) -> None:
-    rows = rows_of(GSM8K, 3)
-    for row, example in zip(rows, encode_test(tokenizer, GSM8K, rows, PROTOCOL).examples, strict=True):
-        assert example.gold == GSM8K.gold(row)
-        [prompt] = example.encoded
-        assert tokenizer.decode(prompt.context) == f"Question: {row['question']}\nAnswer:"
+    examples = load_examples(GSM8K, 3)
+    for example, encoded in zip(examples, encode_test(tokenizer, GSM8K, examples, PROTOCOL).examples, strict=True):
+        assert encoded.gold == GSM8K.gold(example)
+        [prompt] = encoded.encoded
+        assert tokenizer.decode(prompt.context) == f"Question: {example['question']}\nAnswer:"
         assert prompt.continuation == ()
 
 
-def test_a_text_is_windows_of_the_longest_rows(tokenizer: PreTrainedTokenizerBase) -> None:
-    [row] = rows_of(TEXT, 20)
-    ids = tokenizer(row["text"])["input_ids"]
+def test_a_text_is_windows_of_the_longest_examples(tokenizer: PreTrainedTokenizerBase) -> None:
+    [example] = load_examples(TEXT, 20)
+    ids = tokenizer(example["text"])["input_ids"]
     examples = eval_set(tokenizer, TEXT, 20, max_tokens=64).examples
     assert [example.id for example in examples] == [f"window {i}" for i in range(len(ids) // 64)]
     assert [len(e.context + e.continuation) for example in examples for e in example.encoded] == [64] * len(examples)
@@ -102,76 +103,76 @@ def test_a_long_question_leaves_room_for_its_answer(tokenizer: PreTrainedTokeniz
 
 def test_an_example_of_which_one_choice_is_truncated_is_truncated_once() -> None:
     whole, cut = Encoded((1, 2), (3,)), Encoded((2,), (3,), truncated=True)
-    examples = [Example("", "0", pair) for pair in ((whole, whole), (whole, cut), (cut, cut))]
+    examples = [EvalExample("", "0", pair) for pair in ((whole, whole), (whole, cut), (cut, cut))]
     assert [example.is_truncated for example in examples] == [False, True, True]
 
 
 def test_a_choice_of_more_tokens_than_a_model_may_read_is_refused(tokenizer: PreTrainedTokenizerBase) -> None:
-    row = dict(rows_of(HELLASWAG, 1)[0])
-    row["endings"] = [*row["endings"][:3], "tall trees " * 40]
+    example = dict(load_examples(HELLASWAG, 1)[0])
+    example["endings"] = [*example["endings"][:3], "tall trees " * 40]
     message = r"a choice must have between 1 and max_tokens = 64 tokens, hellaswag has ' tall trees .*Raise max_tokens"
     with pytest.raises(InputError, match=message):
-        encode_test(tokenizer, HELLASWAG, [row], replace(PROTOCOL, max_tokens=64))
+        encode_test(tokenizer, HELLASWAG, [example], replace(PROTOCOL, max_tokens=64))
 
 
 def test_a_choice_that_just_fits_follows_one_token(tokenizer: PreTrainedTokenizerBase) -> None:
-    row = dict(rows_of(HELLASWAG, 1)[0])
-    row["endings"] = [*row["endings"][:3], "tall trees " * 10]
-    ending = encode_test(tokenizer, HELLASWAG, [row], PROTOCOL).examples[0].encoded[3].continuation
-    example = encode_test(tokenizer, HELLASWAG, [row], replace(PROTOCOL, max_tokens=len(ending))).examples[0]
-    assert len(example.encoded[3].context) == 1
+    example = dict(load_examples(HELLASWAG, 1)[0])
+    example["endings"] = [*example["endings"][:3], "tall trees " * 10]
+    ending = encode_test(tokenizer, HELLASWAG, [example], PROTOCOL).examples[0].encoded[3].continuation
+    [fitting] = encode_test(tokenizer, HELLASWAG, [example], replace(PROTOCOL, max_tokens=len(ending))).examples
+    assert len(fitting.encoded[3].context) == 1
     with pytest.raises(InputError, match="a choice must have"):
-        encode_test(tokenizer, HELLASWAG, [row], replace(PROTOCOL, max_tokens=len(ending) - 1))
+        encode_test(tokenizer, HELLASWAG, [example], replace(PROTOCOL, max_tokens=len(ending) - 1))
 
 
 # Worked examples before a question; tests/test_harness.py compares the drawn ones with those of the harness.
 
 
 def test_without_shots_nothing_is_before_a_prompt() -> None:
-    assert few_shot_prefixes(BOOLQ, rows_of(BOOLQ, 2), (), 0) == ["", ""]
+    assert few_shot_prefixes(BOOLQ, load_examples(BOOLQ, 2), (), 0) == ["", ""]
 
 
 @pytest.mark.parametrize("task", [BOOLQ, GSM8K], ids=lambda task: task.name)
 def test_shots_are_whole_examples_of_the_pool(task: Task) -> None:
     pool = synthetic_examples(task.name, "train")[:10]
-    shown = {"".join(task.training_pair(row)) for row in pool}
-    prefixes = few_shot_prefixes(task, rows_of(task, 20), pool, 3)
+    shown = {"".join(task.training_pair(example)) for example in pool}
+    prefixes = few_shot_prefixes(task, load_examples(task, 20), pool, 3)
     for prefix in prefixes:
         *examples, rest = prefix.split("\n\n")
         assert rest == ""
         assert len(set(examples)) == 3
         assert set(examples) <= shown
     assert len(set(prefixes)) > 10
-    assert prefixes == few_shot_prefixes(task, rows_of(task, 20), pool, 3)
+    assert prefixes == few_shot_prefixes(task, load_examples(task, 20), pool, 3)
 
 
-def test_a_row_is_never_an_example_of_itself() -> None:
-    pool = rows_of(BOOLQ, 4)
+def test_an_example_is_never_an_example_of_itself() -> None:
+    pool = load_examples(BOOLQ, 4)
     prefixes = few_shot_prefixes(BOOLQ, pool * 5, pool, 3)
-    for row, prefix in zip(pool * 5, prefixes, strict=True):
-        assert row["passage"] not in prefix
+    for example, prefix in zip(pool * 5, prefixes, strict=True):
+        assert example["passage"] not in prefix
         assert prefix.count("Question:") == 3
 
 
-def test_a_pool_full_of_the_row_itself_is_drawn_from_again() -> None:
-    row, other = rows_of(BOOLQ, 2)
-    prefixes = few_shot_prefixes(BOOLQ, [row] * 20, [row] * 5 + [other], 1)
+def test_a_pool_full_of_the_example_itself_is_drawn_from_again() -> None:
+    example, other = load_examples(BOOLQ, 2)
+    prefixes = few_shot_prefixes(BOOLQ, [example] * 20, [example] * 5 + [other], 1)
     assert set(prefixes) == {"".join(BOOLQ.training_pair(other)) + "\n\n"}
 
 
-def test_the_first_rows_have_the_same_shots_however_many_follow() -> None:
+def test_the_first_examples_have_the_same_shots_however_many_follow() -> None:
     pool = synthetic_examples("gsm8k", "train")[:10]
-    assert few_shot_prefixes(GSM8K, rows_of(GSM8K, 9), pool, 2)[:4] == few_shot_prefixes(
-        GSM8K, rows_of(GSM8K, 4), pool, 2
+    assert few_shot_prefixes(GSM8K, load_examples(GSM8K, 9), pool, 2)[:4] == few_shot_prefixes(
+        GSM8K, load_examples(GSM8K, 4), pool, 2
     )
 
 
 def test_a_prompt_is_asked_after_its_shots(tokenizer: PreTrainedTokenizerBase) -> None:
     pool = synthetic_examples("boolq", "train")[:10]
-    rows, protocol = rows_of(BOOLQ, 4), replace(PROTOCOL, num_fewshot=2)
-    prefixes = few_shot_prefixes(BOOLQ, rows, pool, 2)
-    plain = encode_test(tokenizer, BOOLQ, rows, PROTOCOL)
-    shown = encode_test(tokenizer, BOOLQ, rows, protocol, pool)
+    examples, protocol = load_examples(BOOLQ, 4), replace(PROTOCOL, num_fewshot=2)
+    prefixes = few_shot_prefixes(BOOLQ, examples, pool, 2)
+    plain = encode_test(tokenizer, BOOLQ, examples, PROTOCOL)
+    shown = encode_test(tokenizer, BOOLQ, examples, protocol, pool)
     for prefix, before, after in zip(prefixes, plain.examples, shown.examples, strict=True):
         assert (before.id, before.lengths) == (after.id, after.lengths)
         for zero_shot, num_fewshot in zip(before.encoded, after.encoded, strict=True):
@@ -184,10 +185,10 @@ def test_a_prompt_is_asked_after_its_shots(tokenizer: PreTrainedTokenizerBase) -
 
 def example_choices(*lengths: int, gold: str = "0") -> EvalSet:
     choice = Encoded((1,), (2,))
-    return EvalSet(HELLASWAG, (Example("a", gold, (choice,) * len(lengths), lengths),))
+    return EvalSet(HELLASWAG, (EvalExample("a", gold, (choice,) * len(lengths), lengths),))
 
 
-def said(values: Sequence[float], monkeypatch: pytest.MonkeyPatch) -> None:
+def patch_likelihoods(values: Sequence[float], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scoring, "log_likelihoods", lambda model, questions, limit: [list(values)] * len(questions))
 
 
@@ -213,7 +214,7 @@ def test_the_first_of_the_likeliest_choices_is_the_prediction(
     tokenizer: PreTrainedTokenizerBase,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    said(values, monkeypatch)
+    patch_likelihoods(values, monkeypatch)
     [outcome] = score(model, tokenizer, [example_choices(*lengths, gold=gold)], PROTOCOL).outcomes
     assert outcome == Outcome(
         "hellaswag", "a", gold, predicted, correct, correct_norm, None, tuple(values), None, truncated=False
@@ -230,19 +231,19 @@ def test_tasks_without_a_normalised_accuracy_have_none(
 
 
 def answers(texts: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
-    """The model answers so; returns what it was asked."""
-    asked: list[tuple[Any, ...]] = []
-    monkeypatch.setattr(scoring, "generate", lambda *given: asked.append(given[2:]) or list(texts))
-    return asked
+    """The model answers so; returns what it was given."""
+    requests: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(scoring, "generate", lambda *given: requests.append(given[2:]) or list(texts))
+    return requests
 
 
 def test_answers_are_extracted_and_compared(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    row = {"question": "q", "answer": "so\n#### 1,234"}
+    example = {"question": "q", "answer": "so\n#### 1,234"}
     texts = [" #### 1234.", " #### 12, not 1,234", " no number"]
     answers(texts, monkeypatch)
-    found = score(model, tokenizer, [encode_test(tokenizer, GSM8K, [row] * 3, PROTOCOL)], PROTOCOL).outcomes
+    found = score(model, tokenizer, [encode_test(tokenizer, GSM8K, [example] * 3, PROTOCOL)], PROTOCOL).outcomes
     known = [(o.gold, o.predicted, o.correct, o.correct_flexible, o.text) for o in found]
     assert known == [
         ("1234", "1234", True, True, texts[0]),
@@ -254,10 +255,10 @@ def test_answers_are_extracted_and_compared(
 def test_generation_is_asked_for_what_the_task_says(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = answers([""], monkeypatch)
+    requests = answers([""], monkeypatch)
     tests = encode_test(tokenizer, GSM8K, [{"question": "How many?", "answer": "#### 1"}], PROTOCOL)
     score(model, tokenizer, [tests], PROTOCOL)
-    [([prompt], limit, until)] = asked
+    [([prompt], limit, until)] = requests
     assert tokenizer.decode(prompt) == "Question: How many?\nAnswer:"
     assert (limit, until) == (8, GSM8K.until)
 
@@ -287,7 +288,7 @@ def test_several_tasks_are_scored_in_their_order(model: PreTrainedModel, tokeniz
     assert scored.metrics["accuracy"] == sum(value for value in accuracies if value is not None) / 2
 
 
-def test_outcomes_are_in_the_order_of_the_rows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_outcomes_are_in_the_order_of_the_examples(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     tests = eval_set(tokenizer, HELLASWAG, 20)
     scored = score(model, tokenizer, [tests], replace(PROTOCOL, batch_tokens=200))
     assert [outcome.id for outcome in scored.outcomes] == [example.id for example in tests.examples]

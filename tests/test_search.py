@@ -39,15 +39,15 @@ SETTINGS = [
         "lora_alpha=8",
         "n_train=16",
     ),
-    *("n_selection=12", "n_test=6", "eval_every=3", "calibration_rows=4", "max_tokens=128", "max_new_tokens=4"),
+    *("n_selection=12", "n_test=6", "eval_every=3", "calibration_examples=4", "max_tokens=128", "max_new_tokens=4"),
 ]
 
 
 def arguments(llama: Path, folder: Path, *more: str) -> list[str]:
     space = folder / "space.yaml"
     space.write_text(json.dumps(GROUPS))
-    rows = write_boolq(folder / "rows", train=40, validation=6)
-    places = ["--data-dir", str(rows), "--results-dir", str(folder / "results"), "--space", str(space)]
+    data_dir = write_boolq(folder / "data", train=40, validation=6)
+    places = ["--data-dir", str(data_dir), "--results-dir", str(folder / "results"), "--space", str(space)]
     model = ["--model", str(llama), "--task", "boolq", "--sparsity", "0.5"]
     return ["search", *model, *places, "--trials", "10", "--workers", "1", "--in-order", *more, "--set", *SETTINGS]
 
@@ -59,7 +59,7 @@ def config(llama: Path, folder: Path, **changes: Any) -> SearchConfig:
         "methods": "unstructured",
         "sparsities": 0.5,
         "modes": "sparse-to-sparse",
-        "data_dir": str(write_boolq(folder / "rows", train=40)),
+        "data_dir": str(write_boolq(folder / "data", train=40)),
         "results_dir": str(folder / "results"),
         "lora_rank": 4,
         "n_selection": 12,
@@ -67,7 +67,7 @@ def config(llama: Path, folder: Path, **changes: Any) -> SearchConfig:
         "max_new_tokens": 4,
     }
     own = {n: changes.pop(n) for n in list(changes) if n in SearchConfig.__dataclass_fields__}
-    return SearchConfig(**{"sweep": SweepConfig.from_names(names | changes), "space": Space.of(GROUPS)} | own)
+    return SearchConfig(**{"sweep": SweepConfig.from_names(names | changes), "space": Space.from_groups(GROUPS)} | own)
 
 
 @pytest.mark.slow
@@ -89,9 +89,9 @@ def test_a_search_ends_with_a_proved_winner_and_starting_it_again_scores_nothing
     tracked_as(ledger, folder.name)
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "results" / "candidates").rglob("*.json")}
     assert main(arguments(llama, tmp_path)) == 0
-    said = capsys.readouterr().out
-    assert "10 candidates by nsga2" in said
-    assert "of the parameters, test accuracy" in said
+    printed = capsys.readouterr().out
+    assert "10 candidates by nsga2" in printed
+    assert "of the parameters, test accuracy" in printed
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
@@ -212,7 +212,7 @@ def test_bad_input_is_named_before_anything_runs(
 
 
 def test_a_group_that_the_model_lacks_is_named(llama: Path, tmp_path: Path) -> None:
-    space = Space.of({"fc": {"modules": ["fc1"], "ranks": [4]}})
+    space = Space.from_groups({"fc": {"modules": ["fc1"], "ranks": [4]}})
     with pytest.raises(InputError, match="unknown module of the group 'fc' 'fc1'"):
         plan_search(config(llama, tmp_path, space=space))
 

@@ -205,9 +205,9 @@ def test_a_password_in_an_address_is_refused_before_anything_is_written(
     if arguments[0] == "track":
         results.mkdir()
     assert main([*arguments, "--results-dir", str(results)]) == BAD_INPUT
-    said = "".join(capsys.readouterr())
-    assert "must hold no password" in said
-    assert SECRET not in said
+    printed = "".join(capsys.readouterr())
+    assert "must hold no password" in printed
+    assert SECRET not in printed
     assert not results.exists() or not list(results.iterdir())
 
 
@@ -255,9 +255,9 @@ def test_secrets_of_the_environment_are_written_nowhere(
     assert (sound.returncode, failing.returncode) == (0, 1), sound.stdout + failing.stdout
     assert (tmp_path / "results" / "mlflow.db").exists()
     assert list((tmp_path / "results" / "mlartifacts").rglob("train.log"))
-    said = sound.stdout + sound.stderr + failing.stdout + failing.stderr + head.ray("logs", "failing").stdout
+    printed = sound.stdout + sound.stderr + failing.stdout + failing.stderr + head.ray("logs", "failing").stdout
     for secret in (*planted.values(), head.environment["RAY_AUTH_TOKEN"]):
-        assert secret not in said
+        assert secret not in printed
         assert files_with(tmp_path, secret) == []
 
 

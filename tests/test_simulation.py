@@ -153,7 +153,7 @@ def test_repeated_measures_are_optimistic_where_bases_share_examples() -> None:
     assert np.mean([claims(EXAMPLES_SHARED.sweep(rng)) for _ in range(300)]) > at_most(0.05, 300)
 
 
-def points_of(sweep: list[tuple[int, Bits]]) -> Points:
+def make_points(sweep: list[tuple[int, Bits]]) -> Points:
     """A simulated sweep as the report sees one."""
     rows, predictions = [], {}
     for i, (task, both) in enumerate(sweep):
@@ -174,7 +174,7 @@ def test_no_claim_of_a_whole_report_is_wrong_more_often_than_stated(sweeps: int)
     """Over all bases together and, corrected for how many there are, in each: without any difference anywhere."""
     rng, overall, anywhere = np.random.default_rng(0), 0, 0
     for _ in range(sweeps):
-        tests = compare_values(points_of(EXAMPLES_SHARED.sweep(rng)), "mode")
+        tests = compare_values(make_points(EXAMPLES_SHARED.sweep(rng)), "mode")
         overall += any(t.is_shown for t in tests if t.about == ALL_BASES)
         anywhere += any(t.is_shown for t in tests if t.about != ALL_BASES)
     assert overall / sweeps <= at_most(0.05, sweeps)

@@ -31,7 +31,7 @@ from tune_sparse.pruning.masks import Masks
 from tune_sparse.search.racing import Correctness
 from tune_sparse.search.scorer import SliceScorer
 
-SPACE = Space.of(
+SPACE = Space.from_groups(
     {
         "qkv": {"modules": ["q_proj", "k_proj", "v_proj"], "ranks": [4, 2, 1, 0]},
         "up": {"modules": ["up_proj"], "ranks": [4, 3, 2]},
@@ -53,22 +53,22 @@ class Trained:
     ledger: Ledger
     scorer: SliceScorer
 
-    def drawn(self, seed: int) -> Ranks:
+    def sample(self, seed: int) -> Ranks:
         return SPACE.sample_ranks(count_layers(self.scorer.slices.model), 0, seed, "uniform")
 
 
 @pytest.fixture(scope="module", params=MODES)
 def trained(request: pytest.FixtureRequest, llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
     folder = tmp_path_factory.mktemp("super")
-    run, ledger = super_run(llama, write_boolq(folder / "rows"), request.param), Ledger(folder / "results")
+    run, ledger = super_run(llama, write_boolq(folder / "data"), request.param), Ledger(folder / "results")
     record = finished(run, ledger)
     assert record.status == "done", record.error
-    return Trained(run, ledger, SliceScorer.of(run, ledger))
+    return Trained(run, ledger, SliceScorer.from_run(run, ledger))
 
 
 def test_a_slice_scores_exactly_as_the_same_sub_adapter_loaded_alone(trained: Trained, tmp_path: Path) -> None:
-    scorer, ranks = trained.scorer, trained.drawn(1)
-    scorer.slices.activate(trained.drawn(2))
+    scorer, ranks = trained.scorer, trained.sample(1)
+    scorer.slices.activate(trained.sample(2))
     scorer.slices.activate(ranks)
     weights = {name: weight.clone() for name, weight in prunable_weights(scorer.slices.model).items()}
     sliced = score(scorer.slices.model, scorer.tokenizer, [scorer.tests], scorer.protocol)
@@ -91,7 +91,7 @@ def test_the_maximal_slice_is_what_the_super_adapter_deployed(trained: Trained) 
 
 
 def test_a_slice_keeps_the_zeros_and_its_scaling_in_stock_peft(trained: Trained, tmp_path: Path) -> None:
-    scorer, ranks = trained.scorer, trained.drawn(3) | {"l00.qkv": 0}
+    scorer, ranks = trained.scorer, trained.sample(3) | {"l00.qkv": 0}
     scorer.slices.save(ranks, tmp_path / "adapter")
     model = load_model(Path(trained.run.model_path), torch.float32, torch.device("cpu"))
     stock = PeftModel.from_pretrained(model, str(tmp_path / "adapter"))
@@ -112,7 +112,7 @@ def test_a_slice_keeps_the_zeros_and_its_scaling_in_stock_peft(trained: Trained,
 
 
 def test_a_finished_slice_is_written_validated_and_scored(trained: Trained, tmp_path: Path) -> None:
-    ranks = trained.drawn(4)
+    ranks = trained.sample(4)
     scored = trained.scorer.finish(ranks, tmp_path / "winner")
     known = read_json(tmp_path / "winner" / "result.json")
     assert known["ranks"] == ranks
@@ -129,7 +129,7 @@ def score_all(scorer: SliceScorer, ranks: Ranks) -> dict[int, bool]:
 
 
 def test_stages_answer_what_is_not_known_and_the_same_as_at_once(trained: Trained) -> None:
-    scorer, ranks = trained.scorer, trained.drawn(5)
+    scorer, ranks = trained.scorer, trained.sample(5)
     whole = score_all(scorer, ranks)
     known = Correctness(len(whole)).adding([(1, True)])
     parts = dict(scorer.answers(ranks, [1, 3], known)) | dict(scorer.answers(ranks, [0, 2], known))
@@ -195,7 +195,7 @@ def test_a_super_adapter_goes_on_as_if_it_had_not_been_killed(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("trainables.training.CHECKPOINT_SECONDS", 0.0)
-    run = super_run(llama, write_boolq(tmp_path / "rows"), "sparse-to-sparse")
+    run = super_run(llama, write_boolq(tmp_path / "data"), "sparse-to-sparse")
     whole, cut = Ledger(tmp_path / "whole"), Ledger(tmp_path / "cut")
     finished(run, whole)
     (cut.folder / "checkpoints").mkdir(parents=True)
@@ -217,17 +217,17 @@ def adapter_tensors(ledger: Ledger, run: Run) -> dict[str, Tensor]:
 def test_ranks_are_drawn_once_a_step_also_with_activation_checkpointing(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = super_run(llama, write_boolq(tmp_path / "rows"), "sparse-to-sparse", micro_batch_size=2)
-    drawn: list[int] = []
+    run = super_run(llama, write_boolq(tmp_path / "data"), "sparse-to-sparse", micro_batch_size=2)
+    steps: list[int] = []
     draw = Space.sample_ranks
     monkeypatch.setattr(
-        Space, "sample_ranks", lambda self, layers, step, *rest: drawn.append(step) or draw(self, layers, step, *rest)
+        Space, "sample_ranks", lambda self, layers, step, *rest: steps.append(step) or draw(self, layers, step, *rest)
     )
     plain, recomputed = Ledger(tmp_path / "plain"), Ledger(tmp_path / "recomputed")
     again = replace(run, protocol=replace(run.protocol, activation_checkpointing=True))
     finished(run, plain)
     finished(again, recomputed)
-    assert drawn == [*range(6), *range(6)]
+    assert steps == [*range(6), *range(6)]
     a, b = adapter_tensors(plain, run), adapter_tensors(recomputed, again)
     assert all(torch.allclose(a[name], b[name], atol=1e-5) for name in a)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from factories import boolq_rows, write_boolq, write_jsonl
+from factories import boolq_examples, write_boolq, write_jsonl
 
 from tune_sparse.config import Protocol
 from tune_sparse.data.splits import (
@@ -15,7 +15,7 @@ from tune_sparse.data.splits import (
     fingerprint_splits,
     load_splits,
     load_test,
-    read_rows,
+    read_examples_file,
 )
 from tune_sparse.data.task_types import PromptTask, TextTask
 from tune_sparse.data.tasks import TASKS
@@ -25,26 +25,26 @@ BOOLQ = TASKS["boolq"]
 SMALL = Protocol(n_selection=4)
 
 
-def arc_rows(prefix: str, count: int) -> list[dict[str, Any]]:
+def arc_examples(prefix: str, count: int) -> list[dict[str, Any]]:
     choices = {"text": ["a", "b", "c", "d"], "label": ["A", "B", "C", "D"]}
     return [{"question": f"{prefix} {i}?", "choices": choices, "answerKey": "A"} for i in range(count)]
 
 
 def write_arc(data_dir: Path, **splits: int) -> Path:
     for split, count in splits.items():
-        write_jsonl(data_dir / "arc_easy" / f"{split}.jsonl", arc_rows(split, count))
+        write_jsonl(data_dir / "arc_easy" / f"{split}.jsonl", arc_examples(split, count))
     return data_dir
 
 
-def prompts(rows: Any) -> list[str]:
-    return [row.get("passage") or row["question"] for row in rows]
+def prompts(examples: Any) -> list[str]:
+    return [example.get("passage") or example["question"] for example in examples]
 
 
 def test_selection_is_carved_from_train_where_validation_is_the_test(tmp_path: Path) -> None:
     splits = load_splits(BOOLQ, write_boolq(tmp_path, train=20, validation=6), SMALL)
     assert (len(splits.train), len(splits.selection), len(splits.test)) == (16, 4, 6)
-    assert sorted(prompts(splits.train + splits.selection)) == sorted(prompts(boolq_rows(20, "train")))
-    assert prompts(splits.test) == prompts(boolq_rows(6, "validation"))
+    assert sorted(prompts(splits.train + splits.selection)) == sorted(prompts(boolq_examples(20, "train")))
+    assert prompts(splits.test) == prompts(boolq_examples(6, "validation"))
 
 
 def test_validation_is_the_selection_where_the_test_is_labelled(tmp_path: Path) -> None:
@@ -60,7 +60,7 @@ def test_selection_is_carved_where_a_labelled_test_has_no_validation(tmp_path: P
     assert all(prompt.startswith("train") for prompt in prompts(splits.selection))
 
 
-def test_no_row_is_in_two_splits(tmp_path: Path) -> None:
+def test_no_example_is_in_two_splits(tmp_path: Path) -> None:
     splits = load_splits(BOOLQ, write_boolq(tmp_path), SMALL)
     everything = prompts(splits.train + splits.selection + splits.test)
     assert len(set(everything)) == len(everything) == 26
@@ -82,17 +82,17 @@ def test_the_splits_repeat_and_their_order_is_shuffled(tmp_path: Path) -> None:
     assert first == again
     assert first.fingerprint == again.fingerprint
     order = prompts(first.selection + first.train)
-    assert order != prompts(boolq_rows(20, "train"))
+    assert order != prompts(boolq_examples(20, "train"))
 
 
-def test_the_fingerprint_changes_with_any_row_and_any_order() -> None:
-    rows = tuple(boolq_rows(4))
-    splits = Splits(rows[:2], rows[2:3], rows[3:])
+def test_the_fingerprint_changes_with_any_example_and_any_order() -> None:
+    examples = tuple(boolq_examples(4))
+    splits = Splits(examples[:2], examples[2:3], examples[3:])
     changed = [
-        Splits(rows[1::-1], rows[2:3], rows[3:]),
-        Splits(rows[:1], rows[1:3], rows[3:]),
-        Splits(({**rows[0], "answer": True}, rows[1]), rows[2:3], rows[3:]),
-        Splits(rows[:2], rows[2:3], ()),
+        Splits(examples[1::-1], examples[2:3], examples[3:]),
+        Splits(examples[:1], examples[1:3], examples[3:]),
+        Splits(({**examples[0], "answer": True}, examples[1]), examples[2:3], examples[3:]),
+        Splits(examples[:2], examples[2:3], ()),
     ]
     assert len({splits.fingerprint, *(other.fingerprint for other in changed)}) == 5
 
@@ -119,90 +119,97 @@ def test_a_missing_file_is_named(tmp_path: Path, split: str) -> None:
 def test_an_empty_file_is_refused(tmp_path: Path, content: str) -> None:
     path = tmp_path / "train.jsonl"
     path.write_text(content)
-    with pytest.raises(InputError, match=rf"{path} must have at least one row, got an empty file\. Add rows\."):
-        read_rows(BOOLQ, path)
+    with pytest.raises(InputError, match=rf"{path} must have at least one example, got an empty file\. Add examples\."):
+        read_examples_file(BOOLQ, path)
 
 
 @pytest.mark.parametrize(
     ("line", "message"),
     [
         ('{"question": ', "each line must be a JSON object: "),
-        ("[1, 2]", r"a row of boolq must be an object with question, passage, answer, got \[1, 2\]\. Fix the row\."),
-        ('{"question": "q"}', "a row of boolq needs the field 'passage', got question. Fix the row."),
+        (
+            "[1, 2]",
+            r"an example of boolq must be an object with question, passage, answer, got \[1, 2\]\. Fix the example\.",
+        ),
+        ('{"question": "q"}', "an example of boolq needs the field 'passage', got question. Fix the example."),
         ('{"question": "q", "passage": "p", "answer": "yes"}', "the field 'answer' of boolq must be bool, got 'yes'"),
     ],
 )
-def test_a_bad_row_is_named_by_file_and_line(tmp_path: Path, line: str, message: str) -> None:
+def test_a_bad_example_is_named_by_file_and_line(tmp_path: Path, line: str, message: str) -> None:
     path = tmp_path / "train.jsonl"
-    path.write_text(json.dumps(boolq_rows(1)[0]) + "\n\n" + line + "\n")
+    path.write_text(json.dumps(boolq_examples(1)[0]) + "\n\n" + line + "\n")
     with pytest.raises(InputError, match=rf"^{path}:3: {message}"):
-        read_rows(BOOLQ, path)
+        read_examples_file(BOOLQ, path)
 
 
 def test_a_file_that_is_not_utf8_is_refused_by_name(tmp_path: Path) -> None:
     path = tmp_path / "train.jsonl"
     path.write_bytes('{"question": "café", "passage": "p", "answer": true}\n'.encode("latin-1"))
     with pytest.raises(InputError, match=rf"{path}.*UTF-8"):
-        read_rows(BOOLQ, path)
+        read_examples_file(BOOLQ, path)
 
 
-def test_unicode_line_separators_do_not_end_a_row(tmp_path: Path) -> None:
-    row = {"question": "one\u2028two\x85three", "passage": "p", "answer": True}
+def test_unicode_line_separators_do_not_end_an_example(tmp_path: Path) -> None:
+    example = {"question": "one\u2028two\x85three", "passage": "p", "answer": True}
     path = tmp_path / "train.jsonl"
-    path.write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
-    assert read_rows(BOOLQ, path) == [row]
+    path.write_text(json.dumps(example, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert read_examples_file(BOOLQ, path) == [example]
 
 
 def test_windows_line_ends_are_read(tmp_path: Path) -> None:
-    rows = boolq_rows(2)
+    examples = boolq_examples(2)
     path = tmp_path / "train.jsonl"
-    path.write_bytes("".join(json.dumps(row) + "\r\n" for row in rows).encode())
-    assert read_rows(BOOLQ, path) == rows
+    path.write_bytes("".join(json.dumps(example) + "\r\n" for example in examples).encode())
+    assert read_examples_file(BOOLQ, path) == examples
 
 
-def test_a_row_in_train_and_test_is_refused(tmp_path: Path) -> None:
+def test_an_example_in_train_and_test_is_refused(tmp_path: Path) -> None:
     write_boolq(tmp_path)
-    leaked = boolq_rows(6, "validation")[2] | {"answer": True}
-    write_jsonl(tmp_path / "boolq" / "train.jsonl", [*boolq_rows(20, "train"), leaked])
-    with pytest.raises(InputError, match=r"no row of boolq may be in two splits, got one in \w+ and test: .*Remove it"):
+    leaked = boolq_examples(6, "validation")[2] | {"answer": True}
+    write_jsonl(tmp_path / "boolq" / "train.jsonl", [*boolq_examples(20, "train"), leaked])
+    with pytest.raises(
+        InputError, match=r"no example of boolq may be in two splits, got one in \w+ and test: .*Remove it"
+    ):
         load_splits(BOOLQ, tmp_path, SMALL)
 
 
-def test_a_row_repeated_within_train_is_in_selection_or_in_train(tmp_path: Path) -> None:
+def test_an_example_repeated_within_train_is_in_selection_or_in_train(tmp_path: Path) -> None:
     write_boolq(tmp_path)
-    write_jsonl(tmp_path / "boolq" / "train.jsonl", boolq_rows(10, "train") * 2)
+    write_jsonl(tmp_path / "boolq" / "train.jsonl", boolq_examples(10, "train") * 2)
     splits = load_splits(BOOLQ, tmp_path, SMALL)
-    questions = [{row["question"] for row in rows} for rows in (splits.train, splits.selection)]
+    questions = [{example["question"] for example in examples} for examples in (splits.train, splits.selection)]
     assert questions[0]
     assert not questions[0] & questions[1]
 
 
-def test_a_question_with_another_worked_answer_is_the_same_row(tmp_path: Path) -> None:
-    rows = [{"question": f"how many {i}?", "answer": f"#### {i}"} for i in range(10)]
-    write_jsonl(tmp_path / "gsm8k" / "train.jsonl", rows)
-    write_jsonl(tmp_path / "gsm8k" / "test.jsonl", [rows[0] | {"answer": "another way.\n#### 0"}])
-    with pytest.raises(InputError, match="no row of gsm8k may be in two splits"):
+def test_a_question_with_another_worked_answer_is_the_same_example(tmp_path: Path) -> None:
+    examples = [{"question": f"how many {i}?", "answer": f"#### {i}"} for i in range(10)]
+    write_jsonl(tmp_path / "gsm8k" / "train.jsonl", examples)
+    write_jsonl(tmp_path / "gsm8k" / "test.jsonl", [examples[0] | {"answer": "another way.\n#### 0"}])
+    with pytest.raises(InputError, match="no example of gsm8k may be in two splits"):
         load_splits(TASKS["gsm8k"], tmp_path, SMALL)
 
 
-def test_the_selection_must_leave_rows_to_train_on(tmp_path: Path) -> None:
-    message = r"n_selection must leave rows to train on: boolq has 4 training rows, got 4\. Lower n_selection\."
+def test_the_selection_must_leave_examples_to_train_on(tmp_path: Path) -> None:
+    message = r"n_selection must leave examples to train on: boolq has 4 training examples, got 4\. Lower n_selection\."
     with pytest.raises(InputError, match=message):
         load_splits(BOOLQ, write_boolq(tmp_path, train=4), SMALL)
 
 
 @pytest.mark.parametrize("name", [name for name, task in TASKS.items() if isinstance(task, PromptTask)])
-def test_real_rows_split_without_leaks(name: str, real_rows: Path) -> None:
-    splits = load_splits(TASKS[name], real_rows, Protocol(n_selection=8, n_test=16))
+def test_real_examples_split_without_leaks(name: str, real_examples: Path) -> None:
+    splits = load_splits(TASKS[name], real_examples, Protocol(n_selection=8, n_test=16))
     assert len(splits.selection) == 8
     assert len(splits.test) == 16
     assert len(splits.train) >= 12
 
 
 @pytest.mark.parametrize("name", [name for name, task in TASKS.items() if isinstance(task, TextTask)])
-def test_real_texts_split_without_leaks(name: str, real_rows: Path) -> None:
-    splits = load_splits(TASKS[name], real_rows, Protocol())
-    sizes = [len(rows[0]["text"]) for rows in (splits.train, splits.selection, splits.test) if len(rows) == 1]
+def test_real_texts_split_without_leaks(name: str, real_examples: Path) -> None:
+    splits = load_splits(TASKS[name], real_examples, Protocol())
+    sizes = [
+        len(examples[0]["text"]) for examples in (splits.train, splits.selection, splits.test) if len(examples) == 1
+    ]
     assert len(sizes) == 3
     assert min(sizes) > 5_000
 
@@ -211,35 +218,37 @@ def test_real_texts_split_without_leaks(name: str, real_rows: Path) -> None:
 
 
 def test_examples_are_the_whole_train_split_in_its_own_order(tmp_path: Path) -> None:
-    rows = tuple(boolq_rows(20, "train"))
+    examples = tuple(boolq_examples(20, "train"))
     splits = load_splits(BOOLQ, write_boolq(tmp_path), replace(SMALL, num_fewshot=2, n_train=3))
-    assert splits.examples == rows
+    assert splits.shots == examples
     assert splits.train == load_splits(BOOLQ, tmp_path, replace(SMALL, n_train=3)).train
 
 
-def test_examples_are_part_of_the_fingerprint_only_where_they_are_asked_for(tmp_path: Path) -> None:
+def test_shots_are_part_of_the_fingerprint_only_where_they_are_requested(tmp_path: Path) -> None:
     write_boolq(tmp_path)
     without, two, three = (load_splits(BOOLQ, tmp_path, replace(SMALL, num_fewshot=count)) for count in (0, 2, 3))
-    assert without.examples == ()
+    assert without.shots == ()
     assert without.fingerprint != two.fingerprint == three.fingerprint
-    assert replace(two, examples=two.examples[::-1]).fingerprint != two.fingerprint
+    assert replace(two, shots=two.shots[::-1]).fingerprint != two.fingerprint
 
 
-def test_examples_must_be_fewer_than_the_training_rows(tmp_path: Path) -> None:
+def test_shots_must_be_fewer_than_the_training_examples(tmp_path: Path) -> None:
     write_boolq(tmp_path)
     load_splits(BOOLQ, tmp_path, replace(SMALL, num_fewshot=19))
-    with pytest.raises(InputError, match=r"num_fewshot must be less than the 20 training rows of boolq.*Lower it\."):
+    with pytest.raises(
+        InputError, match=r"num_fewshot must be less than the 20 training examples of boolq.*Lower it\."
+    ):
         load_splits(BOOLQ, tmp_path, replace(SMALL, num_fewshot=20))
 
 
-def test_no_worked_example_is_a_test_row_whatever_the_limit_of_train(tmp_path: Path) -> None:
-    """Examples are drawn from all of train, also from rows that are not trained on."""
+def test_no_worked_example_is_a_test_example_whatever_the_limit_of_train(tmp_path: Path) -> None:
+    """Examples are drawn from all of train, also from examples that are not trained on."""
     write_boolq(tmp_path)
-    leaked = boolq_rows(6, "validation")[2] | {"answer": True}
-    write_jsonl(tmp_path / "boolq" / "train.jsonl", [*boolq_rows(20, "train"), leaked])
+    leaked = boolq_examples(6, "validation")[2] | {"answer": True}
+    write_jsonl(tmp_path / "boolq" / "train.jsonl", [*boolq_examples(20, "train"), leaked])
     unseen = next(n for n in range(1, 17) if leaked not in load_splits(BOOLQ, tmp_path, limited(n, 1)).train)
     load_splits(BOOLQ, tmp_path, limited(unseen, 6))
-    with pytest.raises(InputError, match="no row of boolq may be in two splits"):
+    with pytest.raises(InputError, match="no example of boolq may be in two splits"):
         load_splits(BOOLQ, tmp_path, replace(limited(unseen, 6), num_fewshot=2))
 
 
@@ -248,7 +257,7 @@ def limited(n_train: int, n_test: int) -> Protocol:
 
 
 @pytest.mark.parametrize("num_fewshot", [0, 2])
-def test_scoring_alone_needs_the_test_rows_and_the_examples(tmp_path: Path, num_fewshot: int) -> None:
+def test_scoring_alone_needs_the_test_examples_and_the_shots(tmp_path: Path, num_fewshot: int) -> None:
     protocol = replace(SMALL, n_test=3, num_fewshot=num_fewshot)
     whole = load_splits(BOOLQ, write_boolq(tmp_path), protocol)
     if not num_fewshot:
@@ -291,29 +300,29 @@ def write_shakespeare(data_dir: Path, text: str) -> Path:
     return data_dir
 
 
-def texts_of(splits: Splits) -> list[str]:
-    return [row["text"] for rows in (splits.train, splits.selection, splits.test) for row in rows]
+def list_texts(splits: Splits) -> list[str]:
+    return [example["text"] for examples in (splits.train, splits.selection, splits.test) for example in examples]
 
 
-def test_a_text_task_has_one_row_a_split_from_a_file_each(tmp_path: Path) -> None:
-    """Lines are rows joined by blank lines, the blank ones empty rows: as in GPTQ, SparseGPT and Wanda."""
+def test_a_text_task_has_one_example_a_split_from_a_file_each(tmp_path: Path) -> None:
+    """Lines are examples joined by blank lines, the blank ones empty examples: as in GPTQ, SparseGPT and Wanda."""
     splits = load_splits(WIKITEXT, write_wikitext(tmp_path, test=" \n = Title = \n \n A line .\n"), SMALL)
-    assert texts_of(splits) == ["a b\n", "c d\n", "\n\n = Title = \n\n\n\n\n A line .\n"]
-    assert splits.examples == ()
+    assert list_texts(splits) == ["a b\n", "c d\n", "\n\n = Title = \n\n\n\n\n A line .\n"]
+    assert splits.shots == ()
 
 
-def test_the_rows_of_the_hub_and_their_file_have_the_same_text(tmp_path: Path) -> None:
-    """wikitext-2-raw-v1 as the Hub has it, a blank line an empty row."""
-    rows = ["", " = Robert Boulter = \n", "", " Robert Boulter is an actor . \n", " He had a role . \n", ""]
-    file = "".join(row or " \n" for row in rows)
-    [row] = load_splits(WIKITEXT, write_wikitext(tmp_path, test=file), SMALL).test
-    assert row["text"] == "\n\n".join(rows)
+def test_the_examples_of_the_hub_and_their_file_have_the_same_text(tmp_path: Path) -> None:
+    """wikitext-2-raw-v1 as the Hub has it, a blank line an empty example."""
+    examples = ["", " = Robert Boulter = \n", "", " Robert Boulter is an actor . \n", " He had a role . \n", ""]
+    file = "".join(example or " \n" for example in examples)
+    [example] = load_splits(WIKITEXT, write_wikitext(tmp_path, test=file), SMALL).test
+    assert example["text"] == "\n\n".join(examples)
 
 
 def test_a_text_in_one_file_is_divided_by_its_lines(tmp_path: Path) -> None:
     lines = [f"line {i}\n" for i in range(40)]
     splits = load_splits(SHAKESPEARE, write_shakespeare(tmp_path, "".join(lines)), SMALL)
-    assert texts_of(splits) == ["".join(lines[:36]), "".join(lines[36:38]), "".join(lines[38:])]
+    assert list_texts(splits) == ["".join(lines[:36]), "".join(lines[36:38]), "".join(lines[38:])]
 
 
 @pytest.mark.parametrize("count", [7, 33, 41, 100])
@@ -323,7 +332,7 @@ def test_no_line_of_a_divided_text_is_lost_or_shared(tmp_path: Path, count: int)
         with pytest.raises(InputError, match=r"input\.txt: a text of tinyshakespeare must not be empty"):
             load_splits(SHAKESPEARE, write_shakespeare(tmp_path, text), SMALL)
     else:
-        assert "".join(texts_of(load_splits(SHAKESPEARE, write_shakespeare(tmp_path, text), SMALL))) == text
+        assert "".join(list_texts(load_splits(SHAKESPEARE, write_shakespeare(tmp_path, text), SMALL))) == text
 
 
 def test_the_limits_of_a_text_count_windows_not_lines(tmp_path: Path) -> None:
@@ -355,7 +364,9 @@ def test_the_synthetic_generator_has_no_text() -> None:
 def test_a_long_line_in_two_texts_is_a_leak(tmp_path: Path, split: str) -> None:
     line = "x" * LEAK_CHARACTERS
     write_wikitext(tmp_path, test=f"e\n{line}\n", **{split: f"{line}\nf\n"})
-    with pytest.raises(InputError, match=r"no row of wikitext2 may be in two splits, got one in \w+ and test: 'xxx"):
+    with pytest.raises(
+        InputError, match=r"no example of wikitext2 may be in two splits, got one in \w+ and test: 'xxx"
+    ):
         load_splits(WIKITEXT, tmp_path, SMALL)
 
 

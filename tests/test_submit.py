@@ -64,8 +64,8 @@ def test_a_sweep_that_is_not_complete_fails_its_job_and_says_why_on_the_last_lin
     sweep = ["smoke", "--models", str(llama), "--sparsities", "0", "--tasks", "boolq", "--results-dir", str(tmp_path)]
     ended = head.submit([*sweep, "--set", "learning_rate=1e30", "max_grad_norm=1e30"])
     assert ended.returncode == 1
-    said = [line for line in ended.stdout.splitlines() if line.startswith("tune-sparse:")]
-    assert "0 done, 1 failed" in said[-1]
+    printed = [line for line in ended.stdout.splitlines() if line.startswith("tune-sparse:")]
+    assert "0 done, 1 failed" in printed[-1]
 
 
 def test_a_wrong_token_is_refused(head: Head) -> None:

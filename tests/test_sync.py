@@ -10,7 +10,7 @@ from threading import Thread
 from typing import Any
 
 import pytest
-from factories import done_record, failed_record, make_cell, make_run, sweep_of, write_run
+from factories import done_record, failed_record, make_cell, make_run, make_sweep, write_run
 from mlflow import MlflowClient
 from mlflow.entities import Run as MlflowRun
 from mlflow.entities import ViewType
@@ -45,7 +45,7 @@ CELLS = [DONE.cell, FAILED.cell, MISSING.cell, *(make_cell(sparsity=0.0, mode=mo
 def by_hand(folder: Path) -> Ledger:
     """A sweep of six cells: one done, one failed, one missing, three that share one done run."""
     ledger = Ledger(folder)
-    ledger.write_sweep(sweep_of(CELLS))
+    ledger.write_sweep(make_sweep(CELLS))
     write_run(ledger, DONE, done_record(DONE, accuracy=0.8))
     write_run(ledger, FAILED, failed_record(FAILED))
     write_run(ledger, DENSE, done_record(DENSE, accuracy=0.9))
@@ -63,7 +63,7 @@ class Store:
         experiment = self.client.get_experiment_by_name(EXPERIMENT)
         return list(self.client.search_runs([experiment.experiment_id], run_view_type=view))
 
-    def of(self, run: Run) -> MlflowRun:
+    def find(self, run: Run) -> MlflowRun:
         [found] = [found for found in self.runs() if found.data.tags.get(RUN_TAG) == run.run_id]
         return found
 
@@ -71,7 +71,7 @@ class Store:
         return [found for found in self.runs() if SWEEP_TAG in found.data.tags]
 
     def curve(self, run: Run, name: str) -> list[tuple[int, float]]:
-        return [(m.step, m.value) for m in self.client.get_metric_history(self.of(run).info.run_id, name)]
+        return [(m.step, m.value) for m in self.client.get_metric_history(self.find(run).info.run_id, name)]
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +98,7 @@ def test_a_sweep_is_one_parent_with_a_child_for_each_recorded_run(store: Store) 
 
 
 def test_a_child_has_every_setting(store: Store) -> None:
-    params = store.of(DONE).data.params
+    params = store.find(DONE).data.params
     assert (params["method"], params["sparsity"], params["mode"]) == ("unstructured", "0.5", "sparse-to-dense")
     assert (params["learning_rate"], params["n_train"], params["lora_rank"]) == ("0.0003", "None", "16")
     config = DONE.as_config()
@@ -111,7 +111,7 @@ def test_a_child_has_its_curves_with_their_steps(store: Store) -> None:
 
 
 def test_a_child_has_its_final_numbers_and_no_invented_ones(store: Store) -> None:
-    metrics = store.of(DONE).data.metrics
+    metrics = store.find(DONE).data.metrics
     assert (metrics["accuracy"], metrics["eval_loss"], metrics["train_seconds"]) == (0.8, 0.5, 2.0)
     assert (metrics["inference_flops_1024"], metrics["inference_flops_8192"]) == (1_000, 8_000)
     assert "compile_seconds" not in metrics
@@ -119,19 +119,19 @@ def test_a_child_has_its_final_numbers_and_no_invented_ones(store: Store) -> Non
 
 
 def test_a_child_has_its_environment_and_its_status(store: Store) -> None:
-    run = store.of(DONE)
+    run = store.find(DONE)
     assert run.info.status == "FINISHED"
     assert (run.data.tags["hardware"], run.data.tags["version_torch"]) == ("abacus", "2.13")
     assert run.info.end_time - run.info.start_time == pytest.approx(3_000, abs=2)
 
 
 def test_a_child_has_its_small_files(store: Store) -> None:
-    files = {file.path for file in store.client.list_artifacts(store.of(DONE).info.run_id)}
+    files = {file.path for file in store.client.list_artifacts(store.find(DONE).info.run_id)}
     assert files == {"config.yaml", "sparse_config.json", "result.json", "validation_report.json", "train.log"}
 
 
 def test_a_failed_run_says_why(store: Store) -> None:
-    run = store.of(FAILED)
+    run = store.find(FAILED)
     assert run.info.status == "FAILED"
     assert run.data.tags["error"] == "RunError: the loss is nan at step 7"
     assert "accuracy" not in run.data.metrics
@@ -144,19 +144,19 @@ def test_tracking_again_changes_nothing(ledger: Ledger, store: Store) -> None:
 
 
 def test_a_run_cut_off_in_the_middle_of_logging_is_logged_anew_once(ledger: Ledger, store: Store) -> None:
-    cut = store.of(DONE).info.run_id
+    cut = store.find(DONE).info.run_id
     store.client.update_run(cut, "RUNNING")
     track_ledger(ledger, store.uri)
-    again = store.of(DONE)
+    again = store.find(DONE)
     assert again.info.run_id != cut
     assert again.info.status == "FINISHED"
     assert len(store.curve(DONE, "step_train_loss")) == 3
     track_ledger(ledger, store.uri)
-    assert store.of(DONE).info.run_id == again.info.run_id
+    assert store.find(DONE).info.run_id == again.info.run_id
 
 
 def test_a_parent_cut_off_in_the_middle_of_logging_is_completed(ledger: Ledger, store: Store) -> None:
-    later = sweep_of([DONE.cell], started=5_000.0)
+    later = make_sweep([DONE.cell], started=5_000.0)
     ledger.write_sweep(later)
     experiment = store.client.get_experiment_by_name(EXPERIMENT)
     store.client.create_run(experiment.experiment_id, tags={SWEEP_TAG: later.sweep_id})
@@ -167,24 +167,24 @@ def test_a_parent_cut_off_in_the_middle_of_logging_is_completed(ledger: Ledger, 
 
 
 def test_a_run_that_was_discarded_and_repeated_shows_its_new_record(ledger: Ledger, store: Store) -> None:
-    before = store.of(DONE).info.run_id
+    before = store.find(DONE).info.run_id
     ledger.set_aside(DONE.run_id, "to be repeated")
     write_run(ledger, DONE, done_record(DONE, accuracy=0.81))
     track_ledger(ledger, store.uri)
-    assert store.of(DONE).info.run_id != before
-    assert store.of(DONE).data.metrics["accuracy"] == 0.81
+    assert store.find(DONE).info.run_id != before
+    assert store.find(DONE).data.metrics["accuracy"] == 0.81
 
 
 def test_a_failed_run_that_is_done_later_is_replaced(ledger: Ledger, store: Store) -> None:
     write_run(ledger, FAILED, done_record(FAILED, accuracy=0.7))
     track_ledger(ledger, store.uri)
-    run = store.of(FAILED)
+    run = store.find(FAILED)
     assert (run.info.status, run.data.metrics["accuracy"]) == ("FINISHED", 0.7)
     assert "error" not in run.data.tags
 
 
 def test_a_run_of_two_sweeps_is_one_child(ledger: Ledger, store: Store) -> None:
-    ledger.write_sweep(sweep_of([DONE.cell, DENSE.cell], started=9_000.0))
+    ledger.write_sweep(make_sweep([DONE.cell, DENSE.cell], started=9_000.0))
     assert track_ledger(ledger, store.uri) == 3
     assert len([run for run in store.runs() if run.data.tags.get(RUN_TAG) == DONE.run_id]) == 1
 
@@ -192,7 +192,7 @@ def test_a_run_of_two_sweeps_is_one_child(ledger: Ledger, store: Store) -> None:
 def test_an_interrupted_run_is_shown_as_killed_with_a_long_error_cut(ledger: Ledger, store: Store) -> None:
     write_run(ledger, MISSING, replace(failed_record(MISSING, "x" * 20_000), status="interrupted"))
     assert track_ledger(ledger, store.uri) == 4
-    assert store.of(MISSING).info.status == "KILLED"
+    assert store.find(MISSING).info.status == "KILLED"
 
 
 def test_the_store_is_sqlite_in_the_results_folder_unless_another_is_named(tmp_path: Path) -> None:
@@ -243,7 +243,7 @@ def assert_each_once(ledger: Ledger, store: Store) -> None:
     [parent], runs = store.parents(), store.runs()
     assert sorted(run.data.tags.get(RUN_TAG, "") for run in runs) == sorted(["", *TRACKED])
     for run in (DONE, FAILED, DENSE):
-        shown, record = store.of(run), ledger.record(run.run_id)
+        shown, record = store.find(run), ledger.record(run.run_id)
         assert record is not None
         assert shown.data.tags["mlflow.parentRunId"] == parent.info.run_id
         assert shown.data.tags[RECORD_TAG] == record_hash(record)
@@ -252,10 +252,10 @@ def assert_each_once(ledger: Ledger, store: Store) -> None:
     assert {run.info.status for run in runs} <= {"FINISHED", "FAILED"}
 
 
-def of_another_site(folder: Path) -> Ledger:
+def move_to_another_site(folder: Path) -> Ledger:
     """Two runs that nobody else has."""
     other, runs = Ledger(folder), [make_run(make_cell(seed=seed)) for seed in (77, 78)]
-    other.write_sweep(sweep_of([run.cell for run in runs], started=7_000.0))
+    other.write_sweep(make_sweep([run.cell for run in runs], started=7_000.0))
     for run in runs:
         write_run(other, run, done_record(run))
     return other
@@ -277,7 +277,7 @@ def everything(ledger: Ledger) -> list[str]:
 
 def test_two_folders_at_once_leave_each_run_once(fresh: tuple[Ledger, Store], tmp_path: Path) -> None:
     ledger, store = fresh
-    ledgers = [ledger, of_another_site(tmp_path / "other")]
+    ledgers = [ledger, move_to_another_site(tmp_path / "other")]
     writers = [Thread(target=track_ledger, args=(one, store.uri)) for one in ledgers]
     for writer in writers:
         writer.start()
@@ -291,10 +291,10 @@ def test_another_folder_in_the_middle_leaves_each_run_once(
     fresh: tuple[Ledger, Store], tmp_path: Path, before: str
 ) -> None:
     ledger, store = fresh
-    other = of_another_site(tmp_path / "other")
+    other = move_to_another_site(tmp_path / "other")
     if before == "delete_run":
         track_ledger(ledger, store.uri)
-        store.client.update_run(store.of(DONE).info.run_id, "RUNNING")
+        store.client.update_run(store.find(DONE).info.run_id, "RUNNING")
     client = Meddling(store.uri, before, lambda *_: track_ledger(other, store.uri))
     assert Tracker(ledger, store.uri, client).fill(Tracker.fill_ledger) == 3
     assert split_by_folder(store) == (everything(ledger), everything(other))
@@ -330,11 +330,11 @@ def test_children_of_a_parent_that_was_removed_hang_below_the_one_that_stays(fre
 def test_what_belongs_to_other_ledgers_is_left_alone(fresh: tuple[Ledger, Store], tmp_path: Path) -> None:
     ledger, store = fresh
     other, run = Ledger(tmp_path / "other"), make_run(make_cell(seed=77))
-    other.write_sweep(sweep_of([run.cell], started=7_000.0))
+    other.write_sweep(make_sweep([run.cell], started=7_000.0))
     write_run(other, run, done_record(run))
     track_ledger(other, store.uri)
     theirs = {found.info.run_id for found in store.runs()}
-    store.client.update_run(store.of(run).info.run_id, "RUNNING")
+    store.client.update_run(store.find(run).info.run_id, "RUNNING")
     track_ledger(ledger, store.uri)
     assert len(theirs) == 2
     assert theirs < {found.info.run_id for found in store.runs()}
@@ -343,7 +343,7 @@ def test_what_belongs_to_other_ledgers_is_left_alone(fresh: tuple[Ledger, Store]
 def test_a_run_whose_record_is_gone_goes_whatever_logged_it(fresh: tuple[Ledger, Store]) -> None:
     ledger, store = fresh
     track_ledger(ledger, store.uri)
-    store.client.delete_tag(store.of(DONE).info.run_id, RECORD_TAG)
+    store.client.delete_tag(store.find(DONE).info.run_id, RECORD_TAG)
     ledger.set_aside(DONE.run_id, "to be repeated")
     track_ledger(ledger, store.uri)
     assert DONE.run_id not in {run.data.tags.get(RUN_TAG) for run in store.runs()}

@@ -13,7 +13,7 @@ from tune_sparse.config import Protocol
 from tune_sparse.data import synthetic
 from tune_sparse.data.splits import load_splits
 from tune_sparse.data.synthetic import SYNTHETIC_TASKS, synthetic_examples
-from tune_sparse.data.task_types import ChoiceTask, PromptTask, Row
+from tune_sparse.data.task_types import ChoiceTask, Example, PromptTask
 from tune_sparse.data.tasks import TASKS
 from tune_sparse.errors import InputError
 from tune_sparse.models import toy_models
@@ -28,11 +28,11 @@ def prompt_task(name: str) -> PromptTask:
     return task
 
 
-def prompt_of(name: str, row: Row) -> str:
-    return prompt_task(name).training_pair(row)[0]
+def make_prompt(name: str, example: Example) -> str:
+    return prompt_task(name).training_pair(example)[0]
 
 
-def splits_of(task_name: str) -> list[str]:
+def list_splits(task_name: str) -> list[str]:
     return [split for name, split in SPLITS if name == task_name]
 
 
@@ -42,26 +42,26 @@ def tokenizer() -> PreTrainedTokenizerBase:
 
 
 @pytest.mark.parametrize(("name", "split"), SPLITS)
-def test_rows_have_the_schema_and_the_size(name: str, split: str) -> None:
-    rows = synthetic_examples(name, split)
-    assert len(rows) == {"base": 6000, "train": 2200}.get(split, 400)
-    for row in rows:
-        TASKS[name].check(row)
+def test_examples_have_the_schema_and_the_size(name: str, split: str) -> None:
+    examples = synthetic_examples(name, split)
+    assert len(examples) == {"base": 6000, "train": 2200}.get(split, 400)
+    for example in examples:
+        TASKS[name].check(example)
 
 
-def test_hellaswag_rows_have_every_field_of_the_original() -> None:
-    for row in synthetic_examples("hellaswag", "validation"):
-        assert list(row) == [
+def test_hellaswag_examples_have_every_field_of_the_original() -> None:
+    for example in synthetic_examples("hellaswag", "validation"):
+        assert list(example) == [
             *("ind", "activity_label", "ctx_a", "ctx_b", "ctx", "endings"),
             *("source_id", "split", "split_type", "label"),
         ]
-        assert row["ctx"] == f"{row['ctx_a']} {row['ctx_b']}"
-        assert len(set(row["endings"])) == 4
+        assert example["ctx"] == f"{example['ctx_a']} {example['ctx_b']}"
+        assert len(set(example["endings"])) == 4
 
 
 @pytest.mark.parametrize("name", SYNTHETIC_TASKS)
 def test_no_prompt_is_repeated_within_or_across_splits(name: str) -> None:
-    prompts = [prompt_of(name, row) for split in splits_of(name) for row in synthetic_examples(name, split)]
+    prompts = [make_prompt(name, example) for split in list_splits(name) for example in synthetic_examples(name, split)]
     assert len(set(prompts)) == len(prompts) == 8600
 
 
@@ -79,23 +79,23 @@ def facts_asked(name: str, text: str) -> tuple[str, ...]:
 @pytest.mark.parametrize("name", SYNTHETIC_TASKS)
 def test_no_two_splits_share_what_carries_the_answer(name: str) -> None:
     facts = [
-        {facts_asked(name, prompt_of(name, row)) for row in synthetic_examples(name, split)}
-        for split in splits_of(name)
+        {facts_asked(name, make_prompt(name, example)) for example in synthetic_examples(name, split)}
+        for split in list_splits(name)
     ]
     assert all(len(f) > 200 for f in facts)
     assert sum(map(len, facts)) == len(set.union(*facts))
 
 
 @pytest.mark.parametrize("name", SYNTHETIC_TASKS)
-def test_rows_load_as_splits_of_the_study(name: str) -> None:
+def test_examples_load_as_splits_of_the_study(name: str) -> None:
     splits = load_splits(TASKS[name], None, Protocol(n_train=2000, n_selection=64, n_test=200))
-    assert [len(rows) for rows in (splits.train, splits.selection, splits.test)] == [2000, 64, 200]
+    assert [len(examples) for examples in (splits.train, splits.selection, splits.test)] == [2000, 64, 200]
 
 
 @pytest.mark.parametrize(("name", "split"), SPLITS)
 def test_gold_labels_are_balanced(name: str, split: str) -> None:
     task = prompt_task(name)
-    counts = Counter(task.gold(row) for row in synthetic_examples(name, split))
+    counts = Counter(task.gold(example) for example in synthetic_examples(name, split))
     if isinstance(task, ChoiceTask):
         assert max(counts.values()) - min(counts.values()) <= 1
         assert len(counts) == round(1 / task.chance)
@@ -108,48 +108,48 @@ def test_answers_cannot_be_guessed_without_the_context(name: str) -> None:
     """A guesser that knows how often each answer was right in train stays near chance."""
     seen: Counter[str] = Counter()
     right: Counter[str] = Counter()
-    for row in synthetic_examples(name, "train"):
-        for number, key in enumerate(blind_keys(name, row)):
+    for example in synthetic_examples(name, "train"):
+        for number, key in enumerate(blind_keys(name, example)):
             seen[key] += 1
-            right[key] += number == prompt_task(name).gold(row)
-    rows = synthetic_examples(name, "validation")
+            right[key] += number == prompt_task(name).gold(example)
+    examples = synthetic_examples(name, "validation")
     hits = 0
-    for row in rows:
-        rates = [right[key] / seen[key] for key in blind_keys(name, row)]
-        hits += rates.index(max(rates)) == prompt_task(name).gold(row)
-    assert abs(hits / len(rows) - prompt_task(name).chance) < 0.1
+    for example in examples:
+        rates = [right[key] / seen[key] for key in blind_keys(name, example)]
+        hits += rates.index(max(rates)) == prompt_task(name).gold(example)
+    assert abs(hits / len(examples) - prompt_task(name).chance) < 0.1
 
 
-def blind_keys(name: str, row: Row) -> list[str]:
+def blind_keys(name: str, example: Example) -> list[str]:
     """The choices as seen without the context."""
     if name == "boolq":
-        return [f"{row['question'].split()[-1]} {answer}" for answer in ("no", "yes")]
-    return [ending.split()[0] for ending in row["endings"]]
+        return [f"{example['question'].split()[-1]} {answer}" for answer in ("no", "yes")]
+    return [ending.split()[0] for ending in example["endings"]]
 
 
 def test_boolq_answers_follow_from_the_passage() -> None:
-    for row in synthetic_examples("boolq", "validation"):
-        animal, value = row["question"].split()[2], row["question"].split()[-1]
-        words = row["passage"].replace(".", "").split()
+    for example in synthetic_examples("boolq", "validation"):
+        animal, value = example["question"].split()[2], example["question"].split()[-1]
+        words = example["passage"].replace(".", "").split()
         assert animal in words
-        assert (value in words) == row["answer"]
+        assert (value in words) == example["answer"]
 
 
 def test_hellaswag_gold_ending_is_the_neighbor_in_the_order_of_steps() -> None:
-    for row in synthetic_examples("hellaswag", "validation"):
-        order = list(synthetic.ACTIVITIES[row["activity_label"]])
-        words = row["ctx_a"].rstrip(".").split()
-        if row["ctx_b"].startswith("before"):
+    for example in synthetic_examples("hellaswag", "validation"):
+        order = list(synthetic.ACTIVITIES[example["activity_label"]])
+        words = example["ctx_a"].rstrip(".").split()
+        if example["ctx_b"].startswith("before"):
             order.reverse()
         due = order[order.index(words[1]) + 1]
-        assert row["endings"][int(row["label"])] == f"{due} the {words[-1]}."
-        assert sum(ending.startswith(due) for ending in row["endings"]) == 1
+        assert example["endings"][int(example["label"])] == f"{due} the {words[-1]}."
+        assert sum(ending.startswith(due) for ending in example["endings"]) == 1
 
 
 def test_gsm8k_answers_are_right_by_the_words_of_the_question() -> None:
     gains = {"buys", "finds", "gets", "picks"}
-    for row in synthetic_examples("gsm8k", "test"):
-        words = row["question"].replace(".", "").split()
+    for example in synthetic_examples("gsm8k", "test"):
+        words = example["question"].replace(".", "").split()
         start, first, second = (number for number, word in enumerate(words) if word.isdigit())
         value = int(words[start])
         lines = []
@@ -157,18 +157,18 @@ def test_gsm8k_answers_are_right_by_the_words_of_the_question() -> None:
             change = int(words[at]) if words[at - 1] in gains else -int(words[at])
             lines.append(f"{value} {'+' if change > 0 else '-'} {abs(change)} = {value + change}.")
             value += change
-        assert row["answer"] == "\n".join([*lines, f"#### {value}"])
-        assert prompt_task("gsm8k").gold(row) == str(value)
+        assert example["answer"] == "\n".join([*lines, f"#### {value}"])
+        assert prompt_task("gsm8k").gold(example) == str(value)
 
 
-def test_rows_are_the_same_on_every_machine() -> None:
+def test_examples_are_the_same_on_every_machine() -> None:
     """Where this fails on purpose, raise GENERATOR_VERSION and write the new hash here."""
-    rows = [synthetic_examples(name, split) for name, split in SPLITS]
-    digest = hashlib.sha256(json.dumps([rows, synthetic.open_questions()]).encode()).hexdigest()
+    examples = [synthetic_examples(name, split) for name, split in SPLITS]
+    digest = hashlib.sha256(json.dumps([examples, synthetic.open_questions()]).encode()).hexdigest()
     assert (synthetic.GENERATOR_VERSION, digest[:16]) == (1, "4a8edd9649279b70")
 
 
-def test_rows_are_fresh_and_a_caller_may_change_them() -> None:
+def test_examples_are_fresh_and_a_caller_may_change_them() -> None:
     first = synthetic_examples("hellaswag", "train")
     first[0]["endings"][0] = "changed"
     first.pop()
@@ -203,15 +203,18 @@ def test_tokenizer_adds_no_tokens_and_ends_with_its_pad(tokenizer: PreTrainedTok
 
 
 @pytest.mark.parametrize(("name", "most"), [("boolq", 30), ("hellaswag", 30), ("gsm8k", 45)])
-def test_rows_are_short_in_tokens(tokenizer: PreTrainedTokenizerBase, name: str, most: int) -> None:
-    texts = ["".join(prompt_task(name).training_pair(row)) for row in synthetic_examples(name, TASKS[name].test_split)]
+def test_examples_are_short_in_tokens(tokenizer: PreTrainedTokenizerBase, name: str, most: int) -> None:
+    texts = [
+        "".join(prompt_task(name).training_pair(example))
+        for example in synthetic_examples(name, TASKS[name].test_split)
+    ]
     assert max(map(len, tokenizer(texts)["input_ids"])) <= most
 
 
 @pytest.fixture
 def few_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Encoding all base texts takes seconds."""
-    pairs = {name: rows[:100] for name, rows in toy_models._base_pairs().items()}
+    pairs = {name: examples[:100] for name, examples in toy_models._base_pairs().items()}
     monkeypatch.setattr(toy_models, "_base_pairs", lambda: pairs)
 
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from tune_sparse.data.task_types import AnswerTask, ChoiceTask, PromptTask, Row, Task, TextTask
+from tune_sparse.data.task_types import AnswerTask, ChoiceTask, Example, PromptTask, Task, TextTask
 from tune_sparse.errors import InputError
 
 COLOURS = ChoiceTask(
@@ -13,8 +13,8 @@ COLOURS = ChoiceTask(
     test_split="test",
     hub=None,
     chance=0.5,
-    pairs=lambda row: [(row["question"], f" {option}") for option in row["options"]],
-    gold=lambda row: row["label"],
+    pairs=lambda example: [(example["question"], f" {option}") for option in example["options"]],
+    gold=lambda example: example["label"],
 )
 SUMS = AnswerTask(
     name="sums",
@@ -22,8 +22,8 @@ SUMS = AnswerTask(
     test_split="test",
     hub=None,
     chance=0.0,
-    pair=lambda row: (row["sum"], f" {row['value']}"),
-    gold=lambda row: str(row["value"]),
+    pair=lambda example: (example["sum"], f" {example['value']}"),
+    gold=lambda example: str(example["value"]),
     extract=str.strip,
     until=("\n",),
 )
@@ -47,11 +47,11 @@ def test_an_answer_task_teaches_the_worked_answer() -> None:
 
 
 @pytest.mark.parametrize(
-    ("task", "row"), [(COLOURS, COLOUR), (SUMS, SUM), (SUMS, SUM | {"value": 2.5}), (TEXT, {"text": "a word"})]
+    ("task", "example"), [(COLOURS, COLOUR), (SUMS, SUM), (SUMS, SUM | {"value": 2.5}), (TEXT, {"text": "a word"})]
 )
-def test_a_sound_row_passes(task: Task, row: Row) -> None:
-    task.check(row)
-    task.check(dict(row) | {"unknown": "fields are let be"})
+def test_a_sound_example_passes(task: Task, example: Example) -> None:
+    task.check(example)
+    task.check(dict(example) | {"unknown": "fields are let be"})
 
 
 ANSWER_APART: list[tuple[PromptTask, dict[str, Any], dict[str, Any]]] = [
@@ -66,18 +66,20 @@ ASKED_ANEW: list[tuple[PromptTask, dict[str, Any], dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize(("task", "row", "change"), ANSWER_APART)
-def test_what_is_right_is_no_part_of_what_is_asked(task: PromptTask, row: Row, change: Row) -> None:
-    other = {**row, **change}
-    assert task.asked(row) == task.asked(other)
-    assert task.question_id(row) == task.question_id(other)
+@pytest.mark.parametrize(("task", "example", "change"), ANSWER_APART)
+def test_what_is_right_is_no_part_of_what_is_asked(task: PromptTask, example: Example, change: Example) -> None:
+    other = {**example, **change}
+    assert task.question(example) == task.question(other)
+    assert task.question_id(example) == task.question_id(other)
 
 
-@pytest.mark.parametrize(("task", "row", "change"), ASKED_ANEW)
-def test_another_question_or_other_choices_are_another_row(task: PromptTask, row: Row, change: Row) -> None:
-    other = {**row, **change}
-    assert task.asked(row) != task.asked(other)
-    assert task.question_id(row) != task.question_id(other)
+@pytest.mark.parametrize(("task", "example", "change"), ASKED_ANEW)
+def test_another_question_or_other_choices_are_another_example(
+    task: PromptTask, example: Example, change: Example
+) -> None:
+    other = {**example, **change}
+    assert task.question(example) != task.question(other)
+    assert task.question_id(example) != task.question_id(other)
 
 
 def test_an_id_does_not_run_texts_together() -> None:
@@ -91,16 +93,16 @@ def test_an_id_is_the_same_in_every_run() -> None:
 
 
 @pytest.mark.parametrize("value", [[], "text", 5, None])
-def test_a_row_that_is_not_an_object_is_refused(value: Any) -> None:
-    with pytest.raises(InputError, match=r"a row of colours must be an object with question, options, label, got"):
+def test_an_example_that_is_not_an_object_is_refused(value: Any) -> None:
+    with pytest.raises(InputError, match=r"an example of colours must be an object with question, options, label, got"):
         COLOURS.check(value)
 
 
 @pytest.mark.parametrize(
-    ("task", "row", "message"),
+    ("task", "example", "message"),
     [
-        (COLOURS, {}, "a row of colours needs the field 'question', got no field"),
-        (COLOURS, {"question": "Grass is"}, "a row of colours needs the field 'options', got question"),
+        (COLOURS, {}, "an example of colours needs the field 'question', got no field"),
+        (COLOURS, {"question": "Grass is"}, "an example of colours needs the field 'options', got question"),
         (COLOURS, COLOUR | {"label": "1"}, "the field 'label' of colours must be int, got '1'"),
         (COLOURS, COLOUR | {"label": True}, "the field 'label' of colours must be int, got True"),
         (SUMS, SUM | {"value": "2"}, "the field 'value' of sums must be int or float, got '2'"),
@@ -120,18 +122,18 @@ def test_a_row_that_is_not_an_object_is_refused(value: Any) -> None:
         (TEXT, {"text": " \n\n"}, r"a text of text must not be empty, got ' \\n\\n'"),
     ],
 )
-def test_a_bad_row_is_refused_with_the_rule_and_the_value(task: Task, row: Any, message: str) -> None:
+def test_a_bad_example_is_refused_with_the_rule_and_the_value(task: Task, example: Any, message: str) -> None:
     with pytest.raises(InputError, match=f"^{message}"):
-        task.check(row)
+        task.check(example)
 
 
 @pytest.mark.parametrize("error", [KeyError("label"), ValueError("no"), TypeError("no"), AttributeError("no")])
 def test_a_label_that_cannot_be_read_is_refused(error: Exception) -> None:
-    def gold(row: Row) -> int:
+    def gold(example: Example) -> int:
         raise error
 
     broken = ChoiceTask(name="b", fields={}, test_split="test", hub=None, chance=0.5, pairs=COLOURS.pairs, gold=gold)
-    with pytest.raises(InputError, match="a row of b has a label or choices that cannot be read"):
+    with pytest.raises(InputError, match="an example of b has a label or choices that cannot be read"):
         broken.check(COLOUR)
 
 

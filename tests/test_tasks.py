@@ -17,7 +17,7 @@ ALPACA = (
 )
 CHOICES = {"text": ["ice", "fire", "mud", "air"], "label": ["A", "B", "C", "D"]}
 
-# One small row a task, with the (context, continuation) pairs and the gold answer written out by hand.
+# One small example a task, with the (context, continuation) pairs and the gold answer written out by hand.
 GOLDEN: dict[str, tuple[dict[str, Any], list[tuple[str, str]], Any]] = {
     "boolq": (
         {"question": "is ice cold", "passage": "Ice is frozen water.", "answer": True},
@@ -91,24 +91,24 @@ ANSWER_TASKS = [name for name, task in TASKS.items() if isinstance(task, AnswerT
 TEXT_TASKS = [name for name, task in TASKS.items() if isinstance(task, TextTask)]
 
 
-def row_of(name: str) -> dict[str, Any]:
+def read_example(name: str) -> dict[str, Any]:
     return dict(GOLDEN[name][0]) if name in GOLDEN else {"text": "A word after a word."}
 
 
-def pairs_of(task: Task, row: dict[str, Any]) -> list[tuple[str, str]]:
+def make_pairs(task: Task, example: dict[str, Any]) -> list[tuple[str, str]]:
     if isinstance(task, ChoiceTask):
-        return task.pairs(row)
+        return task.pairs(example)
     assert isinstance(task, AnswerTask)
-    return [task.pair(row)]
+    return [task.pair(example)]
 
 
 @pytest.mark.parametrize("name", PROMPT_TASKS)
 def test_the_prompt_and_the_answer_are_those_written_by_hand(name: str) -> None:
-    row, pairs, gold = GOLDEN[name]
+    example, pairs, gold = GOLDEN[name]
     task = prompt_task(name)
-    assert pairs_of(task, row) == pairs
-    assert task.gold(row) == gold
-    task.check(row)
+    assert make_pairs(task, example) == pairs
+    assert task.gold(example) == gold
+    task.check(example)
 
 
 def test_every_task_is_of_one_kind_and_every_prompt_is_golden() -> None:
@@ -119,41 +119,41 @@ def test_every_task_is_of_one_kind_and_every_prompt_is_golden() -> None:
 
 @pytest.mark.parametrize("name", TASKS)
 def test_a_task_keeps_its_contract(name: str) -> None:
-    task, row = TASKS[name], row_of(name)
+    task, example = TASKS[name], read_example(name)
     assert task.name == name
     assert task.test_split in ("validation", "test")
     assert task.prompt_version >= 1
     assert task.num_fewshot >= 0
-    assert task.fields.keys() <= row.keys()
+    assert task.fields.keys() <= example.keys()
     assert task.hub is None or task.hub.path.count("/") == 1
-    task.check(row)
+    task.check(example)
 
 
 @pytest.mark.parametrize("name", CHOICE_TASKS)
 def test_a_choice_task_keeps_its_contract(name: str) -> None:
     """The space that divides context and continuation belongs to the continuation."""
-    task, row = TASKS[name], row_of(name)
+    task, example = TASKS[name], read_example(name)
     assert isinstance(task, ChoiceTask)
-    pairs, gold = task.pairs(row), task.gold(row)
+    pairs, gold = task.pairs(example), task.gold(example)
     assert task.chance == pytest.approx(1 / len(pairs))
-    assert task.training_pair(row) == pairs[gold]
+    assert task.training_pair(example) == pairs[gold]
     assert len(set(pairs)) == len(pairs)
-    assert task.asked(row) == tuple(context + rest for context, rest in pairs)
+    assert task.question(example) == tuple(context + rest for context, rest in pairs)
     assert all(rest.startswith(" ") and not context.endswith(" ") for context, rest in pairs)
     assert task.yes is None or 0 <= task.yes < len(pairs) == 2
 
 
 @pytest.mark.parametrize("name", ANSWER_TASKS)
 def test_an_answer_task_keeps_its_contract(name: str) -> None:
-    task, row = answer_task(name), row_of(name)
-    prompt, answer = task.training_pair(row)
+    task, example = answer_task(name), read_example(name)
+    prompt, answer = task.training_pair(example)
     assert task.chance == 0
     assert task.until
-    assert task.asked(row) == (prompt,)
+    assert task.question(example) == (prompt,)
     assert answer.startswith(" ")
     found = task.extract(answer)
     assert found is not None
-    assert task.equal(found, task.gold(row))
+    assert task.equal(found, task.gold(example))
     assert task.extract("") is None
 
 
@@ -177,11 +177,11 @@ def test_only_boolq_has_a_positive_answer() -> None:
     """F1 is of yes, the second choice."""
     positive = {name: task.yes for name, task in TASKS.items() if isinstance(task, ChoiceTask) and task.yes is not None}
     assert positive == {"boolq": 1}
-    assert pairs_of(TASKS["boolq"], row_of("boolq"))[1][1] == " yes"
+    assert make_pairs(TASKS["boolq"], read_example("boolq"))[1][1] == " yes"
 
 
 def test_the_text_of_wikitext_is_joined_as_in_the_pruning_literature() -> None:
-    """Blank lines are empty rows: "\n\n".join(rows["text"]), as in GPTQ, SparseGPT and Wanda."""
+    """Blank lines are empty examples: "\n\n".join(examples["text"]), as in GPTQ, SparseGPT and Wanda."""
     task = TASKS["wikitext2"]
     assert isinstance(task, TextTask)
     lines = [" \n", " = Title = \n", " \n", " A line . \n", " Another . \n"]
@@ -196,15 +196,15 @@ def test_the_text_of_tinyshakespeare_is_the_file() -> None:
 
 @pytest.mark.parametrize(("name", "field"), [(name, field) for name, task in TASKS.items() for field in task.fields])
 def test_a_missing_field_and_a_wrong_type_are_refused_by_name(name: str, field: str) -> None:
-    row = row_of(name)
-    wrong: Any = row | {field: None}
+    example = read_example(name)
+    wrong: Any = example | {field: None}
     with pytest.raises(InputError, match=f"the field '{field}' of {name} must be .+, got None"):
         TASKS[name].check(wrong)
-    del row[field]
+    del example[field]
     with pytest.raises(
-        InputError, match=f"a row of {name} needs the field '{field}', got {next(iter(row), 'no field')}"
+        InputError, match=f"an example of {name} needs the field '{field}', got {next(iter(example), 'no field')}"
     ):
-        TASKS[name].check(row)
+        TASKS[name].check(example)
 
 
 @pytest.mark.parametrize(
@@ -215,14 +215,14 @@ def test_a_missing_field_and_a_wrong_type_are_refused_by_name(name: str, field: 
         ("piqa", {"label": 2}, "the label of piqa must be one of its 2 choices, got 2"),
         ("piqa", {"label": -1}, "the label of piqa must be one of its 2 choices, got -1"),
         ("hellaswag", {"label": "4"}, "the label of hellaswag must be one of its 4 choices, got 4"),
-        ("hellaswag", {"label": ""}, "a row of hellaswag has a label or choices that cannot be read"),
+        ("hellaswag", {"label": ""}, "an example of hellaswag has a label or choices that cannot be read"),
         ("hellaswag", {"endings": []}, "the label of hellaswag must be one of its 0 choices"),
-        ("hellaswag", {"endings": [1, 2, 3, 4]}, "a row of hellaswag has a label or choices that cannot be read"),
+        ("hellaswag", {"endings": [1, 2, 3, 4]}, "an example of hellaswag has a label or choices that cannot be read"),
         ("winogrande", {"answer": "3"}, "the label of winogrande must be one of its 2 choices, got 2"),
-        ("winogrande", {"answer": ""}, "a row of winogrande has a label or choices that cannot be read"),
-        ("winogrande", {"sentence": "no gap"}, "a row of winogrande has a label or choices that cannot be read"),
-        ("arc_easy", {"answerKey": "E"}, "a row of arc_easy has a label or choices that cannot be read"),
-        ("arc_easy", {"choices": {"text": ["a"]}}, "a row of arc_easy has a label or choices that cannot be read"),
+        ("winogrande", {"answer": ""}, "an example of winogrande has a label or choices that cannot be read"),
+        ("winogrande", {"sentence": "no gap"}, "an example of winogrande has a label or choices that cannot be read"),
+        ("arc_easy", {"answerKey": "E"}, "an example of arc_easy has a label or choices that cannot be read"),
+        ("arc_easy", {"choices": {"text": ["a"]}}, "an example of arc_easy has a label or choices that cannot be read"),
         (
             "openbookqa",
             {"choices": {"text": ["a"], "label": ["A", "B"]}, "answerKey": "B"},
@@ -232,15 +232,15 @@ def test_a_missing_field_and_a_wrong_type_are_refused_by_name(name: str, field: 
         ("piqa", {"sol2": " "}, "a choice of piqa must have a question and a text, choice 1"),
         ("openbookqa", {"question_stem": ""}, "a choice of openbookqa must have a question and a text, choice 0"),
         ("winogrande", {"sentence": "Ann beat Bea as _"}, "a choice of winogrande must have a question and a text"),
-        ("gsm8k", {"answer": "It is 4."}, "a row of gsm8k has a label or choices that cannot be read"),
-        ("svamp", {"Answer": "four"}, "a row of svamp has a label or choices that cannot be read"),
-        ("svamp", {"Answer": "nan"}, "a row of svamp"),
-        ("mawps", {"ans": float("nan")}, "a row of mawps"),
+        ("gsm8k", {"answer": "It is 4."}, "an example of gsm8k has a label or choices that cannot be read"),
+        ("svamp", {"Answer": "four"}, "an example of svamp has a label or choices that cannot be read"),
+        ("svamp", {"Answer": "nan"}, "an example of svamp"),
+        ("mawps", {"ans": float("nan")}, "an example of mawps"),
     ],
 )
 def test_a_label_out_of_range_or_unreadable_is_refused(name: str, change: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        TASKS[name].check(row_of(name) | change)
+        TASKS[name].check(read_example(name) | change)
 
 
 @pytest.mark.parametrize(
@@ -298,13 +298,13 @@ def test_word_problems_agree_within_a_thousandth(name: str) -> None:
     ("value", "text"), [(1236666.67, "1236666.67"), (2400000.0, "2400000"), (14760.87, "14760.87")]
 )
 def test_a_long_number_keeps_its_digits(value: float, text: str) -> None:
-    for name, row in (
+    for name, example in (
         ("mawps", {"original_text": "?", "ans": value}),
         ("svamp", {"Body": "", "Question": "?", "Answer": str(value)}),
     ):
         task = answer_task(name)
-        assert task.gold(row) == text
-        found = task.extract(task.training_pair(row)[1])
+        assert task.gold(example) == text
+        found = task.extract(task.training_pair(example)[1])
         assert found is not None
         assert task.equal(found, text)
 
@@ -331,28 +331,28 @@ def test_gsm8k_reads_the_last_number_where_it_is_lenient(text: str, answer: str 
 
 
 @pytest.mark.parametrize("name", PROMPT_TASKS)
-def test_all_real_rows_pass_and_their_own_answers_are_right(name: str, real_rows: Path) -> None:
+def test_all_real_examples_pass_and_their_own_answers_are_right(name: str, real_examples: Path) -> None:
     task, seen = prompt_task(name), {}
-    for path in sorted((real_rows / name).glob("*.jsonl")):
+    for path in sorted((real_examples / name).glob("*.jsonl")):
         seen[path.stem] = 0
         for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
-            row = json.loads(line)
-            task.check(row)
+            example = json.loads(line)
+            task.check(example)
             if isinstance(task, AnswerTask):
-                found = task.extract(task.training_pair(row)[1])
-                assert found is not None, row
-                assert task.equal(found, task.gold(row)), row
+                found = task.extract(task.training_pair(example)[1])
+                assert found is not None, example
+                assert task.equal(found, task.gold(example)), example
             seen[path.stem] += 1
     assert seen.pop("train") == seen.pop(task.test_split) == 20
     assert seen in ({}, {"validation": 8})
 
 
 @pytest.mark.parametrize("name", PROMPT_TASKS)
-def test_real_rows_have_ids_of_their_own(name: str, real_rows: Path) -> None:
+def test_real_examples_have_ids_of_their_own(name: str, real_examples: Path) -> None:
     task = prompt_task(name)
-    path = real_rows / name / f"{task.test_split}.jsonl"
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
-    assert len({task.question_id(row) for row in rows}) == len(rows)
+    path = real_examples / name / f"{task.test_split}.jsonl"
+    examples = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
+    assert len({task.question_id(example) for example in examples}) == len(examples)
 
 
 def test_a_task_is_found_by_name() -> None:

@@ -1,4 +1,4 @@
-"""Throughput by batch size is measured on real steps, and memory that does not suffice is said, not guessed."""
+"""Throughput by batch size is measured on real steps, and memory that does not suffice is reported, not guessed."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def test_rates_and_memory_of_every_batch_size(mode: str, llama: Path) -> None:
     for size in (1, 3):
         found = measure(tiny_run(llama, mode=mode), worker, size)
         assert found.batch_size == size
-        assert found.train_samples_per_second > 0
-        assert found.train_tokens_per_second > 10 * found.train_samples_per_second
+        assert found.train_examples_per_second > 0
+        assert found.train_tokens_per_second > 10 * found.train_examples_per_second
         assert found.peak_memory_bytes > 10_000_000
     assert worker.loads == 1
 
@@ -42,7 +42,7 @@ def test_as_many_steps_are_timed_as_it_says(llama: Path, monkeypatch: pytest.Mon
     found = measure(tiny_run(llama), WorkerCache(), 2)
     timed = steps[-TIMED_STEPS:]
     assert len(steps) == throughput.WARM_UP_STEPS + TIMED_STEPS
-    assert found.train_samples_per_second == pytest.approx(2 * TIMED_STEPS / sum(step.seconds for step in timed))
+    assert found.train_examples_per_second == pytest.approx(2 * TIMED_STEPS / sum(step.seconds for step in timed))
 
 
 def test_too_little_memory_is_recorded_as_such(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,7 +53,7 @@ def test_too_little_memory_is_recorded_as_such(llama: Path, monkeypatch: pytest.
     with monkeypatch.context() as patched:
         patched.setattr(throughput, "fit", out_of_memory)
         assert measure(tiny_run(llama), worker, 4) == Throughput(4, None, None, None)
-    assert measure(tiny_run(llama), worker, 1).train_samples_per_second > 0
+    assert measure(tiny_run(llama), worker, 1).train_examples_per_second > 0
 
 
 def test_the_command_prints_and_keeps_what_it_measured(
@@ -68,7 +68,7 @@ def test_the_command_prints_and_keeps_what_it_measured(
     printed = capsys.readouterr().out.splitlines()
     assert printed[-3] == kept["run_id"] == path.stem
     assert [float(line.split()[1]) for line in printed[-2:]] == [
-        round(row["train_samples_per_second"], 1) for row in kept["by_batch_size"]
+        round(row["train_examples_per_second"], 1) for row in kept["by_batch_size"]
     ]
     assert main(["throughput", *cell, "--batch-sizes", "1", "--json"]) == OK
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["run_id"] == kept["run_id"]

@@ -9,7 +9,7 @@ from typing import Any
 from urllib.parse import parse_qs, unquote
 
 import pytest
-from factories import done_record, make_cell, make_run, sweep_of, write_run
+from factories import done_record, make_cell, make_run, make_sweep, write_run
 from mlflow import MlflowClient
 from mlflow.entities import ViewType
 from test_published import published, write_published
@@ -47,7 +47,7 @@ def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Two tasks of ours, each at sparsity 0 and 0.5, beside `ROWS`."""
     ledger = Ledger(tmp_path_factory.mktemp("results"))
     cells = [make_cell(task=task, sparsity=sparsity) for task in ("boolq", "gsm8k") for sparsity in (0.0, 0.5)]
-    ledger.write_sweep(sweep_of(cells))
+    ledger.write_sweep(make_sweep(cells))
     for cell in cells:
         run = make_run(cell.trained)
         write_run(ledger, run, done_record(run, 0.9 - cell.sparsity / 2))
@@ -85,14 +85,14 @@ def test_the_page_has_our_best_sparse_runs_and_theirs(uri: str) -> None:
     page = comparison_page(uri)
     assert page is not None
     assert (page.ours, page.published) == (2, 3)
-    asked = parse_qs(page.address.partition("?")[2])
-    ids = json.loads(unquote(asked["runs"][0]))
+    query = parse_qs(page.address.partition("?")[2])
+    ids = json.loads(unquote(query["runs"][0]))
     client = MlflowClient(tracking_uri=uri)
     shown = [client.get_run(id_) for id_ in ids]
     assert [run.data.params["task"] for run in shown[:2]] == ["boolq", "gsm8k"]
     assert {run.data.params["sparsity"] for run in shown[:2]} == {"0.5"}
     assert [run.data.params["model"] for run in shown[2:]] == ["tiny", "llama-7b", "Llama-2-7b-hf"]
-    assert len(json.loads(unquote(asked["experiments"][0]))) == 2
+    assert len(json.loads(unquote(query["experiments"][0]))) == 2
 
 
 def test_a_run_that_was_cut_off_is_logged_anew(uri: str) -> None:
@@ -105,7 +105,7 @@ def test_a_run_that_was_cut_off_is_logged_anew(uri: str) -> None:
     assert cut not in {run.info.run_id for run in active}
 
 
-def test_a_number_that_was_mended_takes_the_place_of_the_old_one(uri: str) -> None:
+def test_a_number_that_was_fixed_takes_the_place_of_the_old_one(uri: str) -> None:
     fixed = [replace(ROWS[0], value=0.51), *ROWS[1:]]
     assert track_published(as_runs(fixed), uri) == 3
     values = [run.data.metrics["accuracy"] for run in runs_in(uri, PUBLISHED_EXPERIMENT)]
@@ -122,7 +122,7 @@ def test_without_runs_of_ours_there_is_no_page(tmp_path: Path) -> None:
 
 
 def test_the_command_checks_the_files_before_it_tracks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    Ledger(tmp_path).write_sweep(sweep_of([make_cell()]))
+    Ledger(tmp_path).write_sweep(make_sweep([make_cell()]))
     wrong = write_published(tmp_path / "own.csv", {"value": "50"})
     assert main(["track", "--results-dir", str(tmp_path), "--baselines", str(wrong)]) == 2
     assert "own.csv, line 2: accuracy must be in [0, 1], got 50. Did you mean 0.5?" in capsys.readouterr().err
@@ -133,7 +133,7 @@ def test_the_command_checks_the_files_before_it_tracks(tmp_path: Path, capsys: p
 def test_the_command_imports_the_built_in_numbers_and_a_file(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    Ledger(tmp_path).write_sweep(sweep_of([make_cell()]))
+    Ledger(tmp_path).write_sweep(make_sweep([make_cell()]))
     own = write_published(tmp_path / "own.csv", {"model": "tiny"})
     assert main(["track", "--results-dir", str(tmp_path), "--baselines", str(own)]) == 0
     assert "295 published runs are in sqlite" in capsys.readouterr().out

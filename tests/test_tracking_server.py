@@ -17,7 +17,7 @@ from typing import Any
 
 import psutil
 import pytest
-from factories import done_record, failed_record, make_cell, make_run, sweep_of, write_run
+from factories import done_record, failed_record, make_cell, make_run, make_sweep, write_run
 from mlflow import MlflowClient
 from mlflow_server import MlflowServer, Postgres, mlflow_server, postgres
 from ray_head import wait_until
@@ -98,7 +98,7 @@ def assert_shows(client: MlflowClient, ledgers: list[Ledger], tmp_path: Path) ->
 
 def small_ledger(folder: Path, seeds: range) -> Ledger:
     ledger = Ledger(folder)
-    ledger.write_sweep(sweep_of([make_cell(seed=seed) for seed in seeds], started=1_000.0 + seeds.start))
+    ledger.write_sweep(make_sweep([make_cell(seed=seed) for seed in seeds], started=1_000.0 + seeds.start))
     return ledger
 
 
@@ -147,11 +147,11 @@ def test_three_folders_and_a_server_and_a_database_that_are_killed(
             assert sweep.poll() is None, "the sweep ended before the faults did"
         finally:
             over.set()
-        said, _ = sweep.communicate(timeout=PATIENCE_SECONDS)
+        printed, _ = sweep.communicate(timeout=PATIENCE_SECONDS)
     for thread in threads:
         thread.join()
-    assert sweep.returncode in (0, 1), said  # 1 where the audit finds an error in so small a model
-    assert "is not up to date" not in said
+    assert sweep.returncode in (0, 1), printed  # 1 where the audit finds an error in so small a model
+    assert "is not up to date" not in printed
     assert_shows(client, [*ledgers, live], tmp_path / "files")
     kept_at = client.get_experiment_by_name(EXPERIMENT).artifact_location
     assert kept_at.startswith("mlflow-artifacts:"), "files of runs are the server's to keep"

@@ -139,12 +139,12 @@ def test_a_short_training_writes_no_checkpoint(llama: Path, tmp_path: Path) -> N
 def test_rates_leave_out_the_warm_up_steps() -> None:
     totals = Training()
     for number, seconds in enumerate([9.0, 5.0, 1.0, 3.0], start=1):
-        totals.add(Step(number, 0.5, 1e-3, rows=8, tokens=100, seconds=seconds), cold=number <= 2)
-    assert totals.rates() == {"train_samples_per_second": 4.0, "train_tokens_per_second": 50.0}
-    assert (totals.seconds, totals.rows, totals.tokens, totals.steps) == (18.0, 32, 400, 4)
+        totals.add(Step(number, 0.5, 1e-3, examples=8, tokens=100, seconds=seconds), cold=number <= 2)
+    assert totals.rates() == {"train_examples_per_second": 4.0, "train_tokens_per_second": 50.0}
+    assert (totals.seconds, totals.examples, totals.tokens, totals.steps) == (18.0, 32, 400, 4)
 
 
 def test_a_training_of_warm_up_steps_alone_has_no_rate() -> None:
     totals = Training()
-    totals.add(Step(1, 0.5, 1e-3, rows=8, tokens=100, seconds=1.0), cold=True)
-    assert totals.rates() == {"train_samples_per_second": None, "train_tokens_per_second": None}
+    totals.add(Step(1, 0.5, 1e-3, examples=8, tokens=100, seconds=1.0), cold=True)
+    assert totals.rates() == {"train_examples_per_second": None, "train_tokens_per_second": None}

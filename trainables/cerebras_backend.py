@@ -27,7 +27,7 @@ from tune_sparse.cerebras.conversion import cerebras_name, check_convertible, to
 from tune_sparse.cerebras.environment import check_cluster, find_environment
 from tune_sparse.cerebras.failures import ApplianceError, classify_failure
 from tune_sparse.cerebras.guard import Ended, SupervisedProcess
-from tune_sparse.cerebras.job import CHILD, Start, new_lines, rows_in_order, trained_adapters, write_job
+from tune_sparse.cerebras.job import CHILD, Start, examples_in_order, new_lines, trained_adapters, write_job
 from tune_sparse.config import Cerebras
 from tune_sparse.errors import RunError
 from tune_sparse.files import read_json, write_json
@@ -108,7 +108,7 @@ class CerebrasTraining:
         folder.mkdir(parents=True)
         label = job_label(results_label(ledger), run.identity) if self.settings.cerebras_target == "csx" else None
         start = _starting_weights(run, trainable, pruned)
-        tokens = rows_in_order(examples.train, run.protocol, run.cell.seed)
+        tokens = examples_in_order(examples.train, run.protocol, run.cell.seed)
         write_job(
             folder,
             tokens,
@@ -119,7 +119,7 @@ class CerebrasTraining:
             [label, name_label(run.run_id)] if label else [],
         )
         first = mean_loss(trainable.model, next(batches(examples.train, run.protocol, run.cell.seed)), run.protocol)
-        log(f"the training is written in {folder}, the pruned model's loss on the first rows is {first:.4f}")
+        log(f"the training is written in {folder}, the pruned model's loss on the first examples is {first:.4f}")
 
         job = TrainingJob(folder, run.model_path, run.model_fingerprint, run.protocol.threads, self.settings, label)
         handle = self.launcher(job)
@@ -202,7 +202,7 @@ def stream_steps(
         for line in lines:
             if line["step"]:
                 batch = next(upcoming)
-                tokens = sum(len(row.context) + len(row.continuation) for row in batch)
+                tokens = sum(len(example.context) + len(example.continuation) for example in batch)
                 rate = learning_rate_at(line["step"] - 1, protocol)
                 step = Step(line["step"], line["loss"], rate, len(batch), tokens, line["at"] - before)
                 _check_loss(step)

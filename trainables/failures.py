@@ -23,8 +23,8 @@ INFRASTRUCTURE_MESSAGES = (*DISK_FULL, "Stale file handle", "Input/output error"
 
 def is_infrastructure(error: Exception) -> bool:
     """Whether a run may go well another time or elsewhere; every other error would come again in the same way."""
-    said = str(error)
-    return isinstance(error, INFRASTRUCTURE_ERRORS) or any(message in said for message in INFRASTRUCTURE_MESSAGES)
+    text = str(error)
+    return isinstance(error, INFRASTRUCTURE_ERRORS) or any(message in text for message in INFRASTRUCTURE_MESSAGES)
 
 
 def describe_error(error: BaseException, retryable: bool) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A run's model and rows as this node has them: those that were planned, or a refusal before anything is trained."""
+"""A run's model and examples as this node has them: as planned, or a refusal before anything is trained."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def load_planned_checkpoint(run: Run) -> Checkpoint:
 
 
 def load_planned_splits(run: Run, protocol: Protocol) -> list[Splits]:
-    """The rows of the task, or of each task of a mixture."""
-    what = f"the rows of {run.cell.task} in {run.data_dir}"
+    """The examples of the task, or of each task of a mixture."""
+    what = f"the examples of {run.cell.task} in {run.data_dir}"
     with _needed(what):
         splits = [load_splits(task, _data_dir(run), protocol) for task in tasks_named(run.cell.task)]
     _check_same(what, run.data_fingerprint, fingerprint_splits(splits))

@@ -54,7 +54,7 @@ def encode(run: Run, loaded: LoadedModel) -> Examples:
         train += encode_training(tokenizer, task, split.train, protocol.max_tokens, protocol.n_train)
         selection += encode_training(tokenizer, task, split.selection, protocol.max_tokens, protocol.n_selection)
     tests = (
-        encode_test(tokenizer, task, split.test, protocol, split.examples)
+        encode_test(tokenizer, task, split.test, protocol, split.shots)
         for task, split in zip(tasks, splits, strict=True)
     )
     return Examples(train, selection, tuple(tests))

@@ -120,7 +120,7 @@ def _load(run: Run, ledger: RunStore, worker: WorkerCache, folder: Path, log: Ru
     loaded = worker.model(run)
     examples = worker.examples(run, loaded)
     log(
-        f"model and rows ready: {len(examples.train)} train, {len(examples.selection)} selection, "
+        f"model and examples ready: {len(examples.train)} train, {len(examples.selection)} selection, "
         f"{sum(len(test.examples) for test in examples.tests)} test"
     )
     return Work(run, ledger, folder, log, loaded, examples)
@@ -321,7 +321,7 @@ def _training_metrics(work: Work, trained: Trained, merged: Merged) -> dict[str,
     return {
         "train_loss": trained.training.last_loss,
         "eval_loss": mean_loss(work.loaded.model, work.examples.selection, work.run.protocol),
-        "epochs": trained.training.rows / len(work.examples.train),
+        "epochs": trained.training.examples / len(work.examples.train),
         "update_rounded_away_fraction": merged.rounded_away,
         "train_step_flops": trained.step_flops,
     } | merged.weights.metrics

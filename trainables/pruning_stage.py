@@ -14,7 +14,7 @@ from tune_sparse.data.splits import Encoded
 from tune_sparse.errors import RunError
 from tune_sparse.evaluation.validation import mask_violations
 from tune_sparse.ledger.run import Run
-from tune_sparse.pruning.calibration import CalibrationStats, ModelBlocks, checked_rows, text_rows
+from tune_sparse.pruning.calibration import CalibrationStats, ModelBlocks, checked_examples, text_examples
 from tune_sparse.pruning.masks import Masks, count_sparsity, mask_sha256, masked
 from tune_sparse.pruning.methods import method_named
 from tune_sparse.pruning.prune_model import (
@@ -57,15 +57,15 @@ class Pruner:
     def prune(self, run: Run, loaded: LoadedModel, train: Sequence[Encoded]) -> Pruned:
         """Masks and pruned weights. The model may be left half-pruned: the caller writes the weights into it.
 
-        train: the task's training rows. Raises `RunError` for masks that break a rule.
+        train: the task's training examples. Raises `RunError` for masks that break a rule.
         """
         method, sparsity, seed = run.cell.method, run.cell.sparsity, run.cell.seed
-        rows = calibration_rows(run, loaded, train) if run.is_calibrated else []
-        statistics = self._measured(run, loaded, rows) if run.is_calibrated else NO_STATISTICS
+        examples = calibration_examples(run, loaded, train) if run.is_calibrated else []
+        statistics = self._measured(run, loaded, examples) if run.is_calibrated else NO_STATISTICS
         sequential = run.protocol.calibration_order == "sequential"
         if sparsity and needs_blockwise(method, sequential):
-            model, blocks = Prunable.of(loaded.dense_weights, loaded.dims), ModelBlocks(loaded.model)
-            found = list(prune_blockwise(method, model, blocks, rows, [sparsity], seed, statistics, sequential))
+            model, blocks = Prunable.from_weights(loaded.dense_weights, loaded.dims), ModelBlocks(loaded.model)
+            found = list(prune_blockwise(method, model, blocks, examples, [sparsity], seed, statistics, sequential))
             masks = {matrix.name: matrix.keep(0) for matrix in found}
             weights = {matrix.name: matrix.weight(0) for matrix in found}
         else:
@@ -76,22 +76,22 @@ class Pruner:
             raise RunError("masks must be valid: " + "; ".join(violations))
         return Pruned(masks, mask_sha256(masks), weights)
 
-    def _measured(self, run: Run, loaded: LoadedModel, rows: Sequence[Encoded]) -> CalibrationStats:
-        """Measure what the run's method uses of its calibration rows, once on the dense model."""
+    def _measured(self, run: Run, loaded: LoadedModel, examples: Sequence[Encoded]) -> CalibrationStats:
+        """Measure what the run's method uses of its calibration examples, once on the dense model."""
         method, protocol = method_named(run.cell.method), run.protocol
         inputs = (run.cell.task, run.data_fingerprint, run.prompt_version, run.calibration_fingerprint)
         needs = (method.needs.input_norms, method.needs.gradients, method.allocation == "owl")
         key = (*inputs, *needs, protocol.max_tokens, *protocol.calibrated_by.values())
         if key not in self._statistics:
-            model = Prunable.of(loaded.dense_weights, loaded.dims)
-            self._statistics[key] = measured([method], model, ModelBlocks(loaded.model), rows)
+            model = Prunable.from_weights(loaded.dense_weights, loaded.dims)
+            self._statistics[key] = measured([method], model, ModelBlocks(loaded.model), examples)
         return self._statistics[key]
 
 
-def calibration_rows(run: Run, loaded: LoadedModel, train: Sequence[Encoded]) -> list[Encoded]:
-    """Return what scores are calibrated on: training rows of the task, or pieces of a text."""
+def calibration_examples(run: Run, loaded: LoadedModel, train: Sequence[Encoded]) -> list[Encoded]:
+    """Return what scores are calibrated on: training examples of the task, or pieces of a text."""
     protocol = run.protocol
     if protocol.calibration == "task":
-        return checked_rows(train, protocol.calibration_rows)
+        return checked_examples(train, protocol.calibration_examples)
     tokens = min(protocol.calibration_tokens, loaded.dims.max_positions)
-    return text_rows(loaded.tokenizer, load_planned_calibration_text(run), protocol.calibration_rows, tokens)
+    return text_examples(loaded.tokenizer, load_planned_calibration_text(run), protocol.calibration_examples, tokens)

@@ -238,12 +238,12 @@ def check_visible(results_dir: Path, token: str, needs: str, of_node: Callable[[
     of_node: whether a node with these resources matters.
     """
     nodes = [node for node in ray.nodes() if node["Alive"] and of_node(node["Resources"])]
-    asked = {}
+    pending = {}
     for node in nodes:
         there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
         look: Any = ray.remote(num_cpus=0, scheduling_strategy=there)(is_locked_with)
-        asked[node["NodeManagerHostname"] + " " + node["NodeManagerAddress"]] = look.remote(results_dir, token)
-    blind = [name for name, answer in asked.items() if not ray.get(answer)]
+        pending[node["NodeManagerHostname"] + " " + node["NodeManagerAddress"]] = look.remote(results_dir, token)
+    blind = [name for name, answer in pending.items() if not ray.get(answer)]
     if blind:
         raise InputError(
             f"{needs} a results folder that all its nodes see, {results_dir} is not seen by {', '.join(blind)}. "

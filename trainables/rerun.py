@@ -42,7 +42,7 @@ class Comparison:
 def rerun(run: Run, ledger: LedgerReader) -> Comparison:
     """Prune, train, merge and score `run` again in a scratch folder, and compare. The ledger is only read.
 
-    Raises `InputError` where the run cannot be repeated here: other weights or rows, or a training that fails.
+    Raises `InputError` where the run cannot be repeated here: other weights or examples, or a training that fails.
     """
     recorded = ledger.record(run.run_id)
     assert recorded is not None
@@ -85,8 +85,9 @@ def compared(
         for name in left
         if not (left[name] == right.get(name) or (not is_exact and _close(name, left[name], right.get(name), stderr)))
     ]
-    asked = {(o.task, o.id): o for o in before}
-    otherwise = sum(asked.get((o.task, o.id)) != o for o in after) + len(asked.keys() - {(o.task, o.id) for o in after})
+    left_by_id, right_by_id = ({(o.task, o.id): o for o in outcomes} for outcomes in (before, after))
+    names = left_by_id.keys() | right_by_id.keys()
+    otherwise = sum(left_by_id.get(name) != right_by_id.get(name) for name in names)
     if is_exact and otherwise:
         differences.append(f"outcomes: {otherwise} of {len(before)} examples")
     return Comparison(is_exact, tuple(differences), len(before), otherwise, tuple(right.keys() - left.keys()))

@@ -21,7 +21,7 @@ class SampledSlices:
     layers: int
 
     @classmethod
-    def of(cls, run: Run, trainable: TrainableModel) -> SampledSlices | None:
+    def from_run(cls, run: Run, trainable: TrainableModel) -> SampledSlices | None:
         """None for a run that trains no super-adapter."""
         if run.super_adapter is None:
             return None

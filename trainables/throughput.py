@@ -23,13 +23,13 @@ class Throughput:
     """Rates and memory at one batch size; None where the memory did not suffice."""
 
     batch_size: int
-    train_samples_per_second: float | None
+    train_examples_per_second: float | None
     train_tokens_per_second: float | None
     peak_memory_bytes: int | None
 
 
 def measure(run: Run, worker: WorkerCache, batch_size: int) -> Throughput:
-    """Train `TIMED_STEPS` steps of `batch_size` rows after the warm-up steps, as `run` would."""
+    """Train `TIMED_STEPS` steps of `batch_size` examples after the warm-up steps, as `run` would."""
     steps = WARM_UP_STEPS + TIMED_STEPS
     protocol = replace(
         run.protocol, micro_batch_size=batch_size, global_batch_size=batch_size, steps=steps, warmup_steps=0

@@ -30,10 +30,10 @@ class Training:
 
     steps: int = 0
     seconds: float = 0.0
-    rows: int = 0
+    examples: int = 0
     tokens: int = 0
     cold_seconds: float = 0.0
-    cold_rows: int = 0
+    cold_examples: int = 0
     cold_tokens: int = 0
     """of the first `WARM_UP_STEPS` of this process"""
     last_loss: float = math.nan
@@ -45,11 +45,11 @@ class Training:
     def add(self, step: Step, cold: bool) -> None:
         self.steps = step.step
         self.seconds += step.seconds
-        self.rows += step.rows
+        self.examples += step.examples
         self.tokens += step.tokens
         if cold:
             self.cold_seconds += step.seconds
-            self.cold_rows += step.rows
+            self.cold_examples += step.examples
             self.cold_tokens += step.tokens
         self.last_loss = step.loss
 
@@ -60,9 +60,9 @@ class Training:
     def rates(self) -> dict[str, float | None]:
         """Training samples and tokens per second, warm-up steps left out; None if there was no other step."""
         warm = self.seconds - self.cold_seconds
-        samples, tokens = self.rows - self.cold_rows, self.tokens - self.cold_tokens
+        samples, tokens = self.examples - self.cold_examples, self.tokens - self.cold_tokens
         return {
-            "train_samples_per_second": samples / warm if samples else None,
+            "train_examples_per_second": samples / warm if samples else None,
             "train_tokens_per_second": tokens / warm if samples else None,
         }
 
@@ -97,7 +97,7 @@ def train(
         lines.append(values)
         log.metrics(**values)
 
-    slices = SampledSlices.of(run, trainable)
+    slices = SampledSlices.from_run(run, trainable)
     saved, first = time.monotonic(), training.steps
     accelerator = accelerator_for(trainable.mixed_precision)
     seed, activate_sampled = run.cell.seed, slices.activate_sampled if slices else None

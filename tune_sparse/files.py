@@ -121,7 +121,7 @@ def _reserve(folder: Path, count: int) -> str:
     if program is None:
         return ""
     try:
-        asked = subprocess.run([program, "-l", str(count), str(probe)], capture_output=True, text=True)
+        completed = subprocess.run([program, "-l", str(count), str(probe)], capture_output=True, text=True)
     finally:
         probe.unlink(missing_ok=True)
-    return next((f"refuses it: {message}" for message in DISK_FULL if message in asked.stderr), "")
+    return next((f"refuses it: {message}" for message in DISK_FULL if message in completed.stderr), "")

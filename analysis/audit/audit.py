@@ -81,7 +81,7 @@ class Audit:
     def errors(self) -> list[AuditFinding]:
         return [finding for finding in self.findings if finding.severity == "error"]
 
-    def marks_of(self, run_id: str) -> str:
+    def rules_about(self, run_id: str) -> str:
         """The rules that speak of a run, errors in capitals: what marks its numbers."""
         rules = dict.fromkeys(f.rule.upper() if f.severity == "error" else f.rule for f in self.by_run.get(run_id, ()))
         return " ".join(rules)

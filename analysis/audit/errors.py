@@ -23,9 +23,9 @@ from tune_sparse.pruning.methods import METHODS, TOLERANCE
 
 Detections = Iterator[tuple[str, list[str]]]
 
-TEST_ROWS = ("n_test", "num_fewshot")
+TEST_EXAMPLES = ("n_test", "num_fewshot")
 HARMLESS = {
-    *(*TEST_ROWS, "max_new_tokens", "batch_tokens", "eval_every"),
+    *(*TEST_EXAMPLES, "max_new_tokens", "batch_tokens", "eval_every"),
     *("threads", "micro_batch_size", "masked_lora_impl", "activation_checkpointing"),
 }
 """Settings that may leave every bit of a training as it is."""
@@ -58,9 +58,9 @@ def checksum(results: Results) -> Detections:
     for e in results.done:
         places = {"result.json": e.record.metrics, "sparse_config.json": e.sparse_config}
         places |= {"validation_report.json": e.validation, "the adapter": e.marker or {}}
-        said = {name: str(place["mask_sha256"])[:12] for name, place in places.items() if place.get("mask_sha256")}
-        if len(set(said.values())) > 1:
-            yield f"{e.run_id}: the mask has several checksums: {_listed(said)}", [e.run_id]
+        found = {name: str(place["mask_sha256"])[:12] for name, place in places.items() if place.get("mask_sha256")}
+        if len(set(found.values())) > 1:
+            yield f"{e.run_id}: the mask has several checksums: {_listed(found)}", [e.run_id]
 
 
 def duplicate_results(results: Results) -> Detections:
@@ -132,23 +132,23 @@ def off_target(results: Results) -> Detections:
     for e in results.done:
         kept = list(e.sparse_config["kept_by_matrix"].values())
         recounted = 1 - sum(k for k, _ in kept) / sum(of for _, of in kept)
-        said = {"in the masks": recounted, "in sparse_config.json": e.sparse_config["actual_sparsity"]}
-        said |= {"in the deployed weights": e.validation["actual_sparsity"]}
-        said |= {"in result.json": e.record.metrics["actual_sparsity"]}
+        found = {"in the masks": recounted, "in sparse_config.json": e.sparse_config["actual_sparsity"]}
+        found |= {"in the deployed weights": e.validation["actual_sparsity"]}
+        found |= {"in result.json": e.record.metrics["actual_sparsity"]}
         target = e.run.cell.sparsity
-        if any(abs(value - target) > TOLERANCE for value in said.values()):
-            yield f"{e.run_id}: the target sparsity is {target:g}, within {TOLERANCE:g}; {_listed(said)}", [e.run_id]
+        if any(abs(value - target) > TOLERANCE for value in found.values()):
+            yield f"{e.run_id}: the target sparsity is {target:g}, within {TOLERANCE:g}; {_listed(found)}", [e.run_id]
         elif abs(recounted - e.sparse_config["actual_sparsity"]) > COUNTS_AGREE:
-            yield f"{e.run_id}: the counts disagree: {_listed(said)}", [e.run_id]
+            yield f"{e.run_id}: the counts disagree: {_listed(found)}", [e.run_id]
 
 
 def zeros_lost(results: Results) -> Detections:
     for e in results.done:
         if not e.validation["all_valid"] or e.validation["max_abs_at_masked"]:
-            said = (
+            broken = (
                 "; ".join(e.validation["violations"]) or f"max {e.validation['max_abs_at_masked']:g} at masked weights"
             )
-            yield f"{e.run_id}: its validation found: {said}", [e.run_id]
+            yield f"{e.run_id}: its validation found: {broken}", [e.run_id]
         for name, (zeros, of) in e.validation["zeros_by_matrix"].items():
             masked = of - e.sparse_config["kept_by_matrix"][name][0]
             if zeros < masked:
@@ -176,14 +176,14 @@ def _version(package: str, e: RunFiles) -> Any:
 
 
 def overlap(results: Results) -> Detections:
-    """Rows are read again where they still are; where they are not, `unchecked` says so."""
-    for runs in grouped(results.done, rows_key).values():
+    """Examples are read again where they still are; where they are not, `unchecked` says so."""
+    for runs in grouped(results.done, examples_key).values():
         run, names = runs[0].run, [e.run_id for e in runs]
         trained: set[str] = set()
         try:
-            trained = {name for task, row in _training_rows(run) for name in [task.question_id(row)]}
+            trained = {name for task, example in _training_examples(run) for name in [task.question_id(example)]}
         except InputError as error:
-            if has_rows(run):
+            if has_examples(run):
                 yield f"{run.cell.task}: {error}", names
         for e in runs:
             shared = trained & set(e.predictions.ids) if e.predictions else set()
@@ -191,24 +191,24 @@ def overlap(results: Results) -> Detections:
                 yield f"{e.run_id}: {len(shared)} scored questions were trained on, {min(shared)} is one", [e.run_id]
 
 
-def rows_key(e: RunFiles) -> tuple[Any, ...]:
+def examples_key(e: RunFiles) -> tuple[Any, ...]:
     p = e.run.protocol
     limits = (p.n_train, p.n_selection, p.n_test, p.num_fewshot)
     return (e.run.cell.task, e.run.data_dir, e.run.data_fingerprint, *limits)
 
 
-def has_rows(run: Run) -> bool:
-    """Whether the rows of a run are on this machine."""
+def has_examples(run: Run) -> bool:
+    """Whether the examples of a run are on this machine."""
     if run.data_dir is None:
         return True
     return all(split_path(task, "train", Path(run.data_dir)).exists() for task in tasks_named(run.cell.task))
 
 
-def _training_rows(run: Run) -> Iterator[tuple[PromptTask, Any]]:
+def _training_examples(run: Run) -> Iterator[tuple[PromptTask, Any]]:
     for task in tasks_named(run.cell.task):
         splits = load_splits(task, Path(run.data_dir) if run.data_dir else None, run.protocol)
         if isinstance(task, PromptTask):
-            yield from ((task, row) for row in splits.train)
+            yield from ((task, example) for example in splits.train)
 
 
 def counted_twice(results: Results) -> Detections:
@@ -291,7 +291,7 @@ def differing(first: Run, second: Run) -> list[str]:
     if not (first.is_calibrated or second.is_calibrated):
         harmless |= set(CALIBRATION_SETTINGS)
     names = [name for name in left if left[name] != right[name]]
-    if any(name in TEST_ROWS for name in names):  # the fingerprint is of test rows too
+    if any(name in TEST_EXAMPLES for name in names):  # the fingerprint is of test examples too
         harmless |= {"data_fingerprint"}
     return [name for name in names if name not in harmless]
 
@@ -323,13 +323,13 @@ def _same_scores(first: Predictions | None, second: Predictions | None) -> bool:
 def _several(what: str, runs: list[RunFiles], value: Callable[[RunFiles], Any]) -> Detections:
     by_value = grouped(runs, lambda e: str(value(e)))
     if len(by_value) > 1:
-        said = {f"{v[:12]}": f"{len(same)} runs" for v, same in by_value.items()}
+        found = {f"{v[:12]}": f"{len(same)} runs" for v, same in by_value.items()}
         fewest = min(by_value.values(), key=len)
-        yield f"{what} differs: {_listed(said)}", [e.run_id for e in fewest]
+        yield f"{what} differs: {_listed(found)}", [e.run_id for e in fewest]
 
 
-def _listed(said: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {_short(value)}" for name, value in said.items())
+def _listed(found: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {_short(value)}" for name, value in found.items())
 
 
 def _short(value: Any) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from analysis.audit.errors import Detections, alike_runs, compared, grouped, has_rows, modes_coincide, rows_key
+from analysis.audit.errors import Detections, alike_runs, compared, examples_key, grouped, has_examples, modes_coincide
 from analysis.read.results import Results, RunFiles
 from analysis.stats.statistics import smallest_shown
 
@@ -97,8 +97,8 @@ def hardware(results: Results) -> Detections:
     for (model, task, _), runs in compared(results).items():
         by_name = grouped(runs, lambda e: (e.run.cell.backend, str(e.record.environment.get("hardware"))))
         if len({name for _, name in by_name}) > len({backend for backend, _ in by_name}):
-            said = ", ".join(f"{name}: {len(same)}" for (_, name), same in by_name.items())
-            yield f"{model}, {task} ran on several kinds of hardware ({said})", _ids(min(by_name.values(), key=len))
+            kinds = ", ".join(f"{name}: {len(same)}" for (_, name), same in by_name.items())
+            yield f"{model}, {task} ran on several kinds of hardware ({kinds})", _ids(min(by_name.values(), key=len))
 
 
 def uncommitted(results: Results) -> Detections:
@@ -114,11 +114,11 @@ def unchecked(results: Results) -> Detections:
             f"{len(unsummed)} runs have no checksum of their deployed weights: they are of an earlier format",
             _ids(unsummed),
         )
-    for runs in grouped(results.done, rows_key).values():
-        if not has_rows(runs[0].run):
+    for runs in grouped(results.done, examples_key).values():
+        if not has_examples(runs[0].run):
             where = runs[0].run.data_dir
             yield (
-                f"the rows of {runs[0].run.cell.task} are not here any more ({where}): overlap was not checked again",
+                f"the examples of {runs[0].run.cell.task} are no longer here ({where}): overlap was not checked again",
                 _ids(runs),
             )
 

@@ -45,7 +45,7 @@ COLUMNS = (
     "perplexity_before_merge",
     "train_loss",
     "eval_loss",
-    "train_samples_per_second",
+    "train_examples_per_second",
     "train_tokens_per_second",
     "train_seconds",
     "peak_memory_bytes",
@@ -77,7 +77,7 @@ def cells_table(results_dirs: Sequence[Path], sweep_ids: Sequence[str] | None = 
 
 
 def _asked_cells(ledger: LedgerReader, sweep_ids: Sequence[str] | None) -> list[dict[str, Any]]:
-    """Return each cell of all sweeps, or of those named, as the oldest of them asked for it."""
+    """Return each cell of all sweeps, or of those named, as the oldest of them requested it."""
     sweeps = {sweep.sweep_id: sweep for sweep in ledger.sweeps()}
     for sweep_id in sweep_ids or ():
         if sweep_id not in sweeps:

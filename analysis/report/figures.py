@@ -215,14 +215,14 @@ def _layer_grid(kept: dict[str, tuple[int, int]]) -> pd.DataFrame:
 
 
 def throughput_vs_batch_size(cells: pd.DataFrame, runs: Runs) -> Figure | None:
-    """Training tokens per second over the rows of a step, as `tune-sparse throughput` measured."""
+    """Training tokens per second over the examples of a step, as `tune-sparse throughput` measured."""
     known = cells.drop_duplicates("run_id").set_index("run_id")
     measured = [value for value in runs.throughputs() if value["run_id"] in known.index]
     if not measured:
         return None
     models = sorted({str(known.loc[value["run_id"], "model"]) for value in measured})
     settings = list(dict.fromkeys(_measured_setting(value, known) for value in measured))
-    marks = dict(zip(settings, [*MARKERS.values()] * 9, strict=False))
+    markers = dict(zip(settings, [*MARKERS.values()] * 9, strict=False))
     colours = assign_colours(settings)
     figure, axes = panels(1, len(models), (4.2, 3.0), sharey=True)
     for axis, model in zip(axes[0], models, strict=True):
@@ -231,16 +231,16 @@ def throughput_vs_batch_size(cells: pd.DataFrame, runs: Runs) -> Figure | None:
             rows = [point["batch_size"] for point in points]
             setting = _measured_setting(value, known)
             rates = [point["train_tokens_per_second"] for point in points]
-            axis.plot(rows, rates, marker=marks[setting], ms=4, lw=1.2, color=colours[setting])
+            axis.plot(rows, rates, marker=markers[setting], ms=4, lw=1.2, color=colours[setting])
         axis.set_xscale("log", base=2)
         axis.xaxis.set_major_formatter("{x:g}")
-        axis.set_xlabel("batch size (rows)")
+        axis.set_xlabel("batch size (examples)")
         axis.set_title(model)
         axis.grid(alpha=0.2)
     axes[0][0].set_ylabel(LABELS["train_tokens_per_second"])
     axes[0][0].set_ylim(bottom=0)  # of all panels, once all are drawn: it also ends the search for their top
     handles = [
-        Line2D([], [], color=colours[setting], marker=marks[setting], ms=4, label=", ".join(setting))
+        Line2D([], [], color=colours[setting], marker=markers[setting], ms=4, label=", ".join(setting))
         for setting in settings
     ]
     legend_below(figure, handles)
@@ -254,7 +254,7 @@ def _measured_setting(value: dict[str, Any], known: pd.DataFrame) -> tuple[str, 
 
 
 def sub_adapter_fronts(cells: pd.DataFrame, runs: Runs) -> Figure | None:
-    """Accuracy on selection rows over adapter weights, of the sub-adapters that no other beats in both."""
+    """Accuracy on selection examples over adapter weights, of the sub-adapters that no other beats in both."""
     found = list(runs.searches())
     if not found:
         return None
@@ -284,10 +284,10 @@ FIGURES: dict[str, ReportFigure] = {
         "Perplexity over sparsity, by method and mode.", _over_sparsity("perplexity")
     ),
     "sparsity_vs_loss": ReportFigure(
-        "Loss on held-out rows after training, over sparsity.", _over_sparsity("eval_loss")
+        "Loss on held-out examples after training, over sparsity.", _over_sparsity("eval_loss")
     ),
     "sparsity_vs_throughput": ReportFigure(
-        "Rows that training took in a second, over sparsity.", _over_sparsity("train_samples_per_second")
+        "Examples that training took in a second, over sparsity.", _over_sparsity("train_examples_per_second")
     ),
     "method_comparison_heatmap": ReportFigure(
         "Accuracy by method, mode and sparsity, to the digits that the largest standard error of a panel leaves.",
@@ -306,6 +306,6 @@ FIGURES: dict[str, ReportFigure] = {
     "per_layer_sparsity": ReportFigure("Actual sparsity of every matrix of every layer.", per_layer_sparsity),
     "throughput_vs_batch_size": ReportFigure("Training rate over batch size.", throughput_vs_batch_size),
     "sub_adapter_fronts": ReportFigure(
-        "The fronts of the sub-adapter searches, on selection rows.", sub_adapter_fronts
+        "The fronts of the sub-adapter searches, on selection examples.", sub_adapter_fronts
     ),
 }

@@ -86,7 +86,7 @@ class AuditSummary:
 
     state: str
     """sound, warning or error"""
-    headline: str
+    summary: str
     groups: Sequence[Mapping[str, Any]]
     """rule, severity, meaning, findings, and how many more there are"""
 

@@ -49,8 +49,8 @@ def write_report(
 
     summary.csv has every cell, done or not, and what the audit says of its run; everything else is made of done cells
     alone. `sweep_ids` names the sweeps to report on, all of them if None; `baselines` are files of published numbers.
-    Raises `NotReadyError` if there is no sweep, `InputError` if sweeps of different protocols, weights or rows would be
-    mixed, or a file of published numbers breaks a rule.
+    Raises `NotReadyError` if there is no sweep, `InputError` if sweeps of different protocols, weights or examples
+    would be mixed, or a file of published numbers breaks a rule.
     """
     cells = cells_table(results_dirs, sweep_ids)
     if cells.empty:
@@ -95,7 +95,7 @@ def _check_one_protocol(cells: pd.DataFrame) -> None:
     repeated = cells[cells.duplicated([*SETTING, "seed"], keep=False)]
     if not repeated.empty:
         raise InputError(
-            "a report must not mix sweeps that differ in protocol, weights or rows, got one setting twice: "
+            "a report must not mix sweeps that differ in protocol, weights or examples, got one setting twice: "
             f"{', '.join(repeated['cell_id'].iloc[:2])}. Name sweeps with --sweep; they are the files under sweeps/."
         )
 

@@ -38,7 +38,7 @@ def draw_search(found: SearchRecord, folder: Path) -> None:
 
 
 def draw_front(axis: Axes, found: SearchRecord) -> None:
-    """Accuracy on selection rows over the share of the maximal's parameters."""
+    """Accuracy on selection examples over the share of the maximal's parameters."""
     for state, colour, label in (("stopped", "0.8", "stopped early (estimated)"), ("done", COLOURS[5], "scored")):
         trials = [t for t in found["trials"] if t["state"] == state]
         axis.scatter([_share(t, found) for t in trials], [t["accuracy"] for t in trials], s=9, c=colour, label=label)
@@ -47,7 +47,7 @@ def draw_front(axis: Axes, found: SearchRecord) -> None:
     winner = next(p for p in front if p["ranks"] == found["result"]["winner"])
     axis.plot(winner["parameters_fraction"], winner["accuracy"], "*", ms=13, c=COLOURS[1], label="winner")
     axis.set_xlabel("parameters / those of the maximal")
-    axis.set_ylabel("accuracy on selection rows")
+    axis.set_ylabel("accuracy on selection examples")
     axis.legend(fontsize=7)
 
 
@@ -68,7 +68,7 @@ def draw_trials(axis: Axes, found: SearchRecord) -> None:
     axis.scatter(numbers, [t["accuracy"] for t in scored], s=9, color=COLOURS[5])
     axis.step(numbers, best, where="post", color=COLOURS[0], label="best so far")
     axis.set_xlabel(f"suggestion of {found['config']['sampler']}")
-    axis.set_ylabel("accuracy on selection rows")
+    axis.set_ylabel("accuracy on selection examples")
     axis.legend(fontsize=7)
 
 

@@ -33,7 +33,7 @@ def write_search_report(results_dir: Path, search_id: str) -> list[str]:
 
 
 def on_test(found: dict[str, Any]) -> pd.DataFrame:
-    """A row each for the winner, the heuristic, the maximal and the plain LoRA, on test rows."""
+    """A row each for the winner, the heuristic, the maximal and the plain LoRA, on test examples."""
     maximal = found["config"]["maximal_parameters"]
     rows = [
         (
@@ -54,7 +54,7 @@ def summary_lines(found: dict[str, Any], table: pd.DataFrame) -> list[str]:
     head = (
         f"{config['model']}, {config['task']}, {config['method']} at {config['sparsity']:g}, {config['mode']}: "
         f"{result['candidates']} candidates by {config['sampler']}, {result['stopped_early']} stopped early, "
-        f"{result['answered_fraction']:.0%} of the selection rows answered; {len(result['front'])} on the front."
+        f"{result['answered_fraction']:.0%} of the selection examples answered; {len(result['front'])} on the front."
     )
     rows = [
         f"  {row.name:10} {row.parameters_fraction:5.0%} of the parameters, test accuracy {row.accuracy:.3f}, "

@@ -31,10 +31,10 @@ PERFORMANCE = [
     "perplexity_before_tuning",
     "train_loss",
     "eval_loss",
-    "train_samples_per_second",
+    "train_examples_per_second",
     "inference_flops",
 ]
-COSTS = ("train_samples_per_second", "train_seconds", "peak_memory_bytes", "inference_flops")
+COSTS = ("train_examples_per_second", "train_seconds", "peak_memory_bytes", "inference_flops")
 
 
 def sparsity_vs_performance(cells: pd.DataFrame) -> pd.DataFrame:
@@ -72,7 +72,7 @@ def with_imported(cells: pd.DataFrame, imported: Sequence[Imported]) -> pd.DataF
 
 def with_warnings(cells: pd.DataFrame, found: Audit) -> pd.DataFrame:
     """The cells with the rules of the audit that speak of their run, errors in capitals."""
-    return cells.assign(warnings=[found.marks_of(run_id) for run_id in cells["run_id"]])
+    return cells.assign(warnings=[found.rules_about(run_id) for run_id in cells["run_id"]])
 
 
 def grouped_summary(points: Points) -> pd.DataFrame:

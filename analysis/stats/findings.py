@@ -134,7 +134,7 @@ def _cost_claim(points: Points) -> Iterator[Claim]:
     for backend, rows in points.pruned.groupby("backend", sort=True):
         parts, numbers = [], dict[str, Number]()
         for i, (mode, same) in enumerate(rows.groupby("mode", sort=True)):
-            numbers[f"rate{i}"] = number(same["train_samples_per_second"].median(), same["run_id"], ".0f")
+            numbers[f"rate{i}"] = number(same["train_examples_per_second"].median(), same["run_id"], ".0f")
             numbers[f"seconds{i}"] = number(same["train_seconds"].median(), same["run_id"], ".2f")
             numbers[f"memory{i}"] = number(same["peak_memory_bytes"].median() / 2**20, same["run_id"], ".0f")
             parts.append(f"{mode} {{rate{i}}} samples a second, {{seconds{i}}} s, {{memory{i}}} MiB at the peak")
@@ -171,6 +171,6 @@ def _backend_claims(points: Points, tests: Sequence[PairedTest]) -> Iterator[Cla
         yield Claim("RQ4", ALL_BASES, template, numbers, f"{tests[0].estimate.test}, Holm")
     parts, rates = [], dict[str, Number]()
     for i, (backend, rows) in enumerate(points.pruned.groupby("backend", sort=True)):
-        rates[f"rate{i}"] = number(rows["train_samples_per_second"].median(), rows["run_id"], ".0f")
+        rates[f"rate{i}"] = number(rows["train_examples_per_second"].median(), rows["run_id"], ".0f")
         parts.append(f"{backend} {{rate{i}}}")
     yield Claim("RQ4", ALL_BASES, f"Training samples a second, medians: {', '.join(parts)}.", rates)

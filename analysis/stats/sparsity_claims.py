@@ -79,8 +79,8 @@ def _half_claim(about: str, dense: pd.Series[Any], half: pd.DataFrame) -> Iterat
     if half.empty:
         return
     runs = [dense["run_id"], *half["run_id"]]
-    marks = {name: (half["accuracy"] >= (1 - mark) * dense["accuracy"] - 1e-9).sum() for name, mark in HALF.items()}
-    numbers = {name: number(count, runs, ".0f") for name, count in (marks | {"all": len(half)}).items()}
+    passes = {name: (half["accuracy"] >= (1 - mark) * dense["accuracy"] - 1e-9).sum() for name, mark in HALF.items()}
+    numbers = {name: number(count, runs, ".0f") for name, count in (passes | {"all": len(half)}).items()}
     template = "Half of the weights gone: {ten} of {all} runs are within 10% of dense, {five} within 5%."
     yield Claim("RQ1", about, template, numbers)
 

@@ -73,14 +73,16 @@ def _csctl(arguments: Sequence[str]) -> str:
     program = shutil.which("csctl")
     if program is None:
         raise ApplianceUnreachableError("csctl is not on PATH: it is on the user nodes of a CS-3")
-    asked = " ".join(["csctl", *arguments])
+    command = " ".join(["csctl", *arguments])
     try:
         answer = subprocess.run([program, *arguments], capture_output=True, text=True, timeout=SECONDS)
     except subprocess.TimeoutExpired as error:
-        raise ApplianceUnreachableError(f"`{asked}` did not answer in {SECONDS:g} s") from error
+        raise ApplianceUnreachableError(f"`{command}` did not answer in {SECONDS:g} s") from error
     except OSError as error:
-        raise ApplianceUnreachableError(f"`{asked}` cannot be run: {error}") from error
+        raise ApplianceUnreachableError(f"`{command}` cannot be run: {error}") from error
     if answer.returncode:
-        said = (answer.stderr or answer.stdout).strip().splitlines()
-        raise ApplianceUnreachableError(f"`{asked}` failed with status {answer.returncode}: {said[-1] if said else ''}")
+        lines = (answer.stderr or answer.stdout).strip().splitlines()
+        raise ApplianceUnreachableError(
+            f"`{command}` failed with status {answer.returncode}: {lines[-1] if lines else ''}"
+        )
     return answer.stdout

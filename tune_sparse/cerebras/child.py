@@ -115,7 +115,7 @@ class JsonLines(Logger):
 
 def main(folder):
     job = {**json.loads((folder / "job.json").read_text()), **json.loads((folder / "base.json").read_text())}
-    rows = cstorch.utils.data.DataLoader(make_loader, write_rows(Path(job["rows"])), job["batch_size"])
+    examples = cstorch.utils.data.DataLoader(make_loader, write_examples(Path(job["examples"])), job["batch_size"])
     trainer = make_trainer(job, folder)
     start = None
     if job["target"] != "validate":
@@ -124,7 +124,7 @@ def main(folder):
         write_start(job, start)
     started = time.monotonic()
     trainer.loggers[0].write(step=0)
-    trainer.fit(rows, ckpt_path=start)
+    trainer.fit(examples, ckpt_path=start)
     report = {"seconds": time.monotonic() - started, "release": cstorch.__version__}
     report["peak_memory_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if job["target"] == "validate":
@@ -162,10 +162,10 @@ def make_backend(job, folder):
         return cstorch.backend("CPU", artifact_dir=str(folder / "model_dir"))
     if job["target"] == "validate":
         return cstorch.backend("CSX", artifact_dir=str(folder / "model_dir"), validate_only=True)
-    asked = {name: job[name] for name in ("num_csx", "job_labels", "mount_dirs", "python_paths") if job[name]}
+    options = {name: job[name] for name in ("num_csx", "job_labels", "mount_dirs", "python_paths") if job[name]}
     if job["timeout_seconds"]:
-        asked["job_time_sec"] = int(job["timeout_seconds"])  # the appliance ends the job, whatever becomes of us
-    cluster = ClusterConfig(**asked)
+        options["job_time_sec"] = int(job["timeout_seconds"])  # the appliance ends the job, whatever becomes of us
+    cluster = ClusterConfig(**options)
     return cstorch.backend("CSX", artifact_dir=str(folder / "model_dir"), cluster_config=cluster)
 
 
@@ -199,19 +199,21 @@ def make_precision(job):
     return MixedPrecision(enabled=is_mixed, fp16_type="bfloat16", max_gradient_norm=job["max_grad_norm"])
 
 
-def write_rows(folder):
-    """The rows of every step as HDF5, (N, 3, T), once for all trainings on them; returns its folder."""
+def write_examples(folder):
+    """The examples of every step as HDF5, (N, 3, T), once for all trainings on them; returns its folder."""
     target = folder / "hdf5"
     if not target.exists():
         tokens = load_file(folder / "tokens.safetensors")
         partial = folder / f".hdf5.{os.getpid()}.partial"
         partial.mkdir()
-        rows, order = tokens["rows"].numpy(), tokens["order"].tolist()
-        with h5py.File(str(partial / "rows.h5"), "w") as file:
+        examples, order = tokens["examples"].numpy(), tokens["order"].tolist()
+        with h5py.File(str(partial / "examples.h5"), "w") as file:
             file.attrs["n_examples"] = len(order)
-            data = file.create_dataset("data", (len(order), *rows.shape[1:]), dtype="i4", chunks=(1, *rows.shape[1:]))
+            data = file.create_dataset(
+                "data", (len(order), *examples.shape[1:]), dtype="i4", chunks=(1, *examples.shape[1:])
+            )
             for start in range(0, len(order), 256):
-                data[start : start + 256] = rows[order[start : start + 256]]
+                data[start : start + 256] = examples[order[start : start + 256]]
         try:
             partial.rename(target)
         except OSError:  # another training was faster

@@ -14,7 +14,7 @@ from tune_sparse.files import atomic_folder, cache_dir
 
 LIMIT_VARIABLE = "TUNE_SPARSE_CEREBRAS_CACHE_BYTES"
 LIMIT_BYTES = 200 * 10**9
-"""Five conversions of a 7B model in float32 and their rows."""
+"""Five conversions of a 7B model in float32 and their examples."""
 
 
 def cached(name: str, make: Callable[[Path], None]) -> Path:

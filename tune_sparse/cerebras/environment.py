@@ -102,10 +102,10 @@ def probed(venv: Path) -> tuple[str, dict[str, str | None]]:
     """(version of Python, {package: version or None}) of a virtual environment, without importing any of them."""
     python = venv / "bin" / "python"
     try:
-        asked = subprocess.run(
+        completed = subprocess.run(
             [python, "-I", "-c", PROBE % (NEEDED,)], capture_output=True, text=True, check=True, timeout=PROBE_SECONDS
         )
-        found = json.loads(asked.stdout)
+        found = json.loads(completed.stdout)
     except (OSError, subprocess.SubprocessError, ValueError) as error:
         raise NotReadyError(f"CEREBRAS_VENV must be a virtual environment, {python} does not run: {error}.") from error
     return found["python"], found["packages"]

@@ -9,7 +9,7 @@ start.mdl, model_dir/ what it works with, gone when it has ended
 metrics.jsonl         a line a step
 adapter.safetensors   A and B as trained
 report.json           seconds, steps, and whether the frozen weights are what they were
-child.log             what it said
+child.log             its output
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Start:
 
 def write_job(
     folder: Path,
-    rows: Path,
+    examples: Path,
     start: Start,
     protocol: Protocol,
     seed: int,
@@ -68,7 +68,7 @@ def write_job(
         save_file(updated, folder / "weights.safetensors")
     save_file(_named_adapters(start), folder / "adapter_start.safetensors")
     places = {
-        "rows": str(rows.resolve()),
+        "examples": str(examples.resolve()),
         "masks": str((folder / "masks.safetensors").resolve()),
         "weights": str((folder / "weights.safetensors").resolve()) if updated else None,
         "adapter": str((folder / "adapter_start.safetensors").resolve()),
@@ -118,33 +118,33 @@ def packed_bits(mask: Tensor) -> Tensor:
     return (flat << torch.arange(7, -1, -1, dtype=torch.uint8)).sum(1, dtype=torch.uint8)
 
 
-def rows_in_order(rows: Sequence[Encoded], protocol: Protocol, seed: int) -> Path:
-    """A folder of the cache with the rows of every step, in the order in which the torch backend trains on them.
+def examples_in_order(examples: Sequence[Encoded], protocol: Protocol, seed: int) -> Path:
+    """A folder of the cache with the examples of every step, in the order in which the torch backend trains on them.
 
-    `tokens.safetensors` has each row once and the order; the child makes of it the HDF5 file that Model Zoo reads.
+    `tokens.safetensors` has each example once and the order; the child makes of it the HDF5 file that Model Zoo reads.
     """
-    tokens = encoded_tokens(rows, protocol.train_on_prompt)
-    order = step_order(rows, protocol, seed)
+    tokens = encoded_tokens(examples, protocol.train_on_prompt)
+    order = step_order(examples, protocol, seed)
     content = hashlib.sha256(tokens.numpy().tobytes() + repr((tuple(tokens.shape), order)).encode()).hexdigest()
 
     def write(folder: Path) -> None:
-        save_file({"rows": tokens, "order": torch.tensor(order)}, folder / "tokens.safetensors")
+        save_file({"examples": tokens, "order": torch.tensor(order)}, folder / "tokens.safetensors")
 
-    return cached(f"rows-{content[:32]}", write)
+    return cached(f"examples-{content[:32]}", write)
 
 
-def encoded_tokens(rows: Sequence[Encoded], train_on_prompt: bool) -> Tensor:
-    """(N, 3, T) int32: input ids, loss mask, and the ids that follow; T is the longest row, without its last token."""
-    batch = padded(rows, train_on_prompt)
+def encoded_tokens(examples: Sequence[Encoded], train_on_prompt: bool) -> Tensor:
+    """(N, 3, T) int32: input ids, loss mask, the ids that follow; T is the longest example without its last token."""
+    batch = padded(examples, train_on_prompt)
     inputs, labels, loss_mask = batch.ids[:, :-1], batch.ids[:, 1:], batch.loss_mask[:, 1:]
     return torch.stack([inputs, loss_mask.long(), labels], dim=1).to(torch.int32)
 
 
-def step_order(rows: Sequence[Encoded], protocol: Protocol, seed: int) -> list[int]:
-    """Positions in `rows` of every row of every step: those of `tune_sparse.training.loop.batches`."""
-    position = {id(row): at for at, row in enumerate(rows)}
-    steps = batches(rows, protocol, seed)
-    return [position[id(row)] for _ in range(protocol.steps) for row in next(steps)]
+def step_order(examples: Sequence[Encoded], protocol: Protocol, seed: int) -> list[int]:
+    """Positions in `examples` of every example of every step: those of `tune_sparse.training.loop.batches`."""
+    position = {id(example): at for at, example in enumerate(examples)}
+    steps = batches(examples, protocol, seed)
+    return [position[id(example)] for _ in range(protocol.steps) for example in next(steps)]
 
 
 def new_lines(path: Path, after: int) -> tuple[list[dict[str, Any]], int]:

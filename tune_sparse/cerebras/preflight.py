@@ -130,14 +130,14 @@ def lower(
 ) -> dict[str, Any]:
     """Lower one kind of model in `folder`; returns the child's report. shapes: of the pruned matrices, (O, I)."""
     shutil.rmtree(folder, ignore_errors=True)
-    (folder / "rows").mkdir(parents=True)
-    rows = torch.zeros(1, 3, protocol.max_tokens - 1, dtype=torch.int32)
+    (folder / "examples").mkdir(parents=True)
+    examples = torch.zeros(1, 3, protocol.max_tokens - 1, dtype=torch.int32)
     order = torch.zeros(protocol.global_batch_size, dtype=torch.long)
-    save_file({"rows": rows, "order": order}, folder / "rows" / "tokens.safetensors")
+    save_file({"examples": examples, "order": order}, folder / "examples" / "tokens.safetensors")
     kind = {
         "update_is_masked": MODES[mode].masks_update,
         "sparsity_by_weight": {cerebras_name(name): sparsity for name in shapes},
-        "rows": str((folder / "rows").resolve()),
+        "examples": str((folder / "examples").resolve()),
     }
     one_step = {"steps": 1, "warmup_steps": 0}
     job = kind | job_protocol(protocol, 0) | one_step | job_appliance(Cerebras(cerebras_target="validate"), [])

@@ -56,26 +56,26 @@ class Subject:
     data_dir: Path | None
     protocol: Callable[[int], Protocol]
     """the settings, given a task's default number of few-shot examples"""
-    lend: Callable[[], tuple[PreTrainedModel, PreTrainedTokenizerBase]]
+    load_model: Callable[[], tuple[PreTrainedModel, PreTrainedTokenizerBase]]
     recorded: dict[str, Outcome]
     """{id of a question: what a finished run said to it}"""
 
 
 def _evaluate(chosen: argparse.Namespace) -> int:
-    from tune_sparse.data.sources import rows_folder
+    from tune_sparse.data.sources import examples_folder
     from tune_sparse.data.splits import load_test
     from tune_sparse.evaluation.evaluations import EvaluationKey, evaluate
 
     subject = _run(chosen) if chosen.run else _checkpoint(chosen)
     tasks = [task for name in subject.tasks for task in tasks_named(name)]
-    folder = rows_folder(subject.data_dir, subject.tasks)
+    folder = examples_folder(subject.data_dir, subject.tasks)
     planned = []
     for task in tasks:
         protocol = subject.protocol(task.num_fewshot)
         splits = load_test(task, folder, protocol)
-        key = EvaluationKey.of(subject.name, subject.fingerprint, task, splits, protocol, chosen.evaluator)
+        key = EvaluationKey.from_protocol(subject.name, subject.fingerprint, task, splits, protocol, chosen.evaluator)
         planned.append((key, task, splits, protocol))
-    done = [evaluate(*what, subject.lend, chosen.results_dir) for what in planned]
+    done = [evaluate(*what, subject.load_model, chosen.results_dir) for what in planned]
     differing = {evaluation.key.task: _differing(evaluation, subject.recorded) for evaluation in done}
     if chosen.json:
         print(json.dumps([_as_json(evaluation, differing[evaluation.key.task]) for evaluation in done]))
@@ -101,7 +101,7 @@ def _checkpoint(chosen: argparse.Namespace) -> Subject:
     def protocol(num_fewshot: int) -> Protocol:
         return Protocol(**{"num_fewshot": num_fewshot} | settings).within(checkpoint.dims.max_positions)
 
-    def lend() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    def load_model() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         import torch
 
         from trainables.hardware import device
@@ -114,7 +114,7 @@ def _checkpoint(chosen: argparse.Namespace) -> Subject:
             merge_adapter_into(model, chosen.adapter, load_last_mask(model, chosen.adapter))
         return model, load_tokenizer(checkpoint.path)
 
-    return Subject(checkpoint.name, fingerprint, chosen.tasks, chosen.data_dir, protocol, lend, {})
+    return Subject(checkpoint.name, fingerprint, chosen.tasks, chosen.data_dir, protocol, load_model, {})
 
 
 def _run(chosen: argparse.Namespace) -> Subject:
@@ -132,7 +132,7 @@ def _run(chosen: argparse.Namespace) -> Subject:
     run, settings = ledger.run(chosen.run), _settings(chosen.set)
     context = check_checkpoint(run.model_path).dims.max_positions
 
-    def lend() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    def load_model() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         import torch
 
         from trainables.rebuild import deployed_by
@@ -150,7 +150,7 @@ def _run(chosen: argparse.Namespace) -> Subject:
         chosen.tasks or [run.cell.task],
         chosen.data_dir or (Path(run.data_dir) if run.data_dir else SYNTHETIC),
         lambda num_fewshot: replace(run.protocol, **settings).within(context),
-        lend,
+        load_model,
         {outcome.id: outcome for outcome in outcomes},
     )
 

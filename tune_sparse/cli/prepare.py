@@ -7,7 +7,7 @@ from typing import Any
 
 from tune_sparse.cli.command import OK, add_command
 from tune_sparse.cli.sweep_options import add_sweep_options, sweep_config
-from tune_sparse.config import HUB_ROWS
+from tune_sparse.config import HUB
 
 
 def declare(commands: Any) -> None:
@@ -17,11 +17,11 @@ def declare(commands: Any) -> None:
 
 def _prepare(chosen: argparse.Namespace) -> int:
     config = sweep_config(chosen)
-    from tune_sparse.data.sources import fetch_rows
+    from tune_sparse.data.sources import fetch_examples
     from tune_sparse.models.checkpoints import prepare_models
 
-    if config.data_dir == HUB_ROWS:
-        fetch_rows(config.tasks, report=print)
+    if config.data_dir == HUB:
+        fetch_examples(config.tasks, report=print)
     for reference, folder in prepare_models(config.models, report=print).items():
         print(f"{reference}: {folder}")
     return OK

@@ -41,7 +41,7 @@ def declare(commands: Any) -> None:
         help="a task, whose training rows are used, a text such as wikitext2, or a text file",
     )
     prune.add_argument("--data-dir", type=Path, metavar="DIR", help="folder of the task, `hub` or `synthetic`")
-    count, tokens = Protocol.calibration_rows, Protocol.calibration_tokens
+    count, tokens = Protocol.calibration_examples, Protocol.calibration_tokens
     prune.add_argument("--calibration-rows", type=int, default=count, metavar="ROWS")
     prune.add_argument("--calibration-tokens", type=int, default=tokens, metavar="TOKENS", help="of a row, at most")
     prune.add_argument("--sequential", action="store_true", help="prune block after block, as published")
@@ -71,7 +71,7 @@ def _prune(chosen: argparse.Namespace) -> int:
         checkpoints=chosen.checkpoints,
         compact=chosen.compact,
         calibration={"source": chosen.calibration, "rows": len(rows), "tokens": chosen.calibration_tokens},
-        rows=rows,
+        examples=rows,
         sequential=chosen.sequential,
     )
     try:
@@ -87,10 +87,10 @@ def _prune(chosen: argparse.Namespace) -> int:
 
 def calibration_rows(chosen: argparse.Namespace) -> Sequence[Encoded]:
     """Rows of a task's training split, or pieces of a text file, as the model's tokens."""
-    from tune_sparse.data.sources import rows_folder
+    from tune_sparse.data.sources import examples_folder
     from tune_sparse.data.splits import calibration_text, encode_training, load_splits
     from tune_sparse.models.checkpoints import load_tokenizer
-    from tune_sparse.pruning.calibration import checked_rows, text_rows
+    from tune_sparse.pruning.calibration import checked_examples, text_examples
     from tune_sparse.pruning.streaming import open_checkpoint
 
     source, count, tokens = chosen.calibration, chosen.calibration_rows, chosen.calibration_tokens
@@ -99,14 +99,14 @@ def calibration_rows(chosen: argparse.Namespace) -> Sequence[Encoded]:
     checkpoint = open_checkpoint(chosen.model)
     tokenizer, tokens = load_tokenizer(checkpoint.path), min(tokens, checkpoint.dims.max_positions)
     if Path(source).is_file():
-        return text_rows(tokenizer, _read_text(Path(source)), count, tokens)
+        return text_examples(tokenizer, _read_text(Path(source)), count, tokens)
     if source not in TASKS:
         raise unknown_name("task or text file", source, TASKS)
-    task, folder = TASKS[source], rows_folder(chosen.data_dir, [source])
+    task, folder = TASKS[source], examples_folder(chosen.data_dir, [source])
     if isinstance(task, TextTask):
-        return text_rows(tokenizer, calibration_text(source, folder), count, tokens)
+        return text_examples(tokenizer, calibration_text(source, folder), count, tokens)
     train = load_splits(task, folder, Protocol()).train[:count]
-    return checked_rows(encode_training(tokenizer, task, train, tokens, None), count)
+    return checked_examples(encode_training(tokenizer, task, train, tokens, None), count)
 
 
 def _read_text(path: Path) -> str:

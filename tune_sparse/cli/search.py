@@ -93,11 +93,11 @@ def preset_tasks(preset: str) -> tuple[str, ...]:
 def space_named(name: str) -> Any:
     """A preset, or what a YAML file says."""
     if name in subadapters.PRESETS:
-        return Space.of(subadapters.PRESETS[name])
+        return Space.from_groups(subadapters.PRESETS[name])
     path = Path(name)
     if not path.is_file():
         raise unknown_name("space", name, subadapters.PRESETS)
-    return Space.of(read_yaml("--space", path))
+    return Space.from_groups(read_yaml("--space", path))
 
 
 def _search(chosen: argparse.Namespace) -> int:

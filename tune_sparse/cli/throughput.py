@@ -51,7 +51,7 @@ def _throughput(chosen: argparse.Namespace) -> int:
             continue
         print(run.run_id)
         for m in measured:
-            rates = (m.train_samples_per_second, m.train_tokens_per_second, (m.peak_memory_bytes or 0) / 1e9)
+            rates = (m.train_examples_per_second, m.train_tokens_per_second, (m.peak_memory_bytes or 0) / 1e9)
             shown = "".join(f"{rate:{width}.1f}" for rate, width in zip(rates, (11, 11, 9), strict=True) if rate)
             print(f"{m.batch_size:5}{shown or '   out of memory'}")
     return OK

@@ -31,9 +31,9 @@ PRECISIONS = ("float32", "bfloat16")
 MASKED_LORA_IMPLS = ("auto", "structured", "effective-weight")
 CALIBRATIONS = ("task", "wikitext2")
 CALIBRATION_ORDERS = ("dense", "sequential")
-SYNTHETIC, HUB_ROWS = Path("synthetic"), Path("hub")
-"""As a `data_dir`: rows come from the synthetic generator, or from the Hugging Face Hub. Neither is ever a default, so
-that no model is trained on generated rows, and nothing is fetched, by oversight."""
+SYNTHETIC, HUB = Path("synthetic"), Path("hub")
+"""As a `data_dir`: examples come from the synthetic generator, or from the Hugging Face Hub. Neither is ever a default,
+so that no model is trained on generated examples, and nothing is fetched, by oversight."""
 
 
 def check_sparsities(sparsities: Iterable[float]) -> None:
@@ -83,7 +83,7 @@ class Protocol:
     eval_every: int = option("steps between two eval losses", 50)
     threads: int = option("CPU threads of a trial; their number changes the last bits of a sum", 1)
     calibration: str = option("rows that calibrated scores are measured on: the cell's own task, or wikitext2", "task")
-    calibration_rows: int = option("their number", 128)
+    calibration_examples: int = option("their number", 128)
     calibration_tokens: int = option("of a row of text; a task's rows are as long as in training", 2048)
     calibration_order: str = option(
         "dense: inputs of the dense model; sequential: of the blocks pruned before", "dense"
@@ -99,7 +99,7 @@ class Protocol:
             "eval_every",
             "threads",
         )
-        for name in (*counted, "calibration_rows"):
+        for name in (*counted, "calibration_examples"):
             rule(getattr(self, name) >= 1, f"{name} must be at least 1", getattr(self, name), "Give a larger number.")
         for name in ("max_tokens", "batch_tokens", "calibration_tokens"):
             rule(getattr(self, name) >= 2, f"{name} must be at least 2", getattr(self, name), "Give a larger number.")
@@ -112,7 +112,7 @@ class Protocol:
         rule(self.num_fewshot >= 0, "num_fewshot must be at least 0", self.num_fewshot, "Give 0 or more.")
         for name in ("n_train", "n_selection", "n_test"):
             value = getattr(self, name)
-            rule(value is None or value >= 1, f"{name} must be at least 1 or none", value, "Give more rows.")
+            rule(value is None or value >= 1, f"{name} must be at least 1 or none", value, "Give more examples.")
         for name in ("learning_rate", "lora_alpha", "max_grad_norm"):
             rule(getattr(self, name) > 0, f"{name} must be above 0", getattr(self, name), "Give a positive number.")
         rule(
@@ -147,7 +147,7 @@ class Protocol:
 
     @property
     def calibrated_by(self) -> dict[str, Any]:
-        """The settings that decide calibrated scores besides the rows: part of the identity of calibrated runs."""
+        """The settings that decide calibrated scores besides the examples: part of the identity of calibrated runs."""
         return {name: getattr(self, name) for name in CALIBRATION_SETTINGS}
 
     def within(self, max_positions: int) -> Protocol:

@@ -1,4 +1,4 @@
-"""Rows of different lengths as one batch of token ids: padded, or packed behind one another."""
+"""Examples of different lengths as one batch of token ids: padded, or packed behind one another."""
 
 from __future__ import annotations
 
@@ -19,48 +19,48 @@ class Batch:
     loss_mask: Tensor
     """bool: the target tokens, which are predicted and count in the loss"""
     positions: Tensor | None = None
-    """of each token in its own row, where several rows share a sequence: transformers keeps attention within them"""
+    """of each token in its own example, where several share a sequence: transformers keeps attention within each"""
 
 
-def padded(rows: Sequence[Encoded], train_on_prompt: bool) -> Batch:
-    """Each row a sequence, padded on the right."""
-    return _batch([[row] for row in rows], train_on_prompt)
+def padded(examples: Sequence[Encoded], train_on_prompt: bool) -> Batch:
+    """Each example a sequence, padded on the right."""
+    return _batch([[example] for example in examples], train_on_prompt)
 
 
-def packed(rows: Sequence[Encoded], train_on_prompt: bool, pack_to: int) -> Batch:
-    """Rows behind one another in sequences of at most `pack_to` tokens, longer rows first, each in the first sequence
-    that has room for it."""
+def packed(examples: Sequence[Encoded], train_on_prompt: bool, pack_to: int) -> Batch:
+    """Examples behind one another in sequences of at most `pack_to` tokens, longer ones first, each in the first
+    sequence that has room for it."""
     bins: list[list[Encoded]] = []
-    for row in sorted(rows, key=_length, reverse=True):
-        fitting = (found for found in bins if sum(map(_length, found)) + _length(row) <= pack_to)
+    for example in sorted(examples, key=_length, reverse=True):
+        fitting = (found for found in bins if sum(map(_length, found)) + _length(example) <= pack_to)
         found = next(fitting, None)
         if found is None:
-            bins.append([row])
+            bins.append([example])
         else:
-            found.append(row)
+            found.append(example)
     batch = _batch(bins, train_on_prompt)
     positions = torch.zeros_like(batch.ids)
     for i, found in enumerate(bins):
-        places = torch.cat([torch.arange(_length(row)) for row in found])
+        places = torch.cat([torch.arange(_length(example)) for example in found])
         positions[i, : len(places)] = places
     return Batch(batch.ids, batch.loss_mask, positions)
 
 
 def _batch(sequences: Sequence[Sequence[Encoded]], train_on_prompt: bool) -> Batch:
-    width = max(sum(map(_length, rows)) for rows in sequences)
+    width = max(sum(map(_length, examples)) for examples in sequences)
     ids = torch.zeros(len(sequences), width, dtype=torch.long)
     loss_mask = torch.zeros(len(sequences), width, dtype=torch.bool)
-    for i, rows in enumerate(sequences):
+    for i, examples in enumerate(sequences):
         start = 0
-        for row in rows:
-            end = start + _length(row)
-            ids[i, start:end] = torch.tensor(row.context + row.continuation)
-            # The first token of a row has nothing before it that could predict it.
-            first = 1 if train_on_prompt else max(1, len(row.context))
+        for example in examples:
+            end = start + _length(example)
+            ids[i, start:end] = torch.tensor(example.context + example.continuation)
+            # The first token of an example has nothing before it that could predict it.
+            first = 1 if train_on_prompt else max(1, len(example.context))
             loss_mask[i, start + first : end] = True
             start = end
     return Batch(ids, loss_mask)
 
 
-def _length(row: Encoded) -> int:
-    return len(row.context) + len(row.continuation)
+def _length(example: Encoded) -> int:
+    return len(example.context) + len(example.continuation)

@@ -1,4 +1,4 @@
-"""Sources of rows: a folder, the Hugging Face Hub (fetched once into files), or the synthetic generator."""
+"""Sources of examples: a folder, the Hugging Face Hub (fetched once into files), or the synthetic generator."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tune_sparse.config import HUB_ROWS, SYNTHETIC
+from tune_sparse.config import HUB, SYNTHETIC
 from tune_sparse.data.splits import split_path
 from tune_sparse.data.task_types import Hub, Task, TextTask
 from tune_sparse.data.tasks import tasks_named
@@ -14,31 +14,31 @@ from tune_sparse.errors import InputError, NotReadyError
 from tune_sparse.files import atomic_folder, cache_dir, write_lines, write_text
 
 
-def rows_folder(data_dir: Path | None, tasks: Sequence[str]) -> Path | None:
-    """The folder of the rows of `tasks` (names or mixtures); None for the synthetic generator.
+def examples_folder(data_dir: Path | None, tasks: Sequence[str]) -> Path | None:
+    """The folder of the examples of `tasks` (names or mixtures); None for the synthetic generator.
 
-    Rows of the Hub are fetched if they are not here yet. Raises `NotReadyError` where that is not possible.
+    Examples of the Hub are fetched if they are not here yet. Raises `NotReadyError` where that is not possible.
     """
     if data_dir is None:
         raise NotReadyError(
-            "rows of the tasks are needed, got no data_dir. "
-            f"Give --data-dir FOLDER, or --data-dir {HUB_ROWS}, or --data-dir {SYNTHETIC} for generated rows."
+            "examples of the tasks are needed, got no data_dir. "
+            f"Give --data-dir FOLDER, or --data-dir {HUB}, or --data-dir {SYNTHETIC} for generated examples."
         )
     if data_dir == SYNTHETIC:
         return None
-    return fetch_rows(tasks) if data_dir == HUB_ROWS else data_dir.expanduser().resolve()
+    return fetch_examples(tasks) if data_dir == HUB else data_dir.expanduser().resolve()
 
 
-def fetch_rows(names: Iterable[str], report: Callable[[str], None] = lambda text: None) -> Path:
-    """Bring the rows of tasks from the Hub into the cache, if they are not there; returns the folder for `data_dir`.
+def fetch_examples(names: Iterable[str], report: Callable[[str], None] = lambda text: None) -> Path:
+    """Bring the examples of tasks from the Hub into the cache, if they are not there. Returns `data_dir`.
 
     Raises `InputError` for a task that the Hub has not, `NotReadyError` where it cannot be reached.
     """
-    folder = cache_dir() / "hub_rows"
+    folder = cache_dir() / "hub_examples"
     for task in (task for name in names for task in tasks_named(name)):
         if task.hub is None:
             raise InputError(
-                f"the Hub has no dataset with the fields of {task.name}. Give --data-dir FOLDER with its rows."
+                f"the Hub has no dataset with the fields of {task.name}. Give --data-dir FOLDER with its examples."
             )
         if not (folder / task.name).is_dir():
             _fetch(task, task.hub, folder)
@@ -56,13 +56,13 @@ def _fetch(task: Task, hub: Hub, folder: Path) -> None:
         for split in {"train", "validation", task.test_split} & splits.keys():
             path = partial / split_path(task, split, folder).name
             if isinstance(task, TextTask):
-                write_text(path, "".join(row["text"] or "\n" for row in splits[split]))
+                write_text(path, "".join(example["text"] or "\n" for example in splits[split]))
             else:
                 write_lines(path, splits[split])
 
 
 def _fetch_splits(task: Task, hub: Hub) -> Any:
-    """{split: rows}"""
+    """{split: examples}"""
     import datasets
 
     datasets.disable_progress_bars()
@@ -70,7 +70,7 @@ def _fetch_splits(task: Task, hub: Hub) -> Any:
         return datasets.load_dataset(hub.path, hub.config)
     except (OSError, ValueError) as error:
         raise NotReadyError(
-            f"the rows of {task.name} must be on this machine, or {hub.path} within reach: "
-            f"{type(error).__name__}: {error}. Run `tune-sparse prepare --tasks {task.name} --data-dir {HUB_ROWS}` "
+            f"the examples of {task.name} must be on this machine, or {hub.path} within reach: "
+            f"{type(error).__name__}: {error}. Run `tune-sparse prepare --tasks {task.name} --data-dir {HUB}` "
             "where there is a network, or give --data-dir FOLDER."
         ) from error

@@ -1,4 +1,4 @@
-"""Rows and tokens: where the rows of a task come from, how they are split, how they are encoded."""
+"""Examples and tokens: where the examples of a task come from, how they are split, how they are encoded."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tune_sparse.config import Protocol
-from tune_sparse.data.task_types import Pair, PromptTask, Row, Task, TextTask
+from tune_sparse.data.task_types import Example, Pair, PromptTask, Task, TextTask
 from tune_sparse.data.tasks import task_named
 from tune_sparse.errors import InputError
 
@@ -19,23 +19,27 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SPLIT_SEED = 0
-"""Seed of the selection rows carved from train. Not the seed of a cell: all cells are compared on the same rows."""
+"""Seed of the selection examples carved from train. Not a cell's seed: all cells are compared on the same ones."""
 
 
 @dataclass(frozen=True)
 class Splits:
-    """Rows to learn from, to select by, and to be scored on. No prompt is in two of them."""
+    """Examples to train on, to select by, and to be scored on. No prompt is in two of them.
 
-    train: tuple[Row, ...]
-    selection: tuple[Row, ...]
-    test: tuple[Row, ...]
-    examples: tuple[Row, ...] = ()
+    selection: examples of no training and no score, for what is chosen by looking: the evaluation loss of a training,
+    the candidates of a search. Others call it validation, which is also the name of a split of some data sets.
+    """
+
+    train: tuple[Example, ...]
+    selection: tuple[Example, ...]
+    test: tuple[Example, ...]
+    shots: tuple[Example, ...] = ()
     """The pool of few-shot examples: the train split in its own order, if the protocol asks for them."""
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of every row in order: part of a run's identity."""
-        parts = [self.train, self.selection, self.test, *([self.examples] if self.examples else [])]
+        """SHA-256 of every example in order: part of a run's identity."""
+        parts = [self.train, self.selection, self.test, *([self.shots] if self.shots else [])]
         text = json.dumps(parts, sort_keys=True, ensure_ascii=False)
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -51,10 +55,10 @@ def load_splits(task: Task, data_dir: Path | None, protocol: Protocol) -> Splits
     """The splits of a task by the rule of the study.
 
     test: the labelled test split, or the official validation split where the test labels are not public (its
-    first `n_test` rows). selection: the validation split if it is not the test, else carved from train by a seed.
-    The only row of a text task has the whole split; its limits count windows, when it is encoded.
+    first `n_test` examples). selection: the validation split if it is not the test, else carved from train by a seed.
+    The only example of a text task has the whole split; its limits count windows, when it is encoded.
 
-    Raises `InputError` for a missing file, a malformed row (file and line), or a prompt that two splits share.
+    Raises `InputError` for a missing file, a malformed example (file and line), or a prompt that two splits share.
     """
     if not isinstance(task, PromptTask):
         train, selection, test = (read_split(task, split, data_dir) for split in ("train", "validation", "test"))
@@ -66,24 +70,24 @@ def load_splits(task: Task, data_dir: Path | None, protocol: Protocol) -> Splits
 
 
 def load_test(task: Task, data_dir: Path | None, protocol: Protocol) -> Splits:
-    """Load only what scoring needs: the test rows, and the pool of few-shot examples. Raises as `load_splits`."""
+    """Load only what scoring needs: the test examples, and the pool of few-shot examples. Raises as `load_splits`."""
     is_few_shot = protocol.num_fewshot and isinstance(task, PromptTask)
     return _scored_splits(task, data_dir, protocol, read_split(task, "train", data_dir) if is_few_shot else [])
 
 
-def _scored_splits(task: Task, data_dir: Path | None, protocol: Protocol, train: Sequence[Row]) -> Splits:
-    """As `load_test`, with the training rows at hand."""
+def _scored_splits(task: Task, data_dir: Path | None, protocol: Protocol, train: Sequence[Example]) -> Splits:
+    """As `load_test`, with the training examples at hand."""
     limit = protocol.n_test if isinstance(task, PromptTask) else None
     test = read_split(task, task.test_split, data_dir)[:limit]
     is_few_shot = protocol.num_fewshot and isinstance(task, PromptTask)
-    examples = tuple(train) if is_few_shot else ()
-    if is_few_shot and len(examples) <= protocol.num_fewshot:
+    shots = tuple(train) if is_few_shot else ()
+    if is_few_shot and len(shots) <= protocol.num_fewshot:
         raise InputError(
-            f"num_fewshot must be less than the {len(examples)} training rows of {task.name}, "
+            f"num_fewshot must be less than the {len(shots)} training examples of {task.name}, "
             f"got {protocol.num_fewshot}. Lower it."
         )
-    _check_disjoint(task, Splits(examples, (), tuple(test)))
-    return Splits((), (), tuple(test), examples)
+    _check_disjoint(task, Splits(shots, (), tuple(test)))
+    return Splits((), (), tuple(test), shots)
 
 
 def _prompt_splits(task: PromptTask, data_dir: Path | None, protocol: Protocol) -> Splits:
@@ -96,11 +100,11 @@ def _prompt_splits(task: PromptTask, data_dir: Path | None, protocol: Protocol) 
         carved = protocol.n_selection or max(1, len(train) // 10)
         if carved >= len(train):
             raise InputError(
-                f"n_selection must leave rows to train on: {task.name} has {len(train)} training rows, got {carved}. "
-                "Lower n_selection."
+                f"n_selection must leave examples to train on: {task.name} has {len(train)} training examples, "
+                f"got {carved}. Lower n_selection."
             )
-        selection, asked = train[:carved], {task.asked(row) for row in train[:carved]}
-        train = [row for row in train[carved:] if task.asked(row) not in asked]
+        selection, questions = train[:carved], {task.question(example) for example in train[:carved]}
+        train = [example for example in train[carved:] if task.question(example) not in questions]
     return replace(scored, train=tuple(train[: protocol.n_train]), selection=tuple(selection))
 
 
@@ -113,50 +117,50 @@ def has_split(task: Task, split: str, data_dir: Path | None) -> bool:
     return data_dir is not None and split_path(task, split, data_dir).exists()
 
 
-def read_split(task: Task, split: str, data_dir: Path | None) -> list[Row]:
-    """Checked rows of one split, from the files in `data_dir/<task>/` or from the synthetic generator."""
+def read_split(task: Task, split: str, data_dir: Path | None) -> list[Example]:
+    """Checked examples of one split, from the files in `data_dir/<task>/` or from the synthetic generator."""
     if data_dir is not None:
         path = split_path(task, split, data_dir)
-        return read_text(task, split, path) if isinstance(task, TextTask) else read_rows(task, path)
+        return read_text(task, split, path) if isinstance(task, TextTask) else read_examples_file(task, path)
     from tune_sparse.data.synthetic import SYNTHETIC_TASKS, synthetic_examples
 
     if task.name not in SYNTHETIC_TASKS:
         raise InputError(
             f"the synthetic generator has {', '.join(SYNTHETIC_TASKS)}, got {task.name!r}. "
-            "Give --data-dir with the rows of this task."
+            "Give --data-dir with the examples of this task."
         )
     return synthetic_examples(task.name, split)
 
 
-def read_rows(task: Task, path: Path) -> list[Row]:
-    """The rows of a JSON-lines file, each checked; an `InputError` names file and line."""
-    rows: list[Row] = []
+def read_examples_file(task: Task, path: Path) -> list[Example]:
+    """The examples of a JSON-lines file, each checked; an `InputError` names file and line."""
+    examples: list[Example] = []
     for number, line in enumerate(_file_content(task, path).split("\n"), start=1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-            task.check(row)
+            example = json.loads(line)
+            task.check(example)
         except json.JSONDecodeError as error:
             raise InputError(f"{path}:{number}: each line must be a JSON object: {error}. Fix the line.") from error
         except InputError as error:
-            raise InputError(f"{path}:{number}: {error}. Fix the row.") from error
-        rows.append(row)
-    if not rows:
-        raise InputError(f"{path} must have at least one row, got an empty file. Add rows.")
-    return rows
+            raise InputError(f"{path}:{number}: {error}. Fix the example.") from error
+        examples.append(example)
+    if not examples:
+        raise InputError(f"{path} must have at least one example, got an empty file. Add examples.")
+    return examples
 
 
-def read_text(task: TextTask, split: str, path: Path) -> list[Row]:
-    """The text of one split as its only row; an `InputError` names the file."""
+def read_text(task: TextTask, split: str, path: Path) -> list[Example]:
+    """The text of one split as its only example; an `InputError` names the file."""
     lines = _file_content(task, path).splitlines(keepends=True)
     first, last = task.parts.get(split, (0.0, 1.0))
-    row = {"text": task.joined(lines[round(first * len(lines)) : round(last * len(lines))])}
+    example = {"text": task.joined(lines[round(first * len(lines)) : round(last * len(lines))])}
     try:
-        task.check(row)
+        task.check(example)
     except InputError as error:
         raise InputError(f"{path}: {error}. Add text.") from error
-    return [row]
+    return [example]
 
 
 def _file_content(task: Task, path: Path) -> str:
@@ -170,31 +174,31 @@ def _file_content(task: Task, path: Path) -> str:
 
 def calibration_text(name: str, data_dir: Path | None) -> str:
     """The training text of the text task `name`, which scores are calibrated on."""
-    [row] = read_split(task_named(name), "train", data_dir)
-    return str(row["text"])
+    [example] = read_split(task_named(name), "train", data_dir)
+    return str(example["text"])
 
 
 LEAK_CHARACTERS = 200
 """Two texts that share a line of this length are not disjoint."""
 
 
-def _questions(task: Task, rows: Sequence[Row]) -> set[Any]:
+def _questions(task: Task, examples: Sequence[Example]) -> set[Any]:
     """Questions that must not be in two splits, or the long lines of a text."""
     if isinstance(task, PromptTask):
-        return {task.asked(row) for row in rows}
-    return {(line,) for row in rows for line in row["text"].splitlines() if len(line) >= LEAK_CHARACTERS}
+        return {task.question(example) for example in examples}
+    return {(line,) for example in examples for line in example["text"].splitlines() if len(line) >= LEAK_CHARACTERS}
 
 
 def _check_disjoint(task: Task, splits: Splits) -> None:
     seen: dict[Any, str] = {}
     for split in ("test", "selection", "train"):
-        asked = _questions(task, getattr(splits, split))
-        for question in asked & seen.keys():
+        questions = _questions(task, getattr(splits, split))
+        for question in questions & seen.keys():
             raise InputError(
-                f"no row of {task.name} may be in two splits, got one in {split} and {seen[question]}: "
+                f"no example of {task.name} may be in two splits, got one in {split} and {seen[question]}: "
                 f"{question[0][-120:]!r}. Remove it from one of them."
             )
-        seen |= dict.fromkeys(asked, split)
+        seen |= dict.fromkeys(questions, split)
 
 
 @dataclass(frozen=True)
@@ -245,12 +249,12 @@ def encode_windows(
 
 
 def encode_training(
-    tokenizer: PreTrainedTokenizerBase, task: Task, rows: Sequence[Row], max_tokens: int, count: int | None
+    tokenizer: PreTrainedTokenizerBase, task: Task, examples: Sequence[Example], max_tokens: int, count: int | None
 ) -> list[Encoded]:
-    """Rows to learn from: prompts with their answers, or the first `count` windows of a text."""
+    """Examples to learn from: prompts with their answers, or the first `count` windows of a text."""
     if isinstance(task, PromptTask):
-        return encode_answers(tokenizer, [task.training_pair(row) for row in rows], max_tokens)
-    return [e for row in rows for e in encode_windows(tokenizer, row["text"], max_tokens, count)]
+        return encode_answers(tokenizer, [task.training_pair(example) for example in examples], max_tokens)
+    return [e for example in examples for e in encode_windows(tokenizer, example["text"], max_tokens, count)]
 
 
 def _token_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:

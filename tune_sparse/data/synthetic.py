@@ -15,55 +15,55 @@ from functools import cache
 from itertools import pairwise, product
 from typing import Any
 
-from tune_sparse.data.task_types import Row
+from tune_sparse.data.task_types import Example
 from tune_sparse.data.tasks import TASKS
 from tune_sparse.errors import unknown_name
 
 GENERATOR_VERSION = 1
-"""Raised with every change of the rows: the toy models are trained anew, runs on old rows stay apart."""
+"""Raised with every change of the examples: the toy models are trained anew, runs on old examples stay apart."""
 
 BASE_SHARE, TRAIN_SHARE = 0.5, 0.35
 """Fractions of the puzzles; the scored split has the rest."""
 
-ROWS = {"base": 6000, "train": 2200, "scored": 400}
+SPLIT_SIZES = {"base": 6000, "train": 2200, "scored": 400}
 
 Puzzle = tuple[Any, ...]
 
 
 @dataclass(frozen=True)
 class Generator:
-    """The generator of one task's rows. A row is drawn for each puzzle in turn, until there are enough."""
+    """The generator of one task's examples. An example is drawn for each puzzle in turn, until there are enough."""
 
     puzzles: Callable[[], Iterator[Puzzle]]
     """Every puzzle, once, in a fixed order."""
-    row: Callable[[Puzzle, random.Random, int], Row]
-    """A row that asks the puzzle; the number counts the rows, to balance the gold labels."""
-    prompt: Callable[[Row], Any]
-    """The part that no two rows may have in common."""
+    example: Callable[[Puzzle, random.Random, int], Example]
+    """An example that asks the puzzle; the number counts the examples, to balance the gold labels."""
+    prompt: Callable[[Example], Any]
+    """The part that no two examples may have in common."""
 
 
-def synthetic_examples(task_name: str, split: str) -> list[Row]:
-    """Rows of a split: "base" (pool of the base training), "train", or the split that the task is scored on."""
+def synthetic_examples(task_name: str, split: str) -> list[Example]:
+    """Examples of a split: "base" (pool of the base training), "train", or the split that the task is scored on."""
     if task_name not in GENERATORS:
         raise unknown_name("synthetic task", task_name, GENERATORS)
     scored = TASKS[task_name].test_split
     if split not in ("base", "train", scored):
         raise unknown_name(f"split of {task_name}", split, ("base", "train", scored))
-    return copy.deepcopy(_rows(task_name, "scored" if split == scored else split))
+    return copy.deepcopy(_examples(task_name, "scored" if split == scored else split))
 
 
 @cache
-def _rows(task_name: str, kind: str) -> list[Row]:
+def _examples(task_name: str, kind: str) -> list[Example]:
     generator = GENERATORS[task_name]
     rng = random.Random(f"{task_name} {kind} {GENERATOR_VERSION}")
     puzzles = [p for p in generator.puzzles() if _assign_split(task_name, p) == kind]
-    rows: dict[Any, Row] = {}
-    while len(rows) < ROWS[kind]:
+    examples: dict[Any, Example] = {}
+    while len(examples) < SPLIT_SIZES[kind]:
         rng.shuffle(puzzles)
-        for puzzle in puzzles[: ROWS[kind] - len(rows)]:
-            row = generator.row(puzzle, rng, len(rows))
-            rows.setdefault(generator.prompt(row), row)
-    shuffled = list(rows.values())
+        for puzzle in puzzles[: SPLIT_SIZES[kind] - len(examples)]:
+            example = generator.example(puzzle, rng, len(examples))
+            examples.setdefault(generator.prompt(example), example)
+    shuffled = list(examples.values())
     rng.shuffle(shuffled)
     return shuffled
 
@@ -116,7 +116,7 @@ def _passage(puzzle: Puzzle) -> tuple[str, dict[str, str]]:
     return PASSAGES[shown].format(animal=animal, **facts), facts
 
 
-def _boolq_row(puzzle: Puzzle, rng: random.Random, number: int) -> Row:
+def _boolq_example(puzzle: Puzzle, rng: random.Random, number: int) -> Example:
     passage, facts = _passage(puzzle)
     name = rng.choice(list(facts))
     answer = number % 2 == 0
@@ -175,7 +175,7 @@ def _neighbors(verb: str) -> frozenset[str]:
     return frozenset(b for a, b in pairs if a == verb) | frozenset(a for a, b in pairs if b == verb)
 
 
-def _hellaswag_row(puzzle: Puzzle, rng: random.Random, number: int) -> Row:
+def _hellaswag_example(puzzle: Puzzle, rng: random.Random, number: int) -> Example:
     """The wrong endings lie in the other direction, or are neighbors of the same step in other activities."""
     label, step, direction, color, thing = puzzle
     order = ACTIVITIES[label]
@@ -222,7 +222,7 @@ def _changed(value: int, sign: str, change: int) -> int:
     return value + change if sign == "+" else value - change
 
 
-def _gsm8k_row(puzzle: Puzzle, rng: random.Random, number: int) -> Row:
+def _gsm8k_example(puzzle: Puzzle, rng: random.Random, number: int) -> Example:
     start, first, a, second, b = puzzle
     person, pronoun = rng.choice(list(PEOPLE.items()))
     goods = rng.choice(GOODS)
@@ -237,8 +237,10 @@ def _gsm8k_row(puzzle: Puzzle, rng: random.Random, number: int) -> Row:
 
 
 GENERATORS: Mapping[str, Generator] = {
-    "boolq": Generator(_animal_puzzles, _boolq_row, lambda row: (row["passage"], row["question"])),
-    "hellaswag": Generator(_step_puzzles, _hellaswag_row, lambda row: (row["activity_label"], row["ctx"])),
-    "gsm8k": Generator(_sum_puzzles, _gsm8k_row, lambda row: row["question"]),
+    "boolq": Generator(_animal_puzzles, _boolq_example, lambda example: (example["passage"], example["question"])),
+    "hellaswag": Generator(
+        _step_puzzles, _hellaswag_example, lambda example: (example["activity_label"], example["ctx"])
+    ),
+    "gsm8k": Generator(_sum_puzzles, _gsm8k_example, lambda example: example["question"]),
 }
 SYNTHETIC_TASKS = tuple(GENERATORS)

@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Sequence
 
-from tune_sparse.data.task_types import AnswerTask, ChoiceTask, Hub, Pair, Row, Task, TextTask
+from tune_sparse.data.task_types import AnswerTask, ChoiceTask, Example, Hub, Pair, Task, TextTask
 from tune_sparse.errors import InputError, unknown_name
 
 
@@ -40,23 +40,23 @@ def _hellaswag_text(text: str) -> str:
     return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
 
 
-def _hellaswag_pairs(row: Row) -> list[Pair]:
-    context = f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}"
-    return [(_hellaswag_text(context), " " + _hellaswag_text(ending)) for ending in row["endings"]]
+def _hellaswag_pairs(example: Example) -> list[Pair]:
+    context = f"{example['activity_label']}: {example['ctx_a']} {example['ctx_b'].capitalize()}"
+    return [(_hellaswag_text(context), " " + _hellaswag_text(ending)) for ending in example["endings"]]
 
 
-def _labelled_choices(context: str, row: Row) -> list[Pair]:
-    return [(context, " " + text) for text in row["choices"]["text"]]
+def _labelled_choices(context: str, example: Example) -> list[Pair]:
+    return [(context, " " + text) for text in example["choices"]["text"]]
 
 
-def _labelled_gold(row: Row) -> int:
-    return row["choices"]["label"].index(row["answerKey"].strip())
+def _labelled_gold(example: Example) -> int:
+    return example["choices"]["label"].index(example["answerKey"].strip())
 
 
-def _winogrande_pairs(row: Row) -> list[Pair]:
+def _winogrande_pairs(example: Example) -> list[Pair]:
     """The option is filled into the context; what follows it is scored (partial evaluation)."""
-    before, after = row["sentence"].split("_", 1)
-    return [(before + row[option], " " + after.strip()) for option in ("option1", "option2")]
+    before, after = example["sentence"].split("_", 1)
+    return [(before + example[option], " " + after.strip()) for option in ("option1", "option2")]
 
 
 def _plain_number(text: str) -> str:
@@ -116,7 +116,7 @@ def _arc(name: str, config: str) -> Task:
         test_split="test",
         hub=Hub("allenai/ai2_arc", config),
         chance=0.25,
-        pairs=lambda row: _labelled_choices(f"Question: {row['question']}\nAnswer:", row),
+        pairs=lambda example: _labelled_choices(f"Question: {example['question']}\nAnswer:", example),
         gold=_labelled_gold,
     )
 
@@ -130,10 +130,11 @@ TASKS: dict[str, Task] = {
             test_split="validation",
             hub=Hub("google/boolq"),
             chance=0.5,
-            pairs=lambda row: [
-                (f"{row['passage']}\nQuestion: {row['question']}?\nAnswer:", choice) for choice in (" no", " yes")
+            pairs=lambda example: [
+                (f"{example['passage']}\nQuestion: {example['question']}?\nAnswer:", choice)
+                for choice in (" no", " yes")
             ],
-            gold=lambda row: int(row["answer"]),
+            gold=lambda example: int(example["answer"]),
             has_normalised_accuracy=False,
             yes=1,
         ),
@@ -144,7 +145,7 @@ TASKS: dict[str, Task] = {
             hub=Hub("Rowan/hellaswag"),
             chance=0.25,
             pairs=_hellaswag_pairs,
-            gold=lambda row: int(row["label"]),
+            gold=lambda example: int(example["label"]),
         ),
         AnswerTask(
             name="gsm8k",
@@ -153,8 +154,8 @@ TASKS: dict[str, Task] = {
             hub=Hub("openai/gsm8k", "main"),
             chance=0.0,
             num_fewshot=5,
-            pair=lambda row: (f"Question: {row['question']}\nAnswer:", " " + row["answer"]),
-            gold=lambda row: _number_after_hashes(row["answer"]),
+            pair=lambda example: (f"Question: {example['question']}\nAnswer:", " " + example["answer"]),
+            gold=lambda example: _number_after_hashes(example["answer"]),
             extract=_gsm8k_extract,
             extract_flexibly=_gsm8k_extract_flexibly,
             until=("Question:", "</s>", "<|im_end|>"),
@@ -165,8 +166,8 @@ TASKS: dict[str, Task] = {
             test_split="test",
             hub=None,
             chance=0.0,
-            pair=lambda row: (_alpaca(row["original_text"]), f" {_number_text(row['ans'])}"),
-            gold=lambda row: _number_text(row["ans"]),
+            pair=lambda example: (_alpaca(example["original_text"]), f" {_number_text(example['ans'])}"),
+            gold=lambda example: _number_text(example["ans"]),
             extract=_last_number,
             equal=_numbers_close,
             until=("### Instruction",),
@@ -177,8 +178,11 @@ TASKS: dict[str, Task] = {
             test_split="test",
             hub=Hub("ChilleD/SVAMP"),
             chance=0.0,
-            pair=lambda row: (_alpaca(f"{row['Body']} {row['Question']}"), f" {_number_text(float(row['Answer']))}"),
-            gold=lambda row: _number_text(float(row["Answer"])),
+            pair=lambda example: (
+                _alpaca(f"{example['Body']} {example['Question']}"),
+                f" {_number_text(float(example['Answer']))}",
+            ),
+            gold=lambda example: _number_text(float(example["Answer"])),
             extract=_last_number,
             equal=_numbers_close,
             until=("### Instruction",),
@@ -189,10 +193,10 @@ TASKS: dict[str, Task] = {
             test_split="validation",
             hub=Hub("baber/piqa"),
             chance=0.5,
-            pairs=lambda row: [
-                (f"Question: {row['goal']}\nAnswer:", " " + row[solution]) for solution in ("sol1", "sol2")
+            pairs=lambda example: [
+                (f"Question: {example['goal']}\nAnswer:", " " + example[solution]) for solution in ("sol1", "sol2")
             ],
-            gold=lambda row: row["label"],
+            gold=lambda example: example["label"],
         ),
         ChoiceTask(
             name="winogrande",
@@ -201,7 +205,7 @@ TASKS: dict[str, Task] = {
             hub=Hub("allenai/winogrande", "winogrande_xl"),
             chance=0.5,
             pairs=_winogrande_pairs,
-            gold=lambda row: int(row["answer"]) - 1,
+            gold=lambda example: int(example["answer"]) - 1,
             has_normalised_accuracy=False,
         ),
         ChoiceTask(
@@ -210,7 +214,7 @@ TASKS: dict[str, Task] = {
             test_split="test",
             hub=Hub("allenai/openbookqa", "main"),
             chance=0.25,
-            pairs=lambda row: _labelled_choices(row["question_stem"], row),
+            pairs=lambda example: _labelled_choices(example["question_stem"], example),
             gold=_labelled_gold,
         ),
         _arc("arc_easy", "ARC-Easy"),

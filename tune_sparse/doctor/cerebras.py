@@ -45,7 +45,7 @@ def _environment(environment: SiteEnvironment) -> Iterator[Check]:
         fix = f"Check out Release_{environment.release} of Model Zoo."
         yield Check("Model Zoo", False, f"{environment.modelzoo} is {zoo}, not {environment.release}", fix)
     else:
-        yield Check("Model Zoo", True, f"{environment.modelzoo}, release {zoo or 'not said'}")
+        yield Check("Model Zoo", True, f"{environment.modelzoo}, release {zoo or 'unknown'}")
     compiler = environment.venv / "bin" / "torch-cirh-opt"
     fix = "" if compiler.exists() else "Install cerebras_pytorch again: --cerebras-target validate needs it."
     yield Check("compiler front end", compiler.exists(), str(compiler), fix)
@@ -80,13 +80,13 @@ def _controller() -> Check:
 def _same_release(release: str) -> Check:
     """Compare the releases of the client and the cluster, where `csctl` says one."""
     try:
-        said = appliance.versions()
+        releases = appliance.versions()
     except appliance.ApplianceUnreachableError as error:
         return Check("cluster's release", True, f"not known: {error}")
     ours = ".".join(release.split(".")[:2])
-    is_same = not said or any(version.startswith(f"{ours}.") or version == ours for version in said)
+    is_same = not releases or any(version.startswith(f"{ours}.") or version == ours for version in releases)
     fix = "" if is_same else "Set CEREBRAS_VENV to the environment of the cluster's release."
-    return Check("cluster's release", is_same, f"{', '.join(said) or 'not said'}; the environment is {release}", fix)
+    return Check("cluster's release", is_same, f"{', '.join(releases) or 'unknown'}; the environment is {release}", fix)
 
 
 def _disk() -> Iterator[Check]:
@@ -99,8 +99,8 @@ def _disk() -> Iterator[Check]:
     yield Check("disk", True, f"{free / 1e9:.0f} GB free at {here}")
     program = shutil.which("quota")
     if program is not None:
-        asked = subprocess.run([program, "-s"], capture_output=True, text=True, timeout=QUOTA_SECONDS)
-        over = "*" in asked.stdout
+        completed = subprocess.run([program, "-s"], capture_output=True, text=True, timeout=QUOTA_SECONDS)
+        over = "*" in completed.stdout
         fix = "Free some: a sweep writes adapters, and two checkpoints for each training that runs." if over else ""
-        said = " ".join(asked.stdout.split()) or "none"
-        yield Check("quota", not over, said, fix)
+        shown = " ".join(completed.stdout.split()) or "none"
+        yield Check("quota", not over, shown, fix)

@@ -73,8 +73,8 @@ def check_packages(what: str, found: Mapping[str, str]) -> Check:
         if name in found and found[name].partition("+")[0] != pinned
     ]
     more = f" and {len(differing) - SHOWN} more" if len(differing) > SHOWN else ""
-    said = f"{', '.join(differing[:SHOWN])}{more}" if differing else f"{len(found)} as they were tested"
-    return check(what, not differing, said, "Run `make`, or pip install with -c cluster/constraints.txt.")
+    shown = f"{', '.join(differing[:SHOWN])}{more}" if differing else f"{len(found)} as they were tested"
+    return check(what, not differing, shown, "Run `make`, or pip install with -c cluster/constraints.txt.")
 
 
 def _torch() -> Check:
@@ -84,9 +84,9 @@ def _torch() -> Check:
         names = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
         return Check("GPU", True, f"torch {torch.__version__}: {', '.join(names)}")
     has_driver = shutil.which("nvidia-smi") is not None
-    said = "there is a driver, and torch sees no GPU" if has_driver else "none: trials compute on the CPU"
+    shown = "there is a driver, and torch sees no GPU" if has_driver else "none: trials compute on the CPU"
     fix = "Install the CUDA build of torch: `make TORCH_OPTIONS=...` in the README."
-    return check("GPU", not has_driver, f"torch {torch.__version__}: {said}", fix)
+    return check("GPU", not has_driver, f"torch {torch.__version__}: {shown}", fix)
 
 
 def _folder(what: str, folder: Path, fix: str) -> Check:

@@ -56,16 +56,16 @@ def _ask(results_dir: Path, models: Sequence[str]) -> list[dict[str, Any]] | Che
     """Ask each node; returns the answers, or why none could be asked."""
     command = [sys.executable, "-m", "tune_sparse.doctor.ray", str(results_dir.resolve()), *models]
     try:
-        asked = subprocess.run(command, capture_output=True, text=True, timeout=ASK_SECONDS)
+        completed = subprocess.run(command, capture_output=True, text=True, timeout=ASK_SECONDS)
     except subprocess.TimeoutExpired:
         return Check("Ray", False, f"no answer in {ASK_SECONDS} s", "See the head's log, and its firewall.")
-    if asked.returncode == 0:
-        return list(json.loads(asked.stdout.splitlines()[-1]))
-    if "uthentica" in asked.stderr or "token" in asked.stderr:
+    if completed.returncode == 0:
+        return list(json.loads(completed.stdout.splitlines()[-1]))
+    if "uthentica" in completed.stderr or "token" in completed.stderr:
         fix = "Set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the token of the head."
         return Check("token", False, "the cluster refuses us: its token is another one, or we have none", fix)
-    said = [line for line in asked.stderr.splitlines() if line.strip()] or ["nothing"]
-    return Check("Ray", False, f"it refuses us: {said[-1]}", "Use the Python and Ray of the head.")
+    lines = [line for line in completed.stderr.splitlines() if line.strip()] or ["nothing"]
+    return Check("Ray", False, f"it refuses us: {lines[-1]}", "Use the Python and Ray of the head.")
 
 
 def check_node(node: dict[str, Any]) -> Iterator[Check]:
@@ -74,35 +74,35 @@ def check_node(node: dict[str, Any]) -> Iterator[Check]:
     amounts = node["resources"]
     held = ", ".join(f"{amounts[kind]:g} {kind}" for kind in RESOURCES if amounts.get(kind))
     memory = f"{amounts.get('memory', 0) / 1e9:.0f} GB"
-    if "said" not in node:
+    if "facts" not in node:
         yield Check(name, False, f"{held}, {memory}: {node['error']}", "See its raylet.log, or take it out.")
         return
-    said = node["said"]
-    yield Check(name, True, f"{said['host']}: {held or 'no CPU for trials'}, {memory}")
-    is_same = said["python"] == platform.python_version()
+    facts = node["facts"]
+    yield Check(name, True, f"{facts['host']}: {held or 'no CPU for trials'}, {memory}")
+    is_same = facts["python"] == platform.python_version()
     yield check(
         f"{name}, Python",
         is_same,
-        said["python"] if is_same else f"{said['python']}, here {platform.python_version()}",
+        facts["python"] if is_same else f"{facts['python']}, here {platform.python_version()}",
         "Use one environment on all nodes.",
     )
-    ours, theirs = installed(), said["packages"]
+    ours, theirs = installed(), facts["packages"]
     differing = [f"{n} {theirs.get(n) or 'missing'} (here {ours[n]})" for n in ours if theirs.get(n) != ours[n]]
-    differing.sort(key=lambda said: not said.startswith(("ray ", "torch ")))
+    differing.sort(key=lambda text: not text.startswith(("ray ", "torch ")))
     same = f"{len(ours)} as here"
     yield check(
         f"{name}, packages", not differing, "; ".join(differing[:5]) or same, "Use one environment on all nodes."
     )
     yield check(
         f"{name}, results",
-        said["sees_results"],
-        "seen" if said["sees_results"] else "the results folder of this machine is not there, or not writable",
+        facts["sees_results"],
+        "seen" if facts["sees_results"] else "the results folder of this machine is not there, or not writable",
         "Give a --results-dir that all nodes share.",
     )
-    for model, why in said["models"].items():
+    for model, why in facts["models"].items():
         fix = "Put it where all nodes see it, or `tune-sparse prepare` there; TUNE_SPARSE_CACHE is the place."
         yield check(f"{name}, {model}", not why, why or "seen", fix)
-    off = said["clock_seconds"]
+    off = facts["clock_seconds"]
     fix = "Synchronise the clocks (chrony, ntp)."
     yield check(f"{name}, clock", abs(off) <= CLOCK_SECONDS, f"{off:+.1f} s from here", fix)
 
@@ -144,7 +144,7 @@ def clock() -> float:
 
 
 def ask_nodes(results_dir: Path, models: Sequence[str]) -> list[dict[str, Any]]:
-    """{address, resources, said or error} of each node that is alive."""
+    """{address, resources, facts or error} of each node that is alive."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -164,17 +164,17 @@ def ask_nodes(results_dir: Path, models: Sequence[str]) -> list[dict[str, Any]]:
         ray.shutdown()
 
 
-def _answer(node: dict[str, Any], said: Any, its_clock: Any) -> dict[str, Any]:
+def _answer(node: dict[str, Any], facts: Any, its_clock: Any) -> dict[str, Any]:
     import ray
 
     known = {"address": node["NodeManagerAddress"], "resources": node["Resources"]}
     try:
-        answer = ray.get(said, timeout=NODE_SECONDS)
-        asked = time.time()
+        answer = ray.get(facts, timeout=NODE_SECONDS)
+        sent = time.time()
         there = ray.get(its_clock.remote(), timeout=NODE_SECONDS)
     except ray.exceptions.RayError as error:
         return known | {"error": str(error).partition("\n")[0] or type(error).__name__}
-    return known | {"said": answer | {"clock_seconds": there - (asked + time.time()) / 2}}
+    return known | {"facts": answer | {"clock_seconds": there - (sent + time.time()) / 2}}
 
 
 if __name__ == "__main__":

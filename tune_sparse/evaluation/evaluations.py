@@ -34,7 +34,7 @@ EVALUATORS = ("tune-sparse", "lm-eval")
 
 @dataclass(frozen=True)
 class EvaluationKey:
-    """Everything that changes the numbers: the model, the task and its rows, the evaluator and its settings."""
+    """Everything that changes the numbers: the model, the task and its examples, the evaluator and its settings."""
 
     model: str
     fingerprint: str
@@ -47,7 +47,7 @@ class EvaluationKey:
     numerics_version: int = NUMERICS_VERSION
 
     @classmethod
-    def of(
+    def from_protocol(
         cls, model: str, fingerprint: str, task: Task, splits: Splits, protocol: Protocol, evaluator: str
     ) -> EvaluationKey:
         """Raises `InputError` for an unknown evaluator, or one that has not this task."""
@@ -80,14 +80,14 @@ class Evaluation:
         return read_outcomes(self.folder / "examples.parquet")
 
 
-Lend = Callable[[], tuple["PreTrainedModel", "PreTrainedTokenizerBase"]]
+LoadModel = Callable[[], tuple["PreTrainedModel", "PreTrainedTokenizerBase"]]
 """Loads what is scored, when it is needed."""
 
 
 def evaluate(
-    key: EvaluationKey, task: Task, splits: Splits, protocol: Protocol, lend: Lend, results_dir: Path
+    key: EvaluationKey, task: Task, splits: Splits, protocol: Protocol, load_model: LoadModel, results_dir: Path
 ) -> Evaluation:
-    """Score a model on a task's test rows, or find that this was done.
+    """Score a model on a task's test examples, or find that this was done.
 
     A scoring that was stopped goes on after its last whole batch, and ends with the same numbers.
     Raises `InputError` while another process scores the same, `RunError` if the model computes NaN.
@@ -95,7 +95,7 @@ def evaluate(
     folder = results_dir / "evaluations" / key.name
     with _alone(folder):
         if not (folder / "result.json").exists():
-            _evaluate_into(folder, key, task, splits, protocol, lend)
+            _evaluate_into(folder, key, task, splits, protocol, load_model)
     return Evaluation(key, folder, read_json(folder / "result.json")["metrics"])
 
 
@@ -110,19 +110,19 @@ def _alone(folder: Path) -> Iterator[None]:
 
 
 def _evaluate_into(
-    folder: Path, key: EvaluationKey, task: Task, splits: Splits, protocol: Protocol, lend: Lend
+    folder: Path, key: EvaluationKey, task: Task, splits: Splits, protocol: Protocol, load_model: LoadModel
 ) -> None:
     import yaml
 
     from tune_sparse.evaluation.scoring import task_metrics
 
     write_text(folder / "config.yaml", yaml.safe_dump(asdict(key), sort_keys=False))
-    model, tokenizer = lend()
+    model, tokenizer = load_model()
     started = time.perf_counter()
     if key.evaluator == "lm-eval":
         from tune_sparse.evaluation.harness import harness_outcomes
 
-        outcomes, resumed = harness_outcomes(model, tokenizer, task, splits.test, splits.examples, protocol), 0
+        outcomes, resumed = harness_outcomes(model, tokenizer, task, splits.test, splits.shots, protocol), 0
     else:
         outcomes, resumed = _score_on(folder, model, tokenizer, task, splits, protocol)
     seconds = time.perf_counter() - started
@@ -144,7 +144,7 @@ def _score_on(
     """All outcomes in order, and how many were known before."""
     from tune_sparse.evaluation.scoring import compute_outcomes, encode_test
 
-    tests = encode_test(tokenizer, task, splits.test, protocol, splits.examples)
+    tests = encode_test(tokenizer, task, splits.test, protocol, splits.shots)
     path = folder / "outcomes.jsonl"
     outcomes = _known(path)
     resumed = len(outcomes)

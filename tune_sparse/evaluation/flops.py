@@ -31,9 +31,9 @@ def inference_flops(masks: Masks, dims: ModelDims, tokens: int) -> int:
 
 
 def training_flops(
-    masks: Masks, dims: ModelDims, rows: Sequence[tuple[int, int]], rank: int, trains_factors: bool
+    masks: Masks, dims: ModelDims, examples: Sequence[tuple[int, int]], rank: int, trains_factors: bool
 ) -> int:
-    """Operations of forward and backward over `rows`, each (tokens, target tokens).
+    """Operations of forward and backward over `examples`, each (tokens, target tokens).
 
     Forward and input gradient take 2 per token and kept weight each, attention three times its forward (Kaplan et al.
     2020, section 2.1), the head 4 per target token and weight. An unmasked update adds 6 R (I + O) per token and
@@ -42,8 +42,8 @@ def training_flops(
     """
     kept, channels = _kept_weights(masks), _kept_channels(masks, dims)
     factors = rank * sum(sum(mask.shape) for mask in masks.values())
-    tokens, targets = (sum(counts) for counts in zip(*rows, strict=True))
-    pairs = sum(attended_pairs(length, dims.sliding_window) for length, _ in rows)
+    tokens, targets = (sum(counts) for counts in zip(*examples, strict=True))
+    pairs = sum(attended_pairs(length, dims.sliding_window) for length, _ in examples)
     update = 6 * factors if trains_factors else 2 * kept
     return tokens * (4 * kept + update) + 12 * pairs * channels + 4 * targets * dims.hidden_size * dims.vocab_size
 

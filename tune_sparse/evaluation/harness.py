@@ -1,5 +1,5 @@
-"""EleutherAI's lm-evaluation-harness as a second evaluator: its own task files, prompts, scoring and metrics, on rows
-that lie here, without a network."""
+"""EleutherAI's lm-evaluation-harness as a second evaluator: its own task files, prompts, scoring and metrics, on
+examples that lie here, without a network."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from tune_sparse.config import Protocol
-from tune_sparse.data.task_types import ChoiceTask, PromptTask, Row, Task
+from tune_sparse.data.task_types import ChoiceTask, Example, PromptTask, Task
 from tune_sparse.errors import InputError
 from tune_sparse.evaluation.outcomes import Outcome
 from tune_sparse.files import write_lines
@@ -37,21 +37,24 @@ def harness_outcomes(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     task: Task,
-    rows: Sequence[Row],
-    examples: Sequence[Row],
+    examples: Sequence[Example],
+    shots: Sequence[Example],
     protocol: Protocol,
 ) -> list[Outcome]:
-    """The outcome of each row as the harness scores it; `examples` is the pool of its few-shot examples.
+    """The outcome of each example as the harness scores it; `shots` is the pool of its few-shot examples.
 
     Raises `InputError` for a task that the harness has not, or where it is not installed.
     """
     check_harness(task)
     assert isinstance(task, PromptTask)
-    samples = harness_samples(model, tokenizer, task, rows, examples, protocol)
+    samples = harness_samples(model, tokenizer, task, examples, shots, protocol)
     by_filter: dict[str, dict[int, Any]] = {sample["filter"]: {} for sample in samples}
     for sample in samples:
         by_filter[sample["filter"]][sample["doc_id"]] = sample
-    return [_outcome(task, row, {name: found[i] for name, found in by_filter.items()}) for i, row in enumerate(rows)]
+    return [
+        _outcome(task, example, {name: found[i] for name, found in by_filter.items()})
+        for i, example in enumerate(examples)
+    ]
 
 
 def check_harness(task: Task) -> None:
@@ -73,11 +76,11 @@ def harness_samples(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     task: PromptTask,
-    rows: Sequence[Row],
-    examples: Sequence[Row],
+    examples: Sequence[Example],
+    shots: Sequence[Example],
     protocol: Protocol,
 ) -> list[dict[str, Any]]:
-    """The harness's log of every row: prompt, continuations, answers, metrics."""
+    """The harness's log of every example: prompt, continuations, answers, metrics."""
     import datasets
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
@@ -85,7 +88,7 @@ def harness_samples(
 
     datasets.disable_progress_bars()
     with TemporaryDirectory() as folder, _stopping_at_end_of_text(model, tokenizer):
-        _write_task(Path(folder), task, rows, examples)
+        _write_task(Path(folder), task, examples, shots)
         evaluated = simple_evaluate(
             HFLM(
                 pretrained=model,
@@ -114,12 +117,12 @@ def _stopping_at_end_of_text(model: PreTrainedModel, tokenizer: PreTrainedTokeni
         model.generation_config.eos_token_id = before
 
 
-def _write_task(folder: Path, task: PromptTask, rows: Sequence[Row], examples: Sequence[Row]) -> None:
-    """The harness's task file with our rows in place of the Hub's."""
+def _write_task(folder: Path, task: PromptTask, examples: Sequence[Example], shots: Sequence[Example]) -> None:
+    """The harness's task file with our examples in place of the Hub's."""
     import lm_eval.tasks
     import yaml
 
-    files = {task.test_split: rows, "train": examples or rows[:1]}
+    files = {task.test_split: examples, "train": shots or examples[:1]}
     for split, content in files.items():
         write_lines(folder / f"{split}.jsonl", map(_as_on_the_hub, content))
     stock = Path(lm_eval.tasks.__file__).parent / TASK_FILES[task.name]
@@ -136,12 +139,12 @@ def _write_task(folder: Path, task: PromptTask, rows: Sequence[Row], examples: S
     (folder / f"{task.name}.yaml").write_text(yaml.safe_dump(described), encoding="utf-8")
 
 
-def _as_on_the_hub(row: Row) -> Mapping[str, Any]:
+def _as_on_the_hub(example: Example) -> Mapping[str, Any]:
     """The harness reads BoolQ from SuperGLUE, where the answer is a label."""
-    return {**row, "label": int(row["answer"])} if isinstance(row.get("answer"), bool) else row
+    return {**example, "label": int(example["answer"])} if isinstance(example.get("answer"), bool) else example
 
 
-def _outcome(task: PromptTask, row: Row, by_filter: Mapping[str, Mapping[str, Any]]) -> Outcome:
+def _outcome(task: PromptTask, example: Example, by_filter: Mapping[str, Mapping[str, Any]]) -> Outcome:
     if isinstance(task, ChoiceTask):
         [sample] = by_filter.values()
         values = tuple(float(value) for ((value, _),) in sample["resps"])
@@ -149,8 +152,8 @@ def _outcome(task: PromptTask, row: Row, by_filter: Mapping[str, Mapping[str, An
         norm = bool(sample["acc_norm"]) if task.has_normalised_accuracy else None
         return Outcome(
             task.name,
-            task.question_id(row),
-            str(task.gold(row)),
+            task.question_id(example),
+            str(task.gold(example)),
             str(best),
             correct=bool(sample["acc"]),
             correct_norm=norm,
@@ -159,8 +162,8 @@ def _outcome(task: PromptTask, row: Row, by_filter: Mapping[str, Mapping[str, An
     strict, flexible = by_filter["strict-match"], by_filter["flexible-extract"]
     return Outcome(
         task.name,
-        task.question_id(row),
-        task.gold(row),
+        task.question_id(example),
+        task.gold(example),
         None if strict["filtered_resps"][0] == NOT_FOUND else strict["filtered_resps"][0],
         correct=bool(strict["exact_match"]),
         correct_flexible=bool(flexible["exact_match"]),

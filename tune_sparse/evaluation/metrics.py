@@ -46,7 +46,7 @@ def truncated_fraction(outcomes: Sequence[Outcome]) -> float | None:
 
 
 def _f1(outcomes: Sequence[Outcome], yes: str) -> float:
-    """2 TP / (2 TP + FP + FN), 0 where neither a row nor a prediction is positive."""
+    """2 TP / (2 TP + FP + FN), 0 where neither an example nor a prediction is positive."""
     positive = sum((o.gold == yes) + (o.predicted == yes) for o in outcomes)
     hits = sum(o.gold == yes == o.predicted for o in outcomes)
     return 2 * hits / positive if positive else 0.0
@@ -85,7 +85,7 @@ def standard_error(values: Sequence[float]) -> float | None:
 
 
 def combined(by_task: dict[str, Metrics]) -> Metrics:
-    """The metrics of a mixture: tasks count alike, whatever their numbers of rows. Those of the only task, if one."""
+    """The metrics of a mixture: tasks count alike, however many examples they have. Those of the only task, if one."""
     if len(by_task) == 1:
         return next(iter(by_task.values()))
     means = ("accuracy", "chance_accuracy", "truncated_fraction")

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tune_sparse.config import Protocol
 from tune_sparse.data.splits import Encoded, encode_pairs, encode_prompts, encode_windows
-from tune_sparse.data.task_types import AnswerTask, ChoiceTask, Pair, PromptTask, Row, Task
+from tune_sparse.data.task_types import AnswerTask, ChoiceTask, Example, Pair, PromptTask, Task
 from tune_sparse.errors import InputError, RunError
 from tune_sparse.evaluation.generation import generate
 from tune_sparse.evaluation.likelihood import batches_by_length, log_likelihoods, question_tokens
@@ -23,7 +23,7 @@ FEW_SHOT_SEED = 1234
 
 
 @dataclass(frozen=True)
-class Example:
+class EvalExample:
     """One test example as a model's tokens."""
 
     id: str
@@ -40,45 +40,49 @@ class Example:
 
 @dataclass(frozen=True)
 class EvalSet:
-    """A task's test rows as a model's tokens: encoded once, scored many times."""
+    """A task's test examples as a model's tokens: encoded once, scored many times."""
 
     task: Task
-    examples: tuple[Example, ...]
+    examples: tuple[EvalExample, ...]
 
 
 def encode_test(
     tokenizer: PreTrainedTokenizerBase,
     task: Task,
-    rows: Sequence[Row],
+    examples: Sequence[Example],
     protocol: Protocol,
-    shots: Sequence[Row] = (),
+    shots: Sequence[Example] = (),
 ) -> EvalSet:
-    """Encode test rows for `score`; `shots` is the pool of the few-shot examples.
+    """Encode test examples for `score`; `shots` is the pool of the few-shot examples.
 
     Raises `InputError` for a choice that has no tokens, or more than a model may read.
     """
     if isinstance(task, PromptTask):
-        prefixes = few_shot_prefixes(task, rows, shots, protocol.num_fewshot)
+        prefixes = few_shot_prefixes(task, examples, shots, protocol.num_fewshot)
         if isinstance(task, ChoiceTask):
-            return EvalSet(task, tuple(_encode_choices(tokenizer, task, rows, prefixes, protocol)))
-        return EvalSet(task, tuple(_encode_answers(tokenizer, task, rows, prefixes, protocol)))
-    windows = [e for row in rows for e in encode_windows(tokenizer, row["text"], protocol.max_tokens, protocol.n_test)]
+            return EvalSet(task, tuple(_encode_choices(tokenizer, task, examples, prefixes, protocol)))
+        return EvalSet(task, tuple(_encode_answers(tokenizer, task, examples, prefixes, protocol)))
+    windows = [
+        e
+        for example in examples
+        for e in encode_windows(tokenizer, example["text"], protocol.max_tokens, protocol.n_test)
+    ]
     if not all(e.continuation for e in windows):
         raise InputError(f"the text of {task.name} must have at least 2 tokens, it has fewer. Give a longer text.")
-    return EvalSet(task, tuple(Example(f"window {i}", None, (e,)) for i, e in enumerate(windows)))
+    return EvalSet(task, tuple(EvalExample(f"window {i}", None, (e,)) for i, e in enumerate(windows)))
 
 
-def few_shot_prefixes(task: PromptTask, rows: Sequence[Row], shots: Sequence[Row], count: int) -> list[str]:
-    """The worked examples before each row's prompt, drawn as lm-evaluation-harness draws them, in the rows' order.
+def few_shot_prefixes(task: PromptTask, examples: Sequence[Example], shots: Sequence[Example], count: int) -> list[str]:
+    """The worked examples before each example's prompt, drawn as lm-evaluation-harness draws them, in their order.
 
-    Where the scored split is called validation, the harness draws one more, to be able to leave out the row itself.
+    Where the scored split is called validation, the harness draws one more, to be able to leave out the example itself.
     """
     rng, prefixes = Random(FEW_SHOT_SEED), []
-    for row in rows:
+    for example in examples:
         drawn = rng.sample(shots, count + (task.test_split == "validation")) if count else []
-        others = [shot for shot in drawn if shot != row]
+        others = [shot for shot in drawn if shot != example]
         if len(others) < count:
-            others = rng.sample([shot for shot in shots if shot != row], count)
+            others = rng.sample([shot for shot in shots if shot != example], count)
         prefixes.append("".join("".join(task.training_pair(shot)) + "\n\n" for shot in others[:count]))
     return prefixes
 
@@ -86,39 +90,41 @@ def few_shot_prefixes(task: PromptTask, rows: Sequence[Row], shots: Sequence[Row
 def _encode_choices(
     tokenizer: PreTrainedTokenizerBase,
     task: ChoiceTask,
-    rows: Sequence[Row],
+    examples: Sequence[Example],
     prefixes: Sequence[str],
     protocol: Protocol,
-) -> Iterator[Example]:
-    asked = [
-        [(prefix + context, rest) for context, rest in task.pairs(row)]
-        for row, prefix in zip(rows, prefixes, strict=True)
+) -> Iterator[EvalExample]:
+    questions = [
+        [(prefix + context, rest) for context, rest in task.pairs(example)]
+        for example, prefix in zip(examples, prefixes, strict=True)
     ]
-    flat: list[Pair] = [pair for pairs in asked for pair in pairs]
+    flat: list[Pair] = [pair for pairs in questions for pair in pairs]
     # A model reads all but the last token of a pair.
     encoded = iter(encode_pairs(tokenizer, flat, protocol.max_tokens + 1))
-    for row, pairs in zip(rows, asked, strict=True):
+    for example, pairs in zip(examples, questions, strict=True):
         choices = tuple(next(encoded) for _ in pairs)
         for (_, text), choice in zip(pairs, choices, strict=True):
             if not choice.context or not choice.continuation:
                 raise InputError(
                     f"a choice must have between 1 and max_tokens = {protocol.max_tokens} tokens, {task.name} has "
-                    f"{text[:80]!r}. Raise max_tokens, or fix the row."
+                    f"{text[:80]!r}. Raise max_tokens, or fix the example."
                 )
-        yield Example(task.question_id(row), str(task.gold(row)), choices, tuple(len(text) - 1 for _, text in pairs))
+        yield EvalExample(
+            task.question_id(example), str(task.gold(example)), choices, tuple(len(text) - 1 for _, text in pairs)
+        )
 
 
 def _encode_answers(
     tokenizer: PreTrainedTokenizerBase,
     task: PromptTask,
-    rows: Sequence[Row],
+    examples: Sequence[Example],
     prefixes: Sequence[str],
     protocol: Protocol,
-) -> Iterator[Example]:
-    prompts = [prefix + task.training_pair(row)[0] for row, prefix in zip(rows, prefixes, strict=True)]
+) -> Iterator[EvalExample]:
+    prompts = [prefix + task.training_pair(example)[0] for example, prefix in zip(examples, prefixes, strict=True)]
     encoded = encode_prompts(tokenizer, prompts, protocol.max_tokens - protocol.max_new_tokens)
-    for row, prompt in zip(rows, encoded, strict=True):
-        yield Example(task.question_id(row), task.gold(row), (prompt,))
+    for example, prompt in zip(examples, encoded, strict=True):
+        yield EvalExample(task.question_id(example), task.gold(example), (prompt,))
 
 
 @dataclass(frozen=True)
@@ -137,7 +143,7 @@ class Scored:
 def score(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tests: Sequence[EvalSet], protocol: Protocol
 ) -> Scored:
-    """Score a model on encoded test rows; the model is not changed. Raises `RunError` if it computes NaN."""
+    """Score a model on encoded test examples; the model is not changed. Raises `RunError` if it computes NaN."""
     found: list[Outcome] = []
     by_task = {}
     for test in tests:
@@ -183,7 +189,7 @@ def _answers(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     task: AnswerTask,
-    examples: Sequence[Example],
+    examples: Sequence[EvalExample],
     protocol: Protocol,
 ) -> Iterator[Outcome]:
     prompts = [example.encoded[0].context for example in examples]
@@ -208,7 +214,7 @@ def _agrees(task: AnswerTask, found: str | None, gold: str | None) -> bool:
 
 
 def _likelihoods(
-    model: PreTrainedModel, task: Task, examples: Sequence[Example], protocol: Protocol
+    model: PreTrainedModel, task: Task, examples: Sequence[EvalExample], protocol: Protocol
 ) -> Iterator[Outcome]:
     likelihoods = log_likelihoods(model, [example.encoded for example in examples], protocol.batch_tokens)
     for example, values in zip(examples, likelihoods, strict=True):
@@ -221,7 +227,7 @@ def _likelihoods(
             yield Outcome(task.name, example.id, log_likelihoods=(value / len(window.continuation),))
 
 
-def _choice(task: ChoiceTask, example: Example, values: Sequence[float]) -> Outcome:
+def _choice(task: ChoiceTask, example: EvalExample, values: Sequence[float]) -> Outcome:
     """The first of the likeliest choices."""
     best = str(max(range(len(values)), key=values.__getitem__))
     by_length = [value / length for value, length in zip(values, example.lengths, strict=True)]

@@ -112,11 +112,11 @@ def _checked(merged: Merged, folder: Path) -> dict[str, Any]:
     """The validation report of a checkpoint as stock transformers loads it. Raises `RunError` for any fault."""
     expected = _probe(merged.model)
     loaded = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True).eval()
-    faults = [] if loaded.dtype == merged.model.dtype else [f"the precision must be kept, got {loaded.dtype}"]
-    if not faults and not torch.equal(_probe(loaded), expected):
-        faults.append("stock transformers must compute the merged function to the last bit")
-    asked, checksum = count_sparsity(merged.masks), mask_sha256(merged.masks)
-    report = validation_report(prunable_weights(loaded), merged.masks, asked, checksum, faults)
+    violations = [] if loaded.dtype == merged.model.dtype else [f"the precision must be kept, got {loaded.dtype}"]
+    if not violations and not torch.equal(_probe(loaded), expected):
+        violations.append("stock transformers must compute the merged function to the last bit")
+    target, checksum = count_sparsity(merged.masks), mask_sha256(merged.masks)
+    report = validation_report(prunable_weights(loaded), merged.masks, target, checksum, violations)
     if not report["all_valid"]:
         raise RunError("a merged model must pass its validation: " + "; ".join(report["violations"]))
     return report

@@ -40,7 +40,7 @@ def _rows_about_run(run: Run, record: Record) -> dict[str, Any]:
     rows = {"pruning method": cell.method, "task": cell.task, "run": record.run_id, "seed": cell.seed}
     rows["data"] = f"{_describe_data(run)}; fingerprint {run.data_fingerprint[:16]}"
     rows["training"] = (
-        f"{protocol.steps} steps of {protocol.global_batch_size} rows, learning rate {protocol.learning_rate:g}, "
+        f"{protocol.steps} steps of {protocol.global_batch_size} examples, learning rate {protocol.learning_rate:g}, "
         f"precision {protocol.precision}"
     )
     for name in ("accuracy", "perplexity"):
@@ -58,7 +58,7 @@ def _describe_data(run: Run) -> str:
     if run.data_dir is None:
         return "synthetic examples"
     places = (f"{task.hub.path} of the Hugging Face Hub" for task in tasks_named(run.cell.task) if task.hub)
-    return f"training rows with the fields of {', '.join(places) or run.cell.task}"
+    return f"training examples with the fields of {', '.join(places) or run.cell.task}"
 
 
 def _number(value: float | None) -> str:

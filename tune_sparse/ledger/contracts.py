@@ -39,7 +39,7 @@ class RunStore(Protocol):
 
 
 class LedgerReader(Protocol):
-    """Finds finished runs, and the sweeps and searches that asked for them."""
+    """Finds finished runs, and the sweeps and searches that requested them."""
 
     @property
     def folders(self) -> tuple[Path, ...]:

@@ -2,7 +2,7 @@
 
 A results folder holds
 
-    sweeps/<sweep_id>.json          the cells that a sweep asked for, and the run that serves each
+    sweeps/<sweep_id>.json          the cells that a sweep requested, and the run that serves each
     runs/<run_id>/                  one training: config, result, validation, outcomes, adapter
     checkpoints/<run_id>.pt         where a training stands that was not finished
     pruned_baselines/<id>.json, .parquet   metrics and outcomes of a pruned model before tuning, shared by the modes

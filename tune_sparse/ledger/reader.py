@@ -27,16 +27,16 @@ class MergedLedger:
         return sorted({run_id for ledger in self._ledgers for run_id in ledger.run_ids()})
 
     def run_folder(self, run_id: str) -> Path:
-        return self._ledger_of(run_id).run_folder(run_id)
+        return self._find_ledger(run_id).run_folder(run_id)
 
     def record(self, run_id: str) -> Record | None:
-        return self._ledger_of(run_id).record(run_id)
+        return self._find_ledger(run_id).record(run_id)
 
     def run(self, run_id: str) -> Run:
-        return self._ledger_of(run_id).run(run_id)
+        return self._find_ledger(run_id).run(run_id)
 
     def is_done(self, run_id: str) -> bool:
-        return self._ledger_of(run_id).is_done(run_id)
+        return self._find_ledger(run_id).is_done(run_id)
 
     def sweeps(self) -> list[SweepRecord]:
         """Every sweep, the oldest first. One that several folders have counts once, as it was started first."""
@@ -48,7 +48,7 @@ class MergedLedger:
     def searches(self) -> list[Path]:
         return [folder for ledger in self._ledgers for folder in ledger.searches()]
 
-    def _ledger_of(self, run_id: str) -> Ledger:
+    def _find_ledger(self, run_id: str) -> Ledger:
         """Return the ledger where a run came furthest."""
         if len(self._ledgers) == 1:
             return self._ledgers[0]

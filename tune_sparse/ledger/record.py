@@ -1,4 +1,4 @@
-"""The records of a ledger: how a run ended, and what a sweep asked for."""
+"""The records of a ledger: how a run ended, and what a sweep requested."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Record:
 
 @dataclass(frozen=True)
 class SweepRecord:
-    """The cells that a sweep asked for, each with the id of the run that serves it."""
+    """The cells that a sweep requested, each with the id of the run that serves it."""
 
     sweep_id: str
     started: float

@@ -111,12 +111,12 @@ def inject(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
     return adapted
 
 
-def apply_update_masks(adapted: PeftModel, masks: Masks | None, asked: str = "auto") -> None:
+def apply_update_masks(adapted: PeftModel, masks: Masks | None, requested: str = "auto") -> None:
     """Choose the implementation of every adapted layer, in place: its update masked by `masks`, or not without them."""
     workspace = Workspace()
     for name, layer in sparse_lora_layers(adapted):
         rank, mask = layer.r[ADAPTER], masks[name] if masks else None
-        layer.impl = choose_impl(layer.base_layer.weight, mask, rank, workspace, asked)
+        layer.impl = choose_impl(layer.base_layer.weight, mask, rank, workspace, requested)
 
 
 def count_impls(adapted: PeftModel) -> Counter[str]:

@@ -1,4 +1,4 @@
-"""y = (W + s(BA)⊙M) x for a frozen, pruned W: the effective weight, and three ways to compute with it.
+"""y = (W + s(BA)⊙M) x for a frozen, pruned W: the effective weight, and three implementations.
 
 W: (O, I) and 0 wherever M is; A: (R, I) and B: (O, R) in float32, rounded to the precision of W where they are used;
 s = alpha / R; x: (..., I). An implementation is a module: what it keeps moves with the model. None holds a parameter.
@@ -244,17 +244,19 @@ class _EffectiveWeight(torch.autograd.Function):
 LoraImpl = Plain | Structured | EffectiveWeight
 
 
-def choose_impl(weight: Tensor, mask: Tensor | None, rank: int, workspace: Workspace, asked: str = "auto") -> LoraImpl:
+def choose_impl(
+    weight: Tensor, mask: Tensor | None, rank: int, workspace: Workspace, requested: str = "auto"
+) -> LoraImpl:
     """Choose how to compute with a pruned weight and its keep-mask, both (O, I).
 
-    `asked` forces the implementation of a masked layer. Raises `InputError` for a mask that the weight was not pruned
-    with, and for an implementation that cannot compute this one.
+    `requested` forces the implementation of a masked layer. Raises `InputError` for a mask that the weight was not
+    pruned with, and for an implementation that cannot compute this one.
     """
     if mask is None:
         is_wide = _pays_by_factors(len(weight), weight.shape[1], rank)
         return Plain() if is_wide else EffectiveWeight(weight, None, workspace)
     _check_mask_fits(weight, mask)
-    name = best_impl(mask, rank) if asked == "auto" else asked
+    name = best_impl(mask, rank) if requested == "auto" else requested
     if name == "structured" and not is_structured(mask):
         raise InputError(
             "the implementation 'structured' needs masks of whole rows and columns, got another. Choose 'auto'."

@@ -60,7 +60,7 @@ class Space:
             raise InputError("a space needs a rank above 0, got only 0. Add ranks.")
 
     @classmethod
-    def of(cls, groups: Mapping[str, Mapping[str, Any]]) -> Space:
+    def from_groups(cls, groups: Mapping[str, Mapping[str, Any]]) -> Space:
         """From {group: {"modules": ..., "ranks": ...}}, as the presets and a YAML file have it."""
         try:
             return cls(tuple(Group(n, tuple(g["modules"]), tuple(map(int, g["ranks"]))) for n, g in groups.items()))
@@ -134,7 +134,7 @@ class SuperAdapter:
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> SuperAdapter:
         groups = {group["name"]: group for group in config["space"]["groups"]}
-        return cls(Space.of(groups), config["sampling"])
+        return cls(Space.from_groups(groups), config["sampling"])
 
     def as_config(self) -> dict[str, Any]:
         return asdict(self)

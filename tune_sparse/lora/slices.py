@@ -71,7 +71,7 @@ class Slices:
     """{matrix: the rank that the model's weight has now}"""
 
     @classmethod
-    def of(cls, model: PreTrainedModel, folder: Path, space: Space, masks: Masks, marker: Marker) -> Slices:
+    def from_folder(cls, model: PreTrainedModel, folder: Path, space: Space, masks: Masks, marker: Marker) -> Slices:
         """From the adapter in `folder` and the pruned model that it was trained on, whose weights are copied.
 
         Raises `InputError` for an adapter that does not fit the model.

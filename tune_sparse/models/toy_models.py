@@ -71,9 +71,9 @@ class Recipe:
     weight_decay: float = 0.1
     max_grad_norm: float = 1.0
     batch: dict[str, int] = field(default_factory=lambda: {"boolq": 60, "hellaswag": 16, "gsm8k": 20})
-    """Rows of each task in one step."""
+    """Examples of each task in one step."""
     open_fraction: float = 0.3
-    """Share of the boolq rows that ask for the attribute itself: without them yes and no are learned late."""
+    """Share of the boolq examples that ask for the attribute itself: without them yes and no are learned late."""
     seed: int = 0
     generator_version: int = GENERATOR_VERSION
 
@@ -190,7 +190,7 @@ def _base_pairs() -> dict[str, list[tuple[str, str]]]:
     for name in SYNTHETIC_TASKS:
         task = TASKS[name]
         assert isinstance(task, PromptTask)
-        pairs[name] = [task.training_pair(row) for row in synthetic_examples(name, "base")]
+        pairs[name] = [task.training_pair(example) for example in synthetic_examples(name, "base")]
     return pairs
 
 
@@ -216,8 +216,8 @@ def _train(recipe: Recipe, report: Report) -> tuple[PreTrainedModel, PreTrainedT
     for step in range(recipe.steps):
         optimizer.param_groups[0]["lr"] = recipe.learning_rate_at(step)
         loss = 0.0
-        for rows in _step_rows(recipe, pools, rng):
-            summed, count = answer_loss(model, rows)
+        for examples in _step_examples(recipe, pools, rng):
+            summed, count = answer_loss(model, examples)
             (summed / count).backward()
             loss += summed.item() / count
         torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.max_grad_norm)
@@ -241,11 +241,11 @@ def _untrained(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrained
     return model
 
 
-def _step_rows(recipe: Recipe, pools: dict[str, list[Encoded]], rng: random.Random) -> list[list[Encoded]]:
-    """Rows of one step, a list for each task: rows of one task have about one length, which saves padding."""
+def _step_examples(recipe: Recipe, pools: dict[str, list[Encoded]], rng: random.Random) -> list[list[Encoded]]:
+    """Examples of one step, a list for each task: examples of one task have about one length, which saves padding."""
     counts = dict(recipe.batch)
     n_open = round(recipe.open_fraction * counts["boolq"])
     counts["boolq"] -= n_open
-    rows = {name: rng.sample(pools[name], count) for name, count in counts.items()}
-    rows["boolq"] += rng.sample(pools["open"], n_open)
-    return list(rows.values())
+    examples = {name: rng.sample(pools[name], count) for name, count in counts.items()}
+    examples["boolq"] += rng.sample(pools["open"], n_open)
+    return list(examples.values())

@@ -1,6 +1,7 @@
-"""Statistics of a model on calibration rows: the inputs of its matrices block by block, and its gradients.
+"""Statistics of a model on calibration examples: the inputs of its matrices block by block, and its gradients.
 
-Rows are encoded as for training: a context, and the continuation whose loss counts.
+An example is one of a task or a piece of a text, encoded as for training: a context, and the continuation whose loss
+counts.
 """
 
 from __future__ import annotations
@@ -125,8 +126,8 @@ class _ReachedError(Exception):
 
 
 @torch.no_grad()
-def first_inputs(blocks: Blocks, rows: Sequence[Encoded]) -> tuple[list[Tensor], list[BlockArgs]]:
-    """Arguments of the first block for each row: hidden states (1, T, hidden), and the others."""
+def first_inputs(blocks: Blocks, examples: Sequence[Encoded]) -> tuple[list[Tensor], list[BlockArgs]]:
+    """Arguments of the first block for each example: hidden states (1, T, hidden), and the others."""
     hidden: list[Tensor] = []
     others: list[BlockArgs] = []
 
@@ -137,9 +138,9 @@ def first_inputs(blocks: Blocks, rows: Sequence[Encoded]) -> tuple[list[Tensor],
 
     hook = blocks.block(0).register_forward_pre_hook(reached, with_kwargs=True)
     try:
-        for row in rows:
+        for example in examples:
             try:
-                blocks.embed(torch.tensor([row.context + row.continuation]))
+                blocks.embed(torch.tensor([example.context + example.continuation]))
             except _ReachedError:
                 continue
     finally:
@@ -149,15 +150,15 @@ def first_inputs(blocks: Blocks, rows: Sequence[Encoded]) -> tuple[list[Tensor],
 
 @torch.no_grad()
 def calibrate_blockwise(
-    blocks: Blocks, rows: Sequence[Encoded], wants_hessians: bool = False, sequential: bool = False
+    blocks: Blocks, examples: Sequence[Encoded], wants_hessians: bool = False, sequential: bool = False
 ) -> Iterator[tuple[int, dict[InputKey, InputStats]]]:
     """The inputs of each block's matrices, block after block.
 
     With `sequential`, what the caller writes into the block's weights before it asks for the next one is what the
     next block reads, as SparseGPT and Wanda were published; else every block reads what the dense model computes.
-    Raises `InputError` for an expert that no calibration row reaches.
+    Raises `InputError` for an expert that no calibration example reaches.
     """
-    hidden, others = first_inputs(blocks, rows)
+    hidden, others = first_inputs(blocks, examples)
     for number in range(blocks.count):
         block = blocks.block(number)
         matrices = [matrix for matrix in blocks.matrices if matrix.block == number]
@@ -169,8 +170,8 @@ def calibrate_blockwise(
                 raise InputError(f"activations must be finite, the input of {matrix.name} is not. Use float32.")
             if not sums.tokens:
                 raise InputError(
-                    f"calibration rows must reach every matrix, {matrix.name} was given no token by {len(rows)} "
-                    "rows. Give more rows."
+                    f"calibration examples must reach every matrix, {matrix.name} was given no token by "
+                    f"{len(examples)} examples. Give more examples."
                 )
         yield number, inputs
         if sequential:
@@ -230,8 +231,8 @@ def _expert_adder(inputs: Mapping[InputKey, InputStats]) -> Callable[..., None]:
     return add
 
 
-def gradient_sums(model: Any, rows: Sequence[Encoded], matrices: Sequence[Matrix]) -> dict[str, Tensor]:
-    """{matrix: Σ |g| over rows, fp32, in the checkpoint's layout}, g the gradient of a row's mean loss.
+def gradient_sums(model: Any, examples: Sequence[Encoded], matrices: Sequence[Matrix]) -> dict[str, Tensor]:
+    """{matrix: Σ |g| over examples, fp32, in the checkpoint's layout}, g the gradient of an example's mean loss.
 
     Each gradient is added and dropped as soon as it is there: never two of a parameter at once.
     """
@@ -246,8 +247,8 @@ def gradient_sums(model: Any, rows: Sequence[Encoded], matrices: Sequence[Matrix
             hooks.append(parameter.register_post_accumulate_grad_hook(_taker(sums[name])))
     try:
         with torch.enable_grad():
-            for row in rows:
-                row_loss(model, row).backward()
+            for example in examples:
+                example_loss(model, example).backward()
                 heartbeat()
     finally:
         for hook in hooks:
@@ -267,33 +268,35 @@ def _taker(total: Tensor) -> Callable[[Tensor], None]:
     return take
 
 
-def row_loss(model: Any, row: Encoded) -> Tensor:
+def example_loss(model: Any, example: Encoded) -> Tensor:
     """Mean cross-entropy of the continuation, or of the whole text where there is no context."""
-    text = torch.tensor([row.context + row.continuation], device=model.device)
+    text = torch.tensor([example.context + example.continuation], device=model.device)
     logits = model(input_ids=text, use_cache=False).logits[0, :-1]
-    first = max(1, len(row.context))
+    first = max(1, len(example.context))
     return F.cross_entropy(logits[first - 1 :].float(), text[0, first:])
 
 
-def text_rows(tokenizer: PreTrainedTokenizerBase, text: str, rows: int, tokens: int) -> list[Encoded]:
-    """The first `rows` pieces of `tokens` tokens of a text. Raises `InputError` for a text that is too short."""
+def text_examples(tokenizer: PreTrainedTokenizerBase, text: str, examples: int, tokens: int) -> list[Encoded]:
+    """The first `examples` pieces of `tokens` tokens of a text. Raises `InputError` for a text that is too short."""
     # Enough characters for the pieces, most texts being far longer; all of them where that was too few.
-    wanted = rows * tokens
+    wanted = examples * tokens
     for characters in (8 * wanted, len(text)):
         ids = tokenizer(text[:characters], add_special_tokens=False, verbose=False)["input_ids"]
         if len(ids) >= wanted:
             return [Encoded((), tuple(ids[i : i + tokens])) for i in range(0, wanted, tokens)]
     raise InputError(
-        f"calibration text must have rows x tokens = {rows} x {tokens} tokens, got {len(ids)}. "
-        "Give more text, fewer rows or shorter ones."
+        f"calibration text must have examples x tokens = {examples} x {tokens} tokens, got {len(ids)}. "
+        "Give more text, fewer examples or shorter ones."
     )
 
 
-def checked_rows(rows: Sequence[Encoded], wanted: int) -> list[Encoded]:
-    """The first `wanted` rows. Raises `InputError` if they are too few, or one has nothing to learn."""
-    if len(rows) < wanted:
-        raise InputError(f"calibration needs {wanted} rows, got {len(rows)}. Give more rows or ask for fewer.")
-    for number, row in enumerate(rows[:wanted], start=1):
-        if len(row.context) + len(row.continuation) < 2:
-            raise InputError(f"a calibration row must have at least 2 tokens, row {number} has fewer. Remove it.")
-    return list(rows[:wanted])
+def checked_examples(examples: Sequence[Encoded], wanted: int) -> list[Encoded]:
+    """The first `wanted` examples. Raises `InputError` if they are too few, or one has nothing to learn."""
+    if len(examples) < wanted:
+        raise InputError(f"calibration needs {wanted} examples, got {len(examples)}. Give more or ask for fewer.")
+    for number, example in enumerate(examples[:wanted], start=1):
+        if len(example.context) + len(example.continuation) < 2:
+            raise InputError(
+                f"a calibration example must have at least 2 tokens, example {number} has fewer. Remove it."
+            )
+    return list(examples[:wanted])

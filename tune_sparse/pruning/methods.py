@@ -42,7 +42,7 @@ class Method:
 
     @property
     def updates_weights(self) -> bool:
-        """Kept weights change, by the Hessian of the layer's output on calibration rows."""
+        """Kept weights change, by the Hessian of the layer's output on calibration examples."""
         return self.needs.hessian
 
     @property
@@ -78,7 +78,7 @@ def _plain_name(score: str, allocation: str, pattern: str) -> str:
     return "-".join([score, *(part for part in (allocation, pattern) if part not in ("uniform", "element-wise"))])
 
 
-def methods_of(scores: Iterable[str]) -> dict[str, Method]:
+def methods_from_scores(scores: Iterable[str]) -> dict[str, Method]:
     """{name: method} of every combination of these scores that makes sense."""
     return {
         OWN_NAMES.get(parts) or _plain_name(*parts): Method(*parts)
@@ -87,7 +87,7 @@ def methods_of(scores: Iterable[str]) -> dict[str, Method]:
     }
 
 
-METHODS = methods_of(SCORES)
+METHODS = methods_from_scores(SCORES)
 
 
 def method_named(name: str) -> Method:

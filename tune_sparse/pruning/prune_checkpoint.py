@@ -56,8 +56,8 @@ class Request:
     compact: bool = False
     """Write each structured checkpoint in its smaller form too."""
     calibration: dict[str, Any] = field(default_factory=dict)
-    """Describes `rows`: recorded, not read."""
-    rows: Sequence[Encoded] = ()
+    """Describes `examples`: recorded, not read."""
+    examples: Sequence[Encoded] = ()
     sequential: bool = False
 
     def __post_init__(self) -> None:
@@ -70,8 +70,8 @@ class Request:
             raise InputError(f"one pass makes {MAX_LEVELS} levels, got {len(self.sparsities)}. Ask for fewer.")
         for name in self.methods:
             method = method_named(name)
-            if method.is_calibrated and not self.rows:
-                raise InputError(f"{name} needs calibration rows, got none. Give --calibration.")
+            if method.is_calibrated and not self.examples:
+                raise InputError(f"{name} needs calibration examples, got none. Give --calibration.")
             if self.sequential and method.is_calibrated and (method.needs.gradients or self.format == "levels"):
                 raise InputError(
                     f"--sequential prunes block after block by their inputs, got {name} as {self.format}. "
@@ -103,7 +103,7 @@ def run(request: Request, report: Callable[[str], None] = print) -> Path:
     methods = [method_named(name) for name in request.methods]
     if any(method.needs.input_norms or method.needs.gradients for method in methods):
         blocks = StreamedBlocks(checkpoint, _dtype(checkpoint))
-        statistics = measured(methods, checkpoint.prunable, blocks, request.rows)
+        statistics = measured(methods, checkpoint.prunable, blocks, request.examples)
     for method in request.methods:
         # The inputs of a block depend on what was pruned before it: each level is calibrated for itself.
         passes = [[s] for s in request.sparsities] if _is_sequential(request, method) else [request.sparsities]
@@ -141,7 +141,7 @@ def _pruned_matrices(
         return ahead(found) if is_small else found
     blocks = StreamedBlocks(checkpoint, _dtype(checkpoint))
     return prune_blockwise(
-        name, checkpoint.prunable, blocks, request.rows, sparsities, request.seed, statistics, sequential
+        name, checkpoint.prunable, blocks, request.examples, sparsities, request.seed, statistics, sequential
     )
 
 

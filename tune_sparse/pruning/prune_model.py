@@ -57,7 +57,7 @@ class Prunable:
     dims: ModelDims
 
     @classmethod
-    def of(cls, weights: Mapping[str, Tensor], dims: ModelDims) -> Prunable:
+    def from_weights(cls, weights: Mapping[str, Tensor], dims: ModelDims) -> Prunable:
         """Find the prunable matrices among the tensors of a checkpoint of these dims."""
         matrices = architecture_named(dims.architecture).matrices(weights)
         if isinstance(weights, TensorFiles):
@@ -95,7 +95,7 @@ def prune(
 
     Raises `InputError` for a method or sparsity that makes no sense here, or a layer that would lose everything.
     """
-    job = Job.of(method, model, sparsities, seed, statistics)
+    job = Job.from_name(method, model, sparsities, seed, statistics)
     assert not job.method.updates_weights
     for _, block in groupby(model.matrices, key=lambda matrix: matrix.block):
         yield from job.prune_block(list(block), statistics)
@@ -105,7 +105,7 @@ def prune_blockwise(
     method: str,
     model: Prunable,
     blocks: Blocks,
-    rows: Sequence[Encoded],
+    examples: Sequence[Encoded],
     sparsities: Sequence[float],
     seed: int = 0,
     statistics: CalibrationStats = NO_STATISTICS,
@@ -117,8 +117,8 @@ def prune_blockwise(
     the pruned weights.
     """
     assert not sequential or len(sparsities) == 1
-    job = Job.of(method, model, sparsities, seed, statistics)
-    for number, inputs in calibrate_blockwise(blocks, rows, job.method.updates_weights, sequential):
+    job = Job.from_name(method, model, sparsities, seed, statistics)
+    for number, inputs in calibrate_blockwise(blocks, examples, job.method.updates_weights, sequential):
         here = replace(statistics, norms=statistics.norms | {source: sums.norms for source, sums in inputs.items()})
         own = blocks.weights(number)
         for pruned in job.prune_block([m for m in model.matrices if m.block == number], here, inputs):
@@ -138,7 +138,7 @@ class Job:
     counts: Counts
 
     @classmethod
-    def of(
+    def from_name(
         cls, name: str, model: Prunable, sparsities: Sequence[float], seed: int, statistics: CalibrationStats
     ) -> Job:
         method = method_named(name)
@@ -275,20 +275,22 @@ def check_method_sparsities(name: str, dims: ModelDims, sparsities: Iterable[flo
 
 
 def needs_blockwise(method: str, sequential: bool) -> bool:
-    """True where a method prunes each block as the calibration rows reach it, not from statistics alone."""
+    """True where a method prunes each block as the calibration examples reach it, not from statistics alone."""
     chosen = method_named(method)
     return chosen.updates_weights or (sequential and chosen.needs.input_norms)
 
 
-def measured(methods: Iterable[Method], model: Prunable, blocks: Blocks, rows: Sequence[Encoded]) -> CalibrationStats:
+def measured(
+    methods: Iterable[Method], model: Prunable, blocks: Blocks, examples: Sequence[Encoded]
+) -> CalibrationStats:
     """Measure what the scores of `methods` need, on the dense model. Gradients need all of it in memory."""
     needs = list(methods)
     gradients: dict[str, Tensor] = {}
     norms: dict[InputKey, Tensor] = {}
     if any(method.needs.gradients for method in needs):
-        gradients = gradient_sums(blocks.whole(), rows, model.matrices)
+        gradients = gradient_sums(blocks.whole(), examples, model.matrices)
     if any(method.needs.input_norms for method in needs):
-        for _, inputs in calibrate_blockwise(blocks, rows):
+        for _, inputs in calibrate_blockwise(blocks, examples):
             norms |= {source: sums.norms for source, sums in inputs.items()}
     owl = any(method.allocation == "owl" for method in needs)
     return CalibrationStats(norms, gradients, measured_outliers(model, norms) if owl else ())
@@ -318,6 +320,6 @@ def make_masks(
     """Keep-masks of a model's prunable weights. At sparsity 0 everything is kept, whatever the method."""
     if sparsity == 0:
         return {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in weights.items()}
-    model = Prunable.of(weights, dims)
+    model = Prunable.from_weights(weights, dims)
     masks = {pruned.name: pruned.keep(0) for pruned in prune(method, model, [sparsity], seed, statistics)}
     return {name: masks[name] for name in weights}

@@ -24,7 +24,7 @@ class ScoreInputs:
     input_norms: Tensor | None = None
     """(I,): L2 norm of each input over all calibration tokens."""
     gradients: Tensor | None = None
-    """(O, I): sum over calibration rows of |g|, g the gradient of the row's loss."""
+    """(O, I): sum over calibration examples of |g|, g the gradient of the example's loss."""
 
 
 def magnitude(weight: Tensor, inputs: ScoreInputs) -> Tensor:
@@ -40,13 +40,13 @@ def random(weight: Tensor, inputs: ScoreInputs) -> Tensor:
 
 
 def gradient(weight: Tensor, inputs: ScoreInputs) -> Tensor:
-    """Σ |g| over the calibration rows."""
+    """Σ |g| over the calibration examples."""
     assert inputs.gradients is not None
     return inputs.gradients
 
 
 def taylor(weight: Tensor, inputs: ScoreInputs) -> Tensor:
-    """Σ |w g| over the calibration rows: the first-order change of each loss if the weight were 0
+    """Σ |w g| over the calibration examples: the first-order change of each loss if the weight were 0
     (Molchanov et al. 2017, arXiv:1611.06440, eq. 7)."""
     assert inputs.gradients is not None
     return weight.abs() * inputs.gradients

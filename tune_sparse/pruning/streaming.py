@@ -54,7 +54,7 @@ def open_checkpoint(reference: str) -> OpenCheckpoint:
     except (ValueError, TypeError, AttributeError) as error:
         raise InputError(f"{folder / 'config.json'} must be the config of its class: {error}. Fix it.") from error
     tensors = FiniteTensors(weight_files(folder))
-    prunable = Prunable.of(tensors, dims)
+    prunable = Prunable.from_weights(tensors, dims)
     _check_complete(folder, prunable)
     return OpenCheckpoint(short_name(reference), folder, config, dims, tensors, prunable)
 

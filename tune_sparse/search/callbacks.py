@@ -11,7 +11,7 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
 from tune_sparse.search.journal import SearchJournal, configuration_key
 from tune_sparse.search.searcher import JournaledSearcher
-from tune_sparse.sweep.callbacks import error_of
+from tune_sparse.sweep.callbacks import read_error
 from tune_sparse.sweep.tune_parts import Stop, Unsaved
 
 
@@ -58,5 +58,5 @@ class SearchCallback(Unsaved, tune.Callback):
         if self._retries[configuration_key(ranks)] <= self._max_retries:
             self._search.requeue(ranks)
             return
-        lines = [line for line in str(error_of(trial) or "").splitlines() if line.strip()]
+        lines = [line for line in str(read_error(trial) or "").splitlines() if line.strip()]
         self._stop.because(lines[-1] if lines else "a worker process ended unexpectedly")

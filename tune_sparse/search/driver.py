@@ -1,7 +1,7 @@
-"""A search: a super-adapter trained once, its slices scored by warm workers, the best evaluated on test rows.
+"""A search: a super-adapter trained once, its slices scored by warm workers, the best evaluated on test examples.
 
 searches/<search_id>/result.json      the front, the winner, and what they are compared with
-searches/<search_id>/winner/          adapter (PEFT), validation, outcomes on test rows; heuristic/ likewise
+searches/<search_id>/winner/          adapter (PEFT), validation, outcomes on test examples; heuristic/ likewise
 """
 
 from __future__ import annotations

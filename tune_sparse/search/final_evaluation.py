@@ -1,4 +1,4 @@
-"""The end of a search: its winner and the heuristic written, validated and scored on test rows, beside a plain LoRA."""
+"""The end of a search: winner and heuristic written, validated, scored on test examples, beside a plain LoRA."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tune_sparse.sweep.ray_session import capacity, run_trials
 
 
 def final_evaluation(session: SearchSession, race: Race) -> dict[str, Any]:
-    """Write and score on test rows the winner and the heuristic, beside the maximal and a plain LoRA of that size."""
+    """Write and score on test examples winner and heuristic, beside the maximal and a plain LoRA of that size."""
     plan, suggestions, folder = session.plan, session.journal.suggestions, session.folder
     by_key = {configuration_key(s.ranks): s.ranks for s in suggestions}
     winner, heuristic = by_key[race.winner()], plan.space.heuristic(plan.dims.num_layers)
@@ -58,7 +58,7 @@ def final_evaluation(session: SearchSession, race: Race) -> dict[str, Any]:
 
 
 def _on_test(outcomes: Sequence[Outcome], maximal: Sequence[Outcome], parameters: int) -> dict[str, Any]:
-    """Accuracy on test rows, and its paired difference from the maximal's with a 95% interval."""
+    """Accuracy on test examples, and its paired difference from the maximal's with a 95% interval."""
     mine, other = (
         Correctness(len(found)).adding((i, bool(o.correct)) for i, o in enumerate(found))
         for found in (outcomes, maximal)

@@ -1,9 +1,9 @@
 """Candidates on disk: what each answered, and the journal of a search, from which it goes on.
 
 candidates/<run_id of the super-adapter>/<key>.json    one configuration: its ranks, parameters and correctness
-searches/<search_id>/config.json                       what was asked
+searches/<search_id>/config.json                       what was requested
 searches/<search_id>/trials/<number>.json              one suggestion of the sampler, and its result
-searches/<search_id>/stages.json                       in which order examples are asked, once it is known
+searches/<search_id>/stages.json                       in which order examples are scored, once it is known
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def configuration_key(ranks: Ranks) -> str:
 
 @dataclass(frozen=True)
 class Candidate:
-    """One configuration of a super-adapter, and how it did on the selection rows."""
+    """One configuration of a super-adapter, and how it did on the selection examples."""
 
     ranks: Ranks
     parameters: int
@@ -70,7 +70,7 @@ class Suggestion:
     state: str | None = None
     """done, stopped (beaten) or failed"""
     accuracy: float | None = None
-    """On the selection rows; estimated for one that was stopped."""
+    """On the selection examples; estimated for one that was stopped."""
     cost: float | None = None
     examples: int = 0
     """That a trial answered; 0 where the ledger knew the configuration."""

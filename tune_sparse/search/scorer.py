@@ -1,4 +1,4 @@
-"""The contents of a search's worker: a model, its super-adapter taken apart, and the selection rows as tokens."""
+"""The contents of a search's worker: a model, its super-adapter taken apart, and the selection examples as tokens."""
 
 from __future__ import annotations
 
@@ -39,22 +39,22 @@ class SliceScorer:
     tokenizer: PreTrainedTokenizerBase
     masks: Masks
     tests: EvalSet
-    """of the selection rows"""
+    """of the selection examples"""
     protocol: Protocol
 
     @classmethod
-    def of(cls, run: Run, ledger: LedgerReader) -> SliceScorer:
-        """Load a finished super-adapter. Raises `InputError` for one of another model, mask or rows."""
+    def from_run(cls, run: Run, ledger: LedgerReader) -> SliceScorer:
+        """Load a finished super-adapter. Raises `InputError` for one of another model, mask or examples."""
         assert run.super_adapter is not None
         torch.set_num_threads(run.protocol.threads)
         loaded, masks = pruned_by(run, ledger, WorkerCache())
         folder = ledger.run_folder(run.run_id) / "adapter"
         marker = read_marker(folder)
         assert marker is not None, "a super-adapter is ours, so it has a marker"
-        slices = Slices.of(loaded.model, folder, run.super_adapter.space, masks, marker)
+        slices = Slices.from_folder(loaded.model, folder, run.super_adapter.space, masks, marker)
         task, protocol = task_named(run.cell.task), run.protocol.within(loaded.dims.max_positions)
         [splits] = load_planned_splits(run, protocol)
-        tests = encode_test(loaded.tokenizer, task, splits.selection, protocol, splits.examples)
+        tests = encode_test(loaded.tokenizer, task, splits.selection, protocol, splits.shots)
         return cls(run, slices, loaded.tokenizer, masks, tests, protocol)
 
     def parameters(self, ranks: Ranks) -> int:
@@ -70,7 +70,7 @@ class SliceScorer:
             yield from ((stage[place], bool(outcome.correct)) for place, outcome in batch.items())
 
     def finish(self, ranks: Ranks, folder: Path) -> Scored:
-        """Write a slice as an adapter, merge that into the pruned model, validate it and score it on test rows.
+        """Write a slice as an adapter, merge that into the pruned model, validate it and score it on test examples.
 
         Raises `RunError` unless the merged model is the slice, to the last bit, and passes its validation.
         """
@@ -90,7 +90,7 @@ class SliceScorer:
         if not report["all_valid"]:
             raise RunError("a sub-adapter must pass its validation: " + "; ".join(report["violations"]))
         [splits] = load_planned_splits(self.run, self.protocol)
-        tests = encode_test(self.tokenizer, self.tests.task, splits.test, self.protocol, splits.examples)
+        tests = encode_test(self.tokenizer, self.tests.task, splits.test, self.protocol, splits.shots)
         scored = score(self.slices.model, self.tokenizer, [tests], self.protocol)
         write_outcomes(folder / "examples.parquet", scored.outcomes)
         write_json(folder / "result.json", {"ranks": ranks, "parameters": self.parameters(ranks), **scored.metrics})

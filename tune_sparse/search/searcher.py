@@ -96,13 +96,13 @@ class JournaledSearcher(Unsaved, Searcher):
             self._tell(suggestion, known, 0)
 
     def _ask(self) -> Suggestion | None:
-        scored, asked = (
+        scored, suggested = (
             len({configuration_key(s.ranks) for s in self._journal.suggestions}),
             len(self._journal.suggestions),
         )
-        if scored >= self._budget or asked >= SUGGESTIONS_PER_CANDIDATE * self._budget:
+        if scored >= self._budget or suggested >= SUGGESTIONS_PER_CANDIDATE * self._budget:
             return None
-        return self._journal.ask(self._sampler.suggest(str(asked)))
+        return self._journal.ask(self._sampler.suggest(str(suggested)))
 
     def _from_ledger(self, ranks: Ranks) -> dict[str, Any] | None:
         """Read the result of a configuration that another search, or one that was killed, scored in full."""
@@ -160,6 +160,6 @@ class JournaledSearcher(Unsaved, Searcher):
         return {"state": state, "accuracy": accuracy, "cost": self._cost(ranks)}
 
     def _tell(self, suggestion: Suggestion, known: Mapping[str, Any], examples: int) -> None:
-        told = self._journal.tell(suggestion.number, **known, examples=examples)
+        completed = self._journal.tell(suggestion.number, **known, examples=examples)
         self._results[configuration_key(suggestion.ranks)] = dict(known)
-        self._tell_sampler(told)
+        self._tell_sampler(completed)

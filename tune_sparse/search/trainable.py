@@ -26,7 +26,7 @@ class CandidateTrainable(tune.Trainable):
     of examples. A result has the correctness so far; the last one is `done`. A worker ends after `hang_seconds`
     without progress.
 
-    With a `folder`, the candidate is instead finished there: written, merged, validated and scored on test rows.
+    With a `folder`, the candidate is instead finished there: written, merged, validated and scored on test examples.
     """
 
     def setup(self, config: dict[str, Any]) -> None:
@@ -42,7 +42,7 @@ class CandidateTrainable(tune.Trainable):
 
         run, results_dir = Run.from_config(trial["run"]), Path(trial["results_dir"])
         if self._scorer is None or self._scorer.run.run_id != run.run_id:
-            self._scorer = SliceScorer.of(run, Ledger(results_dir))
+            self._scorer = SliceScorer.from_run(run, Ledger(results_dir))
         self._trial, self._stages = trial, list(trial["stages"])
         dump = Ledger(results_dir).hang_report(f"{run.run_id}.{os.getpid()}")
         self._watchdog = partial(watchdog, dump, trial["hang_seconds"])

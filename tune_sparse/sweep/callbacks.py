@@ -72,7 +72,7 @@ class LedgerCallback(Unsaved, tune.Callback):
         if earlier is not None and earlier.status == "done":  # it was lost after it had written its last file
             self._end(earlier)
             return
-        error = _error_record(error_of(trial), read_hang_report(self._ledger.hang_report(run.run_id)))
+        error = _error_record(read_error(trial), read_hang_report(self._ledger.hang_report(run.run_id)))
         record = Record(run.run_id, run.identity, "failed", error=error)
         try:
             self._ledger.write_record(run, record)
@@ -105,7 +105,7 @@ class LedgerCallback(Unsaved, tune.Callback):
                     self._ledger.write_record(run, Record(run_id, run.identity, "interrupted"))
 
 
-def error_of(trial: Any) -> Exception | None:
+def read_error(trial: Any) -> Exception | None:
     """The error that a trial ended in: Ray's own getter looks in a storage to which nothing was written yet."""
     path = trial.pickled_error_file
     return cloudpickle.loads(Path(path).read_bytes()) if path and Path(path).exists() else None

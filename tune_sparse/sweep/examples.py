@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tune_sparse.config import SweepConfig
-from tune_sparse.data.sources import rows_folder
+from tune_sparse.data.sources import examples_folder
 from tune_sparse.data.splits import Splits, calibration_text, fingerprint_splits, load_splits
 from tune_sparse.data.task_types import TextTask
 from tune_sparse.data.tasks import tasks_named
@@ -37,7 +37,7 @@ class Examples:
 def read_examples(config: SweepConfig) -> Examples:
     """Read every example of a sweep once. Raises `InputError` for one that is wrong, or where there are too few."""
     text = config.protocol.calibration if _is_calibrated(config) and config.protocol.calibration != "task" else None
-    data_dir = rows_folder(config.data_dir, [*config.tasks, *([text] if text else [])])
+    data_dir = examples_folder(config.data_dir, [*config.tasks, *([text] if text else [])])
     tasks = {task.name: task for name in config.tasks for task in tasks_named(name)}
     loaded = {name: load_splits(task, data_dir, config.protocol) for name, task in tasks.items()}
     splits = {name: [loaded[task.name] for task in tasks_named(name)] for name in config.tasks}
@@ -56,13 +56,13 @@ def _is_calibrated(config: SweepConfig) -> bool:
 
 
 def _check_calibration(config: SweepConfig, splits: Mapping[str, list[Splits]]) -> None:
-    needed = config.protocol.calibration_rows
+    needed = config.protocol.calibration_examples
     for name, found in splits.items():
         count = sum(len(split.train) for split in found)
         if count < needed and not isinstance(tasks_named(name)[0], TextTask):
             raise InputError(
-                f"calibration needs {needed} rows, {name} has {count} training rows. "
-                "Lower calibration_rows, or raise n_train."
+                f"calibration needs {needed} examples, {name} has {count} training examples. "
+                "Lower calibration_examples, or raise n_train."
             )
 
 

@@ -86,9 +86,9 @@ def forecast(plan: Plan, ledger: LedgerReader, missing: Sequence[Run]) -> Foreca
         if (record := ledger.record(run.run_id)) and record.status == "done"
     ]
     timed, written = Medians(measured, TIME_GROUPS), Medians(measured, DISK_GROUPS)
-    like = [(run, timed.of(run.cell)) for run in missing]
+    like = [(run, timed.nearest(run.cell)) for run in missing]
     known = [(run, cost) for run, (_, cost) in like if cost]
-    disk = [written.of(run.cell)[1] for run in missing]
+    disk = [written.nearest(run.cell)[1] for run in missing]
     return Forecast(
         runs=len(missing),
         cpu_seconds=sum(cost.cpu_seconds for _, cost in known),
@@ -138,7 +138,7 @@ class Medians:
         self._groups = groups
         self._medians = {key: _median(cost) for key, cost in members.items()}
 
-    def of(self, cell: Cell) -> tuple[tuple[str, ...], RunCost | None]:
+    def nearest(self, cell: Cell) -> tuple[tuple[str, ...], RunCost | None]:
         """Find the first group that has measured runs; returns what the cell shares with them, and their median."""
         for names in self._groups:
             if median := self._medians.get((names, _values(cell, names))):

@@ -24,7 +24,7 @@ from tune_sparse.models.architectures import adapter_weights, pruned_weights
 from tune_sparse.models.checkpoints import Checkpoint, check_checkpoint, load_tokenizer, short_name
 from tune_sparse.models.toy_models import TOY_MODELS
 from tune_sparse.modes import MODES
-from tune_sparse.pruning.calibration import text_rows
+from tune_sparse.pruning.calibration import text_examples
 from tune_sparse.pruning.methods import method_named
 from tune_sparse.pruning.prune_model import check_method_sparsities
 from tune_sparse.sweep.examples import Examples, read_examples
@@ -121,13 +121,13 @@ def plan_cells(config: SweepConfig, examples: Examples) -> Plan:
     owners: dict[str, str] = {}
     rows = []
     for cell in asked_cells(config):
-        asked, run = name_run(cell), name_run(cell.trained)
-        cell_id = readable_id(asked.cell, asked.identity)
+        requested, run = name_run(cell), name_run(cell.trained)
+        cell_id = readable_id(requested.cell, requested.identity)
         runs.setdefault(run.run_id, run)
         owner = owners.setdefault(run.run_id, cell_id)
         rows.append(
             {"cell_id": cell_id, "run_id": run.run_id, "shared_with": None if owner == cell_id else owner}
-            | asdict(asked.cell)
+            | asdict(requested.cell)
             | {"chance": mean_chance(tasks_named(cell.task))}
         )
     described = {name: _plain(value) for name, value in asdict(config).items()}
@@ -166,7 +166,7 @@ def _check_model(config: SweepConfig, checkpoint: Checkpoint, calibration_text: 
         check_convertible(checkpoint.path)
     if calibration_text is not None:
         tokens = min(protocol.calibration_tokens, checkpoint.dims.max_positions)
-        text_rows(load_tokenizer(checkpoint.path), calibration_text, protocol.calibration_rows, tokens)
+        text_examples(load_tokenizer(checkpoint.path), calibration_text, protocol.calibration_examples, tokens)
 
 
 def _check_reachable(config: SweepConfig, checkpoint: Checkpoint) -> None:

@@ -20,7 +20,7 @@ from tune_sparse.ledger.record import Record
 from tune_sparse.ledger.run import Run
 
 MEMORY_MARGIN = 1.2
-"""Room above the most that a finished run allocated: fragments, and rows longer than its own."""
+"""Room above the most that a finished run allocated: fragments, and examples longer than its own."""
 CONTEXT_BYTES = 1 << 30
 """A process takes so much of a GPU before it allocates anything."""
 

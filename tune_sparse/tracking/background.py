@@ -43,7 +43,7 @@ class BackgroundTracker:
         self._added: queue.Queue[str | None] = queue.Queue()
         self._given_up = threading.Event()
         self._ended_at: float | None = None
-        self._asked_at: float | None = None
+        self._call_at: float | None = None
         """since when the store owes an answer"""
         self._failure: Exception | None = None
         self._thread = threading.Thread(target=self._work, name="mlflow-tracker", daemon=True)
@@ -66,7 +66,7 @@ class BackgroundTracker:
 
     def _silent_seconds(self) -> float:
         """Since when, after the end, an answer has been waited for."""
-        asked_at, ended_at = self._asked_at, self._ended_at
+        asked_at, ended_at = self._call_at, self._ended_at
         return 0.0 if asked_at is None or ended_at is None else time.monotonic() - max(asked_at, ended_at)
 
     def _is_over(self) -> bool:
@@ -96,8 +96,8 @@ class BackgroundTracker:
 
     def _follow(self) -> None:
         """Fill, then track what is added; once more when the block has ended."""
-        self._asked(check_listening, self._uri)
-        tracker = Tracker(self._ledger, self._uri, _Watched(make_client(self._uri), self._asked))
+        self._call(check_listening, self._uri)
+        tracker = Tracker(self._ledger, self._uri, _Watched(make_client(self._uri), self._call))
         while True:
             is_last = self._ended_at is not None
             tracker.fill(self._fill)
@@ -108,13 +108,13 @@ class BackgroundTracker:
                 if run_id is not None:
                     tracker.fill_run(run_id)
 
-    def _asked(self, call: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+    def _call(self, call: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
         """Return what the store answers. While it does not, the end may give it up."""
         if self._given_up.is_set():
             raise TimeoutError("it was given up")
-        self._asked_at = self._asked_at or time.monotonic()
+        self._call_at = self._call_at or time.monotonic()
         answer = call(*arguments, **named)
-        self._asked_at = None
+        self._call_at = None
         return answer
 
     def _sleep(self, seconds: float) -> None:
@@ -126,13 +126,13 @@ class BackgroundTracker:
 
 
 class _Watched:
-    """A client, each of whose calls goes through `asked`."""
+    """A client, each of whose calls goes through `call`."""
 
-    def __init__(self, client: Any, asked: Callable[..., Any]) -> None:
-        self._client, self._asked = client, asked
+    def __init__(self, client: Any, call: Callable[..., Any]) -> None:
+        self._client, self._call = client, call
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
-        return partial(self._asked, getattr(self._client, name))
+        return partial(self._call, getattr(self._client, name))
 
 
 def track_search(ledger: Ledger, uri: str, search_id: str) -> None:

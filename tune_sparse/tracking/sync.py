@@ -87,7 +87,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Shown:
+class TrackedRun:
     """A run of MLflow."""
 
     id_: str
@@ -97,7 +97,7 @@ class Shown:
     parent: str | None
 
     @classmethod
-    def of(cls, run: Any) -> Shown:
+    def from_mlflow(cls, run: Any) -> TrackedRun:
         tags = run.data.tags
         key = next(((tag, tags[tag]) for tag in KINDS if tag in tags), ("", ""))
         return cls(run.info.run_id, key, tags.get(RECORD_TAG), run.info.status != "RUNNING", tags.get(PARENT_TAG))
@@ -132,9 +132,9 @@ class Tracker:
         return str(found.experiment_id)
 
     def _read(self) -> None:
-        self._shown = defaultdict[Key, list[Shown]](list)
+        self._shown = defaultdict[Key, list[TrackedRun]](list)
         for run in every_run(self._client, self._experiment):
-            one = Shown.of(run)
+            one = TrackedRun.from_mlflow(run)
             self._shown[one.key].append(one)
         self._whole = {
             (key, one.record): one
@@ -200,7 +200,7 @@ class Tracker:
         shown = self._whole.get((key, record))
         if shown is None:
             id_ = self._log(entry(), parent, children)
-            self._whole[key, record] = Shown(id_, key, record, is_whole=True, parent=parent)
+            self._whole[key, record] = TrackedRun(id_, key, record, is_whole=True, parent=parent)
             self._parents |= {id_} if key[0] == SWEEP_TAG else set()
             self._has_written = True
         elif parent and shown.parent not in self._parents:  # its sweep was removed, and is logged anew

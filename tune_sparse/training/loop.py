@@ -32,7 +32,7 @@ class Step:
     loss: float
     """Mean cross-entropy over the batch's target tokens, before the step."""
     learning_rate: float
-    rows: int
+    examples: int
     tokens: int
     seconds: float
 
@@ -50,26 +50,26 @@ def learning_rate_at(step: int, protocol: Protocol) -> float:
     return cosine(math.pi * done, protocol.learning_rate, protocol.final_learning_rate)
 
 
-def batches(rows: Sequence[Encoded], protocol: Protocol, seed: int) -> Iterator[list[Encoded]]:
+def batches(examples: Sequence[Encoded], protocol: Protocol, seed: int) -> Iterator[list[Encoded]]:
     """Global batches without end: each epoch in a new order, from `seed` alone."""
     shuffled = random.Random(seed)
     order: list[Encoded] = []
     while True:
         while len(order) < protocol.global_batch_size:
-            order += shuffled.sample(rows, len(rows))
+            order += shuffled.sample(examples, len(examples))
         yield order[: protocol.global_batch_size]
         order = order[protocol.global_batch_size :]
 
 
 def answer_loss(
-    model: PreTrainedModel, rows: Sequence[Encoded], train_on_prompt: bool = False, pack_to: int | None = None
+    model: PreTrainedModel, examples: Sequence[Encoded], train_on_prompt: bool = False, pack_to: int | None = None
 ) -> tuple[Tensor, int]:
     """Summed cross-entropy of the target tokens and how many they are.
 
-    Rows are padded on the right, where a causal model never looks, or with `pack_to` put behind one another in
+    Examples are padded on the right, where a causal model never looks, or with `pack_to` put behind one another in
     sequences of at most so many tokens. Logits are computed only where a token is a target, a chunk at a time.
     """
-    batch = padded(rows, train_on_prompt) if pack_to is None else packed(rows, train_on_prompt, pack_to)
+    batch = padded(examples, train_on_prompt) if pack_to is None else packed(examples, train_on_prompt, pack_to)
     ids, loss_mask = batch.ids.to(model.device), batch.loss_mask.to(model.device)
     positions = {} if batch.positions is None else {"position_ids": batch.positions.to(model.device)}
     hidden = model.model(input_ids=ids, use_cache=False, **positions).last_hidden_state
@@ -79,14 +79,14 @@ def answer_loss(
 
 @torch.no_grad()
 def mean_loss(
-    model: PreTrainedModel, rows: Sequence[Encoded], protocol: Protocol, accelerator: Accelerator | None = None
+    model: PreTrainedModel, examples: Sequence[Encoded], protocol: Protocol, accelerator: Accelerator | None = None
 ) -> float:
-    """Mean cross-entropy over the target tokens of `rows`, in evaluation mode. Raises `RunError` if not finite."""
+    """Mean cross-entropy over the target tokens of `examples`, in evaluation mode. Raises `RunError` if not finite."""
     summed, targets, was_training = 0.0, 0, model.training
     model.eval()
-    for start in range(0, len(rows), protocol.micro_batch_size):
+    for start in range(0, len(examples), protocol.micro_batch_size):
         with accelerator.autocast() if accelerator else nullcontext():
-            batch = rows[start : start + protocol.micro_batch_size]
+            batch = examples[start : start + protocol.micro_batch_size]
             loss, count = answer_loss(model, batch, protocol.train_on_prompt, protocol.pack_to)
         heartbeat()
         summed, targets = summed + float(loss), targets + count
@@ -120,7 +120,7 @@ def accelerator_for(mixed_precision: str = "no") -> Accelerator:
 def fit(
     model: PreTrainedModel,
     optimizer: torch.optim.Optimizer,
-    rows: Sequence[Encoded],
+    examples: Sequence[Encoded],
     protocol: Protocol,
     seed: int,
     done: int = 0,
@@ -139,7 +139,7 @@ def fit(
         torch.manual_seed(seed)
     last_good = "no good loss before"
     with in_training(model, protocol.activation_checkpointing):
-        for step, batch in enumerate(islice(batches(rows, protocol, seed), done, protocol.steps), start=done):
+        for step, batch in enumerate(islice(batches(examples, protocol, seed), done, protocol.steps), start=done):
             start = time.perf_counter()
             if before_step:
                 before_step(step)
@@ -156,7 +156,7 @@ def fit(
             accelerator.clip_grad_norm_(parameters, protocol.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
-            tokens = sum(len(row.context) + len(row.continuation) for row in batch)
+            tokens = sum(len(example.context) + len(example.continuation) for example in batch)
             yield Step(step + 1, loss, rate, len(batch), tokens, time.perf_counter() - start)
 
 
@@ -182,14 +182,14 @@ def _accumulate_gradients(
 ) -> float:
     """Gradients of the mean loss over all target tokens of the batch, whatever the micro-batch."""
     if protocol.train_on_prompt:
-        targets = sum(len(row.context) + len(row.continuation) - 1 for row in batch)
+        targets = sum(len(example.context) + len(example.continuation) - 1 for example in batch)
     else:
-        targets = sum(len(row.continuation) - (not row.context) for row in batch)
+        targets = sum(len(example.continuation) - (not example.context) for example in batch)
     total = 0.0
     for start in range(0, len(batch), protocol.micro_batch_size):
-        rows = batch[start : start + protocol.micro_batch_size]
+        examples = batch[start : start + protocol.micro_batch_size]
         with accelerator.autocast():
-            loss, _ = answer_loss(model, rows, protocol.train_on_prompt, protocol.pack_to)
+            loss, _ = answer_loss(model, examples, protocol.train_on_prompt, protocol.pack_to)
         accelerator.backward(loss / targets)
         heartbeat()
         total += loss.item()
