@@ -171,7 +171,7 @@ def test_of_several_folders_the_one_that_finished_a_run_counts(ledger: Ledger, t
     run_id = ledger.sweeps()[0].cells[0]["run_id"]
     (tmp_path / "runs" / run_id).mkdir(parents=True)
     both = find_runs([tmp_path, ledger.folder])
-    assert both.folder_of(run_id) == ledger.run_folder(run_id)
-    assert both.folder_of("no run") is None
+    assert both.find_run_folder(run_id) == ledger.run_folder(run_id)
+    assert both.find_run_folder("no run") is None
     assert both.record("no run") is None
     assert len(make_cells()) == 12
