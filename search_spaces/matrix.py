@@ -49,17 +49,23 @@ TOY = {
 }
 
 PRESETS: dict[str, dict[str, Any]] = {
-    # 360 cells that a laptop trains in minutes
     "toy": TOY,
-    # 24 of them, 14 trainings
     "smoke": TOY | {"models": ("tiny-llama",), "tasks": ("boolq", "gsm8k"), "sparsities": (0.0, 0.5)},
-    # 360 cells at 7B
     "matrix": {"models": (LLAMA_7B, MISTRAL_7B_V01), "gpus_per_trial": None},
     "mixtral": {"models": (MIXTRAL_8X7B,), "gpus_per_trial": None},
     "phoenix": {"models": (LLAMA_3_8B, MISTRAL_7B_V03), "tasks": PHOENIX_TASKS, "gpus_per_trial": None},
 }
+ABOUT = {
+    "toy": "2 toy models on synthetic tasks: 360 cells that a laptop trains in minutes",
+    "smoke": "24 cells of toy, with 14 runs: a first try",
+    "matrix": "LLaMA-7B and Mistral-7B on 3 tasks: 360 cells, for GPUs",
+    "mixtral": "Mixtral 8x7B on 3 tasks: 180 cells, for GPUs",
+    "phoenix": "Llama-3-8B and Mistral-7B on the 10 tasks of the Phoenix study: 1200 cells, for GPUs",
+}
+"""The presets in the words of a help."""
+ABOUT |= {f"{name}-pilot": f"{name} at the sparsities 0, 0.5 and 0.9 alone" for name in PRESETS}
 PRESETS |= {f"{name}-pilot": axes | {"sparsities": PILOT_SPARSITIES} for name, axes in PRESETS.items()}
-PRESETS["pilot"] = PRESETS["toy-pilot"]
+PRESETS["pilot"], ABOUT["pilot"] = PRESETS["toy-pilot"], "another name of toy-pilot"
 
 
 def cells(axes: Mapping[str, Iterable[Any]]) -> Iterator[dict[str, Any]]:

@@ -44,6 +44,15 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 
+ABOUT = {
+    "shears": "ranks 32, 24 and 16 in attention and feed-forward layers, as in the paper Shears",
+    "sqft": "ranks from 32 to 16 in attention alone, as in the paper SQFT",
+    "phoenix": "ranks 32, 24 and 16 in every linear layer, as we read the paper Phoenix",
+    "toy": "ranks 32, 16, 8 and 4, for toy models",
+    "wide": "ranks 32, 16, 8, 4 and 0, where 0 leaves the adapter out",
+}
+"""The presets in the words of a help."""
+
 PROTOCOL = {"lora_rank": 32, "lora_alpha": 64.0}
 """Settings of a super-adapter: s = 2 at every active rank."""
 TOY_PROTOCOL = {"n_selection": 400, "calibration_examples": 32}

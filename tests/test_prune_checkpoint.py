@@ -27,7 +27,7 @@ from tune_sparse.pruning.prune_model import make_masks
 from tune_sparse.pruning.streaming import open_checkpoint
 
 METHODS = ("unstructured", "structured", "wanda", "sparsegpt", "random-2:4")
-CALIBRATION = ("--calibration", "boolq", "--data-dir", "synthetic", "--calibration-rows", "8")
+CALIBRATION = ("--calibration", "boolq", "--data-dir", "synthetic", "--calibration-examples", "8")
 
 
 @pytest.fixture(params=ARCHITECTURES)
@@ -42,7 +42,7 @@ def llama_folder(architecture_folders: dict[str, Path], tmp_path: Path) -> Path:
 
 
 def prune(folder: Path, out: Path, *arguments: str) -> int:
-    return main(["prune", str(folder), "--out", str(out), "--sparsities", "0.5", *arguments])
+    return main(["prune", str(folder), "--output", str(out), "--sparsities", "0.5", *arguments])
 
 
 def validate(checkpoint: Path, masks: Path, *arguments: str) -> int:
@@ -121,7 +121,7 @@ def test_other_formats_hold_the_same_masks(format: str, llama_folder: Path, tmp_
 
 
 def test_a_packed_map_of_nine_levels_is_half_a_byte_a_weight(llama_folder: Path, tmp_path: Path) -> None:
-    main(["prune", str(llama_folder), "--out", str(tmp_path), "--format", "levels"])
+    main(["prune", str(llama_folder), "--output", str(tmp_path), "--format", "levels"])
     packed = load_file(tmp_path / "llama" / "levels_unstructured.safetensors")
     weights = sum(open_checkpoint(str(llama_folder)).prunable.sizes.values())
     assert 2 * sum(levels.numel() for levels in packed.values()) == weights
@@ -154,7 +154,7 @@ def test_sequential_pruning_gives_other_masks_than_the_dense_model(llama_folder:
 def test_a_text_file_calibrates_too(llama_folder: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("the cat is red and the dog is blue. " * 300)
-    size = ("--calibration-rows", "4", "--calibration-tokens", "32")
+    size = ("--calibration-examples", "4", "--calibration-tokens", "32")
     assert prune(llama_folder, tmp_path, "--methods", "taylor", "--calibration", str(text), *size) == OK
     stats = json.loads((tmp_path / "llama" / "stats_sparsity50_taylor.json").read_text())
     assert stats["calibration"] == {"source": str(text), "examples": 4, "tokens": 32, "sequential": False}
@@ -172,7 +172,7 @@ def test_a_calibration_file_that_is_not_text_is_refused(
 def test_examples_are_no_longer_than_the_models_context(architecture_folders: dict[str, Path], tmp_path: Path) -> None:
     """OPT's positions are a table of 128: a longer example would fall off it."""
     (tmp_path / "text.txt").write_text("the cat is red and the dog is blue. " * 300)
-    text = ("--calibration", str(tmp_path / "text.txt"), "--calibration-rows", "3")
+    text = ("--calibration", str(tmp_path / "text.txt"), "--calibration-examples", "3")
     assert prune(architecture_folders["OPTForCausalLM"], tmp_path, "--methods", "wanda", *text) == OK
 
 
@@ -252,10 +252,13 @@ def test_a_broken_checkpoint_leaves_no_file(
         (("--compact",), "only structured masks make a model smaller, got unstructured"),
         (("--methods", "wanda", "--calibration", "bolq"), "unknown task or text file 'bolq'. Did you mean 'boolq'?"),
         (("--methods", "wanda", "--calibration", "boolq"), "examples of the tasks are needed, got no data_dir"),
-        (("--methods", "wanda", *CALIBRATION, "--calibration-rows", "99999"), "calibration needs 99999 examples, got"),
+        (
+            ("--methods", "wanda", *CALIBRATION, "--calibration-examples", "99999"),
+            "calibration needs 99999 examples, got",
+        ),
         (
             ("--methods", "wanda", *CALIBRATION, "--calibration-tokens", "1"),
-            "at least 2 tokens, got 8 rows of 1",
+            "at least 2 tokens, got 8 examples of 1",
         ),
         (("--methods", "magnitude-global", "--sparsities", "0.99999"), "no layer may be 100% sparse"),
     ],

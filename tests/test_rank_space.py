@@ -43,7 +43,7 @@ def test_parameters_are_rank_times_both_sides_of_each_adapted_matrix() -> None:
     assert SMALL.active_rank("model.layers.11.mlp.up_proj.weight", {"l11.up": 4, "l01.up": 8}) == 4
 
 
-@given(step=st.integers(0, 10_000), seed=st.integers(0, 5), sampling=st.sampled_from(SAMPLINGS))
+@given(step=st.integers(0, 10_000), seed=st.integers(0, 5), sampling=st.sampled_from(tuple(SAMPLINGS)))
 def test_a_step_draws_the_same_ranks_whenever_it_is_asked(step: int, seed: int, sampling: str) -> None:
     ranks = SMALL.sample_ranks(3, step, seed, sampling)
     assert ranks == SMALL.sample_ranks(3, step, seed, sampling)

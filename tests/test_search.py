@@ -148,7 +148,7 @@ def test_a_killed_driver_scores_no_configuration_twice_and_ends_with_the_same_fr
 def test_a_dry_run_says_what_would_be_searched(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments(llama, tmp_path, "--dry-run", "--json")) == 0
     [value] = json.loads(capsys.readouterr().out)
-    assert (value["trials"], value["selection_rows"], value["super_adapter_is_trained"]) == (10, 12, False)
+    assert (value["trials"], value["selection_examples"], value["super_adapter_is_trained"]) == (10, 12, False)
     assert main(arguments(llama, tmp_path, "--dry-run")) == 0
     assert "12 selection rows" in capsys.readouterr().out
 

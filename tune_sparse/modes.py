@@ -22,6 +22,8 @@ DENSE = "dense"
 class Mode:
     """The facts of a fine-tuning mode."""
 
+    about: str
+    """For a help."""
     is_pruned: bool = True
     """It fine-tunes a pruned model, and keeps its zeros to the end."""
     has_adapter: bool = True
@@ -33,10 +35,16 @@ class Mode:
 
 
 MODES = {
-    DENSE: Mode(is_pruned=False),
-    "sparse-to-dense": Mode(masks_at_merge=True),
-    "sparse-to-sparse": Mode(masks_update=True),
-    "masked-finetuning": Mode(has_adapter=False),
+    DENSE: Mode(about="LoRA on the unpruned model", is_pruned=False),
+    "sparse-to-dense": Mode(
+        about="LoRA on the pruned model; pruned weights are set to zero again after training", masks_at_merge=True
+    ),
+    "sparse-to-sparse": Mode(
+        about="LoRA on the pruned model; pruned weights stay zero in every step of the training", masks_update=True
+    ),
+    "masked-finetuning": Mode(
+        about="no LoRA: all kept weights of the pruned model are trained, pruned ones stay zero", has_adapter=False
+    ),
 }
 ADAPTER_MODES = tuple(name for name, mode in MODES.items() if mode.has_adapter)
 SPARSE_ADAPTER_MODES = tuple(name for name in ADAPTER_MODES if MODES[name].is_pruned)

@@ -1,20 +1,23 @@
 """The command line. Exit status: 0 all is well, 1 it ran and found a fault, 2 bad input.
 
-tune-sparse sweep                                  # 360 cells on toy models, on a laptop
-tune-sparse sweep smoke                            # 24 of them
-tune-sparse sweep matrix --dry-run                 # what the 7B matrix would run
-tune-sparse sweep --models ./my-llama --tasks boolq --data-dir ./rows --set steps=100
-tune-sparse prune ./my-llama --methods unstructured structured --sparsities 0.5 0.7
-tune-sparse status && tune-sparse report && tune-sparse ui
+tune-sparse sweep smoke                     # a first try: prune and train a toy model
+tune-sparse sweep                           # the whole study with toy models, on a laptop
+tune-sparse status                          # what is finished, and what failed
+tune-sparse report                          # tables and figures
+tune-sparse prepare matrix --data-dir hub   # download the models and examples of the next line
+tune-sparse sweep matrix --data-dir hub     # the whole study with two models of 7B, on GPUs
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+import textwrap
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
+from tune_sparse import __version__
 from tune_sparse.cli import (
     audit,
     discard,
@@ -34,22 +37,28 @@ from tune_sparse.cli import (
     ui,
     validate,
 )
-from tune_sparse.cli.command import BAD_INPUT, FAULT
-from tune_sparse.errors import DISK_FULL, InputError
+from tune_sparse.cli.command import BAD_INPUT, FAULT, HelpFormat
+from tune_sparse.cli.words import paragraph, table
+from tune_sparse.errors import DISK_FULL, InputError, unknown_name
 
-COMMANDS = (
-    *(sweep, search, prepare, prune, evaluate, validate, merge, throughput),
-    *(status, rerun, discard, audit, report, track, import_, ui, doctor),
-)
-"""In the order of `--help`."""
+COMMANDS = {
+    "commands for a study, in the order of their use": (doctor, prepare, throughput, sweep, search),
+    "commands for its results": (status, report, audit, rerun, discard, import_, track, ui),
+    "commands for single models": (prune, evaluate, merge, validate),
+}
+
+
+EXAMPLES = f"examples:\n{textwrap.indent((__doc__ or '').split(chr(10), 2)[2].rstrip(), '    ')}"
+MORE = "`tune-sparse COMMAND --help` explains a command, its options and its exit status."
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     # peft with transformers 5.23
     warnings.filterwarnings("ignore", ".is_gradient_checkpointing. is deprecated", FutureWarning)
-    chosen = parser().parse_args(arguments)
+    given = list(sys.argv[1:] if arguments is None else arguments)
     try:
+        chosen = _parse(given)
         return int(chosen.command(chosen))
     except InputError as error:
         print(f"tune-sparse: {error}", file=sys.stderr)
@@ -64,14 +73,42 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return FAULT
 
 
+def _parse(given: Sequence[str]) -> argparse.Namespace:
+    root, commands = parsers()
+    if given and not given[0].startswith("-") and given[0] not in commands:
+        root.error(str(unknown_name("command", given[0], commands)))
+    return root.parse_args(given)
+
+
 def parser() -> argparse.ArgumentParser:
+    return parsers()[0]
+
+
+def parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentParser]]:
+    """The parser of everything, and those of the commands."""
     root = argparse.ArgumentParser(
         prog="tune-sparse",
-        description="How sparse can a language model be, and stay good at a task?",
-        epilog=f"examples:\n{(__doc__ or '').split(chr(10), 2)[2]}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="tune-sparse [--help] [--version] COMMAND ...",
+        description=paragraph(
+            "Prune language models, fine-tune them at several sparsities (fractions of weights that are zero), and "
+            "measure how good they stay at tasks."
+        ),
+        formatter_class=HelpFormat,
+        add_help=False,
     )
-    commands = root.add_subparsers(required=True, metavar="COMMAND")
-    for command in COMMANDS:
-        command.declare(commands)
-    return root
+    root.add_argument("-h", "--help", action="help", help="show this help and exit")
+    version = f"tune-sparse {__version__}"
+    root.add_argument("--version", action="version", version=version, help="show the version and exit")
+    commands = root.add_subparsers(required=True, prog="tune-sparse", metavar="COMMAND", help=argparse.SUPPRESS)
+    root.epilog = "\n\n".join([*_declare_into(commands), EXAMPLES, MORE])
+    return root, commands.choices
+
+
+def _declare_into(commands: Any) -> Iterator[str]:
+    """Declare every command; yields the list of each kind of them."""
+    for heading, modules in COMMANDS.items():
+        known = set(commands.choices)
+        for module in modules:
+            module.declare(commands)
+        made = {name: command for name, command in commands.choices.items() if name not in known}
+        yield table(heading, {name: command.description or "" for name, command in made.items()})

@@ -7,22 +7,34 @@ import json
 from dataclasses import asdict
 from typing import Any
 
-from tune_sparse.cli.command import FAULT, OK, add_command, add_results_dirs, add_sweep_filter, existing_folders
+from tune_sparse.cli.command import (
+    FAULT,
+    OK,
+    add_command,
+    add_json,
+    add_results_dirs,
+    add_sweep_filter,
+    existing_folders,
+)
+from tune_sparse.cli.words import words
 from tune_sparse.errors import unknown_name
-
-EXAMPLE = """examples:
-    tune-sparse audit
-    tune-sparse audit --results-dir gpu-site cs3-site --all
-
-exit status: 0 no error (there may be warnings), 1 an error, 2 bad input. Every rule is explained in docs/audit.md."""
 
 
 def declare(commands: Any) -> None:
-    audit = add_command(commands, "audit", _audit, "what in the results cannot be trusted, and why", EXAMPLE)
+    audit = add_command(
+        commands,
+        "audit",
+        _audit,
+        "check the recorded results against each other, and list what cannot be trusted and why",
+        examples=("audit", "audit --results-dir ./gpu-results ./cs3-results --all"),
+        ok="no error was found; there may be warnings",
+        fault="an error was found",
+        notes=[words("audit", "run", "results folder")],
+    )
     add_results_dirs(audit)
     add_sweep_filter(audit)
-    audit.add_argument("--all", action="store_true", help="print every finding, not the first few of each rule")
-    audit.add_argument("--json", action="store_true", help="print as JSON")
+    audit.add_argument("--all", action="store_true", help="print every error and warning (default: 5 of each kind)")
+    add_json(audit, "all errors and warnings")
 
 
 def _audit(chosen: argparse.Namespace) -> int:

@@ -5,14 +5,29 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from tune_sparse.cli.command import OK, add_command, add_results_dir
+from tune_sparse.cli.command import OK, add_command, add_results_dir, add_run
+from tune_sparse.cli.words import paragraph, words
 from tune_sparse.errors import unknown_name
 
 
 def declare(commands: Any) -> None:
-    discard = add_command(commands, "discard", _discard, "set a run aside, kept with the reason; a sweep runs it again")
-    discard.add_argument("run", help="its folder's name under runs/")
-    discard.add_argument("--reason", required=True)
+    discard = add_command(
+        commands,
+        "discard",
+        _discard,
+        "move a run out of the results, so that the next sweep that needs it runs it again",
+        examples=('discard torch_tiny-llama_boolq_none_s00_dense_84b51b69 --reason "wrong tokenizer"',),
+        fault="the disk is full",
+        notes=[
+            words("run", "results folder"),
+            paragraph(
+                "Nothing is deleted: the run's folder goes to DIR/set_aside, with your reason. No table or "
+                "figure shows it any more."
+            ),
+        ],
+    )
+    add_run(discard, "run to set aside")
+    discard.add_argument("--reason", required=True, metavar="TEXT", help="why the run is set aside; recorded with it")
     add_results_dir(discard)
 
 

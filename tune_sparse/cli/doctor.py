@@ -7,28 +7,48 @@ import json
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from tune_sparse.cli.command import FAULT, OK, add_command, add_results_dir
+from tune_sparse.cli.command import FAULT, OK, add_command, add_json, add_results_dir
+from tune_sparse.cli.words import models, words
 
 if TYPE_CHECKING:
     from tune_sparse.doctor import Check
 
-EXAMPLE = """examples:
-    tune-sparse doctor
-    tune-sparse doctor --ray --models tiny-llama --results-dir /shared/results
-    tune-sparse doctor --cerebras
-
-exit status: 0 all is well, 1 something has to be fixed."""
-
 
 def declare(commands: Any) -> None:
-    doctor = add_command(commands, "doctor", _doctor, "check this machine, each fault with its fix", EXAMPLE)
-    doctor.add_argument("--ray", action="store_true", help="the Ray cluster at RAY_ADDRESS too, node by node")
-    doctor.add_argument(
-        "--cerebras", action="store_true", help="the Cerebras environment, its cluster, csctl, the disk"
+    doctor = add_command(
+        commands,
+        "doctor",
+        _doctor,
+        "check the installation and the hardware, and suggest a fix for each problem",
+        examples=(
+            "doctor",
+            "doctor --ray --models tiny-llama --results-dir /shared/results",
+            "doctor --cerebras",
+        ),
+        ok="no problem was found",
+        fault="a problem was found",
+        notes=[words("results folder", "Ray", "CS-3"), models()],
     )
-    doctor.add_argument("--models", nargs="+", default=[], metavar="MODEL", help="which each Ray node must see")
+    doctor.add_argument(
+        "--ray",
+        action="store_true",
+        help="check every node of the Ray cluster whose address is in the variable RAY_ADDRESS, too",
+    )
+    doctor.add_argument(
+        "--cerebras",
+        action="store_true",
+        help="check the Cerebras software, the access to a Cerebras cluster and the disk quota; this machine is then "
+        "checked only if --ray is given",
+    )
+    doctor.add_argument(
+        "--models",
+        nargs="+",
+        default=[],
+        metavar="MODEL",
+        help="with --ray: check that every node can read these models (default: none)",
+    )
     add_results_dir(doctor)
-    doctor.add_argument("--json", action="store_true", help="print the checks as JSON")
+    add_json(doctor, "the checks")
 
 
 def _doctor(chosen: argparse.Namespace) -> int:

@@ -10,11 +10,12 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tune_sparse.cli.command import FAULT, OK, add_command, add_results_dir, existing_folders
-from tune_sparse.cli.settings import parse_settings
+from tune_sparse.cli.command import FAULT, OK, add_command, add_json, add_results_dir, existing_folders
+from tune_sparse.cli.settings import DATA_DIR, add_set, parse_settings
+from tune_sparse.cli.words import models, paragraph, settings, tasks, words
 from tune_sparse.config import SCORING, SYNTHETIC, Protocol
 from tune_sparse.config.options import converted
-from tune_sparse.data.tasks import TASKS, tasks_named
+from tune_sparse.data.tasks import tasks_named
 from tune_sparse.errors import InputError, unknown_name
 
 if TYPE_CHECKING:
@@ -23,27 +24,55 @@ if TYPE_CHECKING:
     from tune_sparse.evaluation.evaluations import Evaluation
     from tune_sparse.evaluation.outcomes import Outcome
 
-EXAMPLE = """examples:
-    tune-sparse evaluate --model ./my-llama --tasks boolq gsm8k --data-dir ./rows
-    tune-sparse evaluate --model ./my-llama --adapter ./my-adapter --tasks wikitext2 --data-dir ./rows
-    tune-sparse evaluate --run torch_tiny-llama_boolq_none_s00_dense_0123abcd --evaluator lm-eval
-
-settings that scoring reads, with --set: precision, max_tokens, max_new_tokens, num_fewshot (default: the harness's for
-each task), batch_tokens, n_test, threads. Those of a run are its own."""
-
 
 def declare(commands: Any) -> None:
-    evaluate = add_command(commands, "evaluate", _evaluate, "score a checkpoint or a finished run on tasks", EXAMPLE)
-    scored = evaluate.add_mutually_exclusive_group(required=True)
-    scored.add_argument("--model", help="a checkpoint folder, the name of a toy model, or a hub id with @revision")
-    scored.add_argument("--run", help="a finished run, by its folder's name under runs/")
-    evaluate.add_argument("--adapter", type=Path, metavar="DIR", help="merged into the model, as its mode deploys it")
-    evaluate.add_argument("--tasks", nargs="+", metavar="TASK", help=f"of {', '.join(TASKS)}; default: the run's")
-    evaluate.add_argument("--data-dir", type=Path, help="folder of tasks, `hub` or `synthetic`; default: the run's")
-    evaluate.add_argument("--evaluator", default="tune-sparse", help="tune-sparse, or lm-eval: the harness itself")
-    evaluate.add_argument("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="see below")
-    add_results_dir(evaluate)
-    evaluate.add_argument("--json", action="store_true", help="print as JSON")
+    evaluate = add_command(
+        commands,
+        "evaluate",
+        _evaluate,
+        "score a model or a finished run on tasks, and store the scores in the results folder",
+        examples=(
+            "evaluate --model ./my-llama --tasks boolq gsm8k --data-dir ./examples",
+            "evaluate --model ./my-llama --adapter ./my-adapter --tasks wikitext2 --data-dir hub",
+            "evaluate --run torch_tiny-llama_boolq_none_s00_dense_84b51b69 --evaluator lm-eval",
+        ),
+        ok="all tasks are scored",
+        fault="the answers differ from those that the run recorded",
+        notes=[words("run", "adapter", "example", "results folder"), models(), tasks(), _settings_text()],
+    )
+    subject = evaluate.add_argument_group("what to score").add_mutually_exclusive_group(required=True)
+    subject.add_argument("--model", metavar="MODEL", help="model to score, see below")
+    subject.add_argument("--run", metavar="RUN", help="finished run whose trained model is scored")
+    scoring = evaluate.add_argument_group("how it is scored")
+    scoring.add_argument(
+        "--adapter",
+        type=Path,
+        metavar="DIR",
+        help="adapter to merge into the --model first: a folder written by a sweep or by Hugging Face PEFT "
+        "(default: none)",
+    )
+    scoring.add_argument(
+        "--tasks", nargs="+", metavar="TASK", help="tasks to score on, listed below (default: with --run, its task)"
+    )
+    scoring.add_argument("--data-dir", type=Path, metavar="DIR", help=f"{DATA_DIR} (default: with --run, its source)")
+    scoring.add_argument(
+        "--evaluator",
+        default="tune-sparse",
+        metavar="NAME",
+        help="tune-sparse, the scorer of this program, or lm-eval, the scorer lm-evaluation-harness by EleutherAI "
+        "(default: tune-sparse)",
+    )
+    add_set(scoring, "settings of scoring, listed below")
+    results = evaluate.add_argument_group("results")
+    add_results_dir(results)
+    add_json(results, "the scores")
+
+
+def _settings_text() -> str:
+    return f"{settings(SCORING)}\n\n" + paragraph(
+        "With --model, num_fewshot is that of lm-evaluation-harness for each task if you do not set it. "
+        "With --run, the settings of the run apply unless you set others."
+    )
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tune_sparse.cli.command import FAULT, OK, add_command, add_results_dir
+from tune_sparse.cli.command import FAULT, OK, add_command, add_json, add_results_dir
+from tune_sparse.cli.words import models, words
 from tune_sparse.errors import InputError, RunError
 
 
@@ -17,17 +18,39 @@ def declare(commands: Any) -> None:
         commands,
         "merge",
         _merge,
-        "write a trained model as a Hugging Face checkpoint, its zeros kept and checked",
-        "examples:\n    tune-sparse merge --run RUN --output merged\n"
-        "    tune-sparse merge --base pruned-model --adapter adapter --output merged",
+        "merge a trained adapter into its model, check that the pruned weights are zero, and write a checkpoint",
+        examples=(
+            "merge --run torch_tiny-llama_boolq_none_s00_dense_84b51b69 --output ./merged",
+            "merge --base ./pruned-model --adapter ./my-adapter --output ./merged",
+        ),
+        ok="the checkpoint is written and valid",
+        fault="the merged model failed its check; nothing was written",
+        notes=[words("run", "adapter", "results folder"), models()],
     )
-    merge.add_argument("--run", help="a finished run: its folder's name under runs/")
-    add_results_dir(merge)
-    merge.add_argument("--base", metavar="MODEL", help="the model that the adapter was trained on, already pruned")
-    merge.add_argument("--adapter", type=Path, metavar="DIR", help="of this program or of stock PEFT")
-    merge.add_argument("--keep-zeros", action="store_true", help="an adapter of stock PEFT must not fill zeros")
-    merge.add_argument("--output", type=Path, required=True, metavar="DIR", help="a new folder")
-    merge.add_argument("--json", action="store_true", help="print the validation report as JSON")
+    subject = merge.add_argument_group("what to merge", "Give either --run, or --base with --adapter.")
+    subject.add_argument("--run", metavar="RUN", help="finished run whose trained model is written")
+    subject.add_argument(
+        "--base", metavar="MODEL", help="model that the adapter was trained on: the pruned model, if it was pruned"
+    )
+    subject.add_argument(
+        "--adapter", type=Path, metavar="DIR", help="adapter: a folder written by a sweep or by Hugging Face PEFT"
+    )
+    subject.add_argument(
+        "--keep-zeros",
+        action="store_true",
+        help="with an adapter of Hugging Face PEFT: weights that are zero in --base stay zero (default: it may change "
+        "them, which an adapter of a sweep never does)",
+    )
+    results = merge.add_argument_group("results")
+    add_results_dir(results)
+    results.add_argument(
+        "--output",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="folder to write the checkpoint to, in Hugging Face format; it must not exist yet",
+    )
+    add_json(results, "the result of the check")
 
 
 def _merge(chosen: argparse.Namespace) -> int:

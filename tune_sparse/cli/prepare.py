@@ -7,12 +7,22 @@ from typing import Any
 
 from tune_sparse.cli.command import OK, add_command
 from tune_sparse.cli.sweep_options import add_sweep_options, sweep_config
+from tune_sparse.cli.words import models, presets, tasks, words
 from tune_sparse.config import HUB
 
 
 def declare(commands: Any) -> None:
-    prepare = add_command(commands, "prepare", _prepare, "fetch or train what a sweep needs, to run offline later")
-    add_sweep_options(prepare)
+    prepare = add_command(
+        commands,
+        "prepare",
+        _prepare,
+        "download the models and examples of a sweep and train its toy models, so that the sweep needs no network",
+        examples=("prepare", "prepare matrix --data-dir hub", "prepare --models tiny-llama"),
+        ok="everything is on this machine",
+        fault="the disk is full",
+        notes=[words("cell", "run", "example"), models(), tasks(), presets()],
+    )
+    add_sweep_options(prepare, {"what to prepare": ("models", "tasks", "data_dir")}, sets=False)
 
 
 def _prepare(chosen: argparse.Namespace) -> int:

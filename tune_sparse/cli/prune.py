@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tune_sparse.cli.command import OK, add_command
-from tune_sparse.cli.settings import given_flags
+from tune_sparse.cli.settings import DATA_DIR
+from tune_sparse.cli.words import methods, models, table, words
 from tune_sparse.config import Protocol
 from tune_sparse.data.task_types import TextTask
 from tune_sparse.data.tasks import TASKS
 from tune_sparse.errors import DISK_FULL, InputError, unknown_name
-from tune_sparse.pruning.methods import METHODS
 
 if TYPE_CHECKING:
     from tune_sparse.data.splits import Encoded
@@ -23,37 +23,106 @@ SPARSITIES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 def declare(commands: Any) -> None:
     prune = add_command(
-        commands, "prune", _prune, "masks, statistics and histograms of one model, all levels in one pass", _epilog()
+        commands,
+        "prune",
+        _prune,
+        "compute the masks of a model for pruning methods and sparsities, with statistics and histograms",
+        examples=(
+            "prune tiny-llama --methods unstructured structured random",
+            "prune ./my-llama --methods wanda sparsegpt --sparsities 0.5 --calibration text.txt",
+        ),
+        ok="all files are written",
+        fault="the disk is full",
+        notes=[words("sparsity", "mask", "calibration", "structured"), models(), methods(), _files()],
     )
-    prune.add_argument(
-        "model", metavar="MODEL", help="the name of a toy model, a checkpoint folder, or a fetched hub id"
+    prune.add_argument("model", metavar="MODEL", help="model to prune, see below")
+    _add_what_into(prune.add_argument_group("what to prune"))
+    _add_calibration_into(prune.add_argument_group("calibration, for the methods that need it"))
+    _add_files_into(prune.add_argument_group("what to write"))
+
+
+def _add_what_into(group: Any) -> None:
+    group.add_argument(
+        "--methods",
+        nargs="+",
+        default=["unstructured"],
+        metavar="METHOD",
+        help="pruning methods, listed below (default: unstructured)",
     )
-    prune.add_argument("--methods", nargs="+", default=["unstructured"], metavar="METHOD", help="see below")
-    prune.add_argument("--sparsities", nargs="+", type=float, default=list(SPARSITIES), metavar="SPARSITY")
-    prune.add_argument("--out", type=Path, default=Path("masks"), metavar="DIR", help="default: masks")
-    prune.add_argument("--seed", type=int, help="of random scores")
-    prune.add_argument("--format", help="safetensors (default) or pt: a file a level; levels: one packed")
-    prune.add_argument("--checkpoints", action="store_true", help="write each pruned checkpoint too")
-    prune.add_argument("--compact", action="store_true", help="write each structured checkpoint in its smaller form")
-    prune.add_argument(
+    group.add_argument(
+        "--sparsities",
+        nargs="+",
+        type=float,
+        default=list(SPARSITIES),
+        metavar="FRACTION",
+        help="sparsities, above 0 and below 1, in rising order; the weights are read once for all of them "
+        f"(default: {' '.join(map(str, SPARSITIES))})",
+    )
+    group.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the scores of random (default: 0)")
+
+
+def _add_calibration_into(group: Any) -> None:
+    group.add_argument(
         "--calibration",
         metavar="SOURCE",
-        help="a task, whose training rows are used, a text such as wikitext2, or a text file",
+        help="calibration examples: a task, whose training examples are taken; wikitext2 or tinyshakespeare; or the "
+        "path of a text file (default: none, which suits the methods that need no calibration)",
     )
-    prune.add_argument("--data-dir", type=Path, metavar="DIR", help="folder of the task, `hub` or `synthetic`")
-    count, tokens = Protocol.calibration_examples, Protocol.calibration_tokens
-    prune.add_argument("--calibration-rows", type=int, default=count, metavar="ROWS")
-    prune.add_argument("--calibration-tokens", type=int, default=tokens, metavar="TOKENS", help="of a row, at most")
-    prune.add_argument("--sequential", action="store_true", help="prune block after block, as published")
+    group.add_argument(
+        "--data-dir", type=Path, metavar="DIR", help=f"with a task: {DATA_DIR} (default: none, so it must be given)"
+    )
+    group.add_argument(
+        "--calibration-examples",
+        type=int,
+        default=Protocol.calibration_examples,
+        metavar="N",
+        help=f"number of calibration examples (default: {Protocol.calibration_examples})",
+    )
+    group.add_argument(
+        "--calibration-tokens",
+        type=int,
+        default=Protocol.calibration_tokens,
+        metavar="N",
+        help=f"most tokens of a calibration example (default: {Protocol.calibration_tokens})",
+    )
+    group.add_argument(
+        "--sequential",
+        action="store_true",
+        help="prune layer after layer, measuring each with all earlier layers pruned, as the authors of wanda and "
+        "sparsegpt do (default: measure the unpruned model once)",
+    )
 
 
-def _epilog() -> str:
-    return (
-        f"methods: {', '.join(METHODS)}\n\n"
-        "wanda, sparsegpt, gradient, taylor and owl need --calibration.\n\n"
-        "examples:\n    tune-sparse prune tiny-llama --methods unstructured structured random\n"
-        "    tune-sparse prune ./my-llama --methods wanda sparsegpt --sparsities 0.5 --calibration text.txt"
+def _add_files_into(group: Any) -> None:
+    group.add_argument(
+        "--output", type=Path, default=Path("masks"), metavar="DIR", help="folder for all files (default: masks)"
     )
+    group.add_argument(
+        "--format",
+        default="safetensors",
+        metavar="NAME",
+        help="format of the masks: safetensors or pt, one file for each sparsity; or levels, one packed file for all "
+        "sparsities (default: safetensors)",
+    )
+    group.add_argument("--checkpoints", action="store_true", help="write the pruned model of each sparsity, too")
+    group.add_argument(
+        "--compact",
+        action="store_true",
+        help="with structured methods: write a smaller model of each sparsity, too, whose pruned heads and channels "
+        "are cut out",
+    )
+
+
+def _files() -> str:
+    files = {
+        "masks_sparsityNN_METHOD.safetensors": "masks of the sparsity of NN percent; or .pt with --format pt",
+        "levels_METHOD.safetensors": "masks of all sparsities, with --format levels",
+        "stats_sparsityNN_METHOD.json": "statistics of the masks, for each layer",
+        "histogram_sparsityNN_METHOD.png": "histogram of the absolute values of pruned and kept weights",
+        "checkpoint_sparsityNN_METHOD": "folder of the pruned model, with --checkpoints",
+        "compact_sparsityNN_METHOD": "folder of the smaller model, with --compact",
+    }
+    return table("files in DIR/MODEL", files)
 
 
 def _prune(chosen: argparse.Namespace) -> int:
@@ -61,17 +130,18 @@ def _prune(chosen: argparse.Namespace) -> int:
     from tune_sparse.pruning.prune_checkpoint import Request, run
 
     calibrated = [name for name in chosen.methods if method_named(name).is_calibrated]
-    rows = calibration_rows(chosen) if calibrated and chosen.calibration else ()
+    examples = calibration_examples(chosen) if calibrated and chosen.calibration else ()
     request = Request(
         model=chosen.model,
         methods=chosen.methods,
         sparsities=chosen.sparsities,
-        out=chosen.out,
-        **given_flags(chosen, ("seed", "format")),
+        out=chosen.output,
+        seed=chosen.seed,
+        format=chosen.format,
         checkpoints=chosen.checkpoints,
         compact=chosen.compact,
-        calibration={"source": chosen.calibration, "rows": len(rows), "tokens": chosen.calibration_tokens},
-        examples=rows,
+        calibration={"source": chosen.calibration, "examples": len(examples), "tokens": chosen.calibration_tokens},
+        examples=examples,
         sequential=chosen.sequential,
     )
     try:
@@ -80,22 +150,25 @@ def _prune(chosen: argparse.Namespace) -> int:
         if not any(message in str(error) for message in DISK_FULL):
             raise
         raise InputError(
-            f"pruning needs room for what it writes, {chosen.out} ran full: {error}. Free some, or give another --out."
+            f"pruning needs room for what it writes, {chosen.output} ran full: {error}. Free some, or give "
+            "another --output."
         ) from error
     return OK
 
 
-def calibration_rows(chosen: argparse.Namespace) -> Sequence[Encoded]:
-    """Rows of a task's training split, or pieces of a text file, as the model's tokens."""
+def calibration_examples(chosen: argparse.Namespace) -> Sequence[Encoded]:
+    """Read examples of a task's training split, or pieces of a text file, as the model's tokens."""
     from tune_sparse.data.sources import examples_folder
     from tune_sparse.data.splits import calibration_text, encode_training, load_splits
     from tune_sparse.models.checkpoints import load_tokenizer
     from tune_sparse.pruning.calibration import checked_examples, text_examples
     from tune_sparse.pruning.streaming import open_checkpoint
 
-    source, count, tokens = chosen.calibration, chosen.calibration_rows, chosen.calibration_tokens
+    source, count, tokens = chosen.calibration, chosen.calibration_examples, chosen.calibration_tokens
     if count < 1 or tokens < 2:
-        raise InputError(f"calibration needs a row of at least 2 tokens, got {count} rows of {tokens}. Raise them.")
+        raise InputError(
+            f"calibration needs an example of at least 2 tokens, got {count} examples of {tokens}. Raise them."
+        )
     checkpoint = open_checkpoint(chosen.model)
     tokenizer, tokens = load_tokenizer(checkpoint.path), min(tokens, checkpoint.dims.max_positions)
     if Path(source).is_file():

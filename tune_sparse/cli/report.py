@@ -8,11 +8,27 @@ from pathlib import Path
 from typing import Any
 
 from tune_sparse.cli.command import FAULT, OK, add_command, add_results_dirs, add_sweep_filter, existing_folders
+from tune_sparse.cli.words import paragraph, words
 from tune_sparse.errors import NotReadyError
 
 
 def declare(commands: Any) -> None:
-    report = add_command(commands, "report", _report, "tables, figures and findings from the finished runs")
+    report = add_command(
+        commands,
+        "report",
+        _report,
+        "write tables, figures and a summary of the finished runs to the folder analysis in the results folder",
+        examples=("report", "report --results-dir ./gpu-results ./cs3-results --bundle ./artifact"),
+        ok="the report is written",
+        fault="the audit found an error, or no run is finished",
+        notes=[
+            words("run", "audit", "published numbers", "results folder"),
+            paragraph(
+                "Open DIR/analysis/report.html in a browser; the same folder has all tables as CSV and all "
+                "figures. Of several results folders it is the first one that holds the report."
+            ),
+        ],
+    )
     add_results_dirs(report)
     add_sweep_filter(report)
     report.add_argument(
@@ -20,10 +36,17 @@ def declare(commands: Any) -> None:
         type=Path,
         nargs="+",
         default=[],
-        metavar="CSV",
-        help="published numbers to compare with, besides the built-in ones (docs/baselines.md)",
+        metavar="FILE",
+        help="CSV files of published numbers to compare with, besides the built-in ones; their columns are those of "
+        "analysis/baselines/published.csv in the source code (default: none)",
     )
-    report.add_argument("--bundle", type=Path, metavar="DIR", help="a new folder for all that a paper's artifact needs")
+    report.add_argument(
+        "--bundle",
+        type=Path,
+        metavar="DIR",
+        help="copy the report, the records, the versions of packages and checksums to this folder, for publication; "
+        "it must not exist yet (default: none)",
+    )
 
 
 def _report(chosen: argparse.Namespace) -> int:

@@ -7,20 +7,32 @@ import json
 from dataclasses import asdict
 from typing import Any
 
-from tune_sparse.cli.command import FAULT, OK, add_command, add_results_dir, existing_folders
+from tune_sparse.cli.command import FAULT, OK, add_command, add_json, add_results_dir, add_run, existing_folders
+from tune_sparse.cli.words import paragraph, words
 from tune_sparse.errors import InputError, unknown_name
-
-EXAMPLE = """example:
-    tune-sparse rerun torch_tiny-llama_boolq_none_s00_dense_84b51b69
-
-exit status: 0 the same, 1 something differs, 2 bad input."""
 
 
 def declare(commands: Any) -> None:
-    rerun = add_command(commands, "rerun", _rerun, "repeat a run and compare it with its record", EXAMPLE)
-    rerun.add_argument("run", help="its folder's name under runs/")
+    rerun = add_command(
+        commands,
+        "rerun",
+        _rerun,
+        "repeat a finished run and compare the result with the recorded one",
+        examples=("rerun torch_tiny-llama_boolq_none_s00_dense_84b51b69",),
+        ok="the results agree",
+        fault="a number differs",
+        notes=[
+            words("run", "results folder"),
+            paragraph(
+                "All metrics and the answers to all test examples are compared: to the last bit on a CPU of the "
+                "same kind with the same packages, else within a tolerance that is printed. The repetition is "
+                "not stored."
+            ),
+        ],
+    )
+    add_run(rerun, "run to repeat")
     add_results_dir(rerun)
-    rerun.add_argument("--json", action="store_true", help="print as JSON")
+    add_json(rerun, "the comparison")
 
 
 def _rerun(chosen: argparse.Namespace) -> int:

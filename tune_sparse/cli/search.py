@@ -11,50 +11,133 @@ from typing import Any
 
 from search_spaces import subadapters
 from search_spaces.matrix import PRESETS
-from tune_sparse.cli.command import FAULT, OK, add_command, add_results_dir
-from tune_sparse.cli.settings import add_settings, given_flags, given_settings, parse_settings, read_yaml
-from tune_sparse.cli.sweep_options import DEFAULT_PRESET, add_protocol_option
+from tune_sparse.cli.command import FAULT, OK, add_command, add_json, add_results_dir
+from tune_sparse.cli.settings import (
+    DATA_DIR,
+    add_set,
+    add_settings,
+    given_flags,
+    given_settings,
+    parse_settings,
+    read_yaml,
+)
+from tune_sparse.cli.sweep_options import add_preset
+from tune_sparse.cli.words import methods, models, modes, paragraph, presets, settings, spaces, tasks, words
 from tune_sparse.config import SweepConfig
 from tune_sparse.errors import RunError, unknown_name
 from tune_sparse.lora.rank_space import Space
 from tune_sparse.search.config import SearchConfig
 
-EXAMPLE = """examples:
-    tune-sparse search --task gsm8k --method wanda --sparsity 0.7
-    tune-sparse search --all-tasks --sparsity 0.7 --trials 50 --sampler tpe
-    tune-sparse search matrix --task gsm8k --model ./my-llama --data-dir ./rows --space shears --trials 200
-
-A space file, for --space, maps groups to modules and ranks, the largest first; 0 drops the adapter:
+EXAMPLES = (
+    "search --task gsm8k --method wanda --sparsity 0.7",
+    "search --all-tasks --sparsity 0.7 --trials 50 --sampler tpe",
+    "search matrix --task gsm8k --model ./my-llama --data-dir ./examples --space sqft",
+)
+SPACE_FILE = """a file for --space names groups of matrices that share a rank in each layer, and the ranks to
+choose from, the largest first; rank 0 leaves the adapter out:
     qkv: {modules: [q_proj, k_proj, v_proj], ranks: [32, 16, 8]}
     down: {modules: [down_proj], ranks: [32, 16, 0]}"""
+OUTCOME = paragraph(
+    "The super-adapter is trained as a run, and reused if that run is finished. The search and its "
+    "report are in DIR/searches. An interrupted search goes on when the same command is given again."
+)
 
 OWN_SETTINGS = ("sampling", "sampler", "trials", "objectives")
 
 
 def declare(commands: Any) -> None:
-    search = add_command(commands, "search", _search, "search the best sub-adapter of a super-adapter", EXAMPLE)
-    search.add_argument(
-        "preset", nargs="?", default=DEFAULT_PRESET, metavar="PRESET", help="of the sweep; its protocol"
+    search = add_command(
+        commands,
+        "search",
+        _search,
+        "prune a model, train one adapter that works at many ranks, and search for the best rank in each layer",
+        examples=EXAMPLES,
+        ok="every search is complete, or with --dry-run, was shown",
+        fault="a search failed or was interrupted",
+        notes=[
+            words(
+                *("sparsity", "example", "calibration", "adapter", "super-adapter", "sub-adapter", "candidate"),
+                *("cell", "run", "results folder"),
+            ),
+            OUTCOME,
+            models(),
+            tasks(),
+            methods(),
+            modes(),
+            spaces(),
+            SPACE_FILE,
+            presets(),
+            settings(),
+        ],
     )
-    tasks = search.add_mutually_exclusive_group()
-    tasks.add_argument("--task", help="default: the preset's first")
-    tasks.add_argument("--all-tasks", action="store_true", help="one search for each task of the preset, compared")
-    search.add_argument("--model", help="default: the preset's first")
-    search.add_argument("--method", default="wanda", help="pruning method (default wanda)")
-    search.add_argument("--sparsity", type=float, default=0.5, help="fraction of zeros (default 0.5)")
-    search.add_argument("--mode", default="sparse-to-sparse", help="of the training (default sparse-to-sparse)")
-    search.add_argument("--seed", type=int, default=0, help="of the training and the sampler (default 0)")
-    search.add_argument("--space", help=f"a YAML file, or of {', '.join(subadapters.PRESETS)}")
-    add_settings(search, SearchConfig, OWN_SETTINGS, shows_default=True)
-    search.add_argument("--no-racing", action="store_true", help="every candidate answers all selection rows")
-    search.add_argument("--in-order", action="store_true", help="one candidate at a time: repeats exactly")
-    search.add_argument("--data-dir", help="folder of tasks, `hub` or `synthetic`; default: the preset's")
-    add_results_dir(search)
-    search.add_argument("--workers", type=int, help="candidates at once; default: one per core, or per GPU")
-    search.add_argument("--gpus-per-trial", type=float, help="GPUs, or a fraction of one, that a worker holds")
-    add_protocol_option(search)
-    search.add_argument("--dry-run", action="store_true", help="check everything and show what would be searched")
-    search.add_argument("--json", action="store_true", help="print the outcome as JSON")
+    add_preset(search)
+    _add_model_into(search.add_argument_group("what to prune and train"))
+    _add_search_into(search.add_argument_group("how to search"))
+    _add_places_into(search.add_argument_group("how it runs"))
+    results = search.add_argument_group("results")
+    add_results_dir(results)
+    add_json(results, "the best sub-adapters and their scores")
+
+
+def _add_model_into(group: Any) -> None:
+    tasks = group.add_mutually_exclusive_group()
+    tasks.add_argument("--task", metavar="TASK", help="task to train and score on (default: the preset's first)")
+    tasks.add_argument(
+        "--all-tasks", action="store_true", help="search for each task of the preset, and write a table of all results"
+    )
+    group.add_argument("--model", metavar="MODEL", help="model to prune and train (default: the preset's first)")
+    group.add_argument("--method", default="wanda", metavar="METHOD", help="pruning method (default: wanda)")
+    group.add_argument(
+        "--sparsity",
+        type=float,
+        default=0.5,
+        metavar="FRACTION",
+        help="fraction of weights to set to zero in all linear layers but the embeddings and the output layer "
+        "(default: 0.5)",
+    )
+    group.add_argument(
+        "--mode", default="sparse-to-sparse", metavar="MODE", help="training mode (default: sparse-to-sparse)"
+    )
+    group.add_argument("--seed", type=int, default=0, metavar="N", help="seed of training and search (default: 0)")
+    group.add_argument("--data-dir", metavar="DIR", help=f"{DATA_DIR} (default: the preset's)")
+    add_set(group, "settings of training and scoring, listed below")
+
+
+def _add_search_into(group: Any) -> None:
+    group.add_argument(
+        "--space",
+        metavar="NAME",
+        help="search space, listed below, or the path of a YAML file (default: toy with synthetic examples, or else "
+        "shears)",
+    )
+    add_settings(group, SearchConfig, OWN_SETTINGS)
+    group.add_argument(
+        "--no-racing",
+        action="store_true",
+        help="score every candidate on all selection examples (default: stop one early when others are clearly better)",
+    )
+    group.add_argument(
+        "--in-order",
+        action="store_true",
+        help="score one candidate after the other, so that the same seed repeats the search exactly",
+    )
+
+
+def _add_places_into(group: Any) -> None:
+    group.add_argument(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="number of candidates that are scored at the same time (default: as many as CPU cores and GPUs can hold)",
+    )
+    group.add_argument(
+        "--gpus-per-trial",
+        type=float,
+        metavar="GPUS",
+        help="GPUs that each of them holds: 1, a fraction to share a GPU, or 0 for the CPU (default: the preset's, "
+        "else 0)",
+    )
+    group.add_argument("--dry-run", action="store_true", help="check all input and show what would be searched")
 
 
 def search_config(chosen: argparse.Namespace, task: str | None = None) -> SearchConfig:
@@ -161,12 +244,12 @@ def _dry_run(configs: list[SearchConfig], as_json: bool) -> int:
             "super_adapter_is_trained": is_trained,
             "dimensions": len(ranks),
             "trials": config.trials,
-            "selection_rows": plan.selection_examples,
+            "selection_examples": plan.selection_examples,
         }
         values.append(value)
         lines.append(
-            f"{plan.search_id}: {config.trials} candidates of {len(ranks)} dimensions on {value['selection_rows']} "
-            f"selection rows, slices of {plan.run.run_id} ({'trained' if is_trained else 'to be trained'})"
+            f"{plan.search_id}: {config.trials} candidates of {len(ranks)} dimensions on {value['selection_examples']} "
+            f"selection examples, slices of {plan.run.run_id} ({'trained' if is_trained else 'to be trained'})"
         )
     print(json.dumps(values) if as_json else "\n".join(lines))
     return OK

@@ -4,33 +4,40 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Collection, Sequence
-from dataclasses import Field, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from tune_sparse.config.options import converted
+from tune_sparse.config import SweepConfig
+from tune_sparse.config.options import converted, describe_option
 from tune_sparse.errors import InputError
 
-
-def add_settings(
-    command: argparse.ArgumentParser, owner: type, names: Collection[str], shows_default: bool = False
-) -> None:
-    """Add a flag for each of the named fields of a dataclass."""
-    for f in fields(owner):
-        if f.name in names:
-            many: dict[str, Any] = {"nargs": "+"} if "tuple" in str(f.type) else {}
-            flag, help = "--" + f.name.replace("_", "-"), f.metadata["help"]
-            shown = f"{help} (default {_shown(f)})" if shows_default else help
-            command.add_argument(flag, metavar=f.name.rstrip("s").upper(), help=shown, **many)
+DATA_DIR = SweepConfig.__dataclass_fields__["data_dir"].metadata["help"]
 
 
-def _shown(f: Field[Any]) -> str:
-    return " ".join(f.default) if isinstance(f.default, tuple) else str(f.default)
+def add_set(command: Any, what: str) -> None:
+    command.add_argument(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME=VALUE",
+        help=f"change {what} (default: change none)",
+    )
+
+
+def add_settings(command: Any, owner: type, names: Collection[str]) -> None:
+    """Add a flag for each of the named fields of a dataclass, in the order of the names."""
+    declared = {f.name: f for f in fields(owner)}
+    for f in (declared[name] for name in names):
+        many: dict[str, Any] = {"nargs": "+"} if "tuple" in str(f.type) else {}
+        flag = "--" + f.name.replace("_", "-")
+        command.add_argument(flag, metavar=f.metadata["metavar"], help=describe_option(f), **many)
 
 
 def given_flags(chosen: argparse.Namespace, names: Collection[str]) -> dict[str, Any]:
-    """Those of the named flags that were given; the others keep the defaults of what they are settings of."""
-    return {name: value for name in names if (value := getattr(chosen, name)) is not None}
+    """Those of the named flags that were given; the others, and flags that the command has not, keep their defaults."""
+    return {name: value for name in names if (value := getattr(chosen, name, None)) is not None}
 
 
 def given_settings(chosen: argparse.Namespace, owner: type, names: Collection[str]) -> dict[str, Any]:

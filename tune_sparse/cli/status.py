@@ -7,13 +7,29 @@ import json
 import statistics
 from typing import Any
 
-from tune_sparse.cli.command import FAULT, OK, add_command, add_results_dirs, existing_folders
+from tune_sparse.cli.command import FAULT, OK, add_command, add_json, add_results_dirs, existing_folders
+from tune_sparse.cli.words import paragraph, words
 
 
 def declare(commands: Any) -> None:
-    status = add_command(commands, "status", _status, "done, failed, missing cells, with reasons")
+    status = add_command(
+        commands,
+        "status",
+        _status,
+        "count the finished, running, failed and missing cells of all sweeps, and say why runs failed",
+        examples=("status", "status --results-dir ./gpu-results ./cs3-results --json"),
+        ok="every cell is finished or running",
+        fault="a cell failed or is missing",
+        notes=[
+            words("cell", "run", "results folder"),
+            paragraph(
+                "A cell is missing if a sweep asked for it and its run has not been started. The command can be "
+                "used while a sweep runs."
+            ),
+        ],
+    )
     add_results_dirs(status)
-    status.add_argument("--json", action="store_true", help="print as JSON")
+    add_json(status, "the counts and the reasons")
 
 
 def _status(chosen: argparse.Namespace) -> int:

@@ -6,15 +6,14 @@ import argparse
 import json
 import logging
 import sys
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from search_spaces.matrix import PRESETS
-from tune_sparse.cli.command import FAULT, OK, add_command
-from tune_sparse.cli.sweep_options import add_sweep_options, sweep_config
-from tune_sparse.config import Protocol, SweepConfig
-from tune_sparse.data.tasks import TASKS
+from tune_sparse.cli.command import FAULT, OK, add_command, add_json
+from tune_sparse.cli.sweep_options import CEREBRAS, add_sweep_options, sweep_config
+from tune_sparse.cli.words import methods, models, modes, presets, settings, tasks, words
+from tune_sparse.config import SweepConfig
 from tune_sparse.errors import InputError, NotReadyError, RunError
 
 if TYPE_CHECKING:
@@ -22,26 +21,73 @@ if TYPE_CHECKING:
     from tune_sparse.sweep.plan import Plan
 
 
+GROUPS = {
+    "what to sweep": ("models", "tasks", "methods", "sparsities", "modes", "seeds"),
+    "data and settings": ("data_dir",),
+    "how it runs": ("backend", "workers", "gpus_per_trial", "max_retries", "hang_seconds"),
+    "results and tracking": ("results_dir", "tracking_uri"),
+    "Cerebras CS-3, for --backend cerebras, both or split": CEREBRAS,
+}
+
+
 def declare(commands: Any) -> None:
-    sweep = add_command(commands, "sweep", _sweep, "run a matrix of pruned trainings; again to resume", _epilog())
-    add_sweep_options(sweep)
-    sweep.add_argument("--dry-run", action="store_true", help="show what would run, what is done, and the forecast")
-    sweep.add_argument(
-        "--pilot", action="store_true", help="with --dry-run: first run one cell of what has none measured"
+    sweep = add_command(
+        commands,
+        "sweep",
+        _sweep,
+        "prune, fine-tune and score a model for every combination of model, task, method, sparsity and mode",
+        examples=(
+            "sweep smoke --set steps=20 --workers 2",
+            "sweep matrix --data-dir hub --dry-run",
+            "sweep --models ./my-llama --tasks boolq --data-dir ./examples --set steps=100",
+        ),
+        ok="every run is finished, and the audit found no error",
+        fault="a run failed, the sweep was interrupted, or the audit found an error",
+        notes=[
+            words(
+                *("cell", "run", "trial", "example", "adapter", "calibration"),
+                "results folder",
+                "audit",
+                "Ray",
+                "MLflow",
+                "CS-3",
+            ),
+            "The same command resumes an interrupted sweep: finished runs are never repeated.",
+            models(),
+            tasks(),
+            methods(),
+            modes(),
+            presets(),
+            settings(),
+        ],
     )
-    sweep.add_argument("--retry-failed", action="store_true", help="also run what failed for good")
-    sweep.add_argument(
-        "--no-report", action="store_true", help="end without audit, tables and figures; `report` writes them later"
+    groups = add_sweep_options(sweep, GROUPS)
+    _add_steps_into(groups["how it runs"])
+    groups["results and tracking"].add_argument(
+        "--no-report",
+        action="store_true",
+        help="end without the audit and the report; the command `report` writes them later",
     )
-    sweep.add_argument("--json", action="store_true", help="print the outcome as JSON")
+    add_json(groups["results and tracking"], "how many runs are finished, failed and left, or with --dry-run, the plan")
 
 
-def _epilog() -> str:
-    settings = "\n".join(f"    {f.name:20} {f.metadata['help']} (default {f.default})" for f in fields(Protocol))
-    return (
-        f"presets: {', '.join(PRESETS)}\n\ntasks: {', '.join(TASKS)}\n\n"
-        f"protocol, with --set or in the YAML file:\n{settings}\n\n"
-        "example:\n    tune-sparse sweep smoke --set steps=20 --workers 2"
+def _add_steps_into(group: Any) -> None:
+    group.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="run nothing; show which runs are finished and which would run, with a forecast of their time and "
+        "disk space",
+    )
+    group.add_argument(
+        "--pilot",
+        action="store_true",
+        help="with --dry-run: first run one run for each backend, model and task that has no finished run, to base the "
+        "forecast on",
+    )
+    group.add_argument(
+        "--retry-failed",
+        action="store_true",
+        help="repeat the runs that failed in an earlier sweep, too (default: leave them as failed)",
     )
 
 

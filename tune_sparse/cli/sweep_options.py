@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from search_spaces.matrix import PRESETS
-from tune_sparse.cli.settings import add_settings, given_flags, parse_settings, read_yaml
+from tune_sparse.cli.settings import add_set, add_settings, given_flags, parse_settings, read_yaml
 from tune_sparse.config import Cerebras, SweepConfig
 from tune_sparse.errors import InputError, unknown_name
 
@@ -18,17 +19,43 @@ SWEEP = tuple(f.name for f in fields(SweepConfig) if f.name not in ("protocol", 
 CEREBRAS = tuple(f.name for f in fields(Cerebras))
 
 
-def add_sweep_options(command: argparse.ArgumentParser) -> None:
-    preset = f"default: {DEFAULT_PRESET}"
-    command.add_argument("preset", nargs="?", default=DEFAULT_PRESET, metavar="PRESET", help=preset)
-    command.add_argument("--config", type=Path, metavar="FILE", help="YAML file with the names below; flags win")
-    add_settings(command, SweepConfig, SWEEP)
-    add_settings(command, Cerebras, CEREBRAS)
-    add_protocol_option(command)
+SETTINGS_GROUP = "data and settings"
 
 
-def add_protocol_option(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="of the protocol")
+def add_sweep_options(
+    command: argparse.ArgumentParser, groups: Mapping[str, Sequence[str]], sets: bool = True
+) -> dict[str, Any]:
+    """Add the preset, the YAML file and the named settings of a sweep; returns the group of each heading.
+
+    sets: `--set` is an option too, in the group of the data.
+    """
+    add_preset(command)
+    made = {heading: command.add_argument_group(heading) for heading in groups}
+    for heading, names in groups.items():
+        owner = Cerebras if set(names) <= set(CEREBRAS) else SweepConfig
+        add_settings(made[heading], owner, names)
+    group = made.get(SETTINGS_GROUP, command)
+    group.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="YAML file with settings of a sweep as `name: value`: its options, with _ for -, and what its --set "
+        "takes. The file changes the preset, and options change both (default: none)",
+    )
+    if sets:
+        add_set(group, "settings of training and scoring, listed below")
+    return made
+
+
+def add_preset(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "preset",
+        nargs="?",
+        default=DEFAULT_PRESET,
+        metavar="PRESET",
+        help="named settings to begin with, listed below; they take the place of the defaults that this help shows, "
+        f"and options take theirs (default: {DEFAULT_PRESET})",
+    )
 
 
 def sweep_config(chosen: argparse.Namespace) -> SweepConfig:
@@ -36,7 +63,7 @@ def sweep_config(chosen: argparse.Namespace) -> SweepConfig:
     if chosen.preset not in PRESETS:
         raise unknown_name("preset", chosen.preset, PRESETS)
     names = dict(PRESETS[chosen.preset]) | _yaml(chosen.config) | given_flags(chosen, (*SWEEP, *CEREBRAS))
-    return SweepConfig.from_names(names | parse_settings(chosen.set))
+    return SweepConfig.from_names(names | parse_settings(getattr(chosen, "set", ())))
 
 
 def _yaml(path: Path | None) -> dict[str, Any]:

@@ -7,9 +7,17 @@ import json
 from dataclasses import asdict
 from typing import Any
 
-from tune_sparse.cli.command import OK, add_command
+from tune_sparse.cli.command import OK, add_command, add_json
 from tune_sparse.cli.sweep_options import add_sweep_options, sweep_config
+from tune_sparse.cli.words import methods, models, modes, paragraph, presets, settings, tasks, words
 from tune_sparse.errors import InputError
+
+BATCH_SIZES = [1, 2, 4, 8, 16]
+GROUPS = {
+    "what to measure": ("models", "tasks", "methods", "sparsities", "modes"),
+    "data and settings": ("data_dir",),
+    "results": ("results_dir",),
+}
 
 
 def declare(commands: Any) -> None:
@@ -17,12 +25,35 @@ def declare(commands: Any) -> None:
         commands,
         "throughput",
         _throughput,
-        "measure training samples and tokens per second and peak memory by batch size, in this process",
-        "example:\n    tune-sparse throughput --models tiny-llama --tasks boolq --sparsities 0.5 --batch-sizes 1 4 16",
+        "measure the speed of training and its peak memory at several batch sizes",
+        examples=("throughput --models tiny-llama --tasks boolq --sparsities 0.5 --batch-sizes 1 4 16",),
+        ok="everything is measured",
+        fault="the disk is full",
+        notes=[
+            words("cell", "run", "example", "adapter", "calibration", "results folder"),
+            paragraph(
+                "Every run of the chosen models, tasks, methods, sparsities and modes is measured one after the "
+                "other, on the GPU if there is one, for a few training steps. The numbers are printed and stored "
+                "in DIR/throughput."
+            ),
+            models(),
+            tasks(),
+            methods(),
+            modes(),
+            presets(),
+            settings(),
+        ],
     )
-    add_sweep_options(throughput)
-    throughput.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 2, 4, 8, 16], metavar="ROWS")
-    throughput.add_argument("--json", action="store_true", help="print as JSON")
+    groups = add_sweep_options(throughput, GROUPS)
+    groups["what to measure"].add_argument(
+        "--batch-sizes",
+        type=int,
+        nargs="+",
+        default=BATCH_SIZES,
+        metavar="N",
+        help=f"numbers of examples in a forward pass; each is measured (default: {' '.join(map(str, BATCH_SIZES))})",
+    )
+    add_json(groups["results"], "the measurements")
 
 
 def _throughput(chosen: argparse.Namespace) -> int:
@@ -41,7 +72,7 @@ def _throughput(chosen: argparse.Namespace) -> int:
     folder = config.results_dir / "throughput"
     folder.mkdir(parents=True, exist_ok=True)
     if not chosen.json:
-        print(f"{'rows':>5}{'samples/s':>11}{'tokens/s':>11}{'peak GB':>9}")
+        print(f"{'batch':>5}{'examples/s':>11}{'tokens/s':>11}{'peak GB':>9}")
     for run in plan.runs.values():
         measured = [measure(run, worker, size) for size in sizes]
         value = {"run_id": run.run_id, "by_batch_size": [asdict(m) for m in measured], "environment": environment()}

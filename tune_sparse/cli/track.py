@@ -8,20 +8,41 @@ from pathlib import Path
 from typing import Any
 
 from tune_sparse.cli.command import FAULT, OK, add_command, add_results_dirs, existing_folders
+from tune_sparse.cli.words import paragraph, words
 
 
 def declare(commands: Any) -> None:
-    track = add_command(commands, "track", _track, "fill or rebuild MLflow from the ledger")
+    track = add_command(
+        commands,
+        "track",
+        _track,
+        "bring MLflow up to date with the recorded results",
+        examples=("track", "track --tracking-uri http://127.0.0.1:5000 --baselines"),
+        ok="MLflow has every result",
+        fault="MLflow could not be reached; the same command goes on",
+        notes=[
+            words("MLflow", "published numbers", "results folder"),
+            paragraph(
+                "A sweep does this while it runs. The command is for results that MLflow has missed or lost, and "
+                "for another store. It adds what is missing, replaces what has changed, and never makes a result "
+                "twice."
+            ),
+        ],
+    )
     add_results_dirs(track)
     track.add_argument(
-        "--tracking-uri", help="of MLflow; default: MLFLOW_TRACKING_URI, or SQLite in the first results folder"
+        "--tracking-uri",
+        metavar="URI",
+        help="address of the MLflow store (default: the variable MLFLOW_TRACKING_URI, or else mlflow.db in the first "
+        "results folder)",
     )
     track.add_argument(
         "--baselines",
         type=Path,
         nargs="*",
-        metavar="CSV",
-        help="import published numbers too: the built-in ones, and those of these files (docs/baselines.md)",
+        metavar="FILE",
+        help="import published numbers, too: the built-in ones, and those of these CSV files, if any; their columns "
+        "are those of analysis/baselines/published.csv in the source code (default: import none)",
     )
 
 

@@ -12,14 +12,30 @@ import webbrowser
 from typing import Any
 
 from tune_sparse.cli.command import add_command, add_results_dir, existing_folders
+from tune_sparse.cli.words import paragraph, words
 
 PATIENCE_SECONDS = 60.0
 
 
 def declare(commands: Any) -> None:
-    ui = add_command(commands, "ui", _ui, "open MLflow on the tracked results")
+    ui = add_command(
+        commands,
+        "ui",
+        _ui,
+        "serve the web pages of MLflow for a results folder until Ctrl-C, and open them in a browser if there is one",
+        examples=("ui", "ui --results-dir ./gpu-results --port 5001"),
+        ok="the server ended by itself",
+        fault="the server could not start, or was ended with Ctrl-C",
+        notes=[
+            words("MLflow", "results folder"),
+            paragraph(
+                "It shows the file mlflow.db in the results folder. If --tracking-uri or MLFLOW_TRACKING_URI "
+                "named another store, open the pages of that one."
+            ),
+        ],
+    )
     add_results_dir(ui)
-    ui.add_argument("--port", type=int, default=5000)
+    ui.add_argument("--port", type=int, default=5000, metavar="N", help="port of the server (default: 5000)")
 
 
 def _ui(chosen: argparse.Namespace) -> int:

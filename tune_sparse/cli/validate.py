@@ -7,7 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tune_sparse.cli.command import FAULT, OK, add_command
+from tune_sparse.cli.command import FAULT, OK, add_command, add_json
+from tune_sparse.cli.words import paragraph, words
 
 
 def declare(commands: Any) -> None:
@@ -15,14 +16,44 @@ def declare(commands: Any) -> None:
         commands,
         "validate",
         _validate,
-        "check a checkpoint against its mask; writes validation_report.json into the checkpoint",
-        "example:\n    tune-sparse validate ./pruned --masks masks/my-llama/masks_sparsity50_wanda.safetensors",
+        "check a pruned checkpoint against its masks, and write validation_report.json into its folder",
+        examples=("validate ./pruned --masks masks/my-llama/masks_sparsity50_wanda.safetensors",),
+        ok="the checkpoint is valid",
+        fault="the checkpoint breaks a rule",
+        notes=[
+            words("sparsity", "mask"),
+            paragraph(
+                "A checkpoint is valid if all pruned weights are zero, all weights are finite, every matrix that "
+                "should be pruned has a mask that keeps some weights, and the sparsity is within 0.01 of the "
+                "expected one."
+            ),
+        ],
     )
-    validate.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
-    validate.add_argument("--masks", type=Path, required=True, metavar="FILE")
-    validate.add_argument("--sparsity", type=float, help="the asked one; which level of a packed map")
-    validate.add_argument("--tolerance", type=float, default=1e-6, help="of a masked weight; default 1e-6")
-    validate.add_argument("--json", action="store_true", help="print the report as JSON")
+    validate.add_argument(
+        "checkpoint", type=Path, metavar="CHECKPOINT", help="folder of the checkpoint, in Hugging Face format"
+    )
+    validate.add_argument(
+        "--masks",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="masks that `tune-sparse prune` wrote, in any of its formats",
+    )
+    validate.add_argument(
+        "--sparsity",
+        type=float,
+        metavar="FRACTION",
+        help="expected sparsity; of a file with the masks of several sparsities (--format levels of prune) it chooses "
+        "one (default: the sparsity that the statistics beside the masks name)",
+    )
+    validate.add_argument(
+        "--tolerance",
+        type=float,
+        default=1e-6,
+        metavar="NUMBER",
+        help="largest absolute value of a pruned weight that counts as zero (default: 1e-6)",
+    )
+    add_json(validate, "the report")
 
 
 def _validate(chosen: argparse.Namespace) -> int:

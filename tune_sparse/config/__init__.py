@@ -26,11 +26,22 @@ CS3 = "CS3"
 CS3_TRIAL = "CS3_TRIAL"
 """A Ray resource that a trial of the backend cerebras holds from its start to its end, also while it prunes and scores.
 One more than there are CS3 keeps these busy, and other trials are never crowded out."""
-CEREBRAS_TARGETS = ("cpu", "validate", "csx")
+CEREBRAS_TARGETS = {
+    "csx": "train on CS-3 systems",
+    "cpu": "train on the CPU of this machine",
+    "validate": "only check that the Cerebras compiler accepts each kind of model, and train nothing",
+}
 PRECISIONS = ("float32", "bfloat16")
-MASKED_LORA_IMPLS = ("auto", "structured", "effective-weight")
-CALIBRATIONS = ("task", "wikitext2")
-CALIBRATION_ORDERS = ("dense", "sequential")
+MASKED_LORA_IMPLS = {
+    "structured": "on the rows and columns that are left, for method structured",
+    "effective-weight": "builds the masked weight, for any mask",
+    "auto": "chooses by the mask",
+}
+CALIBRATIONS = {"task": "training examples of the task", "wikitext2": "pieces of that text"}
+CALIBRATION_ORDERS = {
+    "dense": "the unpruned model, once",
+    "sequential": "layer after layer, with all earlier layers pruned already",
+}
 SYNTHETIC, HUB = Path("synthetic"), Path("hub")
 """As a `data_dir`: examples come from the synthetic generator, or from the Hugging Face Hub. Neither is ever a default,
 so that no model is trained on generated examples, and nothing is fetched, by oversight."""
@@ -54,39 +65,67 @@ class Protocol:
     The defaults are the protocol of the 7B matrix.
     """
 
-    steps: int = option("optimizer steps of a training", 200)
-    global_batch_size: int = option("rows per optimizer step, accumulated over micro-batches", 256)
-    micro_batch_size: int = option("rows per forward pass; divides the global batch", 8)
-    learning_rate: float = option("peak of the cosine schedule", 3e-4)
-    final_learning_rate: float = option("end of the cosine schedule", 3e-5)
-    warmup_fraction: float = option("linear warm-up as a fraction of the steps", 0.03)
-    warmup_steps: int | None = option("linear warm-up in steps; wins over the fraction", None)
-    weight_decay: float = option("of AdamW", 0.1)
-    beta1: float = option("of AdamW", 0.9)
-    beta2: float = option("of AdamW", 0.95)
-    max_grad_norm: float = option("gradients are clipped to this norm", 1.0)
-    lora_rank: int = option("rank R of the adapters", 16)
-    lora_alpha: float = option("scaling s = alpha / R", 32.0)
-    lora_dropout: float = option("dropout on the adapters' input", 0.0)
-    masked_lora_impl: str = option(f"how masked adapters compute: {', '.join(MASKED_LORA_IMPLS)}", "auto")
-    train_on_prompt: bool = option("the prompt's tokens count in the loss too, not the answer's alone", False)
-    packing: bool = option("rows share sequences of max_tokens, without attention from row to row", False)
-    activation_checkpointing: bool = option("activations are computed again in the backward, to save memory", False)
-    precision: str = option(f"of the weights: {' or '.join(PRECISIONS)}", "bfloat16")
-    max_tokens: int = option("longer rows, or longer than the model's context, lose the start of their prompt", 2048)
-    max_new_tokens: int = option("limit of a generated answer", 256)
-    num_fewshot: int = option("worked examples before each test question; tuning is on questions without any", 0)
-    batch_tokens: int = option("padded tokens of a scoring pass: bounds its memory", 8192)
-    n_train: int | None = option("training rows used; none for all", None)
-    n_selection: int | None = option("rows carved from train for the eval loss; none for a tenth of train", 256)
-    n_test: int | None = option("test rows scored; none for all", None)
-    eval_every: int = option("steps between two eval losses", 50)
-    threads: int = option("CPU threads of a trial; their number changes the last bits of a sum", 1)
-    calibration: str = option("rows that calibrated scores are measured on: the cell's own task, or wikitext2", "task")
-    calibration_examples: int = option("their number", 128)
-    calibration_tokens: int = option("of a row of text; a task's rows are as long as in training", 2048)
+    steps: int = option("optimizer steps of a training", 200, heading="training")
+    global_batch_size: int = option("examples in each optimizer step", 256)
+    micro_batch_size: int = option("examples in each forward pass; must divide global_batch_size", 8)
+    learning_rate: float = option("highest learning rate of AdamW, from which a cosine schedule decays", 3e-4)
+    final_learning_rate: float = option("learning rate at the end of the cosine schedule", 3e-5)
+    warmup_fraction: float = option("fraction of the steps in which the learning rate rises linearly", 0.03)
+    warmup_steps: int | None = option(
+        "the same as a number of steps, which wins", None, unset="so the fraction decides"
+    )
+    weight_decay: float = option("weight decay of AdamW", 0.1)
+    beta1: float = option("beta1 of AdamW: decay of its mean of gradients", 0.9)
+    beta2: float = option("beta2 of AdamW: decay of its mean of squared gradients", 0.95)
+    max_grad_norm: float = option("norm to which gradients are clipped", 1.0)
+    lora_rank: int = option("rank of the LoRA adapters", 16, heading="LoRA adapters")
+    lora_alpha: float = option("LoRA alpha: the update of an adapter is scaled by lora_alpha / lora_rank", 32.0)
+    lora_dropout: float = option("dropout probability on the input of the adapters", 0.0)
+    masked_lora_impl: str = option(
+        "how mode sparse-to-sparse computes a masked adapter",
+        "auto",
+        choices=MASKED_LORA_IMPLS,
+    )
+    train_on_prompt: bool = option(
+        "compute the loss on the tokens of prompt and answer, instead of the answer alone", False, heading="sequences"
+    )
+    packing: bool = option("put several examples into one sequence; none attends to another", False)
+    activation_checkpointing: bool = option("recompute activations in the backward pass, to save memory", False)
+    precision: str = option("data type of the model's weights", "bfloat16", choices=PRECISIONS)
+    max_tokens: int = option(
+        "most tokens of a sequence, or the context of the model if that is less; a longer example loses the beginning "
+        "of its prompt",
+        2048,
+    )
+    max_new_tokens: int = option("most tokens of a generated answer", 256, heading="scoring")
+    num_fewshot: int = option(
+        "solved examples in the prompt of each test example; the prompts of the training have none", 0
+    )
+    batch_tokens: int = option("most tokens, padding included, in one batch of scoring: bounds its memory", 8192)
+    n_train: int | None = option("number of training examples", None, unset="all", heading="examples and evaluation")
+    n_selection: int | None = option(
+        "number of selection examples: used to measure the loss during training and, by `tune-sparse search`, to "
+        "compare; never trained on or among the test examples. `none` takes a tenth of the training split, or the "
+        "whole validation split where the test examples do not come from it",
+        256,
+    )
+    n_test: int | None = option("number of test examples", None, unset="all")
+    eval_every: int = option("steps between two measurements of the loss on the selection examples", 50)
+    threads: int = option("CPU threads of a run; another number can change the last bits of a result", 1)
+    calibration: str = option(
+        "examples on which the methods that need data measure the model",
+        "task",
+        choices=CALIBRATIONS,
+        heading="calibration of the pruning methods that need data",
+    )
+    calibration_examples: int = option("number of calibration examples", 128)
+    calibration_tokens: int = option(
+        "tokens of each piece of wikitext2; a task's examples are as long as in training", 2048
+    )
     calibration_order: str = option(
-        "dense: inputs of the dense model; sequential: of the blocks pruned before", "dense"
+        "the model whose activations are measured",
+        "dense",
+        choices=CALIBRATION_ORDERS,
     )
 
     def __post_init__(self) -> None:
@@ -199,14 +238,37 @@ class Cell:
 class Cerebras:
     """Where and how the backend cerebras trains. Of these, only the target changes numbers."""
 
-    cerebras_target: str = option("cpu to train there, validate to lower only, csx for CS-3 systems", "csx")
-    cs3: int = option("CS-3 trainings at once, where the sweep starts Ray itself", 1)
-    num_csx: int = option("CS-3 systems of one training", 1)
-    mount_dirs: tuple[str, ...] = option("folders that the appliance's nodes must see", ())
-    python_paths: tuple[str, ...] = option("where they find Python packages", ())
-    train_timeout_seconds: float | None = option("a training that takes longer is ended; none for no limit", None)
-    scoring_gpus: float = option("GPU, or a fraction of it, that a trial holds to prune and score", 0.0)
-    cerebras_share: float = option("of the (model, task) blocks, what `--backend split` trains on Cerebras", 0.5)
+    cerebras_target: str = option(
+        "how to use the Cerebras software",
+        "csx",
+        metavar="TARGET",
+        choices=CEREBRAS_TARGETS,
+    )
+    cs3: int = option(
+        "number of trainings on CS-3 systems at the same time, if the sweep starts Ray itself; on a running cluster of "
+        "Ray its resource named CS3 decides",
+        1,
+        metavar="N",
+    )
+    num_csx: int = option("number of CS-3 systems that one training uses", 1, metavar="N")
+    mount_dirs: tuple[str, ...] = option(
+        "folders to mount on the nodes of the Cerebras cluster", (), metavar="DIR", unset="none"
+    )
+    python_paths: tuple[str, ...] = option(
+        "folders with Python packages for the nodes of the Cerebras cluster", (), metavar="DIR", unset="none"
+    )
+    train_timeout_seconds: float | None = option(
+        "stop a training on Cerebras that takes longer, and record its run as failed",
+        None,
+        metavar="SECONDS",
+        unset="no limit",
+    )
+    scoring_gpus: float = option(
+        "GPUs that a trial holds to prune and score a model that Cerebras trains: from 0 to 1", 0.0, metavar="GPUS"
+    )
+    cerebras_share: float = option(
+        "fraction of the pairs of model and task that --backend split trains on Cerebras", 0.5, metavar="FRACTION"
+    )
 
     def __post_init__(self) -> None:
         if self.cerebras_target not in CEREBRAS_TARGETS:
@@ -228,26 +290,78 @@ UNTOUCHED_ON_CEREBRAS = ("lora_dropout", "masked_lora_impl", "packing", "activat
 class SweepConfig:
     """A sweep: the axes of its matrix, the protocol of its cells, and where it runs."""
 
-    models: tuple[str, ...] = option("names of toy models, checkpoint folders, or hub ids with @revision")
-    tasks: tuple[str, ...] = option("benchmarks", ("boolq", "hellaswag", "gsm8k"))
-    methods: tuple[str, ...] = option("pruning methods", ("unstructured", "structured", "random"))
-    sparsities: tuple[float, ...] = option(
-        "fractions of zeros in the pruned matrices", (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+    models: tuple[str, ...] = option(
+        "models to prune and train: toy models, checkpoint folders, or Hugging Face ids as ORG/NAME@REVISION",
+        metavar="MODEL",
+        unset="those of the preset",
     )
-    modes: tuple[str, ...] = option("training modes", SPARSE_ADAPTER_MODES)
-    seeds: tuple[int, ...] = option("of the rows' order, the adapters and the random masks", (0,))
+    tasks: tuple[str, ...] = option(
+        "tasks to train and score on, listed below; TASK+TASK trains on a mixture",
+        ("boolq", "hellaswag", "gsm8k"),
+        metavar="TASK",
+    )
+    methods: tuple[str, ...] = option(
+        "pruning methods, listed below", ("unstructured", "structured", "random"), metavar="METHOD"
+    )
+    sparsities: tuple[float, ...] = option(
+        "fractions of weights to set to zero, from 0 (the unpruned model) to below 1, in all linear layers but the "
+        "embeddings and the output layer",
+        (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9),
+        metavar="FRACTION",
+    )
+    modes: tuple[str, ...] = option("training modes, listed below", SPARSE_ADAPTER_MODES, metavar="MODE")
+    seeds: tuple[int, ...] = option(
+        "random seeds; each trains every cell once more, with another order of examples, other initial adapters and "
+        "other masks of method random",
+        (0,),
+        metavar="SEED",
+    )
     backend: tuple[str, ...] = option(
-        "where trials compute: torch, cerebras, both (each cell on each) or split (whole model-task blocks)", ("torch",)
+        "where models are trained",
+        ("torch",),
+        metavar="BACKEND",
+        choices={
+            "torch": "on CPU or GPU",
+            "cerebras": "with the Cerebras software",
+            BOTH: "every cell on each of the two",
+            SPLIT: "each pair of model and task on one of the two",
+        },
     )
     protocol: Protocol = field(default_factory=Protocol)
     cerebras: Cerebras = field(default_factory=Cerebras)
-    data_dir: Path | None = option("folder of tasks, `hub` to fetch them, `synthetic` for generated rows", None)
-    results_dir: Path = option("the ledger, MLflow and reports", Path("results"))
-    workers: int | None = option("trials at once; none for one per core (or per GPU)", None)
-    gpus_per_trial: float | None = option("GPU, or a fraction of it, that a trial holds; none to pack by memory", 0.0)
-    max_retries: int = option("new tries of a trial after an infrastructure error", 2)
-    hang_seconds: float | None = option("a trial without progress for so long is tried again; none to wait", 1800.0)
-    tracking_uri: str | None = option("of MLflow; none for MLFLOW_TRACKING_URI, or SQLite in the results folder", None)
+    data_dir: Path | None = option(
+        "source of the examples: a folder with a file TASK/SPLIT.jsonl for each split, one JSON object per line with "
+        "the fields of the task's Hugging Face dataset; or `hub` to download them from the Hugging Face Hub; or "
+        "`synthetic` for generated ones",
+        None,
+        metavar="DIR",
+        unset="so the preset or this option must say it",
+    )
+    results_dir: Path = option("results folder", Path("results"), metavar="DIR")
+    workers: int | None = option(
+        "number of trials at the same time",
+        None,
+        metavar="N",
+        unset="as many as the CPU cores and GPUs can hold",
+    )
+    gpus_per_trial: float | None = option(
+        "GPUs that a trial holds: 1, a fraction to share a GPU, 0 for the CPU, or `none` to share each GPU among as "
+        "many trials as fit into its memory",
+        0.0,
+        metavar="GPUS",
+    )
+    max_retries: int = option(
+        "how often a run is repeated after its process or node died or it made no progress", 2, metavar="N"
+    )
+    hang_seconds: float | None = option(
+        "end and repeat a run that makes no progress for this long; `none` waits forever", 1800.0, metavar="SECONDS"
+    )
+    tracking_uri: str | None = option(
+        "address of the MLflow store",
+        None,
+        metavar="URI",
+        unset="so the variable MLFLOW_TRACKING_URI, or else DIR/mlflow.db in the results folder",
+    )
 
     def __post_init__(self) -> None:
         for axis in ("models", "tasks", "methods", "sparsities", "modes", "seeds", "backend"):

@@ -11,8 +11,33 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 from tune_sparse.errors import InputError
 
 
-def option(help: str, default: Any = MISSING) -> Any:
-    return field(default=default, metadata={"help": help})
+def option(
+    help: str, default: Any = MISSING, *, metavar: str = "", unset: str = "", choices: Any = (), heading: str = ""
+) -> Any:
+    """A field with what a help says of it.
+
+    unset: the meaning of a default that is empty or missing. choices: {value: its meaning}, or values whose names say
+    it. heading: begins a group of settings.
+    """
+    texts = {"help": help, "metavar": metavar, "unset": unset, "choices": choices, "heading": heading}
+    return field(default=default, metadata=texts)
+
+
+def describe_option(at: Field[Any]) -> str:
+    """The text of a field with its choices and its default."""
+    metadata = at.metadata
+    choices = metadata["choices"]
+    meant = [f"{name}: {meaning}" for name, meaning in choices.items()] if isinstance(choices, dict) else choices
+    listed = f" ({'; '.join(meant)})" if isinstance(choices, dict) else f": {' or '.join(meant)}" if meant else ""
+    return f"{metadata['help']}{listed} (default: {_default_text(at)})"
+
+
+def _default_text(at: Field[Any]) -> str:
+    if at.default is MISSING:
+        return str(at.metadata["unset"])
+    value = " ".join(map(str, at.default)) if isinstance(at.default, tuple) else str(at.default)
+    value = value.lower() if at.default is None or isinstance(at.default, bool) else value
+    return ", ".join(filter(None, (value, at.metadata["unset"])))
 
 
 def rule(holds: bool, text: str, value: Any, fix: str) -> None:

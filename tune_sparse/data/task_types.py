@@ -35,6 +35,8 @@ class Task(ABC):
     """One benchmark, as it is read, asked and scored."""
 
     name: str
+    about: str = ""
+    """For a help."""
     fields: Mapping[str, type | tuple[type, ...]]
     """Source fields that an example must have, with their types."""
     test_split: Literal["validation", "test"]

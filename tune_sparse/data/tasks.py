@@ -109,9 +109,10 @@ def _alpaca(instruction: str) -> str:
     )
 
 
-def _arc(name: str, config: str) -> Task:
+def _arc(name: str, config: str, about: str) -> Task:
     return ChoiceTask(
         name=name,
+        about=about,
         fields={"question": str, "choices": dict, "answerKey": str},
         test_split="test",
         hub=Hub("allenai/ai2_arc", config),
@@ -126,6 +127,7 @@ TASKS: dict[str, Task] = {
     for task in (
         ChoiceTask(
             name="boolq",
+            about="yes/no questions about a passage",
             fields={"question": str, "passage": str, "answer": bool},
             test_split="validation",
             hub=Hub("google/boolq"),
@@ -140,6 +142,7 @@ TASKS: dict[str, Task] = {
         ),
         ChoiceTask(
             name="hellaswag",
+            about="the likeliest continuation of a scene, of 4",
             fields={"activity_label": str, "ctx_a": str, "ctx_b": str, "endings": list, "label": (str, int)},
             test_split="validation",
             hub=Hub("Rowan/hellaswag"),
@@ -149,6 +152,7 @@ TASKS: dict[str, Task] = {
         ),
         AnswerTask(
             name="gsm8k",
+            about="grade-school mathematics, answered in steps",
             fields={"question": str, "answer": str},
             test_split="test",
             hub=Hub("openai/gsm8k", "main"),
@@ -162,6 +166,7 @@ TASKS: dict[str, Task] = {
         ),
         AnswerTask(
             name="mawps",
+            about="arithmetic word problems",
             fields={"original_text": str, "ans": (int, float)},
             test_split="test",
             hub=None,
@@ -174,6 +179,7 @@ TASKS: dict[str, Task] = {
         ),
         AnswerTask(
             name="svamp",
+            about="arithmetic word problems with variations",
             fields={"Body": str, "Question": str, "Answer": str},
             test_split="test",
             hub=Hub("ChilleD/SVAMP"),
@@ -189,6 +195,7 @@ TASKS: dict[str, Task] = {
         ),
         ChoiceTask(
             name="piqa",
+            about="everyday physics, 2 choices",
             fields={"goal": str, "sol1": str, "sol2": str, "label": int},
             test_split="validation",
             hub=Hub("baber/piqa"),
@@ -200,6 +207,7 @@ TASKS: dict[str, Task] = {
         ),
         ChoiceTask(
             name="winogrande",
+            about="which of 2 words fits a gap",
             fields={"sentence": str, "option1": str, "option2": str, "answer": str},
             test_split="validation",
             hub=Hub("allenai/winogrande", "winogrande_xl"),
@@ -210,6 +218,7 @@ TASKS: dict[str, Task] = {
         ),
         ChoiceTask(
             name="openbookqa",
+            about="elementary science, 4 choices",
             fields={"question_stem": str, "choices": dict, "answerKey": str},
             test_split="test",
             hub=Hub("allenai/openbookqa", "main"),
@@ -217,10 +226,11 @@ TASKS: dict[str, Task] = {
             pairs=lambda example: _labelled_choices(example["question_stem"], example),
             gold=_labelled_gold,
         ),
-        _arc("arc_easy", "ARC-Easy"),
-        _arc("arc_challenge", "ARC-Challenge"),
+        _arc("arc_easy", "ARC-Easy", "school science, easy questions, 4 choices"),
+        _arc("arc_challenge", "ARC-Challenge", "school science, hard questions, 4 choices"),
         TextTask(
             name="wikitext2",
+            about="articles of Wikipedia",
             test_split="test",
             hub=Hub("Salesforce/wikitext", "wikitext-2-raw-v1"),
             files={"train": "train.txt", "validation": "valid.txt", "test": "test.txt"},
@@ -228,6 +238,7 @@ TASKS: dict[str, Task] = {
         ),
         TextTask(
             name="tinyshakespeare",
+            about="plays of Shakespeare",
             test_split="test",
             hub=None,
             files=dict.fromkeys(("train", "validation", "test"), "input.txt"),

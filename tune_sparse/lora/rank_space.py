@@ -17,7 +17,10 @@ from tune_sparse.models.architectures import matrix_named
 
 Ranks = dict[str, int]
 """A configuration: {dimension: active rank}."""
-SAMPLINGS = ("uniform", "sandwich")
+SAMPLINGS = {
+    "uniform": "every rank with the same probability",
+    "sandwich": "the largest ranks, the smallest ranks and random ranks in turn",
+}
 
 
 @dataclass(frozen=True)

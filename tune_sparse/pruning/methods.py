@@ -14,10 +14,21 @@ from itertools import product
 from tune_sparse.errors import InputError, unknown_name
 from tune_sparse.pruning.scores import SCORES, Needs
 
-ALLOCATIONS = ("uniform", "global", "owl")
+ALLOCATIONS = {
+    "uniform": "prunes the same fraction of every matrix",
+    "global": "prunes the lowest scores of the whole model: more in some layers than in others",
+    "owl": "prunes less in layers with many outliers (OWL: Outlier Weighed Layerwise sparsity)",
+}
 GROUPS = {"2:4": (2, 4), "4:8": (4, 8)}
 """{pattern: (weights kept, of so many neighbours in a row)}"""
-PATTERNS = ("element-wise", "structured", *GROUPS)
+PATTERNS = {
+    "element-wise": "prunes single weights",
+    "structured": "prunes whole attention heads and feed-forward channels",
+    **{
+        name: f"keeps {kept} of every {size} neighbouring weights, so the only sparsity is {1 - kept / size:g}"
+        for name, (kept, size) in GROUPS.items()
+    },
+}
 TOLERANCE = 0.01
 """The actual sparsity may be this far from the target sparsity."""
 OWN_NAMES = {

@@ -78,6 +78,8 @@ class Score:
     compute: Callable[[Tensor, ScoreInputs], Tensor] | None
     """None where `sparsegpt` scores column by column, as it updates the weights."""
     needs: Needs = Needs()
+    about: str = ""
+    """For a help: which weights go."""
     by_row: bool = False
     """Scores compare within an output row: each row loses the same number of weights."""
     refuses: Mapping[str, str] = field(default_factory=dict)
@@ -85,19 +87,21 @@ class Score:
 
 
 SCORES = {
-    "magnitude": Score(magnitude),
-    "random": Score(random, Needs(seed=True)),
-    "gradient": Score(gradient, Needs(gradients=True)),
-    "taylor": Score(taylor, Needs(gradients=True)),
+    "magnitude": Score(magnitude, about="prunes the smallest weights |w|"),
+    "random": Score(random, Needs(seed=True), "prunes weights at random, as the seed says"),
+    "gradient": Score(gradient, Needs(gradients=True), "prunes the weights with the smallest gradients |g|"),
+    "taylor": Score(taylor, Needs(gradients=True), "prunes the smallest products of weight and gradient |w g|"),
     "wanda": Score(
         wanda,
         Needs(input_norms=True),
+        "prunes the smallest products of weight and norm of its inputs |w| ‖x‖, in each row of a matrix",
         by_row=True,
         refuses={"global": "Wanda's scores compare within an output row, not between layers"},
     ),
     "sparsegpt": Score(
         None,
         Needs(hessian=True),
+        "prunes what changes the outputs of a layer least, and adjusts the kept weights",
         refuses={
             "global": "SparseGPT's errors compare within one layer, whose weights it updates",
             "structured": "SparseGPT spreads the error of single weights over their row, a removed channel has no "

@@ -11,9 +11,17 @@ from tune_sparse.errors import InputError, unknown_name
 from tune_sparse.lora.rank_space import SAMPLINGS, Space, SuperAdapter
 from tune_sparse.modes import MODES
 
-SAMPLERS = ("nsga2", "tpe", "hill-climbing", "random")
-OBJECTIVES = ("accuracy", "parameters", "inference_flops")
-COST_OBJECTIVES = OBJECTIVES[1:]
+SAMPLERS = {
+    "nsga2": "genetic algorithm for several objectives",
+    "tpe": "Bayesian optimisation by Tree-structured Parzen Estimators",
+    "hill-climbing": "small changes of the best candidates so far",
+    "random": "independent random candidates",
+}
+OBJECTIVES = {
+    "accuracy": "on the selection examples, as high as possible",
+    "parameters": "number of weights of the adapters, as low as possible",
+    "inference_flops": "arithmetic operations of the model with its adapters, as low as possible",
+}
 CELL_AXES = ("models", "tasks", "methods", "sparsities", "modes", "seeds")
 """The axes of a sweep that name its cells: a search has one value of each."""
 
@@ -24,15 +32,28 @@ class SearchConfig:
 
     sweep: SweepConfig
     space: Space
-    space_name: str = option("of the space, for people", "custom")
-    sampling: str = option(f"of the ranks in training: {' or '.join(SAMPLINGS)}", "uniform")
-    sampler: str = option(f"of the candidates: {', '.join(SAMPLERS)}", "nsga2")
-    trials: int = option("different candidates to score", 100)
-    objectives: tuple[str, ...] = option(
-        f"accuracy, alone or with {' or '.join(COST_OBJECTIVES)}", ("accuracy", "parameters")
+    space_name: str = option("name of the space", "custom")
+    sampling: str = option(
+        "how the ranks of each training step are drawn",
+        "uniform",
+        metavar="NAME",
+        choices=SAMPLINGS,
     )
-    is_racing: bool = option("candidates that are beaten beyond doubt stop early", True)
-    in_order: bool = option("one candidate after the other, so that the same seed searches the same", False)
+    sampler: str = option(
+        "search algorithm",
+        "nsga2",
+        metavar="NAME",
+        choices=SAMPLERS,
+    )
+    trials: int = option("number of different candidates to score", 100, metavar="N")
+    objectives: tuple[str, ...] = option(
+        "aims of the search: accuracy, alone or with one of the other two",
+        ("accuracy", "parameters"),
+        metavar="NAME",
+        choices=OBJECTIVES,
+    )
+    is_racing: bool = option("stop a candidate early when others are clearly better", True)
+    in_order: bool = option("score one candidate after the other, so that the same seed repeats the search", False)
 
     def __post_init__(self) -> None:
         for axis in CELL_AXES:

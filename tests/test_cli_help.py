@@ -1,0 +1,170 @@
+"""Every help explains every option, says its default and exit status, and shows commands that parse."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shlex
+from dataclasses import fields
+from typing import Any
+
+import pytest
+
+from search_spaces import matrix, subadapters
+from tune_sparse.cli import main, parser, parsers
+from tune_sparse.cli.command import BAD_INPUT
+from tune_sparse.cli.sweep import GROUPS
+from tune_sparse.cli.words import TOY_MODELS, WIDTH, WORDS, methods, presets, settings, table, tasks
+from tune_sparse.config import BACKENDS, Cerebras, Protocol, SweepConfig
+from tune_sparse.config.options import describe_option, option
+from tune_sparse.data.tasks import TASKS
+from tune_sparse.models import toy_models
+from tune_sparse.modes import MODES
+from tune_sparse.pruning.methods import ALLOCATIONS, METHODS, PATTERNS
+from tune_sparse.pruning.scores import SCORES
+
+COMMANDS = parsers()[1]
+each_command = pytest.mark.parametrize("name", COMMANDS)
+ALTERNATIVES = {"evaluate": {"model", "run"}, "merge": {"run", "base", "adapter"}}
+"""Options of which one or the other must be given, so that none has a default."""
+USED_BY_PREPARE = {"help", "preset", "config", "models", "tasks", "data_dir"}
+
+
+def options(command: argparse.ArgumentParser) -> dict[str, argparse.Action]:
+    return {action.dest: action for action in command._actions}
+
+
+def section(text: str, heading: str) -> list[str]:
+    """The lines under a heading of a help."""
+    found = re.search(rf"^{heading}:\n((?:    .*\n?)+)", text, flags=re.MULTILINE)
+    assert found, heading
+    return found[1].splitlines()
+
+
+def test_there_are_helps_to_check() -> None:
+    assert len(COMMANDS) == 17
+    assert sum(len(options(command)) for command in COMMANDS.values()) >= 130
+
+
+@each_command
+def test_every_option_is_explained(name: str) -> None:
+    for action in options(COMMANDS[name]).values():
+        assert action.help
+        assert not action.help.lower().startswith(("of ", "what ", "see "))
+        assert "rows" not in action.help.replace("rows and columns", "")
+        if action.nargs != 0:
+            metavar = str(action.metavar)
+            assert action.choices or metavar == metavar.upper() != "NONE"
+            needed = action.required or action.dest in ALTERNATIVES.get(name, ())
+            assert needed or "(default: " in action.help
+            assert "(default: )" not in action.help
+
+
+@each_command
+def test_a_help_has_a_sentence_examples_that_parse_and_the_exit_status(name: str) -> None:
+    command = COMMANDS[name]
+    text = command.format_help()
+    assert command.description
+    assert command.description[0].isupper()
+    assert command.description.endswith(".")
+    shown = section(text, "examples")
+    for line in shown:
+        program, *arguments = shlex.split(line)
+        assert (program, arguments[0]) == ("tune-sparse", name)
+        parser().parse_args(arguments)
+    assert [line.split()[0] for line in section(text, "exit status") if line[4] != " "] == ["0", "1", "2"]
+
+
+@each_command
+def test_a_help_fits_its_width_whatever_the_terminal(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    assert max(map(len, COMMANDS[name].format_help().splitlines())) <= WIDTH
+
+
+@each_command
+def test_the_words_of_the_project_are_explained_where_they_are_used(name: str) -> None:
+    text = COMMANDS[name].format_help()
+    explained = "\n".join(section(text, "words")) if "\nwords:\n" in text else ""
+    used = re.sub(r"`[^`]*`", "", text)
+    for word in ("super-adapter", "sub-adapter", "trial", "cell", "audit", "MLflow", "candidate", "Ray", "CS-3"):
+        is_used = re.search(rf"(?<![-\w]){word}s?(?![-\w])", used)
+        is_command = word == name or (word in {"trial"} and name == "search")
+        assert not is_used or is_command or f"    {word} " in explained, word
+
+
+def test_every_word_is_used() -> None:
+    helps = "\n".join(command.format_help() for command in COMMANDS.values())
+    assert [word for word in WORDS if f"    {word} " not in helps] == []
+
+
+def test_prepare_and_throughput_show_only_what_they_use() -> None:
+    assert set(options(COMMANDS["prepare"])) == USED_BY_PREPARE
+    unused = {"workers", "max_retries", "hang_seconds", "tracking_uri", "backend", "seeds", "cs3"}
+    assert unused.isdisjoint(options(COMMANDS["throughput"]))
+    assert unused <= set(options(COMMANDS["sweep"]))
+
+
+def test_a_sweep_has_an_option_for_each_setting_in_one_group() -> None:
+    grouped = [name for names in GROUPS.values() for name in names]
+    declared = [f.name for kind in (SweepConfig, Cerebras) for f in fields(kind)]
+    assert sorted(grouped) == sorted(set(declared) - {"protocol", "cerebras"})
+    titles = {group.title for group in COMMANDS["sweep"]._action_groups}
+    assert set(GROUPS) <= titles
+
+
+def test_every_entry_of_a_table_says_what_it_is() -> None:
+    assert all(task.about for task in TASKS.values())
+    assert all(mode.about for mode in MODES.values())
+    assert all(score.about for score in SCORES.values())
+    assert all([*ALLOCATIONS.values(), *PATTERNS.values()])
+    assert set(matrix.ABOUT) == set(matrix.PRESETS)
+    assert set(subadapters.ABOUT) == set(subadapters.PRESETS)
+    assert set(TOY_MODELS) == set(toy_models.TOY_MODELS)
+
+
+def test_the_lists_of_a_help_are_complete() -> None:
+    assert [name for name in TASKS if f"    {name} " not in tasks()] == []
+    assert [name for name in matrix.PRESETS if f"    {name} " not in presets()] == []
+    assert set(METHODS) <= set(re.split(r"[,\s]+", methods()))
+    assert [f.name for f in fields(Protocol) if f"    {f.name} " not in settings()] == []
+    assert set(BACKENDS) <= set(SweepConfig.__dataclass_fields__["backend"].metadata["choices"])
+
+
+@pytest.mark.parametrize(
+    ("default", "more", "text"),
+    [
+        (3, {}, "number of things (default: 3)"),
+        (False, {}, "number of things (default: false)"),
+        ((0.5, 0.7), {}, "number of things (default: 0.5 0.7)"),
+        (None, {"unset": "all of them"}, "number of things (default: none, all of them)"),
+        ((), {"unset": "none"}, "number of things (default: none)"),
+        ("a", {"choices": ("a", "b")}, "number of things: a or b (default: a)"),
+        ("a", {"choices": {"a": "one", "b": "two"}}, "number of things (a: one; b: two) (default: a)"),
+    ],
+)
+def test_a_default_and_choices_are_read_from_the_field(default: Any, more: dict[str, Any], text: str) -> None:
+    made = option("number of things", default, **more)
+    assert describe_option(made) == text
+
+
+def test_a_table_is_aligned() -> None:
+    assert table("kinds", {"a": "one", "long": "two"}) == "kinds:\n    a     one\n    long  two"
+    assert table("kinds", {"a": "word " * 40}).splitlines()[2].startswith("       word")
+
+
+def test_an_unknown_command_offers_the_closest(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match=str(BAD_INPUT)):
+        main(["sweeep", "--workers", "2"])
+    assert "tune-sparse: error: unknown command 'sweeep'. Did you mean 'sweep'" in capsys.readouterr().err
+
+
+def test_the_version_and_every_command_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert re.fullmatch(r"tune-sparse \d+\.\d+\.\d+\n", capsys.readouterr().out)
+    text = parser().format_help()
+    assert max(map(len, text.splitlines())) <= WIDTH
+    listed = re.findall(r"^    ([a-z]+) +[A-Z]", text, flags=re.MULTILINE)
+    assert listed == list(COMMANDS)
+    for line in section(text, "examples"):
+        parser().parse_args(shlex.split(line, comments=True)[1:])
