@@ -150,7 +150,7 @@ def test_a_dry_run_says_what_would_be_searched(llama: Path, tmp_path: Path, caps
     [value] = json.loads(capsys.readouterr().out)
     assert (value["trials"], value["selection_examples"], value["super_adapter_is_trained"]) == (10, 12, False)
     assert main(arguments(llama, tmp_path, "--dry-run")) == 0
-    assert "12 selection rows" in capsys.readouterr().out
+    assert "12 selection examples" in capsys.readouterr().out
 
 
 def test_a_search_differs_by_what_decides_its_candidates(llama: Path, tmp_path: Path) -> None:
