@@ -207,7 +207,7 @@ def empty_store(once: Once) -> Path:
     return once("mlflow", make) / "mlflow.db"
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def local_ray() -> Iterator[None]:
     """A Ray cluster of this process: two cores, a token of each kind of hardware."""
     import ray

@@ -37,7 +37,7 @@ def test_a_desktop_has_a_screen_and_a_terminal(
 @pytest.fixture
 def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     pages: list[str] = []
-    monkeypatch.setattr("webui.open", pages.append)
+    monkeypatch.setattr("webbrowser.open", pages.append)
     return pages
 
 

@@ -40,10 +40,17 @@ def swept(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_sweep_from_python_and_one_from_yaml_are_the_same(
-    swept: Path, llama: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    swept: Path, llama: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("analysis.report.report.write_report", lambda *_: None)
-    chosen = ["--models", str(llama), "--results-dir", str(swept), "--set", *(f"{n}={v}" for n, v in FEW.items())]
+    chosen = [
+        "--no-report",
+        "--models",
+        str(llama),
+        "--results-dir",
+        str(swept),
+        "--set",
+        *(f"{n}={v}" for n, v in FEW.items()),
+    ]
     assert main(["sweep", "--config", str(FOLDER / "sweep.yaml"), *chosen]) == OK
     assert "0 trainings in" in capsys.readouterr().out
 

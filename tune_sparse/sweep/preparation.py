@@ -19,6 +19,7 @@ from tune_sparse.models.checkpoints import prepare_models
 from tune_sparse.models.toy_models import TOY_MODELS
 from tune_sparse.sweep.examples import read_examples
 from tune_sparse.sweep.plan import Plan, check_names, plan_cells
+from tune_sparse.tracking.sync import tracking_uri
 
 logger = logging.getLogger(__name__)
 FREE_SOME = "Free some, or give another --results-dir."
@@ -31,6 +32,7 @@ def prepare(config: SweepConfig, report: Callable[[str], None] = logger.info) ->
     Raises `InputError` for anything that would stop a trial later.
     """
     check_names(config)
+    tracking_uri(config)  # raises for an address that holds a password
     examples = read_examples(config)
     check_folder(config.results_dir)
     prepare_models([model for model in config.models if model in TOY_MODELS], report=report)
