@@ -73,10 +73,11 @@ def test_a_sweep_that_is_done_is_shown_again(swept: Path, llama: Path, capsys: p
 
 
 def test_mlflow_shows_the_trainings_of_a_sweep(
-    swept: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    swept: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import mlflow
 
+    monkeypatch.chdir(tmp_path)  # MLflow makes a database where it is asked for its address
     before = mlflow.get_tracking_uri()
     try:
         example("mlflow_view").main(str(swept))

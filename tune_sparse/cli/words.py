@@ -45,7 +45,7 @@ WORDS = {
     "CS-3": "a computer for machine learning by the company Cerebras, which sells its software with it",
     "MLflow": "a program that stores results of experiments and shows them in a browser",
 }
-"""What a reader needs to know who has never seen the project."""
+"""The project's words, each in the help that uses it."""
 
 
 def table(heading: str, rows: Mapping[str, str]) -> str:
