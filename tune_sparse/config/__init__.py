@@ -29,15 +29,20 @@ One more than there are CS3 keeps these busy, and other trials are never crowded
 CEREBRAS_TARGETS = {
     "csx": "train on CS-3 systems",
     "cpu": "train on the CPU of this machine",
-    "validate": "only check that the Cerebras compiler accepts each kind of model, and train nothing",
+    "validate": "only check that the Cerebras compiler accepts each model in each mode at the highest sparsity, and "
+    "train nothing",
 }
 PRECISIONS = ("float32", "bfloat16")
 MASKED_LORA_IMPLS = {
-    "structured": "on the rows and columns that are left, for method structured",
-    "effective-weight": "builds the masked weight, for any mask",
-    "auto": "chooses by the mask",
+    "structured": "only with the rows and columns that are left; the only method must be `structured`",
+    "effective-weight": "adds the masked product to W first, for any mask",
+    "auto": "chooses the faster one for each mask",
 }
-CALIBRATIONS = {"task": "training examples of the task", "wikitext2": "pieces of that text"}
+CALIBRATIONS = {
+    "task": "training examples of the task",
+    "wikitext2": "pieces of the training text of that task in --data-dir, so not with synthetic; `tune-sparse prepare "
+    "--tasks wikitext2 --data-dir hub` downloads it",
+}
 CALIBRATION_ORDERS = {
     "dense": "the unpruned model, once",
     "sequential": "layer after layer, with all earlier layers pruned already",
@@ -82,7 +87,9 @@ class Protocol:
     lora_alpha: float = option("LoRA alpha: the update of an adapter is scaled by lora_alpha / lora_rank", 32.0)
     lora_dropout: float = option("dropout probability on the input of the adapters", 0.0)
     masked_lora_impl: str = option(
-        "how mode sparse-to-sparse computes a masked adapter",
+        "how mode sparse-to-sparse computes with W + mask * (B A): the pruned weight W, and the product of the two "
+        "matrices "
+        "of an adapter in which pruned places are zero",
         "auto",
         choices=MASKED_LORA_IMPLS,
     )
@@ -102,21 +109,24 @@ class Protocol:
         "solved examples in the prompt of each test example; the prompts of the training have none", 0
     )
     batch_tokens: int = option("most tokens, padding included, in one batch of scoring: bounds its memory", 8192)
-    n_train: int | None = option("number of training examples", None, unset="all", heading="examples and evaluation")
+    n_train: int | None = option(
+        "number of training examples, of each task of a mixture", None, unset="all", heading="examples and evaluation"
+    )
     n_selection: int | None = option(
-        "number of selection examples: used to measure the loss during training and, by `tune-sparse search`, to "
-        "compare; never trained on or among the test examples. `none` takes a tenth of the training split, or the "
-        "whole validation split where the test examples do not come from it",
+        "number of selection examples: the loss is measured on them during training, and `tune-sparse search` compares "
+        "on them. They come from the validation split if the test examples do not, or else from the training split, "
+        "and "
+        "are then not trained on. `none` takes the whole validation split, or a tenth of the training split",
         256,
     )
-    n_test: int | None = option("number of test examples", None, unset="all")
+    n_test: int | None = option("number of test examples, of each task of a mixture", None, unset="all")
     eval_every: int = option("steps between two measurements of the loss on the selection examples", 50)
     threads: int = option("CPU threads of a run; another number can change the last bits of a result", 1)
     calibration: str = option(
-        "examples on which the methods that need data measure the model",
+        "examples on which the methods that need calibration measure the model",
         "task",
         choices=CALIBRATIONS,
-        heading="calibration of the pruning methods that need data",
+        heading="calibration, for the methods that need it",
     )
     calibration_examples: int = option("number of calibration examples", 128)
     calibration_tokens: int = option(
@@ -245,17 +255,18 @@ class Cerebras:
         choices=CEREBRAS_TARGETS,
     )
     cs3: int = option(
-        "number of trainings on CS-3 systems at the same time, if the sweep starts Ray itself; on a running cluster of "
-        "Ray its resource named CS3 decides",
+        "number of trainings on CS-3 systems at the same time; without effect on a running Ray cluster, where the "
+        "amount "
+        "of its resource named CS3 decides",
         1,
         metavar="N",
     )
     num_csx: int = option("number of CS-3 systems that one training uses", 1, metavar="N")
     mount_dirs: tuple[str, ...] = option(
-        "folders to mount on the nodes of the Cerebras cluster", (), metavar="DIR", unset="none"
+        "folders to mount on the nodes of the Cerebras cluster", (), metavar="FOLDER", unset="none"
     )
     python_paths: tuple[str, ...] = option(
-        "folders with Python packages for the nodes of the Cerebras cluster", (), metavar="DIR", unset="none"
+        "folders with Python packages for the nodes of the Cerebras cluster", (), metavar="FOLDER", unset="none"
     )
     train_timeout_seconds: float | None = option(
         "stop a training on Cerebras that takes longer, and record its run as failed",
@@ -296,7 +307,9 @@ class SweepConfig:
         unset="those of the preset",
     )
     tasks: tuple[str, ...] = option(
-        "tasks to train and score on, listed below; TASK+TASK trains on a mixture",
+        "tasks to train and score on, listed below. A mixture such as gsm8k+mawps+svamp trains on the examples of "
+        "all its "
+        "tasks, shuffled, and is scored on each: its accuracy is their mean",
         ("boolq", "hellaswag", "gsm8k"),
         metavar="TASK",
     )
@@ -311,33 +324,34 @@ class SweepConfig:
     )
     modes: tuple[str, ...] = option("training modes, listed below", SPARSE_ADAPTER_MODES, metavar="MODE")
     seeds: tuple[int, ...] = option(
-        "random seeds; each trains every cell once more, with another order of examples, other initial adapters and "
-        "other masks of method random",
+        "random seeds: each has cells of its own, with another order of examples, other initial adapters and other "
+        "masks "
+        "of method random",
         (0,),
         metavar="SEED",
     )
     backend: tuple[str, ...] = option(
-        "where models are trained",
+        "where models are trained; `torch cerebras` is the same as both",
         ("torch",),
         metavar="BACKEND",
         choices={
             "torch": "on CPU or GPU",
             "cerebras": "with the Cerebras software",
-            BOTH: "every cell on each of the two",
-            SPLIT: "each pair of model and task on one of the two",
+            BOTH: "given alone, every cell on each of the two",
+            SPLIT: "given alone, each pair of model and task on one of the two",
         },
     )
     protocol: Protocol = field(default_factory=Protocol)
     cerebras: Cerebras = field(default_factory=Cerebras)
     data_dir: Path | None = option(
-        "source of the examples: a folder with a file TASK/SPLIT.jsonl for each split, one JSON object per line with "
-        "the fields of the task's Hugging Face dataset; or `hub` to download them from the Hugging Face Hub; or "
-        "`synthetic` for generated ones",
+        "source of the examples: a folder with files as listed below; or `hub` for the Hugging Face Hub, from which "
+        "they "
+        "are downloaded when first used; or `synthetic` for generated ones",
         None,
-        metavar="DIR",
-        unset="so the preset or this option must say it",
+        metavar="DATA",
+        unset="so it must be given with a preset that does not set it",
     )
-    results_dir: Path = option("results folder", Path("results"), metavar="DIR")
+    results_dir: Path = option("results folder", Path("results"), metavar="RESULTS")
     workers: int | None = option(
         "number of trials at the same time",
         None,
@@ -360,7 +374,7 @@ class SweepConfig:
         "address of the MLflow store",
         None,
         metavar="URI",
-        unset="so the variable MLFLOW_TRACKING_URI, or else DIR/mlflow.db in the results folder",
+        unset="so the variable MLFLOW_TRACKING_URI, or else RESULTS/mlflow.db",
     )
 
     def __post_init__(self) -> None:
