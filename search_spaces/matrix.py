@@ -56,14 +56,16 @@ PRESETS: dict[str, dict[str, Any]] = {
     "phoenix": {"models": (LLAMA_3_8B, MISTRAL_7B_V03), "tasks": PHOENIX_TASKS, "gpus_per_trial": None},
 }
 ABOUT = {
-    "toy": "2 toy models on synthetic tasks: 360 cells that a laptop trains in minutes",
-    "smoke": "24 cells of toy, with 14 runs: a first try",
-    "matrix": "LLaMA-7B and Mistral-7B on 3 tasks: 360 cells, for GPUs",
-    "mixtral": "Mixtral 8x7B on 3 tasks: 180 cells, for GPUs",
-    "phoenix": "Llama-3-8B and Mistral-7B on the 10 tasks of the Phoenix study: 1200 cells, for GPUs",
+    "toy": "2 toy models and generated examples; a sweep trains 330 times, minutes on a laptop",
+    "smoke": "a first try; a sweep trains 14 times",
+    "matrix": "LLaMA-7B and Mistral-7B, for GPUs; a sweep trains 330 times",
+    "mixtral": "Mixtral 8x7B; only `sweep mixtral --dry-run` works, as Mixtral models cannot be trained yet",
+    "phoenix": "Llama-3-8B and Mistral-7B on the 10 tasks of the paper Phoenix (doi 10.1145/3731599.3767395), for "
+    "GPUs; "
+    "a sweep trains 1100 times",
 }
 """The presets in the words of a help."""
-ABOUT |= {f"{name}-pilot": f"{name} at the sparsities 0, 0.5 and 0.9 alone" for name in PRESETS}
+ABOUT |= {f"{name}-pilot": f"as {name}, but only at the sparsities 0, 0.5 and 0.9" for name in PRESETS}
 PRESETS |= {f"{name}-pilot": axes | {"sparsities": PILOT_SPARSITIES} for name, axes in PRESETS.items()}
 PRESETS["pilot"], ABOUT["pilot"] = PRESETS["toy-pilot"], "another name of toy-pilot"
 

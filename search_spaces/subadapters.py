@@ -45,11 +45,13 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 ABOUT = {
-    "shears": "ranks 32, 24 and 16 in attention and feed-forward layers, as in the paper Shears",
-    "sqft": "ranks from 32 to 16 in attention alone, as in the paper SQFT",
-    "phoenix": "ranks 32, 24 and 16 in every linear layer, as we read the paper Phoenix",
-    "toy": "ranks 32, 16, 8 and 4, for toy models",
-    "wide": "ranks 32, 16, 8, 4 and 0, where 0 leaves the adapter out",
+    "shears": "3 groups, q k v together, up, down: ranks 32, 24 and 16, as in the paper Shears (arXiv 2404.10934)",
+    "sqft": "the groups of shears: q k v with ranks 32, 28, 24, 20 and 16, up and down always 32, as in the paper SQFT "
+    "(arXiv 2410.03750)",
+    "phoenix": "5 groups, q k v together, o, gate, up, down: ranks 32, 24 and 16; a guess at the paper Phoenix (doi "
+    "10.1145/3731599.3767395), whose text the authors of this program could not read",
+    "toy": "the groups of shears: ranks 32, 16, 8 and 4, for toy models",
+    "wide": "the groups of shears: ranks 32, 16, 8, 4 and 0, where 0 leaves the adapter out",
 }
 """The presets in the words of a help."""
 

@@ -10,13 +10,25 @@ from typing import Any
 
 import pytest
 
+from analysis.baselines.published import COLUMNS
 from search_spaces import matrix, subadapters
 from tune_sparse.cli import main, parser, parsers
 from tune_sparse.cli.command import BAD_INPUT
 from tune_sparse.cli.sweep import GROUPS
-from tune_sparse.cli.words import TOY_MODELS, WIDTH, WORDS, methods, presets, settings, table, tasks
+from tune_sparse.cli.words import (
+    BASELINE_COLUMNS,
+    TOY_MODELS,
+    WIDTH,
+    WORDS,
+    methods,
+    models,
+    presets,
+    settings,
+    table,
+    tasks,
+)
 from tune_sparse.config import BACKENDS, Cerebras, Protocol, SweepConfig
-from tune_sparse.config.options import describe_option, option
+from tune_sparse.config.options import describe_option, option, value_text
 from tune_sparse.data.tasks import TASKS
 from tune_sparse.models import toy_models
 from tune_sparse.modes import MODES
@@ -128,6 +140,45 @@ def test_the_lists_of_a_help_are_complete() -> None:
     assert set(METHODS) <= set(re.split(r"[,\s]+", methods()))
     assert [f.name for f in fields(Protocol) if f"    {f.name} " not in settings()] == []
     assert set(BACKENDS) <= set(SweepConfig.__dataclass_fields__["backend"].metadata["choices"])
+
+
+def test_the_columns_of_published_numbers_are_all_listed() -> None:
+    assert ", ".join(BASELINE_COLUMNS).split(", ") == list(COLUMNS)
+
+
+def test_a_preset_shows_all_that_it_sets() -> None:
+    text = " ".join(presets().split())
+    assert "smoke a first try; a sweep trains 14 times. Sets what toy sets, but models=tiny-llama, tasks=boolq" in text
+    for name in ("toy", "matrix", "mixtral", "phoenix"):
+        assert [key for key, value in matrix.PRESETS[name].items() if f"{key}={value_text(value)}" not in text] == []
+
+
+def test_a_model_says_whether_the_command_makes_it() -> None:
+    made, needed = models(trains=True, downloads=True), models(trains=False, downloads=False)
+    assert " ".join(made.split()).count("if missing") == 2
+    assert " ".join(needed.split()).count("by `tune-sparse prepare`") == 2
+
+
+def test_a_task_shows_its_dataset_fields_and_scored_split() -> None:
+    text = " ".join(tasks(["gsm8k"]).split())
+    assert "openai/gsm8k (configuration main); fields question, answer; test examples: test" in text
+    assert "none on the Hub; fields original_text, ans" in " ".join(tasks(["mawps"]).split())
+
+
+def test_some_settings_are_shown_under_their_headings_with_the_text_of_a_command() -> None:
+    text = settings(["lora_rank", "precision"], texts={"lora_rank": "its own text"})
+    assert re.findall(r"^settings for --set, (.+):$", text, flags=re.MULTILINE) == ["LoRA adapters", "sequences"]
+    assert "    lora_rank  its own text\n" in text
+    assert settings(["lora_rank", "precision"], "scoring").count("settings for --set") == 1
+
+
+@each_command
+def test_one_metavar_has_one_meaning(name: str) -> None:
+    declared = options(COMMANDS[name])
+    expected = {"results_dir": "RESULTS", "data_dir": "DATA", "adapter": "ADAPTER", "output": "OUTPUT"}
+    for dest, metavar in expected.items():
+        assert dest not in declared or declared[dest].metavar == metavar
+    assert all(action.metavar != "DIR" for action in declared.values())
 
 
 @pytest.mark.parametrize(

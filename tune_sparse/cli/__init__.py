@@ -1,11 +1,11 @@
 """The command line. Exit status: 0 all is well, 1 it ran and found a fault, 2 bad input.
 
 tune-sparse sweep smoke                     # a first try: prune and train a toy model
-tune-sparse sweep                           # the whole study with toy models, on a laptop
+tune-sparse sweep                           # the study with toy models, on a laptop
 tune-sparse status                          # what is finished, and what failed
 tune-sparse report                          # tables and figures
 tune-sparse prepare matrix --data-dir hub   # download the models and examples of the next line
-tune-sparse sweep matrix --data-dir hub     # the whole study with two models of 7B, on GPUs
+tune-sparse sweep matrix --data-dir hub     # the study with two models of 7B, on GPUs
 """
 
 from __future__ import annotations
@@ -42,13 +42,18 @@ from tune_sparse.cli.words import paragraph, table
 from tune_sparse.errors import DISK_FULL, InputError, unknown_name
 
 COMMANDS = {
-    "commands for a study, in the order of their use": (doctor, prepare, throughput, sweep, search),
+    "commands that measure, in the order of their use": (doctor, prepare, throughput, sweep, search),
     "commands for its results": (status, report, audit, rerun, discard, import_, track, ui),
     "commands for single models": (prune, evaluate, merge, validate),
 }
 
 
 EXAMPLES = f"examples:\n{textwrap.indent((__doc__ or '').split(chr(10), 2)[2].rstrip(), '    ')}"
+STUDY = paragraph(
+    "The study that this program was written for prunes with 3 methods (smallest weights, whole heads and channels, "
+    "random weights) to 10 sparsities, trains in 2 modes (pruned weights may change during the training, or not), and "
+    "scores 3 tasks: boolq, hellaswag and gsm8k."
+)
 MORE = "`tune-sparse COMMAND --help` explains a command, its options and its exit status."
 
 
@@ -100,7 +105,7 @@ def parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
     version = f"tune-sparse {__version__}"
     root.add_argument("--version", action="version", version=version, help="show the version and exit")
     commands = root.add_subparsers(required=True, prog="tune-sparse", metavar="COMMAND", help=argparse.SUPPRESS)
-    root.epilog = "\n\n".join([*_declare_into(commands), EXAMPLES, MORE])
+    root.epilog = "\n\n".join([*_declare_into(commands), STUDY, EXAMPLES, MORE])
     return root, commands.choices
 
 

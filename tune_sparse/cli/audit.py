@@ -16,7 +16,7 @@ from tune_sparse.cli.command import (
     add_sweep_filter,
     existing_folders,
 )
-from tune_sparse.cli.words import words
+from tune_sparse.cli.words import RUN_WORDS, words
 from tune_sparse.errors import unknown_name
 
 
@@ -29,11 +29,11 @@ def declare(commands: Any) -> None:
         examples=("audit", "audit --results-dir ./gpu-results ./cs3-results --all"),
         ok="no error was found; there may be warnings",
         fault="an error was found",
-        notes=[words("audit", "run", "results folder")],
+        notes=[words("audit", *RUN_WORDS, "results folder")],
     )
     add_results_dirs(audit)
     add_sweep_filter(audit)
-    audit.add_argument("--all", action="store_true", help="print every error and warning (default: 5 of each kind)")
+    audit.add_argument("--all", action="store_true", help="print every finding (default: 5 for each check that failed)")
     add_json(audit, "all errors and warnings")
 
 

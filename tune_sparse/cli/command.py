@@ -35,14 +35,15 @@ def add_command(
     examples: Sequence[str],
     fault: str,
     ok: str = "the command succeeded",
+    bad: str = "an option, a name or a file is wrong; nothing was run",
     notes: Sequence[str] = (),
 ) -> argparse.ArgumentParser:
     """Declare a command.
 
-    summary: a sentence without its full stop, in lower case. examples: the arguments after `tune-sparse`. ok, fault:
-    the meaning of exit status 0 and 1. notes: parts of the help between the options and the examples.
+    summary: a sentence without its full stop, in lower case. examples: the arguments after `tune-sparse`. ok, fault,
+    bad: the meaning of exit status 0, 1 and 2. notes: parts of the help between the options and the examples.
     """
-    status = {str(OK): ok, str(FAULT): fault, str(BAD_INPUT): "an option, a name or a file is wrong; nothing was run"}
+    status = {str(OK): ok, str(FAULT): fault, str(BAD_INPUT): bad}
     shown = "\n".join(f"    tune-sparse {example}" for example in examples)
     command: argparse.ArgumentParser = commands.add_parser(
         name,
@@ -57,13 +58,13 @@ def add_command(
     return command
 
 
-def add_results_dir(command: Any) -> None:
+def add_results_dir(command: Any, help: str = "results folder") -> None:
     command.add_argument(
         "--results-dir",
         type=Path,
         default=DEFAULT_RESULTS,
-        metavar="DIR",
-        help=f"results folder (default: {DEFAULT_RESULTS})",
+        metavar="RESULTS",
+        help=f"{help} (default: {DEFAULT_RESULTS})",
     )
 
 
@@ -73,7 +74,7 @@ def add_results_dirs(command: Any) -> None:
         type=Path,
         nargs="+",
         default=[DEFAULT_RESULTS],
-        metavar="DIR",
+        metavar="RESULTS",
         help=f"results folders, read as if they were one (default: {DEFAULT_RESULTS})",
     )
 
@@ -91,7 +92,7 @@ def add_sweep_filter(command: Any) -> None:
         "--sweep",
         nargs="+",
         metavar="NAME",
-        help="read only these sweeps: names of files in DIR/sweeps, without .json (default: all sweeps)",
+        help="read only these sweeps: names of files in RESULTS/sweeps, without .json (default: all sweeps)",
     )
 
 

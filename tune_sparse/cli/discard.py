@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from tune_sparse.cli.command import OK, add_command, add_results_dir, add_run
-from tune_sparse.cli.words import paragraph, words
+from tune_sparse.cli.words import RUN_WORDS, paragraph, words
 from tune_sparse.errors import unknown_name
 
 
@@ -19,9 +19,9 @@ def declare(commands: Any) -> None:
         examples=('discard torch_tiny-llama_boolq_none_s00_dense_84b51b69 --reason "wrong tokenizer"',),
         fault="the disk is full",
         notes=[
-            words("run", "results folder"),
+            words(*RUN_WORDS, "results folder"),
             paragraph(
-                "Nothing is deleted: the run's folder goes to DIR/set_aside, with your reason. No table or "
+                "Nothing is deleted: the run's folder goes to RESULTS/set_aside, with your reason. No table or "
                 "figure shows it any more."
             ),
         ],

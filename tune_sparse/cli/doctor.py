@@ -27,27 +27,29 @@ def declare(commands: Any) -> None:
         ),
         ok="no problem was found",
         fault="a problem was found",
-        notes=[words("results folder", "Ray", "CS-3"), models()],
+        notes=[words("results folder", "Ray", "trial"), models(trains=False, downloads=False)],
     )
     doctor.add_argument(
         "--ray",
         action="store_true",
-        help="check every node of the Ray cluster whose address is in the variable RAY_ADDRESS, too",
+        help="check every node of the running Ray cluster, too; it is a problem if RAY_ADDRESS is not set",
     )
     doctor.add_argument(
         "--cerebras",
         action="store_true",
-        help="check the Cerebras software, the access to a Cerebras cluster and the disk quota; this machine is then "
-        "checked only if --ray is given",
+        help="check the Cerebras software, the access to a Cerebras cluster, and your disk quota as the program "
+        "`quota` "
+        "reports it; the other checks of this machine are then made only if --ray is given, as the machine with that "
+        "access need not run trials",
     )
     doctor.add_argument(
         "--models",
         nargs="+",
         default=[],
         metavar="MODEL",
-        help="with --ray: check that every node can read these models (default: none)",
+        help="with --ray: check that every node has these models; none is trained or downloaded (default: none)",
     )
-    add_results_dir(doctor)
+    add_results_dir(doctor, "results folder; it must be writable with 2 GB free, and with --ray every node must see it")
     add_json(doctor, "the checks")
 
 

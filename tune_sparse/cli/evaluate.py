@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from tune_sparse.cli.command import FAULT, OK, add_command, add_json, add_results_dir, existing_folders
 from tune_sparse.cli.settings import DATA_DIR, add_set, parse_settings
-from tune_sparse.cli.words import models, paragraph, settings, tasks, words
+from tune_sparse.cli.words import RUN_WORDS, files, models, paragraph, settings, tasks, words
 from tune_sparse.config import SYNTHETIC, Protocol
 from tune_sparse.config.options import converted
 from tune_sparse.config.protocol import SCORING
-from tune_sparse.data.tasks import tasks_named
+from tune_sparse.data.tasks import TASKS, tasks_named
 from tune_sparse.errors import InputError, unknown_name
 
 if TYPE_CHECKING:
@@ -35,11 +35,24 @@ def declare(commands: Any) -> None:
         examples=(
             "evaluate --model ./my-llama --tasks boolq gsm8k --data-dir ./examples",
             "evaluate --model ./my-llama --adapter ./my-adapter --tasks wikitext2 --data-dir hub",
-            "evaluate --run torch_tiny-llama_boolq_none_s00_dense_84b51b69 --evaluator lm-eval",
+            "evaluate --run torch_tiny-llama_boolq_none_s00_dense_84b51b69",
         ),
         ok="all tasks are scored",
-        fault="the answers differ from those that the run recorded",
-        notes=[words("run", "adapter", "example", "results folder"), models(), tasks(), _settings_text()],
+        fault="with --run alone: an answer differs from the one that the run recorded",
+        notes=[
+            words(*RUN_WORDS, "adapter", "example", "results folder"),
+            paragraph(
+                "The scores are in RESULTS/evaluations; `tune-sparse report` does not show them. A --run that is "
+                "scored "
+                "without --tasks, --data-dir and --set is compared with its record, answer by answer, by either "
+                "evaluator."
+            ),
+            models(trains=False, downloads=False),
+            tasks(),
+            files(),
+            paragraph("train.jsonl is needed here only where num_fewshot is above 0."),
+            _settings_text(),
+        ],
     )
     subject = evaluate.add_argument_group("what to score").add_mutually_exclusive_group(required=True)
     subject.add_argument("--model", metavar="MODEL", help="model to score, see below")
@@ -48,20 +61,32 @@ def declare(commands: Any) -> None:
     scoring.add_argument(
         "--adapter",
         type=Path,
-        metavar="DIR",
-        help="adapter to merge into the --model first: a folder written by a sweep or by Hugging Face PEFT "
-        "(default: none)",
+        metavar="ADAPTER",
+        help="adapter to merge into the --model first, which must be the model that it was trained on, pruned if it "
+        "was "
+        "pruned: the folder RESULTS/runs/RUN/adapter of a sweep, or one written by Hugging Face PEFT (default: none)",
     )
     scoring.add_argument(
-        "--tasks", nargs="+", metavar="TASK", help="tasks to score on, listed below (default: with --run, its task)"
+        "--tasks",
+        nargs="+",
+        metavar="TASK",
+        help="tasks to score on, listed below; must be given with --model (default: with --run, its task)",
     )
-    scoring.add_argument("--data-dir", type=Path, metavar="DIR", help=f"{DATA_DIR} (default: with --run, its source)")
+    scoring.add_argument(
+        "--data-dir",
+        type=Path,
+        metavar="DATA",
+        help=f"{DATA_DIR}; must be given with --model (default: with --run, its source)",
+    )
     scoring.add_argument(
         "--evaluator",
         default="tune-sparse",
         metavar="NAME",
-        help="tune-sparse, the scorer of this program, or lm-eval, the scorer lm-evaluation-harness by EleutherAI "
-        "(default: tune-sparse)",
+        help="tune-sparse, the scorer of this program; or lm-eval, the scorer lm-evaluation-harness by EleutherAI, "
+        "with "
+        "the same examples and settings. lm-eval needs `pip install 'tune-sparse[harness]'` and has all tasks but "
+        "mawps, "
+        "svamp, wikitext2 and tinyshakespeare (default: tune-sparse)",
     )
     add_set(scoring, "settings of scoring, listed below")
     results = evaluate.add_argument_group("results")
@@ -70,9 +95,12 @@ def declare(commands: Any) -> None:
 
 
 def _settings_text() -> str:
-    return f"{settings(SCORING)}\n\n" + paragraph(
-        "With --model, num_fewshot is that of lm-evaluation-harness for each task if you do not set it. "
-        "With --run, the settings of the run apply unless you set others."
+    few_shot = " and ".join(f"{task.num_fewshot} for {name}" for name, task in TASKS.items() if task.num_fewshot)
+    texts = {"num_fewshot": f"solved examples in the prompt of each test example (default: {few_shot}, 0 for others)"}
+    return f"{settings(SCORING, 'scoring', texts)}\n\n" + paragraph(
+        "These defaults are for --model. With --run, a setting that you do not change is that of the run; precision "
+        "and "
+        "threads are the run's whatever you set."
     )
 
 

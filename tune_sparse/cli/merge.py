@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tune_sparse.cli.command import FAULT, OK, add_command, add_json, add_results_dir
-from tune_sparse.cli.words import models, words
+from tune_sparse.cli.words import RUN_WORDS, models, words
 from tune_sparse.errors import InputError, RunError
 
 
@@ -25,21 +25,30 @@ def declare(commands: Any) -> None:
         ),
         ok="the checkpoint is written and valid",
         fault="the merged model failed its check; nothing was written",
-        notes=[words("run", "adapter", "results folder"), models()],
+        notes=[words(*RUN_WORDS, "adapter", "results folder"), models(trains=False, downloads=False)],
     )
     subject = merge.add_argument_group("what to merge", "Give either --run, or --base with --adapter.")
     subject.add_argument("--run", metavar="RUN", help="finished run whose trained model is written")
     subject.add_argument(
-        "--base", metavar="MODEL", help="model that the adapter was trained on: the pruned model, if it was pruned"
+        "--base",
+        metavar="MODEL",
+        help="model that the adapter was trained on, pruned if it was pruned; a sweep keeps no pruned model, so use "
+        "--run "
+        "for its runs",
     )
     subject.add_argument(
-        "--adapter", type=Path, metavar="DIR", help="adapter: a folder written by a sweep or by Hugging Face PEFT"
+        "--adapter",
+        type=Path,
+        metavar="ADAPTER",
+        help="folder of an adapter: RESULTS/runs/RUN/adapter, or one written by Hugging Face PEFT",
     )
     subject.add_argument(
         "--keep-zeros",
         action="store_true",
-        help="with an adapter of Hugging Face PEFT: weights that are zero in --base stay zero (default: it may change "
-        "them, which an adapter of a sweep never does)",
+        help="with an adapter of Hugging Face PEFT: weights that are zero in --base are set to zero again after the "
+        "merge, "
+        "and checked (default: the adapter may change them, and no zeros of --base are checked). An adapter of a sweep "
+        "has a mask of its own, which is always applied and checked",
     )
     results = merge.add_argument_group("results")
     add_results_dir(results)
@@ -47,7 +56,7 @@ def declare(commands: Any) -> None:
         "--output",
         type=Path,
         required=True,
-        metavar="DIR",
+        metavar="OUTPUT",
         help="folder to write the checkpoint to, in Hugging Face format; it must not exist yet",
     )
     add_json(results, "the result of the check")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from tune_sparse.cli.command import OK, add_command
 from tune_sparse.cli.settings import DATA_DIR
-from tune_sparse.cli.words import methods, models, table, words
+from tune_sparse.cli.words import files, methods, models, paragraph, table, tasks, words
 from tune_sparse.config import Protocol
 from tune_sparse.data.task_types import TextTask
 from tune_sparse.data.tasks import TASKS
@@ -33,7 +33,14 @@ def declare(commands: Any) -> None:
         ),
         ok="all files are written",
         fault="the disk is full",
-        notes=[words("sparsity", "mask", "calibration", "structured"), models(), methods(), _files()],
+        notes=[
+            words("sparsity", "mask", "calibration", "structured"),
+            models(trains=False, downloads=False, classes="Llama, Mistral, Mixtral, GPT-2 or OPT"),
+            methods(),
+            _written(),
+            tasks(),
+            files(),
+        ],
     )
     prune.add_argument("model", metavar="MODEL", help="model to prune, see below")
     _add_what_into(prune.add_argument_group("what to prune"))
@@ -65,11 +72,15 @@ def _add_calibration_into(group: Any) -> None:
     group.add_argument(
         "--calibration",
         metavar="SOURCE",
-        help="calibration examples: a task, whose training examples are taken; wikitext2 or tinyshakespeare; or the "
-        "path of a text file (default: none, which suits the methods that need no calibration)",
+        help="calibration examples: a task of those listed below, whose training examples are taken from --data-dir; "
+        "or "
+        "the path of a text file (default: none, which suits the methods that need no calibration)",
     )
     group.add_argument(
-        "--data-dir", type=Path, metavar="DIR", help=f"with a task: {DATA_DIR} (default: none, so it must be given)"
+        "--data-dir",
+        type=Path,
+        metavar="DATA",
+        help=f"where --calibration names a task: {DATA_DIR} (default: none, so it must be given)",
     )
     group.add_argument(
         "--calibration-examples",
@@ -83,7 +94,8 @@ def _add_calibration_into(group: Any) -> None:
         type=int,
         default=Protocol.calibration_tokens,
         metavar="N",
-        help=f"most tokens of a calibration example (default: {Protocol.calibration_tokens})",
+        help=f"most tokens of a calibration example, or the tokens of each piece of a text (default: "
+        f"{Protocol.calibration_tokens})",
     )
     group.add_argument(
         "--sequential",
@@ -95,7 +107,7 @@ def _add_calibration_into(group: Any) -> None:
 
 def _add_files_into(group: Any) -> None:
     group.add_argument(
-        "--output", type=Path, default=Path("masks"), metavar="DIR", help="folder for all files (default: masks)"
+        "--output", type=Path, default=Path("masks"), metavar="OUTPUT", help="folder for all files (default: masks)"
     )
     group.add_argument(
         "--format",
@@ -113,8 +125,8 @@ def _add_files_into(group: Any) -> None:
     )
 
 
-def _files() -> str:
-    files = {
+def _written() -> str:
+    written = {
         "masks_sparsityNN_METHOD.safetensors": "masks of the sparsity of NN percent; or .pt with --format pt",
         "levels_METHOD.safetensors": "masks of all sparsities, with --format levels",
         "stats_sparsityNN_METHOD.json": "statistics of the masks, for each layer",
@@ -122,7 +134,10 @@ def _files() -> str:
         "checkpoint_sparsityNN_METHOD": "folder of the pruned model, with --checkpoints",
         "compact_sparsityNN_METHOD": "folder of the smaller model, with --compact",
     }
-    return table("files in DIR/MODEL", files)
+    return f"{table('files in OUTPUT/MODEL', written)}\n\n" + paragraph(
+        "Here MODEL is the last part of the model's path or Hugging Face id, without @REVISION: masks/my-llama for "
+        "./my-llama."
+    )
 
 
 def _prune(chosen: argparse.Namespace) -> int:

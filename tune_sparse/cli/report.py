@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tune_sparse.cli.command import FAULT, OK, add_command, add_results_dirs, add_sweep_filter, existing_folders
-from tune_sparse.cli.words import paragraph, words
+from tune_sparse.cli.words import RUN_WORDS, baselines, paragraph, words
 from tune_sparse.errors import NotReadyError
 
 
@@ -17,16 +17,19 @@ def declare(commands: Any) -> None:
         commands,
         "report",
         _report,
-        "write tables, figures and a summary of the finished runs to the folder analysis in the results folder",
+        "audit the finished runs, and write tables, figures and a summary of them to the folder analysis in the "
+        "results "
+        "folder",
         examples=("report", "report --results-dir ./gpu-results ./cs3-results --bundle ./artifact"),
-        ok="the report is written",
-        fault="the audit found an error, or no run is finished",
+        ok="the report is written, and its audit found no error",
+        fault="the report is written, but its audit found an error; or no run is finished",
         notes=[
-            words("run", "audit", "published numbers", "results folder"),
+            words(*RUN_WORDS, "audit", "published numbers", "results folder"),
             paragraph(
-                "Open DIR/analysis/report.html in a browser; the same folder has all tables as CSV and all "
+                "Open RESULTS/analysis/report.html in a browser; the same folder has all tables as CSV and all "
                 "figures. Of several results folders it is the first one that holds the report."
             ),
+            baselines(),
         ],
     )
     add_results_dirs(report)
@@ -37,15 +40,17 @@ def declare(commands: Any) -> None:
         nargs="+",
         default=[],
         metavar="FILE",
-        help="CSV files of published numbers to compare with, besides the built-in ones; their columns are those of "
-        "analysis/baselines/published.csv in the source code (default: none)",
+        help="CSV files of published numbers to compare with, besides the built-in ones, with the columns below "
+        "(default: "
+        "none)",
     )
     report.add_argument(
         "--bundle",
         type=Path,
-        metavar="DIR",
-        help="copy the report, the records, the versions of packages and checksums to this folder, for publication; "
-        "it must not exist yet (default: none)",
+        metavar="BUNDLE",
+        help="copy the report, the records of runs, sweeps, searches, evaluations and throughput, the versions of "
+        "packages, and checksums to this folder, for publication; trained weights and mlflow.db are left out; the "
+        "folder must not exist yet (default: none)",
     )
 
 

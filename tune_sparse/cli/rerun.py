@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from tune_sparse.cli.command import FAULT, OK, add_command, add_json, add_results_dir, add_run, existing_folders
-from tune_sparse.cli.words import paragraph, words
+from tune_sparse.cli.words import RUN_WORDS, paragraph, words
 from tune_sparse.errors import InputError, unknown_name
 
 
@@ -22,7 +22,7 @@ def declare(commands: Any) -> None:
         ok="the results agree",
         fault="a number differs",
         notes=[
-            words("run", "results folder"),
+            words(*RUN_WORDS, "results folder"),
             paragraph(
                 "All metrics and the answers to all test examples are compared: to the last bit on a CPU of the "
                 "same kind with the same packages, else within a tolerance that is printed. The repetition is "

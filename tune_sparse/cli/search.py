@@ -22,10 +22,26 @@ from tune_sparse.cli.settings import (
     read_yaml,
 )
 from tune_sparse.cli.sweep_options import add_preset
-from tune_sparse.cli.words import methods, models, modes, paragraph, presets, settings, spaces, tasks, words
+from tune_sparse.cli.words import (
+    RUN_WORDS,
+    SETTINGS_IN_USE,
+    files,
+    methods,
+    models,
+    modes,
+    paragraph,
+    presets,
+    settings,
+    spaces,
+    tasks,
+    words,
+)
 from tune_sparse.config import SweepConfig
+from tune_sparse.data.task_types import PromptTask
+from tune_sparse.data.tasks import TASKS
 from tune_sparse.errors import RunError, unknown_name
 from tune_sparse.lora.rank_space import Space
+from tune_sparse.modes import ADAPTER_MODES
 from tune_sparse.search.config import SearchConfig
 
 EXAMPLES = (
@@ -38,9 +54,27 @@ choose from, the largest first; rank 0 leaves the adapter out:
     qkv: {modules: [q_proj, k_proj, v_proj], ranks: [32, 16, 8]}
     down: {modules: [down_proj], ranks: [32, 16, 0]}"""
 OUTCOME = paragraph(
-    "The super-adapter is trained as a run, and reused if that run is finished. The search and its "
-    "report are in DIR/searches. An interrupted search goes on when the same command is given again."
+    "The super-adapter is trained as a run, and reused if that run is finished. The best sub-adapters are those that "
+    "no "
+    "other beats in all objectives on the selection examples. The winner is the smallest of them that is about as "
+    "accurate as the most accurate one. At the end it is scored on the test examples, beside the middle ranks "
+    "(`heuristic`), the largest ranks and a plain LoRA adapter of its size. The search and its report are in "
+    "RESULTS/searches/SEARCH (a name that is printed), with the winner in winner/adapter, in the format of Hugging "
+    "Face PEFT; it "
+    "belongs to the pruned model, which is not kept. An interrupted search goes on when the same command is given "
+    "again."
 )
+PRESET_NOTE = (
+    "A search takes its models and tasks (the first of each), data_dir, gpus_per_trial and settings from the preset, "
+    "while --method, --sparsity, --mode and --seed keep the defaults shown. It sets lora_rank=32 and lora_alpha=64 "
+    "itself, "
+    "and with toy, smoke and their pilots n_selection=400 and calibration_examples=32; --set changes these, too."
+)
+TEXTS = {
+    "lora_rank": "rank of the super-adapter, at least the largest rank of the space (default: 32)",
+    "lora_alpha": "LoRA alpha: the update of an adapter is scaled by lora_alpha / lora_rank, at all ranks of the space "
+    "alike (default: 64.0)",
+}
 
 OWN_SETTINGS = ("sampling", "sampler", "trials", "objectives")
 
@@ -57,17 +91,18 @@ def declare(commands: Any) -> None:
         notes=[
             words(
                 *("sparsity", "example", "calibration", "adapter", "super-adapter", "sub-adapter", "candidate"),
-                *("cell", "run", "results folder"),
+                *(*RUN_WORDS, "results folder"),
             ),
             OUTCOME,
-            models(),
-            tasks(),
+            models(trains=True, downloads=False),
+            tasks([name for name, task in TASKS.items() if isinstance(task, PromptTask)]),
+            files(),
             methods(),
-            modes(),
+            modes(ADAPTER_MODES),
             spaces(),
             SPACE_FILE,
-            presets(),
-            settings(),
+            presets(f"{PRESET_NOTE} {SETTINGS_IN_USE}"),
+            settings(texts=TEXTS),
         ],
     )
     add_preset(search)
@@ -81,12 +116,18 @@ def declare(commands: Any) -> None:
 
 def _add_model_into(group: Any) -> None:
     tasks = group.add_mutually_exclusive_group()
-    tasks.add_argument("--task", metavar="TASK", help="task to train and score on (default: the preset's first)")
+    tasks.add_argument(
+        "--task",
+        metavar="TASK",
+        help="task to train and score on, one of those below and no mixture (default: the preset's first)",
+    )
     tasks.add_argument(
         "--all-tasks", action="store_true", help="search for each task of the preset, and write a table of all results"
     )
     group.add_argument("--model", metavar="MODEL", help="model to prune and train (default: the preset's first)")
-    group.add_argument("--method", default="wanda", metavar="METHOD", help="pruning method (default: wanda)")
+    group.add_argument(
+        "--method", default="wanda", metavar="METHOD", help="pruning method, listed below (default: wanda)"
+    )
     group.add_argument(
         "--sparsity",
         type=float,
@@ -96,10 +137,13 @@ def _add_model_into(group: Any) -> None:
         "(default: 0.5)",
     )
     group.add_argument(
-        "--mode", default="sparse-to-sparse", metavar="MODE", help="training mode (default: sparse-to-sparse)"
+        "--mode",
+        default="sparse-to-sparse",
+        metavar="MODE",
+        help="training mode, listed below (default: sparse-to-sparse)",
     )
     group.add_argument("--seed", type=int, default=0, metavar="N", help="seed of training and search (default: 0)")
-    group.add_argument("--data-dir", metavar="DIR", help=f"{DATA_DIR} (default: the preset's)")
+    group.add_argument("--data-dir", metavar="DATA", help=f"{DATA_DIR} (default: the preset's)")
     add_set(group, "settings of training and scoring, listed below")
 
 
@@ -134,8 +178,9 @@ def _add_places_into(group: Any) -> None:
         "--gpus-per-trial",
         type=float,
         metavar="GPUS",
-        help="GPUs that each of them holds: 1, a fraction to share a GPU, or 0 for the CPU (default: the preset's, "
-        "else 0)",
+        help="GPUs that the training holds, and each candidate that is scored: 1, a fraction to share a GPU, or 0 "
+        "for the "
+        "CPU (default: the preset's, or else 0)",
     )
     group.add_argument("--dry-run", action="store_true", help="check all input and show what would be searched")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -26,13 +26,18 @@ def add_set(command: Any, what: str) -> None:
     )
 
 
-def add_settings(command: Any, owner: type, names: Collection[str]) -> None:
-    """Add a flag for each of the named fields of a dataclass, in the order of the names."""
+def add_settings(command: Any, owner: type, names: Collection[str], texts: Mapping[str, str] | None = None) -> None:
+    """Add a flag for each of the named fields of a dataclass, in the order of the names.
+
+    texts: {name: its help}, where a command has another one than the field.
+    """
     declared = {f.name: f for f in fields(owner)}
     for f in (declared[name] for name in names):
         many: dict[str, Any] = {"nargs": "+"} if "tuple" in str(f.type) else {}
         flag = "--" + f.name.replace("_", "-")
-        command.add_argument(flag, metavar=f.metadata["metavar"], help=describe_option(f), **many)
+        command.add_argument(
+            flag, metavar=f.metadata["metavar"], help=(texts or {}).get(f.name) or describe_option(f), **many
+        )
 
 
 def given_flags(chosen: argparse.Namespace, names: Collection[str]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import statistics
 from typing import Any
 
 from tune_sparse.cli.command import FAULT, OK, add_command, add_json, add_results_dirs, existing_folders
-from tune_sparse.cli.words import paragraph, words
+from tune_sparse.cli.words import RUN_WORDS, paragraph, words
 
 
 def declare(commands: Any) -> None:
@@ -16,12 +16,14 @@ def declare(commands: Any) -> None:
         commands,
         "status",
         _status,
-        "count the finished, running, failed and missing cells of all sweeps, and say why runs failed",
+        "count which cells (combinations of model, task and so on) are finished, running, failed or missing in all "
+        "sweeps, and "
+        "say why runs failed",
         examples=("status", "status --results-dir ./gpu-results ./cs3-results --json"),
         ok="every cell is finished or running",
         fault="a cell failed or is missing",
         notes=[
-            words("cell", "run", "results folder"),
+            words("cell", *RUN_WORDS, "results folder"),
             paragraph(
                 "A cell is missing if a sweep asked for it and its run has not been started. The command can be "
                 "used while a sweep runs."

@@ -12,7 +12,18 @@ from typing import TYPE_CHECKING, Any
 
 from tune_sparse.cli.command import FAULT, OK, add_command, add_json
 from tune_sparse.cli.sweep_options import CEREBRAS, add_sweep_options, sweep_config
-from tune_sparse.cli.words import methods, models, modes, presets, settings, tasks, words
+from tune_sparse.cli.words import (
+    RUN_WORDS,
+    SETTINGS_IN_USE,
+    files,
+    methods,
+    models,
+    modes,
+    presets,
+    settings,
+    tasks,
+    words,
+)
 from tune_sparse.config import SweepConfig
 from tune_sparse.errors import InputError, NotReadyError, RunError
 
@@ -45,7 +56,7 @@ def declare(commands: Any) -> None:
         fault="a run failed, the sweep was interrupted, or the audit found an error",
         notes=[
             words(
-                *("cell", "run", "trial", "example", "adapter", "calibration"),
+                *("cell", *RUN_WORDS, "trial", "example", "adapter", "calibration"),
                 "results folder",
                 "audit",
                 "Ray",
@@ -53,15 +64,16 @@ def declare(commands: Any) -> None:
                 "CS-3",
             ),
             "The same command resumes an interrupted sweep: finished runs are never repeated.",
-            models(),
+            models(trains=True, downloads=False),
             tasks(),
+            files(),
             methods(),
             modes(),
-            presets(),
+            presets(SETTINGS_IN_USE),
             settings(),
         ],
     )
-    groups = add_sweep_options(sweep, GROUPS)
+    groups = add_sweep_options(sweep, GROUPS, "settings of training and scoring, listed below")
     _add_steps_into(groups["how it runs"])
     groups["results and tracking"].add_argument(
         "--no-report",
@@ -75,14 +87,16 @@ def _add_steps_into(group: Any) -> None:
     group.add_argument(
         "--dry-run",
         action="store_true",
-        help="run nothing; show which runs are finished and which would run, with a forecast of their time and "
+        help="run nothing, unless --pilot is given; show which runs are finished and which would run, with a "
+        "forecast of their time and "
         "disk space",
     )
     group.add_argument(
         "--pilot",
         action="store_true",
-        help="with --dry-run: first run one run for each backend, model and task that has no finished run, to base the "
-        "forecast on",
+        help="with --dry-run: first run, and record, one run (the middle one of those missing) for each backend, model "
+        "and task without a finished run, so that the forecast rests on measured times. The presets named pilot are "
+        "another thing",
     )
     group.add_argument(
         "--retry-failed",

@@ -10,40 +10,47 @@ from typing import Any
 
 from search_spaces.matrix import PRESETS
 from tune_sparse.cli.settings import add_set, add_settings, given_flags, parse_settings, read_yaml
+from tune_sparse.cli.words import DEFAULT_PRESET
 from tune_sparse.config import Cerebras, SweepConfig
 from tune_sparse.errors import InputError, unknown_name
 
-DEFAULT_PRESET = "toy"
 SWEEP = tuple(f.name for f in fields(SweepConfig) if f.name not in ("protocol", "cerebras"))
 """The fields of `SweepConfig` that hold no settings of their own."""
 CEREBRAS = tuple(f.name for f in fields(Cerebras))
 
-
 SETTINGS_GROUP = "data and settings"
+CONFIG_HELP = (
+    "YAML file with settings of a sweep as `name: value`: its options, with _ for -, and what its --set "
+    "takes, all listed by `tune-sparse sweep --help`. The file changes the preset, and options change both "
+    "(default: none)"
+)
 
 
 def add_sweep_options(
-    command: argparse.ArgumentParser, groups: Mapping[str, Sequence[str]], sets: bool = True
+    command: argparse.ArgumentParser,
+    groups: Mapping[str, Sequence[str]],
+    set_help: str = "",
+    texts: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Add the preset, the YAML file and the named settings of a sweep; returns the group of each heading.
 
-    sets: `--set` is an option too, in the group of the data.
+    set_help: what `--set`, in the group of the data, changes; without it there is no such option. texts: {name of a
+    setting: its help}, where a command has another one than the field.
     """
     add_preset(command)
     made = {heading: command.add_argument_group(heading) for heading in groups}
     for heading, names in groups.items():
         owner = Cerebras if set(names) <= set(CEREBRAS) else SweepConfig
-        add_settings(made[heading], owner, names)
+        add_settings(made[heading], owner, names, texts)
     group = made.get(SETTINGS_GROUP, command)
     group.add_argument(
         "--config",
         type=Path,
         metavar="FILE",
-        help="YAML file with settings of a sweep as `name: value`: its options, with _ for -, and what its --set "
-        "takes. The file changes the preset, and options change both (default: none)",
+        help=(texts or {}).get("config") or CONFIG_HELP,
     )
-    if sets:
-        add_set(group, "settings of training and scoring, listed below")
+    if set_help:
+        add_set(group, set_help)
     return made
 
 
@@ -53,8 +60,8 @@ def add_preset(command: argparse.ArgumentParser) -> None:
         nargs="?",
         default=DEFAULT_PRESET,
         metavar="PRESET",
-        help="named settings to begin with, listed below; they take the place of the defaults that this help shows, "
-        f"and options take theirs (default: {DEFAULT_PRESET})",
+        help="named settings to begin with, listed below: they replace the defaults that this help shows, and the "
+        f"values that you give replace them (default: {DEFAULT_PRESET})",
     )
 
 

@@ -9,7 +9,19 @@ from typing import Any
 
 from tune_sparse.cli.command import OK, add_command, add_json
 from tune_sparse.cli.sweep_options import add_sweep_options, sweep_config
-from tune_sparse.cli.words import methods, models, modes, paragraph, presets, settings, tasks, words
+from tune_sparse.cli.words import (
+    RUN_WORDS,
+    files,
+    methods,
+    models,
+    modes,
+    paragraph,
+    presets,
+    settings,
+    tasks,
+    words,
+)
+from tune_sparse.config import CALIBRATION_SETTINGS
 from tune_sparse.errors import InputError
 
 BATCH_SIZES = [1, 2, 4, 8, 16]
@@ -18,6 +30,16 @@ GROUPS = {
     "data and settings": ("data_dir",),
     "results": ("results_dir",),
 }
+SETTINGS = (
+    *("lora_rank", "lora_dropout", "masked_lora_impl", "train_on_prompt", "packing", "activation_checkpointing"),
+    *("precision", "max_tokens", "n_train", "n_selection", "threads", *CALIBRATION_SETTINGS),
+)
+"""The settings that can change what is measured."""
+TEXTS = {
+    "n_selection": "number of examples that are taken out of train.jsonl where the selection examples come from it "
+    "(default: 256)"
+}
+OPTION_TEXTS = {"tasks": "tasks to train on, listed below; TASK+TASK is a mixture (default: boolq hellaswag gsm8k)"}
 
 
 def declare(commands: Any) -> None:
@@ -25,33 +47,39 @@ def declare(commands: Any) -> None:
         commands,
         "throughput",
         _throughput,
-        "measure the speed of training and its peak memory at several batch sizes",
+        "measure examples and tokens per second, and peak memory, of training at several batch sizes",
         examples=("throughput --models tiny-llama --tasks boolq --sparsities 0.5 --batch-sizes 1 4 16",),
-        ok="everything is measured",
+        ok="everything is measured, or was found not to fit into memory",
         fault="the disk is full",
         notes=[
-            words("cell", "run", "example", "adapter", "calibration", "results folder"),
+            words(*RUN_WORDS, "example", "adapter", "calibration", "results folder"),
             paragraph(
                 "Every run of the chosen models, tasks, methods, sparsities and modes is measured one after the "
-                "other, on the GPU if there is one, for a few training steps. The numbers are printed and stored "
-                "in DIR/throughput."
+                "other: 5 training steps, after 2 that are not counted. Where there is a GPU, it trains there and "
+                "the memory is that of the GPU, else that of the process. A batch size that does not fit into the "
+                "memory of the GPU is printed as `out of memory` and stored with null for its numbers, and the next "
+                "one is "
+                "tried; a process that is too large for the memory of the machine may be killed. Nothing is scored. "
+                "The numbers are printed and stored in RESULTS/throughput."
             ),
-            models(),
+            models(trains=True, downloads=True),
             tasks(),
+            files(),
             methods(),
             modes(),
             presets(),
-            settings(),
+            settings(SETTINGS, texts=TEXTS),
         ],
     )
-    groups = add_sweep_options(throughput, GROUPS)
+    groups = add_sweep_options(throughput, GROUPS, "settings that matter here, listed below", OPTION_TEXTS)
     groups["what to measure"].add_argument(
         "--batch-sizes",
         type=int,
         nargs="+",
         default=BATCH_SIZES,
         metavar="N",
-        help=f"numbers of examples in a forward pass; each is measured (default: {' '.join(map(str, BATCH_SIZES))})",
+        help=f"numbers of examples in a training step; each is measured, in place of the settings "
+        f"micro_batch_size and global_batch_size (default: {' '.join(map(str, BATCH_SIZES))})",
     )
     add_json(groups["results"], "the measurements")
 

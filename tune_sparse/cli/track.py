@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tune_sparse.cli.command import FAULT, OK, add_command, add_results_dirs, existing_folders
-from tune_sparse.cli.words import paragraph, words
+from tune_sparse.cli.words import baselines, paragraph, words
 
 
 def declare(commands: Any) -> None:
@@ -19,9 +19,10 @@ def declare(commands: Any) -> None:
         "bring MLflow up to date with the recorded results",
         examples=("track", "track --tracking-uri http://127.0.0.1:5000 --baselines"),
         ok="MLflow has every result",
-        fault="MLflow could not be reached; the same command goes on",
+        fault="MLflow could not be reached; give the same command again to go on",
         notes=[
             words("MLflow", "published numbers", "results folder"),
+            baselines(),
             paragraph(
                 "A sweep does this while it runs. The command is for results that MLflow has missed or lost, and "
                 "for another store. It adds what is missing, replaces what has changed, and never makes a result "
@@ -41,8 +42,8 @@ def declare(commands: Any) -> None:
         type=Path,
         nargs="*",
         metavar="FILE",
-        help="import published numbers, too: the built-in ones, and those of these CSV files, if any; their columns "
-        "are those of analysis/baselines/published.csv in the source code (default: import none)",
+        help="import published numbers, too: the built-in ones, and those of these CSV files, if any, with the columns "
+        "below (default: import none)",
     )
 
 

@@ -29,8 +29,10 @@ def declare(commands: Any) -> None:
         notes=[
             words("MLflow", "results folder"),
             paragraph(
-                "It shows the file mlflow.db in the results folder. If --tracking-uri or MLFLOW_TRACKING_URI "
-                "named another store, open the pages of that one."
+                "It shows the file mlflow.db in the results folder. If another store was named to "
+                "`tune-sparse sweep` or `tune-sparse track`, by --tracking-uri or the variable MLFLOW_TRACKING_URI, "
+                "open "
+                "the address of that store instead."
             ),
         ],
     )

@@ -23,9 +23,9 @@ def declare(commands: Any) -> None:
         notes=[
             words("sparsity", "mask"),
             paragraph(
-                "A checkpoint is valid if all pruned weights are zero, all weights are finite, every matrix that "
-                "should be pruned has a mask that keeps some weights, and the sparsity is within 0.01 of the "
-                "expected one."
+                "A checkpoint is valid if all pruned weights are zero, every linear layer but the embeddings and "
+                "the output layer has a mask, each mask keeps some weights, and the sparsity of all masks together "
+                "is within 0.01 of the expected one. A weight that is not finite ends the command with status 2."
             ),
         ],
     )
@@ -43,8 +43,9 @@ def declare(commands: Any) -> None:
         "--sparsity",
         type=float,
         metavar="FRACTION",
-        help="expected sparsity; of a file with the masks of several sparsities (--format levels of prune) it chooses "
-        "one (default: the sparsity that the statistics beside the masks name)",
+        help="expected sparsity; it must be given for a file with the masks of several sparsities (--format levels of "
+        "prune), and chooses one (default: the sparsity in the file stats_*.json beside the masks; without that file "
+        "it is not checked)",
     )
     validate.add_argument(
         "--tolerance",

@@ -8,8 +8,8 @@ from dataclasses import fields
 
 from search_spaces import matrix, subadapters
 from tune_sparse.config import Protocol
-from tune_sparse.config.options import describe_option
-from tune_sparse.data.task_types import AnswerTask, ChoiceTask, TextTask
+from tune_sparse.config.options import describe_option, value_text
+from tune_sparse.data.task_types import AnswerTask, ChoiceTask, Task, TextTask
 from tune_sparse.data.tasks import TASKS
 from tune_sparse.modes import MODES
 from tune_sparse.pruning.methods import ALLOCATIONS, METHODS, PATTERNS
@@ -17,35 +17,72 @@ from tune_sparse.pruning.scores import SCORES
 
 WIDTH = 100
 """Columns of a help."""
-TOY_MODELS: tuple[str, ...] = matrix.PRESETS["toy"]["models"]
+SETTINGS = tuple(f.name for f in fields(Protocol))
+DEFAULT_PRESET = "toy"
+TOY_MODELS: tuple[str, ...] = matrix.PRESETS[DEFAULT_PRESET]["models"]
 
 WORDS = {
     "sparsity": "the fraction of pruned weights, which are set to zero",
     "mask": "says of every weight of a matrix whether it is kept (1) or pruned (0)",
-    "dense": "without pruning: sparsity 0",
     "example": "one item of a dataset. Training examples train a model, selection examples are held out to choose "
     "between models, test examples give the final score",
     "calibration": "measuring the model on a few examples, for the pruning methods that need data",
-    "cell": "one combination of model, task, method, sparsity, mode, seed and backend. Cells that train the same share "
-    "a run: at sparsity 0 all methods and modes of a model and task",
-    "run": "pruning, training and scoring a model once. RUN is the name of its folder in DIR/runs: backend, model, "
-    "task, method, sNN for a sparsity of NN percent, mode, and a hash of all settings",
+    "cell": "one combination of model, task, method, sparsity, mode, seed and backend. Cells whose training is the "
+    "same "
+    "share one run: at sparsity 0 the methods do, and of the modes those that train LoRA",
+    "run": "pruning, training and scoring a model once. RUN is the name of its folder in RESULTS/runs: look there, as "
+    "it ends in a hash of your settings. It begins with backend, model, task, method, sNN for a sparsity of NN "
+    "percent, and mode. At sparsity 0 the method is none, and the mode of LoRA dense",
+    "method": "a rule that chooses the weights to prune, such as wanda; none if nothing is pruned",
+    "mode": "a way to train: dense, LoRA on the unpruned model; sparse-to-dense and sparse-to-sparse, LoRA on the "
+    "pruned "
+    "model; masked-finetuning, its kept weights themselves",
+    "backend": "the program that trains: torch on a CPU or GPU, or cerebras with the software of the company Cerebras",
     "trial": "a run while it executes, as one of several at the same time",
-    "adapter": "LoRA: two small matrices for each large one, trained in its place and merged into it afterwards",
+    "adapter": "LoRA: two small matrices beside a large one, trained in its place and merged into it afterwards. A "
+    "sweep "
+    "puts one on each matrix that it prunes: q, k, v, o, gate, up and down projection of every layer; a search on "
+    "those that its space names",
     "super-adapter": "a LoRA adapter that is trained so that it works at many ranks",
     "sub-adapter": "a part of a super-adapter: a chosen rank for each group of matrices in each layer",
     "candidate": "a sub-adapter that a search scores",
-    "results folder": "holds all that sweeps record: runs/ has a folder for each run, sweeps/ a file for each sweep, "
-    "analysis/ the report, mlflow.db the data of `tune-sparse ui`",
-    "audit": "checks records against each other. An error means that a result cannot be trusted, a warning that it "
-    "needs a look",
+    "results folder": "RESULTS, which holds all that commands record: runs/ has a folder for each run, sweeps/ a "
+    "file for "
+    "each sweep, searches/, throughput/ and evaluations/ what those commands measured, analysis/ the report, mlflow.db "
+    "the data of `tune-sparse ui`",
+    "audit": "checks the records, which are the files in RESULTS/runs and RESULTS/sweeps: whether pruned weights are "
+    "zero, two settings gave the very same result, versions differ, and more. An error means that a result cannot be "
+    "trusted, a warning that it needs a look",
     "structured": "pruned by whole attention heads and feed-forward channels, so that matrices can become smaller",
     "published numbers": "results of papers, built in or in CSV files, that are shown beside yours",
-    "Ray": "the program that distributes work over CPU cores, GPUs and machines",
-    "CS-3": "a computer for machine learning by the company Cerebras, which sells its software with it",
+    "Ray": "the program that distributes work over CPU cores, GPUs and machines. If the variable RAY_ADDRESS has the "
+    "HOST:PORT of a running cluster, that one is used, or else Ray is started on this machine alone",
+    "CS-3": "a computer for machine learning by the company Cerebras; the Cerebras software drives it",
     "MLflow": "a program that stores results of experiments and shows them in a browser",
 }
 """The project's words, each in the help that uses it."""
+
+RUN_WORDS = ("run", "method", "mode", "backend")
+"""What the name of a run is made of."""
+
+BASELINE_COLUMNS = {
+    "source, address": "the paper or page, and its address, which begins with https://",
+    "table": "where in the source the number is",
+    "kind": "printed, restated (by a third party), user run (of the published code) or digitised (off a picture)",
+    "model": "the Hugging Face id without ORG/; an unknown name is refused with a list of all",
+    "task": "a task of `tune-sparse sweep --help`, or aqua, siqa, mmlu, truthfulqa or c4",
+    "method, tuning": "how the model was pruned and trained, in the words of the source",
+    "mode": "a mode of `tune-sparse sweep --help`",
+    "sparsity": "from 0 to below 1",
+    "num_fewshot": "solved examples in a prompt",
+    "context_tokens": "tokens of a window of a perplexity",
+    "metric": "such as accuracy (a fraction) or perplexity; an unknown name is refused with a list of all",
+    "value": "the number",
+    "hardware, notes": "for readers",
+}
+"""The columns of a file of published numbers, in their order."""
+
+SETTINGS_IN_USE = "The settings that a run has used are in RESULTS/runs/RUN/config.yaml."
 
 
 def table(heading: str, rows: Mapping[str, str]) -> str:
@@ -66,26 +103,82 @@ def words(*names: str) -> str:
     return table("words", {name: WORDS[name] for name in names})
 
 
-def models() -> str:
+def models(*, trains: bool, downloads: bool, classes: str = "Llama or Mistral") -> str:
+    """The kinds of models.
+
+    trains, downloads: the command itself makes a toy model, or fetches one of the Hub, where it is missing.
+    """
+    trained = "is trained from scratch if missing" if trains else "must have been trained by `tune-sparse prepare`"
+    fetched = "is downloaded if missing" if downloads else "must have been downloaded by `tune-sparse prepare`"
     kinds = {
-        "toy models": f"{' and '.join(TOY_MODELS)}: very small, trained from scratch in about a minute when first used",
-        "folders": "a checkpoint in Hugging Face format with safetensors weights, such as ./my-llama",
-        "Hugging Face ids": "ORG/NAME@REVISION, downloaded beforehand by `tune-sparse prepare`",
+        "toy models": f"{' and '.join(TOY_MODELS)}: very small; each {trained}, which takes about a minute",
+        "folders": f"a checkpoint of class {classes} in Hugging Face format with safetensors weights, such as "
+        "./my-llama",
+        "Hugging Face ids": f"ORG/NAME@REVISION, or ORG/NAME for its main branch; {fetched}",
     }
     return table("models", kinds)
 
 
-def presets() -> str:
-    return table("presets", matrix.ABOUT)
+def presets(note: str = "") -> str:
+    """The presets with all that they set. note: what else a command says of them."""
+    rows = {name: f"{about}{_sets(name)}" for name, about in matrix.ABOUT.items()}
+    always = (
+        f"A preset always applies: without a name {DEFAULT_PRESET}, also to a model of your own. What it sets takes "
+        "the "
+        "place of the defaults that this help shows, and what you give takes the place of both; all else keeps the "
+        "defaults of `tune-sparse sweep --help`. "
+    )
+    return f"{table('presets', rows)}\n\n{paragraph(always + note)}"
 
 
-def tasks() -> str:
+def _sets(name: str) -> str:
+    """The names and values of a preset, against toy where it begins with that."""
+    if "pilot" in name:
+        return ""
+    values, toy = matrix.PRESETS[name], matrix.PRESETS[DEFAULT_PRESET]
+    is_like_toy = name != DEFAULT_PRESET and toy.keys() <= values.keys()
+    shown = {key: value for key, value in values.items() if not is_like_toy or toy.get(key) != value}
+    texts = ", ".join(f"{key}={value_text(value)}" for key, value in shown.items())
+    return f". Sets {f'what {DEFAULT_PRESET} sets, but ' if is_like_toy else ''}{texts}"
+
+
+def tasks(names: Collection[str] = tuple(TASKS)) -> str:
+    """The tasks with their dataset, its fields, and the split whose examples are the test examples."""
     kinds = {
         ChoiceTask: "accuracy of the likeliest choice",
         AnswerTask: "accuracy of a generated answer",
         TextTask: "perplexity",
     }
-    return table("tasks", {name: f"{task.about}; {kinds[type(task)]}" for name, task in TASKS.items()})
+    rows = {name: f"{TASKS[name].about}; {kinds[type(TASKS[name])]}. {_dataset(TASKS[name])}" for name in names}
+    return table("tasks", rows)
+
+
+def _dataset(task: Task) -> str:
+    hub, fields = "none on the Hub", ", ".join(task.fields)
+    if task.hub:
+        hub = f"{task.hub.path}{f' (configuration {task.hub.config})' if task.hub.config else ''}"
+    if isinstance(task, TextTask):
+        return f"Dataset: {hub}"
+    return f"Dataset: {hub}; fields {fields}; test examples: {task.test_split}"
+
+
+def files() -> str:
+    """The files of a folder with examples, and what the other two sources have."""
+    rows = {
+        "TASK/train.jsonl": "training examples",
+        "TASK/validation.jsonl": "needed where the list of tasks has `test examples: validation`; elsewhere "
+        "optional, for "
+        "the selection examples, which else are taken out of train.jsonl",
+        "TASK/test.jsonl": "needed where the list of tasks has `test examples: test`",
+        "wikitext2": "the files train.txt, valid.txt and test.txt",
+        "tinyshakespeare": "the file input.txt: 90% for training, 5% for selection, 5% for the test",
+    }
+    return f"{table('files in DATA, the folder of --data-dir', rows)}\n\n" + paragraph(
+        "A .jsonl file has a JSON object with the fields of the task in each line. Of the texts wikitext2 and "
+        "tinyshakespeare, an example is a piece of max_tokens tokens. `--data-dir hub` has the tasks whose dataset "
+        "is on "
+        "the Hub. `--data-dir synthetic` has boolq, hellaswag and gsm8k."
+    )
 
 
 def methods() -> str:
@@ -98,7 +191,10 @@ def methods() -> str:
     parts = {name: text for name, text in ALLOCATIONS.items() if name != "uniform"}
     parts["owl"] += "; needs calibration"
     parts |= {name: text for name, text in PATTERNS.items() if name != "element-wise"}
-    own = {"unstructured": "the name of magnitude alone", "structured": "the name of magnitude-structured"}
+    own = {
+        "unstructured": "magnitude without an ending; write unstructured, as magnitude alone is refused",
+        "structured": "magnitude with -structured; write structured, as magnitude-structured is refused",
+    }
     listed = textwrap.fill(", ".join(METHODS), WIDTH - 4, break_on_hyphens=False)
     return "\n\n".join(
         [
@@ -110,21 +206,37 @@ def methods() -> str:
     )
 
 
-def modes() -> str:
-    return table("modes", {name: mode.about for name, mode in MODES.items()})
+def modes(names: Collection[str] = tuple(MODES)) -> str:
+    return table("modes", {name: MODES[name].about for name in names})
+
+
+def baselines() -> str:
+    return f"{table('columns of a CSV file of published numbers', BASELINE_COLUMNS)}\n\n" + paragraph(
+        "Each must be there. A field that the source does not state is empty; source, address, kind, model and metric "
+        "must not be."
+    )
 
 
 def spaces() -> str:
     return table("search spaces", subadapters.ABOUT)
 
 
-def settings(names: Collection[str] | None = None) -> str:
-    """The settings of training and scoring under their headings, or some of them under one."""
-    shown = [f for f in fields(Protocol) if names is None or f.name in names]
-    width = max(len(f.name) for f in shown)
+def settings(
+    names: Collection[str] = SETTINGS,
+    heading: str = "",
+    texts: Mapping[str, str] | None = None,
+) -> str:
+    """The named settings under their headings, or under one.
+
+    texts: {name: its text}, where a command has another one than the field.
+    """
+    shown = [f.name for f in fields(Protocol) if f.name in names]
+    width = max(map(len, shown))
     groups: dict[str, dict[str, str]] = {}
-    heading = ""
-    for f in shown:
-        heading = (f.metadata["heading"] or heading) if names is None else "scoring"
-        groups.setdefault(heading, {})[f"{f.name:{width}}"] = describe_option(f)
-    return "\n\n".join(table(f"settings for --set, {heading}", rows) for heading, rows in groups.items())
+    current = ""
+    for f in fields(Protocol):
+        current = f.metadata["heading"] or current
+        if f.name in shown:
+            text = (texts or {}).get(f.name) or describe_option(f)
+            groups.setdefault(heading or current, {})[f"{f.name:{width}}"] = text
+    return "\n\n".join(table(f"settings for --set, {title}", rows) for title, rows in groups.items())

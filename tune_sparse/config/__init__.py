@@ -30,7 +30,8 @@ One more than there are CS3 keeps these busy, and other trials are never crowded
 CEREBRAS_TARGETS = {
     "csx": "train on CS-3 systems",
     "cpu": "train on the CPU of this machine",
-    "validate": "only check that the Cerebras compiler accepts each kind of model, and train nothing",
+    "validate": "only check that the Cerebras compiler accepts each model in each mode at the highest sparsity, and "
+    "train nothing",
 }
 FLOPS_TOKENS = 2048
 """The sequence length at which inference FLOPs are compared."""
@@ -84,17 +85,18 @@ class Cerebras:
         choices=CEREBRAS_TARGETS,
     )
     cs3: int = option(
-        "number of trainings on CS-3 systems at the same time, if the sweep starts Ray itself; on a running cluster of "
-        "Ray its resource named CS3 decides",
+        "number of trainings on CS-3 systems at the same time; without effect on a running Ray cluster, where the "
+        "amount "
+        "of its resource named CS3 decides",
         1,
         metavar="N",
     )
     num_csx: int = option("number of CS-3 systems that one training uses", 1, metavar="N")
     mount_dirs: tuple[str, ...] = option(
-        "folders to mount on the nodes of the Cerebras cluster", (), metavar="DIR", unset="none"
+        "folders to mount on the nodes of the Cerebras cluster", (), metavar="FOLDER", unset="none"
     )
     python_paths: tuple[str, ...] = option(
-        "folders with Python packages for the nodes of the Cerebras cluster", (), metavar="DIR", unset="none"
+        "folders with Python packages for the nodes of the Cerebras cluster", (), metavar="FOLDER", unset="none"
     )
     train_timeout_seconds: float | None = option(
         "stop a training on Cerebras that takes longer, and record its run as failed",
@@ -135,7 +137,9 @@ class SweepConfig:
         unset="those of the preset",
     )
     tasks: tuple[str, ...] = option(
-        "tasks to train and score on, listed below; TASK+TASK trains on a mixture",
+        "tasks to train and score on, listed below. A mixture such as gsm8k+mawps+svamp trains on the examples of "
+        "all its "
+        "tasks, shuffled, and is scored on each: its accuracy is their mean",
         ("boolq", "hellaswag", "gsm8k"),
         metavar="TASK",
     )
@@ -150,33 +154,34 @@ class SweepConfig:
     )
     modes: tuple[str, ...] = option("training modes, listed below", SPARSE_ADAPTER_MODES, metavar="MODE")
     seeds: tuple[int, ...] = option(
-        "random seeds; each trains every cell once more, with another order of examples, other initial adapters and "
-        "other masks of method random",
+        "random seeds: each has cells of its own, with another order of examples, other initial adapters and other "
+        "masks "
+        "of method random",
         (0,),
         metavar="SEED",
     )
     backend: tuple[str, ...] = option(
-        "where models are trained",
+        "where models are trained; `torch cerebras` is the same as both",
         ("torch",),
         metavar="BACKEND",
         choices={
             "torch": "on CPU or GPU",
             "cerebras": "with the Cerebras software",
-            BOTH: "every cell on each of the two",
-            SPLIT: "each pair of model and task on one of the two",
+            BOTH: "given alone, every cell on each of the two",
+            SPLIT: "given alone, each pair of model and task on one of the two",
         },
     )
     protocol: Protocol = field(default_factory=Protocol)
     cerebras: Cerebras = field(default_factory=Cerebras)
     data_dir: Path | None = option(
-        "source of the examples: a folder with a file TASK/SPLIT.jsonl for each split, one JSON object per line with "
-        "the fields of the task's Hugging Face dataset; or `hub` to download them from the Hugging Face Hub; or "
-        "`synthetic` for generated ones",
+        "source of the examples: a folder with files as listed below; or `hub` for the Hugging Face Hub, from which "
+        "they "
+        "are downloaded when first used; or `synthetic` for generated ones",
         None,
-        metavar="DIR",
-        unset="so the preset or this option must say it",
+        metavar="DATA",
+        unset="so it must be given with a preset that does not set it",
     )
-    results_dir: Path = option("results folder", Path("results"), metavar="DIR")
+    results_dir: Path = option("results folder", Path("results"), metavar="RESULTS")
     workers: int | None = option(
         "number of trials at the same time",
         None,
@@ -199,7 +204,7 @@ class SweepConfig:
         "address of the MLflow store",
         None,
         metavar="URI",
-        unset="so the variable MLFLOW_TRACKING_URI, or else DIR/mlflow.db in the results folder",
+        unset="so the variable MLFLOW_TRACKING_URI, or else RESULTS/mlflow.db",
     )
 
     def __post_init__(self) -> None:

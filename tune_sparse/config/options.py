@@ -35,9 +35,14 @@ def describe_option(at: Field[Any]) -> str:
 def _default_text(at: Field[Any]) -> str:
     if at.default is MISSING:
         return str(at.metadata["unset"])
-    value = " ".join(map(str, at.default)) if isinstance(at.default, tuple) else str(at.default)
-    value = value.lower() if at.default is None or isinstance(at.default, bool) else value
-    return ", ".join(filter(None, (value, at.metadata["unset"])))
+    return ", ".join(filter(None, (value_text(at.default), at.metadata["unset"])))
+
+
+def value_text(value: Any) -> str:
+    """A value as a user writes it."""
+    if isinstance(value, tuple):
+        return " ".join(map(str, value))
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
 
 def rule(holds: bool, text: str, value: Any, fix: str) -> None:

@@ -25,7 +25,8 @@ PATTERNS = {
     "element-wise": "prunes single weights",
     "structured": "prunes whole attention heads and feed-forward channels",
     **{
-        name: f"keeps {kept} of every {size} neighbouring weights, so the only sparsity is {1 - kept / size:g}"
+        name: f"keeps {kept} of every {size} neighbouring weights, so the only sparsity above 0 is "
+        f"{1 - kept / size:g}, and others are refused"
         for name, (kept, size) in GROUPS.items()
     },
 }

@@ -88,7 +88,7 @@ class Score:
 
 SCORES = {
     "magnitude": Score(magnitude, about="prunes the smallest weights |w|"),
-    "random": Score(random, Needs(seed=True), "prunes weights at random, as the seed says"),
+    "random": Score(random, Needs(seed=True), "prunes weights at random"),
     "gradient": Score(gradient, Needs(gradients=True), "prunes the weights with the smallest gradients |g|"),
     "taylor": Score(taylor, Needs(gradients=True), "prunes the smallest products of weight and gradient |w g|"),
     "wanda": Score(
