@@ -27,7 +27,7 @@ smoke: $(READY)
 	$(BIN)/tune-sparse sweep smoke
 
 test: lint types
-	$(BIN)/python -m pytest -m "not slow" -n $(TEST_WORKERS) --dist loadgroup --no-loadscope-reorder
+	$(BIN)/python -m pytest -m "not slow" -n $(TEST_WORKERS) --dist loadgroup --no-loadscope-reorder --max-worker-restart 0
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m "slow"

@@ -248,7 +248,7 @@ def test_what_was_not_measured_is_unknown(apart: Ledger) -> None:
     claims, _ = make_claims(Points(cells, load_points(apart).predictions))
     [cost] = [claim for claim in claims if claim.about == "cost on torch"]
     assert cost.numbers["rate0"].value is None
-    assert "sparse-to-dense unknown samples a second" in cost.text
+    assert "sparse-to-dense unknown examples a second" in cost.text
     json.dumps([claim.as_json() for claim in claims], allow_nan=False)
 
 

@@ -56,7 +56,7 @@ def test_where_the_examples_differ_nothing_is_compared(both: tuple[pd.DataFrame,
 
 def test_a_row_shows_compile_time_apart_from_rates(both: tuple[pd.DataFrame, Runs]) -> None:
     row = hardware_rows(hardware_pairs(*both))[0]
-    assert (row["tokens"], row["samples"]) == ("4,096 / 8,192", "128 / 128")
+    assert (row["tokens"], row["examples"]) == ("4,096 / 8,192", "128 / 128")
     assert row["compile"] == "– / 120"
     assert row["torch_run"].startswith("torch_")
     assert row["cerebras_run"].startswith("cerebras_")

@@ -37,7 +37,7 @@ def _row(pair: dict[str, Any]) -> dict[str, Any]:
     errors = {name: pair[f"accuracy_stderr_{name}"] for name in BACKENDS}
     rates = {
         column: " / ".join(rounded(pair[f"train_{column}_per_second_{name}"]) for name in BACKENDS)
-        for column in ("samples", "tokens")
+        for column in ("examples", "tokens")
     }
     compile_seconds = [pair[f"compile_seconds_{name}"] for name in BACKENDS]
     return {

@@ -26,7 +26,7 @@ LABELS = {
     "accuracy": "accuracy (fraction right)",
     "perplexity": "perplexity (per token)",
     "eval_loss": "eval loss (nats per token)",
-    "train_examples_per_second": "training rate (samples/s)",
+    "train_examples_per_second": "training rate (examples/s)",
     "train_tokens_per_second": "training rate (tokens/s)",
 }
 SCREEN_DPI = 150

@@ -137,7 +137,7 @@ def _cost_claim(points: Points) -> Iterator[Claim]:
             numbers[f"rate{i}"] = number(same["train_examples_per_second"].median(), same["run_id"], ".0f")
             numbers[f"seconds{i}"] = number(same["train_seconds"].median(), same["run_id"], ".2f")
             numbers[f"memory{i}"] = number(same["peak_memory_bytes"].median() / 2**20, same["run_id"], ".0f")
-            parts.append(f"{mode} {{rate{i}}} samples a second, {{seconds{i}}} s, {{memory{i}}} MiB at the peak")
+            parts.append(f"{mode} {{rate{i}}} examples a second, {{seconds{i}}} s, {{memory{i}}} MiB at the peak")
         yield Claim("RQ3", f"cost on {backend}", f"Medians of training: {'; '.join(parts)}.", numbers)
 
 
@@ -173,4 +173,4 @@ def _backend_claims(points: Points, tests: Sequence[PairedTest]) -> Iterator[Cla
     for i, (backend, rows) in enumerate(points.pruned.groupby("backend", sort=True)):
         rates[f"rate{i}"] = number(rows["train_examples_per_second"].median(), rows["run_id"], ".0f")
         parts.append(f"{backend} {{rate{i}}}")
-    yield Claim("RQ4", ALL_BASES, f"Training samples a second, medians: {', '.join(parts)}.", rates)
+    yield Claim("RQ4", ALL_BASES, f"Training examples a second, medians: {', '.join(parts)}.", rates)

@@ -21,7 +21,7 @@ from tune_sparse.cli.words import (
     tasks,
     words,
 )
-from tune_sparse.config import CALIBRATION_SETTINGS
+from tune_sparse.config.protocol import CALIBRATION_SETTINGS
 from tune_sparse.errors import InputError
 
 BATCH_SIZES = [1, 2, 4, 8, 16]

@@ -10,11 +10,15 @@ from tune_sparse.errors import unknown_name
 
 PRECISIONS = ("float32", "bfloat16")
 MASKED_LORA_IMPLS = {
-    "structured": "on the rows and columns that are left, for method structured",
-    "effective-weight": "builds the masked weight, for any mask",
-    "auto": "chooses by the mask",
+    "structured": "only with the rows and columns that are left; the only method must be `structured`",
+    "effective-weight": "adds the masked product to W first, for any mask",
+    "auto": "chooses the faster one for each mask",
 }
-CALIBRATIONS = {"task": "training examples of the task", "wikitext2": "pieces of that text"}
+CALIBRATIONS = {
+    "task": "training examples of the task",
+    "wikitext2": "pieces of the training text of that task in --data-dir, so not with synthetic; `tune-sparse prepare "
+    "--tasks wikitext2 --data-dir hub` downloads it",
+}
 CALIBRATION_ORDERS = {
     "dense": "the unpruned model, once",
     "sequential": "layer after layer, with all earlier layers pruned already",
@@ -45,7 +49,9 @@ class Protocol:
     lora_alpha: float = option("LoRA alpha: the update of an adapter is scaled by lora_alpha / lora_rank", 32.0)
     lora_dropout: float = option("dropout probability on the input of the adapters", 0.0)
     masked_lora_impl: str = option(
-        "how mode sparse-to-sparse computes a masked adapter",
+        "how mode sparse-to-sparse computes with W + mask * (B A): the pruned weight W, and the product of the two "
+        "matrices "
+        "of an adapter in which pruned places are zero",
         "auto",
         choices=MASKED_LORA_IMPLS,
     )
@@ -65,21 +71,24 @@ class Protocol:
         "solved examples in the prompt of each test example; the prompts of the training have none", 0
     )
     batch_tokens: int = option("most tokens, padding included, in one batch of scoring: bounds its memory", 8192)
-    n_train: int | None = option("number of training examples", None, unset="all", heading="examples and evaluation")
+    n_train: int | None = option(
+        "number of training examples, of each task of a mixture", None, unset="all", heading="examples and evaluation"
+    )
     n_selection: int | None = option(
-        "number of selection examples: used to measure the loss during training and, by `tune-sparse search`, to "
-        "compare; never trained on or among the test examples. `none` takes a tenth of the training split, or the "
-        "whole validation split where the test examples do not come from it",
+        "number of selection examples: the loss is measured on them during training, and `tune-sparse search` compares "
+        "on them. They come from the validation split if the test examples do not, or else from the training split, "
+        "and "
+        "are then not trained on. `none` takes the whole validation split, or a tenth of the training split",
         256,
     )
-    n_test: int | None = option("number of test examples", None, unset="all")
+    n_test: int | None = option("number of test examples, of each task of a mixture", None, unset="all")
     eval_every: int = option("steps between two measurements of the loss on the selection examples", 50)
     threads: int = option("CPU threads of a run; another number can change the last bits of a result", 1)
     calibration: str = option(
-        "examples on which the methods that need data measure the model",
+        "examples on which the methods that need calibration measure the model",
         "task",
         choices=CALIBRATIONS,
-        heading="calibration of the pruning methods that need data",
+        heading="calibration, for the methods that need it",
     )
     calibration_examples: int = option("number of calibration examples", 128)
     calibration_tokens: int = option(

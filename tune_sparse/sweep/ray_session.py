@@ -9,6 +9,7 @@ another one. So nothing of Tune is saved or restored, and its own retries, logge
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import signal
@@ -111,7 +112,23 @@ def ray_session(config: SweepConfig) -> Iterator[int]:
     try:
         yield _trials_at_once(config)
     finally:
-        ray.shutdown()
+        with _no_garbage():
+            ray.shutdown()
+
+
+@contextmanager
+def _no_garbage() -> Iterator[None]:
+    """Collect garbage before the block, and none in it.
+
+    Tune leaves cycles that hold references to Ray's objects. A thread that collected one while Ray shuts down, such as
+    the tracker's, would ask a worker that is gone, and Ray ends the process for that.
+    """
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def _set_environment() -> None:

@@ -18,7 +18,7 @@ const SHOWN = ["run_id", ...[...FILTERS, "seed"].filter((name) => !CONSTANT.has(
   "warnings", "accuracy_before_tuning", "eval_loss", "train_examples_per_second", "error"]
   .filter((name) => data.columns[name] && cells.some((c) => c[name] != null));
 const METRICS = [["accuracy", "accuracy (fraction right)"], ["perplexity", "perplexity (per token)"],
-  ["eval_loss", "eval loss (nats per token)"], ["train_examples_per_second", "training rate (samples/s)"],
+  ["eval_loss", "eval loss (nats per token)"], ["train_examples_per_second", "training rate (examples/s)"],
   ["inference_flops", "inference FLOPs at 2,048 tokens"]].filter(([name]) => cells.some((c) => c[name] != null));
 const COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"];
 const DASHES = { "sparse-to-sparse": "6 4", "dense": "2 3", "masked-finetuning": "8 3 2 3" };
