@@ -65,9 +65,11 @@ ABOUT = {
     "a sweep trains 1100 times",
 }
 """The presets in the words of a help."""
-ABOUT |= {f"{name}-pilot": f"as {name}, but only at the sparsities 0, 0.5 and 0.9" for name in PRESETS}
+ABOUT |= {
+    f"{name}-pilot": f"as {name}, but with the sparsities 0, 0.5 and 0.9, whatever {name} has" for name in PRESETS
+}
 PRESETS |= {f"{name}-pilot": axes | {"sparsities": PILOT_SPARSITIES} for name, axes in PRESETS.items()}
-PRESETS["pilot"], ABOUT["pilot"] = PRESETS["toy-pilot"], "another name of toy-pilot"
+PRESETS["pilot"], ABOUT["pilot"] = PRESETS["toy-pilot"], "another name for toy-pilot"
 
 
 def cells(axes: Mapping[str, Iterable[Any]]) -> Iterator[dict[str, Any]]:

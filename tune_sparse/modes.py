@@ -35,7 +35,7 @@ class Mode:
 
 
 MODES = {
-    DENSE: Mode(about="LoRA on the unpruned model; all sparsities must be 0 with it", is_pruned=False),
+    DENSE: Mode(about="LoRA on the unpruned model; only sparsity 0 is allowed with it", is_pruned=False),
     "sparse-to-dense": Mode(
         about="LoRA on the pruned model; pruned weights are set to zero again after training", masks_at_merge=True
     ),

@@ -42,7 +42,7 @@ from tune_sparse.cli.words import paragraph, table
 from tune_sparse.errors import DISK_FULL, InputError, unknown_name
 
 COMMANDS = {
-    "commands that measure, in the order of their use": (doctor, prepare, throughput, sweep, search),
+    "commands for experiments, in the order of their use": (doctor, prepare, throughput, sweep, search),
     "commands for its results": (status, report, audit, rerun, discard, import_, track, ui),
     "commands for single models": (prune, evaluate, merge, validate),
 }

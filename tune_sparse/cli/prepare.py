@@ -25,8 +25,9 @@ TEXTS = {
 PLACES = paragraph(
     "Models of the Hub are put in the cache of Hugging Face, which is the folder hub in the folder that the variable "
     "HF_HOME names, or else in ~/.cache/huggingface. Toy models and examples are put in the folder that the variable "
-    "TUNE_SPARSE_CACHE names, or else in ~/.cache/tune-sparse. Another machine needs copies of both. What is there "
-    "already is kept. Nothing is pruned."
+    "TUNE_SPARSE_CACHE names, or else in ~/.cache/tune-sparse. Another machine needs copies of both. Files that "
+    "are there already are kept. "
+    "No weights are pruned: the sweep does that."
 )
 
 

@@ -34,7 +34,7 @@ def declare(commands: Any) -> None:
         ok="all files are written",
         fault="the disk is full",
         notes=[
-            words("sparsity", "mask", "calibration", "structured"),
+            words("sparsity", "mask", "example", "calibration", "structured"),
             models(trains=False, downloads=False, classes="Llama, Mistral, Mixtral, GPT-2 or OPT"),
             methods(),
             _written(),
@@ -65,7 +65,13 @@ def _add_what_into(group: Any) -> None:
         help="sparsities, above 0 and below 1, in rising order; the weights are read once for all of them "
         f"(default: {' '.join(map(str, SPARSITIES))})",
     )
-    group.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the scores of random (default: 0)")
+    group.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="seed of the random numbers by which the method random prunes (default: 0)",
+    )
 
 
 def _add_calibration_into(group: Any) -> None:
@@ -94,7 +100,7 @@ def _add_calibration_into(group: Any) -> None:
         type=int,
         default=Protocol.calibration_tokens,
         metavar="N",
-        help=f"most tokens of a calibration example, or the tokens of each piece of a text (default: "
+        help=f"largest number of tokens of a calibration example; each piece of a text has exactly as many (default: "
         f"{Protocol.calibration_tokens})",
     )
     group.add_argument(
@@ -113,8 +119,9 @@ def _add_files_into(group: Any) -> None:
         "--format",
         default="safetensors",
         metavar="NAME",
-        help="format of the masks: safetensors or pt, one file for each sparsity; or levels, one packed file for all "
-        "sparsities (default: safetensors)",
+        help="format of the masks: safetensors or pt, one file for each sparsity; or levels, one file for at most "
+        "15 sparsities, which says of "
+        "each weight, in 4 bits, at how many of them it is kept (default: safetensors)",
     )
     group.add_argument("--checkpoints", action="store_true", help="write the pruned model of each sparsity, too")
     group.add_argument(

@@ -65,7 +65,8 @@ OUTCOME = paragraph(
     "again."
 )
 PRESET_NOTE = (
-    "A search takes its models and tasks (the first of each), data_dir, gpus_per_trial and settings from the preset, "
+    "A search takes its model (the first), its task (the first, or with --all-tasks each), data_dir, "
+    "gpus_per_trial and settings from the preset, "
     "while --method, --sparsity, --mode and --seed keep the defaults shown. It sets lora_rank=32 and lora_alpha=64 "
     "itself, "
     "and with toy, smoke and their pilots n_selection=400 and calibration_examples=32; --set changes these, too."
@@ -84,7 +85,7 @@ def declare(commands: Any) -> None:
         commands,
         "search",
         _search,
-        "prune a model, train one adapter that works at many ranks, and search for the best rank in each layer",
+        "prune a model, train one adapter that works at many ranks, and search for the best ranks of its matrices",
         examples=EXAMPLES,
         ok="every search is complete, or with --dry-run, was shown",
         fault="a search failed or was interrupted",
@@ -119,7 +120,7 @@ def _add_model_into(group: Any) -> None:
     tasks.add_argument(
         "--task",
         metavar="TASK",
-        help="task to train and score on, one of those below and no mixture (default: the preset's first)",
+        help="task to train and score on, just one of those below (default: the preset's first)",
     )
     tasks.add_argument(
         "--all-tasks", action="store_true", help="search for each task of the preset, and write a table of all results"
@@ -178,9 +179,9 @@ def _add_places_into(group: Any) -> None:
         "--gpus-per-trial",
         type=float,
         metavar="GPUS",
-        help="GPUs that the training holds, and each candidate that is scored: 1, a fraction to share a GPU, or 0 "
-        "for the "
-        "CPU (default: the preset's, or else 0)",
+        help="GPUs that a trial holds, which is here the training or the scoring of one candidate: 1, a fraction "
+        "to share "
+        "a GPU, or 0 for the CPU (default: the preset's gpus_per_trial, which may be `none`, see below; or else 0)",
     )
     group.add_argument("--dry-run", action="store_true", help="check all input and show what would be searched")
 

@@ -16,7 +16,7 @@ def declare(commands: Any) -> None:
         commands,
         "status",
         _status,
-        "count which cells (combinations of model, task and so on) are finished, running, failed or missing in all "
+        "count how many cells (combinations of model, task and so on) are finished, running, failed or missing in all "
         "sweeps, and "
         "say why runs failed",
         examples=("status", "status --results-dir ./gpu-results ./cs3-results --json"),

@@ -94,7 +94,8 @@ def _add_steps_into(group: Any) -> None:
     group.add_argument(
         "--pilot",
         action="store_true",
-        help="with --dry-run: first run, and record, one run (the middle one of those missing) for each backend, model "
+        help="with --dry-run: first run, and record, one run (the middle one of those missing, in the order in "
+        "which --dry-run lists them) for each backend, model "
         "and task without a finished run, so that the forecast rests on measured times. The presets named pilot are "
         "another thing",
     )

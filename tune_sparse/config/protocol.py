@@ -62,17 +62,20 @@ class Protocol:
     activation_checkpointing: bool = option("recompute activations in the backward pass, to save memory", False)
     precision: str = option("data type of the model's weights", "bfloat16", choices=PRECISIONS)
     max_tokens: int = option(
-        "most tokens of a sequence, or the context of the model if that is less; a longer example loses the beginning "
-        "of its prompt",
+        "largest number of tokens of a sequence, or the context of the model if that is less; a longer example "
+        "loses the "
+        "beginning of its prompt, and the pieces of a text have as many tokens",
         2048,
     )
-    max_new_tokens: int = option("most tokens of a generated answer", 256, heading="scoring")
+    max_new_tokens: int = option("largest number of tokens of a generated answer", 256, heading="scoring")
     num_fewshot: int = option(
         "solved examples in the prompt of each test example; the prompts of the training have none", 0
     )
-    batch_tokens: int = option("most tokens, padding included, in one batch of scoring: bounds its memory", 8192)
+    batch_tokens: int = option(
+        "largest number of tokens, padding included, in one batch of scoring: bounds its memory", 8192
+    )
     n_train: int | None = option(
-        "number of training examples, of each task of a mixture", None, unset="all", heading="examples and evaluation"
+        "number of training examples of each task", None, unset="all", heading="examples and evaluation"
     )
     n_selection: int | None = option(
         "number of selection examples: the loss is measured on them during training, and `tune-sparse search` compares "
@@ -81,7 +84,7 @@ class Protocol:
         "are then not trained on. `none` takes the whole validation split, or a tenth of the training split",
         256,
     )
-    n_test: int | None = option("number of test examples, of each task of a mixture", None, unset="all")
+    n_test: int | None = option("number of test examples of each task", None, unset="all")
     eval_every: int = option("steps between two measurements of the loss on the selection examples", 50)
     threads: int = option("CPU threads of a run; another number can change the last bits of a result", 1)
     calibration: str = option(

@@ -45,7 +45,7 @@ class SearchConfig:
         metavar="NAME",
         choices=SAMPLERS,
     )
-    trials: int = option("number of different candidates to score", 100, metavar="N")
+    trials: int = option("number of trials of the search; each scores another candidate", 100, metavar="N")
     objectives: tuple[str, ...] = option(
         "aims of the search: accuracy, alone or with one of the other two",
         ("accuracy", "parameters"),
