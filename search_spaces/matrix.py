@@ -61,8 +61,7 @@ ABOUT = {
     "matrix": "LLaMA-7B and Mistral-7B, for GPUs; a sweep trains 330 times",
     "mixtral": "Mixtral 8x7B; only `sweep mixtral --dry-run` works, as Mixtral models cannot be trained yet",
     "phoenix": "Llama-3-8B and Mistral-7B on the 10 tasks of the paper Phoenix (doi 10.1145/3731599.3767395), for "
-    "GPUs; "
-    "a sweep trains 1100 times",
+    "GPUs; a sweep trains 1100 times",
 }
 """The presets in the words of a help."""
 ABOUT |= {

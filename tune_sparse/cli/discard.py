@@ -21,8 +21,8 @@ def declare(commands: Any) -> None:
         notes=[
             words(*RUN_WORDS, "results folder"),
             paragraph(
-                "Nothing is deleted: the run's folder goes to RESULTS/set_aside, with your reason. No table or "
-                "figure shows it any more."
+                "Nothing is deleted: the run's folder goes to RESULTS/set_aside, with your reason. No table or figure "
+                "shows it any more."
             ),
         ],
     )

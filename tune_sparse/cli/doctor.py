@@ -38,9 +38,8 @@ def declare(commands: Any) -> None:
         "--cerebras",
         action="store_true",
         help="check the Cerebras software, the access to a Cerebras cluster, and your disk quota as the program "
-        "`quota` "
-        "reports it; the other checks of this machine are then made only if --ray is given, as the machine with that "
-        "access need not run trials",
+        "`quota` reports it; the other checks of this machine are then made only if --ray is given, as the machine "
+        "with that access need not run trials",
     )
     doctor.add_argument(
         "--models",

@@ -43,8 +43,7 @@ def declare(commands: Any) -> None:
             words(*RUN_WORDS, "adapter", "example", "results folder"),
             paragraph(
                 "The scores are in RESULTS/evaluations; `tune-sparse report` does not show them. A --run that is "
-                "scored "
-                "without --tasks, --data-dir and --set is compared with its record, answer by answer, by either "
+                "scored without --tasks, --data-dir and --set is compared with its record, answer by answer, by either "
                 "evaluator."
             ),
             models(trains=False, downloads=False),
@@ -63,8 +62,8 @@ def declare(commands: Any) -> None:
         type=Path,
         metavar="ADAPTER",
         help="adapter to merge into the --model first, which must be the model that it was trained on, pruned if it "
-        "was "
-        "pruned: the folder RESULTS/runs/RUN/adapter of a sweep, or one written by Hugging Face PEFT (default: none)",
+        "was pruned: the folder RESULTS/runs/RUN/adapter of a sweep, or one written by Hugging Face PEFT (default: "
+        "none)",
     )
     scoring.add_argument(
         "--tasks",
@@ -83,10 +82,8 @@ def declare(commands: Any) -> None:
         default="tune-sparse",
         metavar="NAME",
         help="tune-sparse, the scorer of this program; or lm-eval, the scorer lm-evaluation-harness by EleutherAI, "
-        "with "
-        "the same examples and settings. lm-eval needs `pip install 'tune-sparse[harness]'` and has all tasks but "
-        "mawps, "
-        "svamp, wikitext2 and tinyshakespeare (default: tune-sparse)",
+        "with the same examples and settings. lm-eval needs `pip install 'tune-sparse[harness]'` and has all tasks "
+        "but mawps, svamp, wikitext2 and tinyshakespeare (default: tune-sparse)",
     )
     add_set(scoring, "settings of scoring, listed below")
     results = evaluate.add_argument_group("results")
@@ -99,8 +96,7 @@ def _settings_text() -> str:
     texts = {"num_fewshot": f"solved examples in the prompt of each test example (default: {few_shot}, 0 for others)"}
     return f"{settings(SCORING, 'scoring', texts)}\n\n" + paragraph(
         "These defaults are for --model. With --run, a setting that you do not change is that of the run; precision "
-        "and "
-        "threads are the run's whatever you set."
+        "and threads are the run's whatever you set."
     )
 
 

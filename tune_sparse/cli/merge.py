@@ -33,8 +33,7 @@ def declare(commands: Any) -> None:
         "--base",
         metavar="MODEL",
         help="model that the adapter was trained on, pruned if it was pruned; a sweep keeps no pruned model, so use "
-        "--run "
-        "for its runs",
+        "--run for its runs",
     )
     subject.add_argument(
         "--adapter",
@@ -46,9 +45,8 @@ def declare(commands: Any) -> None:
         "--keep-zeros",
         action="store_true",
         help="with an adapter of Hugging Face PEFT: weights that are zero in --base are set to zero again after the "
-        "merge, "
-        "and checked (default: the adapter may change them, and no zeros of --base are checked). An adapter of a sweep "
-        "has a mask of its own, which is always applied and checked",
+        "merge, and checked (default: the adapter may change them, and no zeros of --base are checked). An adapter of "
+        "a sweep has a mask of its own, which is always applied and checked",
     )
     results = merge.add_argument_group("results")
     add_results_dir(results)

@@ -12,22 +12,18 @@ from tune_sparse.config import HUB
 
 TEXTS = {
     "config": "YAML file with settings of a sweep, as `tune-sparse sweep --config` takes; models, tasks and data_dir "
-    "are "
-    "used here, where no option gives them (default: none)",
+    "are used here, where no option gives them (default: none)",
     "models": "models to download or train (default: those of the preset)",
     "tasks": "tasks whose examples are downloaded if --data-dir is hub; TASK+TASK names several (default: boolq "
-    "hellaswag "
-    "gsm8k)",
+    "hellaswag gsm8k)",
     "data_dir": "`hub` downloads the examples of the tasks from the Hugging Face Hub; with `synthetic` or a folder "
-    "there "
-    "is nothing to download (default: none, which downloads no examples)",
+    "there is nothing to download (default: none, which downloads no examples)",
 }
 PLACES = paragraph(
     "Models of the Hub are put in the cache of Hugging Face, which is the folder hub in the folder that the variable "
     "HF_HOME names, or else in ~/.cache/huggingface. Toy models and examples are put in the folder that the variable "
-    "TUNE_SPARSE_CACHE names, or else in ~/.cache/tune-sparse. Another machine needs copies of both. Files that "
-    "are there already are kept. "
-    "No weights are pruned: the sweep does that."
+    "TUNE_SPARSE_CACHE names, or else in ~/.cache/tune-sparse. Another machine needs copies of both. Files that are "
+    "there already are kept. No weights are pruned: the sweep does that."
 )
 
 

@@ -79,8 +79,7 @@ def _add_calibration_into(group: Any) -> None:
         "--calibration",
         metavar="SOURCE",
         help="calibration examples: a task of those listed below, whose training examples are taken from --data-dir; "
-        "or "
-        "the path of a text file (default: none, which suits the methods that need no calibration)",
+        "or the path of a text file (default: none, which suits the methods that need no calibration)",
     )
     group.add_argument(
         "--data-dir",
@@ -119,9 +118,8 @@ def _add_files_into(group: Any) -> None:
         "--format",
         default="safetensors",
         metavar="NAME",
-        help="format of the masks: safetensors or pt, one file for each sparsity; or levels, one file for at most "
-        "15 sparsities, which says of "
-        "each weight, in 4 bits, at how many of them it is kept (default: safetensors)",
+        help="format of the masks: safetensors or pt, one file for each sparsity; or levels, one file for at most 15 "
+        "sparsities, which says of each weight, in 4 bits, at how many of them it is kept (default: safetensors)",
     )
     group.add_argument("--checkpoints", action="store_true", help="write the pruned model of each sparsity, too")
     group.add_argument(

@@ -18,8 +18,7 @@ def declare(commands: Any) -> None:
         "report",
         _report,
         "audit the finished runs, and write tables, figures and a summary of them to the folder analysis in the "
-        "results "
-        "folder",
+        "results folder",
         examples=("report", "report --results-dir ./gpu-results ./cs3-results --bundle ./artifact"),
         ok="the report is written, and its audit found no error",
         fault="the report is written, but its audit found an error; or no run is finished",
@@ -41,8 +40,7 @@ def declare(commands: Any) -> None:
         default=[],
         metavar="FILE",
         help="CSV files of published numbers to compare with, besides the built-in ones, with the columns below "
-        "(default: "
-        "none)",
+        "(default: none)",
     )
     report.add_argument(
         "--bundle",

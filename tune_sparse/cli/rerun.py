@@ -24,9 +24,8 @@ def declare(commands: Any) -> None:
         notes=[
             words(*RUN_WORDS, "results folder"),
             paragraph(
-                "All metrics and the answers to all test examples are compared: to the last bit on a CPU of the "
-                "same kind with the same packages, else within a tolerance that is printed. The repetition is "
-                "not stored."
+                "All metrics and the answers to all test examples are compared: to the last bit on a CPU of the same "
+                "kind with the same packages, else within a tolerance that is printed. The repetition is not stored."
             ),
         ],
     )

@@ -55,26 +55,23 @@ choose from, the largest first; rank 0 leaves the adapter out:
     down: {modules: [down_proj], ranks: [32, 16, 0]}"""
 OUTCOME = paragraph(
     "The super-adapter is trained as a run, and reused if that run is finished. The best sub-adapters are those that "
-    "no "
-    "other beats in all objectives on the selection examples. The winner is the smallest of them that is about as "
+    "no other beats in all objectives on the selection examples. The winner is the smallest of them that is about as "
     "accurate as the most accurate one. At the end it is scored on the test examples, beside the middle ranks "
     "(`heuristic`), the largest ranks and a plain LoRA adapter of its size. The search and its report are in "
     "RESULTS/searches/SEARCH (a name that is printed), with the winner in winner/adapter, in the format of Hugging "
-    "Face PEFT; it "
-    "belongs to the pruned model, which is not kept. An interrupted search goes on when the same command is given "
-    "again."
+    "Face PEFT; it belongs to the pruned model, which is not kept. An interrupted search goes on when the same command "
+    "is given again."
 )
 PRESET_NOTE = (
-    "A search takes its model (the first), its task (the first, or with --all-tasks each), data_dir, "
-    "gpus_per_trial and settings from the preset, "
-    "while --method, --sparsity, --mode and --seed keep the defaults shown. It sets lora_rank=32 and lora_alpha=64 "
-    "itself, "
-    "and with toy, smoke and their pilots n_selection=400 and calibration_examples=32; --set changes these, too."
+    "A search takes its model (the first), its task (the first, or with --all-tasks each), data_dir, gpus_per_trial "
+    "and settings from the preset, while --method, --sparsity, --mode and --seed keep the defaults shown. It sets "
+    "lora_rank=32 and lora_alpha=64 itself, and with toy, smoke and their pilots n_selection=400 and "
+    "calibration_examples=32; --set changes these, too."
 )
 TEXTS = {
     "lora_rank": "rank of the super-adapter, at least the largest rank of the space (default: 32)",
-    "lora_alpha": "LoRA alpha: the update of an adapter is scaled by lora_alpha / lora_rank, at all ranks of the space "
-    "alike (default: 64.0)",
+    "lora_alpha": "LoRA alpha: the update of an adapter is scaled by lora_alpha / lora_rank, at all ranks of the "
+    "space alike (default: 64.0)",
 }
 
 OWN_SETTINGS = ("sampling", "sampler", "trials", "objectives")
@@ -179,9 +176,9 @@ def _add_places_into(group: Any) -> None:
         "--gpus-per-trial",
         type=float,
         metavar="GPUS",
-        help="GPUs that a trial holds, which is here the training or the scoring of one candidate: 1, a fraction "
-        "to share "
-        "a GPU, or 0 for the CPU (default: the preset's gpus_per_trial, which may be `none`, see below; or else 0)",
+        help="GPUs that a trial holds, which is here the training or the scoring of one candidate: 1, a fraction to "
+        "share a GPU, or 0 for the CPU (default: the preset's gpus_per_trial, which may be `none`, see below; or else "
+        "0)",
     )
     group.add_argument("--dry-run", action="store_true", help="check all input and show what would be searched")
 

@@ -17,16 +17,15 @@ def declare(commands: Any) -> None:
         "status",
         _status,
         "count how many cells (combinations of model, task and so on) are finished, running, failed or missing in all "
-        "sweeps, and "
-        "say why runs failed",
+        "sweeps, and say why runs failed",
         examples=("status", "status --results-dir ./gpu-results ./cs3-results --json"),
         ok="every cell is finished or running",
         fault="a cell failed or is missing",
         notes=[
             words("cell", *RUN_WORDS, "results folder"),
             paragraph(
-                "A cell is missing if a sweep asked for it and its run has not been started. The command can be "
-                "used while a sweep runs."
+                "A cell is missing if a sweep asked for it and its run has not been started. The command can be used "
+                "while a sweep runs."
             ),
         ],
     )

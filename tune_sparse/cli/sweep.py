@@ -87,17 +87,15 @@ def _add_steps_into(group: Any) -> None:
     group.add_argument(
         "--dry-run",
         action="store_true",
-        help="run nothing, unless --pilot is given; show which runs are finished and which would run, with a "
-        "forecast of their time and "
-        "disk space",
+        help="run nothing, unless --pilot is given; show which runs are finished and which would run, with a forecast "
+        "of their time and disk space",
     )
     group.add_argument(
         "--pilot",
         action="store_true",
-        help="with --dry-run: first run, and record, one run (the middle one of those missing, in the order in "
-        "which --dry-run lists them) for each backend, model "
-        "and task without a finished run, so that the forecast rests on measured times. The presets named pilot are "
-        "another thing",
+        help="with --dry-run: first run, and record, one run (the middle one of those missing, in the order in which "
+        "--dry-run lists them) for each backend, model and task without a finished run, so that the forecast rests on "
+        "measured times. The presets named pilot are another thing",
     )
     group.add_argument(
         "--retry-failed",

@@ -20,9 +20,8 @@ CEREBRAS = tuple(f.name for f in fields(Cerebras))
 
 SETTINGS_GROUP = "data and settings"
 CONFIG_HELP = (
-    "YAML file with settings of a sweep as `name: value`: its options, with _ for -, and what its --set "
-    "takes, all listed by `tune-sparse sweep --help`. The file changes the preset, and options change both "
-    "(default: none)"
+    "YAML file with settings of a sweep as `name: value`: its options, with _ for -, and what its --set takes, all "
+    "listed by `tune-sparse sweep --help`. The file changes the preset, and options change both (default: none)"
 )
 
 

@@ -55,14 +55,11 @@ def declare(commands: Any) -> None:
             words(*RUN_WORDS, "example", "adapter", "calibration", "results folder"),
             paragraph(
                 "The training of each combination of model, task, method, sparsity and mode is measured, one "
-                "combination after the "
-                "other: 5 training steps, after 2 that are not counted. Where there is a GPU, the model is "
-                "trained there and "
-                "the memory is that of the GPU, otherwise that of the process. A batch size that does not fit into the "
-                "memory of the GPU is printed as `out of memory` and stored with null for its numbers, and the next "
-                "one is "
-                "tried; a process that is too large for the memory of the machine may be killed. Nothing is scored. "
-                "The numbers are printed and stored in RESULTS/throughput."
+                "combination after the other: 5 training steps, after 2 that are not counted. Where there is a GPU, "
+                "the model is trained there and the memory is that of the GPU, otherwise that of the process. A batch "
+                "size that does not fit into the memory of the GPU is printed as `out of memory` and stored with null "
+                "for its numbers, and the next one is tried; a process that is too large for the memory of the machine "
+                "may be killed. Nothing is scored. The numbers are printed and stored in RESULTS/throughput."
             ),
             models(trains=True, downloads=True),
             tasks(),

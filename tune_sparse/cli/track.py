@@ -24,9 +24,8 @@ def declare(commands: Any) -> None:
             words("MLflow", "published numbers", "results folder"),
             baselines(),
             paragraph(
-                "A sweep does this while it runs. The command is for results that MLflow has missed or lost, and "
-                "for another store. It adds what is missing, replaces what has changed, and never makes a result "
-                "twice."
+                "A sweep does this while it runs. The command is for results that MLflow has missed or lost, and for "
+                "another store. It adds what is missing, replaces what has changed, and never makes a result twice."
             ),
         ],
     )
@@ -42,8 +41,8 @@ def declare(commands: Any) -> None:
         type=Path,
         nargs="*",
         metavar="FILE",
-        help="import published numbers, too: the built-in ones, and those of these CSV files, if any, with the columns "
-        "below (default: import none)",
+        help="import published numbers, too: the built-in ones, and those of these CSV files, if any, with the "
+        "columns below (default: import none)",
     )
 
 

@@ -29,10 +29,9 @@ def declare(commands: Any) -> None:
         notes=[
             words("MLflow", "results folder"),
             paragraph(
-                "It shows the file mlflow.db in the results folder. If another store was named to "
-                "`tune-sparse sweep` or `tune-sparse track`, by --tracking-uri or the variable MLFLOW_TRACKING_URI, "
-                "open "
-                "the address of that store instead."
+                "It shows the file mlflow.db in the results folder. If another store was named to `tune-sparse sweep` "
+                "or `tune-sparse track`, by --tracking-uri or the variable MLFLOW_TRACKING_URI, open the address of "
+                "that store instead."
             ),
         ],
     )

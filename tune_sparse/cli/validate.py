@@ -23,10 +23,10 @@ def declare(commands: Any) -> None:
         notes=[
             words("sparsity", "mask"),
             paragraph(
-                "A checkpoint is valid if all pruned weights are zero, every linear layer but the embeddings and "
-                "the output layer has a mask, each mask keeps some weights, and the sparsity of all masks together "
-                "is within 0.01 of the expected one. A weight that is not finite (NaN "
-                "or infinite) makes the checkpoint a wrong file: exit status 2."
+                "A checkpoint is valid if all pruned weights are zero, every linear layer but the embeddings and the "
+                "output layer has a mask, each mask keeps some weights, and the sparsity of all masks together is "
+                "within 0.01 of the expected one. A weight that is not finite (NaN or infinite) makes the checkpoint a "
+                "wrong file: exit status 2."
             ),
         ],
     )
@@ -44,10 +44,9 @@ def declare(commands: Any) -> None:
         "--sparsity",
         type=float,
         metavar="FRACTION",
-        help="expected sparsity; it must be given for a file with the masks of several sparsities (`tune-sparse "
-        "prune --format levels`), and chooses one (default: the sparsity in the file stats_*.json beside the "
-        "masks; without that file "
-        "it is not checked)",
+        help="expected sparsity; it must be given for a file with the masks of several sparsities (`tune-sparse prune "
+        "--format levels`), and chooses one (default: the sparsity in the file stats_*.json beside the masks; without "
+        "that file it is not checked)",
     )
     validate.add_argument(
         "--tolerance",

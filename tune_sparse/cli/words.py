@@ -27,37 +27,32 @@ WORDS = {
     "example": "one item of a dataset. Training examples train a model, selection examples are held out to choose "
     "between models, test examples give the final score",
     "calibration": "measuring the model on a few examples, for the pruning methods that need data",
-    "cell": "one combination of model, task, method, sparsity, mode, seed and backend. Cells whose training is "
-    "the same "
-    "share one run: at sparsity 0 nothing is pruned, so all methods share a run, and all modes that train LoRA do, too",
+    "cell": "one combination of model, task, method, sparsity, mode, seed and backend. Cells whose training is the "
+    "same share one run: at sparsity 0 nothing is pruned, so all methods share a run, and all modes that train LoRA "
+    "do, too",
     "run": "pruning, training and scoring a model once. RUN is the name of its folder in RESULTS/runs: look there, as "
     "it ends in a hash of your settings. It begins with backend, model, task, method, sNN for a sparsity of NN "
-    "percent, and mode. At sparsity 0 its method is "
-    "none, and its mode is dense wherever LoRA is trained",
+    "percent, and mode. At sparsity 0 its method is none, and its mode is dense wherever LoRA is trained",
     "method": "a rule that chooses the weights to prune, such as wanda; none if nothing is pruned",
-    "mode": "a way to train: dense, LoRA on the unpruned model; sparse-to-dense, LoRA on the "
-    "pruned model, whose pruned weights are set to zero again after training; sparse-to-sparse, the same, but "
-    "they stay "
-    "zero in every step; masked-finetuning (not in a search), no LoRA: the kept weights are trained themselves",
+    "mode": "a way to train: dense, LoRA on the unpruned model; sparse-to-dense, LoRA on the pruned model, whose "
+    "pruned weights are set to zero again after training; sparse-to-sparse, the same, but they stay zero in every "
+    "step; masked-finetuning (not in a search), no LoRA: the kept weights are trained themselves",
     "backend": "the program that trains: torch on a CPU or GPU, or cerebras with the software of the company Cerebras",
-    "trial": "the pruning, training and scoring of one model (a run) while it executes; several can do so at the "
-    "same time",
-    "adapter": "LoRA: two small matrices beside a large one, trained in its place and merged into it afterwards. "
-    "A sweep puts "
-    "one on the q, k, v, o, gate, up and down projection of every layer; a search puts them on the matrices that its "
-    "option --space names",
+    "trial": "the pruning, training and scoring of one model (a run) while it executes; several can do so at the same "
+    "time",
+    "adapter": "LoRA: two small matrices beside a large one, trained in its place and merged into it afterwards. A "
+    "sweep puts one on the q, k, v, o, gate, up and down projection of every layer; a search puts them on the "
+    "matrices that its option --space names",
     "super-adapter": "a LoRA adapter that is trained so that it works at many ranks",
     "sub-adapter": "a part of a super-adapter: a chosen rank for each group of matrices in each layer",
     "candidate": "a sub-adapter that a search scores",
-    "results folder": "RESULTS, which holds all that commands record: runs/ has a folder for each run (a model "
-    "that was pruned, trained and scored), sweeps/ a "
-    "file for "
-    "each sweep, searches/, throughput/ and evaluations/ what those commands measured, analysis/ the report, mlflow.db "
-    "the data of `tune-sparse ui`",
+    "results folder": "RESULTS, which holds all that commands record: runs/ has a folder for each run (a model that "
+    "was pruned, trained and scored), sweeps/ a file for each sweep, searches/, throughput/ and evaluations/ what "
+    "those commands measured, analysis/ the report, mlflow.db the data of `tune-sparse ui`",
     "audit": "checks the records, which are the files in RESULTS/runs and RESULTS/sweeps: whether pruned weights are "
     "zero, whether two settings gave the very same result, whether runs that are compared differ in code, data, "
-    "prompts or version of the model, and more. An error means that a result cannot be "
-    "trusted, a warning that it needs a look",
+    "prompts or version of the model, and more. An error means that a result cannot be trusted, a warning that it "
+    "needs a look",
     "structured": "pruned by whole attention heads and feed-forward channels, so that matrices can become smaller",
     "published numbers": "results of papers, built in or in CSV files, that are shown beside yours",
     "Ray": "the program that distributes work over CPU cores, GPUs and machines. If the variable RAY_ADDRESS has the "
@@ -129,11 +124,9 @@ def presets(note: str = "") -> str:
     rows = {name: f"{about}{_sets(name)}" for name, about in matrix.ABOUT.items()}
     always = (
         f"A preset always applies. Without a name it is {DEFAULT_PRESET}, also for a model of your own. What it "
-        "sets takes "
-        "the "
-        "place of the defaults that this help shows, and what you give takes the place of both; all else keeps "
-        "the defaults of `tune-sparse sweep --help`. gpus_per_trial=none does not mean "
-        "that no GPU is used: as many trainings share each GPU as fit into its memory. "
+        "sets takes the place of the defaults that this help shows, and what you give takes the place of both; all "
+        "else keeps the defaults of `tune-sparse sweep --help`. gpus_per_trial=none does not mean that no GPU is used: "
+        "as many trainings share each GPU as fit into its memory. "
     )
     return f"{table('presets', rows)}\n\n{paragraph(always + note)}"
 
@@ -173,19 +166,17 @@ def files() -> str:
     """The files of a folder with examples, and what the other two sources have."""
     rows = {
         "TASK/train.jsonl": "training examples",
-        "TASK/validation.jsonl": "needed where the list of tasks has `test examples: validation`; elsewhere "
-        "optional: without it the selection examples are taken out of train.jsonl",
+        "TASK/validation.jsonl": "needed where the list of tasks has `test examples: validation`; elsewhere optional: "
+        "without it the selection examples are taken out of train.jsonl",
         "TASK/test.jsonl": "needed where the list of tasks has `test examples: test`",
         "wikitext2": "the files train.txt, valid.txt and test.txt",
         "tinyshakespeare": "the file input.txt: 90% for training, 5% for selection, 5% for the test (no task of a "
         "search)",
     }
     return f"{table('files in DATA, the folder of --data-dir', rows)}\n\n" + paragraph(
-        "A .jsonl file has a JSON object with the fields of the task in each line. The examples of the "
-        "texts wikitext2 and tinyshakespeare are pieces of the text, all with the same number of tokens. "
-        "`--data-dir hub` has the tasks whose dataset "
-        "is on "
-        "the Hub. `--data-dir synthetic` has boolq, hellaswag and gsm8k."
+        "A .jsonl file has a JSON object with the fields of the task in each line. The examples of the texts wikitext2 "
+        "and tinyshakespeare are pieces of the text, all with the same number of tokens. `--data-dir hub` has the "
+        "tasks whose dataset is on the Hub. `--data-dir synthetic` has boolq, hellaswag and gsm8k."
     )
 
 

@@ -86,8 +86,7 @@ class Cerebras:
     )
     cs3: int = option(
         "number of trainings on CS-3 systems at the same time; without effect on a running Ray cluster, where the "
-        "amount "
-        "of its resource named CS3 decides",
+        "amount of its resource named CS3 decides",
         1,
         metavar="N",
     )
@@ -137,9 +136,8 @@ class SweepConfig:
         unset="those of the preset",
     )
     tasks: tuple[str, ...] = option(
-        "tasks to train and score on, listed below. A mixture such as gsm8k+mawps+svamp trains on the examples of "
-        "all its "
-        "tasks, shuffled, and is scored on each: its accuracy is their mean",
+        "tasks to train and score on, listed below. A mixture such as gsm8k+mawps+svamp trains on the examples of all "
+        "its tasks, shuffled, and is scored on each: its accuracy is their mean",
         ("boolq", "hellaswag", "gsm8k"),
         metavar="TASK",
     )
@@ -155,8 +153,7 @@ class SweepConfig:
     modes: tuple[str, ...] = option("training modes, listed below", SPARSE_ADAPTER_MODES, metavar="MODE")
     seeds: tuple[int, ...] = option(
         "random seeds: each has cells of its own, with another order of examples, other initial adapters and other "
-        "masks "
-        "of method random",
+        "masks of method random",
         (0,),
         metavar="SEED",
     )
@@ -175,8 +172,7 @@ class SweepConfig:
     cerebras: Cerebras = field(default_factory=Cerebras)
     data_dir: Path | None = option(
         "source of the examples: a folder with files as listed below; or `hub` for the Hugging Face Hub, from which "
-        "they "
-        "are downloaded when first used; or `synthetic` for generated ones",
+        "they are downloaded when first used; or `synthetic` for generated ones",
         None,
         metavar="DATA",
         unset="so it must be given with a preset that does not set it",

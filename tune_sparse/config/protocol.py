@@ -50,8 +50,7 @@ class Protocol:
     lora_dropout: float = option("dropout probability on the input of the adapters", 0.0)
     masked_lora_impl: str = option(
         "how mode sparse-to-sparse computes with W + mask * (B A): the pruned weight W, and the product of the two "
-        "matrices "
-        "of an adapter in which pruned places are zero",
+        "matrices of an adapter in which pruned places are zero",
         "auto",
         choices=MASKED_LORA_IMPLS,
     )
@@ -62,9 +61,8 @@ class Protocol:
     activation_checkpointing: bool = option("recompute activations in the backward pass, to save memory", False)
     precision: str = option("data type of the model's weights", "bfloat16", choices=PRECISIONS)
     max_tokens: int = option(
-        "largest number of tokens of a sequence, or the context of the model if that is less; a longer example "
-        "loses the "
-        "beginning of its prompt, and the pieces of a text have as many tokens",
+        "largest number of tokens of a sequence, or the context of the model if that is less; a longer example loses "
+        "the beginning of its prompt, and the pieces of a text have as many tokens",
         2048,
     )
     max_new_tokens: int = option("largest number of tokens of a generated answer", 256, heading="scoring")
@@ -78,10 +76,9 @@ class Protocol:
         "number of training examples of each task", None, unset="all", heading="examples and evaluation"
     )
     n_selection: int | None = option(
-        "number of selection examples: the loss is measured on them during training, and `tune-sparse search` compares "
-        "on them. They come from the validation split if the test examples do not, or else from the training split, "
-        "and "
-        "are then not trained on. `none` takes the whole validation split, or a tenth of the training split",
+        "number of selection examples: the loss is measured on them during training, and `tune-sparse search` "
+        "compares on them. They come from the validation split if the test examples do not, or else from the training "
+        "split, and are then not trained on. `none` takes the whole validation split, or a tenth of the training split",
         256,
     )
     n_test: int | None = option("number of test examples of each task", None, unset="all")
