@@ -170,8 +170,8 @@ def files() -> str:
         "without it the selection examples are taken out of train.jsonl",
         "TASK/test.jsonl": "needed where the list of tasks has `test examples: test`",
         "wikitext2": "the files train.txt, valid.txt and test.txt",
-        "tinyshakespeare": "the file input.txt: 90% for training, 5% for selection, 5% for the test (no task of a "
-        "search)",
+        "tinyshakespeare": "the file input.txt: 90% for training, 5% for selection, 5% for the test (`tune-sparse "
+        "search` does not take it)",
     }
     return f"{table('files in DATA, the folder of --data-dir', rows)}\n\n" + paragraph(
         "A .jsonl file has a JSON object with the fields of the task in each line. The examples of the texts wikitext2 "
