@@ -333,7 +333,7 @@ def _measured(work: Work, training: Training, scores: Scores) -> dict[str, Any]:
         "train_seconds": training.seconds,
         **training.rates(),
         "seconds_to_best_eval_loss": training.seconds_to_best_eval_loss,
-        "inference_samples_per_second": len(scores.scored.outcomes) / scores.seconds,
+        "inference_examples_per_second": len(scores.scored.outcomes) / scores.seconds,
         "compile_seconds": training.compile_seconds,
         "peak_memory_bytes": peak_memory_bytes(),
         "gpu_memory_bytes": gpu_memory_bytes(),

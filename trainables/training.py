@@ -58,12 +58,12 @@ class Training:
             self.best_eval_loss, self.seconds_to_best_eval_loss = loss, self.seconds
 
     def rates(self) -> dict[str, float | None]:
-        """Training samples and tokens per second, warm-up steps left out; None if there was no other step."""
+        """Training examples and tokens per second, warm-up steps left out; None if there was no other step."""
         warm = self.seconds - self.cold_seconds
-        samples, tokens = self.examples - self.cold_examples, self.tokens - self.cold_tokens
+        examples, tokens = self.examples - self.cold_examples, self.tokens - self.cold_tokens
         return {
-            "train_examples_per_second": samples / warm if samples else None,
-            "train_tokens_per_second": tokens / warm if samples else None,
+            "train_examples_per_second": examples / warm if examples else None,
+            "train_tokens_per_second": tokens / warm if examples else None,
         }
 
 
