@@ -4,7 +4,7 @@ import pytest
 
 from search_spaces.matrix import PILOT_SPARSITIES, PRESETS, cells
 from tune_sparse.config import SweepConfig
-from tune_sparse.sweep.plan import asked_cells, check_names, distinct_trainings
+from tune_sparse.sweep.plan import check_names, distinct_trainings, requested_cells
 
 SIZES = {
     "toy": (360, 330),
@@ -32,18 +32,18 @@ def test_there_is_a_preset_and_a_pilot_for_each_study() -> None:
 @pytest.mark.parametrize(("name", "size"), SIZES.items())
 def test_a_preset_has_its_cells_and_its_distinct_trainings(name: str, size: tuple[int, int]) -> None:
     config = preset(name)
-    assert (len(set(asked_cells(config))), distinct_trainings(config)) == size
+    assert (len(set(requested_cells(config))), distinct_trainings(config)) == size
 
 
 @pytest.mark.parametrize("name", ["toy", "matrix"])
 def test_36_cells_at_zero_share_6_trainings(name: str) -> None:
-    unpruned = [cell for cell in asked_cells(preset(name)) if cell.sparsity == 0]
+    unpruned = [cell for cell in requested_cells(preset(name)) if cell.sparsity == 0]
     assert (len(unpruned), len({cell.trained for cell in unpruned})) == (36, 6)
 
 
 def test_the_smoke_cells_are_toy_cells_under_the_same_protocol() -> None:
     smoke, toy = preset("smoke"), preset("toy")
-    assert set(asked_cells(smoke)) < set(asked_cells(toy))
+    assert set(requested_cells(smoke)) < set(requested_cells(toy))
     assert smoke.protocol == toy.protocol
 
 

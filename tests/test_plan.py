@@ -18,7 +18,7 @@ from tune_sparse.models.checkpoints import Checkpoint
 from tune_sparse.models.dims import ModelDims
 from tune_sparse.sweep.examples import Examples
 from tune_sparse.sweep.forecast import longest_first
-from tune_sparse.sweep.plan import Plan, asked_cells, split_blocks
+from tune_sparse.sweep.plan import Plan, requested_cells, split_blocks
 
 
 def config(**names: Any) -> SweepConfig:
@@ -26,7 +26,7 @@ def config(**names: Any) -> SweepConfig:
 
 
 def test_split_keeps_a_model_and_task_on_one_backend_and_both_on_all_models_and_tasks() -> None:
-    cells = asked_cells(config(backend="split"))
+    cells = requested_cells(config(backend="split"))
     assert len(cells) == 360
     backends: dict[tuple[str, str], set[str]] = {}
     for cell in cells:
@@ -56,9 +56,9 @@ def test_split_gives_cerebras_its_share_of_the_blocks(share: float, models: int,
 
 def test_both_is_every_cell_on_every_backend() -> None:
     assert config(backend="both").backend == BACKENDS
-    cells = asked_cells(config(backend="both"))
+    cells = requested_cells(config(backend="both"))
     assert len(cells) == 720
-    assert {replace(cell, backend="torch") for cell in cells} == set(asked_cells(config()))
+    assert {replace(cell, backend="torch") for cell in cells} == set(requested_cells(config()))
 
 
 def runs() -> list[Run]:

@@ -65,7 +65,7 @@ def cells_table(results_dirs: Sequence[Path], sweep_ids: Sequence[str] | None = 
     Raises `InputError` for an unknown sweep.
     """
     ledger = MergedLedger(results_dirs)
-    cells = _asked_cells(ledger, sweep_ids)
+    cells = _requested_cells(ledger, sweep_ids)
     records = {run_id: ledger.record(run_id) for run_id in dict.fromkeys(cell["run_id"] for cell in cells)}
     rows = [_row(cell, records[cell["run_id"]]) for cell in cells]
     owners: dict[str, str] = {}
@@ -76,7 +76,7 @@ def cells_table(results_dirs: Sequence[Path], sweep_ids: Sequence[str] | None = 
     return table.astype(dict.fromkeys(NUMBERS, float))
 
 
-def _asked_cells(ledger: LedgerReader, sweep_ids: Sequence[str] | None) -> list[dict[str, Any]]:
+def _requested_cells(ledger: LedgerReader, sweep_ids: Sequence[str] | None) -> list[dict[str, Any]]:
     """Return each cell of all sweeps, or of those named, as the oldest of them requested it."""
     sweeps = {sweep.sweep_id: sweep for sweep in ledger.sweeps()}
     for sweep_id in sweep_ids or ():

@@ -169,11 +169,11 @@ def _lower(plan: Plan, chosen: argparse.Namespace) -> int:
 
 
 def _dry_run(config: SweepConfig, chosen: argparse.Namespace) -> int:
-    from tune_sparse.sweep.plan import asked_cells, check_names, distinct_trainings, make_plan
+    from tune_sparse.sweep.plan import check_names, distinct_trainings, make_plan, requested_cells
 
     check_names(config)
     plan = _run_pilots(config, chosen.retry_failed) if chosen.pilot else None
-    values: dict[str, Any] = {"cells": len(asked_cells(config)), "trainings": distinct_trainings(config)}
+    values: dict[str, Any] = {"cells": len(requested_cells(config)), "trainings": distinct_trainings(config)}
     lines = [f"{values['cells']} cells, {values['trainings']} distinct trainings."]
     try:
         plan = plan or make_plan(config)

@@ -72,7 +72,7 @@ def is_missing(record: Record | None, retry_failed: bool = False) -> bool:
     return False
 
 
-def asked_cells(config: SweepConfig) -> list[Cell]:
+def requested_cells(config: SweepConfig) -> list[Cell]:
     """Every cell of the matrix, ordered so that a worker rarely changes model or task, and so that two workers
     rarely need the same accuracy before tuning at once."""
     split = split_blocks(config) if config.backend == (SPLIT,) else {}
@@ -98,7 +98,7 @@ def split_blocks(config: SweepConfig) -> dict[tuple[str, str], str]:
 
 def distinct_trainings(config: SweepConfig) -> int:
     """How many trainings serve all cells."""
-    return len({cell.trained for cell in asked_cells(config)})
+    return len({cell.trained for cell in requested_cells(config)})
 
 
 def make_plan(config: SweepConfig) -> Plan:
@@ -120,7 +120,7 @@ def plan_cells(config: SweepConfig, examples: Examples) -> Plan:
     runs: dict[str, Run] = {}
     owners: dict[str, str] = {}
     rows = []
-    for cell in asked_cells(config):
+    for cell in requested_cells(config):
         requested, run = name_run(cell), name_run(cell.trained)
         cell_id = readable_id(requested.cell, requested.identity)
         runs.setdefault(run.run_id, run)

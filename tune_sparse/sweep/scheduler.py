@@ -51,7 +51,7 @@ class ResourceQueue(Unsaved, Searcher):
     ) -> None:
         super().__init__()
         self._queues = {name: deque(items) for name, items in queues.items()}
-        self._trial_of, self._total, self._limit, self._stop = make_trial, total, limit, stop or Stop()
+        self._make_trial, self._total, self._limit, self._stop = make_trial, total, limit, stop or Stop()
         self._running: dict[str, RunningTrial] = {}
         self._seen: Mapping[str, float] = {}
         self._looked, self._said = float("-inf"), False
@@ -61,7 +61,7 @@ class ResourceQueue(Unsaved, Searcher):
             return Searcher.FINISHED
         if len(self._running) == self._limit:
             return None
-        heads = {name: self._trial_of(queue[0]) for name, queue in self._queues.items() if queue}
+        heads = {name: self._make_trial(queue[0]) for name, queue in self._queues.items() if queue}
         free, running = self._free(), Counter(trial.queue for trial in self._running.values())
         fitting = [name for name, trial in heads.items() if fits(trial["resources"], free)]
         has_room = bool(fitting)
