@@ -66,7 +66,7 @@ class Pruner:
         if sparsity and needs_blockwise(method, sequential):
             model, blocks = Prunable.from_weights(loaded.dense_weights, loaded.dims), ModelBlocks(loaded.model)
             found = list(prune_blockwise(method, model, blocks, examples, [sparsity], seed, statistics, sequential))
-            masks = {matrix.name: matrix.keep(0) for matrix in found}
+            masks: Masks = {matrix.name: matrix.keep(0) for matrix in found}
             weights = {matrix.name: matrix.weight(0) for matrix in found}
         else:
             masks = make_masks(method, loaded.dense_weights, loaded.dims, sparsity, seed, statistics)

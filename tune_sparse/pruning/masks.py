@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import replace
 from math import prod
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from tune_sparse.errors import InputError
 from tune_sparse.models.architectures import Matrix, architecture_named
 from tune_sparse.models.dims import ModelDims
+from tune_sparse.pruning.bit_masks import BitMasks
 from tune_sparse.pruning.methods import TOLERANCE
 
-Masks = dict[str, Tensor]
+Masks = Mapping[str, Tensor]
 """{checkpoint tensor name: keep-mask in the checkpoint's layout, bool}"""
 SCORES_AT_ONCE = 1 << 22
 """Scores that are normed together, as fp32."""
@@ -123,15 +122,13 @@ def masked(weights: Mapping[str, Tensor], masks: Masks) -> dict[str, Tensor]:
 
 def count_sparsity(masks: Mapping[str, Tensor]) -> float:
     """Fraction of zeros, counted over all matrices."""
+    if isinstance(masks, BitMasks):
+        return masks.sparsity
     kept = sum(int(mask.sum()) for mask in masks.values())
     return 1 - kept / sum(mask.numel() for mask in masks.values())
 
 
 def mask_sha256(masks: Mapping[str, Tensor]) -> str:
     """A checksum over names, shapes and bits, matrix by matrix in the order of their names."""
-    digest = hashlib.sha256()
-    for name in sorted(masks):
-        mask = masks[name].cpu().bool().numpy()
-        digest.update(f"{name}{mask.shape}".encode())
-        digest.update(np.packbits(mask).tobytes())
-    return digest.hexdigest()
+    found = masks if isinstance(masks, BitMasks) else BitMasks.pack((name, masks[name].bool()) for name in masks)
+    return found.sha256
