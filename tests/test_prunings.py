@@ -13,11 +13,13 @@ from typing import Any
 
 import pytest
 import torch
-from factories import make_cell, make_run
+from factories import done_record, make_cell, make_run, make_sweep, write_run
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tune_sparse.cli import main
+from tune_sparse.cli.command import BAD_INPUT, OK
 from tune_sparse.config import Protocol
 from tune_sparse.errors import NotReadyError
 from tune_sparse.files import read_json, write_json
@@ -195,8 +197,6 @@ def test_a_file_is_hashed_once_until_it_changes(ledger: Ledger, monkeypatch: pyt
 
 
 def test_several_folders_read_the_pruning_beside_the_run(ledger: Ledger, tmp_path: Path) -> None:
-    from factories import done_record, write_run
-
     other = Ledger(tmp_path / "other")
     stored(ledger, seed=0), stored(other, seed=1)
     write_run(other, SPARSEGPT, done_record(SPARSEGPT))
@@ -275,3 +275,54 @@ def test_bytes_are_those_that_are_written(ledger: Ledger) -> None:
     masks, _ = drawn()
     assert found.bytes - headers == sum(map(len, masks.bits.values())) + 2 * sum(masks.kept.values())
     assert json.loads((found.folder / "pruning.json").read_text())["format_version"] == 1
+
+
+class TestDiscard:
+    @pytest.fixture
+    def discard(self, ledger: Ledger) -> Callable[..., int]:
+        results = ["--results-dir", str(ledger.folder)]
+        return lambda *sweeps: main(["discard", "--prunings", *sweeps, "--reason", "r", *results])
+
+    @pytest.fixture
+    def sweep(self, ledger: Ledger) -> str:
+        """Both modes of two methods requested, all finished but one run of random."""
+        cells = [
+            make_cell(method=method, mode=mode)
+            for method in ("wanda", "random")
+            for mode in ("sparse-to-dense", "sparse-to-sparse")
+        ]
+        ledger.write_sweep(make_sweep(cells))
+        for cell in cells:
+            stored(ledger, make_run(cell))
+        for cell in cells[:-1]:
+            write_run(ledger, make_run(cell), done_record(make_run(cell)))
+        return "sweep1000"
+
+    def test_it_removes_what_no_unfinished_run_needs(
+        self, discard: Callable[..., int], sweep: str, ledger: Ledger, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        random = make_run(make_cell(method="random"))
+        assert discard(sweep) == OK
+        assert [path.name for path in (ledger.folder / "prunings").iterdir()] == [random.pruning_id]
+        printed = capsys.readouterr().out
+        assert f"1 prunings of 0.00 GB are removed: {WANDA.pruning_id}" in printed
+        assert "1 are kept, since runs that are not finished need them" in printed
+        assert "2 finished runs cannot be merged, evaluated or repeated any more: torch_tiny_boolq_wanda" in printed
+        [kept] = (ledger.folder / "set_aside").iterdir()
+        assert read_json(kept / "set_aside.json")["reason"] == "r"
+        assert read_json(kept / "pruning.json")["settings"] == WANDA.pruning_settings
+
+    def test_a_pruning_that_cannot_be_read_is_removed_too(
+        self, discard: Callable[..., int], sweep: str, ledger: Ledger
+    ) -> None:
+        (ledger.pruning_folder(str(WANDA.pruning_id)) / "pruning.json").unlink()
+        assert discard(sweep) == OK
+        assert ledger.pruning(WANDA) is None
+
+    def test_an_unknown_sweep_or_both_choices_are_bad_input(
+        self, discard: Callable[..., int], sweep: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert discard("sweep100") == BAD_INPUT
+        assert f"unknown sweep 'sweep100'. Did you mean '{sweep}'?" in capsys.readouterr().err
+        assert main(["discard", "run", "--prunings", sweep, "--reason", "r"]) == BAD_INPUT
+        assert "discard takes a run or --prunings, got both or neither" in capsys.readouterr().err

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 from tune_sparse.evaluation.outcomes import Outcome, write_outcomes
 from tune_sparse.files import aside, flush, read_json, write_json
-from tune_sparse.ledger.prunings import StoredPruning, read_pruning
+from tune_sparse.ledger.prunings import DESCRIPTION, StoredPruning, read_pruning
 from tune_sparse.ledger.record import Record, SweepRecord, is_done, read_record, readable_sweeps
 from tune_sparse.ledger.run import Run, read_config, write_config
 
@@ -168,6 +168,18 @@ class Ledger:
 
     def pruning_folder(self, pruning_id: str) -> Path:
         return self.folder / "prunings" / pruning_id
+
+    def discard_pruning(self, pruning_id: str, reason: str) -> None:
+        """Remove a pruning for the room that it takes; what it was is set aside with the reason."""
+        folder = self.pruning_folder(pruning_id)
+        target = self.folder / "set_aside" / f"{pruning_id}_{time.time_ns()}"
+        target.mkdir(parents=True)
+        with suppress(FileNotFoundError):
+            shutil.copy(folder / DESCRIPTION, target)
+        write_json(target / "set_aside.json", {"reason": reason, "at": time.time()})
+        gone = aside(folder)
+        folder.rename(gone)
+        shutil.rmtree(gone)
 
     def searches(self) -> list[Path]:
         return sorted((self.folder / "searches").glob("*"))
