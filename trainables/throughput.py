@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import gc
+from contextlib import closing
 from dataclasses import dataclass, replace
 
 import torch
 
 from trainables.finetuning import setup
-from trainables.hardware import peak_memory_bytes, reset_peak_memory
+from trainables.peak_memory import PeakMemory
 from trainables.training import WARM_UP_STEPS, Training
 from trainables.worker import WorkerCache
 from tune_sparse.ledger.run import Run
-from tune_sparse.models.checkpoints import write_weights_into
 from tune_sparse.training.loop import accelerator_for, fit
 
 TIMED_STEPS = 5
@@ -38,18 +38,18 @@ def measure(run: Run, worker: WorkerCache, batch_size: int) -> Throughput:
     torch.set_num_threads(protocol.threads)
     loaded = worker.model(run)
     examples = worker.examples(run, loaded)
-    pruned = worker.pruner.prune(run, loaded, examples.train)
-    write_weights_into(loaded.model, pruned.weights)
+    pruned = worker.pruner.prune_into(run, loaded, examples.train)
     trainable = setup(run.cell.mode, loaded.model, protocol, pruned.masks, run.cell.seed)
     accelerator, totals = accelerator_for(trainable.mixed_precision), Training()
     gc.collect()
-    reset_peak_memory()
-    try:
-        optimizer = trainable.optimizer(protocol)
-        for step in fit(trainable.model, optimizer, examples.train, protocol, run.cell.seed, accelerator=accelerator):
-            totals.add(step, cold=step.step <= WARM_UP_STEPS)
-    except (torch.OutOfMemoryError, MemoryError):
-        worker.clear()
-        return Throughput(batch_size, None, None, None)
+    with closing(PeakMemory()) as memory:
+        try:
+            optimizer, seed = trainable.optimizer(protocol), run.cell.seed
+            for step in fit(trainable.model, optimizer, examples.train, protocol, seed, accelerator=accelerator):
+                totals.add(step, cold=step.step <= WARM_UP_STEPS)
+        except (torch.OutOfMemoryError, MemoryError):
+            worker.clear()
+            return Throughput(batch_size, None, None, None)
+        memory.end("train")
     trainable.unwrap()
-    return Throughput(batch_size, peak_memory_bytes=peak_memory_bytes(), **totals.rates())
+    return Throughput(batch_size, peak_memory_bytes=memory.bytes, **totals.rates())
