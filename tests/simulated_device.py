@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from torch import Tensor
-from torch.library import Library
+from torch.library import Library, fallthrough_kernel
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
@@ -150,17 +150,21 @@ def simulated_device() -> Iterator[Activity]:
 
 
 @cache
-def register() -> Library:
-    """Make the device known to torch, in this process and for good."""
+def register() -> tuple[Library, ...]:
+    """Make the device known to torch, in this process and for good; before its first backward pass, which settles the
+    devices that the autograd engine knows."""
     _setup_privateuseone_for_python_backend(NAME, backend_module=_Backend())
     library = Library("aten", "IMPL")
     library.impl("empty_strided", _empty_strided, "PrivateUse1")
     library.impl("empty.memory_format", _empty, "PrivateUse1")
     library.impl("_copy_from", _copy_from, "PrivateUse1")
+    library.impl("silu_backward", partial(_kernel, aten.silu_backward.default), "PrivateUse1")
+    others = Library("_", "IMPL", "AutocastPrivateUse1")
+    others.fallback(fallthrough_kernel)
     for names, dtype in ((LOWER_PRECISION, None), (FULL_PRECISION, torch.float32)):
         for name in names:
             library.impl(name, partial(_autocast, _operation(name), dtype), "AutocastPrivateUse1")
-    return library
+    return library, others  # what they registered goes with them
 
 
 class _Backend(_DummyBackendModule):
@@ -289,6 +293,11 @@ def _autocast(op: Any, dtype: torch.dtype | None, *args: Any, **kwargs: Any) -> 
 
     with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastPrivateUse1)):
         return op(*tree_map(cast, args), **tree_map(cast, kwargs))
+
+
+def _kernel(op: Any, *args: Any, **kwargs: Any) -> Any:
+    """The CPU's own kernel of an operation that torch composes of others for a device that it does not know."""
+    return _compute(op, args, kwargs)
 
 
 def _empty_strided(size: Any, stride: Any, *, dtype: Any = None, **_: Any) -> Tensor:
