@@ -1,4 +1,4 @@
-"""A device that is not the CPU, on a CPU: values are real, mixed devices are refused, every wait of the host is counted.
+"""A device that is not the CPU, on a CPU: values are real, mixed devices are refused, waits of the host are counted.
 
 A tensor on it wraps a CPU tensor, on which its operations compute, so that the bits are those of the CPU's kernels. It
 is a backend of its own in torch (PrivateUse1): autograd, autocast and optimizers take it for a GPU. Not seen: kernels
