@@ -164,7 +164,7 @@ class EffectiveWeight(nn.Module):
         # kept_zeros[cuts[i] : cuts[i + 1]]. With rows of 4 weights in chunks of 2 rows, kept zeros at 3, 9, 10 are cut
         # at 0, 1, 3: the first chunk has the one at 3, the second those at 9 - 8 and 10 - 8 of its own.
         rows, width = weight.shape
-        self._rows = rows if weight.is_cuda else max(1, CHUNK_BYTES // (width * weight.element_size()))
+        self._rows = rows if weight.device.type != "cpu" else max(1, CHUNK_BYTES // (width * weight.element_size()))
         starts = torch.arange(0, rows + self._rows, self._rows)
         self._cuts = torch.searchsorted(kept_zeros.cpu(), starts * width).tolist() if len(kept_zeros) else []
 
