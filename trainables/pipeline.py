@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Generator, Mapping
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,10 @@ from trainables import cerebras_backend, torch_backend
 from trainables.budgets import check_budgets, run_budgets
 from trainables.failures import describe_error, is_infrastructure
 from trainables.finetuning import setup
-from trainables.hardware import environment, gpu_memory_bytes, peak_memory_bytes, reset_peak_memory
+from trainables.hardware import environment, gpu_memory_bytes
 from trainables.loaded import Examples, LoadedModel
-from trainables.mode import MergedWeights, TrainableModel
+from trainables.mode import MergeReport, TrainableModel
+from trainables.peak_memory import PeakMemory
 from trainables.pruning_stage import Pruned, Pruner
 from trainables.run_log import RunLog
 from trainables.training import Training
@@ -31,12 +32,12 @@ from tune_sparse.evaluation.flops import SEQUENCE_LENGTHS, inference_flops, trai
 from tune_sparse.evaluation.metrics import Metrics, primary_metric
 from tune_sparse.evaluation.outcomes import write_outcomes
 from tune_sparse.evaluation.scoring import Scored, score
-from tune_sparse.evaluation.validation import validation_report, weights_sha256
+from tune_sparse.evaluation.validation import hashing, validation_report
 from tune_sparse.files import write_json, write_text
 from tune_sparse.ledger.contracts import RunStore
 from tune_sparse.ledger.record import Record
 from tune_sparse.ledger.run import Run, write_config
-from tune_sparse.lora.layer import lost_fraction
+from tune_sparse.lora.merging import mask_weights_into
 from tune_sparse.models.checkpoints import prunable_weights, write_weights_into
 from tune_sparse.pruning.masks import count_sparsity
 from tune_sparse.training.budgets import Budgets
@@ -69,9 +70,9 @@ def run_cell(
     """
     with ledger.writing(run.run_id) as folder:
         write_config(folder, run)
-        with closing(RunLog(folder)) as log:
+        with closing(RunLog(folder)) as log, closing(PeakMemory()) as memory:
             try:
-                work = _load(run, ledger, worker, folder, log)
+                work = _load(run, ledger, worker, folder, log, memory)
                 stage = train_stage or TRAIN_STAGES[run.cell.backend]
                 metrics, measured = yield from _stages(work, worker.pruner, stage)
                 measured |= {"held": dict(held)} if held else {}
@@ -109,6 +110,7 @@ class Work:
     loaded: LoadedModel
     examples: Examples
     budgets: Budgets
+    memory: PeakMemory
 
     @property
     def probe(self) -> list[Encoded]:
@@ -120,9 +122,8 @@ class Work:
         return score(self.loaded.model, self.loaded.tokenizer, self.examples.tests, self.run.protocol, self.budgets)
 
 
-def _load(run: Run, ledger: RunStore, worker: WorkerCache, folder: Path, log: RunLog) -> Work:
+def _load(run: Run, ledger: RunStore, worker: WorkerCache, folder: Path, log: RunLog, memory: PeakMemory) -> Work:
     torch.set_num_threads(run.protocol.threads)
-    reset_peak_memory()
     loaded = worker.model(run)
     examples = worker.examples(run, loaded)
     log(
@@ -131,7 +132,8 @@ def _load(run: Run, ledger: RunStore, worker: WorkerCache, folder: Path, log: Ru
     )
     budgets = run_budgets(run, loaded.dims)
     check_budgets(budgets, examples, run.protocol.max_new_tokens)
-    return Work(run, ledger, folder, log, loaded, examples, budgets)
+    memory.end("load")
+    return Work(run, ledger, folder, log, loaded, examples, budgets, memory)
 
 
 def _stages(
@@ -144,26 +146,27 @@ def _stages(
     model = work.loaded.model
     pruned = _prune(work, pruner)
     write_weights_into(model, pruned.weights)
+    work.memory.end("prune")
     before_tuning = _score_before_tuning(work, pruned)
+    work.memory.end("score before tuning")
 
     trained = yield from _train_into(model, work, pruned, train_stage)
-    merged = _merge(work, trained.trainable, pruned)
-    trained.trainable.unwrap()
-    write_weights_into(model, pruned.weights | merged.weights.before_mask)
-    violations = merged.violations + _logit_violations(merged.logits, _logits(model, work.probe), merged.is_exact)
+    work.memory.end("train")
+    merge = _merge_into(model, work, trained.trainable, pruned)
+    work.memory.end("merge")
 
     before_mask: Scored | None = None
-    if merged.weights.after_mask is not None:
+    if trained.trainable.last_masks is not None:
         before_mask = work.score()
-        write_weights_into(model, pruned.weights | merged.weights.after_mask)
+        mask_weights_into(model, trained.trainable.last_masks)
     scores = _score(work, primary_metric(before_tuning), before_mask)
-    actual_sparsity = _validate(work, pruned, violations)
-
+    actual_sparsity = _validate(work, pruned, merge.violations)
     metrics = (
         _score_metrics(scores, before_tuning)
-        | _pruning_metrics(work, pruned, actual_sparsity)
-        | _training_metrics(work, trained, merged)
+        | _pruning_metrics(work, pruned, scores, actual_sparsity)
+        | _training_metrics(work, trained, merge)
     )
+    work.memory.end("score")
     return metrics, _measured(work, trained.training, scores)
 
 
@@ -223,33 +226,14 @@ def _step_flops(work: Work, pruned: Pruned, trains_factors: bool) -> int | None:
     return round(flops * protocol.global_batch_size / len(train))
 
 
-@dataclass(frozen=True)
-class Merged:
-    """The merged weights, and what they must agree with."""
-
-    weights: MergedWeights
-    logits: Tensor
-    """of the trained function on the probe: (tokens, vocabulary)"""
-    is_exact: bool
-    """the merged model must compute them to the last bit"""
-    rounded_away: float
-    violations: list[str]
-
-
-def _merge(work: Work, trainable: TrainableModel, pruned: Pruned) -> Merged:
-    """Merge, and look at what was trained for the last time; nothing is written into the model."""
-    weights = trainable.merge()
-    rounded_away = _rounded_away(trainable, weights, pruned)
-    violations = trainable.violations(pruned.weights)
+def _merge_into(model: PreTrainedModel, work: Work, trainable: TrainableModel, pruned: Pruned) -> MergeReport:
+    """Merge what was trained into `model`, in place, and check that the function stays the trained one."""
     with accelerator_for(trainable.mixed_precision).autocast():
-        logits = _logits(trainable.model, work.probe)
-    return Merged(weights, logits, trainable.is_merged_exactly, rounded_away, violations)
-
-
-def _rounded_away(trainable: TrainableModel, merged: MergedWeights, pruned: Pruned) -> float:
-    """The share of the update that adding it to the weights in their precision lost."""
-    arrived = {name: weight.float() - pruned.weights[name].float() for name, weight in merged.before_mask.items()}
-    return lost_fraction(trainable.updates(pruned.weights), arrived)
+        trained = _logits(trainable.model, work.probe)
+    exactly = trainable.is_merged_exactly
+    merge = trainable.merge_into_model(pruned.weights)
+    wrong = _logit_violations(trained, _logits(model, work.probe), exactly)
+    return replace(merge, violations=merge.violations + wrong)
 
 
 def _logit_violations(trained: Tensor, merged: Tensor, exactly: bool) -> list[str]:
@@ -283,17 +267,20 @@ class Scores:
     scored: Scored
     before_mask: Scored | None
     seconds: float
+    weights_sha256: str
+    """of what was scored"""
 
 
 def _score(work: Work, primary: str, before_mask: Scored | None) -> Scores:
     if before_mask is not None:
         write_outcomes(work.folder / "examples_before_merge.parquet", before_mask.outcomes)
     started = time.perf_counter()
-    scored = work.score()
-    seconds = time.perf_counter() - started
+    with hashing(prunable_weights(work.loaded.model)) as checksum:
+        scored = work.score()
+        seconds = time.perf_counter() - started
     write_outcomes(work.folder / "examples.parquet", scored.outcomes)
     work.log(f"{primary} {scored.metrics[primary]:.4f}")
-    return Scores(primary, scored, before_mask, seconds)
+    return Scores(primary, scored, before_mask, seconds, checksum())
 
 
 def _validate(work: Work, pruned: Pruned, violations: list[str]) -> float:
@@ -315,24 +302,24 @@ def _score_metrics(scores: Scores, before_tuning: Metrics) -> dict[str, Any]:
     }
 
 
-def _pruning_metrics(work: Work, pruned: Pruned, actual_sparsity: float) -> dict[str, Any]:
+def _pruning_metrics(work: Work, pruned: Pruned, scores: Scores, actual_sparsity: float) -> dict[str, Any]:
     shape = work.loaded.dims
     return {
         "actual_sparsity": actual_sparsity,
         "mask_sha256": pruned.checksum,
-        "weights_sha256": weights_sha256(prunable_weights(work.loaded.model)),
+        "weights_sha256": scores.weights_sha256,
         "inference_flops": {str(tokens): inference_flops(pruned.masks, shape, tokens) for tokens in SEQUENCE_LENGTHS},
     }
 
 
-def _training_metrics(work: Work, trained: Trained, merged: Merged) -> dict[str, Any]:
+def _training_metrics(work: Work, trained: Trained, merge: MergeReport) -> dict[str, Any]:
     return {
         "train_loss": trained.training.last_loss,
         "eval_loss": mean_loss(work.loaded.model, work.examples.selection, work.run.protocol, budgets=work.budgets),
         "epochs": trained.training.examples / len(work.examples.train),
-        "update_rounded_away_fraction": merged.rounded_away,
+        "update_rounded_away_fraction": merge.rounded_away_fraction,
         "train_step_flops": trained.step_flops,
-    } | merged.weights.metrics
+    } | merge.metrics
 
 
 def _measured(work: Work, training: Training, scores: Scores) -> dict[str, Any]:
@@ -343,7 +330,10 @@ def _measured(work: Work, training: Training, scores: Scores) -> dict[str, Any]:
         "seconds_to_best_eval_loss": training.seconds_to_best_eval_loss,
         "inference_examples_per_second": len(scores.scored.outcomes) / scores.seconds,
         "compile_seconds": training.compile_seconds,
-        "peak_memory_bytes": peak_memory_bytes(),
+        "peak_memory_bytes": work.memory.by_stage.get("train"),
+        "cell_peak_memory_bytes": work.memory.bytes,
+        "cell_peak_reserved_bytes": work.memory.reserved_bytes,
+        "peak_memory_bytes_by_stage": work.memory.by_stage,
         "gpu_memory_bytes": gpu_memory_bytes(),
         "budgets": (training.budgets or work.budgets).as_record(),
     }

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import gc
+from contextlib import closing
 from dataclasses import dataclass, replace
 
 import torch
 
 from trainables.budgets import run_budgets
 from trainables.finetuning import setup
-from trainables.hardware import peak_memory_bytes, reset_peak_memory
+from trainables.peak_memory import PeakMemory
 from trainables.training import WARM_UP_STEPS, Training
 from trainables.worker import WorkerCache
 from tune_sparse.data.batching import example_tokens
@@ -46,23 +47,24 @@ def measure(run: Run, worker: WorkerCache, batch_size: int) -> Throughput:
     together = replace(budgets, micro_batch_tokens=batch_size * max(map(example_tokens, examples.train)))
     accelerator, totals = accelerator_for(trainable.mixed_precision), Training()
     gc.collect()
-    reset_peak_memory()
-    try:
-        optimizer = trainable.optimizer(protocol)
-        if together.keeps_effective_weights:
-            keep_for_steps(trainable.model, optimizer)
-        for step in fit(
-            trainable.model,
-            optimizer,
-            examples.train,
-            protocol,
-            run.cell.seed,
-            accelerator=accelerator,
-            budgets=together,
-        ):
-            totals.add(step, cold=step.step <= WARM_UP_STEPS)
-    except (torch.OutOfMemoryError, MemoryError):
-        worker.clear()
-        return Throughput(batch_size, None, None, None)
+    with closing(PeakMemory()) as memory:
+        try:
+            optimizer = trainable.optimizer(protocol)
+            if together.keeps_effective_weights:
+                keep_for_steps(trainable.model, optimizer)
+            for step in fit(
+                trainable.model,
+                optimizer,
+                examples.train,
+                protocol,
+                run.cell.seed,
+                accelerator=accelerator,
+                budgets=together,
+            ):
+                totals.add(step, cold=step.step <= WARM_UP_STEPS)
+        except (torch.OutOfMemoryError, MemoryError):
+            worker.clear()
+            return Throughput(batch_size, None, None, None)
+        memory.end("train")
     trainable.unwrap()
-    return Throughput(batch_size, peak_memory_bytes=peak_memory_bytes(), **totals.rates())
+    return Throughput(batch_size, peak_memory_bytes=memory.bytes, **totals.rates())
