@@ -9,6 +9,8 @@ import os
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -237,3 +239,12 @@ def environment() -> SiteEnvironment:
         if not os.environ.get(name):
             pytest.skip(f"{name} is not set: see docs/cerebras.md")
     return find_environment()
+
+
+@pytest.fixture(scope="session")
+def device_process() -> Iterator[ProcessPoolExecutor]:
+    """A process that knows the simulated device, which it must before it computes anything."""
+    from simulated_device import register
+
+    with ProcessPoolExecutor(1, get_context("spawn"), initializer=register) as process:
+        yield process

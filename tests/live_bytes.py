@@ -47,7 +47,7 @@ class LiveBytes(TorchDispatchMode):
     def _count(self, storage: torch.UntypedStorage) -> None:
         # The Python object of a storage lives as long as its memory, so its id is not given to another one meanwhile.
         key = id(storage)
-        if key in self._sizes or (storage.nbytes() >= LARGE and _is_mapped(storage.data_ptr())):
+        if key in self._sizes or _is_mapped(storage):
             return
         self._sizes[key] = storage.nbytes()
         weakref.finalize(storage, self._forget, key).atexit = False
@@ -58,8 +58,11 @@ class LiveBytes(TorchDispatchMode):
         self.bytes -= self._sizes.pop(key)
 
 
-def _is_mapped(address: int) -> bool:
-    """Whether an address belongs to a file that was mapped, see proc(5)."""
+def _is_mapped(storage: torch.UntypedStorage) -> bool:
+    """Whether a storage belongs to a file that was mapped, see proc(5). A fake tensor's has no address."""
+    if storage.device.type != "cpu" or storage.nbytes() < LARGE:
+        return False
+    address = storage.data_ptr()
     for line in Path("/proc/self/maps").read_text().splitlines():
         span, _, _, _, inode, *_ = line.split()
         start, end = (int(edge, 16) for edge in span.split("-"))

@@ -56,7 +56,7 @@ class SparseLora(PeftLinear):
         weight, impl = self.base_layer.weight, self.impl
         if not isinstance(impl, EffectiveWeight):
             impl = EffectiveWeight(weight, self.keep_mask, Workspace())
-        return impl.build(weight, *self.factors())
+        return impl.effective(weight, *self.factors())
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.disable_adapters or self.merged:

@@ -114,7 +114,7 @@ class Slices:
         layer, weight = self.layers[name], self.pruned[name]
         if not rank:
             return weight
-        built = layer.impl.build(weight, layer.A[:rank], layer.B[:, :rank], layer.scaling)
+        built = layer.impl.effective(weight, layer.A[:rank], layer.B[:, :rank], layer.scaling)
         return built if self.last_masks is None else built.mul_(self.last_masks[name])
 
     def save(self, ranks: Ranks, folder: Path) -> None:
