@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Generator, Mapping
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -139,10 +139,10 @@ def _stages(
     before_tuning = _score_before_tuning(work, pruned)
 
     trained = yield from _train_into(model, work, pruned, train_stage)
-    merged = _merge(work, trained.trainable, pruned)
+    merged = _merge(trained.trainable, pruned)
     trained.trainable.unwrap()
     write_weights_into(model, pruned.weights | merged.weights.before_mask)
-    violations = merged.violations + _logit_violations(merged.logits, _logits(model, work.probe), merged.is_exact)
+    violations = merged.violations + _logit_violations(trained.logits, _logits(model, work.probe), merged.is_exact)
 
     before_mask: Scored | None = None
     if merged.weights.after_mask is not None:
@@ -188,6 +188,8 @@ class Trained:
     trainable: TrainableModel
     training: Training
     step_flops: int | None
+    logits: Tensor
+    """of the trained function on the probe: (tokens, vocabulary)"""
 
 
 def _train_into(
@@ -196,46 +198,46 @@ def _train_into(
     """Set the pruned model up in the run's mode, train it in place, and save what was trained."""
     run, log = work.run, work.log
     masks = cerebras_backend.update_masks(run, pruned) if run.cerebras else pruned.masks
+    protocol = replace(run.protocol, masked_lora_impl="effective-weight") if run.cerebras else run.protocol
     modules = {"modules": run.super_adapter.space.modules} if run.super_adapter else {}
-    trainable = setup(run.cell.mode, model, run.protocol, masks, run.cell.seed, **modules)
-    log(trainable.summary())
-    step_flops = _step_flops(work, pruned, trainable.trains_factors)
-    training = yield from train_stage(run, trainable, pruned, work.examples, work.ledger, log)
+    trainable = setup(run.cell.mode, model, protocol, masks, run.cell.seed, **modules)
+    with trainable.shrunk():
+        log(trainable.summary())
+        step_flops = _step_flops(work, pruned, trainable.factor_weights)
+        training = yield from train_stage(run, trainable, pruned, work.examples, work.ledger, log)
+        with accelerator_for(trainable.mixed_precision).autocast():
+            logits = _logits(trainable.model, work.probe)
     trainable.save(work.folder)
-    return Trained(trainable, training, step_flops)
+    return Trained(trainable, training, step_flops, logits)
 
 
-def _step_flops(work: Work, pruned: Pruned, trains_factors: bool) -> int | None:
+def _step_flops(work: Work, pruned: Pruned, factor_weights: int) -> int | None:
     """FLOPs of a step; unknown of a super-adapter, whose steps train slices of different sizes."""
     if work.run.super_adapter is not None:
         return None
-    train, protocol = work.examples.train, work.run.protocol
+    train = work.examples.train
     lengths = [(len(example.context) + len(example.continuation), len(example.continuation)) for example in train]
-    flops = training_flops(pruned.masks, work.loaded.dims, lengths, protocol.lora_rank, trains_factors)
-    return round(flops * protocol.global_batch_size / len(train))
+    flops = training_flops(pruned.masks, work.loaded.dims, lengths, factor_weights)
+    return round(flops * work.run.protocol.global_batch_size / len(train))
 
 
 @dataclass(frozen=True)
 class Merged:
-    """The merged weights, and what they must agree with."""
+    """The merged weights, and what is known of them."""
 
     weights: MergedWeights
-    logits: Tensor
-    """of the trained function on the probe: (tokens, vocabulary)"""
     is_exact: bool
-    """the merged model must compute them to the last bit"""
+    """the merged model must compute the trained function to the last bit"""
     rounded_away: float
     violations: list[str]
 
 
-def _merge(work: Work, trainable: TrainableModel, pruned: Pruned) -> Merged:
+def _merge(trainable: TrainableModel, pruned: Pruned) -> Merged:
     """Merge, and look at what was trained for the last time; nothing is written into the model."""
     weights = trainable.merge()
     rounded_away = _rounded_away(trainable, weights, pruned)
     violations = trainable.violations(pruned.weights)
-    with accelerator_for(trainable.mixed_precision).autocast():
-        logits = _logits(trainable.model, work.probe)
-    return Merged(weights, logits, trainable.is_merged_exactly, rounded_away, violations)
+    return Merged(weights, trainable.is_merged_exactly, rounded_away, violations)
 
 
 def _rounded_away(trainable: TrainableModel, merged: MergedWeights, pruned: Pruned) -> float:

@@ -45,9 +45,10 @@ def measure(run: Run, worker: WorkerCache, batch_size: int) -> Throughput:
     gc.collect()
     reset_peak_memory()
     try:
-        optimizer = trainable.optimizer(protocol)
-        for step in fit(trainable.model, optimizer, examples.train, protocol, run.cell.seed, accelerator=accelerator):
-            totals.add(step, cold=step.step <= WARM_UP_STEPS)
+        with trainable.shrunk():
+            optimizer, seed = trainable.optimizer(protocol), run.cell.seed
+            for step in fit(trainable.model, optimizer, examples.train, protocol, seed, accelerator=accelerator):
+                totals.add(step, cold=step.step <= WARM_UP_STEPS)
     except (torch.OutOfMemoryError, MemoryError):
         worker.clear()
         return Throughput(batch_size, None, None, None)

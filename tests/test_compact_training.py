@@ -1,0 +1,196 @@
+"""Structured sparse-to-sparse cells, trained on the physically smaller model: the numbers of the masked model."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from factories import TINY_PROTOCOL
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedModel
+
+from trainables import lora_finetuning
+from trainables.lora_finetuning import LoraFinetuning
+from tune_sparse.config import Protocol
+from tune_sparse.data.splits import Encoded
+from tune_sparse.lora.adapter_io import load_adapter
+from tune_sparse.lora.compact_training import Cut, find_cuts
+from tune_sparse.lora.layer import count_impls, merged_weights, sparse_lora_layers
+from tune_sparse.models.architectures import list_matrices
+from tune_sparse.models.checkpoints import prunable_weights, write_weights_into
+from tune_sparse.models.dims import ModelDims
+from tune_sparse.pruning.masks import Masks, channel_mask, kept_channels, masked
+from tune_sparse.pruning.prune_model import make_masks
+from tune_sparse.training.loop import fit
+
+SIZES = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 8, "intermediate_size": 48}
+SIZES |= {"vocab_size": 40, "initializer_range": 0.2}
+EXAMPLES = [Encoded(tuple(range(i, i + 9 + i)), (i, i + 1)) for i in range(8)]
+PROTOCOL = replace(TINY_PROTOCOL, steps=5, max_grad_norm=0.3, weight_decay=0.5, micro_batch_size=2)
+
+
+def llama() -> PreTrainedModel:
+    """Two heads share a key/value head of 6 values; its projections have biases."""
+    return LlamaForCausalLM(LlamaConfig(**SIZES, num_key_value_heads=4, head_dim=6, attention_bias=True, mlp_bias=True))
+
+
+def mistral() -> PreTrainedModel:
+    """A window of four tokens."""
+    return MistralForCausalLM(MistralConfig(**SIZES, num_key_value_heads=2, sliding_window=4))
+
+
+def uneven_masks(model: PreTrainedModel) -> Masks:
+    """The first block loses a group and a channel, the second all but the last group and seven channels."""
+    dims = ModelDims.from_config(model.config)
+    masks = {}
+    for matrix in list_matrices(model):
+        groups, channels = torch.arange(dims.num_kv_heads), torch.arange(dims.intermediate_size)
+        kept = (groups != 1, channels != 5) if matrix.block == 0 else (groups == len(groups) - 1, channels % 7 == 2)
+        masks[matrix.name] = channel_mask(matrix, dims, kept_channels(matrix, dims, *kept)).contiguous()
+    return masks
+
+
+def structured_masks(model: PreTrainedModel) -> Masks:
+    return make_masks("structured", prunable_weights(model), ModelDims.from_config(model.config), 0.5, seed=0)
+
+
+CASES = [(llama, structured_masks), (llama, uneven_masks), (mistral, structured_masks)]
+
+
+def make_pruned(make: Callable[[], PreTrainedModel], find: Callable[..., Masks]) -> tuple[PreTrainedModel, Masks]:
+    """A pruned model in float64, where the order of additions hardly matters, with its masks."""
+    torch.manual_seed(0)
+    model = make().double().requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            parameter.normal_()
+    masks = find(model)
+    write_weights_into(model, masked(prunable_weights(model), masks))
+    return model.eval(), masks
+
+
+def set_up(model: PreTrainedModel, masks: Masks, **changes: Any) -> LoraFinetuning:
+    trainable = lora_finetuning.setup("sparse-to-sparse", model, replace(PROTOCOL, **changes), masks, seed=3)
+    trainable.adapted.double()
+    return trainable
+
+
+def train(trainable: LoraFinetuning, **changes: Any) -> list[float]:
+    protocol: Protocol = replace(PROTOCOL, **changes)
+    with trainable.shrunk():
+        optimizer = trainable.optimizer(protocol)
+        return [step.loss for step in fit(trainable.model, optimizer, EXAMPLES, protocol, seed=0)]
+
+
+@pytest.mark.parametrize(("make", "find"), CASES)
+def test_the_smaller_model_trains_as_the_masked_one(make: Any, find: Any) -> None:
+    """Loss after loss and weight by weight, with clipping and weight decay. Rows and columns that the masked one keeps
+    decaying are zero here, and mean nothing."""
+    model, masks = make_pruned(make, find)
+    whole = set_up(copy.deepcopy(model), masks, masked_lora_impl="effective-weight")
+    small = set_up(model, masks)
+    assert (whole.cuts, small.is_merged_exactly) == (None, False)
+    losses = train(small)
+    torch.testing.assert_close(torch.tensor(losses), torch.tensor(train(whole)), rtol=1e-9, atol=0)
+    assert losses[-1] < losses[0]
+    expected = merged_weights(whole.adapted)
+    for name, weight in merged_weights(small.adapted).items():
+        torch.testing.assert_close(weight, expected[name], rtol=1e-9, atol=1e-12)
+        assert not weight[~masks[name]].any()
+    assert count_impls(small.adapted) == {"effective-weight": 14}
+
+
+@pytest.mark.parametrize(("make", "find"), CASES)
+@torch.no_grad()
+def test_a_model_is_smaller_while_it_trains_computes_the_same_and_comes_back_to_the_last_bit(
+    make: Any, find: Any
+) -> None:
+    model, masks = make_pruned(make, find)
+    trainable, ids = set_up(model, masks), torch.arange(40).view(2, 20)
+    for _, layer in sparse_lora_layers(trainable.adapted):
+        layer.factors()[1].normal_(std=0.1)
+    before, expected = {n: t.clone() for n, t in model.state_dict().items()}, model(ids).logits
+    with trainable.shrunk():
+        left = sum(layer.base_layer.weight.numel() for _, layer in sparse_lora_layers(trainable.adapted))
+        assert left == sum(int(masks[name].sum()) for name in masks)
+        torch.testing.assert_close(model(ids).logits, expected)
+        assert trainable.factor_weights == sum(
+            PROTOCOL.lora_rank * int(masks[name].any(dim=dim).sum()) for name in masks for dim in (0, 1)
+        )
+    after = model.state_dict()
+    for name in before:
+        if "lora_" not in name:
+            assert torch.equal(after[name], before[name]), name
+    assert torch.equal(model(ids).logits, expected)
+
+
+def test_adapters_begin_as_slices_of_the_whole_draw_and_end_as_zeros_where_they_were_cut() -> None:
+    model, masks = make_pruned(llama, structured_masks)
+    trainable = set_up(model, masks)
+    drawn = {name: layer.factors()[0].detach().clone() for name, layer in sparse_lora_layers(trainable.adapted)}
+    with trainable.shrunk():
+        for name, layer in sparse_lora_layers(trainable.adapted):
+            assert torch.equal(layer.factors()[0], drawn[name][:, masks[name].any(dim=0)])
+            assert not layer.factors()[1].any()
+    train(trainable)
+    for name, layer in sparse_lora_layers(trainable.adapted):
+        A, B, scaling = layer.factors()
+        assert not A[:, ~masks[name].any(dim=0)].any()
+        assert not B[~masks[name].any(dim=1)].any()
+        assert scaling == PROTOCOL.lora_alpha / PROTOCOL.lora_rank
+
+
+def test_a_saved_adapter_loads_on_the_whole_pruned_model(tmp_path: Path) -> None:
+    model, masks = make_pruned(mistral, structured_masks)
+    again, trainable = copy.deepcopy(model).float(), set_up(model.float(), masks)
+    trainable.adapted.float()
+    train(trainable)
+    trainable.save(tmp_path)
+    loaded = load_adapter(again, tmp_path / "adapter")
+    expected = merged_weights(trainable.adapted)
+    assert all(torch.equal(weight, expected[name]) for name, weight in merged_weights(loaded).items())
+
+
+def test_masks_alone_decide_what_is_trained_small() -> None:
+    model, masks = make_pruned(llama, structured_masks)
+    dims = ModelDims.from_config(model.config)
+    assert find_cuts(dims, masks) is not None
+    q, up = (next(name for name in masks if part in name) for part in ("q_proj", "up_proj"))
+    by_rows = {name: (torch.arange(len(mask)) % 2 == 0)[:, None].expand_as(mask) for name, mask in masks.items()}
+    for other in (
+        {name: torch.rand(mask.shape) > 0.5 for name, mask in masks.items()},
+        dict(masks) | {up: masks[up].roll(1, dims=0)},
+        dict(masks) | {q: masks[q].roll(6, dims=0)},
+        by_rows,
+    ):
+        assert find_cuts(dims, other) is None
+    for mode in ("dense", "sparse-to-dense"):
+        assert lora_finetuning.setup(mode, copy.deepcopy(model), PROTOCOL, masks, seed=0).cuts is None
+    assert set_up(model, masks, masked_lora_impl="effective-weight").cuts is None
+
+
+def test_dropout_acts_on_the_inputs_that_are_left() -> None:
+    model, masks = make_pruned(mistral, structured_masks)
+    trainable = set_up(model, masks, lora_dropout=0.5)
+    losses = train(trainable, lora_dropout=0.5)
+    assert losses[-1] < losses[0]
+    assert all(not weight[~masks[name]].any() for name, weight in merged_weights(trainable.adapted).items())
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(0, 1), st.lists(st.booleans(), min_size=1, max_size=9), st.integers(1, 4))
+def test_a_cut_is_put_back_among_zeros(along: int, keep: list[bool], width: int) -> None:
+    kept = torch.tensor(keep)
+    cut = Cut(along, kept.nonzero().flatten(), len(keep))
+    whole = 1 + torch.arange(len(keep) * width).view(len(keep), width)
+    mask = kept[:, None].expand_as(whole)
+    whole, mask = (whole.T, mask.T) if along else (whole, mask)
+    block = cut.cut_out(whole)
+    assert block.shape[along] == sum(keep)
+    assert torch.equal(cut.put_back(block), whole * mask)
