@@ -22,6 +22,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -232,7 +233,7 @@ def read_seconds(folder: Path) -> float:
 
 def prune_slice(scratch: str, method: str, queue: Any) -> None:
     """In a process of its own, so that its peak memory is that of pruning. A small model first: imports, figures."""
-    from trainables.hardware import peak_memory_bytes, reset_peak_memory
+    from trainables.peak_memory import PeakMemory
     from tune_sparse.pruning.prune_checkpoint import Request, run
 
     def seconds(name: str) -> tuple[float, float]:
@@ -244,9 +245,11 @@ def prune_slice(scratch: str, method: str, queue: Any) -> None:
 
     seconds("small")
     fixed = seconds("small")
-    reset_peak_memory()
-    before = peak_memory_bytes()
-    queue.put((seconds("slice"), fixed, peak_memory_bytes(), before))
+    with closing(PeakMemory()) as memory:
+        memory.end("before")
+        took = seconds("slice")
+        memory.end("slice")
+    queue.put((took, fixed, memory.by_stage["slice"], memory.by_stage["before"]))
 
 
 def bench_slice(sizes: Sizes) -> dict[str, float]:

@@ -143,6 +143,14 @@ def _write_architectures(place: Path, llama: Path) -> None:
             shutil.copy(path, place / make.__name__)
 
 
+@pytest.fixture(scope="session")
+def wide_llama(llama: Path, once: Once) -> Path:
+    """A bfloat16 Llama of 205 million random weights, 1,024 wide with 16 layers: on it bytes are counted."""
+    from factories import write_llama
+
+    return once("wide-llama", lambda folder: write_llama(folder, llama, 1024, 16, 2816, 16))
+
+
 @pytest.fixture
 def real_examples() -> Path:
     """A data folder of real examples: 20 of each scored split and of each train split, and pieces of the texts."""

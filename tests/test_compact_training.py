@@ -13,6 +13,8 @@ import torch
 from factories import TINY_PROTOCOL
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import PeftModel
+from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedModel
 
 from trainables import lora_finetuning
@@ -21,7 +23,7 @@ from tune_sparse.config import Protocol
 from tune_sparse.data.splits import Encoded
 from tune_sparse.lora.adapter_io import load_adapter
 from tune_sparse.lora.compact_training import Cut, find_cuts
-from tune_sparse.lora.layer import count_impls, merged_weights, sparse_lora_layers
+from tune_sparse.lora.layer import count_impls, sparse_lora_layers
 from tune_sparse.models.architectures import list_matrices
 from tune_sparse.models.checkpoints import prunable_weights, write_weights_into
 from tune_sparse.models.dims import ModelDims
@@ -88,6 +90,10 @@ def train(trainable: LoraFinetuning, **changes: Any) -> list[float]:
         return [step.loss for step in fit(trainable.model, optimizer, EXAMPLES, protocol, seed=0)]
 
 
+def merged(adapted: PeftModel) -> dict[str, Tensor]:
+    return {name: layer.merged_weight().clone() for name, layer in sparse_lora_layers(adapted)}
+
+
 @pytest.mark.parametrize(("make", "find"), CASES)
 def test_the_smaller_model_trains_as_the_masked_one(make: Any, find: Any) -> None:
     """Loss after loss and weight by weight, with clipping and weight decay. Rows and columns that the masked one keeps
@@ -99,8 +105,8 @@ def test_the_smaller_model_trains_as_the_masked_one(make: Any, find: Any) -> Non
     losses = train(small)
     torch.testing.assert_close(torch.tensor(losses), torch.tensor(train(whole)), rtol=1e-9, atol=0)
     assert losses[-1] < losses[0]
-    expected = merged_weights(whole.adapted)
-    for name, weight in merged_weights(small.adapted).items():
+    expected = merged(whole.adapted)
+    for name, weight in merged(small.adapted).items():
         torch.testing.assert_close(weight, expected[name], rtol=1e-9, atol=1e-12)
         assert not weight[~masks[name]].any()
     assert count_impls(small.adapted) == {"effective-weight": 14}
@@ -153,8 +159,8 @@ def test_a_saved_adapter_loads_on_the_whole_pruned_model(tmp_path: Path) -> None
     train(trainable)
     trainable.save(tmp_path)
     loaded = load_adapter(again, tmp_path / "adapter")
-    expected = merged_weights(trainable.adapted)
-    assert all(torch.equal(weight, expected[name]) for name, weight in merged_weights(loaded).items())
+    expected = merged(trainable.adapted)
+    assert all(torch.equal(weight, expected[name]) for name, weight in merged(loaded).items())
 
 
 def test_masks_alone_decide_what_is_trained_small() -> None:
@@ -180,7 +186,7 @@ def test_dropout_acts_on_the_inputs_that_are_left() -> None:
     trainable = set_up(model, masks, lora_dropout=0.5)
     losses = train(trainable, lora_dropout=0.5)
     assert losses[-1] < losses[0]
-    assert all(not weight[~masks[name]].any() for name, weight in merged_weights(trainable.adapted).items())
+    assert all(not weight[~masks[name]].any() for name, weight in merged(trainable.adapted).items())
 
 
 @settings(deadline=None, max_examples=30)

@@ -59,25 +59,6 @@ def git_sha() -> str | None:
     return found.stdout.strip()
 
 
-def reset_peak_memory() -> None:
-    """Start a new measurement for `peak_memory_bytes`."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    elif Path("/proc/self/clear_refs").exists():
-        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, see proc(5)
-
-
-def peak_memory_bytes() -> int | None:
-    """The most memory used since the reset: allocated on the GPU, or resident on a Linux CPU; None elsewhere."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return None
-    fields = dict(line.split(":", 1) for line in status.read_text().splitlines() if ":" in line)
-    return int(fields["VmHWM"].split()[0]) * 1024
-
-
 def gpu_memory_bytes() -> int | None:
     """Total memory of the GPU that this process computes on; None on a CPU."""
     return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None

@@ -11,26 +11,26 @@ Sparse-to-sparse under structured masks trains without the heads and channels th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from peft import PeftModel
 from torch import Tensor
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
-from trainables.mode import MergedWeights
+from trainables.mode import MergeReport
 from tune_sparse.config import Protocol
 from tune_sparse.lora.adapter_io import merge_adapter_into, save_adapter
 from tune_sparse.lora.compact_training import Cuts, find_cuts, shrunk
-from tune_sparse.lora.layer import adapt_model, count_impls, lost_fraction, merged_weights, sparse_lora_layers, updates
+from tune_sparse.lora.layer import adapt_model, count_impls, sparse_lora_layers
+from tune_sparse.lora.merging import merge_adapters_into
 from tune_sparse.models.architectures import PRUNED
 from tune_sparse.models.dims import ModelDims
 from tune_sparse.modes import MODES
-from tune_sparse.pruning.masks import Masks, masked
+from tune_sparse.pruning.masks import Masks
 from tune_sparse.training.loop import adamw
 
 
@@ -77,6 +77,10 @@ class LoraFinetuning:
     def shrunk(self) -> AbstractContextManager[None]:
         return shrunk(self.adapted, self.cuts) if self.cuts is not None else nullcontext()
 
+    @property
+    def last_masks(self) -> Masks | None:
+        return self.masks if MODES[self.mode].masks_at_merge else None
+
     def summary(self) -> str:
         counts = ", ".join(f"{n} {impl}" for impl, n in count_impls(self.adapted).items())
         size = "" if self.cuts is None else ", on the smaller model without masked heads and channels"
@@ -88,26 +92,15 @@ class LoraFinetuning:
     def optimizer(self, protocol: Protocol) -> Optimizer:
         return adamw(self.parameters(), protocol)
 
-    def updates(self, pruned: dict[str, Tensor]) -> dict[str, Tensor]:
-        return updates(self.adapted)
-
-    def merge(self) -> MergedWeights:
-        filled = merged_weights(self.adapted)
-        if not MODES[self.mode].masks_at_merge:
-            return MergedWeights(filled)
-        update = updates(self.adapted)
-        removed = lost_fraction(update, masked(update, self.masks))
-        return MergedWeights(filled, masked(filled, self.masks), {"update_removed_fraction": removed})
-
     def save(self, folder: Path) -> None:
         save_adapter(self.adapted, folder / "adapter", self.mode, self.masks)
 
-    def violations(self, pruned: dict[str, Tensor]) -> list[str]:
-        return [
-            f"{name}: the frozen weight must not change in training"
-            for name, layer in sparse_lora_layers(self.adapted)
-            if not torch.equal(layer.base_layer.weight, pruned[name])
-        ]
+    def merge_into_model(self, pruned: Mapping[str, Tensor]) -> MergeReport:
+        merge = merge_adapters_into(self.adapted, pruned, self.last_masks)
+        self.unwrap()
+        violations = [f"{name}: the frozen weight must not change in training" for name in merge.changed]
+        removed = {"update_removed_fraction": merge.sums.removed_fraction} if self.last_masks is not None else {}
+        return MergeReport(merge.sums.rounded_away_fraction, violations, removed)
 
     def unwrap(self) -> PreTrainedModel:
         return self.adapted.unload()

@@ -5,22 +5,25 @@ The older form of sparse-to-sparse (Mocanu et al. 2018, arXiv:1707.04780, with a
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
-from trainables.mode import MergedWeights
+from trainables.mode import MergeReport
 from tune_sparse.config import Protocol
 from tune_sparse.files import write_json
+from tune_sparse.lora.merging import UpdateSums, any_nonzero, read_flags, squared_sums
 from tune_sparse.models.architectures import list_matrices
 from tune_sparse.models.checkpoints import write_weights_into
+from tune_sparse.models.safetensors_io import TensorFiles, TensorWriter
 from tune_sparse.pruning.masks import Masks, mask_sha256
 from tune_sparse.training.loop import adamw
 
@@ -37,7 +40,7 @@ def setup(mode: str, model: PreTrainedModel, protocol: Protocol, masks: Masks) -
 
 def restore_into(model: PreTrainedModel, folder: Path) -> None:
     """Write the matrices that a run saved in its folder into the model."""
-    write_weights_into(model, load_file(folder / SAVED))
+    write_weights_into(model, TensorFiles([folder / SAVED]))
 
 
 def _matrices(model: PreTrainedModel) -> dict[str, nn.Parameter]:
@@ -45,13 +48,18 @@ def _matrices(model: PreTrainedModel) -> dict[str, nn.Parameter]:
     return {matrix.name: model.get_parameter(matrix.name) for matrix in list_matrices(model)}
 
 
-def enforce_masks_after_steps(optimizer: Optimizer, masks: dict[Tensor, Tensor]) -> None:
+def _update_rows(weight: Tensor, before: Tensor, rows: slice) -> Tensor:
+    return weight[rows] - before[rows].float()
+
+
+def enforce_masks_after_steps(optimizer: Optimizer, weights: Mapping[str, Tensor], masks: Masks) -> None:
     """Every step of `optimizer` ends with W <- W⊙M, and the same for both moments: a masked weight that kept its
     momentum would jump back with the next step."""
 
     @torch.no_grad()
     def enforce(optimizer: Optimizer, arguments: Any, keywords: Any) -> None:
-        for weight, mask in masks.items():
+        for name, weight in weights.items():
+            mask = masks[name]
             for tensor in (weight, optimizer.state[weight]["exp_avg"], optimizer.state[weight]["exp_avg_sq"]):
                 tensor.mul_(mask)
 
@@ -67,6 +75,7 @@ class MaskedFinetuning:
     precision: torch.dtype
     mode: str
     factor_weights: int = 0
+    last_masks: Masks | None = None
 
     @property
     def mixed_precision(self) -> str:
@@ -88,29 +97,32 @@ class MaskedFinetuning:
 
     def optimizer(self, protocol: Protocol) -> Optimizer:
         optimizer = adamw(self.parameters(), protocol)
-        enforce_masks_after_steps(optimizer, {w: self.masks[name] for name, w in _matrices(self.model).items()})
+        enforce_masks_after_steps(optimizer, _matrices(self.model), self.masks)
         return optimizer
-
-    def updates(self, pruned: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {name: weight.detach() - pruned[name].float() for name, weight in _matrices(self.model).items()}
-
-    def merge(self) -> MergedWeights:
-        trained = _matrices(self.model).items()
-        return MergedWeights({name: weight.detach().to(self.precision, copy=True) for name, weight in trained})
 
     def save(self, folder: Path) -> None:
         """The trained matrices in the precision of the run: there is no small adapter to keep."""
-        path = folder / SAVED
+        path, matrices = folder / SAVED, _matrices(self.model)
         path.parent.mkdir()
-        save_file(self.merge().before_mask, path, metadata={"format": "pt"})
+        with TensorWriter(path, {name: (weight.shape, self.precision) for name, weight in matrices.items()}) as writer:
+            for name, weight in matrices.items():
+                writer.write(name, weight.detach().to(self.precision))
+            writer.done()
         write_json(path.with_name("tune_sparse.json"), {"mode": self.mode, "mask_sha256": mask_sha256(self.masks)})
 
-    def violations(self, pruned: dict[str, Tensor]) -> list[str]:
-        return [
-            f"{name}: masked weights must stay 0 in training"
-            for name, weight in _matrices(self.model).items()
-            if weight[~self.masks[name]].any()
-        ]
+    @torch.no_grad()
+    def merge_into_model(self, pruned: Mapping[str, Tensor]) -> MergeReport:
+        """The weights get the precision of the run, one matrix after the other."""
+        sums, is_filled = [], {}
+        for name, weight in _matrices(self.model).items():
+            before, rounded = pruned[name], weight.to(self.precision)
+            sums.append(squared_sums(partial(_update_rows, weight, before), before, rounded))
+            is_filled[name] = any_nonzero(weight, ~self.masks[name])
+            weight.data = rounded
+        filled = read_flags(is_filled)
+        self.unwrap()
+        violations = [f"{name}: masked weights must stay 0 in training" for name in filled]
+        return MergeReport(UpdateSums.read(sums).rounded_away_fraction, violations)
 
     def unwrap(self) -> PreTrainedModel:
         for weight in _matrices(self.model).values():

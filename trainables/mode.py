@@ -1,7 +1,8 @@
-"""The interface of a fine-tuning mode: a model that is trained, merged and saved."""
+"""The interface of a fine-tuning mode: a model that is trained, saved, and merged in place."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,17 +13,19 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from tune_sparse.config import Protocol
+from tune_sparse.pruning.masks import Masks
 
 
 @dataclass(frozen=True)
-class MergedWeights:
-    """The weights that a mode makes of what it trained: (O, I) by name."""
+class MergeReport:
+    """The findings of a merge, collected while it writes matrix after matrix."""
 
-    before_mask: dict[str, Tensor]
-    """They compute exactly the trained function."""
-    after_mask: dict[str, Tensor] | None = None
-    """They are scored and kept, where a last mask changes them."""
+    rounded_away_fraction: float
+    """The share of the squared update that adding it to the weights in their precision lost."""
+    violations: list[str]
+    """What training changed though it must not."""
     metrics: dict[str, float] = field(default_factory=dict)
+    """of this mode alone"""
 
 
 class TrainableModel(Interface):
@@ -48,6 +51,10 @@ class TrainableModel(Interface):
     def factor_weights(self) -> int:
         """Weights of a trained low-rank update that is not masked, for its cost."""
 
+    @property
+    def last_masks(self) -> Masks | None:
+        """What masks the merged weights before they are kept; None where nothing is left to mask."""
+
     def summary(self) -> str:
         """Say how it is trained, for the log."""
 
@@ -56,17 +63,15 @@ class TrainableModel(Interface):
 
     def optimizer(self, protocol: Protocol) -> Optimizer: ...
 
-    def updates(self, pruned: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Compute what training added to each of the weights that it began with, in float32: (O, I)."""
-
-    def merge(self) -> MergedWeights:
-        """Compute the merged weights. The model is not changed."""
-
     def save(self, folder: Path) -> None:
         """Write what is needed to merge the run again, into the run's folder."""
 
-    def violations(self, pruned: dict[str, Tensor]) -> list[str]:
-        """Find what training changed though it must not."""
+    def merge_into_model(self, pruned: Mapping[str, Tensor]) -> MergeReport:
+        """Write the trained weights into the model, one matrix at a time, and take out what training put into it.
+
+        It computes the trained function after that: the last masks are left to be applied.
+        pruned: the weights that training began with, each read once.
+        """
 
     def unwrap(self) -> PreTrainedModel:
-        """Take out of the model what training put into it; its weights are left to be written."""
+        """Take out of the model what training put into it, without a merge: its weights are left to be written."""

@@ -17,9 +17,10 @@ from transformers import PreTrainedModel
 from trainables import cerebras_backend, torch_backend
 from trainables.failures import describe_error, is_infrastructure
 from trainables.finetuning import setup
-from trainables.hardware import environment, gpu_memory_bytes, peak_memory_bytes, reset_peak_memory
+from trainables.hardware import environment, gpu_memory_bytes
 from trainables.loaded import Examples, LoadedModel
-from trainables.mode import MergedWeights, TrainableModel
+from trainables.mode import MergeReport, TrainableModel
+from trainables.peak_memory import PeakMemory
 from trainables.pruning_stage import Pruned, Pruner
 from trainables.run_log import RunLog
 from trainables.training import Training
@@ -30,12 +31,12 @@ from tune_sparse.evaluation.flops import SEQUENCE_LENGTHS, inference_flops, trai
 from tune_sparse.evaluation.metrics import Metrics, primary_metric
 from tune_sparse.evaluation.outcomes import write_outcomes
 from tune_sparse.evaluation.scoring import Scored, score
-from tune_sparse.evaluation.validation import validation_report, weights_sha256
+from tune_sparse.evaluation.validation import hashing, validation_report
 from tune_sparse.files import write_json, write_text
 from tune_sparse.ledger.contracts import RunStore
 from tune_sparse.ledger.record import Record
 from tune_sparse.ledger.run import Run, write_config
-from tune_sparse.lora.layer import lost_fraction
+from tune_sparse.lora.merging import mask_weights_into
 from tune_sparse.models.checkpoints import prunable_weights, write_weights_into
 from tune_sparse.pruning.masks import count_sparsity
 from tune_sparse.training.loop import Step, accelerator_for, mean_loss
@@ -64,9 +65,9 @@ def run_cell(
     """
     with ledger.writing(run.run_id) as folder:
         write_config(folder, run)
-        with closing(RunLog(folder)) as log:
+        with closing(RunLog(folder)) as log, closing(PeakMemory()) as memory:
             try:
-                work = _load(run, ledger, worker, folder, log)
+                work = _load(run, ledger, worker, folder, log, memory)
                 stage = train_stage or TRAIN_STAGES[run.cell.backend]
                 metrics, measured = yield from _stages(work, worker.pruner, stage)
                 measured |= {"held": dict(held)} if held else {}
@@ -103,6 +104,7 @@ class Work:
     log: RunLog
     loaded: LoadedModel
     examples: Examples
+    memory: PeakMemory
 
     @property
     def probe(self) -> list[Encoded]:
@@ -114,16 +116,16 @@ class Work:
         return score(self.loaded.model, self.loaded.tokenizer, self.examples.tests, self.run.protocol)
 
 
-def _load(run: Run, ledger: RunStore, worker: WorkerCache, folder: Path, log: RunLog) -> Work:
+def _load(run: Run, ledger: RunStore, worker: WorkerCache, folder: Path, log: RunLog, memory: PeakMemory) -> Work:
     torch.set_num_threads(run.protocol.threads)
-    reset_peak_memory()
     loaded = worker.model(run)
     examples = worker.examples(run, loaded)
     log(
         f"model and examples ready: {len(examples.train)} train, {len(examples.selection)} selection, "
         f"{sum(len(test.examples) for test in examples.tests)} test"
     )
-    return Work(run, ledger, folder, log, loaded, examples)
+    memory.end("load")
+    return Work(run, ledger, folder, log, loaded, examples, memory)
 
 
 def _stages(
@@ -136,26 +138,26 @@ def _stages(
     model = work.loaded.model
     pruned = _prune(work, pruner)
     write_weights_into(model, pruned.weights)
+    work.memory.end("prune")
     before_tuning = _score_before_tuning(work, pruned)
+    work.memory.end("score before tuning")
 
     trained = yield from _train_into(model, work, pruned, train_stage)
-    merged = _merge(trained.trainable, pruned)
-    trained.trainable.unwrap()
-    write_weights_into(model, pruned.weights | merged.weights.before_mask)
-    violations = merged.violations + _logit_violations(trained.logits, _logits(model, work.probe), merged.is_exact)
+    merge = _merge_into(model, work, trained, pruned)
+    work.memory.end("merge")
 
     before_mask: Scored | None = None
-    if merged.weights.after_mask is not None:
+    if trained.trainable.last_masks is not None:
         before_mask = work.score()
-        write_weights_into(model, pruned.weights | merged.weights.after_mask)
+        mask_weights_into(model, trained.trainable.last_masks)
     scores = _score(work, primary_metric(before_tuning), before_mask)
-    actual_sparsity = _validate(work, pruned, violations)
-
+    actual_sparsity = _validate(work, pruned, merge.violations)
     metrics = (
         _score_metrics(scores, before_tuning)
-        | _pruning_metrics(work, pruned, actual_sparsity)
-        | _training_metrics(work, trained, merged)
+        | _pruning_metrics(work, pruned, scores, actual_sparsity)
+        | _training_metrics(work, trained, merge)
     )
+    work.memory.end("score")
     return metrics, _measured(work, trained.training, scores)
 
 
@@ -202,11 +204,13 @@ def _train_into(
     modules = {"modules": run.super_adapter.space.modules} if run.super_adapter else {}
     trainable = setup(run.cell.mode, model, protocol, masks, run.cell.seed, **modules)
     with trainable.shrunk():
+        work.memory.end("set up")
         log(trainable.summary())
         step_flops = _step_flops(work, pruned, trainable.factor_weights)
         training = yield from train_stage(run, trainable, pruned, work.examples, work.ledger, log)
         with accelerator_for(trainable.mixed_precision).autocast():
             logits = _logits(trainable.model, work.probe)
+        work.memory.end("train")
     trainable.save(work.folder)
     return Trained(trainable, training, step_flops, logits)
 
@@ -221,29 +225,12 @@ def _step_flops(work: Work, pruned: Pruned, factor_weights: int) -> int | None:
     return round(flops * work.run.protocol.global_batch_size / len(train))
 
 
-@dataclass(frozen=True)
-class Merged:
-    """The merged weights, and what is known of them."""
-
-    weights: MergedWeights
-    is_exact: bool
-    """the merged model must compute the trained function to the last bit"""
-    rounded_away: float
-    violations: list[str]
-
-
-def _merge(trainable: TrainableModel, pruned: Pruned) -> Merged:
-    """Merge, and look at what was trained for the last time; nothing is written into the model."""
-    weights = trainable.merge()
-    rounded_away = _rounded_away(trainable, weights, pruned)
-    violations = trainable.violations(pruned.weights)
-    return Merged(weights, trainable.is_merged_exactly, rounded_away, violations)
-
-
-def _rounded_away(trainable: TrainableModel, merged: MergedWeights, pruned: Pruned) -> float:
-    """The share of the update that adding it to the weights in their precision lost."""
-    arrived = {name: weight.float() - pruned.weights[name].float() for name, weight in merged.before_mask.items()}
-    return lost_fraction(trainable.updates(pruned.weights), arrived)
+def _merge_into(model: PreTrainedModel, work: Work, trained: Trained, pruned: Pruned) -> MergeReport:
+    """Merge what was trained into `model`, in place, and check that the function stays the trained one."""
+    exactly = trained.trainable.is_merged_exactly
+    merge = trained.trainable.merge_into_model(pruned.weights)
+    wrong = _logit_violations(trained.logits, _logits(model, work.probe), exactly)
+    return replace(merge, violations=merge.violations + wrong)
 
 
 def _logit_violations(trained: Tensor, merged: Tensor, exactly: bool) -> list[str]:
@@ -277,17 +264,20 @@ class Scores:
     scored: Scored
     before_mask: Scored | None
     seconds: float
+    weights_sha256: str
+    """of what was scored"""
 
 
 def _score(work: Work, primary: str, before_mask: Scored | None) -> Scores:
     if before_mask is not None:
         write_outcomes(work.folder / "examples_before_merge.parquet", before_mask.outcomes)
     started = time.perf_counter()
-    scored = work.score()
-    seconds = time.perf_counter() - started
+    with hashing(prunable_weights(work.loaded.model)) as checksum:
+        scored = work.score()
+        seconds = time.perf_counter() - started
     write_outcomes(work.folder / "examples.parquet", scored.outcomes)
     work.log(f"{primary} {scored.metrics[primary]:.4f}")
-    return Scores(primary, scored, before_mask, seconds)
+    return Scores(primary, scored, before_mask, seconds, checksum())
 
 
 def _validate(work: Work, pruned: Pruned, violations: list[str]) -> float:
@@ -309,24 +299,24 @@ def _score_metrics(scores: Scores, before_tuning: Metrics) -> dict[str, Any]:
     }
 
 
-def _pruning_metrics(work: Work, pruned: Pruned, actual_sparsity: float) -> dict[str, Any]:
+def _pruning_metrics(work: Work, pruned: Pruned, scores: Scores, actual_sparsity: float) -> dict[str, Any]:
     shape = work.loaded.dims
     return {
         "actual_sparsity": actual_sparsity,
         "mask_sha256": pruned.checksum,
-        "weights_sha256": weights_sha256(prunable_weights(work.loaded.model)),
+        "weights_sha256": scores.weights_sha256,
         "inference_flops": {str(tokens): inference_flops(pruned.masks, shape, tokens) for tokens in SEQUENCE_LENGTHS},
     }
 
 
-def _training_metrics(work: Work, trained: Trained, merged: Merged) -> dict[str, Any]:
+def _training_metrics(work: Work, trained: Trained, merge: MergeReport) -> dict[str, Any]:
     return {
         "train_loss": trained.training.last_loss,
         "eval_loss": mean_loss(work.loaded.model, work.examples.selection, work.run.protocol),
         "epochs": trained.training.examples / len(work.examples.train),
-        "update_rounded_away_fraction": merged.rounded_away,
+        "update_rounded_away_fraction": merge.rounded_away_fraction,
         "train_step_flops": trained.step_flops,
-    } | merged.weights.metrics
+    } | merge.metrics
 
 
 def _measured(work: Work, training: Training, scores: Scores) -> dict[str, Any]:
@@ -337,6 +327,9 @@ def _measured(work: Work, training: Training, scores: Scores) -> dict[str, Any]:
         "seconds_to_best_eval_loss": training.seconds_to_best_eval_loss,
         "inference_examples_per_second": len(scores.scored.outcomes) / scores.seconds,
         "compile_seconds": training.compile_seconds,
-        "peak_memory_bytes": peak_memory_bytes(),
+        "peak_memory_bytes": work.memory.by_stage.get("train"),
+        "cell_peak_memory_bytes": work.memory.bytes,
+        "cell_peak_reserved_bytes": work.memory.reserved_bytes,
+        "peak_memory_bytes_by_stage": work.memory.by_stage,
         "gpu_memory_bytes": gpu_memory_bytes(),
     }

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import gc
+from contextlib import closing
 from dataclasses import dataclass, replace
 
 import torch
 
 from trainables.finetuning import setup
-from trainables.hardware import peak_memory_bytes, reset_peak_memory
+from trainables.peak_memory import PeakMemory
 from trainables.training import WARM_UP_STEPS, Training
 from trainables.worker import WorkerCache
 from tune_sparse.ledger.run import Run
@@ -43,14 +44,14 @@ def measure(run: Run, worker: WorkerCache, batch_size: int) -> Throughput:
     trainable = setup(run.cell.mode, loaded.model, protocol, pruned.masks, run.cell.seed)
     accelerator, totals = accelerator_for(trainable.mixed_precision), Training()
     gc.collect()
-    reset_peak_memory()
     try:
-        with trainable.shrunk():
+        with trainable.shrunk(), closing(PeakMemory()) as memory:
             optimizer, seed = trainable.optimizer(protocol), run.cell.seed
             for step in fit(trainable.model, optimizer, examples.train, protocol, seed, accelerator=accelerator):
                 totals.add(step, cold=step.step <= WARM_UP_STEPS)
+            memory.end("train")
     except (torch.OutOfMemoryError, MemoryError):
         worker.clear()
         return Throughput(batch_size, None, None, None)
     trainable.unwrap()
-    return Throughput(batch_size, peak_memory_bytes=peak_memory_bytes(), **totals.rates())
+    return Throughput(batch_size, peak_memory_bytes=memory.bytes, **totals.rates())

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tune_sparse.pruning.masks import Masks, count_sparsity, mask_sha256
+from tune_sparse.models.float_bits import BITS, from_bits, row_chunks
+from tune_sparse.pruning.masks import Masks, mask_sha256, packed
 from tune_sparse.pruning.methods import TOLERANCE
 
 
@@ -24,16 +28,67 @@ def weights_sha256(weights: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+@contextmanager
+def hashing(weights: Mapping[str, Tensor]) -> Iterator[Callable[[], str]]:
+    """Compute `weights_sha256` while the block runs, beside a device that computes it, or else when it is asked for.
+
+    weights: on one device; the block must not change them.
+    """
+    if any(weight.device.type == "cpu" for weight in weights.values()):
+        yield lambda: weights_sha256(weights)
+        return
+    with ThreadPoolExecutor(1, "hash") as beside:
+        yield beside.submit(weights_sha256, weights).result
+
+
 def mask_violations(masks: Masks, sparsity: float) -> list[str]:
-    """Broken rules of a set of masks: binary, no layer empty, within `TOLERANCE` of the target sparsity."""
-    found = [
-        f"{name}: a mask must be bool, got {mask.dtype}" for name, mask in masks.items() if mask.dtype != torch.bool
-    ]
-    found += [f"{name}: no layer may be 100% sparse" for name, mask in masks.items() if not mask.any()]
-    actual = count_sparsity(masks)
-    if abs(actual - sparsity) > TOLERANCE:
-        found.append(f"the masks' sparsity must be within {TOLERANCE:g} of {sparsity:g}, got {actual:.4f}")
+    """Broken rules of a set of masks: no layer empty, within `TOLERANCE` of the target sparsity."""
+    bits = packed(masks)
+    found = [f"{name}: no layer may be 100% sparse" for name, kept in bits.kept.items() if not kept]
+    if abs(bits.sparsity - sparsity) > TOLERANCE:
+        found.append(f"the masks' sparsity must be within {TOLERANCE:g} of {sparsity:g}, got {bits.sparsity:.4f}")
     return found
+
+
+@dataclass(frozen=True)
+class MatrixFacts:
+    """The counts of one deployed matrix."""
+
+    is_finite: bool
+    max_abs_at_masked: float
+    zeros: int
+    weights: int
+
+
+def count_facts(weights: Mapping[str, Tensor], masks: Masks) -> dict[str, MatrixFacts]:
+    """Look once at every weight that has a mask, matrix by matrix, and wait for the device once."""
+    kinds, found = {}, []
+    for name, weight in weights.items():
+        if name in masks:
+            kinds[name] = (weight.dtype, weight.numel())
+            found.append(_magnitudes(weight, masks[name]))
+    return {
+        name: MatrixFacts(largest < BITS[dtype][2], from_bits(at_masked, dtype), zeros, size)
+        for (name, (dtype, size)), (largest, at_masked, zeros) in zip(
+            kinds.items(), torch.stack(found).tolist(), strict=True
+        )
+    }
+
+
+def _magnitudes(weight: Tensor, mask: Tensor) -> Tensor:
+    """The bits of the largest |w|, those of the largest |w| where masked, and the number of zeros: (3,), int64.
+
+    The bits of magnitudes are ordered as the magnitudes are, NaN last, and stay what they are where a product with 0
+    or 1 would make NaN of inf.
+    """
+    kind, magnitude, _ = BITS[weight.dtype]
+    found = []
+    for rows in row_chunks(weight):
+        bits = weight[rows].contiguous().view(kind) & magnitude
+        counts = bits.max(), (bits * (~mask[rows]).to(kind)).max(), (bits == 0).sum()
+        found.append(torch.stack([count.long() for count in counts]))
+    largest, at_masked, zeros = torch.stack(found).unbind(1)
+    return torch.stack([largest.max(), at_masked.max(), zeros.sum()])
 
 
 def validation_report(
@@ -51,30 +106,28 @@ def validation_report(
     sparsity. `violations` were found before and are reported too. Returns all_valid, violations, max_abs_at_masked,
     mask_sha256, actual_sparsity and, per matrix, the zeros and the number of weights.
     """
-    violations = [*violations, *mask_violations(masks, sparsity)]
-    violations += [f"{name}: a matrix needs a mask, and a mask a matrix" for name in weights.keys() ^ masks.keys()]
-    weights = {name: weight for name, weight in weights.items() if name in masks}
-    checksum = mask_sha256(masks)
-    if checksum != trained_mask_sha256:
-        violations.append(f"the mask must be the one that was trained, {trained_mask_sha256}, got {checksum}")
-    violations += [f"{name}: weights must be finite" for name, w in weights.items() if not w.isfinite().all()]
-    at_masked = {name: _largest(w[masks[name] == 0]) for name, w in weights.items()}
+    violations, bits = [*violations, *mask_violations(masks, sparsity)], packed(masks)
+    violations += [f"{name}: a matrix needs a mask, and a mask a matrix" for name in weights.keys() ^ bits.keys()]
+    if bits.sha256 != trained_mask_sha256:
+        violations.append(f"the mask must be the one that was trained, {trained_mask_sha256}, got {bits.sha256}")
+    facts = count_facts(weights, bits)
+    violations += [f"{name}: weights must be finite" for name, fact in facts.items() if not fact.is_finite]
+    at_masked = {name: fact.max_abs_at_masked for name, fact in facts.items()}
     violations += [
         f"{name}: masked weights must be 0, got {value:g}"
         for name, value in at_masked.items()
         if not value <= tolerance
     ]
-    zeros = {name: [int((w == 0).sum()), w.numel()] for name, w in weights.items()}
-    actual = sum(z for z, _ in zeros.values()) / sum(n for _, n in zeros.values())
+    actual = sum(fact.zeros for fact in facts.values()) / sum(fact.weights for fact in facts.values())
     if abs(actual - sparsity) > TOLERANCE:
         violations.append(f"the weights' sparsity must be within {TOLERANCE:g} of {sparsity:g}, got {actual:.4f}")
     return {
         "all_valid": not violations,
         "violations": violations,
         "max_abs_at_masked": max(filter(math.isfinite, at_masked.values()), default=None),
-        "mask_sha256": checksum,
+        "mask_sha256": bits.sha256,
         "actual_sparsity": actual,
-        "zeros_by_matrix": zeros,
+        "zeros_by_matrix": {name: [fact.zeros, fact.weights] for name, fact in facts.items()},
     }
 
 
@@ -134,7 +187,3 @@ def _matrix_violations(weight: Tensor, mask: Tensor, tolerance: float) -> tuple[
     zeros = int((weight == 0).sum())
     counts = {"weights": mask.numel(), "kept": kept, "zeros": zeros, "max_abs_at_masked": float(beyond.max())}
     return violations, counts
-
-
-def _largest(values: Tensor) -> float:
-    return float(values.abs().max()) if values.numel() else 0.0

@@ -14,9 +14,10 @@ from transformers import PreTrainedModel
 
 from tune_sparse.errors import InputError, unknown_name
 from tune_sparse.files import read_json, write_json
-from tune_sparse.lora.layer import ADAPTER, apply_update_masks, inject, merged_weights, sparse_lora_layers
+from tune_sparse.lora.layer import ADAPTER, apply_update_masks, inject, sparse_lora_layers
 from tune_sparse.models.checkpoints import prunable_weights
 from tune_sparse.modes import ADAPTER_MODES, MODES, Mode
+from tune_sparse.pruning.bit_masks import BitMasks
 from tune_sparse.pruning.masks import Masks, mask_sha256
 
 MARKER = "tune_sparse.json"
@@ -48,9 +49,14 @@ def save_adapter(adapted: PeftModel, folder: Path, mode: str, masks: Masks) -> N
     save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
     adapted.peft_config[ADAPTER].save_pretrained(str(folder))
     weights = {name: layer.base_layer.weight for name, layer in sparse_lora_layers(adapted)}
-    kept_zeros = {name: (masks[name] & (w == 0)).flatten().nonzero().flatten().tolist() for name, w in weights.items()}
+    kept_zeros = {name: _kept_zeros(weight, masks[name]) for name, weight in weights.items()}
     found = {name: positions for name, positions in kept_zeros.items() if positions}
     write_json(folder / MARKER, vars(Marker(mode, mask_sha256(masks), found)))
+
+
+def _kept_zeros(weight: Tensor, mask: Tensor) -> list[int]:
+    found = mask & (weight == 0)
+    return found.flatten().nonzero().flatten().tolist() if found.any() else []
 
 
 def read_marker(folder: Path) -> Marker | None:
@@ -86,10 +92,9 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
 def merge_adapter_into(model: PreTrainedModel, folder: Path, last_mask: Masks | None) -> None:
     """Merge the adapter of `folder`, and mask once more: a masked update has nothing there to lose."""
     adapted = load_adapter(model, folder)
-    weights = merged_weights(adapted)
     for name, layer in sparse_lora_layers(adapted):
-        kept = last_mask.get(name) if last_mask else None
-        layer.base_layer.weight.data.copy_(weights[name] if kept is None else weights[name] * kept)
+        merged, kept = layer.merged_weight(), last_mask.get(name) if last_mask else None
+        layer.base_layer.weight.data.copy_(merged if kept is None else merged.mul_(kept))
     adapted.unload()
 
 
@@ -99,19 +104,25 @@ def load_last_mask(model: PreTrainedModel, folder: Path) -> Masks | None:
     return model_masks(model, marker) if marker is not None and marker.facts.is_pruned else None
 
 
-def model_masks(model: PreTrainedModel, marker: Marker) -> Masks:
+def model_masks(model: PreTrainedModel, marker: Marker) -> BitMasks:
     """The keep-masks that a pruned model shows, which must be those of the marker."""
-    masks = {name: weight != 0 for name, weight in prunable_weights(model).items()}
-    for name, positions in marker.kept_zeros.items():
-        if name not in masks:
-            raise unknown_name("matrix of the adapter's mask", name, masks)
-        masks[name].view(-1)[positions] = True
-    if marker.facts.is_pruned and mask_sha256(masks) != marker.mask_sha256:
+    weights = prunable_weights(model)
+    for name in marker.kept_zeros.keys() - weights.keys():
+        raise unknown_name("matrix of the adapter's mask", name, weights)
+    masks = BitMasks.pack((name, _kept(weight, marker.kept_zeros.get(name, []))) for name, weight in weights.items())
+    if marker.facts.is_pruned and masks.sha256 != marker.mask_sha256:
         raise InputError(
             f"an adapter trained {marker.mode} belongs to the mask {marker.mask_sha256[:12]}, got a model whose zeros "
-            f"are {mask_sha256(masks)[:12]}. Give the model pruned as in its training; `tune-sparse merge --run` does."
+            f"are {masks.sha256[:12]}. Give the model pruned as in its training; `tune-sparse merge --run` does."
         )
     return masks
+
+
+def _kept(weight: Tensor, kept_zeros: list[int]) -> Tensor:
+    """Its keep-mask, of which the positions of kept zeros count over the flat matrix."""
+    mask = weight != 0
+    mask.view(-1)[kept_zeros] = True
+    return mask
 
 
 def _read_config(folder: Path) -> LoraConfig:

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import Linear as PeftLinear
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tune_sparse.config import Protocol
-from tune_sparse.lora.masked_linear import LoraImpl, Plain, Workspace, choose_impl, effective_weight
+from tune_sparse.lora.masked_linear import EffectiveWeight, LoraImpl, Plain, Workspace, choose_impl
 from tune_sparse.models.architectures import PRUNED
 from tune_sparse.pruning.masks import Masks
 from tune_sparse.pruning.seeded import seeded_uniform
@@ -49,9 +50,13 @@ class SparseLora(PeftLinear):
         rank = self.active_rank
         return (A, B, scaling) if rank is None else (A[:rank], B[:, :rank], scaling)
 
+    @torch.no_grad()
     def merged_weight(self) -> Tensor:
-        """The weight that this layer computes with: (O, I)."""
-        return effective_weight(self.base_layer.weight, *self.factors(), self.keep_mask)
+        """The weight that this layer computes with, in its workspace until that is used again: (O, I)."""
+        weight, impl = self.base_layer.weight, self.impl
+        if not isinstance(impl, EffectiveWeight):
+            impl = EffectiveWeight(weight, self.keep_mask, Workspace())
+        return impl.build(weight, *self.factors())
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.disable_adapters or self.merged:
@@ -69,9 +74,18 @@ class SparseLora(PeftLinear):
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """s(BA)⊙M in the adapter's float32: what PEFT's own merge would add."""
+        return self.update_rows()(slice(None))
+
+    def update_rows(self) -> Callable[[slice], Tensor]:
+        """Make a function that computes some rows of s(BA)⊙M, in float32."""
         A, B, scaling = self.factors()
-        update, mask = scaling * (B @ A), self.keep_mask
-        return update if mask is None else update * mask
+        mask = self.keep_mask
+
+        def some_rows(rows: slice) -> Tensor:
+            update = scaling * (B[rows] @ A)
+            return update if mask is None else update * mask[rows]
+
+        return some_rows
 
 
 def adapt_model(
@@ -129,20 +143,3 @@ def sparse_lora_layers(adapted: PeftModel) -> Iterator[tuple[str, SparseLora]]:
     for name, module in adapted.get_base_model().named_modules():
         if isinstance(module, SparseLora):
             yield f"{name}.weight", module
-
-
-def merged_weights(adapted: PeftModel) -> dict[str, Tensor]:
-    """The weight that each adapted layer computes with: (O, I) by checkpoint name."""
-    return {name: layer.merged_weight() for name, layer in sparse_lora_layers(adapted)}
-
-
-def updates(adapted: PeftModel) -> dict[str, Tensor]:
-    """s(BA), masked where the layer masks it, in the adapters' float32."""
-    return {name: layer.get_delta_weight(ADAPTER).detach() for name, layer in sparse_lora_layers(adapted)}
-
-
-def lost_fraction(wanted: dict[str, Tensor], obtained: dict[str, Tensor]) -> float:
-    """|wanted - obtained|² / |wanted|² over all matrices: the share of an update that did not arrive."""
-    lost = sum(float((wanted[name] - obtained[name]).double().square().sum()) for name in wanted)
-    total = sum(float(update.double().square().sum()) for update in wanted.values())
-    return lost / total if total else 0.0

@@ -120,15 +120,16 @@ def masked(weights: Mapping[str, Tensor], masks: Masks) -> dict[str, Tensor]:
     return {name: weight * masks[name] for name, weight in weights.items()}
 
 
-def count_sparsity(masks: Mapping[str, Tensor]) -> float:
+def packed(masks: Masks) -> BitMasks:
+    """The same masks as bits, whose counts and checksum are known."""
+    return masks if isinstance(masks, BitMasks) else BitMasks.pack((name, masks[name].bool()) for name in masks)
+
+
+def count_sparsity(masks: Masks) -> float:
     """Fraction of zeros, counted over all matrices."""
-    if isinstance(masks, BitMasks):
-        return masks.sparsity
-    kept = sum(int(mask.sum()) for mask in masks.values())
-    return 1 - kept / sum(mask.numel() for mask in masks.values())
+    return packed(masks).sparsity
 
 
-def mask_sha256(masks: Mapping[str, Tensor]) -> str:
+def mask_sha256(masks: Masks) -> str:
     """A checksum over names, shapes and bits, matrix by matrix in the order of their names."""
-    found = masks if isinstance(masks, BitMasks) else BitMasks.pack((name, masks[name].bool()) for name in masks)
-    return found.sha256
+    return packed(masks).sha256
