@@ -10,25 +10,35 @@ from typing import Any
 
 import pytest
 import torch
-from factories import TINY_PROTOCOL
+from factories import TINY_PROTOCOL, finished, tiny_run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import PeftModel
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedModel
 
 from trainables import lora_finetuning
 from trainables.lora_finetuning import LoraFinetuning
+from trainables.pipeline import run_cell
+from trainables.rebuild import deployed_by
+from trainables.worker import WorkerCache
 from tune_sparse.config import Protocol
 from tune_sparse.data.splits import Encoded
-from tune_sparse.lora.adapter_io import load_adapter
+from tune_sparse.evaluation.validation import weights_sha256
+from tune_sparse.ledger.ledger import Ledger
+from tune_sparse.ledger.record import Record
+from tune_sparse.ledger.run import Run
+from tune_sparse.lora.adapter_io import WEIGHTS, load_adapter, read_marker
 from tune_sparse.lora.compact_training import Cut, find_cuts
 from tune_sparse.lora.layer import count_impls, sparse_lora_layers
+from tune_sparse.lora.rank_space import Space, SuperAdapter
 from tune_sparse.models.architectures import list_matrices
 from tune_sparse.models.checkpoints import prunable_weights, write_weights_into
 from tune_sparse.models.dims import ModelDims
 from tune_sparse.pruning.masks import Masks, channel_mask, kept_channels, masked
 from tune_sparse.pruning.prune_model import make_masks
+from tune_sparse.search.scorer import SliceScorer
 from tune_sparse.training.loop import fit
 
 SIZES = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 8, "intermediate_size": 48}
@@ -37,12 +47,12 @@ EXAMPLES = [Encoded(tuple(range(i, i + 9 + i)), (i, i + 1)) for i in range(8)]
 PROTOCOL = replace(TINY_PROTOCOL, steps=5, max_grad_norm=0.3, weight_decay=0.5, micro_batch_size=2)
 
 
-def llama() -> PreTrainedModel:
+def small_llama() -> PreTrainedModel:
     """Two heads share a key/value head of 6 values; its projections have biases."""
     return LlamaForCausalLM(LlamaConfig(**SIZES, num_key_value_heads=4, head_dim=6, attention_bias=True, mlp_bias=True))
 
 
-def mistral() -> PreTrainedModel:
+def small_mistral() -> PreTrainedModel:
     """A window of four tokens."""
     return MistralForCausalLM(MistralConfig(**SIZES, num_key_value_heads=2, sliding_window=4))
 
@@ -62,7 +72,7 @@ def structured_masks(model: PreTrainedModel) -> Masks:
     return make_masks("structured", prunable_weights(model), ModelDims.from_config(model.config), 0.5, seed=0)
 
 
-CASES = [(llama, structured_masks), (llama, uneven_masks), (mistral, structured_masks)]
+CASES = [(small_llama, structured_masks), (small_llama, uneven_masks), (small_mistral, structured_masks)]
 
 
 def make_pruned(make: Callable[[], PreTrainedModel], find: Callable[..., Masks]) -> tuple[PreTrainedModel, Masks]:
@@ -137,7 +147,7 @@ def test_a_model_is_smaller_while_it_trains_computes_the_same_and_comes_back_to_
 
 
 def test_adapters_begin_as_slices_of_the_whole_draw_and_end_as_zeros_where_they_were_cut() -> None:
-    model, masks = make_pruned(llama, structured_masks)
+    model, masks = make_pruned(small_llama, structured_masks)
     trainable = set_up(model, masks)
     drawn = {name: layer.factors()[0].detach().clone() for name, layer in sparse_lora_layers(trainable.adapted)}
     with trainable.shrunk():
@@ -153,18 +163,21 @@ def test_adapters_begin_as_slices_of_the_whole_draw_and_end_as_zeros_where_they_
 
 
 def test_a_saved_adapter_loads_on_the_whole_pruned_model(tmp_path: Path) -> None:
-    model, masks = make_pruned(mistral, structured_masks)
+    model, masks = make_pruned(small_mistral, structured_masks)
     again, trainable = copy.deepcopy(model).float(), set_up(model.float(), masks)
     trainable.adapted.float()
     train(trainable)
     trainable.save(tmp_path)
+    marker = read_marker(tmp_path / "adapter")
+    assert marker is not None
+    assert (marker.mode, marker.trained_compact) == ("sparse-to-sparse", True)
     loaded = load_adapter(again, tmp_path / "adapter")
     expected = merged(trainable.adapted)
     assert all(torch.equal(weight, expected[name]) for name, weight in merged(loaded).items())
 
 
 def test_masks_alone_decide_what_is_trained_small() -> None:
-    model, masks = make_pruned(llama, structured_masks)
+    model, masks = make_pruned(small_llama, structured_masks)
     dims = ModelDims.from_config(model.config)
     assert find_cuts(dims, masks) is not None
     q, up = (next(name for name in masks if part in name) for part in ("q_proj", "up_proj"))
@@ -182,7 +195,7 @@ def test_masks_alone_decide_what_is_trained_small() -> None:
 
 
 def test_dropout_acts_on_the_inputs_that_are_left() -> None:
-    model, masks = make_pruned(mistral, structured_masks)
+    model, masks = make_pruned(small_mistral, structured_masks)
     trainable = set_up(model, masks, lora_dropout=0.5)
     losses = train(trainable, lora_dropout=0.5)
     assert losses[-1] < losses[0]
@@ -200,3 +213,75 @@ def test_a_cut_is_put_back_among_zeros(along: int, keep: list[bool], width: int)
     block = cut.cut_out(whole)
     assert block.shape[along] == sum(keep)
     assert torch.equal(cut.put_back(block), whole * mask)
+
+
+@pytest.fixture(scope="module")
+def made(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Ledger, Record]:
+    """A whole cell that trained small."""
+    run, ledger = tiny_run(llama, method="structured", weight_decay=0.5), Ledger(tmp_path_factory.mktemp("compact"))
+    return run, ledger, finished(run, ledger)
+
+
+def test_a_cell_scores_as_the_masked_one_for_the_cost_of_the_smaller_model(
+    made: tuple[Run, Ledger, Record], llama: Path, tmp_path: Path
+) -> None:
+    run, ledger, record = made
+    assert record.status == "done", record.error
+    whole = tiny_run(llama, method="structured", weight_decay=0.5, masked_lora_impl="effective-weight")
+    masked_record = finished(whole, Ledger(tmp_path))
+    assert record.metrics["train_loss"] == pytest.approx(masked_record.metrics["train_loss"], rel=1e-4)
+    for name in ("mask_sha256", "actual_sparsity", "accuracy_before_tuning", "n_examples", "inference_flops"):
+        assert record.metrics[name] == masked_record.metrics[name]
+    assert record.metrics["weights_sha256"] != masked_record.metrics["weights_sha256"]
+    folder = ledger.run_folder(run.run_id)
+    assert (
+        "effective-weight, on the smaller model without masked heads and channels" in (folder / "train.log").read_text()
+    )
+    shapes = {name: tuple(tensor.shape) for name, tensor in load_file(folder / "adapter" / WEIGHTS).items()}
+    masked_folder = Ledger(tmp_path).run_folder(whole.run_id)
+    assert shapes == {n: tuple(t.shape) for n, t in load_file(masked_folder / "adapter" / WEIGHTS).items()}
+
+
+def test_a_cell_that_trained_small_is_merged_again_to_the_same_bits(made: tuple[Run, Ledger, Record]) -> None:
+    run, ledger, record = made
+    loaded, _ = deployed_by(run, ledger, WorkerCache())
+    assert weights_sha256(prunable_weights(loaded.model)) == record.metrics["weights_sha256"]
+
+
+def test_a_killed_training_goes_on_small(
+    made: tuple[Run, Ledger, Record], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, _, record = made
+    monkeypatch.setattr("trainables.training.CHECKPOINT_SECONDS", 0.0)
+    ledger, worker = Ledger(tmp_path), WorkerCache()
+    steps = run_cell(run, ledger, worker)
+    next(steps), next(steps)
+    steps.close()
+    state = torch.load(ledger.checkpoint(run.run_id), weights_only=True)
+    sizes = sum(parameter.numel() for parameter in state["parameters"])
+    again = finished(run, ledger, worker)
+    whole = load_file(ledger.run_folder(run.run_id) / "adapter" / WEIGHTS)
+    assert sizes < sum(tensor.numel() for tensor in whole.values())
+    assert again.metrics == record.metrics
+    assert "goes on after step" in (ledger.run_folder(run.run_id) / "train.log").read_text()
+
+
+def test_a_worker_serves_another_cell_after_one_that_trained_small(
+    made: tuple[Run, Ledger, Record], llama: Path, tmp_path: Path
+) -> None:
+    run, _, _ = made
+    other, worker = tiny_run(llama, mode="sparse-to-dense"), WorkerCache()
+    finished(run, Ledger(tmp_path / "one"), worker)
+    metrics = finished(other, Ledger(tmp_path / "one"), worker).metrics
+    assert worker.loads == 1
+    assert metrics == finished(other, Ledger(tmp_path / "two")).metrics
+
+
+def test_a_super_adapter_trains_small_and_its_slices_deploy_on_the_whole_model(llama: Path, tmp_path: Path) -> None:
+    space = Space.from_groups({"qkv": {"modules": ["q_proj", "v_proj"], "ranks": [4, 2, 1]}})
+    run = replace(tiny_run(llama, method="structured"), super_adapter=SuperAdapter(space))
+    ledger = Ledger(tmp_path)
+    assert finished(run, ledger).status == "done"
+    scorer = SliceScorer.from_run(run, ledger)
+    assert scorer.slices.marker.trained_compact
+    scorer.finish(space.heuristic(3), tmp_path / "finished")

@@ -93,7 +93,7 @@ class LoraFinetuning:
         return adamw(self.parameters(), protocol)
 
     def save(self, folder: Path) -> None:
-        save_adapter(self.adapted, folder / "adapter", self.mode, self.masks)
+        save_adapter(self.adapted, folder / "adapter", self.mode, self.masks, trained_compact=self.cuts is not None)
 
     def merge_into_model(self, pruned: Mapping[str, Tensor]) -> MergeReport:
         merge = merge_adapters_into(self.adapted, pruned, self.last_masks)
