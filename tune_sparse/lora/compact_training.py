@@ -16,6 +16,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from tune_sparse.lora.layer import ADAPTER, SparseLora, apply_update_masks, sparse_lora_layers
+from tune_sparse.lora.masked_linear import LoraImpl
 from tune_sparse.models.architectures import architecture_named
 from tune_sparse.models.dims import ModelDims
 from tune_sparse.pruning.compact import KeptInPartError, find_structure
@@ -64,39 +65,65 @@ def find_cuts(dims: ModelDims, masks: Masks) -> Cuts | None:
     return cuts
 
 
-@contextmanager
-def shrunk(adapted: PeftModel, cuts: Cuts) -> Iterator[None]:
-    """Let a pruned model and its adapters be without what is cut out of them, in place, in this context.
+@dataclass(frozen=True)
+class Whole:
+    """The rest of a whole model, which is not seen in a smaller one."""
 
-    It computes the same function in it, as plain LoRA. An exception leaves the model small.
+    impls: dict[str, LoraImpl]
+    biases: dict[str, Tensor]
+    """Of cut rows: what is pruned of them computes nothing, but the next run wants it."""
+
+
+def shrink_into(adapted: PeftModel, cuts: Cuts) -> Whole:
+    """Cut masked heads and channels out of a pruned model and its adapters, in place and matrix by matrix.
+
+    It computes the same function then, as plain LoRA.
     """
     impls = {name: layer.impl for name, layer in sparse_lora_layers(adapted)}
-    biases = _replace_into(adapted, cuts, Cut.cut_out)
+    biases = {name: bias.data for name, cut in cuts.items() if (bias := _cut_bias(adapted, name, cut)) is not None}
+    _replace_into(adapted, cuts, Cut.cut_out)
     apply_update_masks(adapted, None)
-    yield
+    return Whole(impls, biases)
+
+
+def expand_into(adapted: PeftModel, cuts: Cuts, whole: Whole) -> None:
+    """Put back what `shrink_into` cut out, in place and matrix by matrix: weights and factors are 0 there."""
     _replace_into(adapted, cuts, Cut.put_back)
     for name, layer in sparse_lora_layers(adapted):
-        layer.impl = impls[name]
-    for linear, bias in biases.items():
-        linear.bias.data = bias
+        layer.impl = whole.impls[name]
+    for name, values in whole.biases.items():
+        bias = _cut_bias(adapted, name, cuts[name])
+        assert bias is not None
+        bias.data = values
+
+
+@contextmanager
+def shrunk(adapted: PeftModel, cuts: Cuts) -> Iterator[None]:
+    """Let a pruned model and its adapters be small in this context, in place. An exception leaves them so."""
+    whole = shrink_into(adapted, cuts)
+    yield
+    expand_into(adapted, cuts, whole)
 
 
 @torch.no_grad()
-def _replace_into(adapted: PeftModel, cuts: Cuts, change: Callable[[Cut, Tensor], Tensor]) -> dict[nn.Linear, Tensor]:
-    """Change every matrix, the factor that has its cut lines, B its rows and A its columns, and a bias of rows, in
-    place and matrix by matrix. Returns the biases as they were."""
-    biases = {}
+def _replace_into(adapted: PeftModel, cuts: Cuts, change: Callable[[Cut, Tensor], Tensor]) -> None:
     for name, cut in cuts.items():
-        layer = adapted.get_base_model().get_submodule(name.removesuffix(".weight"))
-        linear = layer.base_layer if isinstance(layer, SparseLora) else layer
-        assert isinstance(linear, nn.Linear)
-        parts = [linear]
-        if isinstance(layer, SparseLora):
-            parts.append((layer.lora_A if cut.along else layer.lora_B)[ADAPTER])
-        for part in parts:
-            part.weight.data = change(cut, part.weight.data)
-            part.out_features, part.in_features = part.weight.shape
-        if linear.bias is not None and not cut.along:
-            biases[linear] = linear.bias.data
-            linear.bias.data = change(cut, linear.bias.data)
-    return biases
+        for linear in _cut_linears(adapted, name, cut):
+            linear.weight.data = change(cut, linear.weight.data)
+            linear.out_features, linear.in_features = linear.weight.shape
+        if (bias := _cut_bias(adapted, name, cut)) is not None:
+            bias.data = change(cut, bias.data)
+
+
+def _cut_linears(adapted: PeftModel, name: str, cut: Cut) -> list[nn.Linear]:
+    """The layer of a matrix and, where it has an adapter, the factor with the lines that are cut: B has the rows, A the
+    columns."""
+    layer = adapted.get_base_model().get_submodule(name.removesuffix(".weight"))
+    if isinstance(layer, SparseLora):
+        return [layer.base_layer, (layer.lora_A if cut.along else layer.lora_B)[ADAPTER]]
+    assert isinstance(layer, nn.Linear)
+    return [layer]
+
+
+def _cut_bias(adapted: PeftModel, name: str, cut: Cut) -> nn.Parameter | None:
+    return None if cut.along else _cut_linears(adapted, name, cut)[0].bias
