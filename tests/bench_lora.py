@@ -202,7 +202,7 @@ def memory(width: int, device: torch.device) -> dict[str, float]:
 
 
 def small_llama(
-    dtype: torch.dtype, device: torch.device, method: str, **changes: Any
+    dtype: torch.dtype, device: torch.device, structured: bool, **changes: Any
 ) -> tuple[LlamaForCausalLM, BitMasks]:
     """A Llama of random weights, 4 layers and 1,024 wide unless changed, half of it pruned, and its masks."""
     sizes = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 4, "num_attention_heads": 16}
@@ -213,7 +213,10 @@ def small_llama(
         model = LlamaForCausalLM(config).requires_grad_(False)
     torch.set_default_dtype(before)
     weights = prunable_weights(model)
-    masks = BitMasks.pack(make_masks(method, weights, ModelDims.from_config(config), 0.5, seed=0).items())
+    if structured:
+        masks = BitMasks.pack(make_masks("structured", weights, ModelDims.from_config(config), 0.5, seed=0).items())
+    else:
+        masks = BitMasks.pack((name, torch.rand(w.shape, device=device) < 0.5) for name, w in weights.items())
     for name, weight in weights.items():
         weight.mul_(masks[name])
     return model, masks
@@ -230,7 +233,7 @@ CONTENDERS = {
 
 def contender(name: str, dtype: torch.dtype, device: torch.device, **sizes: Any) -> nn.Module:
     """A model ready to train, and what its name says: ours with our layers and none of peft's own, or the reverse."""
-    model, masks = small_llama(dtype, device, "structured" if name == "ours_structured" else "random", **sizes)
+    model, masks = small_llama(dtype, device, name == "ours_structured", **sizes)
     if not name.startswith("ours"):
         adapted = peft_model(model, PeftLinear if name == "lora" else SparsePeft, name != "sparse_peft")
     else:

@@ -36,7 +36,7 @@ def test_masked_layers_are_compared_with_those_of_peft(recwarn: pytest.WarningsR
 
     for name in CONTENDERS:
         contender(name, torch.float32, torch.device("cpu"), **SMOKE.model)
-    model, masks = small_llama(torch.float32, torch.device("cpu"), "random", **SMOKE.model)
+    model, masks = small_llama(torch.float32, torch.device("cpu"), False, **SMOKE.model)
     peft_model(model, PeftLinear, True)
     with pytest.raises(AssertionError):
         check_layers("ours", adapt_model(model, Protocol(), masks, seed=0), masks)

@@ -13,6 +13,7 @@ import torch
 from factories import TINY_PROTOCOL, finished, tiny_run
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from live_bytes import LiveBytes
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
@@ -285,3 +286,18 @@ def test_a_super_adapter_trains_small_and_its_slices_deploy_on_the_whole_model(l
     scorer = SliceScorer.from_run(run, ledger)
     assert scorer.slices.marker.trained_compact
     scorer.finish(space.heuristic(3), tmp_path / "finished")
+
+
+def test_no_second_copy_of_the_weights_is_made() -> None:
+    model, masks = make_pruned(small_llama, structured_masks)
+    trainable = set_up(model, masks)
+    assert trainable.cuts is not None
+    tensors = [*model.parameters(), *model.buffers(), *(cut.kept for cut in trainable.cuts.values())]
+    largest = max(weight.nbytes for weight in tensors)
+    with LiveBytes(*tensors) as live:
+        whole = live.bytes
+        with trainable.shrunk():
+            small = live.bytes
+        assert live.peak <= whole + largest
+    assert 0.4 * whole < small < 0.7 * whole
+    assert live.bytes == whole
