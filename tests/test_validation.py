@@ -105,14 +105,6 @@ def test_sparsity_is_within_one_percent_of_the_asked(sparsity: float, valid: boo
     assert mask_violations(masks, sparsity) == expected
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.uint8])
-def test_a_mask_that_is_not_bool_is_found(dtype: torch.dtype, weights: dict[str, Tensor], masks: Masks) -> None:
-    as_numbers = masks | {"a": masks["a"].to(dtype)}
-    expected = [f"a: a mask must be bool, got {dtype}"]
-    assert mask_violations(as_numbers, 0.5) == expected
-    assert validation_report(weights, as_numbers, 0.5, mask_sha256(masks))["violations"] == expected
-
-
 def test_an_empty_layer_is_found(masks: Masks) -> None:
     empty = masks | {"a": torch.zeros(10, 10, dtype=torch.bool)}
     assert mask_violations(empty, 0.75) == ["a: no layer may be 100% sparse"]
