@@ -17,6 +17,10 @@ class NotReadyError(InputError):
     """Nothing is wrong with the input, but something has to be fetched, made or named before a sweep can run."""
 
 
+class TooLargeError(InputError):
+    """A device has too little memory for a run, whatever its budgets. The message has the bytes and the fix."""
+
+
 class RunError(RuntimeError):
     """A run that would fail again in the same way: recorded, never retried."""
 
