@@ -16,6 +16,7 @@ from tune_sparse.ledger.lease import FolderLease
 from tune_sparse.ledger.ledger import Ledger
 from tune_sparse.ledger.record import SweepRecord
 from tune_sparse.ledger.run import Run
+from tune_sparse.sweep.cards import check_devices, cluster_devices
 from tune_sparse.sweep.forecast import longest_first
 from tune_sparse.sweep.plan import Plan
 from tune_sparse.sweep.preparation import check_start
@@ -120,6 +121,7 @@ def _tune(
         for run in plan.runs.values():
             placement.learn(run, ledger.record(run.run_id))
         placement.check_placeable(missing)
+        check_devices(config, missing, plan.dims, cluster_devices(nodes()))
 
         def make_trial(run: Run) -> dict[str, Any]:
             trial = {

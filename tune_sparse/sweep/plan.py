@@ -22,6 +22,7 @@ from tune_sparse.ledger.record import Record, SweepRecord
 from tune_sparse.ledger.run import Run, readable_id
 from tune_sparse.models.architectures import adapter_weights, pruned_weights
 from tune_sparse.models.checkpoints import Checkpoint, check_checkpoint, load_tokenizer, short_name
+from tune_sparse.models.dims import ModelDims
 from tune_sparse.models.toy_models import TOY_MODELS
 from tune_sparse.modes import MODES
 from tune_sparse.pruning.calibration import text_examples
@@ -47,6 +48,11 @@ class Plan:
     checkpoints: dict[str, Checkpoint]
     """by the models' short names"""
     examples: Examples
+
+    @property
+    def dims(self) -> dict[str, ModelDims]:
+        """By the models' short names."""
+        return {name: checkpoint.dims for name, checkpoint in self.checkpoints.items()}
 
     def missing(self, ledger: LedgerReader, retry_failed: bool = False) -> list[Run]:
         """Runs that no finished record serves. A run that failed for good is missing only if `retry_failed`."""
