@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from trainables import cerebras_backend, torch_backend
-from trainables.failures import describe_error, is_infrastructure
+from trainables.failures import describe_error, may_pass
 from trainables.finetuning import setup
 from trainables.hardware import environment, gpu_memory_bytes, peak_memory_bytes, reset_peak_memory
 from trainables.loaded import Examples, LoadedModel
@@ -60,7 +60,8 @@ def run_cell(
     train_stage: by default that of the cell's backend, on this machine.
     held: what the trial holds of Ray's resources, to be recorded.
 
-    An error that would come again is recorded as a failed run; an infrastructure error is raised.
+    An error that would come again is recorded as a failed run, also one of memory on a whole GPU; another
+    infrastructure error is raised.
     """
     with ledger.writing(run.run_id) as folder:
         write_config(folder, run)
@@ -73,7 +74,7 @@ def run_cell(
                 record = Record(run.run_id, run.identity, "done", metrics, measured, run_environment(run))
             except BaseException as error:
                 worker.clear()
-                if not isinstance(error, Exception) or is_infrastructure(error):
+                if not isinstance(error, Exception) or may_pass(error, held or {}):
                     raise
                 log(f"failed: {error}")
                 described = describe_error(error, retryable=False)

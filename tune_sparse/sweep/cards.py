@@ -103,7 +103,7 @@ def _check_no_gpu_wanted(runs: Sequence[Run], dims: Mapping[str, ModelDims], dev
             raise InputError(
                 f"a model of more than {LARGE_WEIGHTS:.0e} weights needs a GPU, {model} has "
                 f"{all_weights(dims[model]) / 1e9:.1f}e9, and with --gpus-per-trial 0 trials compute on the CPU beside "
-                f"{describe_devices(devices)}. Give --gpus-per-trial 1, or none to share a GPU by memory; hide the GPUs "
+                f"{describe_devices(devices)}. Give --gpus-per-trial 1, or none to share a GPU; hide the GPUs "
                 "with CUDA_VISIBLE_DEVICES= to insist on the CPU."
             )
 

@@ -23,6 +23,7 @@ from tune_sparse.sweep.preparation import check_start
 from tune_sparse.sweep.progress import Progress
 from tune_sparse.sweep.ray_session import capacity, nodes, ray_session, run_trials, stop_on_signals
 from tune_sparse.sweep.resources import Placement
+from tune_sparse.sweep.retries import memory_lines
 from tune_sparse.tracking.background import BackgroundTracker, track_sweep
 from tune_sparse.tracking.sync import tracking_uri
 
@@ -60,6 +61,8 @@ def run_sweep(plan: Plan, retry_failed: bool = False, only: Collection[str] | No
     """
     config = plan.config
     ledger, uri = Ledger(config.results_dir), tracking_uri(config)
+    for line in memory_lines(plan.lacked_memory(ledger)):
+        logger.info(line)
     check_start(plan, ledger, plan.missing(ledger, retry_failed))
     started = time.perf_counter()
     with FolderLease(ledger.folder) as lease:

@@ -55,8 +55,8 @@ def check_folder(folder: Path) -> None:
 
 
 def check_start(plan: Plan, ledger: Ledger, missing: Sequence[Run]) -> None:
-    """Raise `InputError` unless a GPU of this machine can hold the missing runs, there is room for what they will write,
-    and a cluster for those on Cerebras. What the GPUs of a Ray cluster can hold, only the cluster knows."""
+    """Raise `InputError` unless a GPU of this machine can hold the missing runs, and there is room for what they will
+    write, and a cluster for those on Cerebras. What the GPUs of a Ray cluster can hold, only the cluster knows."""
     if "RAY_ADDRESS" not in os.environ:
         check_devices(plan.config, missing, plan.dims, local_devices())
     check_room(ledger.folder, sum(plan.estimate_bytes(run) for run in missing), "a sweep", FREE_SOME)
