@@ -38,7 +38,6 @@ TOY = {
     "final_learning_rate": 3e-4,
     "warmup_fraction": 0.1,
     "global_batch_size": 16,
-    "micro_batch_size": 16,
     "max_tokens": 256,
     "max_new_tokens": 40,
     "precision": "float32",

@@ -45,8 +45,10 @@ from tune_sparse.evaluation.likelihood import log_likelihoods
 from tune_sparse.evaluation.scoring import encode_test, score
 from tune_sparse.models.checkpoints import load_model, load_tokenizer
 from tune_sparse.models.toy_models import toy_model
+from tune_sparse.training.budgets import CPU_BUDGETS
 
-PROTOCOL = Protocol(max_tokens=1024, max_new_tokens=256, precision="float32", batch_tokens=6144)
+PROTOCOL = Protocol(max_tokens=1024, max_new_tokens=256, precision="float32")
+BUDGETS = replace(CPU_BUDGETS, scoring_tokens=6144, generation_tokens=6144)
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ class Case:
     def ours(self) -> list[Any]:
         """Log-likelihoods of the choices, or the text, of each example."""
         tests = encode_test(self.tokenizer, self.task, self.examples, PROTOCOL)
-        outcomes = score(self.model, self.tokenizer, [tests], PROTOCOL).outcomes
+        outcomes = score(self.model, self.tokenizer, [tests], PROTOCOL, BUDGETS).outcomes
         return [list(outcome.log_likelihoods) if outcome.text is None else outcome.text for outcome in outcomes]
 
     def harness(self, lm: HFLM) -> list[Any]:
@@ -96,12 +98,12 @@ class Case:
 
     @property
     def batch_examples(self) -> int:
-        """Examples of the harness in a pass of at most `batch_tokens`."""
+        """Examples of the harness in a pass of at most 6,144 tokens."""
         if isinstance(self.task, AnswerTask):
             texts, new = [self.task.training_pair(example)[0] for example in self.examples], PROTOCOL.max_new_tokens
         else:
             texts, new = ["".join(pair) for example in self.examples for pair in self.task.pairs(example)], 0
-        return PROTOCOL.batch_tokens // (max(map(len, self.tokenizer(texts)["input_ids"])) + new)
+        return BUDGETS.scoring_tokens // (max(map(len, self.tokenizer(texts)["input_ids"])) + new)
 
 
 def instances(kind: str, requests: Sequence[tuple[Any, ...]]) -> list[Instance]:

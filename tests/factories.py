@@ -33,7 +33,6 @@ TINY_PROTOCOL = Protocol(
     steps=4,
     warmup_steps=0,
     global_batch_size=4,
-    micro_batch_size=4,
     learning_rate=1e-2,
     final_learning_rate=1e-3,
     lora_rank=4,

@@ -27,7 +27,6 @@ PROTOCOL = Protocol(
     steps=12,
     warmup_steps=0,
     global_batch_size=8,
-    micro_batch_size=8,
     n_train=40,
     n_selection=8,
     n_test=400,

@@ -8,9 +8,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from tune_sparse.data.batching import packed, padded
+from tune_sparse.data.batching import batches_by_length, micro_batches
 from tune_sparse.data.splits import Encoded
 from tune_sparse.models.checkpoints import load_model
 from tune_sparse.training.loop import answer_loss
@@ -19,28 +20,53 @@ EXAMPLES = [Encoded((1, 2, 3), (4,)), Encoded((5,), (6, 7)), Encoded((), (8, 9))
 
 
 def test_padding_by_hand() -> None:
-    batch = padded(EXAMPLES, train_on_prompt=False)
+    [batch] = micro_batches(EXAMPLES, 12)
     assert batch.ids.tolist() == [[1, 2, 3, 4], [5, 6, 7, 0], [8, 9, 0, 0]]
-    assert batch.loss_mask.int().tolist() == [[0, 0, 0, 1], [0, 1, 1, 0], [0, 1, 0, 0]]
+    assert (batch.places.tolist(), batch.targets.tolist()) == ([2, 4, 5, 8], [4, 6, 7, 9])
+    assert batch.predicts_target().int().tolist() == [[0, 0, 1, 0], [1, 1, 0, 0], [1, 0, 0, 0]]
     assert batch.positions is None
-    assert padded(EXAMPLES, train_on_prompt=True).loss_mask.int().tolist() == [[0, 1, 1, 1], [0, 1, 1, 0], [0, 1, 0, 0]]
+    assert micro_batches(EXAMPLES, 12, train_on_prompt=True)[0].targets.tolist() == [2, 3, 4, 6, 7, 9]
 
 
 def test_packing_by_hand() -> None:
-    batch = packed(EXAMPLES, False, 6)
+    [batch] = micro_batches(EXAMPLES, 12, pack_to=6)
     assert batch.ids.tolist() == [[1, 2, 3, 4, 8, 9], [5, 6, 7, 0, 0, 0]]
-    assert batch.loss_mask.int().tolist() == [[0, 0, 0, 1, 0, 1], [0, 1, 1, 0, 0, 0]]
+    assert (batch.places.tolist(), batch.targets.tolist()) == ([2, 4, 6, 7], [4, 9, 6, 7])
     assert batch.positions.tolist() == [[0, 1, 2, 3, 0, 1], [0, 1, 2, 0, 0, 0]]
 
 
-@given(st.lists(st.tuples(st.integers(0, 9), st.integers(1, 9)), min_size=1, max_size=20), st.integers(18, 40))
-def test_packing_loses_no_token_and_stays_within_its_length(lengths: list[tuple[int, int]], pack_to: int) -> None:
-    examples = [Encoded(tuple(range(1, c + 1)), tuple(range(50, 50 + a))) for c, a in lengths]
-    together, apart = packed(examples, False, pack_to), padded(examples, train_on_prompt=False)
-    assert together.ids.shape[1] <= pack_to
-    assert together.loss_mask.sum() == apart.loss_mask.sum()
-    assert sorted(together.ids[together.loss_mask].tolist()) == sorted(apart.ids[apart.loss_mask].tolist())
-    assert sorted(together.ids[together.ids > 0].tolist()) == sorted(apart.ids[apart.ids > 0].tolist())
+def test_micro_batches_by_hand() -> None:
+    assert [batch.ids.tolist() for batch in micro_batches(EXAMPLES, 6)] == [[[1, 2, 3, 4]], [[5, 6, 7], [8, 9, 0]]]
+    assert [batch.ids.shape for batch in micro_batches(EXAMPLES, 1)] == [(1, 4), (1, 3), (1, 2)]
+    assert [batch.ids.tolist() for batch in micro_batches(EXAMPLES, 4, pack_to=6)] == [
+        [[1, 2, 3, 4]],
+        [[5, 6, 7]],
+        [[8, 9]],
+    ]
+
+
+LENGTHS = st.lists(st.tuples(st.integers(0, 9), st.integers(1, 9)), min_size=1, max_size=20)
+
+
+@given(LENGTHS, st.integers(18, 60), st.sampled_from([None, 18, 40]))
+def test_micro_batches_have_every_token_and_target_once_and_obey_the_budget(
+    lengths: list[tuple[int, int]], tokens: int, pack_to: int | None
+) -> None:
+    examples = [
+        Encoded(tuple(range(100 * i, 100 * i + c)), tuple(range(100 * i + 50, 100 * i + 50 + a)))
+        for i, (c, a) in enumerate(lengths, start=1)
+    ]
+    batches = micro_batches(examples, tokens, pack_to=pack_to)
+    assert all(batch.ids.numel() <= tokens for batch in batches)
+    ids = [token for batch in batches for token in batch.ids.flatten().tolist() if token]
+    assert sorted(ids) == sorted(token for e in examples for token in e.context + e.continuation)
+    targets = [token for batch in batches for token in batch.targets.tolist()]
+    assert sorted(targets) == sorted(
+        token for e in examples for token in (e.context + e.continuation)[max(1, len(e.context)) :]
+    )
+    for batch in batches:
+        before = batch.ids.flatten()[batch.places]
+        assert ((batch.targets - before == 1) | (batch.targets % 100 == 50)).all(), "a target follows its place"
 
 
 @pytest.fixture(params=["llama", "mistral"])
@@ -61,20 +87,39 @@ def long_examples() -> list[Encoded]:
 @torch.no_grad()
 def test_packing_does_not_change_the_loss(train_on_prompt: bool, model: PreTrainedModel) -> None:
     examples = long_examples()
-    apart, count = answer_loss(model, examples, train_on_prompt)
-    together, packed_count = answer_loss(model, examples, train_on_prompt, pack_to=200)
-    assert packed_count == count
-    torch.testing.assert_close(together, apart, atol=1e-3, rtol=1e-5)
+    [apart], [together] = (micro_batches(examples, 10_000, train_on_prompt, pack_to) for pack_to in (None, 200))
+    assert len(apart.targets) == len(together.targets)
+    torch.testing.assert_close(answer_loss(model, together), answer_loss(model, apart), atol=1e-3, rtol=1e-5)
 
 
 @torch.no_grad()
 def test_an_example_does_not_see_its_neighbour(model: PreTrainedModel) -> None:
     first, second, other = long_examples()[:3]
-    behind_first = answer_loss(model, [first, second], pack_to=200)[0] - answer_loss(model, [first])[0]
-    behind_other = answer_loss(model, [other, second], pack_to=200)[0] - answer_loss(model, [other])[0]
+
+    def loss(*examples: Encoded) -> Tensor:
+        [batch] = micro_batches(examples, 10_000, pack_to=200)
+        return answer_loss(model, batch)
+
+    behind_first, behind_other = loss(first, second) - loss(first), loss(other, second) - loss(other)
     torch.testing.assert_close(behind_first, behind_other, atol=1e-4, rtol=1e-4)
 
 
 def test_packing_computes_fewer_tokens() -> None:
     examples = long_examples()
-    assert packed(examples, False, 120).ids.numel() < 0.8 * padded(examples, train_on_prompt=False).ids.numel()
+    [apart], [together] = (micro_batches(examples, 10_000, pack_to=pack_to) for pack_to in (None, 120))
+    assert together.ids.numel() < 0.8 * apart.ids.numel()
+
+
+@given(st.lists(st.integers(1, 50), max_size=30), st.integers(1, 200))
+def test_batches_hold_every_row_once_and_obey_the_budget(sizes: list[int], tokens: int) -> None:
+    batches = batches_by_length(sizes, tokens)
+    assert sorted(i for batch in batches for i in batch) == list(range(len(sizes)))
+    for batch in batches:
+        assert batch
+        assert len(batch) * max(sizes[i] for i in batch) <= tokens or len(batch) == 1
+    in_order = [sizes[i] for batch in batches for i in batch]
+    assert in_order == sorted(sizes, reverse=True)
+
+
+def test_batches_by_hand() -> None:
+    assert batches_by_length([3, 10, 4, 3, 20], 10) == [[4], [1], [2, 0], [3]]

@@ -8,14 +8,13 @@ import pytest
 import yaml
 from factories import make_cell
 
-from tune_sparse.config import Cell, Cerebras, Protocol, SweepConfig
+from tune_sparse.config import BudgetOptions, Cell, Cerebras, Protocol, SweepConfig
 from tune_sparse.errors import InputError
 from tune_sparse.modes import MODES
 
 AT_LEAST_ONE = (
     "steps",
     "global_batch_size",
-    "micro_batch_size",
     "lora_rank",
     "max_new_tokens",
     "eval_every",
@@ -24,7 +23,7 @@ AT_LEAST_ONE = (
 
 BROKEN_PROTOCOLS: list[tuple[dict[str, Any], str]] = [
     *(({name: 0}, rf"{name} must be at least 1, got 0\.") for name in AT_LEAST_ONE),
-    *(({name: 1}, rf"{name} must be at least 2, got 1\.") for name in ("max_tokens", "batch_tokens")),
+    *(({name: 1}, rf"{name} must be at least 2, got 1\.") for name in ("max_tokens", "calibration_tokens")),
     *(
         (
             {"max_tokens": limit},
@@ -37,8 +36,6 @@ BROKEN_PROTOCOLS: list[tuple[dict[str, Any], str]] = [
     *(({name: 0.0}, rf"{name} must be above 0, got 0\.0\.") for name in ("lora_alpha", "max_grad_norm")),
     ({"learning_rate": -1e-4}, r"learning_rate must be above 0, got -0\.0001\."),
     ({"learning_rate": float("nan")}, r"learning_rate must be above 0, got nan\."),
-    ({"micro_batch_size": 3}, r"micro_batch_size must divide global_batch_size, got '3 and 256'\."),
-    ({"micro_batch_size": 512}, r"micro_batch_size must divide global_batch_size, got '512 and 256'\."),
     ({"final_learning_rate": 1e-3}, r"final_learning_rate must be between 0 and learning_rate, got 0\.001\."),
     ({"final_learning_rate": -1.0}, r"final_learning_rate must be between 0 and learning_rate, got -1\.0\."),
     ({"weight_decay": -0.1}, r"weight_decay must be at least 0, got -0\.1\."),
@@ -123,7 +120,7 @@ def test_the_defaults_are_the_protocol_of_the_matrix() -> None:
     assert (p.beta1, p.beta2, p.weight_decay) == (0.9, 0.95, 0.1)
     assert (p.lora_rank, p.lora_alpha, p.lora_dropout, p.train_on_prompt) == (16, 32.0, 0.0, False)
     assert p.warmup == 6
-    assert (p.num_fewshot, p.batch_tokens, p.max_new_tokens) == (0, 8192, 256)
+    assert (p.num_fewshot, p.max_new_tokens) == (0, 256)
 
 
 def test_one_token_of_a_prompt_is_room_enough() -> None:
@@ -274,9 +271,9 @@ def test_configurations_are_frozen(value: Any) -> None:
 
 
 def test_every_setting_says_what_it_is() -> None:
-    every = (*fields(Protocol), *fields(SweepConfig), *fields(Cerebras))
-    described = [f for f in every if f.name not in ("protocol", "cerebras")]
-    assert len(described) == len(every) - 2
+    every = [f for kind in (Protocol, SweepConfig, BudgetOptions, Cerebras) for f in fields(kind)]
+    described = [f for f in every if f.name not in ("protocol", "budgets", "cerebras")]
+    assert len(described) == len(every) - 3
     assert all(f.metadata["help"] for f in described)
 
 

@@ -27,15 +27,15 @@ from tune_sparse.evaluation.evaluations import Evaluation, EvaluationKey, LoadMo
 from tune_sparse.evaluation.outcomes import read_outcomes
 from tune_sparse.files import read_json
 from tune_sparse.models.checkpoints import load_model, load_tokenizer
+from tune_sparse.training.budgets import CPU_BUDGETS
 
-PROTOCOL = Protocol(precision="float32", max_tokens=256, max_new_tokens=4, n_selection=4, batch_tokens=200)
+PROTOCOL = Protocol(precision="float32", max_tokens=256, max_new_tokens=4, n_selection=4)
 BOOLQ = TASKS["boolq"]
 OTHER: dict[str, Any] = {
     "precision": "bfloat16",
     "max_tokens": 128,
     "max_new_tokens": 5,
     "num_fewshot": 1,
-    "batch_tokens": 300,
     "n_test": 3,
     "threads": 2,
 }
@@ -58,7 +58,7 @@ def key(
 
 
 def scored(splits: Splits, load_tiny: LoadModel, results: Path) -> Evaluation:
-    return evaluate(key(splits), BOOLQ, splits, PROTOCOL, load_tiny, results)
+    return evaluate(key(splits), BOOLQ, splits, PROTOCOL, load_tiny, results, replace(CPU_BUDGETS, scoring_tokens=200))
 
 
 def no_model() -> Any:
@@ -118,11 +118,10 @@ def test_a_killed_scoring_ends_as_an_undisturbed_one(llama: Path, tmp_path: Path
             "precision=float32",
             "max_tokens=256",
             "max_new_tokens=64",
-            "batch_tokens=256",
             "n_test=60",
             "num_fewshot=0",
         ]
-        return ["evaluate", *chosen, "--set", *settings]
+        return ["evaluate", *chosen, "--generation-tokens", "256", "--set", *settings]
 
     program = [sys.executable, "-m", "tune_sparse", *command(tmp_path / "killed")]
     process = subprocess.Popen(program, stdout=subprocess.DEVNULL)

@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 from tune_sparse.config import Protocol
+from tune_sparse.data.batching import as_batch
 from tune_sparse.data.splits import Encoded
 from tune_sparse.evaluation.flops import attended_pairs, inference_flops, training_flops
 from tune_sparse.lora.layer import adapt_model, count_impls
@@ -131,9 +132,10 @@ def test_training_flops_of_plain_lora_are_those_that_torch_counts(dense: Dense) 
     for parameter in model.model.embed_tokens.parameters():  # or the first block needs no input gradient
         parameter.requires_grad_(True)
     with FlopCounterMode(display=False) as counter:
-        loss, targets = answer_loss(adapted.get_base_model(), [Encoded(tuple(range(1, 37)), (5, 6, 7, 8))])
+        batch = as_batch([[Encoded(tuple(range(1, 37)), (5, 6, 7, 8))]])
+        loss = answer_loss(adapted.get_base_model(), batch)
         loss.backward()
     products = {torch.ops.aten.mm, torch.ops.aten.addmm}
     counted = sum(flops for op, flops in counter.get_flop_counts()["Global"].items() if op in products)
     attention = 12 * attended_pairs(40, dims.sliding_window) * 3 * 64
-    assert training_flops(masks, dims, [(40, targets)], 2, True) - attention == counted
+    assert training_flops(masks, dims, [(40, len(batch.targets))], 2, True) - attention == counted

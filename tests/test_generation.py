@@ -10,7 +10,7 @@ from factories import counted, random_tokens, rows_read, tokens_read
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tune_sparse.errors import RunError
-from tune_sparse.evaluation.generation import CHECK_EVERY, SHRINK_BELOW, generate
+from tune_sparse.evaluation.generation import LOOK_EVERY_ON_CPU, SHRINK_BELOW, generate
 from tune_sparse.models.checkpoints import load_model
 
 PROMPTS = [random_tokens(count, count) for count in (1, 5, 20, 31, 33, 40, 70, 71)]
@@ -75,7 +75,7 @@ def test_a_text_ends_before_the_end_of_text(model: PreTrainedModel, tokenizer: P
         found = generate(model, ended, PROMPTS[2:3], 50, until=())
     before = ids[: ids.index(ids[-1])]
     assert found == [tokenizer.decode(before)]
-    assert len(passes) == len(before) + 1
+    assert len(passes) == -(-(len(before) + 1) // LOOK_EVERY_ON_CPU) * LOOK_EVERY_ON_CPU, "seen at the next look"
 
 
 def test_a_text_that_ends_at_once_is_empty(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -115,7 +115,7 @@ def test_a_text_is_cut_at_the_earliest_stop(model: PreTrainedModel, tokenizer: P
     assert generate(model, tokenizer, PROMPTS[:1], 12, until=stops) == [whole[: whole.index(early)]]
 
 
-@pytest.mark.parametrize("start", range(1, 2 * CHECK_EVERY))
+@pytest.mark.parametrize("start", range(1, 2 * LOOK_EVERY_ON_CPU))
 def test_a_stop_that_two_looks_share_is_found_wherever_it_begins(
     start: int, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> None:
@@ -125,7 +125,7 @@ def test_a_stop_that_two_looks_share_is_found_wherever_it_begins(
     with counted(model.model, rows_read) as passes:
         found = generate(model, tokenizer, PROMPTS[5:6], 20, until=(stop,))
     assert found == [whole[: whole.index(stop)]]
-    assert len(passes) <= -(-(start + 3) // CHECK_EVERY) * CHECK_EVERY
+    assert len(passes) <= -(-(start + 3) // LOOK_EVERY_ON_CPU) * LOOK_EVERY_ON_CPU
 
 
 def test_answers_stopped_by_a_text_leave_the_batch_too(

@@ -34,7 +34,7 @@ lm_eval = pytest.importorskip("lm_eval")
 
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
-PROTOCOL = Protocol(max_tokens=512, max_new_tokens=12, precision="float32", batch_tokens=4096, n_test=4, n_selection=4)
+PROTOCOL = Protocol(max_tokens=512, max_new_tokens=12, precision="float32", n_test=4, n_selection=4)
 TOLERANCE = 1e-4
 """Between orders of summation in fp32, summed over a continuation: the bound of the issue."""
 
@@ -120,7 +120,7 @@ def test_real_examples_are_judged_alike_with_a_sliding_window(
 def test_gsm8k_is_asked_with_its_own_number_of_shots(
     llama_loaded: Loaded, real_examples: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    protocol = replace(PROTOCOL, num_fewshot=TASKS["gsm8k"].num_fewshot, max_tokens=2048, batch_tokens=8192, n_test=2)
+    protocol = replace(PROTOCOL, num_fewshot=TASKS["gsm8k"].num_fewshot, max_tokens=2048, n_test=2)
     assert_agreement(llama_loaded, "gsm8k", real_examples, protocol, monkeypatch)
 
 

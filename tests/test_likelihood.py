@@ -15,7 +15,6 @@ from tune_sparse.evaluation.likelihood import (
     PADDING,
     WORTHWHILE,
     SharedPrefixBatch,
-    batches_by_length,
     branch_mask,
     log_likelihoods,
     pack_choices,
@@ -221,18 +220,3 @@ def test_a_mask_with_a_window_of_two_by_hand() -> None:
         [NO, YES, NO, NO, YES, NO],
         [YES, NO, NO, NO, NO, YES],
     ]
-
-
-@given(st.lists(st.integers(1, 50), max_size=30), st.integers(1, 200))
-def test_batches_hold_every_row_once_and_obey_the_budget(sizes: list[int], batch_tokens: int) -> None:
-    batches = batches_by_length(sizes, batch_tokens)
-    assert sorted(i for batch in batches for i in batch) == list(range(len(sizes)))
-    for batch in batches:
-        assert batch
-        assert len(batch) * max(sizes[i] for i in batch) <= batch_tokens or len(batch) == 1
-    in_order = [sizes[i] for batch in batches for i in batch]
-    assert in_order == sorted(sizes, reverse=True)
-
-
-def test_batches_by_hand() -> None:
-    assert batches_by_length([3, 10, 4, 3, 20], 10) == [[4], [1], [2, 0], [3]]

@@ -3,7 +3,8 @@ from __future__ import annotations
 import itertools
 import math
 import random
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,11 +14,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tune_sparse.config import Protocol
+from tune_sparse.data.batching import Batch, as_batch
 from tune_sparse.data.splits import Encoded
 from tune_sparse.errors import RunError
 from tune_sparse.lora.layer import adapt_model, sparse_lora_layers
 from tune_sparse.models.checkpoints import load_model
 from tune_sparse.models.toy_models import RECIPES
+from tune_sparse.training.budgets import CPU_BUDGETS, Budgets
 from tune_sparse.training.loop import (
     Step,
     _accumulate_gradients,
@@ -35,13 +38,16 @@ PROTOCOL = Protocol(
     steps=6,
     warmup_steps=1,
     global_batch_size=8,
-    micro_batch_size=4,
     learning_rate=1e-2,
     final_learning_rate=1e-3,
     lora_rank=4,
     lora_alpha=8.0,
     precision="float32",
 )
+
+
+SMALL = replace(CPU_BUDGETS, micro_batch_tokens=200, scoring_tokens=200)
+"""Some examples of a batch at a time."""
 
 
 def changed(**changes: object) -> Protocol:
@@ -78,10 +84,11 @@ def trainable(adapted: PeftModel) -> list[nn.Parameter]:
 
 
 def fitted(
-    adapted: PeftModel, examples: list[Encoded], protocol: Protocol, seed: int = 0
+    adapted: PeftModel, examples: list[Encoded], protocol: Protocol, seed: int = 0, budgets: Budgets = SMALL
 ) -> Generator[Step, None, None]:
-    """The training of all adapters."""
-    return fit(adapted.get_base_model(), adamw(trainable(adapted), protocol), examples, protocol, seed)
+    """The training of all adapters, in micro-batches of several examples."""
+    optimizer = adamw(trainable(adapted), protocol)
+    return fit(adapted.get_base_model(), optimizer, examples, protocol, seed, budgets=budgets)
 
 
 @pytest.mark.parametrize(
@@ -133,9 +140,12 @@ def test_every_epoch_is_a_new_permutation_of_the_examples(global_batch_size: int
 
 def test_the_order_of_examples_depends_on_the_seed_and_not_on_batches() -> None:
     expected = first_examples(48, PROTOCOL)
-    assert first_examples(48, changed(micro_batch_size=1)) == expected
     assert first_examples(48, changed(global_batch_size=16)) == expected
     assert first_examples(48, PROTOCOL, seed=1) != expected
+
+
+def whole(examples: Sequence[Encoded], train_on_prompt: bool = False) -> Batch:
+    return as_batch([(example,) for example in examples], train_on_prompt)
 
 
 def stock_loss(model: PreTrainedModel, example: Encoded, first_target: int) -> Tensor:
@@ -148,38 +158,39 @@ def stock_loss(model: PreTrainedModel, example: Encoded, first_target: int) -> T
 
 @torch.no_grad()
 def test_the_loss_is_that_of_transformers_on_the_answers(model: PreTrainedModel) -> None:
-    loss, count = answer_loss(model, EXAMPLES)
+    loss = answer_loss(model, whole(EXAMPLES))
     torch.testing.assert_close(loss, sum(stock_loss(model, example, len(example.context)) for example in EXAMPLES))
-    assert count == sum(len(example.continuation) for example in EXAMPLES)
 
 
 @torch.no_grad()
 def test_the_loss_of_prompt_and_answer_is_that_of_transformers(model: PreTrainedModel) -> None:
-    loss, count = answer_loss(model, EXAMPLES, train_on_prompt=True)
+    loss = answer_loss(model, whole(EXAMPLES, train_on_prompt=True))
     torch.testing.assert_close(loss, sum(stock_loss(model, example, 0) for example in EXAMPLES))
-    assert count == sum(len(example.context) + len(example.continuation) - 1 for example in EXAMPLES)
 
 
 @torch.no_grad()
 def test_padding_does_not_change_the_loss_of_an_example(model: PreTrainedModel) -> None:
     short, long = Encoded((5, 6, 7), (8,)), Encoded(tuple(range(1, 80)), (9, 10))
-    alone, beside = answer_loss(model, [short])[0], answer_loss(model, [short, long])[0] - answer_loss(model, [long])[0]
+    alone, both, other = (answer_loss(model, whole(examples)) for examples in ([short], [short, long], [long]))
+    beside = both - other
     torch.testing.assert_close(beside, alone, atol=1e-4, rtol=1e-4)
 
 
 @torch.no_grad()
 def test_the_first_token_of_an_example_without_context_is_not_learned(model: PreTrainedModel) -> None:
-    loss, count = answer_loss(model, [Encoded((), (5, 6, 7))])
-    assert count == 2
+    batch = whole([Encoded((), (5, 6, 7))])
+    assert len(batch.targets) == 2
+    loss = answer_loss(model, batch)
     torch.testing.assert_close(loss, stock_loss(model, Encoded((), (5, 6, 7)), 0))
 
 
 @torch.no_grad()
 def test_mean_loss_is_over_tokens_not_over_micro_batches(model: PreTrainedModel) -> None:
-    loss, count = answer_loss(model, EXAMPLES)
-    for micro_batch_size in (1, 8):
-        mean = mean_loss(model, EXAMPLES, changed(micro_batch_size=micro_batch_size))
-        assert mean == pytest.approx(float(loss) / count, rel=1e-5)
+    batch = whole(EXAMPLES)
+    expected = float(answer_loss(model, batch)) / len(batch.targets)
+    for tokens in (1, 200, 2000):
+        mean = mean_loss(model, EXAMPLES, PROTOCOL, budgets=replace(SMALL, scoring_tokens=tokens))
+        assert mean == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("train_on_prompt", [False, True])
@@ -188,9 +199,9 @@ def test_the_micro_batch_does_not_change_the_gradients(train_on_prompt: bool, ad
     for _, layer in sparse_lora_layers(adapted):
         nn.init.normal_(layer.factors()[1], std=0.02)
     found = []
-    for micro_batch_size in (8, 2):
-        protocol = changed(micro_batch_size=micro_batch_size, train_on_prompt=train_on_prompt)
-        loss = _accumulate_gradients(adapted.get_base_model(), examples, protocol, accelerator_for())
+    protocol = changed(train_on_prompt=train_on_prompt)
+    for tokens in (2000, 150):
+        loss = _accumulate_gradients(adapted.get_base_model(), examples, protocol, accelerator_for(), tokens)
         found.append((loss, [parameter.grad.clone() for parameter in trainable(adapted)]))
         adapted.zero_grad()
     (whole_loss, whole), (parts_loss, parts) = found
@@ -245,8 +256,8 @@ def test_the_optimizer_is_adamw_on_clipped_gradients(llama: Path) -> None:
     parameters = trainable(manual)
     means, squares = ([torch.zeros_like(p) for p in parameters] for _ in range(2))
     for step in range(4):
-        loss, count = answer_loss(manual.get_base_model(), EXAMPLES)
-        gradients = torch.autograd.grad(loss / count, parameters)
+        batch = whole(EXAMPLES)
+        gradients = torch.autograd.grad(answer_loss(manual.get_base_model(), batch) / len(batch.targets), parameters)
         norm = torch.cat([gradient.flatten() for gradient in gradients]).norm()
         assert norm > 0.5, "or clipping is not tested"
         rate = learning_rate_at(step, protocol)
@@ -305,9 +316,9 @@ def test_a_diverging_training_stops_at_the_first_bad_loss(adapted: PeftModel) ->
 def test_computing_activations_again_changes_no_bit(dropout: float, llama: Path) -> None:
     found = []
     for again in (False, True):
-        protocol = changed(lora_dropout=dropout, activation_checkpointing=again, steps=3)
+        protocol, budgets = changed(lora_dropout=dropout, steps=3), replace(SMALL, activation_checkpointing=again)
         adapted = adapt_model(load_model(llama, torch.float32, torch.device("cpu")), protocol, None, seed=0)
-        losses = [step.loss for step in fitted(adapted, EXAMPLES, protocol)]
+        losses = [step.loss for step in fitted(adapted, EXAMPLES, protocol, budgets=budgets)]
         found.append((losses, [parameter.detach() for parameter in trainable(adapted)]))
         assert not adapted.get_base_model().is_activation_checkpointing
     assert found[0][0] == found[1][0]
@@ -320,7 +331,7 @@ def test_checkpointed_activations_are_not_kept(llama: Path) -> None:
         adapted = adapted_model(llama)
         sizes: list[int] = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t, s=sizes: s.append(t.numel()) or t, lambda t: t):
-            next(fitted(adapted, EXAMPLES, changed(activation_checkpointing=again)))
+            next(fitted(adapted, EXAMPLES, PROTOCOL, budgets=replace(SMALL, activation_checkpointing=again)))
         kept.append(sum(sizes))
     assert kept[1] < 0.2 * kept[0]
 
@@ -341,8 +352,11 @@ def test_a_packed_training_learns_the_same(llama: Path) -> None:
 def test_a_training_that_goes_on_takes_the_examples_that_are_left(llama: Path) -> None:
     adapted = adapted_model(llama)
     optimizer = adamw(trainable(adapted), PROTOCOL)
-    first = [step.step for step in itertools.islice(fit(adapted.get_base_model(), optimizer, EXAMPLES, PROTOCOL, 0), 2)]
-    rest = list(fit(adapted.get_base_model(), optimizer, EXAMPLES, PROTOCOL, 0, done=2))
+    first = [
+        step.step
+        for step in itertools.islice(fit(adapted.get_base_model(), optimizer, EXAMPLES, PROTOCOL, 0, budgets=SMALL), 2)
+    ]
+    rest = list(fit(adapted.get_base_model(), optimizer, EXAMPLES, PROTOCOL, 0, done=2, budgets=SMALL))
     assert first + [step.step for step in rest] == [1, 2, 3, 4, 5, 6]
     assert [step.learning_rate for step in rest] == [learning_rate_at(step, PROTOCOL) for step in range(2, 6)]
     whole = list(fitted(adapted_model(llama), EXAMPLES, PROTOCOL))

@@ -32,9 +32,7 @@ from tune_sparse.pruning.masks import Masks, masked
 from tune_sparse.pruning.prune_model import make_masks
 from tune_sparse.training.loop import adamw, fit
 
-PROTOCOL = Protocol(
-    steps=2, warmup_steps=0, global_batch_size=4, micro_batch_size=4, lora_rank=4, lora_alpha=8.0, precision="float32"
-)
+PROTOCOL = Protocol(steps=2, warmup_steps=0, global_batch_size=4, lora_rank=4, lora_alpha=8.0, precision="float32")
 IDS = torch.arange(2 * 20).view(2, 20)
 
 Adapt = Callable[..., tuple[PeftModel, Masks]]

@@ -431,7 +431,6 @@ def test_scores_can_be_calibrated_on_text(llama: Path, ledger: Ledger, tmp_path:
         "steps": 1,
         "warmup_steps": 0,
         "global_batch_size": 4,
-        "micro_batch_size": 4,
         "n_selection": 4,
         "precision": "float32",
     }

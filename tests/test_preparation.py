@@ -43,7 +43,7 @@ def settings(llama: Path, folder: Path, **names: Any) -> dict[str, Any]:
     places = {"models": str(llama), "tasks": "boolq", "data_dir": str(data_dir), "results_dir": str(folder / "results")}
     cell = {"methods": "unstructured", "sparsities": 0.5, "modes": "sparse-to-sparse", "workers": 1}
     counts = {"n_train": 8, "n_selection": 4, "n_test": 4, "max_tokens": 64, "max_new_tokens": 4}
-    training = {"steps": 1, "warmup_steps": 0, "global_batch_size": 4, "micro_batch_size": 4, "eval_every": 1}
+    training = {"steps": 1, "warmup_steps": 0, "global_batch_size": 4, "eval_every": 1}
     return places | cell | counts | training | names
 
 

@@ -17,7 +17,6 @@ from tune_sparse.ledger.run import Run
 OTHER_PROTOCOL: dict[str, Any] = {
     "steps": 100,
     "global_batch_size": 128,
-    "micro_batch_size": 4,
     "learning_rate": 1e-3,
     "final_learning_rate": 0.0,
     "warmup_fraction": 0.1,
@@ -32,12 +31,10 @@ OTHER_PROTOCOL: dict[str, Any] = {
     "masked_lora_impl": "effective-weight",
     "train_on_prompt": True,
     "packing": True,
-    "activation_checkpointing": True,
     "precision": "float32",
     "max_tokens": 1024,
     "max_new_tokens": 128,
     "num_fewshot": 2,
-    "batch_tokens": 4096,
     "n_train": 100,
     "n_selection": None,
     "n_test": 100,
@@ -123,7 +120,7 @@ def test_the_identity_does_not_change_with_places_on_disk() -> None:
 def test_every_field_of_a_run_is_in_its_identity_or_a_place() -> None:
     names = {f.name for f in fields(Run)}
     left_out_where_none = {"calibration_fingerprint", "cerebras", "super_adapter"}
-    assert names == {"cell", "protocol", "model_path", "data_dir", *left_out_where_none, *OTHER_INPUT}
+    assert names == {"cell", "protocol", "model_path", "data_dir", "budgets", *left_out_where_none, *OTHER_INPUT}
 
 
 def test_what_trained_on_cerebras_is_in_the_identity_but_not_in_the_accuracy_before_tuning() -> None:
@@ -151,7 +148,7 @@ def test_the_accuracy_before_tuning_is_shared_by_the_modes() -> None:
     assert len(both) == 1
 
 
-@pytest.mark.parametrize("name", sorted(OTHER_PROTOCOL.keys() - {*SCORING, "micro_batch_size"}))
+@pytest.mark.parametrize("name", sorted(OTHER_PROTOCOL.keys() - {*SCORING}))
 def test_the_accuracy_before_tuning_is_shared_by_training_settings(name: str) -> None:
     changed = make_run(protocol=replace(Protocol(), **{name: OTHER_PROTOCOL[name]}))
     assert changed.pruned_baseline_id == make_run().pruned_baseline_id

@@ -22,8 +22,9 @@ from tune_sparse.evaluation import scoring
 from tune_sparse.evaluation.metrics import compute_metrics
 from tune_sparse.evaluation.outcomes import Outcome
 from tune_sparse.evaluation.scoring import EvalExample, EvalSet, compute_outcomes, encode_test, few_shot_prefixes, score
+from tune_sparse.training.budgets import CPU_BUDGETS
 
-PROTOCOL = Protocol(max_tokens=256, max_new_tokens=8, precision="float32", batch_tokens=1024)
+PROTOCOL = Protocol(max_tokens=256, max_new_tokens=8, precision="float32")
 BOOLQ, HELLASWAG, GSM8K, TEXT = (TASKS[name] for name in ("boolq", "hellaswag", "gsm8k", "tinyshakespeare"))
 
 
@@ -290,7 +291,7 @@ def test_several_tasks_are_scored_in_their_order(model: PreTrainedModel, tokeniz
 
 def test_outcomes_are_in_the_order_of_the_examples(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     tests = eval_set(tokenizer, HELLASWAG, 20)
-    scored = score(model, tokenizer, [tests], replace(PROTOCOL, batch_tokens=200))
+    scored = score(model, tokenizer, [tests], PROTOCOL, replace(CPU_BUDGETS, scoring_tokens=200))
     assert [outcome.id for outcome in scored.outcomes] == [example.id for example in tests.examples]
     assert len({outcome.predicted for outcome in scored.outcomes}) > 1
     assert scored.metrics == compute_metrics(scored.outcomes, 0.25, None)
@@ -306,9 +307,10 @@ def test_a_stopped_scoring_goes_on_to_the_same_bits(
     task: Task, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     """Whichever batches were done before, and whichever examples of them are still known."""
-    protocol = replace(PROTOCOL, batch_tokens=120, max_tokens=64)
+    protocol = replace(PROTOCOL, max_tokens=64)
+    budgets = replace(CPU_BUDGETS, scoring_tokens=120, generation_tokens=120)
     tests = eval_set(tokenizer, task, 24, max_tokens=64)
-    batches = list(compute_outcomes(model, tokenizer, tests, protocol))
+    batches = list(compute_outcomes(model, tokenizer, tests, protocol, budgets=budgets))
     whole = {i: outcome for batch in batches for i, outcome in batch.items()}
     assert len(batches) >= 4
     assert sorted(whole) == list(range(len(tests.examples)))
@@ -319,7 +321,7 @@ def test_a_stopped_scoring_goes_on_to_the_same_bits(
         set(rng.sample(sorted(whole), len(whole) // 2)),
         set(whole),
     ):
-        rest = list(compute_outcomes(model, tokenizer, tests, protocol, done))
+        rest = list(compute_outcomes(model, tokenizer, tests, protocol, done, budgets))
         found = {i: outcome for batch in rest for i, outcome in batch.items()}
         assert found == {i: outcome for i, outcome in whole.items() if i not in done}
         assert len(rest) == sum(not batch.keys() <= done for batch in batches), "a known batch is not computed"
@@ -329,7 +331,7 @@ def test_a_scoring_computes_only_what_is_taken(model: PreTrainedModel, tokenizer
     passes: Counter[str] = Counter()
     hook = model.model.register_forward_pre_hook(lambda module, args: passes.update(["pass"]))
     batches = compute_outcomes(
-        model, tokenizer, eval_set(tokenizer, HELLASWAG, 24), replace(PROTOCOL, batch_tokens=200)
+        model, tokenizer, eval_set(tokenizer, HELLASWAG, 24), PROTOCOL, budgets=replace(CPU_BUDGETS, scoring_tokens=200)
     )
     next(batches)
     hook.remove()

@@ -34,7 +34,6 @@ SETTINGS = [
         "steps=3",
         "warmup_steps=0",
         "global_batch_size=4",
-        "micro_batch_size=4",
         "lora_rank=4",
         "lora_alpha=8",
         "n_train=16",

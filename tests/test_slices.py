@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from trainables.pipeline import run_cell
 from trainables.rebuild import pruned_by
 from trainables.worker import WorkerCache
+from tune_sparse.config import BudgetOptions
 from tune_sparse.errors import InputError, RunError
 from tune_sparse.evaluation.scoring import score
 from tune_sparse.files import read_json
@@ -217,14 +218,15 @@ def adapter_tensors(ledger: Ledger, run: Run) -> dict[str, Tensor]:
 def test_ranks_are_drawn_once_a_step_also_with_activation_checkpointing(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = super_run(llama, write_boolq(tmp_path / "data"), "sparse-to-sparse", micro_batch_size=2)
+    run = super_run(llama, write_boolq(tmp_path / "data"), "sparse-to-sparse")
     steps: list[int] = []
     draw = Space.sample_ranks
     monkeypatch.setattr(
         Space, "sample_ranks", lambda self, layers, step, *rest: steps.append(step) or draw(self, layers, step, *rest)
     )
     plain, recomputed = Ledger(tmp_path / "plain"), Ledger(tmp_path / "recomputed")
-    again = replace(run, protocol=replace(run.protocol, activation_checkpointing=True))
+    run = replace(run, budgets=BudgetOptions(micro_batch_tokens=150))
+    again = replace(run, budgets=replace(run.budgets, activation_checkpointing="always"))
     finished(run, plain)
     finished(again, recomputed)
     assert steps == [*range(6), *range(6)]

@@ -40,6 +40,7 @@ from tune_sparse.models.dims import ModelDims
 from tune_sparse.models.safetensors_io import TensorFiles, weight_files
 from tune_sparse.modes import MODES
 from tune_sparse.pruning.masks import Masks
+from tune_sparse.training.budgets import Budgets
 from tune_sparse.training.loop import Step, batches, learning_rate_at, mean_loss
 
 POLL_SECONDS = 0.1
@@ -99,7 +100,14 @@ class CerebrasTraining:
     launcher: Launcher = launch
 
     def __call__(
-        self, run: Run, trainable: TrainableModel, pruned: Pruned, examples: Examples, ledger: RunStore, log: RunLog
+        self,
+        run: Run,
+        trainable: TrainableModel,
+        pruned: Pruned,
+        examples: Examples,
+        budgets: Budgets,
+        ledger: RunStore,
+        log: RunLog,
     ) -> Generator[Step | None, None, Training]:
         """Yield None while it waits. Raises `RunError` for what would come again, `ApplianceError` for the rest."""
         assert isinstance(trainable, LoraFinetuning), "the configuration refuses the other modes"
@@ -118,7 +126,8 @@ class CerebrasTraining:
             self.settings,
             [label, name_label(run.run_id)] if label else [],
         )
-        first = mean_loss(trainable.model, next(batches(examples.train, run.protocol, run.cell.seed)), run.protocol)
+        first_batch = next(batches(examples.train, run.protocol, run.cell.seed))
+        first = mean_loss(trainable.model, first_batch, run.protocol, budgets=budgets)
         log(f"the training is written in {folder}, the pruned model's loss on the first examples is {first:.4f}")
 
         job = TrainingJob(folder, run.model_path, run.model_fingerprint, run.protocol.threads, self.settings, label)
@@ -153,12 +162,18 @@ class CerebrasTraining:
 
 
 def train_stage(
-    run: Run, trainable: TrainableModel, pruned: Pruned, examples: Examples, ledger: RunStore, log: RunLog
+    run: Run,
+    trainable: TrainableModel,
+    pruned: Pruned,
+    examples: Examples,
+    budgets: Budgets,
+    ledger: RunStore,
+    log: RunLog,
 ) -> Generator[Step | None, None, Training]:
     """The training stage of the Cerebras backend, launched on this machine."""
     assert run.cerebras is not None
     training = CerebrasTraining(Cerebras(cerebras_target=run.cerebras["target"]))
-    return (yield from training(run, trainable, pruned, examples, ledger, log))
+    return (yield from training(run, trainable, pruned, examples, budgets, ledger, log))
 
 
 def job_folder(ledger: RunStore, run_id: str) -> Path:

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from trainables import cerebras_backend, torch_backend
+from trainables.budgets import check_budgets, run_budgets
 from trainables.failures import describe_error, may_pass
 from trainables.finetuning import setup
 from trainables.hardware import environment, gpu_memory_bytes, peak_memory_bytes, reset_peak_memory
@@ -38,10 +39,14 @@ from tune_sparse.ledger.run import Run, write_config
 from tune_sparse.lora.layer import lost_fraction
 from tune_sparse.models.checkpoints import prunable_weights, write_weights_into
 from tune_sparse.pruning.masks import count_sparsity
+from tune_sparse.training.budgets import Budgets
 from tune_sparse.training.loop import Step, accelerator_for, mean_loss
 
-TrainStage = Callable[[Run, TrainableModel, Pruned, Examples, RunStore, RunLog], Generator[Step | None, None, Training]]
+TrainStage = Callable[
+    [Run, TrainableModel, Pruned, Examples, Budgets, RunStore, RunLog], Generator[Step | None, None, Training]
+]
 """Trains a model in place, wherever that is computed."""
+PROBE_EXAMPLES = 8
 TRAIN_STAGES: dict[str, TrainStage] = {
     "torch": torch_backend.train_stage,
     "cerebras": cerebras_backend.train_stage,
@@ -104,15 +109,16 @@ class Work:
     log: RunLog
     loaded: LoadedModel
     examples: Examples
+    budgets: Budgets
 
     @property
     def probe(self) -> list[Encoded]:
         """The examples on which logits are compared."""
-        return self.examples.train[: self.run.protocol.micro_batch_size]
+        return self.examples.train[:PROBE_EXAMPLES]
 
     def score(self) -> Scored:
         """Score the model as its weights are now."""
-        return score(self.loaded.model, self.loaded.tokenizer, self.examples.tests, self.run.protocol)
+        return score(self.loaded.model, self.loaded.tokenizer, self.examples.tests, self.run.protocol, self.budgets)
 
 
 def _load(run: Run, ledger: RunStore, worker: WorkerCache, folder: Path, log: RunLog) -> Work:
@@ -124,7 +130,9 @@ def _load(run: Run, ledger: RunStore, worker: WorkerCache, folder: Path, log: Ru
         f"model and examples ready: {len(examples.train)} train, {len(examples.selection)} selection, "
         f"{sum(len(test.examples) for test in examples.tests)} test"
     )
-    return Work(run, ledger, folder, log, loaded, examples)
+    budgets = run_budgets(run, loaded.dims)
+    check_budgets(budgets, examples, run.protocol.max_new_tokens)
+    return Work(run, ledger, folder, log, loaded, examples, budgets)
 
 
 def _stages(
@@ -201,7 +209,7 @@ def _train_into(
     trainable = setup(run.cell.mode, model, run.protocol, masks, run.cell.seed, **modules)
     log(trainable.summary())
     step_flops = _step_flops(work, pruned, trainable.trains_factors)
-    training = yield from train_stage(run, trainable, pruned, work.examples, work.ledger, log)
+    training = yield from train_stage(run, trainable, pruned, work.examples, work.budgets, work.ledger, log)
     trainable.save(work.folder)
     return Trained(trainable, training, step_flops)
 
@@ -321,7 +329,7 @@ def _pruning_metrics(work: Work, pruned: Pruned, actual_sparsity: float) -> dict
 def _training_metrics(work: Work, trained: Trained, merged: Merged) -> dict[str, Any]:
     return {
         "train_loss": trained.training.last_loss,
-        "eval_loss": mean_loss(work.loaded.model, work.examples.selection, work.run.protocol),
+        "eval_loss": mean_loss(work.loaded.model, work.examples.selection, work.run.protocol, budgets=work.budgets),
         "epochs": trained.training.examples / len(work.examples.train),
         "update_rounded_away_fraction": merged.rounded_away,
         "train_step_flops": trained.step_flops,
@@ -338,4 +346,5 @@ def _measured(work: Work, training: Training, scores: Scores) -> dict[str, Any]:
         "compile_seconds": training.compile_seconds,
         "peak_memory_bytes": peak_memory_bytes(),
         "gpu_memory_bytes": gpu_memory_bytes(),
+        "budgets": (training.budgets or work.budgets).as_record(),
     }

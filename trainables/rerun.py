@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from tune_sparse.ledger.contracts import LedgerReader, RunStore
 from tune_sparse.ledger.ledger import Ledger
 from tune_sparse.ledger.record import Record
 from tune_sparse.ledger.run import Run
+from tune_sparse.training.budgets import Budgets
 
 LOSS_TOLERANCE = 0.02
 """Relative, of a number that other hardware or other versions computed: sums are rounded otherwise, and training
@@ -49,13 +50,18 @@ def rerun(run: Run, ledger: LedgerReader) -> Comparison:
     with tempfile.TemporaryDirectory(prefix="tune-sparse-rerun-") as scratch:
         again = Ledger(Path(scratch))
         try:
-            repeated = _finished(run, again)
+            repeated = _finished(_as_recorded(run, recorded), again)
         except NotReadyError as error:
             raise InputError(f"{run.run_id} cannot be repeated here: {error}") from error
         if repeated.error:
             raise InputError(f"{run.run_id} cannot be repeated here: {repeated.error['message']}")
         before, after = (read_outcomes(place.run_folder(run.run_id) / "examples.parquet") for place in (ledger, again))
     return compared(recorded, repeated, before, after, same_bits(recorded.environment))
+
+
+def _as_recorded(run: Run, recorded: Record) -> Run:
+    """The run with the budgets that it used."""
+    return replace(run, budgets=Budgets.from_record(recorded.measured["budgets"]).as_options())
 
 
 def _finished(run: Run, ledger: RunStore) -> Record:

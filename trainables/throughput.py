@@ -7,11 +7,14 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from trainables.budgets import run_budgets
 from trainables.finetuning import setup
 from trainables.hardware import peak_memory_bytes, reset_peak_memory
 from trainables.training import WARM_UP_STEPS, Training
 from trainables.worker import WorkerCache
+from tune_sparse.data.batching import example_tokens
 from tune_sparse.ledger.run import Run
+from tune_sparse.lora.masked_linear import keep_for_steps
 from tune_sparse.models.checkpoints import write_weights_into
 from tune_sparse.training.loop import accelerator_for, fit
 
@@ -31,9 +34,7 @@ class Throughput:
 def measure(run: Run, worker: WorkerCache, batch_size: int) -> Throughput:
     """Train `TIMED_STEPS` steps of `batch_size` examples after the warm-up steps, as `run` would."""
     steps = WARM_UP_STEPS + TIMED_STEPS
-    protocol = replace(
-        run.protocol, micro_batch_size=batch_size, global_batch_size=batch_size, steps=steps, warmup_steps=0
-    )
+    protocol = replace(run.protocol, global_batch_size=batch_size, steps=steps, warmup_steps=0)
     run = replace(run, protocol=protocol)
     torch.set_num_threads(protocol.threads)
     loaded = worker.model(run)
@@ -41,12 +42,24 @@ def measure(run: Run, worker: WorkerCache, batch_size: int) -> Throughput:
     pruned = worker.pruner.prune(run, loaded, examples.train)
     write_weights_into(loaded.model, pruned.weights)
     trainable = setup(run.cell.mode, loaded.model, protocol, pruned.masks, run.cell.seed)
+    budgets = run_budgets(run, loaded.dims)
+    together = replace(budgets, micro_batch_tokens=batch_size * max(map(example_tokens, examples.train)))
     accelerator, totals = accelerator_for(trainable.mixed_precision), Training()
     gc.collect()
     reset_peak_memory()
     try:
         optimizer = trainable.optimizer(protocol)
-        for step in fit(trainable.model, optimizer, examples.train, protocol, run.cell.seed, accelerator=accelerator):
+        if together.keeps_effective_weights:
+            keep_for_steps(trainable.model, optimizer)
+        for step in fit(
+            trainable.model,
+            optimizer,
+            examples.train,
+            protocol,
+            run.cell.seed,
+            accelerator=accelerator,
+            budgets=together,
+        ):
             totals.add(step, cold=step.step <= WARM_UP_STEPS)
     except (torch.OutOfMemoryError, MemoryError):
         worker.clear()

@@ -11,11 +11,18 @@ from trainables.run_log import RunLog
 from trainables.training import Training, train
 from tune_sparse.ledger.contracts import RunStore
 from tune_sparse.ledger.run import Run
+from tune_sparse.training.budgets import Budgets
 from tune_sparse.training.loop import Step
 
 
 def train_stage(
-    run: Run, trainable: TrainableModel, pruned: Pruned, examples: Examples, ledger: RunStore, log: RunLog
+    run: Run,
+    trainable: TrainableModel,
+    pruned: Pruned,
+    examples: Examples,
+    budgets: Budgets,
+    ledger: RunStore,
+    log: RunLog,
 ) -> Generator[Step | None, None, Training]:
     checkpoint = ledger.checkpoint(run.run_id)
-    return (yield from train(run, trainable, examples.train, examples.selection, checkpoint, log))
+    return (yield from train(run, trainable, examples, budgets, checkpoint, log))

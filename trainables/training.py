@@ -5,16 +5,20 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Generator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Generator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from torch.optim import Optimizer
+
+from trainables.loaded import Examples
 from trainables.mode import TrainableModel
 from trainables.run_log import RunLog
 from trainables.super_adapter import SampledSlices
-from tune_sparse.data.splits import Encoded
 from tune_sparse.ledger.run import Run
+from tune_sparse.lora.masked_linear import keep_for_steps
+from tune_sparse.training.budgets import Budgets
 from tune_sparse.training.checkpoint import BrokenStateError, restore_into, save_training
 from tune_sparse.training.loop import Step, accelerator_for, fit, mean_loss
 
@@ -41,6 +45,8 @@ class Training:
     seconds_to_best_eval_loss: float | None = None
     compile_seconds: float | None = None
     """until the end of the first step, where a compiler runs before it"""
+    budgets: Budgets | None = None
+    """that it used here; None where it ran elsewhere"""
 
     def add(self, step: Step, cold: bool) -> None:
         self.steps = step.step
@@ -70,28 +76,21 @@ class Training:
 def train(
     run: Run,
     trainable: TrainableModel,
-    examples: Sequence[Encoded],
-    selection: Sequence[Encoded],
+    examples: Examples,
+    budgets: Budgets,
     checkpoint: Path,
     log: RunLog,
 ) -> Generator[Step, None, Training]:
     """Train in place, with an eval loss every `eval_every` steps and at the end.
 
     It goes on from `checkpoint` if that is one of this run; one that cannot be read whole is left alone, with a line
-    in the log, and the training begins anew.
+    in the log, and the training begins anew. Micro-batches stay as they began, unless `budgets` has no room for them.
     """
-    protocol, training = run.protocol, Training()
-    optimizer, lines = trainable.optimizer(protocol), list[dict[str, Any]]()
-    try:
-        so_far = restore_into(checkpoint, run.identity, trainable.parameters(), optimizer)
-    except BrokenStateError as error:
-        so_far = None
-        log(f"begins anew: {error}")
-    if so_far is not None:
-        training, lines = Training(**so_far["training"]), json.loads(so_far["lines"])
-        for line in lines:
-            log.metrics(**line)
-        log(f"goes on after step {training.steps} of a training that was cut short")
+    protocol, optimizer = run.protocol, trainable.optimizer(run.protocol)
+    training, lines = _resume_into(run, trainable, optimizer, budgets, checkpoint, log)
+    budgets = training.budgets or budgets
+    if budgets.keeps_effective_weights:
+        keep_for_steps(trainable.model, optimizer)
 
     def note(**values: float | int) -> None:
         lines.append(values)
@@ -102,14 +101,14 @@ def train(
     accelerator = accelerator_for(trainable.mixed_precision)
     seed, activate_sampled = run.cell.seed, slices.activate_sampled if slices else None
     for step in fit(
-        trainable.model, optimizer, examples, protocol, seed, training.steps, accelerator, activate_sampled
+        trainable.model, optimizer, examples.train, protocol, seed, first, accelerator, activate_sampled, budgets
     ):
         if slices:
             slices.activate_full()
         training.add(step, cold=step.step - first <= WARM_UP_STEPS)
         note(step=step.step, train_loss=step.loss, learning_rate=step.learning_rate)
         if step.step % protocol.eval_every == 0 or step.step == protocol.steps:
-            loss = mean_loss(trainable.model, selection, protocol, accelerator)
+            loss = mean_loss(trainable.model, examples.selection, protocol, accelerator, budgets)
             training.add_eval(loss)
             note(step=step.step, eval_loss=loss)
             log(f"step {step.step} of {protocol.steps}: train loss {step.loss:.4f}, eval loss {loss:.4f}")
@@ -119,3 +118,34 @@ def train(
             saved = time.monotonic()
         yield step
     return training
+
+
+def _resume_into(
+    run: Run, trainable: TrainableModel, optimizer: Optimizer, budgets: Budgets, checkpoint: Path, log: RunLog
+) -> tuple[Training, list[dict[str, Any]]]:
+    """Put a checkpoint of the run into its model and optimizer, and return its totals and lines; else empty ones."""
+    try:
+        so_far = restore_into(checkpoint, run.identity, trainable.parameters(), optimizer)
+    except BrokenStateError as error:
+        so_far = None
+        log(f"begins anew: {error}")
+    if so_far is None:
+        return Training(budgets=budgets), []
+    begun_with = Budgets.from_record(so_far["training"].pop("budgets"))
+    training, lines = Training(**so_far["training"]), json.loads(so_far["lines"])
+    for line in lines:
+        log.metrics(**line)
+    log(f"goes on after step {training.steps} of a training that was cut short")
+    training.budgets = _going_on(begun_with, budgets, log)
+    return training, lines
+
+
+def _going_on(begun_with: Budgets, budgets: Budgets, log: RunLog) -> Budgets:
+    """The budgets with which a training goes on: its first micro-batches, where they fit here."""
+    if begun_with.micro_batch_tokens <= budgets.micro_batch_tokens:
+        return replace(budgets, micro_batch_tokens=begun_with.micro_batch_tokens)
+    log(
+        f"goes on with micro-batches of {budgets.micro_batch_tokens} tokens where it began with "
+        f"{begun_with.micro_batch_tokens}: the last bits of its numbers will differ"
+    )
+    return budgets

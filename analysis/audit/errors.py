@@ -26,8 +26,8 @@ Detections = Iterator[tuple[str, list[str]]]
 
 TEST_EXAMPLES = ("n_test", "num_fewshot")
 HARMLESS = {
-    *(*TEST_EXAMPLES, "max_new_tokens", "batch_tokens", "eval_every"),
-    *("threads", "micro_batch_size", "masked_lora_impl", "activation_checkpointing"),
+    *(*TEST_EXAMPLES, "max_new_tokens", "eval_every"),
+    *("threads", "masked_lora_impl"),
 }
 """Settings that may leave every bit of a training as it is."""
 COUNTS_AGREE = 1e-6
@@ -311,7 +311,7 @@ def _requested_mask(cell: Cell) -> tuple[Any, ...]:
 def _scored(run: Run) -> tuple[Any, ...]:
     """The settings that have one unpruned accuracy before tuning."""
     p = run.protocol
-    limits = (p.precision, p.max_tokens, p.num_fewshot, p.batch_tokens, p.threads)
+    limits = (p.precision, p.max_tokens, p.num_fewshot, p.threads)
     return (run.model_fingerprint, run.data_fingerprint, run.prompt_version, run.cell.task, *limits)
 
 

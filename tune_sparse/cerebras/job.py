@@ -28,7 +28,7 @@ from torch import Tensor
 from tune_sparse.cerebras.content_cache import cached
 from tune_sparse.cerebras.conversion import cerebras_name, hugging_face_name, interleaved, separated
 from tune_sparse.config import Cerebras, Protocol
-from tune_sparse.data.batching import padded
+from tune_sparse.data.batching import as_batch
 from tune_sparse.data.splits import Encoded
 from tune_sparse.files import write_json
 from tune_sparse.pruning.masks import Masks
@@ -135,8 +135,8 @@ def examples_in_order(examples: Sequence[Encoded], protocol: Protocol, seed: int
 
 def encoded_tokens(examples: Sequence[Encoded], train_on_prompt: bool) -> Tensor:
     """(N, 3, T) int32: input ids, loss mask, the ids that follow; T is the longest example without its last token."""
-    batch = padded(examples, train_on_prompt)
-    inputs, labels, loss_mask = batch.ids[:, :-1], batch.ids[:, 1:], batch.loss_mask[:, 1:]
+    batch = as_batch([(example,) for example in examples], train_on_prompt)
+    inputs, labels, loss_mask = batch.ids[:, :-1], batch.ids[:, 1:], batch.predicts_target()[:, :-1]
     return torch.stack([inputs, loss_mask.long(), labels], dim=1).to(torch.int32)
 
 

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tune_sparse.cli.command import FAULT, OK, add_command, add_json, add_results_dir, existing_folders
-from tune_sparse.cli.settings import DATA_DIR, add_set, parse_settings
+from tune_sparse.cli.settings import DATA_DIR, add_set, add_settings, given_settings, parse_settings
 from tune_sparse.cli.words import RUN_WORDS, files, models, paragraph, settings, tasks, words
-from tune_sparse.config import SYNTHETIC, Protocol
+from tune_sparse.config import SYNTHETIC, BudgetOptions, Protocol
 from tune_sparse.config.options import converted
 from tune_sparse.config.protocol import SCORING
 from tune_sparse.data.tasks import TASKS, tasks_named
@@ -24,6 +24,14 @@ if TYPE_CHECKING:
 
     from tune_sparse.evaluation.evaluations import Evaluation
     from tune_sparse.evaluation.outcomes import Outcome
+    from tune_sparse.training.budgets import Budgets
+
+BUDGETS = ("scoring_tokens", "generation_tokens")
+BUDGET_TEXTS = {
+    name: f"{BudgetOptions.__dataclass_fields__[name].metadata['help']} (default: with --run, that of the run; with "
+    "--model, from the memory of the GPU, 8192 on a CPU)"
+    for name in BUDGETS
+}
 
 
 def declare(commands: Any) -> None:
@@ -85,6 +93,7 @@ def declare(commands: Any) -> None:
         "with the same examples and settings. lm-eval needs `pip install 'tune-sparse[harness]'` and has all tasks "
         "but mawps, svamp, wikitext2 and tinyshakespeare (default: tune-sparse)",
     )
+    add_settings(scoring, BudgetOptions, BUDGETS, BUDGET_TEXTS)
     add_set(scoring, "settings of scoring, listed below")
     results = evaluate.add_argument_group("results")
     add_results_dir(results)
@@ -111,6 +120,7 @@ class Subject:
     protocol: Callable[[int], Protocol]
     """the settings, given a task's default number of few-shot examples"""
     load_model: Callable[[], tuple[PreTrainedModel, PreTrainedTokenizerBase]]
+    budgets: Budgets
     recorded: dict[str, Outcome]
     """{id of a question: what a finished run said to it}"""
 
@@ -129,7 +139,8 @@ def _evaluate(chosen: argparse.Namespace) -> int:
         splits = load_test(task, folder, protocol)
         key = EvaluationKey.from_protocol(subject.name, subject.fingerprint, task, splits, protocol, chosen.evaluator)
         planned.append((key, task, splits, protocol))
-    done = [evaluate(*what, subject.load_model, chosen.results_dir) for what in planned]
+    budgets = subject.budgets.changed_by(BudgetOptions(**given_settings(chosen, BudgetOptions, BUDGETS)))
+    done = [evaluate(*what, subject.load_model, chosen.results_dir, budgets) for what in planned]
     differing = {evaluation.key.task: _differing(evaluation, subject.recorded) for evaluation in done}
     if chosen.json:
         print(json.dumps([_as_json(evaluation, differing[evaluation.key.task]) for evaluation in done]))
@@ -168,13 +179,17 @@ def _checkpoint(chosen: argparse.Namespace) -> Subject:
             merge_adapter_into(model, chosen.adapter, load_last_mask(model, chosen.adapter))
         return model, load_tokenizer(checkpoint.path)
 
-    return Subject(checkpoint.name, fingerprint, chosen.tasks, chosen.data_dir, protocol, load_model, {})
+    from trainables.budgets import fitting_budgets
+
+    budgets = fitting_budgets(protocol(0), checkpoint.dims)
+    return Subject(checkpoint.name, fingerprint, chosen.tasks, chosen.data_dir, protocol, load_model, budgets, {})
 
 
 def _run(chosen: argparse.Namespace) -> Subject:
     from tune_sparse.evaluation.outcomes import read_outcomes
     from tune_sparse.ledger.ledger import Ledger
     from tune_sparse.models.checkpoints import check_checkpoint
+    from tune_sparse.training.budgets import Budgets
 
     [folder] = existing_folders([chosen.results_dir])
     ledger = Ledger(folder)
@@ -183,7 +198,8 @@ def _run(chosen: argparse.Namespace) -> Subject:
         raise unknown_name("finished run", chosen.run, runs)
     if chosen.adapter:
         raise InputError(f"a run has an adapter of its own, got --adapter {chosen.adapter}. Leave it out.")
-    run, settings = ledger.run(chosen.run), _settings(chosen.set)
+    run, record, settings = ledger.run(chosen.run), ledger.record(chosen.run), _settings(chosen.set)
+    assert record is not None
     context = check_checkpoint(run.model_path).dims.max_positions
 
     def load_model() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -205,6 +221,7 @@ def _run(chosen: argparse.Namespace) -> Subject:
         chosen.data_dir or (Path(run.data_dir) if run.data_dir else SYNTHETIC),
         lambda num_fewshot: replace(run.protocol, **settings).within(context),
         load_model,
+        Budgets.from_record(record.measured["budgets"]),
         {outcome.id: outcome for outcome in outcomes},
     )
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tune_sparse.cli.command import FAULT, OK, add_command, add_json
-from tune_sparse.cli.sweep_options import CEREBRAS, add_sweep_options, sweep_config
+from tune_sparse.cli.sweep_options import BUDGETS, CEREBRAS, add_sweep_options, sweep_config
 from tune_sparse.cli.words import (
     RUN_WORDS,
     SETTINGS_IN_USE,
@@ -36,6 +36,7 @@ GROUPS = {
     "what to sweep": ("models", "tasks", "methods", "sparsities", "modes", "seeds"),
     "data and settings": ("data_dir",),
     "how it runs": ("backend", "workers", "gpus_per_trial", "max_retries", "hang_seconds"),
+    "memory": BUDGETS,
     "results and tracking": ("results_dir", "tracking_uri"),
     "Cerebras CS-3, for --backend cerebras, both or split": CEREBRAS,
 }

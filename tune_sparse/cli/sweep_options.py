@@ -11,11 +11,12 @@ from typing import Any
 from search_spaces.matrix import PRESETS
 from tune_sparse.cli.settings import add_set, add_settings, given_flags, parse_settings, read_yaml
 from tune_sparse.cli.words import DEFAULT_PRESET
-from tune_sparse.config import Cerebras, SweepConfig
+from tune_sparse.config import BudgetOptions, Cerebras, SweepConfig
 from tune_sparse.errors import InputError, unknown_name
 
-SWEEP = tuple(f.name for f in fields(SweepConfig) if f.name not in ("protocol", "cerebras"))
+SWEEP = tuple(f.name for f in fields(SweepConfig) if f.name not in ("protocol", "budgets", "cerebras"))
 """The fields of `SweepConfig` that hold no settings of their own."""
+BUDGETS = tuple(f.name for f in fields(BudgetOptions))
 CEREBRAS = tuple(f.name for f in fields(Cerebras))
 
 SETTINGS_GROUP = "data and settings"
@@ -39,8 +40,8 @@ def add_sweep_options(
     add_preset(command)
     made = {heading: command.add_argument_group(heading) for heading in groups}
     for heading, names in groups.items():
-        owner = Cerebras if set(names) <= set(CEREBRAS) else SweepConfig
-        add_settings(made[heading], owner, names, texts)
+        for owner, own in ((SweepConfig, SWEEP), (BudgetOptions, BUDGETS), (Cerebras, CEREBRAS)):
+            add_settings(made[heading], owner, [name for name in names if name in own], texts)
     group = made.get(SETTINGS_GROUP, command)
     group.add_argument(
         "--config",
@@ -68,7 +69,7 @@ def sweep_config(chosen: argparse.Namespace) -> SweepConfig:
     """The preset, then the YAML file, then the flags, then --set: later ones win."""
     if chosen.preset not in PRESETS:
         raise unknown_name("preset", chosen.preset, PRESETS)
-    names = dict(PRESETS[chosen.preset]) | _yaml(chosen.config) | given_flags(chosen, (*SWEEP, *CEREBRAS))
+    names = dict(PRESETS[chosen.preset]) | _yaml(chosen.config) | given_flags(chosen, (*SWEEP, *BUDGETS, *CEREBRAS))
     return SweepConfig.from_names(names | parse_settings(getattr(chosen, "set", ())))
 
 

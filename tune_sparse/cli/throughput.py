@@ -28,10 +28,11 @@ BATCH_SIZES = [1, 2, 4, 8, 16]
 GROUPS = {
     "what to measure": ("models", "tasks", "methods", "sparsities", "modes"),
     "data and settings": ("data_dir",),
+    "memory": ("activation_checkpointing",),
     "results": ("results_dir",),
 }
 SETTINGS = (
-    *("lora_rank", "lora_dropout", "masked_lora_impl", "train_on_prompt", "packing", "activation_checkpointing"),
+    *("lora_rank", "lora_dropout", "masked_lora_impl", "train_on_prompt", "packing"),
     *("precision", "max_tokens", "n_train", "n_selection", "threads", *CALIBRATION_SETTINGS),
 )
 """The settings that can change what is measured."""
@@ -77,8 +78,8 @@ def declare(commands: Any) -> None:
         nargs="+",
         default=BATCH_SIZES,
         metavar="N",
-        help=f"numbers of examples in a training step; each is measured, in place of the settings "
-        f"micro_batch_size and global_batch_size (default: {' '.join(map(str, BATCH_SIZES))})",
+        help=f"numbers of examples in a training step, all in one forward pass; each is measured, in place of the "
+        f"setting global_batch_size (default: {' '.join(map(str, BATCH_SIZES))})",
     )
     add_json(groups["results"], "the measurements")
 

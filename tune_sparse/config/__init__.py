@@ -12,6 +12,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from tune_sparse.config.budgets import BudgetOptions as BudgetOptions
 from tune_sparse.config.options import converted, option, rule
 from tune_sparse.config.protocol import Protocol as Protocol
 from tune_sparse.errors import unknown_name
@@ -122,7 +123,7 @@ class Cerebras:
         rule(0 < share < 1, "cerebras_share must be in (0, 1)", share, "Give a fraction, or another --backend.")
 
 
-UNTOUCHED_ON_CEREBRAS = ("lora_dropout", "masked_lora_impl", "packing", "activation_checkpointing")
+UNTOUCHED_ON_CEREBRAS = ("lora_dropout", "masked_lora_impl", "packing")
 """The settings of a `Protocol` that the Cerebras backend ignores."""
 
 
@@ -169,6 +170,7 @@ class SweepConfig:
         },
     )
     protocol: Protocol = field(default_factory=Protocol)
+    budgets: BudgetOptions = field(default_factory=BudgetOptions)
     cerebras: Cerebras = field(default_factory=Cerebras)
     data_dir: Path | None = option(
         "source of the examples: a folder with files as listed below; or `hub` for the Hugging Face Hub, from which "
@@ -242,6 +244,13 @@ class SweepConfig:
             self.methods,
             "Set masked_lora_impl=auto.",
         )
+        tokens = self.budgets.generation_tokens
+        rule(
+            tokens is None or tokens > self.protocol.max_new_tokens,
+            f"generation_tokens must hold a prompt and an answer of max_new_tokens = {self.protocol.max_new_tokens}",
+            tokens,
+            "Raise it.",
+        )
         limit = self.hang_seconds
         rule(limit is None or limit > 0, "hang_seconds must be above 0 or none", limit, "Give seconds.")
         rule(self.max_retries >= 0, "max_retries must be at least 0", self.max_retries, "Give 0 or more.")
@@ -282,15 +291,20 @@ class SweepConfig:
     @classmethod
     def from_names(cls, names: Mapping[str, Any]) -> SweepConfig:
         """A checked configuration from flat {name: value}, values as Python, YAML or text has them."""
-        known = {f.name for kind in (cls, Protocol, Cerebras) for f in fields(kind)} - {"protocol", "cerebras"}
+        kinds = (cls, Protocol, BudgetOptions, Cerebras)
+        known = {f.name for kind in kinds for f in fields(kind)} - {"protocol", "budgets", "cerebras"}
         for name in names:
             if name not in known:
                 raise unknown_name("setting", name, known)
         rule(bool(names.get("models")), "a sweep needs models", names.get("models"), "Give --models or a preset.")
-        own, protocol, cerebras = (
-            {f.name: converted(kind, f, names[f.name]) for f in fields(kind) if f.name in names}
-            for kind in (cls, Protocol, Cerebras)
+        own, protocol, budgets, cerebras = (
+            {f.name: converted(kind, f, names[f.name]) for f in fields(kind) if f.name in names} for kind in kinds
         )
         if own.get("backend") == (BOTH,):
             own["backend"] = BACKENDS
-        return cls(**own, protocol=Protocol(**protocol), cerebras=Cerebras(**cerebras))
+        return cls(
+            **own,
+            protocol=Protocol(**protocol),
+            budgets=BudgetOptions(**budgets),
+            cerebras=Cerebras(**cerebras),
+        )

@@ -34,7 +34,6 @@ class Protocol:
 
     steps: int = option("optimizer steps of a training", 200, heading="training")
     global_batch_size: int = option("examples in each optimizer step", 256)
-    micro_batch_size: int = option("examples in each forward pass; must divide global_batch_size", 8)
     learning_rate: float = option("highest learning rate of AdamW, from which a cosine schedule decays", 3e-4)
     final_learning_rate: float = option("learning rate at the end of the cosine schedule", 3e-5)
     warmup_fraction: float = option("fraction of the steps in which the learning rate rises linearly", 0.03)
@@ -58,7 +57,6 @@ class Protocol:
         "compute the loss on the tokens of prompt and answer, instead of the answer alone", False, heading="sequences"
     )
     packing: bool = option("put several examples into one sequence; none attends to another", False)
-    activation_checkpointing: bool = option("recompute activations in the backward pass, to save memory", False)
     precision: str = option("data type of the model's weights", "bfloat16", choices=PRECISIONS)
     max_tokens: int = option(
         "largest number of tokens of a sequence, or the context of the model if that is less; a longer example loses "
@@ -68,9 +66,6 @@ class Protocol:
     max_new_tokens: int = option("largest number of tokens of a generated answer", 256, heading="scoring")
     num_fewshot: int = option(
         "solved examples in the prompt of each test example; the prompts of the training have none", 0
-    )
-    batch_tokens: int = option(
-        "largest number of tokens, padding included, in one batch of scoring: bounds its memory", 8192
     )
     n_train: int | None = option(
         "number of training examples of each task", None, unset="all", heading="examples and evaluation"
@@ -104,7 +99,6 @@ class Protocol:
         counted = (
             "steps",
             "global_batch_size",
-            "micro_batch_size",
             "lora_rank",
             "max_new_tokens",
             "eval_every",
@@ -112,7 +106,7 @@ class Protocol:
         )
         for name in (*counted, "calibration_examples"):
             rule(getattr(self, name) >= 1, f"{name} must be at least 1", getattr(self, name), "Give a larger number.")
-        for name in ("max_tokens", "batch_tokens", "calibration_tokens"):
+        for name in ("max_tokens", "calibration_tokens"):
             rule(getattr(self, name) >= 2, f"{name} must be at least 2", getattr(self, name), "Give a larger number.")
         rule(
             self.max_new_tokens < self.max_tokens,
@@ -126,12 +120,6 @@ class Protocol:
             rule(value is None or value >= 1, f"{name} must be at least 1 or none", value, "Give more examples.")
         for name in ("learning_rate", "lora_alpha", "max_grad_norm"):
             rule(getattr(self, name) > 0, f"{name} must be above 0", getattr(self, name), "Give a positive number.")
-        rule(
-            self.global_batch_size % self.micro_batch_size == 0,
-            "micro_batch_size must divide global_batch_size",
-            f"{self.micro_batch_size} and {self.global_batch_size}",
-            "Give a divisor.",
-        )
         rule(
             0 <= self.final_learning_rate <= self.learning_rate,
             "final_learning_rate must be between 0 and learning_rate",
@@ -176,6 +164,6 @@ class Protocol:
         return self.max_tokens if self.packing else None
 
 
-SCORING = ("precision", "max_tokens", "max_new_tokens", "num_fewshot", "batch_tokens", "n_test", "threads")
+SCORING = ("precision", "max_tokens", "max_new_tokens", "num_fewshot", "n_test", "threads")
 """The settings of a `Protocol` that scoring reads."""
 CALIBRATION_SETTINGS = tuple(f.name for f in fields(Protocol) if f.name.startswith("calibration"))

@@ -1,4 +1,4 @@
-"""Examples of different lengths as one batch of token ids: padded, or packed behind one another."""
+"""Examples of different lengths as batches of token ids: padded, or packed behind one another."""
 
 from __future__ import annotations
 
@@ -13,54 +13,89 @@ from tune_sparse.data.splits import Encoded
 
 @dataclass(frozen=True)
 class Batch:
-    """Sequences of one width: (B, T) each."""
+    """B sequences of T tokens, and the N of their tokens that are targets: predicted, and counted in the loss."""
 
     ids: Tensor
-    loss_mask: Tensor
-    """bool: the target tokens, which are predicted and count in the loss"""
+    """(B, T)"""
+    places: Tensor
+    """(N,): of the token before each target, counted over all B T tokens"""
+    targets: Tensor
+    """(N,): the tokens that follow there"""
     positions: Tensor | None = None
-    """of each token in its own example, where several share a sequence: transformers keeps attention within each"""
+    """(B, T): of each token in its own example, where several share a sequence: transformers keeps attention within
+    each"""
+
+    def predicts_target(self) -> Tensor:
+        """Whether a target follows each token: (B, T) of bool."""
+        found = torch.zeros(self.ids.numel(), dtype=torch.bool)
+        found[self.places] = True
+        return found.view(self.ids.shape)
 
 
-def padded(examples: Sequence[Encoded], train_on_prompt: bool) -> Batch:
-    """Each example a sequence, padded on the right."""
-    return _batch([[example] for example in examples], train_on_prompt)
+def batches_by_length(sizes: Sequence[int], tokens: int, alike: float = 0.0) -> list[list[int]]:
+    """Indices in batches of similar size, the largest first: padded, none has more than `tokens` (if it has more than
+    one member), and its smallest has at least the fraction `alike` of its largest."""
+    batches: list[list[int]] = []
+    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        largest = sizes[batches[-1][0]] if batches else 0
+        if batches and (len(batches[-1]) + 1) * largest <= tokens and sizes[i] >= alike * largest:
+            batches[-1].append(i)
+        else:
+            batches.append([i])
+    return batches
 
 
-def packed(examples: Sequence[Encoded], train_on_prompt: bool, pack_to: int) -> Batch:
-    """Examples behind one another in sequences of at most `pack_to` tokens, longer ones first, each in the first
-    sequence that has room for it."""
+def micro_batches(
+    examples: Sequence[Encoded], tokens: int, train_on_prompt: bool = False, pack_to: int | None = None
+) -> list[Batch]:
+    """All of `examples` in batches of at most `tokens` tokens, padding included, the longest first.
+
+    With `pack_to`, examples stand behind one another in sequences of at most so many tokens. Only a single example of
+    more than `tokens` makes a larger batch.
+    """
+    sequences = [(example,) for example in examples] if pack_to is None else pack(examples, min(pack_to, tokens))
+    sizes = [sum(map(example_tokens, sequence)) for sequence in sequences]
+    return [
+        as_batch([sequences[i] for i in chosen], train_on_prompt, pack_to is not None)
+        for chosen in batches_by_length(sizes, tokens)
+    ]
+
+
+def pack(examples: Sequence[Encoded], pack_to: int) -> list[tuple[Encoded, ...]]:
+    """Examples in sequences of at most `pack_to` tokens, longer ones first, each in the first that has room for it."""
     bins: list[list[Encoded]] = []
-    for example in sorted(examples, key=_length, reverse=True):
-        fitting = (found for found in bins if sum(map(_length, found)) + _length(example) <= pack_to)
+    for example in sorted(examples, key=example_tokens, reverse=True):
+        fitting = (found for found in bins if sum(map(example_tokens, found)) + example_tokens(example) <= pack_to)
         found = next(fitting, None)
         if found is None:
             bins.append([example])
         else:
             found.append(example)
-    batch = _batch(bins, train_on_prompt)
-    positions = torch.zeros_like(batch.ids)
-    for i, found in enumerate(bins):
-        places = torch.cat([torch.arange(_length(example)) for example in found])
-        positions[i, : len(places)] = places
-    return Batch(batch.ids, batch.loss_mask, positions)
+    return [tuple(found) for found in bins]
 
 
-def _batch(sequences: Sequence[Sequence[Encoded]], train_on_prompt: bool) -> Batch:
-    width = max(sum(map(_length, examples)) for examples in sequences)
-    ids = torch.zeros(len(sequences), width, dtype=torch.long)
-    loss_mask = torch.zeros(len(sequences), width, dtype=torch.bool)
-    for i, examples in enumerate(sequences):
-        start = 0
-        for example in examples:
-            end = start + _length(example)
-            ids[i, start:end] = torch.tensor(example.context + example.continuation)
+def as_batch(sequences: Sequence[Sequence[Encoded]], train_on_prompt: bool = False, packed: bool = False) -> Batch:
+    """Sequences of one or more examples, padded on the right, where a causal model never looks."""
+    width = max(sum(map(example_tokens, sequence)) for sequence in sequences)
+    ids, positions = (torch.zeros(len(sequences), width, dtype=torch.long) for _ in range(2))
+    places: list[int] = []
+    for i, sequence in enumerate(sequences):
+        end = i * width
+        for example in sequence:
+            start, end = end, end + example_tokens(example)
+            ids.view(-1)[start:end] = torch.tensor(example.context + example.continuation)
+            positions.view(-1)[start:end] = torch.arange(end - start)
             # The first token of an example has nothing before it that could predict it.
             first = 1 if train_on_prompt else max(1, len(example.context))
-            loss_mask[i, start + first : end] = True
-            start = end
-    return Batch(ids, loss_mask)
+            places += range(start + first - 1, end - 1)
+    before = torch.tensor(places, dtype=torch.long)
+    return Batch(ids, before, ids.view(-1)[before + 1], positions if packed else None)
 
 
-def _length(example: Encoded) -> int:
+def example_tokens(example: Encoded) -> int:
     return len(example.context) + len(example.continuation)
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on a device, without waiting for what the device still computes."""
+    return tensor.to(device, non_blocking=True)

@@ -26,6 +26,7 @@ from tune_sparse.evaluation.metrics import Metrics
 from tune_sparse.evaluation.outcomes import Outcome, read_outcomes, write_outcomes
 from tune_sparse.files import read_json, write_json, write_lines, write_text
 from tune_sparse.identity import NUMERICS_VERSION, hash_json
+from tune_sparse.training.budgets import CPU_BUDGETS, Budgets
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -86,17 +87,24 @@ LoadModel = Callable[[], tuple["PreTrainedModel", "PreTrainedTokenizerBase"]]
 
 
 def evaluate(
-    key: EvaluationKey, task: Task, splits: Splits, protocol: Protocol, load_model: LoadModel, results_dir: Path
+    key: EvaluationKey,
+    task: Task,
+    splits: Splits,
+    protocol: Protocol,
+    load_model: LoadModel,
+    results_dir: Path,
+    budgets: Budgets = CPU_BUDGETS,
 ) -> Evaluation:
     """Score a model on a task's test examples, or find that this was done.
 
-    A scoring that was stopped goes on after its last whole batch, and ends with the same numbers.
+    A scoring that was stopped goes on after its last whole batch, and under the same budgets ends with the
+    same numbers.
     Raises `InputError` while another process scores the same, `RunError` if the model computes NaN.
     """
     folder = results_dir / "evaluations" / key.name
     with _alone(folder):
         if not (folder / "result.json").exists():
-            _evaluate_into(folder, key, task, splits, protocol, load_model)
+            _evaluate_into(folder, key, task, splits, protocol, load_model, budgets)
     return Evaluation(key, folder, read_json(folder / "result.json")["metrics"])
 
 
@@ -111,7 +119,13 @@ def _alone(folder: Path) -> Iterator[None]:
 
 
 def _evaluate_into(
-    folder: Path, key: EvaluationKey, task: Task, splits: Splits, protocol: Protocol, load_model: LoadModel
+    folder: Path,
+    key: EvaluationKey,
+    task: Task,
+    splits: Splits,
+    protocol: Protocol,
+    load_model: LoadModel,
+    budgets: Budgets,
 ) -> None:
     import yaml
 
@@ -123,13 +137,17 @@ def _evaluate_into(
     if key.evaluator == "lm-eval":
         from tune_sparse.evaluation.harness import harness_outcomes
 
-        outcomes, resumed = harness_outcomes(model, tokenizer, task, splits.test, splits.shots, protocol), 0
+        outcomes, resumed = harness_outcomes(model, tokenizer, task, splits.test, splits.shots, protocol, budgets), 0
     else:
-        outcomes, resumed = _score_on(folder, model, tokenizer, task, splits, protocol)
+        outcomes, resumed = _score_on(folder, model, tokenizer, task, splits, protocol, budgets)
     seconds = time.perf_counter() - started
     metrics = task_metrics(task, outcomes)
     write_outcomes(folder / "examples.parquet", outcomes)
-    measured = {"examples_per_second": (len(outcomes) - resumed) / seconds, "examples_known_before": resumed}
+    measured = {
+        "examples_per_second": (len(outcomes) - resumed) / seconds,
+        "examples_known_before": resumed,
+        "budgets": budgets.as_record(),
+    }
     write_json(folder / "result.json", {"metrics": metrics, "measured": measured})
     (folder / "outcomes.jsonl").unlink(missing_ok=True)
 
@@ -141,6 +159,7 @@ def _score_on(
     task: Task,
     splits: Splits,
     protocol: Protocol,
+    budgets: Budgets,
 ) -> tuple[list[Outcome], int]:
     """All outcomes in order, and how many were known before."""
     from tune_sparse.evaluation.scoring import compute_outcomes, encode_test
@@ -151,7 +170,7 @@ def _score_on(
     resumed = len(outcomes)
     write_lines(path, ([i, asdict(outcome)] for i, outcome in outcomes.items()))
     with path.open("a", encoding="utf-8") as lines:
-        for batch in compute_outcomes(model, tokenizer, tests, protocol, frozenset(outcomes)):
+        for batch in compute_outcomes(model, tokenizer, tests, protocol, frozenset(outcomes), budgets):
             outcomes |= batch
             lines.writelines(json.dumps([i, asdict(outcome)]) + "\n" for i, outcome in batch.items())
             lines.flush()

@@ -14,6 +14,7 @@ from tune_sparse.data.task_types import ChoiceTask, Example, PromptTask, Task
 from tune_sparse.errors import InputError
 from tune_sparse.evaluation.outcomes import Outcome
 from tune_sparse.files import write_lines
+from tune_sparse.training.budgets import CPU_BUDGETS, Budgets
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -40,6 +41,7 @@ def harness_outcomes(
     examples: Sequence[Example],
     shots: Sequence[Example],
     protocol: Protocol,
+    budgets: Budgets = CPU_BUDGETS,
 ) -> list[Outcome]:
     """The outcome of each example as the harness scores it; `shots` is the pool of its few-shot examples.
 
@@ -47,7 +49,7 @@ def harness_outcomes(
     """
     check_harness(task)
     assert isinstance(task, PromptTask)
-    samples = harness_samples(model, tokenizer, task, examples, shots, protocol)
+    samples = harness_samples(model, tokenizer, task, examples, shots, protocol, budgets)
     by_filter: dict[str, dict[int, Any]] = {sample["filter"]: {} for sample in samples}
     for sample in samples:
         by_filter[sample["filter"]][sample["doc_id"]] = sample
@@ -79,6 +81,7 @@ def harness_samples(
     examples: Sequence[Example],
     shots: Sequence[Example],
     protocol: Protocol,
+    budgets: Budgets = CPU_BUDGETS,
 ) -> list[dict[str, Any]]:
     """The harness's log of every example: prompt, continuations, answers, metrics."""
     import datasets
@@ -86,6 +89,7 @@ def harness_samples(
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
+    tokens = budgets.scoring_tokens if isinstance(task, ChoiceTask) else budgets.generation_tokens
     datasets.disable_progress_bars()
     with TemporaryDirectory() as folder, _stopping_at_end_of_text(model, tokenizer):
         _write_task(Path(folder), task, examples, shots)
@@ -93,7 +97,7 @@ def harness_samples(
             HFLM(
                 pretrained=model,
                 tokenizer=tokenizer,
-                batch_size=max(1, protocol.batch_tokens // protocol.max_tokens),
+                batch_size=max(1, tokens // protocol.max_tokens),
                 max_length=protocol.max_tokens,
             ),
             tasks=[task.name],

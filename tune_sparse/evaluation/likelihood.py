@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import sys
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,7 +17,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
+from tune_sparse.data.batching import batches_by_length, sent
 from tune_sparse.data.splits import Encoded
+from tune_sparse.training.no_cache import NoCache
 from tune_sparse.watchdog import heartbeat
 
 LOGITS_BYTES = 2**27
@@ -105,35 +108,21 @@ def _share_prefix(choices: Sequence[Encoded], shared: tuple[int, ...]) -> Shared
     return SharedPrefixBatch(tuple(tokens), tuple(positions), tuple(branches), tuple(targets))
 
 
-def batches_by_length(sizes: Sequence[int], batch_tokens: int, alike: float = 0.0) -> list[list[int]]:
-    """Indices in batches of similar size, the largest first: padded, none has more than `batch_tokens` (if it has
-    more than one row), and its smallest row has at least the fraction `alike` of its largest."""
-    batches: list[list[int]] = []
-    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
-        largest = sizes[batches[-1][0]] if batches else 0
-        if not batches or (len(batches[-1]) + 1) * largest > batch_tokens or sizes[i] < alike * largest:
-            batches.append([])
-        batches[-1].append(i)
-    return batches
-
-
 def question_tokens(choices: Sequence[Encoded]) -> int:
     """Tokens that are read to score a question."""
     return sum(len(packed.tokens) for packed in pack_choices(choices, sys.maxsize))
 
 
 @torch.no_grad()
-def log_likelihoods(
-    model: PreTrainedModel, questions: Sequence[Sequence[Encoded]], batch_tokens: int
-) -> list[list[float]]:
+def log_likelihoods(model: PreTrainedModel, questions: Sequence[Sequence[Encoded]], tokens: int) -> list[list[float]]:
     """Summed log-probability of each continuation after its context, for each choice of each question.
 
-    Contexts must have at least one token. Memory is bounded by `batch_tokens`, whatever the number of questions and
-    choices: a question with many choices is divided.
+    Contexts must have at least one token. A pass reads at most `tokens` tokens, padding included, whatever the number
+    of questions and choices: a question with many choices is divided.
     """
-    owned = [(i, packed) for i, choices in enumerate(questions) for packed in pack_choices(choices, batch_tokens // 4)]
+    owned = [(i, packed) for i, choices in enumerate(questions) for packed in pack_choices(choices, tokens // 4)]
     by_row: dict[int, list[float]] = {}
-    for batch in batches_by_length([len(packed.tokens) for _, packed in owned], batch_tokens, ALIKE):
+    for batch in batches_by_length([len(packed.tokens) for _, packed in owned], tokens, ALIKE):
         values = _read(model, [owned[k][1] for k in batch])
         heartbeat()
         by_row |= dict(zip(batch, values, strict=True))
@@ -143,39 +132,43 @@ def log_likelihoods(
     return result
 
 
-def _read(model: PreTrainedModel, batches: Sequence[SharedPrefixBatch]) -> list[list[float]]:
+def _read(model: PreTrainedModel, rows: Sequence[SharedPrefixBatch]) -> list[list[float]]:
     """Log-likelihoods of the choices of each row, from one forward pass. Logits are computed only where they are read,
-    once for each place."""
-    hidden = _hidden(model, batches)
-    targets = [(row, *target) for row, packed in enumerate(batches) for choice in packed.targets for target in choice]
-    places = sorted({(row, at) for row, at, _ in targets})
+    once for each place. The device is waited for once, at the end."""
+    hidden = _hidden(model, rows)
+    width = hidden.shape[1]
+    targets = [(i * width + at, token) for i, row in enumerate(rows) for choice in row.targets for at, token in choice]
+    places = sorted({place for place, _ in targets})
     index = {place: k for k, place in enumerate(places)}
-    rows, ats = torch.tensor(places, device=model.device).T
-    wanted = torch.tensor([index[row, at] for row, at, _ in targets], device=model.device)
-    tokens = torch.tensor([token for _, _, token in targets], device=model.device)
-    log_probabilities = torch.empty(len(targets), device=model.device)
+    order = sorted(range(len(targets)), key=lambda j: targets[j][0])
+    wanted = [index[targets[j][0]] for j in order]
+    tokens = [targets[j][1] for j in order]
+    read = hidden.flatten(0, 1).index_select(0, sent(torch.tensor(places), model.device))
     head = model.get_output_embeddings()
     step = max(1, LOGITS_BYTES // (4 * head.weight.shape[0]))
+    found = []
     for start in range(0, len(places), step):
-        logits = head(hidden[rows[start : start + step], ats[start : start + step]]).float()
-        here = (wanted >= start) & (wanted < start + step)
-        k = wanted[here] - start
-        log_probabilities[here] = logits[k, tokens[here]] - logits.logsumexp(-1)[k]
-    values = iter(log_probabilities.tolist())
-    return [[math.fsum(next(values) for _ in choice) for choice in packed.targets] for packed in batches]
+        logits = head(read[start : start + step]).float()
+        first, last = bisect_left(wanted, start), bisect_left(wanted, start + step)
+        k = sent(torch.tensor(wanted[first:last]) - start, model.device)
+        token = sent(torch.tensor(tokens[first:last]), model.device)
+        found.append(logits[k, token] - logits.logsumexp(-1)[k])
+    by_target = dict(zip(order, torch.cat(found).tolist(), strict=True))
+    values = (by_target[j] for j in range(len(targets)))
+    return [[math.fsum(next(values) for _ in choice) for choice in row.targets] for row in rows]
 
 
-def _hidden(model: PreTrainedModel, batches: Sequence[SharedPrefixBatch]) -> Tensor:
+def _hidden(model: PreTrainedModel, rows: Sequence[SharedPrefixBatch]) -> Tensor:
     """Last hidden states of each row: (B, T, hidden)."""
 
-    def padded(rows: Sequence[tuple[int, ...]], value: int) -> Tensor:
-        return pad_sequence([torch.tensor(row) for row in rows], True, value).to(model.device)
+    def padded(values: Sequence[tuple[int, ...]], padding: int) -> Tensor:
+        return sent(pad_sequence([torch.tensor(row) for row in values], True, padding), model.device)
 
-    ids = padded([packed.tokens for packed in batches], 0)
-    if not any(packed.is_branched for packed in batches):
-        return model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-    positions = padded([packed.positions for packed in batches], 0)
-    branches = padded([packed.branches for packed in batches], PADDING)
+    ids = padded([row.tokens for row in rows], 0)
+    if not any(row.is_branched for row in rows):
+        return model.base_model(input_ids=ids, use_cache=False, past_key_values=NoCache()).last_hidden_state
+    positions = padded([row.positions for row in rows], 0)
+    branches = padded([row.branches for row in rows], PADDING)
     mask = branch_mask(positions, branches, getattr(model.config, "sliding_window", None))
     return model.base_model(
         input_ids=ids, attention_mask=mask[:, None], position_ids=positions, use_cache=False

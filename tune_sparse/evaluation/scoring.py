@@ -10,13 +10,15 @@ from random import Random
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tune_sparse.config import Protocol
+from tune_sparse.data.batching import batches_by_length
 from tune_sparse.data.splits import Encoded, encode_pairs, encode_prompts, encode_windows
 from tune_sparse.data.task_types import AnswerTask, ChoiceTask, Example, Pair, PromptTask, Task
 from tune_sparse.errors import InputError, RunError
 from tune_sparse.evaluation.generation import generate
-from tune_sparse.evaluation.likelihood import batches_by_length, log_likelihoods, question_tokens
+from tune_sparse.evaluation.likelihood import log_likelihoods, question_tokens
 from tune_sparse.evaluation.metrics import Metrics, combined, compute_metrics
 from tune_sparse.evaluation.outcomes import Outcome
+from tune_sparse.training.budgets import CPU_BUDGETS, Budgets
 
 FEW_SHOT_SEED = 1234
 """Seed of the worked examples in a prompt: that of lm-evaluation-harness."""
@@ -141,13 +143,17 @@ class Scored:
 
 
 def score(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tests: Sequence[EvalSet], protocol: Protocol
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tests: Sequence[EvalSet],
+    protocol: Protocol,
+    budgets: Budgets = CPU_BUDGETS,
 ) -> Scored:
     """Score a model on encoded test examples; the model is not changed. Raises `RunError` if it computes NaN."""
     found: list[Outcome] = []
     by_task = {}
     for test in tests:
-        batches = compute_outcomes(model, tokenizer, test, protocol)
+        batches = compute_outcomes(model, tokenizer, test, protocol, budgets=budgets)
         outcomes = [outcome for _, outcome in sorted(pair for batch in batches for pair in batch.items())]
         by_task[test.task.name] = task_metrics(test.task, outcomes)
         found += outcomes
@@ -165,24 +171,30 @@ def compute_outcomes(
     tests: EvalSet,
     protocol: Protocol,
     known: Collection[int] = (),
+    budgets: Budgets = CPU_BUDGETS,
 ) -> Iterator[dict[int, Outcome]]:
     """{index of an example: outcome}, batch after batch; it can be stopped after any, and go on from the `known`.
 
-    Batches depend on the test set alone, so that whoever stops and goes on gets the same numbers to the last bit.
+    Batches depend on the test set and the budgets alone, so that whoever stops and goes on with the same budgets gets
+    the same numbers to the last bit.
     """
     task, examples = tests.task, tests.examples
-    if isinstance(task, AnswerTask):
-        sizes = [len(example.encoded[0].context) + protocol.max_new_tokens for example in examples]
-    else:
-        sizes = [question_tokens(example.encoded) for example in examples]
-    for batch in batches_by_length(sizes, protocol.batch_tokens):
+    limit = budgets.generation_tokens if isinstance(task, AnswerTask) else budgets.scoring_tokens
+    for batch in batches_by_length([_tokens(task, example, protocol) for example in examples], limit):
         if not all(i in known for i in batch):
             chosen = [examples[i] for i in batch]
             if isinstance(task, AnswerTask):
                 found = _answers(model, tokenizer, task, chosen, protocol)
             else:
-                found = _likelihoods(model, task, chosen, protocol)
+                found = _likelihoods(model, task, chosen, limit)
             yield {i: outcome for i, outcome in zip(batch, found, strict=True) if i not in known}
+
+
+def _tokens(task: Task, example: EvalExample, protocol: Protocol) -> int:
+    """Tokens that are read or written to score an example."""
+    if isinstance(task, AnswerTask):
+        return len(example.encoded[0].context) + protocol.max_new_tokens
+    return question_tokens(example.encoded)
 
 
 def _answers(
@@ -213,10 +225,8 @@ def _agrees(task: AnswerTask, found: str | None, gold: str | None) -> bool:
     return found is not None and gold is not None and task.equal(found, gold)
 
 
-def _likelihoods(
-    model: PreTrainedModel, task: Task, examples: Sequence[EvalExample], protocol: Protocol
-) -> Iterator[Outcome]:
-    likelihoods = log_likelihoods(model, [example.encoded for example in examples], protocol.batch_tokens)
+def _likelihoods(model: PreTrainedModel, task: Task, examples: Sequence[EvalExample], tokens: int) -> Iterator[Outcome]:
+    likelihoods = log_likelihoods(model, [example.encoded for example in examples], tokens)
     for example, values in zip(examples, likelihoods, strict=True):
         if not all(map(math.isfinite, values)):
             raise RunError(f"log-likelihoods must be finite, got {values} for a test example. The model overflows.")

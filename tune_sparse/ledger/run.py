@@ -9,12 +9,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tune_sparse.config import Cell, Protocol
+from tune_sparse.config import BudgetOptions, Cell, Protocol
 from tune_sparse.config.protocol import CALIBRATION_SETTINGS, SCORING
 from tune_sparse.files import write_text
 from tune_sparse.identity import NUMERICS_VERSION, hash_json
 from tune_sparse.lora.rank_space import SuperAdapter
 from tune_sparse.pruning.methods import METHODS
+from tune_sparse.training.budgets import fixed_micro_batch_tokens
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,8 @@ class Run:
     """target and release of what trains a cell of the backend cerebras"""
     super_adapter: SuperAdapter | None = None
     """The space that its adapters are sampled from in training; None for a cell of the matrix."""
+    budgets: BudgetOptions = BudgetOptions()
+    """What its user set of the budgets. Only with dropout a micro-batch changes more than the order of additions."""
 
     @property
     def is_calibrated(self) -> bool:
@@ -42,7 +45,7 @@ class Run:
 
     @property
     def identity(self) -> str:
-        """SHA-256 of the canonical run; places on disk are left out."""
+        """SHA-256 of the canonical run; places on disk and budgets are left out."""
         return hash_json(self._identified())
 
     @property
@@ -62,13 +65,15 @@ class Run:
         return readable_id(Cell(c.model, c.task, c.method, c.sparsity, "pruned-baseline", seed, c.backend), identity)
 
     def _identified(self) -> dict[str, Any]:
-        places = {"model_path", "data_dir"}
+        places = {"model_path", "data_dir", "budgets"}
         if not self.is_calibrated:
             places |= {"calibration_fingerprint"}
         places |= {name for name in ("cerebras", "super_adapter") if getattr(self, name) is None}
         known = {name: value for name, value in asdict(self).items() if name not in places}
         if not self.is_calibrated:
             known["protocol"] = {k: v for k, v in known["protocol"].items() if k not in CALIBRATION_SETTINGS}
+        if tokens := fixed_micro_batch_tokens(self.protocol, self.budgets):
+            known["micro_batch_tokens"] = tokens
         return known | {"numerics_version": NUMERICS_VERSION}
 
     def as_config(self) -> dict[str, Any]:
@@ -79,6 +84,7 @@ class Run:
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Run:
         own = {"cell": Cell(**config["cell"]), "protocol": Protocol(**config["protocol"])}
+        own["budgets"] = BudgetOptions(**config.get("budgets", {}))
         if config.get("super_adapter"):
             own["super_adapter"] = SuperAdapter.from_config(config["super_adapter"])
         return cls(**{**config, **own})

@@ -7,7 +7,7 @@ s = alpha / R; x: (..., I). An implementation is a module: what it keeps moves w
 | --- | --- | --- |
 | plain | none | two GEMMs, as LoRA |
 | structured | whole rows and columns | as plain, on what is left of W |
-| effective-weight | any | three GEMMs, and the weight built twice in a workspace that all layers share |
+| effective-weight | any | three GEMMs, and the weight built twice in a workspace that all layers share, or kept |
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.optim import Optimizer
 
 from tune_sparse.errors import InputError
 
@@ -68,7 +69,7 @@ def effective_weight(weight: Tensor, A: Tensor, B: Tensor, scaling: float, mask:
 
     The factors are rounded to that dtype once, their product and the sum are not rounded in between.
     """
-    return EffectiveWeight(weight, mask, Workspace()).build(weight, A, B, scaling)
+    return EffectiveWeight(weight, mask, Workspace()).build(weight, A, B, scaling, torch.empty_like(weight))
 
 
 def _rounded(A: Tensor, B: Tensor, scaling: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -147,8 +148,9 @@ class _Columns(torch.autograd.Function):
 class EffectiveWeight(nn.Module):
     """y = W_eff x + b with W_eff = W + s(BA)⊙M as a dense matrix, which is what is merged: the same bits.
 
-    M is W != 0, and nothing of the size of W is kept: W_eff lies in the workspace only while it is used. Kept
-    weights that are exactly zero are remembered by their positions. Without a mask W_eff = W + sBA.
+    M is W != 0, and nothing of the size of W is kept: W_eff lies in the workspace only while it is used, or from the
+    first forward of an optimizer step to its end (`keep_for_steps`). Kept weights that are exactly zero are remembered
+    by their positions. Without a mask W_eff = W + sBA.
     """
 
     name = "effective-weight"
@@ -157,6 +159,9 @@ class EffectiveWeight(nn.Module):
     def __init__(self, weight: Tensor, mask: Tensor | None, workspace: Workspace) -> None:
         super().__init__()
         self.is_masked, self.workspace = mask is not None, workspace
+        self.is_kept_for_steps = False
+        self.of_step: Tensor | None = None
+        """W_eff, where it is kept and was built in this optimizer step"""
         empty = torch.zeros(0, dtype=torch.long, device=weight.device)
         kept_zeros = empty if mask is None else (mask & (weight == 0)).flatten().nonzero().flatten()
         self.register_buffer("kept_zeros", kept_zeros, persistent=False)
@@ -164,22 +169,30 @@ class EffectiveWeight(nn.Module):
         # kept_zeros[cuts[i] : cuts[i + 1]]. With rows of 4 weights in chunks of 2 rows, kept zeros at 3, 9, 10 are cut
         # at 0, 1, 3: the first chunk has the one at 3, the second those at 9 - 8 and 10 - 8 of its own.
         rows, width = weight.shape
-        self._rows = rows if weight.is_cuda else max(1, CHUNK_BYTES // (width * weight.element_size()))
+        self._rows = rows if weight.device.type != "cpu" else max(1, CHUNK_BYTES // (width * weight.element_size()))
         starts = torch.arange(0, rows + self._rows, self._rows)
         self._cuts = torch.searchsorted(kept_zeros.cpu(), starts * width).tolist() if len(kept_zeros) else []
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float) -> Tensor:
+        if self.is_kept_for_steps and self.of_step is None and torch.is_grad_enabled():
+            with torch.no_grad():
+                self.of_step = self.build(weight, A, B, scaling, torch.empty_like(weight))
         return _EffectiveWeight.apply(x, weight, bias, A, B, scaling, self)
+
+    def effective(self, weight: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
+        """W + s(BA)⊙M as it was kept, or built in the workspace: the same bits. (O, I)"""
+        if self.of_step is not None:
+            return self.of_step
+        return self.build(weight, A, B, scaling, self.workspace.get("weight", weight))
 
     def mask(self, weight: Tensor) -> Tensor | None:
         if not self.is_masked:
             return None
         return (weight != 0).flatten().index_fill(0, self.kept_zeros, True).view(weight.shape)
 
-    def build(self, weight: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
-        """Compute W + s(BA)⊙M in the workspace: (O, I)."""
+    def build(self, weight: Tensor, A: Tensor, B: Tensor, scaling: float, out: Tensor) -> Tensor:
+        """Compute W + s(BA)⊙M in `out`: (O, I)."""
         B, A = _rounded(A, B, scaling, weight.dtype)
-        out = self.workspace.get("weight", weight)
         if not self.is_masked:
             return torch.addmm(weight, B, A, out=out)
         for i, (to, chunk, rows) in enumerate(zip(*map(self._chunks, (out, weight, B)), strict=True)):
@@ -209,7 +222,8 @@ class EffectiveWeight(nn.Module):
 
 
 class _EffectiveWeight(torch.autograd.Function):
-    """With G = (dYᵀX)⊙M: dX = dY W_eff, dB = s G Aᵀ, dA = s Bᵀ G. Only x is saved; W_eff is built again."""
+    """With G = (dYᵀX)⊙M: dX = dY W_eff, dB = s G Aᵀ, dA = s Bᵀ G. Only x is saved; a W_eff that is not kept is
+    built again."""
 
     @staticmethod
     def forward(
@@ -224,7 +238,7 @@ class _EffectiveWeight(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight, A, B)
         ctx.scaling, ctx.impl = scaling, impl
-        return F.linear(x, impl.build(weight, A, B, scaling), bias)
+        return F.linear(x, impl.effective(weight, A, B, scaling), bias)
 
     @staticmethod
     @once_differentiable
@@ -233,12 +247,28 @@ class _EffectiveWeight(torch.autograd.Function):
         impl, dX, rows = ctx.impl, None, dY.flatten(0, -2)
         if ctx.needs_input_grad[0]:
             dX = x.new_empty(x.shape)
-            W_eff = impl.build(weight, A, B, ctx.scaling)
+            W_eff = impl.effective(weight, A, B, ctx.scaling)
             impl.workspace.product_into(dX.view(-1, x.shape[-1]), rows, W_eff)
         G = impl.weight_gradient(weight, rows, x.flatten(0, -2))
         sB, rounded_A = _rounded(A, B, ctx.scaling, weight.dtype)
         dA, dB = sB.T @ G, ctx.scaling * (G @ rounded_A.T)
         return dX, None, None, dA.to(A.dtype), dB.to(B.dtype), None, None
+
+
+def keep_for_steps(model: nn.Module, optimizer: Optimizer) -> None:
+    """From here on, every layer of `model` builds its effective weight once in each step of `optimizer`.
+
+    That takes a second copy of the adapted weights, from the first forward of a step until the optimizer has stepped.
+    """
+    impls = [module for module in model.modules() if isinstance(module, EffectiveWeight)]
+    for impl in impls:
+        impl.is_kept_for_steps = True
+
+    def forget(*_: Any) -> None:
+        for impl in impls:
+            impl.of_step = None
+
+    optimizer.register_step_post_hook(forget)
 
 
 LoraImpl = Plain | Structured | EffectiveWeight

@@ -55,7 +55,7 @@ class Layer:
         slice as an adapter of its own."""
         if not rank:
             return self.weight
-        weight = self.impl.build(self.weight, self.A[:rank], self.B[:, :rank], self.scaling)
+        weight = self.impl.effective(self.weight, self.A[:rank], self.B[:, :rank], self.scaling)
         return weight if self.last_mask is None else weight.mul_(self.last_mask)
 
 

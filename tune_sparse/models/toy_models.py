@@ -23,6 +23,7 @@ from safetensors.torch import save
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
 
+from tune_sparse.data.batching import as_batch
 from tune_sparse.data.splits import Encoded, encode_answers
 from tune_sparse.data.synthetic import GENERATOR_VERSION, SYNTHETIC_TASKS, open_questions, synthetic_examples
 from tune_sparse.data.task_types import PromptTask
@@ -217,9 +218,10 @@ def _train(recipe: Recipe, report: Report) -> tuple[PreTrainedModel, PreTrainedT
         optimizer.param_groups[0]["lr"] = recipe.learning_rate_at(step)
         loss = 0.0
         for examples in _step_examples(recipe, pools, rng):
-            summed, count = answer_loss(model, examples)
-            (summed / count).backward()
-            loss += summed.item() / count
+            batch = as_batch([(example,) for example in examples])
+            summed = answer_loss(model, batch)
+            (summed / len(batch.targets)).backward()
+            loss += summed.item() / len(batch.targets)
         torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()

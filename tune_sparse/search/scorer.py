@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from trainables.budgets import run_budgets
 from trainables.inputs import load_planned_splits
 from trainables.rebuild import pruned_by
 from trainables.worker import WorkerCache
@@ -28,6 +29,7 @@ from tune_sparse.models.checkpoints import prunable_weights
 from tune_sparse.modes import MODES
 from tune_sparse.pruning.masks import Masks, count_sparsity, mask_sha256
 from tune_sparse.search.racing import Correctness
+from tune_sparse.training.budgets import Budgets
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ class SliceScorer:
     tests: EvalSet
     """of the selection examples"""
     protocol: Protocol
+    budgets: Budgets
 
     @classmethod
     def from_run(cls, run: Run, ledger: LedgerReader) -> SliceScorer:
@@ -55,7 +58,7 @@ class SliceScorer:
         task, protocol = task_named(run.cell.task), run.protocol.within(loaded.dims.max_positions)
         [splits] = load_planned_splits(run, protocol)
         tests = encode_test(loaded.tokenizer, task, splits.selection, protocol, splits.shots)
-        return cls(run, slices, loaded.tokenizer, masks, tests, protocol)
+        return cls(run, slices, loaded.tokenizer, masks, tests, protocol, run_budgets(run, loaded.dims))
 
     def parameters(self, ranks: Ranks) -> int:
         sizes = {name: (len(layer.weight), layer.weight.shape[1]) for name, layer in self.slices.layers.items()}
@@ -66,7 +69,7 @@ class SliceScorer:
         self.slices.activate(ranks)
         tests = EvalSet(self.tests.task, tuple(self.tests.examples[i] for i in stage))
         done = [place for place, i in enumerate(stage) if known.knows(i)]
-        for batch in compute_outcomes(self.slices.model, self.tokenizer, tests, self.protocol, done):
+        for batch in compute_outcomes(self.slices.model, self.tokenizer, tests, self.protocol, done, self.budgets):
             yield from ((stage[place], bool(outcome.correct)) for place, outcome in batch.items())
 
     def finish(self, ranks: Ranks, folder: Path) -> Scored:
@@ -91,7 +94,7 @@ class SliceScorer:
             raise RunError("a sub-adapter must pass its validation: " + "; ".join(report["violations"]))
         [splits] = load_planned_splits(self.run, self.protocol)
         tests = encode_test(self.tokenizer, self.tests.task, splits.test, self.protocol, splits.shots)
-        scored = score(self.slices.model, self.tokenizer, [tests], self.protocol)
+        scored = score(self.slices.model, self.tokenizer, [tests], self.protocol, self.budgets)
         write_outcomes(folder / "examples.parquet", scored.outcomes)
         write_json(folder / "result.json", {"ranks": ranks, "parameters": self.parameters(ranks), **scored.metrics})
         for name, layer in self.slices.layers.items():

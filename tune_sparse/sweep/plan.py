@@ -161,6 +161,7 @@ def _run_namer(config: SweepConfig, checkpoints: Mapping[str, Checkpoint], examp
             prompt_version="+".join(str(task.prompt_version) for task in tasks_named(cell.task)),
             calibration_fingerprint=text,
             cerebras=cerebras if cell.backend == "cerebras" else None,
+            budgets=config.budgets,
         )
 
     return name_run

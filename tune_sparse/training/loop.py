@@ -15,12 +15,15 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from tune_sparse.config import Protocol
-from tune_sparse.data.batching import packed, padded
+from tune_sparse.data.batching import Batch, example_tokens, micro_batches, sent
 from tune_sparse.data.splits import Encoded
 from tune_sparse.errors import RunError
+from tune_sparse.training.budgets import CPU_BUDGETS, Budgets
 from tune_sparse.training.cross_entropy import summed_cross_entropy
+from tune_sparse.training.no_cache import NoCache
 from tune_sparse.watchdog import heartbeat
 
 
@@ -61,37 +64,36 @@ def batches(examples: Sequence[Encoded], protocol: Protocol, seed: int) -> Itera
         order = order[protocol.global_batch_size :]
 
 
-def answer_loss(
-    model: PreTrainedModel, examples: Sequence[Encoded], train_on_prompt: bool = False, pack_to: int | None = None
-) -> tuple[Tensor, int]:
-    """Summed cross-entropy of the target tokens and how many they are.
+def answer_loss(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """Summed cross-entropy of a batch's targets, on the device of the model; nothing waits for it.
 
-    Examples are padded on the right, where a causal model never looks, or with `pack_to` put behind one another in
-    sequences of at most so many tokens. Logits are computed only where a token is a target, a chunk at a time.
+    Logits are computed only where a token is a target, a chunk at a time.
     """
-    batch = padded(examples, train_on_prompt) if pack_to is None else packed(examples, train_on_prompt, pack_to)
-    ids, loss_mask = batch.ids.to(model.device), batch.loss_mask.to(model.device)
-    positions = {} if batch.positions is None else {"position_ids": batch.positions.to(model.device)}
-    hidden = model.model(input_ids=ids, use_cache=False, **positions).last_hidden_state
-    targets = ids[loss_mask]
-    return summed_cross_entropy(hidden[:, :-1][loss_mask[:, 1:]], model.lm_head, targets), len(targets)
+    ids, places, targets = (sent(t, model.device) for t in (batch.ids, batch.places, batch.targets))
+    apart = {"past_key_values": NoCache()}
+    within = apart if batch.positions is None else {"position_ids": sent(batch.positions, model.device)}
+    hidden = model.model(input_ids=ids, use_cache=False, **within).last_hidden_state
+    return summed_cross_entropy(hidden.flatten(0, 1).index_select(0, places), model.lm_head, targets)
 
 
 @torch.no_grad()
 def mean_loss(
-    model: PreTrainedModel, examples: Sequence[Encoded], protocol: Protocol, accelerator: Accelerator | None = None
+    model: PreTrainedModel,
+    examples: Sequence[Encoded],
+    protocol: Protocol,
+    accelerator: Accelerator | None = None,
+    budgets: Budgets = CPU_BUDGETS,
 ) -> float:
     """Mean cross-entropy over the target tokens of `examples`, in evaluation mode. Raises `RunError` if not finite."""
-    summed, targets, was_training = 0.0, 0, model.training
+    losses, targets, was_training = [], 0, model.training
     model.eval()
-    for start in range(0, len(examples), protocol.micro_batch_size):
+    for batch in micro_batches(examples, budgets.scoring_tokens, protocol.train_on_prompt, protocol.pack_to):
         with accelerator.autocast() if accelerator else nullcontext():
-            batch = examples[start : start + protocol.micro_batch_size]
-            loss, count = answer_loss(model, batch, protocol.train_on_prompt, protocol.pack_to)
+            losses.append(answer_loss(model, batch))
         heartbeat()
-        summed, targets = summed + float(loss), targets + count
+        targets += len(batch.targets)
     model.train(was_training)
-    mean = summed / targets
+    mean = math.fsum(torch.stack(losses).tolist()) / targets
     if not math.isfinite(mean):
         raise RunError(f"the eval loss must stay finite, got {mean}. Lower learning_rate.")
     return mean
@@ -126,6 +128,7 @@ def fit(
     done: int = 0,
     accelerator: Accelerator | None = None,
     before_step: Callable[[int], None] | None = None,
+    budgets: Budgets = CPU_BUDGETS,
 ) -> Iterator[Step]:
     """Train the optimizer's parameters of `model` in place, one `Step` yielded after each optimizer step.
 
@@ -138,7 +141,7 @@ def fit(
     if not done:
         torch.manual_seed(seed)
     last_good = "no good loss before"
-    with in_training(model, protocol.activation_checkpointing):
+    with in_training(model, budgets.activation_checkpointing):
         for step, batch in enumerate(islice(batches(examples, protocol, seed), done, protocol.steps), start=done):
             start = time.perf_counter()
             if before_step:
@@ -146,7 +149,7 @@ def fit(
             rate = learning_rate_at(step, protocol)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            loss = _accumulate_gradients(model, batch, protocol, accelerator)
+            loss = _accumulate_gradients(model, batch, protocol, accelerator, budgets.micro_batch_tokens)
             if not math.isfinite(loss):
                 raise RunError(
                     f"the training loss must stay finite, got {loss} at step {step + 1} with learning rate {rate:g} "
@@ -156,7 +159,7 @@ def fit(
             accelerator.clip_grad_norm_(parameters, protocol.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
-            tokens = sum(len(example.context) + len(example.continuation) for example in batch)
+            tokens = sum(map(example_tokens, batch))
             yield Step(step + 1, loss, rate, len(batch), tokens, time.perf_counter() - start)
 
 
@@ -169,6 +172,9 @@ def in_training(model: PreTrainedModel, checkpoint_activations: bool) -> Iterato
     model.train()
     if checkpoint_activations:
         model.activation_checkpointing_enable({"use_reentrant": False})
+        for module in model.modules():
+            if isinstance(module, GradientCheckpointingLayer):
+                module._can_checkpoint_with_cache = True  # it is a `NoCache`, which a second forward may see again
     try:
         yield
     finally:
@@ -178,19 +184,19 @@ def in_training(model: PreTrainedModel, checkpoint_activations: bool) -> Iterato
 
 
 def _accumulate_gradients(
-    model: PreTrainedModel, batch: Sequence[Encoded], protocol: Protocol, accelerator: Accelerator
+    model: PreTrainedModel, examples: Sequence[Encoded], protocol: Protocol, accelerator: Accelerator, tokens: int
 ) -> float:
-    """Gradients of the mean loss over all target tokens of the batch, whatever the micro-batch."""
-    if protocol.train_on_prompt:
-        targets = sum(len(example.context) + len(example.continuation) - 1 for example in batch)
-    else:
-        targets = sum(len(example.continuation) - (not example.context) for example in batch)
-    total = 0.0
-    for start in range(0, len(batch), protocol.micro_batch_size):
-        examples = batch[start : start + protocol.micro_batch_size]
+    """Gradients of the mean loss over all target tokens of `examples`, in micro-batches of at most `tokens` tokens.
+
+    The device is waited for once, for the loss.
+    """
+    parts = micro_batches(examples, tokens, protocol.train_on_prompt, protocol.pack_to)
+    targets = sum(len(part.targets) for part in parts)
+    losses = []
+    for part in parts:
         with accelerator.autocast():
-            loss, _ = answer_loss(model, examples, protocol.train_on_prompt, protocol.pack_to)
+            loss = answer_loss(model, part)
         accelerator.backward(loss / targets)
         heartbeat()
-        total += loss.item()
-    return total / targets
+        losses.append(loss.detach())
+    return math.fsum(torch.stack(losses).tolist()) / targets
