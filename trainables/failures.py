@@ -10,6 +10,7 @@ import torch
 
 from trainables.hardware import code_version, device_memory_bytes
 from tune_sparse.errors import DISK_FULL, NotReadyError, TooLargeError, is_out_of_memory
+from tune_sparse.training.budgets import Budgets
 
 INFRASTRUCTURE_ERRORS = (
     torch.OutOfMemoryError,
@@ -44,8 +45,8 @@ def _lacked_memory(error: Exception) -> bool:
     return is_out_of_memory(named) and not isinstance(error, TooLargeError)
 
 
-def describe_error(error: BaseException, retryable: bool) -> dict[str, Any]:
-    """As it is recorded. One of memory says how much there was, and which code asked for more."""
+def describe_error(error: BaseException, retryable: bool, budgets: Budgets | None = None) -> dict[str, Any]:
+    """As it is recorded. One of memory says how much there was, how it was spent, and which code asked for more."""
     described = {
         "class": type(error).__name__,
         "message": str(error),
@@ -54,4 +55,5 @@ def describe_error(error: BaseException, retryable: bool) -> dict[str, Any]:
     }
     if is_out_of_memory(described):
         described |= {"device_memory_bytes": device_memory_bytes(), "version": code_version()}
+        described |= {"budgets": budgets.as_record() if budgets else None}
     return described

@@ -96,6 +96,11 @@ def device_memory_bytes() -> int:
     return gpu_memory_bytes() or psutil.virtual_memory().total
 
 
+def gpu_share() -> float:
+    """The fraction of its GPU that `keep_within` leaves to this process."""
+    return torch.cuda.get_per_process_memory_fraction()
+
+
 def keep_within(gpu_fraction: float) -> None:
     """Let this process run out of memory before it takes what belongs to another on the same GPU."""
     if torch.cuda.is_available() and gpu_fraction:

@@ -71,6 +71,7 @@ def run_cell(
     with ledger.writing(run.run_id) as folder:
         write_config(folder, run)
         with closing(RunLog(folder)) as log:
+            work = None
             try:
                 work = _load(run, ledger, worker, folder, log)
                 stage = train_stage or TRAIN_STAGES[run.cell.backend]
@@ -82,7 +83,7 @@ def run_cell(
                 if not isinstance(error, Exception) or may_pass(error, held or {}):
                     raise
                 log(f"failed: {error}")
-                described = describe_error(error, retryable=False)
+                described = describe_error(error, retryable=False, budgets=work.budgets if work else None)
                 record = Record(run.run_id, run.identity, "failed", environment=run_environment(run), error=described)
         write_text(folder / "git_sha.txt", f"{environment()['git_sha'] or 'unknown'}\n")
         write_json(folder / "result.json", asdict(record))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from tune_sparse.config import Protocol
+from tune_sparse.config import BudgetOptions, Protocol
 from tune_sparse.errors import TooLargeError
 from tune_sparse.models.architectures import adapter_weights, all_weights, architecture_named, matrix_sizes
 from tune_sparse.models.architectures import pruned_weights as prunable_weights
@@ -18,10 +18,11 @@ from tune_sparse.models.dims import ModelDims
 from tune_sparse.modes import MODES
 from tune_sparse.pruning.methods import METHODS
 from tune_sparse.pruning.scores import SCORES
-from tune_sparse.training.budgets import Budgets
+from tune_sparse.training.budgets import Budgets, fixed_micro_batch_tokens
 from tune_sparse.training.cross_entropy import CHUNK_LOGITS
 
 GIB = 1 << 30
+NO_OPTIONS = BudgetOptions()
 CONTEXT_BYTES = 1 * GIB
 """A process takes so much of a GPU before it allocates anything: the context, and the kernels of its libraries."""
 MARGIN = 0.05
@@ -255,70 +256,76 @@ def usable(card_bytes: int, share: float = 1.0) -> int:
     return max(0, int((card_bytes * share - CONTEXT_BYTES) * (1 - MARGIN)))
 
 
-def budgets_for(card_bytes: int, share: float, dims: ModelDims, mode: str, method: str, protocol: Protocol) -> Budgets:
+def budgets_for(
+    card_bytes: int,
+    share: float,
+    dims: ModelDims,
+    mode: str,
+    method: str,
+    protocol: Protocol,
+    options: BudgetOptions = NO_OPTIONS,
+) -> Budgets:
     """The largest sensible budgets of a cell on a card, from its total memory and the trial's share of it.
 
-    Raises `TooLargeError`, which names what would fit, where the smallest budgets are too large.
+    options: what a user set of them. Raises `TooLargeError`, which says what would fit, where the smallest do not.
     """
     cell = CellMemory(dims, mode, method, protocol)
-    found = _largest_budgets(cell, usable(card_bytes, share))
+    fixed = fixed_micro_batch_tokens(protocol, options)
+    options = replace(options, micro_batch_tokens=fixed or options.micro_batch_tokens)
+    found = _largest_budgets(cell, usable(card_bytes, share), options)
     if found is None:
-        raise TooLargeError(_refusal(cell, card_bytes, share))
+        raise TooLargeError(_refusal(cell, card_bytes, share, options))
     return found
 
 
-def smallest_budgets(cell: CellMemory) -> Budgets:
-    """One example of the longest at a time."""
-    return Budgets(cell.longest, cell.longest, cell.longest, True, False)
+def smallest_budgets(cell: CellMemory, options: BudgetOptions = NO_OPTIONS) -> Budgets:
+    """One example of the longest at a time, where a user set nothing else."""
+    return Budgets(cell.longest, cell.longest, cell.longest, True, False).changed_by(options)
 
 
-def _largest_budgets(cell: CellMemory, room: int) -> Budgets | None:
-    least = smallest_budgets(cell)
+def _largest_budgets(cell: CellMemory, room: int, options: BudgetOptions) -> Budgets | None:
+    least = smallest_budgets(cell, options)
     if cell.peak(least) > room:
         return None
-    fitting = (trial for trial in _trainings(cell) if cell.stages(trial)["train"] <= room)
-    kept = cell.weights + cell.masks
+    fitting = (trial for trial in _trainings(cell, options) if cell.stages(trial)["train"] <= room)
     passes = (replace(least, scoring_tokens=tokens) for tokens in SCORING_TOKENS)
+    kept = cell.weights + cell.masks
     scoring = (trial.scoring_tokens for trial in passes if kept + cell.scoring(trial) <= room)
     generation = (room - kept) // cell.generation_bytes // GENERATION_STEP * GENERATION_STEP
     return replace(
         next(fitting, least),
         scoring_tokens=max(next(scoring, 0), cell.longest),
         generation_tokens=max(min(generation, GENERATION_TOKENS), cell.longest),
-    )
+    ).changed_by(options)
 
 
-def _trainings(cell: CellMemory) -> list[Budgets]:
+def _trainings(cell: CellMemory, options: BudgetOptions) -> list[Budgets]:
     """Budgets of a training by preference: without checkpointing where the micro-batch stays worthwhile, and W_eff kept
     where it has room."""
     sizes = [tokens for tokens in MICRO_BATCH_TOKENS if tokens >= cell.longest] or [cell.longest]
     plain = [tokens for tokens in sizes if tokens >= WORTHWHILE_TOKENS] or sizes[:1]
-    return [
-        replace(
-            smallest_budgets(cell),
-            micro_batch_tokens=tokens,
-            activation_checkpointing=again,
-            keeps_effective_weights=keeps,
-        )
-        for again, chosen in ((False, plain), (True, sizes))
+    trials = (
+        Budgets(tokens, cell.longest, cell.longest, checkpointing, keeps)
+        for checkpointing, chosen in ((False, plain), (True, sizes))
         for tokens in chosen
         for keeps in ((True, False) if cell.masks_update else (False,))
-    ]
+    )
+    return [trial.changed_by(options) for trial in trials]
 
 
-def _refusal(cell: CellMemory, card_bytes: int, share: float) -> str:
-    stages = cell.stages(smallest_budgets(cell))
+def _refusal(cell: CellMemory, card_bytes: int, share: float, options: BudgetOptions) -> str:
+    stages = cell.stages(smallest_budgets(cell, options))
     stage = max(stages, key=stages.__getitem__)
     needed = stages[stage] / (1 - MARGIN) + CONTEXT_BYTES
     part = f", {share:g} of a card of {card_bytes / 1e9:.1f}" if share < 1 else ""
     return (
         f"a device must hold a cell: {cell.mode} with {cell.method} in {cell.protocol.precision} needs "
         f"{needed / 1e9:.1f} GB (stage {stage}), it has {card_bytes * share / 1e9:.1f} GB{part}. "
-        f"{_fixes(cell, card_bytes, share)}"
+        f"{_fixes(cell, card_bytes, share, options)}"
     )
 
 
-def _fixes(cell: CellMemory, card_bytes: int, share: float) -> str:
+def _fixes(cell: CellMemory, card_bytes: int, share: float, options: BudgetOptions) -> str:
     """The settings of which one alone would make the cell fit."""
     protocol, room = cell.protocol, usable(card_bytes, share)
     changes = {
@@ -326,7 +333,8 @@ def _fixes(cell: CellMemory, card_bytes: int, share: float) -> str:
         **{f"set max_tokens={n}": replace(protocol, max_tokens=n) for n in (1024, 512) if n < cell.longest},
         "set calibration_examples=32": replace(protocol, calibration_examples=32),
     }
-    found = ["raise --gpus-per-trial"] if share < 1 and _fits(cell, usable(card_bytes)) else []
+    found = ["leave the budgets to the program"] if options != NO_OPTIONS and _fits(cell, room) else []
+    found += ["raise --gpus-per-trial"] if share < 1 and _fits(cell, usable(card_bytes)) else []
     for text, changed in changes.items():
         if changed != protocol and changed.max_new_tokens < changed.max_tokens:
             found += [text] if _fits(replace(cell, protocol=changed), room) else []

@@ -92,7 +92,7 @@ def check_devices(
     largest = max(able, key=lambda device: device.memory_bytes)
     for model, mode, method in dict.fromkeys((run.cell.model, run.cell.mode, run.cell.method) for run in trained):
         try:
-            budgets_for(largest.memory_bytes, share, dims[model], mode, method, config.protocol)
+            budgets_for(largest.memory_bytes, share, dims[model], mode, method, config.protocol, config.budgets)
         except TooLargeError as error:
             raise TooLargeError(f"{model} on {largest.name}: {error}") from error
 

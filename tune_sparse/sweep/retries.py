@@ -58,9 +58,11 @@ def _has_smaller_budgets(
     if then is None or not share:
         return False
     try:
-        now = budgets_for(device_bytes, share, dims, run.cell.mode, run.cell.method, run.protocol).as_record()
+        cell = run.cell
+        found = budgets_for(device_bytes, share, dims, cell.mode, cell.method, run.protocol, config.budgets)
     except TooLargeError:
         return False
+    now = found.as_record()
     fewer = any(now[name] < then[name] for name in TOKENS)
     recomputes = now["activation_checkpointing"] and not then["activation_checkpointing"]
     return fewer or recomputes or (then["keeps_effective_weights"] and not now["keeps_effective_weights"])
