@@ -334,7 +334,7 @@ def _measured(work: Work, training: Training, scores: Scores) -> dict[str, Any]:
         **training.rates(),
         "seconds_to_best_eval_loss": training.seconds_to_best_eval_loss,
         "inference_examples_per_second": len(scores.scored.outcomes) / scores.seconds,
-        "compile_seconds": training.compile_seconds,
+        **({"compile_seconds": None} | training.appliance),
         "peak_memory_bytes": peak_memory_bytes(),
         "gpu_memory_bytes": gpu_memory_bytes(),
     }
