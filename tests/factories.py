@@ -251,29 +251,3 @@ def answer_task(name: str) -> AnswerTask:
     task = TASKS[name]
     assert isinstance(task, AnswerTask)
     return task
-
-
-CSCTL = """#!/bin/sh
-# A stand-in for the appliance's controller: its jobs are the lines of a file, FOLDER/jobs.
-folder=$(dirname "$0")
-sleep "$(cat "$folder/delay" 2>/dev/null || echo 0)"
-if [ -e "$folder/down" ]; then echo "rpc error: code = Unavailable" >&2; exit 1; fi
-case "$1 $2" in
-  "get jobs") echo "NAME  AGE  PHASE  SYSTEMS  USER  LABELS"; cat "$folder/jobs" ;;
-  "version ") echo "cluster server 2.9.1"; echo "csctl 2.9.1" ;;
-  "cancel job")
-    grep -v "^$3 " "$folder/jobs" > "$folder/left"
-    mv "$folder/left" "$folder/jobs"
-    echo "$3" >> "$folder/cancelled" ;;
-  *) exit 2 ;;
-esac
-"""
-
-
-def write_csctl(folder: Path, jobs: Sequence[str] = ()) -> Path:
-    """A stand-in `csctl` in a folder for PATH, its queue holding `jobs`; returns the folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "csctl").write_text(CSCTL)
-    (folder / "csctl").chmod(0o755)
-    (folder / "jobs").write_text("".join(f"{job}\n" for job in jobs))
-    return folder

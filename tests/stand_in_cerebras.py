@@ -38,6 +38,10 @@ def write_environment(folder: Path, losses: Path) -> Path:
 def main(fault: str, losses: Path, arguments: list[str]) -> None:
     if arguments[:2] == ["-I", "-c"]:
         print(json.dumps({"python": "3.11.0", "packages": dict.fromkeys(_packages(), "2.10.0")}))
+    elif arguments[:1] == ["-c"]:
+        if fault:
+            sys.exit("ClusterConfigError: unreachable")
+        print(json.dumps(["1.14.0", "1.9.3"]))
     elif arguments[:2] == ["-m", "cerebras.modelzoo.cli.main"]:
         _convert(fault, Path(arguments[arguments.index("--output-dir") + 1]), Path(arguments[-1]))
     else:
@@ -67,9 +71,10 @@ def _train(fault: str, losses: Path, folder: Path) -> None:
     job, base = (json.loads((folder / name).read_text()) for name in ("job.json", "base.json"))
     (folder / "start.mdl").touch()
     loss = 9.9 if fault == "dense" else _known_first_loss(losses, job, Path(base["config"]).read_text())
+    before = job["restart"]["step"] if job["restart"] else 0
     with (folder / "metrics.jsonl").open("a", buffering=1) as lines:
         lines.write(json.dumps({"at": time.monotonic(), "step": 0}) + "\n")
-        for step in range(1, job["steps"] + 1):
+        for step in range(before + 1, job["steps"] + 1):
             if (folder / "stop").exists():
                 return
             if fault == "kill" and step == 3:
@@ -77,6 +82,8 @@ def _train(fault: str, losses: Path, folder: Path) -> None:
             time.sleep(30 if fault == "hang" and step == 3 else STEP_SECONDS)
             shown = float("nan") if fault == "nan" and step == 2 else _falling(loss, step, job)
             lines.write(json.dumps({"at": time.monotonic(), "step": step, "loss": shown}) + "\n")
+            if step % (job["checkpoint_steps"] or job["steps"]) == 0:
+                _save_checkpoint(folder / "model_dir", step)
     adapter = load_file(job["adapter"])
     update = 0.01 if job["update_is_masked"] else 0.02  # as trainings of two modes end in two places
     trained = {name: t if name.endswith("lora_A") else t + update for name, t in adapter.items()}
@@ -87,6 +94,12 @@ def _train(fault: str, losses: Path, folder: Path) -> None:
     changed = ["model.lm_head.weight"] if fault == "changed" else []
     report = {"seconds": 1.0, "release": "2.10.0", "peak_memory_bytes": 1, "steps": job["steps"]}
     (folder / "report.json").write_text(json.dumps(report | {"changed": changed, "zeros": zeros}))
+
+
+def _save_checkpoint(model_dir: Path, step: int) -> None:
+    model_dir.mkdir(exist_ok=True)
+    (model_dir / f"checkpoint_{step}.mdl").touch()
+    print(f"INFO:   Saved checkpoint {model_dir}/checkpoint_{step}.mdl", flush=True)
 
 
 def _falling(loss: float, step: int, job: dict[str, object]) -> float:

@@ -20,6 +20,7 @@ from tune_sparse.cerebras.failures import ApplianceError, DiskFullError
 from tune_sparse.cerebras.guard import is_guarded, read_ended
 from tune_sparse.cerebras.preflight import end_leftovers
 from tune_sparse.config import Cerebras
+from tune_sparse.errors import RunError
 from tune_sparse.ledger.ledger import Ledger
 from tune_sparse.ledger.record import Record
 from tune_sparse.ledger.run import Run
@@ -163,6 +164,100 @@ def test_a_stop_in_mid_run_returns_at_once_and_leaves_no_process(llama: Path, si
     assert ended.why == "stopped"
     assert not (job_folder(ledger, run) / "start.mdl").exists()
     assert ledger.record(run.run_id) is None
+
+
+def test_a_lost_training_goes_on_from_its_checkpoint(llama: Path, site: Path, ledger: Ledger) -> None:
+    from trainables.cerebras_backend import CerebrasTraining
+    from trainables.pipeline import run_cell
+    from trainables.worker import WorkerCache
+
+    run, stage = cerebras_run(llama), CerebrasTraining(Cerebras("cpu", checkpoint_steps=2))
+    (site / "fault").write_text("kill")
+    with pytest.raises(ApplianceError, match="killed by signal 9"):
+        exhausted(run_cell(run, ledger, WorkerCache(), stage))
+    assert (job_folder(ledger, run) / "restart.mdl").exists()
+    (site / "fault").unlink()
+    record = exhausted(run_cell(run, ledger, WorkerCache(), stage))
+    assert record.status == "done", record.error
+    lines = list(map(json.loads, (job_folder(ledger, run) / "metrics.jsonl").read_text().splitlines()))
+    assert [line["step"] for line in lines] == [0, 1, 2, 0, 3, 4]
+    assert "goes on after step 2" in (ledger.run_folder(run.run_id) / "train.log").read_text()
+    assert not {"restart.mdl", "lost.json"} & {path.name for path in job_folder(ledger, run).iterdir()}
+
+
+def test_waits_between_tries_grow_and_end_with_a_training_that_went_well(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from trainables import cerebras_tries
+
+    now = [1000.0]
+    monkeypatch.setattr(cerebras_tries.time, "time", lambda: now[0])
+    assert cerebras_tries.waiting_seconds(tmp_path) == 0
+    waits = []
+    for _ in range(7):
+        cerebras_tries.note_lost(tmp_path)
+        cerebras_tries.prepare_try(tmp_path)
+        waits.append(cerebras_tries.waiting_seconds(tmp_path))
+    assert waits == [30, 60, 120, 240, 480, 900, 900]
+    now[0] += 300
+    assert cerebras_tries.waiting_seconds(tmp_path) == 600
+    now[0] += 86400
+    assert cerebras_tries.waiting_seconds(tmp_path) == 0
+
+
+def test_settings_reach_the_job_and_defaults_are_left_to_the_client() -> None:
+    from tune_sparse.cerebras.job import job_appliance
+
+    plain = job_appliance(Cerebras(), ["name=x"])
+    assert plain["cluster"] == {"job_labels": ["name=x"]}
+    assert (plain["compile_dir"], plain["micro_batch_size"], plain["compile_only"]) == (None, "auto", False)
+    chosen = {"num_workers_per_csx": 2, "job_priority": "p1", "disable_version_check": True, "automount": False}
+    job = job_appliance(
+        Cerebras(**chosen, mount_dirs=("/a",), compile_dir="mine", csx_micro_batch_size="32"), [], compile_only=True
+    )
+    assert job["cluster"] == {**chosen, "mount_dirs": ["/a"], "job_labels": []}
+    assert (job["compile_dir"], job["micro_batch_size"], job["compile_only"]) == ("mine", 32, True)
+
+
+@pytest.mark.parametrize(
+    ("target", "first", "loss", "is_right"),
+    [
+        ("csx", 2.0, 2.05, True),
+        ("csx", 2.0, 2.07, False),
+        ("csx", 0.02, 0.027, True),
+        ("csx", 0.02, 0.05, False),
+        ("cpu", 0.02, 0.027, False),
+        ("csx", 2.0, float("nan"), False),
+    ],
+)
+def test_a_small_first_loss_may_differ_by_the_noise_of_half_precision(
+    target: str, first: float, loss: float, is_right: bool
+) -> None:
+    from trainables.cerebras_backend import CerebrasTraining
+
+    check = CerebrasTraining(Cerebras(target)).check_first_loss(first, "float32")
+    if is_right:
+        check(loss)
+    else:
+        with pytest.raises(RunError, match="must be the pruned one"):
+            check(loss)
+
+
+def test_waiting_for_the_appliance_is_no_time_of_training() -> None:
+    from test_cerebras_stages import COLD
+
+    from trainables.cerebras_backend import tell_stages_apart
+    from trainables.training import Training
+    from tune_sparse.cerebras.stages import read_stages
+    from tune_sparse.training.loop import Step
+
+    training, before = Training(), 57.5 * 60 + 7.9 * 60
+    for step in (1, 2, 3):
+        training.add(Step(step, 1.0, 0.1, 128, 1280, 4.0 + (before if step == 1 else 0)), cold=step <= 2)
+    tell_stages_apart(training, read_stages(COLD), None)
+    assert training.seconds == pytest.approx(12, abs=4)
+    assert training.rates()["train_examples_per_second"] == pytest.approx(32)
+    assert training.appliance["compile_seconds"] == pytest.approx(57.5 * 60, abs=3)
 
 
 def test_the_next_start_ends_what_was_left_over(llama: Path, site: Path, ledger: Ledger) -> None:

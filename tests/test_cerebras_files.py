@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
 import pytest
 import torch
-from factories import TINY_PROTOCOL, write_csctl
+from factories import TINY_PROTOCOL
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from stand_in_cerebras import write_environment
+from stand_in_csctl import jobs_with, write_csctl
 
 from tune_sparse.cerebras import content_cache, environment
 from tune_sparse.cerebras.content_cache import cached
@@ -27,7 +29,7 @@ from tune_sparse.cerebras.conversion import (
     separated,
     to_cerebras,
 )
-from tune_sparse.cerebras.environment import find_environment
+from tune_sparse.cerebras.environment import ClusterVersions, cluster_versions, find_environment
 from tune_sparse.cerebras.job import encoded_tokens, examples_in_order, new_lines, packed_bits, step_order
 from tune_sparse.cli import main
 from tune_sparse.data.splits import Encoded
@@ -44,6 +46,9 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("CEREBRAS_VENV", str(folder / "venv"))
     monkeypatch.setenv("MODELZOO", str(folder / "modelzoo"))
     monkeypatch.setenv("TUNE_SPARSE_CACHE", str(tmp_path / "cache"))
+    for name in ("http_proxy", "https_proxy", "grpc_proxy", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
     return folder
 
 
@@ -195,13 +200,75 @@ def test_doctor_shows_what_is_missing_and_its_fix(
     assert not next(iter(examine())).is_well
 
 
-def test_doctor_compares_the_environment_with_the_cluster(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = write_csctl(site / "bin")
+def test_doctor_reads_the_queue_and_never_calls_an_unknown_release_well(
+    site: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_csctl(site / "bin", jobs_with("tune_sparse=abc"))
     monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
     found = {finding.what: finding for finding in examine()}
     assert found["csctl"].is_well
+    assert found["csctl"].found == "csctl version 3.0.1, answers; 1 unfinished jobs of this program"
     assert not found["cluster's release"].is_well
-    assert found["cluster's release"].found == "2.9.1, 2.9.1; the environment is 2.10.0"
+    assert found["cluster's release"].found.startswith("not known: ")
+    (folder / "jobs").write_text("what is this\n")
+    assert not {finding.what: finding for finding in examine()}["csctl"].is_well
+
+
+@pytest.mark.parametrize(
+    ("client", "server", "fits"),
+    [
+        ("1.1.0", "1.1.2", True),
+        ("1.14.0", "1.9.3", True),
+        ("1.14.0", "1.8.0", False),
+        ("1.1.0", "1.11.0", True),
+        ("1.1.0", "1.12.0", False),
+        ("1.14.0", "2.14.0", False),
+    ],
+)
+def test_client_and_cluster_go_together_by_the_client_s_own_rule(client: str, server: str, fits: bool) -> None:
+    assert ClusterVersions(client, server).go_together is fits
+
+
+def test_the_cluster_s_version_is_asked_through_the_client(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    there = find_environment()
+    monkeypatch.setattr(environment, "CLUSTER_CONFIG", site)
+    assert cluster_versions(there) == ClusterVersions("1.14.0", "1.9.3")
+    (site / "fault").write_text("converter")
+    assert cluster_versions(there) == "ClusterConfigError: unreachable"
+
+
+def test_an_environment_of_release_2_5_is_taken(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    packages = dict.fromkeys(environment.NEEDED, "2.5.0")
+    monkeypatch.setattr(environment, "probed", lambda venv: ("3.11.0", packages))
+    assert find_environment().checkpoint_format == "cs-2.5"
+    packages["cerebras_pytorch"] = "2.4.3"
+    with pytest.raises(InputError, match=r"must be one of 2\.5, .* has 2\.4\.3"):
+        find_environment()
+
+
+@pytest.mark.parametrize(
+    ("no_proxy", "missing"),
+    [
+        ("10.125.8.2,.cerebras.internal,localhost", None),
+        ("*", None),
+        ("localhost", ".cerebras.internal"),
+        (".cerebras.internal", "10.125.8.2"),
+    ],
+)
+def test_a_proxy_before_the_appliance_is_refused(
+    site: Path, monkeypatch: pytest.MonkeyPatch, no_proxy: str, missing: str | None
+) -> None:
+    config = site / "config_v2"
+    config.write_text('{"clusters": [{"name": "c", "server": "10.125.8.2:443"}]}')
+    monkeypatch.setattr(environment, "CLUSTER_CONFIG", config)
+    environment.check_cluster()
+    monkeypatch.setenv("https_proxy", "http://proxy:3128")
+    monkeypatch.setenv("no_proxy", no_proxy)
+    if missing is None:
+        environment.check_cluster()
+    else:
+        with pytest.raises(InputError, match=f"does not cover {re.escape(missing)}. Write `export no_proxy="):
+            environment.check_cluster()
 
 
 def test_a_cluster_is_known_by_its_configuration(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,13 +12,15 @@ from pathlib import Path
 
 import psutil
 import pytest
-from factories import write_csctl
+from stand_in_csctl import jobs_with, write_csctl
 
 from tune_sparse.cerebras import appliance, guard
 from tune_sparse.cerebras.guard import Ended, SupervisedProcess, is_guarded, read_ended
 
-LABEL = "tune_sparse=results-run"
-JOB = "wsjob-abc  1m  RUNNING  systemf0  me  tune_sparse=results-run"
+LABEL = "tune_sparse_run=results-run"
+JOB = jobs_with(LABEL)
+NAME = "wsjob-ewhzngfg6rdjhw3s3k2wbh"
+CANCELLED = appliance.Cancelled((NAME,), (NAME,))
 SLEEPER = "import os, subprocess, sys, time; print(os.getpid(), flush=True); time.sleep(60)"
 STUBBORN = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); " + SLEEPER
 WITH_CHILD = (
@@ -59,7 +61,7 @@ def is_gone(pid: int) -> bool:
 
 @pytest.fixture
 def csctl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    folder = write_csctl(tmp_path / "bin", [JOB])
+    folder = write_csctl(tmp_path / "bin", JOB)
     monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
     return folder
 
@@ -68,19 +70,19 @@ def test_a_program_that_ends_well_leaves_its_job_alone(tmp_path: Path, csctl: Pa
     guarded = start(tmp_path / "job", "print('done')", LABEL)
     assert ending(guarded) == Ended("ended", 0, appliance.Cancelled())
     assert (tmp_path / "job" / "child.log").read_text() == "done\n"
-    assert (csctl / "jobs").read_text() == f"{JOB}\n"
+    assert (csctl / "jobs").read_text() == JOB
 
 
 def test_a_program_that_fails_has_its_job_cancelled(tmp_path: Path, csctl: Path) -> None:
     guarded = start(tmp_path / "job", "raise SystemExit(3)", LABEL)
-    assert ending(guarded) == Ended("ended", 3, appliance.Cancelled(("wsjob-abc",)))
-    assert (csctl / "jobs").read_text() == ""
+    assert ending(guarded) == Ended("ended", 3, CANCELLED)
+    assert NAME not in (csctl / "jobs").read_text()
 
 
 def test_a_killed_child_has_its_job_cancelled(tmp_path: Path, csctl: Path) -> None:
     guarded = start(tmp_path / "job", SLEEPER, LABEL)
     os.kill(find_child(tmp_path / "job"), signal.SIGKILL)
-    assert ending(guarded) == Ended("ended", -9, appliance.Cancelled(("wsjob-abc",)))
+    assert ending(guarded) == Ended("ended", -9, CANCELLED)
 
 
 def test_a_program_that_takes_too_long_is_ended(tmp_path: Path, csctl: Path, fast_end: None) -> None:
@@ -88,7 +90,7 @@ def test_a_program_that_takes_too_long_is_ended(tmp_path: Path, csctl: Path, fas
     pid = find_child(tmp_path / "job")
     assert ending(guarded).why == "timeout"
     assert is_gone(pid)
-    assert (csctl / "cancelled").read_text() == "wsjob-abc\n"
+    assert (csctl / "cancelled").read_text() == f"{NAME}\n"
 
 
 def test_a_stop_ends_a_program_that_ignores_sigterm(tmp_path: Path, fast_end: None) -> None:
@@ -119,7 +121,7 @@ def test_a_killed_starter_takes_program_and_job_with_it(tmp_path: Path, csctl: P
     starter.kill()
     starter.wait()
     until(lambda: read_ended(job) is not None)
-    assert read_ended(job) == Ended("abandoned", -15, appliance.Cancelled(("wsjob-abc",)))
+    assert read_ended(job) == Ended("abandoned", -15, CANCELLED)
     assert is_gone(pid)
     until(lambda: not is_guarded(job))
 
@@ -140,6 +142,72 @@ def test_a_silent_controller_is_recorded_with_the_end(tmp_path: Path, csctl: Pat
     problem = ending(guarded).cancelled.problem
     assert problem is not None
     assert "code = Unavailable" in problem
+
+
+LOG = "import time; print('2025-07-11 15:28:1{n},000 INFO:   {text}', flush=True); "
+QUEUEING = LOG.format(n=1, text="Poll ingress status: Waiting for job running, current job status: Queueing, msg: x")
+
+
+def test_time_in_the_queue_is_left_out_of_the_limit(tmp_path: Path, fast_end: None) -> None:
+    program = QUEUEING + "time.sleep(1.5); " + LOG.format(n=2, text="Beginning appliance run") + "time.sleep(60)"
+    began = time.monotonic()
+    assert ending(start(tmp_path / "job", program, timeout_seconds=0.8)).why == "timeout"
+    assert time.monotonic() - began > 2
+
+
+def test_the_clock_counts_what_is_neither_queue_nor_compiling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(guard.time, "monotonic", lambda: now[0])
+    log = tmp_path / "child.log"
+    log.touch()
+    clock, seen = guard.TrainingClock(log), []
+    for text in ("", "Compiling the model.", "Poll ingress status: x, current job status: Queueing", "Poll ingress x"):
+        now[0] += 10
+        with log.open("a") as stream:
+            stream.write(f"2025-07-11 15:28:09,423 INFO:   {text}\n")
+        seen.append(clock.tick())
+    with log.open("a") as stream:
+        stream.write("2025-07-11 15:28:09,423 INFO:   Compile was succ")
+    now[0] += 10
+    clock.tick()
+    with log.open("a") as stream:
+        stream.write("essful!\n")
+    for _ in range(2):
+        now[0] += 10
+        seen.append(clock.tick())
+    assert seen == [10, 20, 20, 20, 20, 30]
+
+
+def test_the_client_s_own_records_of_a_failure_stay(tmp_path: Path) -> None:
+    for name, program in (("failed", "raise SystemExit(1)"), ("well", "pass")):
+        records = tmp_path / name / "model_dir" / "cerebras_logs" / "1"
+        records.mkdir(parents=True)
+        (records / "run_meta.json").write_text("{}")
+        ending(start(tmp_path / name, program))
+        assert not (tmp_path / name / "model_dir").exists()
+    assert (tmp_path / "failed" / "cerebras_logs" / "1" / "run_meta.json").exists()
+    assert not (tmp_path / "well" / "cerebras_logs").exists()
+
+
+SAVED = "print('INFO:   Saved checkpoint m/checkpoint_5.mdl'); "
+
+
+@pytest.mark.parametrize(
+    ("end", "stays"),
+    [("print('Socket closed'); raise SystemExit(1)", True), ("raise ValueError", False), ("pass", False)],
+)
+def test_a_checkpoint_stays_where_the_training_may_go_on(tmp_path: Path, end: str, stays: bool) -> None:
+    model_dir = tmp_path / "job" / "model_dir"
+    model_dir.mkdir(parents=True)
+    for step in (5, 10):
+        (model_dir / f"checkpoint_{step}.mdl").write_text(str(step))
+    ending(start(tmp_path / "job", SAVED + end))
+    kept = tmp_path / "job" / "restart.mdl"
+    assert kept.exists() is stays
+    assert not stays or (kept.read_text(), (tmp_path / "job" / "restart.json").read_text().split()) == (
+        "5",
+        ["{", '"step":', "5", "}"],
+    )
 
 
 def test_large_files_go_with_the_program_and_the_adapter_stays(tmp_path: Path) -> None:

@@ -281,6 +281,13 @@ def test_every_setting_says_what_it_is() -> None:
         ({"cerebras_target": "cs3"}, r"unknown cerebras_target 'cs3'\. Did you mean 'csx'"),
         ({"cs3": 0}, r"cs3 must be at least 1, got 0\."),
         ({"num_csx": 0}, r"num_csx must be at least 1, got 0\."),
+        ({"job_priority": "p9"}, r"job_priority"),
+        (
+            {"csx_micro_batch_size": "half"},
+            r"csx_micro_batch_size must be auto, explore, none or a number .* got 'half'",
+        ),
+        ({"num_workers_per_csx": 0}, r"num_workers_per_csx must be at least 1, got 0"),
+        ({"checkpoint_steps": 0}, r"checkpoint_steps must be at least 1 or none, got 0"),
         ({"train_timeout_seconds": 0.0}, r"train_timeout_seconds must be above 0 or none, got 0\.0\."),
     ],
 )

@@ -44,7 +44,7 @@ def measure(ledger: Ledger, run: Run, seconds: float, **measured: Any) -> None:
 
 
 def cost_taking(seconds: float) -> RunCost:
-    return RunCost(seconds, seconds, 0.0, 0.0, 0.0, 10.0)
+    return RunCost(seconds, seconds, 0.0, 0.0, 0.0, 0.0, 10.0)
 
 
 def test_without_measurements_time_is_unknown_and_disk_a_bound(plan: Plan, ledger: Ledger) -> None:
@@ -97,9 +97,11 @@ def test_what_a_cs3_did_is_counted_apart(tmp_path: Path) -> None:
     config = SweepConfig.from_names({"models": "m", "backend": "cerebras", "num_csx": 2})
     run = make_run(make_cell(backend="cerebras"), cerebras={"target": "csx", "release": "2.9.0"})
     record = done_record(run)
-    measured = {"trial_seconds": 900.0, "train_seconds": 600.0, "compile_seconds": 500.0, "held": {"CPU": 1.0}}
+    measured = {"trial_seconds": 900.0, "train_seconds": 60.0, "compile_seconds": 500.0, "held": {"CPU": 1.0}}
+    measured |= {"queue_seconds": 10.0, "programming_seconds": 30.0}
     found = cost_of_run(run, replace(record, measured=record.measured | measured), tmp_path, config)
     assert (found.cpu_seconds, found.cs3_seconds, found.compile_seconds) == (900, 1200, 1000)
+    assert found.scoring_seconds == 300
     on_cpu = cost_of_run(replace(run, cerebras={"target": "cpu", "release": "2.9.0"}), record, tmp_path, config)
     assert (on_cpu.cs3_seconds, on_cpu.compile_seconds) == (0, 0)
 

@@ -335,7 +335,7 @@ def _measured(work: Work, training: Training, scores: Scores) -> dict[str, Any]:
         **training.rates(),
         "seconds_to_best_eval_loss": training.seconds_to_best_eval_loss,
         "inference_examples_per_second": len(scores.scored.outcomes) / scores.seconds,
-        "compile_seconds": training.compile_seconds,
+        **({"compile_seconds": None} | training.appliance),
         "peak_memory_bytes": work.memory.by_stage.get("train"),
         "cell_peak_memory_bytes": work.memory.bytes,
         "cell_peak_reserved_bytes": work.memory.reserved_bytes,

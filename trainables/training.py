@@ -6,7 +6,7 @@ import json
 import math
 import time
 from collections.abc import Generator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +43,10 @@ class Training:
     last_loss: float = math.nan
     best_eval_loss: float = math.inf
     seconds_to_best_eval_loss: float | None = None
-    compile_seconds: float | None = None
-    """until the end of the first step, where a compiler runs before it"""
     budgets: Budgets | None = None
     """that it used here; None where it ran elsewhere"""
+    appliance: dict[str, float | int | None] = field(default_factory=dict)
+    """of a CS-3: seconds in the queue, of compiling and of programming, which `seconds` leaves out, and compiles"""
 
     def add(self, step: Step, cold: bool) -> None:
         self.steps = step.step

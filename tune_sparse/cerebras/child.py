@@ -28,13 +28,23 @@ from cerebras.modelzoo.common.utils.model.lora import LoRA_Linear
 from cerebras.modelzoo.models.nlp.llama.model import LlamaModel
 from cerebras.modelzoo.models.nlp.mistral.model import MistralModel
 from cerebras.modelzoo.trainer import Trainer
-from cerebras.modelzoo.trainer.callbacks import Callback, Checkpoint, Logging, Lora, MixedPrecision, TrainingLoop
+from cerebras.modelzoo.trainer.callbacks import (
+    Callback,
+    Checkpoint,
+    KeepNCheckpoints,
+    Logging,
+    Lora,
+    MixedPrecision,
+    TrainingLoop,
+)
 from cerebras.modelzoo.trainer.loggers import Logger
 from safetensors.torch import load_file, save_file
 
 MODELS = {"llama": LlamaModel, "mistral": MistralModel}
 ADAMW_EPSILON = 1e-8
 """of torch's AdamW"""
+READING_THERE = {"num_workers": 8, "prefetch_factor": 10, "persistent_workers": True}
+"""On the appliance's input workers, as Cerebras' own configurations read."""
 REJECTED = ("norm_first", "use_ff_layer1_dropout")
 """The converter of release 2.10 writes these, and its models refuse them."""
 
@@ -115,7 +125,9 @@ class JsonLines(Logger):
 
 def main(folder):
     job = {**json.loads((folder / "job.json").read_text()), **json.loads((folder / "base.json").read_text())}
-    examples = cstorch.utils.data.DataLoader(make_loader, write_examples(Path(job["examples"])), job["batch_size"])
+    reading = READING_THERE if job["target"] == "csx" else {"num_workers": 0}
+    written = write_examples(Path(job["examples"]))
+    examples = cstorch.utils.data.DataLoader(make_loader, written, job["batch_size"], reading)
     trainer = make_trainer(job, folder)
     start = None
     if job["target"] != "validate":
@@ -124,11 +136,13 @@ def main(folder):
         write_start(job, start)
     started = time.monotonic()
     trainer.loggers[0].write(step=0)
-    trainer.fit(examples, ckpt_path=start)
+    trainer.fit(examples, ckpt_path=job["restart"]["checkpoint"] if job["restart"] else start)
     report = {"seconds": time.monotonic() - started, "release": cstorch.__version__}
     report["peak_memory_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if job["target"] == "validate":
         report.update(lowered(folder))
+    elif job["compile_only"]:
+        report.update({"steps": 0})
     else:
         report.update(write_adapter(job, folder))
     write_json(folder / "report.json", report)
@@ -138,7 +152,7 @@ def make_trainer(job, folder):
     """Model Zoo's Trainer with the protocol of the job."""
     config = yaml.safe_load(Path(job["config"]).read_text())["model"]
     config = {name: value for name, value in config.items() if name not in REJECTED}
-    callbacks = [Adapters(job)]
+    callbacks = [Adapters(job), KeepNCheckpoints(1)]
     if job["sparsity_by_weight"]:
         callbacks.append(BaseSparsity(job["sparsity_by_weight"]))
     return Trainer(
@@ -148,8 +162,8 @@ def make_trainer(job, folder):
         optimizer=functools.partial(make_optimizer, job),
         schedulers=[functools.partial(make_schedule, job)],
         precision=make_precision(job),
-        loop=TrainingLoop(num_steps=job["steps"], eval_frequency=None),
-        checkpoint=Checkpoint(steps=job["steps"], autoload_last_checkpoint=False),
+        loop=TrainingLoop(max_steps=job["steps"], eval_frequency=None),
+        checkpoint=Checkpoint(steps=job["checkpoint_steps"] or job["steps"], autoload_last_checkpoint=False),
         logging=Logging(log_steps=1, log_level="INFO"),
         callbacks=callbacks,
         loggers=[JsonLines(folder / "metrics.jsonl")],
@@ -162,11 +176,15 @@ def make_backend(job, folder):
         return cstorch.backend("CPU", artifact_dir=str(folder / "model_dir"))
     if job["target"] == "validate":
         return cstorch.backend("CSX", artifact_dir=str(folder / "model_dir"), validate_only=True)
-    options = {name: job[name] for name in ("num_csx", "job_labels", "mount_dirs", "python_paths") if job[name]}
-    if job["timeout_seconds"]:
-        options["job_time_sec"] = int(job["timeout_seconds"])  # the appliance ends the job, whatever becomes of us
-    cluster = ClusterConfig(**options)
-    return cstorch.backend("CSX", artifact_dir=str(folder / "model_dir"), cluster_config=cluster)
+    if job["micro_batch_size"] != "auto":
+        micro_batch = None if job["micro_batch_size"] == "none" else job["micro_batch_size"]
+        cstorch.backends.csx.performance.micro_batch_size = micro_batch
+    options = {
+        "compile_only": job["compile_only"],
+        **({"compile_dir": job["compile_dir"]} if job["compile_dir"] else {}),
+    }
+    cluster = ClusterConfig(**job["cluster"])
+    return cstorch.backend("CSX", artifact_dir=str(folder / "model_dir"), cluster_config=cluster, **options)
 
 
 def make_optimizer(job, model):
@@ -221,7 +239,7 @@ def write_examples(folder):
     return str(target)
 
 
-def make_loader(folder, batch_size):
+def make_loader(folder, batch_size, reading):
     """Model Zoo's own reader of HDF5, in the order of the file.
 
     It runs on the appliance's input workers, which have Model Zoo and nothing of this file: all it needs is in it.
@@ -229,7 +247,7 @@ def make_loader(folder, batch_size):
     from cerebras.modelzoo.data.nlp.gpt.GptHDF5MapDataProcessor import GptHDF5MapDataProcessor
 
     settings = {"data_processor": "GptHDF5MapDataProcessor", "data_dir": folder, "batch_size": batch_size}
-    return GptHDF5MapDataProcessor({**settings, "shuffle": False, "num_workers": 0}).create_dataloader()
+    return GptHDF5MapDataProcessor({**settings, **reading, "shuffle": False}).create_dataloader()
 
 
 def write_start(job, path):
@@ -264,7 +282,7 @@ def unpacked(bits, shape):
 
 def write_adapter(job, folder):
     """Write what was trained; returns how many steps were, and which weights changed though they are frozen."""
-    steps = sum(1 for _ in (folder / "metrics.jsonl").open()) - 1
+    steps = max(json.loads(line)["step"] for line in (folder / "metrics.jsonl").open())
     if (folder / "stop").exists():
         return {"steps": steps, "stopped": True}
     path = str(folder / "model_dir" / f"checkpoint_{job['steps']}.mdl")

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from urllib.request import getproxies, proxy_bypass
 
 from tune_sparse.config import Cerebras
 from tune_sparse.errors import InputError, NotReadyError
 
 CLUSTER_CONFIG = Path("/opt/cerebras/config_v2")
 """On a CS-3 user node: the address of the appliance."""
-RELEASES = ("2.6", "2.7", "2.8", "2.9", "2.10")
-"""Those whose Model Zoo was read; only 2.10 was run."""
+RELEASES = ("2.5", "2.6", "2.7", "2.8", "2.9", "2.10")
+"""Those whose Model Zoo was read; only 2.10 was run. What a training imports of 2.5 is that of 2.6 but for a line."""
+CLUSTER_DOMAIN = ".cerebras.internal"
+"""Where the appliance's nodes are: a proxy that is asked for them closes the connection."""
 NEEDED = ("cerebras_pytorch", "torch", "transformers", "h5py", "safetensors")
 PROBE_SECONDS = 60
 PROBE = """
@@ -26,6 +30,16 @@ for name in %r:
     try: found[name] = m.version(name)
     except m.PackageNotFoundError: found[name] = None
 print(json.dumps({"python": sys.version.split()[0], "packages": found}))
+"""
+
+
+MINORS_BEHIND, MINORS_AHEAD = 10, 5
+ASK_CLUSTER = """
+import json
+from cerebras.appliance._version import __cluster_semantic_version__ as client
+from cerebras.appliance.cluster.client import ClusterManagementClient
+with ClusterManagementClient() as cluster:
+    print(json.dumps([client, cluster.server_config.cluster_server_semantic_version]))
 """
 
 
@@ -116,6 +130,41 @@ def cerebras_identity(settings: Cerebras) -> dict[str, str]:
     return {"target": settings.cerebras_target, "release": find_environment().release}
 
 
+@dataclass(frozen=True)
+class ClusterVersions:
+    """Semantic versions, as 1.14.0: of the client's protocol, and of the cluster's server."""
+
+    client: str
+    server: str
+
+    @property
+    def go_together(self) -> bool:
+        """The client's own rule (cerebras.appliance.cluster.client): one major, few minors behind or ahead."""
+        client, server = (tuple(map(int, version.split(".")[:2])) for version in (self.client, self.server))
+        behind = server[1] - client[1]
+        return client[0] == server[0] and -MINORS_AHEAD <= behind <= MINORS_BEHIND
+
+
+def cluster_versions(environment: SiteEnvironment) -> ClusterVersions | str:
+    """Ask the cluster through the environment's own client; returns why not where there is no answer."""
+    if not CLUSTER_CONFIG.exists():
+        return f"{CLUSTER_CONFIG} does not exist"
+    try:
+        answer = subprocess.run(
+            [environment.python, "-c", ASK_CLUSTER],
+            env=environment.variables(),
+            capture_output=True,
+            text=True,
+            timeout=PROBE_SECONDS,
+        )
+        client, server = json.loads(answer.stdout.splitlines()[-1])
+        return ClusterVersions(client, server) if server else "the cluster's server does not say"
+    except (OSError, subprocess.SubprocessError):
+        return "the environment's client cannot be asked"
+    except (IndexError, ValueError):
+        return (answer.stderr.strip().splitlines() or ["no answer"])[-1]
+
+
 def check_cluster() -> None:
     """Raise `InputError` where no appliance is known, before anything is trained."""
     if not CLUSTER_CONFIG.exists():
@@ -123,6 +172,31 @@ def check_cluster() -> None:
             f"training on a CS-3 needs a cluster, this machine knows none: {CLUSTER_CONFIG} does not exist. Start the "
             "sweep on a user node of the CS-3, or set --cerebras-target cpu (trains on the CPU) or validate (lowers)."
         )
+    check_proxies()
+
+
+def check_proxies() -> None:
+    """Raise `InputError` where a proxy would be asked for the appliance: every try would end in `Socket closed`."""
+    proxies = getproxies()
+    if not {"http", "https", "grpc"} & proxies.keys():
+        return
+    for host in (f"node{CLUSTER_DOMAIN}", *cluster_hosts()):
+        if not proxy_bypass(host, proxies):
+            raise InputError(
+                f"no_proxy must cover the appliance where a proxy is set, {proxies.get('no', '')!r} does not cover "
+                f"{host.removeprefix('node')}. Write `export no_proxy={host.removeprefix('node')},$no_proxy "
+                "NO_PROXY=$no_proxy` and start again."
+            )
+
+
+def cluster_hosts() -> list[str]:
+    """Return the hosts of the appliance's servers that the cluster's configuration names."""
+    try:
+        found = json.loads(CLUSTER_CONFIG.read_text())
+        servers = [cluster["server"] for cluster in found["clusters"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+    return list(dict.fromkeys(re.sub(r"^\w+://|:\d+$", "", server) for server in servers if server))
 
 
 def _major_minor(release: str) -> tuple[int, int]:

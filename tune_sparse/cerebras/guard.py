@@ -1,8 +1,9 @@
 """A program that outlives whoever started it by seconds only: `python -m tune_sparse.cerebras.guard FOLDER`.
 
 It runs the command of `FOLDER/guard.json` and ends it when a file `stop` appears, when its time is up, or when the
-process that started the guard is gone (its end of the guard's standard input closes). A command that did not end well
-has its appliance job cancelled, found by its label. `FOLDER/ended.json` says what happened. Standard library only.
+process that started the guard is gone (its end of the guard's standard input closes). Time in the appliance's queue and
+of compiling, told by the command's log, does not count. A command that did not end well has its appliance job
+cancelled, found by its label. `FOLDER/ended.json` says what happened. Standard library only.
 
 Ray gives a trial three seconds when it stops, and ends a worker's direct children with it: the guard is neither.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import re
 import select
 import shutil
 import signal
@@ -24,6 +26,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from tune_sparse.cerebras import appliance
+from tune_sparse.cerebras.failures import ApplianceError, classify_failure, read_tail
+from tune_sparse.cerebras.stages import UNTIMED, Stages
 from tune_sparse.files import write_json
 
 POLL_SECONDS = 0.1
@@ -32,6 +36,11 @@ STOP_SECONDS = float(os.environ.get(STOP_VARIABLE, "10"))
 """Between the stop file, SIGTERM and SIGKILL: time for the trainer to end its step."""
 WORKING_FILES = ("start.mdl", "model_dir", "masks.safetensors", "weights.safetensors", "adapter_start.safetensors")
 """Only a running training needs them. They are as large as the model, and gone when it has ended."""
+RESTART_FILES = ("restart.mdl", "restart.json")
+"""A checkpoint of a training that was lost, and its step."""
+SAVED_CHECKPOINT = re.compile(r"Saved checkpoint (\S+checkpoint_(\d+)\.mdl)")
+LOGS = "cerebras_logs"
+"""The client's own records of a job in `model_dir`: job ids, compile report, performance. They stay after a failure."""
 PACKAGE_ROOT = Path(__file__).parents[2]
 
 
@@ -98,7 +107,8 @@ def read_ended(folder: Path) -> Ended | None:
         found = json.loads((folder / "ended.json").read_text())
     except FileNotFoundError:
         return None
-    cancelled = appliance.Cancelled(tuple(found["cancelled"]["jobs"]), found["cancelled"]["problem"])
+    of_label = found["cancelled"]
+    cancelled = appliance.Cancelled(tuple(of_label["found"]), tuple(of_label["jobs"]), of_label["problem"])
     return Ended(found["why"], found["returncode"], cancelled)
 
 
@@ -131,12 +141,40 @@ def main(folder: Path) -> None:
     why = _watch(child, folder, job["timeout_seconds"])
     failed = why != "ended" or child.returncode != 0
     cancelled = appliance.cancel(job["label"]) if failed and job["label"] else appliance.Cancelled()
-    remove_working_files(folder)
+    if failed:
+        keep_logs(folder)
+    if why in ("stopped", "abandoned") or (failed and _may_pass(folder, child.returncode)):
+        keep_checkpoint(folder)
+    else:
+        remove_files(folder, RESTART_FILES)
+    remove_files(folder, WORKING_FILES)
     write_json(folder / "ended.json", asdict(Ended(why, child.returncode, cancelled)))
 
 
-def remove_working_files(folder: Path) -> None:
-    for name in WORKING_FILES:
+def keep_logs(folder: Path) -> None:
+    """Move the client's records of a job that failed out of the files that are removed; nothing of model size is."""
+    found = folder / "model_dir" / LOGS
+    if found.is_dir():
+        shutil.rmtree(folder / LOGS, ignore_errors=True)
+        shutil.move(found, folder / LOGS)
+
+
+def keep_checkpoint(folder: Path) -> None:
+    """Keep the last checkpoint that the log says was saved whole, so that the training goes on from it."""
+    for path, step in reversed(SAVED_CHECKPOINT.findall(read_tail(folder / "child.log"))):
+        saved = folder / "model_dir" / Path(path).name
+        if saved.exists():
+            saved.replace(folder / "restart.mdl")
+            write_json(folder / "restart.json", {"step": int(step)})
+            return
+
+
+def _may_pass(folder: Path, returncode: int) -> bool:
+    return isinstance(classify_failure(folder / "child.log", returncode), ApplianceError)
+
+
+def remove_files(folder: Path, names: Sequence[str]) -> None:
+    for name in names:
         path = folder / name
         shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
@@ -164,13 +202,34 @@ def _die_with_parent() -> None:
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
+class TrainingClock:
+    """Counts the seconds of a command, those of the stages `UNTIMED` in its growing log left out."""
+
+    def __init__(self, log: Path) -> None:
+        self._log, self._stages, self._read = log, Stages(), 0
+        self.seconds, self._last = 0.0, time.monotonic()
+
+    def tick(self) -> float:
+        """Count what passed since the last call; returns the seconds so far."""
+        now = time.monotonic()
+        if self._stages.current not in UNTIMED:
+            self.seconds += now - self._last
+        self._last = now
+        with self._log.open("rb") as stream:
+            stream.seek(self._read)
+            whole, newline, _ = stream.read().rpartition(b"\n")
+        self._read += len(whole) + len(newline)
+        self._stages.add(whole.decode(errors="replace").splitlines())
+        return self.seconds
+
+
 def _watch(child: subprocess.Popen[bytes], folder: Path, timeout_seconds: float | None) -> str:
-    deadline = time.monotonic() + timeout_seconds if timeout_seconds else float("inf")
+    clock, limit = TrainingClock(folder / "child.log"), timeout_seconds or float("inf")
     why = "ended"
     while child.poll() is None:
         if (folder / "stop").exists():
             why = "stopped"
-        elif time.monotonic() > deadline:
+        elif clock.tick() > limit:
             why = "timeout"
         elif _is_abandoned():
             why = "abandoned"

@@ -6,10 +6,12 @@ masks.safetensors     keep-masks, eight weights a byte
 weights.safetensors   matrices whose kept weights are not those of the checkpoint (a method that updates weights)
 adapter_start.safetensors   A (R, I) and B (O, R) that the training begins with
 start.mdl, model_dir/ what it works with, gone when it has ended
+restart.mdl, restart.json   a checkpoint and its step, where a training that was lost may go on
 metrics.jsonl         a line a step
 adapter.safetensors   A and B as trained
 report.json           seconds, steps, and whether the frozen weights are what they were
 child.log             its output
+cerebras_logs/        the client's own records of a job that failed
 """
 
 from __future__ import annotations
@@ -35,6 +37,11 @@ from tune_sparse.pruning.masks import Masks
 from tune_sparse.training.loop import batches
 
 CHILD = Path(__file__).parent / "child.py"
+CLUSTER_OPTIONS = (
+    *("num_csx", "mount_dirs", "python_paths", "automount"),
+    *("num_workers_per_csx", "job_priority", "disable_version_check"),
+)
+"""Settings that the client's ClusterConfig has too. Its limit of time is not used: that one counts compiling."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +66,10 @@ def write_job(
     seed: int,
     settings: Cerebras,
     job_labels: Sequence[str],
+    restart: Mapping[str, Any] | None = None,
+    compile_only: bool = False,
 ) -> None:
-    """Write a training into an empty folder."""
+    """Write a training into a folder. restart: the checkpoint, and its step, from which the training goes on."""
     masks = {cerebras_name(n): packed_bits(interleaved(n, m.cpu(), start.head_dim)) for n, m in start.masks.items()}
     save_file(masks, folder / "masks.safetensors")
     updated = {cerebras_name(n): interleaved(n, w.cpu(), start.head_dim).contiguous() for n, w in start.updated.items()}
@@ -79,7 +88,8 @@ def write_job(
         "update_is_masked": start.update_is_masked,
         "sparsity_by_weight": {name: sparsity for name, sparsity in sparsities.items() if sparsity},
     }
-    job = places | trained | job_protocol(protocol, seed) | job_appliance(settings, job_labels)
+    went = {"checkpoint_steps": settings.checkpoint_steps, "restart": restart}
+    job = places | trained | went | job_protocol(protocol, seed) | job_appliance(settings, job_labels, compile_only)
     write_json(folder / "job.json", job)
 
 
@@ -100,15 +110,22 @@ def job_protocol(protocol: Protocol, seed: int) -> dict[str, Any]:
     }
 
 
-def job_appliance(settings: Cerebras, job_labels: Sequence[str]) -> dict[str, Any]:
+def job_appliance(settings: Cerebras, job_labels: Sequence[str], compile_only: bool = False) -> dict[str, Any]:
+    micro_batch = settings.csx_micro_batch_size
     return {
         "target": settings.cerebras_target,
-        "num_csx": settings.num_csx,
-        "mount_dirs": list(settings.mount_dirs),
-        "python_paths": list(settings.python_paths),
-        "timeout_seconds": settings.train_timeout_seconds,
-        "job_labels": list(job_labels),
+        "cluster": _cluster_options(settings) | {"job_labels": list(job_labels)},
+        "compile_dir": settings.compile_dir,
+        "compile_only": compile_only,
+        "micro_batch_size": int(micro_batch) if micro_batch.isdecimal() else micro_batch,
     }
+
+
+def _cluster_options(settings: Cerebras) -> dict[str, Any]:
+    """Return what the client's ClusterConfig is given. Older clients know fewer options: defaults are left out."""
+    values = {name: getattr(settings, name) for name in CLUSTER_OPTIONS}
+    chosen = {name: value for name, value in values.items() if value != getattr(Cerebras, name)}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in chosen.items()}
 
 
 def packed_bits(mask: Tensor) -> Tensor:

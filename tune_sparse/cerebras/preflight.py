@@ -16,7 +16,14 @@ from tune_sparse.cerebras import appliance
 from tune_sparse.cerebras.conversion import cerebras_name, to_cerebras
 from tune_sparse.cerebras.environment import SiteEnvironment, check_cluster, find_environment
 from tune_sparse.cerebras.failures import classify_failure
-from tune_sparse.cerebras.guard import STOP_SECONDS, SupervisedProcess, is_guarded, remove_working_files
+from tune_sparse.cerebras.guard import (
+    STOP_SECONDS,
+    WORKING_FILES,
+    SupervisedProcess,
+    is_guarded,
+    keep_checkpoint,
+    remove_files,
+)
 from tune_sparse.cerebras.job import CHILD, job_appliance, job_protocol
 from tune_sparse.config import Cerebras, Protocol, SweepConfig
 from tune_sparse.files import read_json, write_json
@@ -74,7 +81,7 @@ def prepare_cerebras(
 def end_leftovers(ledger: Ledger, settings: Cerebras) -> Iterator[str]:
     """End what an earlier sweep of this results folder left: trainings, their large files, and jobs on the appliance.
 
-    Yields what could not be made sure of.
+    Yields which jobs were found, and what could not be made sure of.
     """
     folders = [path for path in (ledger.folder / "cerebras").glob("*") if path.is_dir()]
     for folder in folders:
@@ -83,12 +90,12 @@ def end_leftovers(ledger: Ledger, settings: Cerebras) -> Iterator[str]:
     while any(is_guarded(folder) for folder in folders) and time.monotonic() < deadline:
         time.sleep(POLL_SECONDS)
     for folder in folders:
-        remove_working_files(folder)
+        keep_checkpoint(folder)
+        remove_files(folder, WORKING_FILES)
     if settings.cerebras_target == "csx":
-        label = appliance.job_label(hash_json(str(ledger.folder.resolve())), "")
-        problem = appliance.cancel(label).problem
-        if problem:
-            yield f"jobs of an earlier sweep may be left on the appliance: {problem}"
+        left = appliance.cancel(appliance.results_label(hash_json(str(ledger.folder.resolve()))))
+        if left.found or left.problem:
+            yield f"jobs of an earlier sweep on the appliance: {left.summary()}"
 
 
 def lower_all(config: SweepConfig, checkpoints: Sequence[Checkpoint], ledger: Ledger) -> Iterator[Lowering]:
@@ -139,7 +146,7 @@ def lower(
         "sparsity_by_weight": {cerebras_name(name): sparsity for name in shapes},
         "examples": str((folder / "examples").resolve()),
     }
-    one_step = {"steps": 1, "warmup_steps": 0}
+    one_step = {"steps": 1, "warmup_steps": 0, "checkpoint_steps": None, "restart": None}
     job = kind | job_protocol(protocol, 0) | one_step | job_appliance(Cerebras(cerebras_target="validate"), [])
     write_json(folder / "job.json", job)
     write_json(folder / "base.json", {"config": str(model_config)})

@@ -34,6 +34,12 @@ CEREBRAS_TARGETS = {
     "validate": "only check that the Cerebras compiler accepts each model in each mode at the highest sparsity, and "
     "train nothing",
 }
+JOB_PRIORITIES = {"p1": "before others", "p2": "as most", "p3": "after others"}
+CSX_MICRO_BATCHES = {
+    "auto": "the compiler tries several, which takes most of the time of compiling a large model",
+    "explore": "it tries more of them",
+    "none": "a whole batch at once",
+}
 FLOPS_TOKENS = 2048
 """The sequence length at which inference FLOPs are compared."""
 SYNTHETIC, HUB = Path("synthetic"), Path("hub")
@@ -98,11 +104,46 @@ class Cerebras:
     python_paths: tuple[str, ...] = option(
         "folders with Python packages for the nodes of the Cerebras cluster", (), metavar="FOLDER", unset="none"
     )
+    num_workers_per_csx: int = option(
+        "input workers of the Cerebras cluster for each CS-3 system of a training", 1, metavar="N"
+    )
+    automount: bool = option(
+        "true or false: let the client mount every folder that the Cerebras cluster can mount, besides --mount-dirs",
+        True,
+        metavar="BOOL",
+    )
+    job_priority: str = option(
+        "priority of the jobs in the appliance's queue", "p2", metavar="PRIORITY", choices=JOB_PRIORITIES
+    )
+    compile_dir: str | None = option(
+        "folder of the appliance in which compiled models are kept and found again",
+        None,
+        metavar="FOLDER",
+        unset="that of the client",
+    )
+    csx_micro_batch_size: str = option(
+        "examples that a CS-3 works on at once: a number, or how the compiler finds one",
+        "auto",
+        metavar="N",
+        choices=CSX_MICRO_BATCHES,
+    )
+    disable_version_check: bool = option(
+        "true or false: train although the client does not expect its release and that of the cluster to go together",
+        False,
+        metavar="BOOL",
+    )
     train_timeout_seconds: float | None = option(
-        "stop a training on Cerebras that takes longer, and record its run as failed",
+        "stop a training on Cerebras that takes longer, queue and compiling left out, and record its run as failed",
         None,
         metavar="SECONDS",
         unset="no limit",
+    )
+    checkpoint_steps: int | None = option(
+        "steps between two checkpoints of a training on Cerebras, from which one that was lost goes on; each is as "
+        "large as the model in float32, and takes minutes to save",
+        None,
+        metavar="N",
+        unset="only at the end",
     )
     scoring_gpus: float = option(
         "GPUs that a trial holds to prune and score a model that Cerebras trains: from 0 to 1", 0.0, metavar="GPUS"
@@ -114,11 +155,22 @@ class Cerebras:
     def __post_init__(self) -> None:
         if self.cerebras_target not in CEREBRAS_TARGETS:
             raise unknown_name("cerebras_target", self.cerebras_target, CEREBRAS_TARGETS)
-        for name in ("cs3", "num_csx"):
+        for name in ("cs3", "num_csx", "num_workers_per_csx"):
             rule(getattr(self, name) >= 1, f"{name} must be at least 1", getattr(self, name), "Give a larger number.")
         limit = self.train_timeout_seconds
         rule(limit is None or limit > 0, "train_timeout_seconds must be above 0 or none", limit, "Give seconds.")
+        steps = self.checkpoint_steps
+        rule(steps is None or steps >= 1, "checkpoint_steps must be at least 1 or none", steps, "Give steps.")
         rule(0 <= self.scoring_gpus <= 1, "scoring_gpus must be in [0, 1]", self.scoring_gpus, "Give 1, or a fraction.")
+        if self.job_priority not in JOB_PRIORITIES:
+            raise unknown_name("job_priority", self.job_priority, JOB_PRIORITIES)
+        micro = self.csx_micro_batch_size
+        rule(
+            micro in CSX_MICRO_BATCHES or (micro.isdecimal() and int(micro) >= 1),
+            f"csx_micro_batch_size must be {', '.join(CSX_MICRO_BATCHES)} or a number of at least 1",
+            micro,
+            "Give one of these.",
+        )
         share = self.cerebras_share
         rule(0 < share < 1, "cerebras_share must be in (0, 1)", share, "Give a fraction, or another --backend.")
 

@@ -10,8 +10,15 @@ from pathlib import Path
 
 from tune_sparse.cerebras import appliance
 from tune_sparse.cerebras.content_cache import limit_bytes, size_bytes
-from tune_sparse.cerebras.environment import CLUSTER_CONFIG, SiteEnvironment, find_environment
-from tune_sparse.doctor import Check
+from tune_sparse.cerebras.environment import (
+    CLUSTER_CONFIG,
+    CLUSTER_DOMAIN,
+    SiteEnvironment,
+    check_proxies,
+    cluster_versions,
+    find_environment,
+)
+from tune_sparse.doctor import Check, check
 from tune_sparse.errors import InputError
 from tune_sparse.files import cache_dir
 
@@ -20,8 +27,10 @@ QUOTA_SECONDS = 20
 
 
 def examine() -> Iterator[Check]:
-    """Environment, Model Zoo, compiler, cluster, csctl and disk. A laptop lacks a cluster: --cerebras-target csx alone
-    needs one."""
+    """Environment, Model Zoo, compiler, cluster, csctl, proxies and disk.
+
+    A laptop lacks a cluster: --cerebras-target csx alone needs one.
+    """
     try:
         environment = find_environment()
     except InputError as error:
@@ -31,6 +40,7 @@ def examine() -> Iterator[Check]:
         yield from _environment(environment)
     yield _cluster()
     yield _controller()
+    yield _proxies()
     yield from _disk()
 
 
@@ -49,7 +59,7 @@ def _environment(environment: SiteEnvironment) -> Iterator[Check]:
     compiler = environment.venv / "bin" / "torch-cirh-opt"
     fix = "" if compiler.exists() else "Install cerebras_pytorch again: --cerebras-target validate needs it."
     yield Check("compiler front end", compiler.exists(), str(compiler), fix)
-    yield _same_release(environment.release)
+    yield _same_release(environment)
 
 
 def _zoo_release(modelzoo: Path) -> str | None:
@@ -71,22 +81,30 @@ def _cluster() -> Check:
 
 def _controller() -> Check:
     try:
-        waiting = appliance.jobs_with(appliance.LABEL)
+        waiting, version = appliance.unfinished_jobs(), appliance.controller_version()
     except appliance.ApplianceUnreachableError as error:
         return Check("csctl", False, str(error), "Without it a job that is left over cannot be cancelled.")
-    return Check("csctl", True, f"answers; {len(waiting)} unfinished jobs of this program")
+    return Check("csctl", True, f"{version}, answers; {len(waiting)} unfinished jobs of this program")
 
 
-def _same_release(release: str) -> Check:
-    """Compare the releases of the client and the cluster, where `csctl` says one."""
+def _proxies() -> Check:
     try:
-        releases = appliance.versions()
-    except appliance.ApplianceUnreachableError as error:
-        return Check("cluster's release", True, f"not known: {error}")
-    ours = ".".join(release.split(".")[:2])
-    is_same = not releases or any(version.startswith(f"{ours}.") or version == ours for version in releases)
-    fix = "" if is_same else "Set CEREBRAS_VENV to the environment of the cluster's release."
-    return Check("cluster's release", is_same, f"{', '.join(releases) or 'unknown'}; the environment is {release}", fix)
+        check_proxies()
+    except InputError as error:
+        message, _, fix = str(error).partition(". ")
+        return Check("proxies", False, message, fix)
+    return Check("proxies", True, f"none is asked for {CLUSTER_DOMAIN}")
+
+
+def _same_release(environment: SiteEnvironment) -> Check:
+    """Compare client and cluster as the client itself does."""
+    found = cluster_versions(environment)
+    if isinstance(found, str):
+        fix = "Ask on a user node of the CS-3; a training that cannot run there fails with ApplianceVersionError."
+        return Check("cluster's release", False, f"not known: {found}", fix)
+    shown = f"semantic version {found.server}, the environment's is {found.client}"
+    fix = "Set CEREBRAS_VENV to the environment of the cluster's release."
+    return check("cluster's release", found.go_together, shown, fix)
 
 
 def _disk() -> Iterator[Check]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import statistics
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,8 @@ class RunCost:
     cs3_seconds: float
     compile_seconds: float
     """of the seconds of CS-3 systems"""
+    scoring_seconds: float
+    """in which a CPU prunes and scores what a CS-3 trains, because the trial holds no GPU"""
     disk_bytes: float
 
 
@@ -51,6 +53,8 @@ class Forecast:
     cs3_seconds: float
     compile_seconds: float
     """of the seconds of CS-3 systems"""
+    scoring_seconds: float
+    """in which a CPU prunes and scores what a CS-3 trains, because its trials hold no GPU"""
     wall_seconds: float | None
     """None where it is not known how many trials run at once"""
     disk_bytes: int
@@ -67,6 +71,11 @@ class Forecast:
         lines = [f"Disk: about {self.disk_bytes / 1e6:.0f} MB" + (bound if self.bounded else "")]
         if self.by_group:
             lines.append(f"Time of {sum(self.by_group.values())} of {self.runs} runs: {self._time()}")
+        if self.scoring_seconds:
+            lines.append(
+                f"  of it {duration(self.scoring_seconds)} in which a CPU prunes and scores what a CS-3 trains: no GPU "
+                "does it (--scoring-gpus)"
+            )
         lines += [f"  {n} as the median of measured runs of the same {group}" for group, n in self.by_group.items()]
         unknown = "no run of {} was measured here: its {} missing runs have no forecast of time (--pilot measures one)"
         return lines + [f"  {unknown.format(group, n)}" for group, n in self.unmeasured.items()]
@@ -96,6 +105,7 @@ def forecast(plan: Plan, ledger: LedgerReader, missing: Sequence[Run]) -> Foreca
         gpu_seconds=sum(cost.gpu_seconds for _, cost in known),
         cs3_seconds=sum(cost.cs3_seconds for _, cost in known),
         compile_seconds=sum(cost.compile_seconds for _, cost in known),
+        scoring_seconds=sum(cost.scoring_seconds for _, cost in known),
         wall_seconds=wall_seconds(known, plan.config),
         disk_bytes=round(
             sum(s.disk_bytes if s else plan.estimate_bytes(run) for run, s in zip(missing, disk, strict=True))
@@ -179,10 +189,17 @@ def cost_of_run(run: Run, record: Record, folder: Path, config: SweepConfig) -> 
         trial_seconds=measured["trial_seconds"],
         cpu_seconds=measured["trial_seconds"] * held.get("CPU", 0.0),
         gpu_seconds=measured["trial_seconds"] * held.get("GPU", 0.0),
-        cs3_seconds=measured["train_seconds"] * systems if on_cs3 else 0.0,
+        cs3_seconds=_cs3_seconds(measured) * systems if on_cs3 else 0.0,
         compile_seconds=(measured["compile_seconds"] or 0.0) * systems if on_cs3 else 0.0,
+        scoring_seconds=measured["trial_seconds"] - _cs3_seconds(measured) if on_cs3 and not held.get("GPU") else 0.0,
         disk_bytes=sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()),
     )
+
+
+def _cs3_seconds(measured: Mapping[str, Any]) -> float:
+    """Compute how long a trial held its CS3: queue, compiling and programming stand beside the training."""
+    before = ("queue_seconds", "compile_seconds", "programming_seconds")
+    return float(measured["train_seconds"] + sum(measured.get(name) or 0.0 for name in before))
 
 
 def wall_seconds(known: Sequence[tuple[Run, RunCost]], config: SweepConfig) -> float | None:
