@@ -38,8 +38,8 @@ def measure(run: Run, worker: WorkerCache, batch_size: int) -> Throughput:
     torch.set_num_threads(protocol.threads)
     loaded = worker.model(run)
     examples = worker.examples(run, loaded)
-    pruned = worker.pruner.prune_into(run, loaded, examples.train)
-    trainable = setup(run.cell.mode, loaded.model, protocol, pruned.masks, run.cell.seed)
+    masks = worker.pruner.make_into(run, loaded, examples.train)
+    trainable = setup(run.cell.mode, loaded.model, protocol, masks, run.cell.seed)
     accelerator, totals = accelerator_for(trainable.mixed_precision), Training()
     gc.collect()
     with closing(PeakMemory()) as memory:
