@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from trainables.worker import WorkerCache
 from tune_sparse.data.splits import Encoded
+from tune_sparse.ledger.ledger import Ledger
 from tune_sparse.models.architectures import read_weights
 from tune_sparse.models.dims import ModelDims
 from tune_sparse.pruning.calibration import ModelBlocks, calibrate_blockwise
@@ -113,7 +114,7 @@ def wide_worker(wide_llama: Path) -> Iterator[tuple[WorkerCache, int]]:
 
 @pytest.mark.parametrize("method", ["unstructured", "structured", "wanda", "sparsegpt"])
 def test_loading_and_pruning_hold_one_copy_of_the_weights(
-    method: str, wide_worker: tuple[WorkerCache, int], wide_llama: Path
+    method: str, wide_worker: tuple[WorkerCache, int], wide_llama: Path, tmp_path: Path
 ) -> None:
     worker, loading = wide_worker
     run = tiny_run(wide_llama, precision="bfloat16", method=method)
@@ -121,7 +122,7 @@ def test_loading_and_pruning_hold_one_copy_of_the_weights(
     weights = sum(parameter.nbytes for parameter in loaded.model.parameters())
     train = worker.examples(run, loaded).train
     with LiveBytes(*loaded.model.parameters()) as live:
-        pruned = worker.pruner.prune_into(run, loaded, train)
+        pruned = worker.pruner.prune_into(run, loaded, train, Ledger(tmp_path))
     print(f"{method}: load {loading / weights:.3f}, prune {live.peak / weights:.3f}, after {live.bytes / weights:.3f}")
     assert loading <= 1.6 * weights
     assert live.peak <= 1.6 * weights

@@ -88,6 +88,8 @@ def write_pruning(
 
     weights: {matrix: its pruned weight}, for a method that updates them.
     """
+    if folder.exists():  # another worker was faster
+        return
     partial = aside(folder)
     partial.mkdir(parents=True)
     try:
