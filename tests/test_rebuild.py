@@ -10,6 +10,7 @@ import pytest
 import torch
 from factories import finished, tiny_run
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from trainables.pruning_stage import Pruner
 from trainables.rebuild import deployed_by
@@ -100,6 +101,16 @@ class TestStoredPruning:
         assert record is not None
         assert weights_sha256(prunable_weights(loaded.model)) == record.metrics["weights_sha256"]
         assert mask_sha256(masks) == record.metrics["mask_sha256"]
+
+    def test_another_attention_kernel_merges_the_weights_that_were_scored(
+        self, pair: tuple[Run, Run, Path], results: Ledger, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        run, _, _ = pair
+        from_config = AutoModelForCausalLM.from_config
+        eager = {"attn_implementation": "eager"}
+        monkeypatch.setattr(AutoModelForCausalLM, "from_config", lambda config, **k: from_config(config, **k | eager))
+        loaded, _ = deployed_by(run, results, WorkerCache())
+        assert loaded.model.config._attn_implementation == "eager"
 
     def test_one_that_is_gone_is_refused_not_made_again(self, pair: tuple[Run, Run, Path], results: Ledger) -> None:
         run, _, _ = pair
