@@ -22,6 +22,7 @@ from tune_sparse.ledger.run import Run
 from tune_sparse.models.checkpoints import prunable_weights, write_weights_into
 from tune_sparse.pruning.bit_masks import BitMasks
 from tune_sparse.pruning.calibration import CalibrationStats, ModelBlocks, checked_examples, text_examples
+from tune_sparse.pruning.masks import mask_into
 from tune_sparse.pruning.methods import method_named
 from tune_sparse.pruning.prune_into import Calibration, prune_into
 from tune_sparse.pruning.prune_model import Prunable, measured
@@ -63,7 +64,9 @@ class MaskedWeights(Mapping[str, Tensor]):
     masks: BitMasks
 
     def __getitem__(self, name: str) -> Tensor:
-        return self.dense[name].mul_(self.masks[name])
+        weight = self.dense[name]
+        mask_into(weight, self.masks[name])
+        return weight
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.masks)
