@@ -55,11 +55,13 @@ def read_masks(stored: StoredPruning, device: torch.device) -> BitMasks:
     files = _open(stored.folder / MASKS)
     try:
         shapes = {name: tuple(shape) for name, shape in json.loads(files.metadata()[SHAPES]).items()}
-        bits = {name: files[name] for name in shapes}
     except (ValueError, LookupError) as error:
-        raise broken(stored.folder, f"{MASKS} has no masks ({type(error).__name__}: {error})") from error
-    kept = {name: int(np.bitwise_count(packed.numpy()).sum()) for name, packed in bits.items()}
-    return BitMasks(bits, shapes, kept).to(device)
+        raise broken(stored.folder, f"{MASKS} has no shapes ({type(error).__name__}: {error})") from error
+    bits, kept = {}, {}
+    for name in shapes:
+        packed = files[name]
+        bits[name], kept[name] = packed.to(device, copy=True), int(np.bitwise_count(packed.numpy()).sum())
+    return BitMasks(bits, shapes, kept)
 
 
 def read_weights(stored: StoredPruning, masks: BitMasks) -> StoredWeights:
@@ -86,6 +88,8 @@ def write_pruning(
 
     weights: {matrix: its pruned weight}, for a method that updates them.
     """
+    if folder.exists():  # another worker was faster
+        return
     partial = aside(folder)
     partial.mkdir(parents=True)
     try:
