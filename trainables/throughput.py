@@ -16,7 +16,6 @@ from trainables.worker import WorkerCache
 from tune_sparse.data.batching import example_tokens
 from tune_sparse.ledger.run import Run
 from tune_sparse.lora.masked_linear import keep_for_steps
-from tune_sparse.models.checkpoints import write_weights_into
 from tune_sparse.training.loop import accelerator_for, fit
 
 TIMED_STEPS = 5
@@ -40,8 +39,7 @@ def measure(run: Run, worker: WorkerCache, batch_size: int) -> Throughput:
     torch.set_num_threads(protocol.threads)
     loaded = worker.model(run)
     examples = worker.examples(run, loaded)
-    pruned = worker.pruner.prune(run, loaded, examples.train)
-    write_weights_into(loaded.model, pruned.weights)
+    pruned = worker.pruner.prune_into(run, loaded, examples.train)
     trainable = setup(run.cell.mode, loaded.model, protocol, pruned.masks, run.cell.seed)
     budgets = run_budgets(run, loaded.dims)
     together = replace(budgets, micro_batch_tokens=batch_size * max(map(example_tokens, examples.train)))
