@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 from factories import make_cell, make_run
 from ray import cloudpickle, tune
@@ -134,6 +135,8 @@ def test_out_of_memory_alone_is_final(ended: Ended) -> None:
     assert record is not None
     assert record.error is not None
     assert record.error["class"] == "MemoryError"
+    assert not record.error["retryable"]
+    assert record.error["device_memory_bytes"] == psutil.virtual_memory().total
 
 
 def test_a_lost_worker_is_tried_again_as_often_as_allowed(ended: Ended) -> None:
@@ -164,6 +167,16 @@ def test_a_full_disk_stops_the_sweep_and_nothing_is_tried_again(tmp_path: Path, 
         ({"class": "OutOfMemoryError", "message": "CUDA out of memory. Tried to allocate 2.00 GiB"}, True),
         ({"class": "RuntimeError", "message": "[enforce fail] DefaultCPUAllocator: can't allocate memory"}, True),
         ({"class": "ActorDiedError", "message": "killed due to the node running low on memory."}, True),
+        (
+            {"class": "RuntimeError", "message": "CUDA error: CUBLAS_STATUS_ALLOC_FAILED"},
+            True,
+        ),
+        ({"class": "RuntimeError", "message": "cuDNN error: CUDNN_STATUS_ALLOC_FAILED"}, True),
+        ({"class": "RuntimeError", "message": "HIP error: hipErrorOutOfMemory"}, True),
+        ({"class": "DistBackendError", "message": "NCCL error: Failed to CUDA calloc 6291456 bytes"}, True),
+        ({"class": "OSError", "message": "[Errno 12] Cannot allocate memory"}, True),
+        ({"class": "TooLargeError", "message": "a device must hold a cell"}, True),
+        ({"class": "RuntimeError", "message": "CUDA error: CUBLAS_STATUS_EXECUTION_FAILED"}, False),
         ({"class": "ActorDiedError", "message": "The actor died: its node was lost."}, False),
     ],
 )

@@ -52,13 +52,20 @@ def test_gpus_are_packed_by_the_memory_that_finished_runs_of_a_kind_needed() -> 
     packed = placement(GPU_NODE, gpus_per_trial=None)
     assert packed.resources(TORCH)["GPU"] == 1, "nothing is known yet"
     packed.learn(TORCH, with_memory(TORCH, 19 * GB, 80 * GB))  # 1.2 x 19 + 1.07 of 80 GB: three fit
-    other_method = make_run(make_cell(method="random", sparsity=0.9))
-    assert packed.resources(other_method)["GPU"] == 0.3333
+    assert packed.resources(make_run(make_cell(sparsity=0.9)))["GPU"] == 0.3333
+    assert packed.resources(make_run(make_cell(method="sparsegpt")))["GPU"] == 1, "calibration may need more"
     packed.learn(TORCH, with_memory(TORCH, 30 * GB, 80 * GB))
     assert packed.resources(TORCH)["GPU"] == 0.5, "the most that any needed counts"
     packed.learn(TORCH, with_memory(TORCH, 10 * GB, 80 * GB))
     assert packed.resources(TORCH)["GPU"] == 0.5
     assert packed.resources(make_run(make_cell(task="gsm8k")))["GPU"] == 1, "another task may need more"
+
+
+def test_what_was_reserved_counts_where_it_was_recorded() -> None:
+    measured = {"gpu_memory_bytes": 80 * GB, "peak_memory_bytes": 10 * GB, "cell_peak_memory_bytes": 20 * GB}
+    assert needed_fraction(measured) == pytest.approx((24 * GB + 2**30) / (80 * GB))
+    reserved = needed_fraction(measured | {"cell_peak_reserved_bytes": 30 * GB})
+    assert reserved == pytest.approx((36 * GB + 2**30) / (80 * GB))
 
 
 def test_runs_on_a_cpu_and_failed_runs_teach_nothing() -> None:

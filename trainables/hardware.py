@@ -10,8 +10,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from accelerate import PartialState
+
+from tune_sparse import __version__
 
 PACKAGES = ("torch", "transformers", "peft", "ray", "numpy", "safetensors", "tokenizers")
 
@@ -59,9 +62,24 @@ def git_sha() -> str | None:
     return found.stdout.strip()
 
 
+def code_version() -> str:
+    """The commit of this code, or its version outside a checkout."""
+    return git_sha() or __version__
+
+
 def gpu_memory_bytes() -> int | None:
     """Total memory of the GPU that this process computes on; None on a CPU."""
     return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
+
+
+def device_memory_bytes() -> int:
+    """Total memory of the GPU that this process computes on, or of the machine."""
+    return gpu_memory_bytes() or psutil.virtual_memory().total
+
+
+def gpu_share() -> float:
+    """The fraction of its GPU that `keep_within` leaves to this process."""
+    return torch.cuda.get_per_process_memory_fraction()
 
 
 def keep_within(gpu_fraction: float) -> None:

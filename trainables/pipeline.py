@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from trainables import cerebras_backend, torch_backend
 from trainables.budgets import check_budgets, run_budgets
-from trainables.failures import describe_error, is_infrastructure
+from trainables.failures import describe_error, may_pass
 from trainables.finetuning import setup
 from trainables.hardware import environment, gpu_memory_bytes
 from trainables.loaded import Examples, LoadedModel
@@ -66,11 +66,13 @@ def run_cell(
     train_stage: by default that of the cell's backend, on this machine.
     held: what the trial holds of Ray's resources, to be recorded.
 
-    An error that would come again is recorded as a failed run; an infrastructure error is raised.
+    An error that would come again is recorded as a failed run, also one of memory on a whole GPU; another
+    infrastructure error is raised.
     """
     with ledger.writing(run.run_id) as folder:
         write_config(folder, run)
         with closing(RunLog(folder)) as log, closing(PeakMemory()) as memory:
+            work = None
             try:
                 work = _load(run, ledger, worker, folder, log, memory)
                 stage = train_stage or TRAIN_STAGES[run.cell.backend]
@@ -79,10 +81,10 @@ def run_cell(
                 record = Record(run.run_id, run.identity, "done", metrics, measured, run_environment(run))
             except BaseException as error:
                 worker.clear()
-                if not isinstance(error, Exception) or is_infrastructure(error):
+                if not isinstance(error, Exception) or may_pass(error, held or {}):
                     raise
                 log(f"failed: {error}")
-                described = describe_error(error, retryable=False)
+                described = describe_error(error, retryable=False, budgets=work.budgets if work else None)
                 record = Record(run.run_id, run.identity, "failed", environment=run_environment(run), error=described)
         write_text(folder / "git_sha.txt", f"{environment()['git_sha'] or 'unknown'}\n")
         write_json(folder / "result.json", asdict(record))

@@ -6,7 +6,13 @@ from typing import Any
 
 DISK_FULL = ("No space left on device", "Disk quota exceeded", "Read-only file system")
 """Messages of the system where nothing more can be written, whatever class of error a library makes of it."""
-OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "running low on memory")
+OUT_OF_MEMORY = (
+    *("out of memory", "can't allocate memory", "cannot allocate memory", "running low on memory"),
+    *("status_alloc_failed", "erroroutofmemory"),
+    "failed to cuda calloc",
+)
+"""In lower case, parts of what torch, cuBLAS and its like (CUBLAS_STATUS_ALLOC_FAILED), HIP, NCCL, the system and Ray
+say where memory was too little."""
 
 
 class InputError(ValueError):
@@ -15,6 +21,10 @@ class InputError(ValueError):
 
 class NotReadyError(InputError):
     """Nothing is wrong with the input, but something has to be fetched, made or named before a sweep can run."""
+
+
+class TooLargeError(InputError):
+    """A device has too little memory for a run, whatever its budgets. The message has the bytes and the fix."""
 
 
 class RunError(RuntimeError):
@@ -30,6 +40,6 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> InputError:
 
 
 def is_out_of_memory(error: Mapping[str, Any]) -> bool:
-    """Whether a recorded error (class, message) is of a process that had too little memory."""
-    memory_classes = ("OutOfMemoryError", "MemoryError")
+    """Whether a recorded error (class, message) is of a process that had too little memory, or was refused for it."""
+    memory_classes = ("OutOfMemoryError", "MemoryError", "TooLargeError")
     return error["class"] in memory_classes or any(text in error["message"].lower() for text in OUT_OF_MEMORY)

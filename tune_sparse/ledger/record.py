@@ -25,7 +25,7 @@ class Record:
     measured: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
     error: dict[str, Any] | None = None
-    """class, message, traceback, retryable"""
+    """class, message, traceback, retryable; of one that lacked memory also device_memory_bytes, version and budgets"""
 
 
 @dataclass(frozen=True)

@@ -204,6 +204,16 @@ def pruned_weights(dims: ModelDims) -> int:
     return sum(rows * columns for rows, columns in matrix_sizes(dims).values())
 
 
+def all_weights(dims: ModelDims) -> int:
+    """Weights of the whole model: the prunable ones, embeddings, head, norms and routers.
+
+    Exact for Llama, Mistral and Mixtral; the biases and learned positions of GPT-2 and OPT are left out.
+    """
+    embeddings = dims.vocab_size * dims.hidden_size * (1 if dims.tied_embeddings else 2)
+    routers = dims.num_layers * dims.num_experts * dims.hidden_size if dims.num_experts > 1 else 0
+    return pruned_weights(dims) + embeddings + routers + (2 * dims.num_layers + 1) * dims.hidden_size
+
+
 def adapter_weights(dims: ModelDims, rank: int) -> int:
     """Weights of LoRA adapters of `rank` on every prunable matrix: R (I + O) each."""
     return rank * sum(rows + columns for rows, columns in matrix_sizes(dims).values())

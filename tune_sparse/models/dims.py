@@ -26,6 +26,10 @@ class ModelDims:
     """The longest text, in tokens, that the model was made for."""
     num_experts: int = 1
     """Feed-forward parts of a block."""
+    experts_per_token: int = 1
+    """Feed-forward parts that compute a token."""
+    tied_embeddings: bool = False
+    """The head is the embedding."""
     architecture: str = "LlamaForCausalLM"
     """The model class, a key of `ARCHITECTURES`."""
 
@@ -44,6 +48,8 @@ class ModelDims:
             sliding_window=getattr(config, "sliding_window", None),
             max_positions=config.max_position_embeddings,
             num_experts=getattr(config, "num_local_experts", None) or 1,
+            experts_per_token=getattr(config, "num_experts_per_tok", None) or 1,
+            tied_embeddings=bool(getattr(config, "tie_word_embeddings", False)),
             architecture=(config.architectures or [cls.architecture])[0],
         )
 

@@ -24,8 +24,9 @@ SUB_BLOCK = 16
 def inverse_factor(hessian: Tensor) -> Tensor:
     """U, upper triangular, with UᵀU = (H + damping)⁻¹. hessian: (I, I) in fp32, kept as it is.
 
-    From one Cholesky factor: with J the reversal, J H J = L Lᵀ gives U = J L⁻¹ J. At most three matrices of this size
-    are in memory at once, and the Hessian if the caller keeps it.
+    From one Cholesky factor: with J the reversal, J H J = L Lᵀ gives U = J L⁻¹ J. L⁻¹ takes the place of the damped
+    matrix, so that no more than two matrices of this size, 485 MB each at 7B, are in memory at once, and the Hessian
+    if the caller keeps it.
     """
     damped = hessian.flip(0, 1)
     del hessian
@@ -33,9 +34,10 @@ def inverse_factor(hessian: Tensor) -> Tensor:
     diagonal[diagonal == 0] = 1
     diagonal += DAMPING * diagonal.mean()
     lower = torch.linalg.cholesky(damped)
+    inverse = torch.eye(len(lower), out=damped).T  # column-major, as the solver has it: it copies nothing
     del damped, diagonal
-    inverse = torch.eye(len(lower), dtype=lower.dtype, device=lower.device).T  # by column, as it is solved in place
     torch.linalg.solve_triangular(lower, inverse, upper=False, out=inverse)
+    del lower
     return inverse.flip(0, 1)
 
 

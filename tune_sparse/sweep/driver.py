@@ -16,12 +16,14 @@ from tune_sparse.ledger.lease import FolderLease
 from tune_sparse.ledger.ledger import Ledger
 from tune_sparse.ledger.record import SweepRecord
 from tune_sparse.ledger.run import Run
+from tune_sparse.sweep.cards import check_devices, cluster_devices
 from tune_sparse.sweep.forecast import longest_first
 from tune_sparse.sweep.plan import Plan
 from tune_sparse.sweep.preparation import check_start
 from tune_sparse.sweep.progress import Progress
 from tune_sparse.sweep.ray_session import capacity, nodes, ray_session, run_trials, stop_on_signals
 from tune_sparse.sweep.resources import Placement
+from tune_sparse.sweep.retries import memory_lines
 from tune_sparse.tracking.background import BackgroundTracker, track_sweep
 from tune_sparse.tracking.sync import tracking_uri
 
@@ -59,6 +61,8 @@ def run_sweep(plan: Plan, retry_failed: bool = False, only: Collection[str] | No
     """
     config = plan.config
     ledger, uri = Ledger(config.results_dir), tracking_uri(config)
+    for line in memory_lines(plan.lacked_memory(ledger)):
+        logger.info(line)
     check_start(plan, ledger, plan.missing(ledger, retry_failed))
     started = time.perf_counter()
     with FolderLease(ledger.folder) as lease:
@@ -120,6 +124,7 @@ def _tune(
         for run in plan.runs.values():
             placement.learn(run, ledger.record(run.run_id))
         placement.check_placeable(missing)
+        check_devices(config, missing, plan.dims, cluster_devices(nodes()))
 
         def make_trial(run: Run) -> dict[str, Any]:
             trial = {

@@ -15,6 +15,7 @@ from tune_sparse.ledger.contracts import LedgerReader
 from tune_sparse.ledger.record import Record
 from tune_sparse.ledger.run import Run
 from tune_sparse.models.architectures import pruned_weights
+from tune_sparse.sweep.cards import gpus_asked
 from tune_sparse.sweep.plan import Plan
 from tune_sparse.sweep.progress import duration
 from tune_sparse.sweep.resources import available_cores
@@ -172,7 +173,7 @@ def pilots(plan: Plan, ledger: LedgerReader, missing: Sequence[Run]) -> list[Run
 def cost_of_run(run: Run, record: Record, folder: Path, config: SweepConfig) -> RunCost:
     """Compute what a done run took. A trial that did not record what it held counts as one that starts now."""
     measured, systems = record.measured, config.cerebras.num_csx
-    held = measured.get("held", {"CPU": run.protocol.threads, "GPU": _gpus(config)})
+    held = measured.get("held", {"CPU": run.protocol.threads, "GPU": gpus_asked(config)})
     on_cs3 = run.cerebras is not None and run.cerebras["target"] == "csx"
     return RunCost(
         trial_seconds=measured["trial_seconds"],
@@ -182,11 +183,6 @@ def cost_of_run(run: Run, record: Record, folder: Path, config: SweepConfig) -> 
         compile_seconds=(measured["compile_seconds"] or 0.0) * systems if on_cs3 else 0.0,
         disk_bytes=sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()),
     )
-
-
-def _gpus(config: SweepConfig) -> float:
-    """That a trial holds before its memory was measured."""
-    return 1.0 if config.gpus_per_trial is None else config.gpus_per_trial
 
 
 def wall_seconds(known: Sequence[tuple[Run, RunCost]], config: SweepConfig) -> float | None:
@@ -208,8 +204,8 @@ def trials_at_once(config: SweepConfig, backend: str) -> int | None:
         return config.workers
     if "RAY_ADDRESS" in os.environ:
         return None
-    if _gpus(config):
+    if gpus_asked(config):
         import torch
 
-        return int(torch.cuda.device_count() / _gpus(config)) or None
+        return int(torch.cuda.device_count() / gpus_asked(config)) or None
     return max(1, available_cores() // config.protocol.threads)

@@ -22,12 +22,14 @@ from tune_sparse.ledger.record import Record, SweepRecord
 from tune_sparse.ledger.run import Run, readable_id
 from tune_sparse.models.architectures import adapter_weights, pruned_weights
 from tune_sparse.models.checkpoints import Checkpoint, check_checkpoint, load_tokenizer, short_name
+from tune_sparse.models.dims import ModelDims
 from tune_sparse.models.toy_models import TOY_MODELS
 from tune_sparse.modes import MODES
 from tune_sparse.pruning.calibration import text_examples
 from tune_sparse.pruning.methods import method_named
 from tune_sparse.pruning.prune_model import check_method_sparsities
 from tune_sparse.sweep.examples import Examples, read_examples
+from tune_sparse.sweep.retries import has_more_memory_now, is_missing, lacked_memory
 
 OUTCOME_BYTES = 400
 """A scored example takes so much besides a generated text: an outcome before and after the last mask."""
@@ -48,9 +50,24 @@ class Plan:
     """by the models' short names"""
     examples: Examples
 
+    @property
+    def dims(self) -> dict[str, ModelDims]:
+        """By the models' short names."""
+        return {name: checkpoint.dims for name, checkpoint in self.checkpoints.items()}
+
     def missing(self, ledger: LedgerReader, retry_failed: bool = False) -> list[Run]:
-        """Runs that no finished record serves. A run that failed for good is missing only if `retry_failed`."""
-        return [run for run in self.runs.values() if is_missing(ledger.record(run.run_id), retry_failed)]
+        """Runs that no finished record serves. A run that failed for good is missing only if `retry_failed`, or if it
+        lacked memory that it may have now."""
+        again = {run.run_id for run, _, why in self.lacked_memory(ledger) if why}
+        records = [(run, ledger.record(run_id)) for run_id, run in self.runs.items()]
+        return [run for run, record in records if run.run_id in again or is_missing(record, retry_failed)]
+
+    def lacked_memory(self, ledger: LedgerReader) -> list[tuple[Run, Record, str | None]]:
+        """Runs that failed for too little memory on a whole device: (run, record, why it may have enough now)."""
+        records = [(run, ledger.record(run_id)) for run_id, run in self.runs.items()]
+        lacking = [(run, record) for run, record in records if record and lacked_memory(record)]
+        dims = self.dims
+        return [(run, r, has_more_memory_now(r, run, self.config, dims[run.cell.model])) for run, r in lacking]
 
     def estimate_bytes(self, run: Run) -> int:
         """Estimate the bytes that a run will write: mostly what it trained and its outcomes."""
@@ -61,15 +78,6 @@ class Plan:
         generates = any(isinstance(task, AnswerTask) for task in tasks_named(run.cell.task))
         outcome = OUTCOME_BYTES + TOKEN_BYTES * (run.protocol.max_new_tokens if generates else 0)
         return trained + outcome * (run.protocol.n_test or 10_000) + RUN_BYTES
-
-
-def is_missing(record: Record | None, retry_failed: bool = False) -> bool:
-    """Whether a run with this record has to run: it has none, was interrupted, or failed and may go well now."""
-    if record is None or record.status == "interrupted":
-        return True
-    if record.status == "failed":
-        return retry_failed or bool(record.error and record.error["retryable"])
-    return False
 
 
 def requested_cells(config: SweepConfig) -> list[Cell]:

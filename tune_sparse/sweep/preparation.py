@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from tune_sparse.ledger.ledger import Ledger
 from tune_sparse.ledger.run import Run
 from tune_sparse.models.checkpoints import prepare_models
 from tune_sparse.models.toy_models import TOY_MODELS
+from tune_sparse.sweep.cards import check_devices, local_devices
 from tune_sparse.sweep.examples import read_examples
 from tune_sparse.sweep.plan import Plan, check_names, plan_cells
 from tune_sparse.tracking.sync import tracking_uri
@@ -53,8 +55,10 @@ def check_folder(folder: Path) -> None:
 
 
 def check_start(plan: Plan, ledger: Ledger, missing: Sequence[Run]) -> None:
-    """Raise `InputError` unless there is room for what the missing runs will write, and a cluster for those on
-    Cerebras."""
+    """Raise `InputError` unless a GPU of this machine can hold the missing runs, and there is room for what they will
+    write, and a cluster for those on Cerebras. What the GPUs of a Ray cluster can hold, only the cluster knows."""
+    if "RAY_ADDRESS" not in os.environ:
+        check_devices(plan.config, missing, plan.dims, local_devices())
     check_room(ledger.folder, sum(plan.estimate_bytes(run) for run in missing), "a sweep", FREE_SOME)
     if "cerebras" in plan.config.backends:
         settings = plan.config.cerebras

@@ -20,7 +20,7 @@ from tune_sparse.ledger.record import Record
 from tune_sparse.ledger.run import Run
 
 MEMORY_MARGIN = 1.2
-"""Room above the most that a finished run allocated: fragments, and examples longer than its own."""
+"""Room above the most that a finished run used: fragments, and examples longer than its own."""
 CONTEXT_BYTES = 1 << 30
 """A process takes so much of a GPU before it allocates anything."""
 
@@ -49,7 +49,7 @@ class Placement:
 
     def __init__(self, config: SweepConfig, nodes: Callable[[], Sequence[Mapping[str, float]]]) -> None:
         self._config, self._nodes = config, nodes
-        self._needed: dict[tuple[str, str, str], float] = {}
+        self._needed: dict[tuple[str, ...], float] = {}
         self._alone: set[str] = set()
 
     def resources(self, run: Run) -> Resources:
@@ -77,6 +77,10 @@ class Placement:
         self._alone.add(run.run_id)
         return True
 
+    def is_alone(self, run: Run) -> bool:
+        """Whether a run has a node for itself."""
+        return run.run_id in self._alone
+
     def check_placeable(self, runs: Sequence[Run]) -> None:
         """Raise `InputError` if no single node can hold a trial, or if nothing can train it."""
         nodes = self._nodes()
@@ -101,14 +105,16 @@ class Placement:
         return held | {"CPU": max(fitting, default=held["CPU"])} | whole_gpu
 
 
-def _kind(run: Run) -> tuple[str, str, str]:
-    """Runs of one kind need about the same memory."""
-    return run.cell.model, run.cell.task, run.cell.mode
+def _kind(run: Run) -> tuple[str, ...]:
+    """Runs of one kind need about the same memory: calibration, and what is trained, are of a method and a mode."""
+    return run.cell.model, run.cell.task, run.cell.mode, run.cell.method
 
 
 def needed_fraction(measured: Mapping[str, Any]) -> float | None:
-    """The fraction of its GPU that a finished run needed, or None if it had none."""
-    total, peak = measured.get("gpu_memory_bytes"), measured.get("peak_memory_bytes")
+    """The fraction of its GPU that a finished run needed, or None if it had none. The limit of a share counts what was
+    reserved, which is more than what was allocated."""
+    peaks = ("cell_peak_reserved_bytes", "cell_peak_memory_bytes", "peak_memory_bytes")
+    total, peak = measured.get("gpu_memory_bytes"), next(filter(None, map(measured.get, peaks)), None)
     return None if not total or not peak else (MEMORY_MARGIN * peak + CONTEXT_BYTES) / total
 
 
