@@ -188,10 +188,10 @@ def make_sweep(cells: Iterable[Cell], started: float = 1_000.0, **run_changes: A
     owners: dict[str, str] = {}
     for cell in cells:
         cell_id = readable_id(cell, make_run(cell, **run_changes).identity)
-        run_id = make_run(cell.trained, **run_changes).run_id
-        owner = owners.setdefault(run_id, cell_id)
-        shared = None if owner == cell_id else owner
-        rows.append({"cell_id": cell_id, "run_id": run_id, "shared_with": shared, **asdict(cell), "chance": 0.5})
+        run = make_run(cell.trained, **run_changes)
+        owner = owners.setdefault(run.run_id, cell_id)
+        ids = {"cell_id": cell_id, "run_id": run.run_id, "pruning_id": run.pruning_id}
+        rows.append(ids | {"shared_with": None if owner == cell_id else owner, **asdict(cell), "chance": 0.5})
     return SweepRecord(f"sweep{started:g}", started, {"models": ["tiny"], "protocol": {"steps": 200}}, tuple(rows))
 
 

@@ -20,6 +20,7 @@ from tune_sparse.evaluation.metrics import compute_metrics
 from tune_sparse.evaluation.outcomes import Outcome, write_outcomes
 from tune_sparse.files import read_json, write_json, write_lines
 from tune_sparse.ledger.ledger import Ledger
+from tune_sparse.ledger.prunings import DESCRIPTION, FORMAT_VERSION, MASKS
 from tune_sparse.ledger.record import Record
 from tune_sparse.ledger.run import Run, write_config
 
@@ -125,6 +126,7 @@ def write_sound(
     record = Record(run.run_id, run.identity, "done", recorded | metrics, measured, environment)
     if not (ledger.folder / "pruned_baselines" / f"{run.pruned_baseline_id}.json").exists():
         ledger.write_pruned_baseline(run.pruned_baseline_id, {"metrics": {}, "run_id": run.run_id}, pruned_baseline)
+    _write_pruning(ledger, run, mask)
     with ledger.writing(run.run_id) as folder:
         write_config(folder, run)
         described = {"mask_sha256": mask, "actual_sparsity": counted}
@@ -136,6 +138,20 @@ def write_sound(
         write_outcomes(folder / "examples.parquet", outcomes)
         write_json(folder / "result.json", asdict(record))
     return ledger.run_folder(run.run_id)
+
+
+def _write_pruning(ledger: Ledger, run: Run, mask: str) -> None:
+    """The stored pruning of a run, where its method has one; the content of its file is none."""
+    if run.pruning_id is None:
+        return
+    folder, content = ledger.pruning_folder(run.pruning_id), mask.encode()
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / MASKS).write_bytes(content)
+    described = {"format_version": FORMAT_VERSION, "settings": run.pruning_settings, "mask_sha256": mask}
+    sizes, checksums = {MASKS: len(content)}, {MASKS: hashlib.sha256(content).hexdigest()}
+    write_json(
+        folder / DESCRIPTION, described | {"bytes_by_file": sizes, "sha256_by_file": checksums, "environment": {}}
+    )
 
 
 def sound_ledger(
@@ -153,7 +169,8 @@ def sound_ledger(
     for cell, row in zip(requested, sweep.cells, strict=True):
         owner = owners.setdefault(runs[cell].run_id, row["cell_id"])
         shared = None if owner == row["cell_id"] else owner
-        rows.append({**row, "run_id": runs[cell].run_id, "shared_with": shared})
+        ids = {"run_id": runs[cell].run_id, "pruning_id": runs[cell].pruning_id}
+        rows.append(row | ids | {"shared_with": shared})
     ledger.write_sweep(replace(sweep, cells=tuple(rows)))
     for run in {run.run_id: run for run in runs.values()}.values():
         write_sound(ledger, run, accuracy(run.cell))

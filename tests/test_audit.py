@@ -63,6 +63,21 @@ def checksum(ledger: Ledger) -> None:
     edit(run_folder_in(ledger) / "validation_report.json", mask_sha256="f" * 64)
 
 
+RANDOM_RUN = sound_run(replace(A_CELL, method="random"))
+
+
+def pruning_folder_in(ledger: Ledger) -> Path:
+    return ledger.pruning_folder(str(RANDOM_RUN.pruning_id))
+
+
+def pruning(ledger: Ledger) -> None:
+    (pruning_folder_in(ledger) / "masks.safetensors").write_bytes(b"?" * 64)
+
+
+def pruning_gone(ledger: Ledger) -> None:
+    shutil.rmtree(pruning_folder_in(ledger))
+
+
 def duplicate_results(ledger: Ledger) -> None:
     shutil.copy(run_folder_in(ledger, ANOTHER) / "metrics.jsonl", run_folder_in(ledger))
     last = json.loads((run_folder_in(ledger) / "metrics.jsonl").read_text().splitlines()[-1])
@@ -172,6 +187,7 @@ PLANTED: dict[str, Callable[[Ledger], None]] = {
     "unreadable": unreadable,
     "identity": identity,
     "checksum": checksum,
+    "pruning": pruning,
     "duplicate-results": duplicate_results,
     "no-effect": no_effect,
     "off-target": off_target,
@@ -188,6 +204,7 @@ PLANTED: dict[str, Callable[[Ledger], None]] = {
     "few-examples": few_examples,
     "few-steps": few_steps,
     "missing": missing,
+    "pruning-gone": pruning_gone,
     "hardware": hardware,
     "uncommitted": uncommitted,
     "unchecked": unchecked,
@@ -226,6 +243,33 @@ def test_a_planted_error_is_found_by_its_rule_alone(rule: str, ledger: Ledger) -
 
 def findings_text(ledger: Ledger) -> str:
     return "\n".join(audited(ledger).lines(most=100))
+
+
+def test_a_run_of_another_mask_than_the_stored_one_is_an_error(ledger: Ledger) -> None:
+    edit(pruning_folder_in(ledger) / "pruning.json", mask_sha256="f" * 64)
+    found = audited(ledger)
+    assert {finding.rule for finding in found.findings} == {"pruning"}
+    assert len(found.findings) == 2, "a run of each mode"
+    assert "it was trained on the mask" in found.findings[0].text
+
+
+def test_a_pruning_that_cannot_be_read_is_listed(ledger: Ledger) -> None:
+    (pruning_folder_in(ledger) / "masks.safetensors").unlink()
+    [finding] = audited(ledger).findings
+    assert finding.rule == "unreadable"
+    assert "masks.safetensors must have 64 bytes, got 0" in finding.text
+
+
+def test_different_prunings_of_one_identity_are_a_conflict_of_their_runs(ledger: Ledger) -> None:
+    other = ledger.folder.parent / "other"
+    shutil.copytree(pruning_folder_in(ledger), other / "prunings" / str(RANDOM_RUN.pruning_id))
+    assert audited(ledger).findings == ()
+    path = other / "prunings" / str(RANDOM_RUN.pruning_id) / "pruning.json"
+    write_json(path, json.loads(path.read_text()) | {"sha256_by_file": {}})
+    [finding] = audited(ledger).findings
+    assert finding.rule == "conflict"
+    assert "hold different prunings" in finding.text
+    assert RANDOM_RUN.run_id in finding.run_ids
 
 
 def test_equal_weights_of_different_settings_are_duplicates(ledger: Ledger) -> None:

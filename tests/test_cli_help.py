@@ -37,7 +37,11 @@ from tune_sparse.pruning.scores import SCORES
 
 COMMANDS = parsers()[1]
 each_command = pytest.mark.parametrize("name", COMMANDS)
-ALTERNATIVES = {"evaluate": {"model", "run"}, "merge": {"run", "base", "adapter"}}
+ALTERNATIVES = {
+    "evaluate": {"model", "run"},
+    "merge": {"run", "base", "adapter"},
+    "discard": {"run", "prunings"},
+}
 """Options of which one or the other must be given, so that none has a default."""
 USED_BY_PREPARE = {"help", "preset", "config", "models", "tasks", "data_dir"}
 

@@ -15,8 +15,10 @@ from tune_sparse.models.dims import ModelDims
 from tune_sparse.pruning.masks import (
     channel_mask,
     count_sparsity,
+    group_norms,
     keep_highest,
     kept_channels,
+    mask_into,
     mask_sha256,
     masked,
     pruned_count,
@@ -200,6 +202,28 @@ def test_masked_zeros_what_is_not_kept_and_copies() -> None:
     assert result["a"].tolist() == [[1.0, 0.0], [0.0, 4.0]]
     assert result["a"].dtype == torch.bfloat16
     assert weights["a"].tolist() == [[1.0, 2.0], [3.0, 4.0]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("is_view", [False, True])
+def test_a_weight_is_masked_in_place_with_the_bits_of_a_product(dtype: torch.dtype, is_view: bool) -> None:
+    weight, mask = (
+        torch.tensor([[1.5, -2.0, 0.0], [-0.0, -3.0, 4.0]], dtype=dtype),
+        torch.tensor([[1, 0, 1], [0, 1, 0]]),
+    )
+    weight, mask = (weight.T, mask.T) if is_view else (weight, mask)
+    product = weight * mask.bool()
+    mask_into(weight, mask.bool())
+    assert torch.equal(weight, product)
+    assert torch.equal(weight.signbit(), product.signbit())
+
+
+def test_norms_that_nearly_tie_are_ordered_whatever_the_order_of_their_additions() -> None:
+    row = torch.rand(4096, generator=torch.Generator().manual_seed(0))
+    larger = row.clone()
+    larger[7] *= 1 + 1e-6
+    norms = group_norms(torch.stack([larger, row, row.flip(0)]))
+    assert norms.argsort(stable=True)[-1] == 0
 
 
 def test_sparsity_is_counted_over_all_matrices() -> None:

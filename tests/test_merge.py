@@ -29,6 +29,7 @@ from tune_sparse.lora.layer import adapt_model, sparse_lora_layers
 from tune_sparse.models.checkpoints import check_checkpoint, load_model, prunable_weights, write_weights_into
 from tune_sparse.modes import MODES
 from tune_sparse.pruning.masks import masked
+from tune_sparse.pruning.prune_into import prune_into
 from tune_sparse.pruning.prune_model import make_masks
 from tune_sparse.training.loop import mean_loss
 
@@ -183,7 +184,7 @@ def test_a_mask_that_does_not_come_out_again_is_refused(
 ) -> None:
     run, ledger = tiny_run(llama), Ledger(tmp_path / "results")
     finished(run, ledger)
-    monkeypatch.setattr(pruning_stage, "make_masks", lambda method, *rest: make_masks("random", *rest))
+    monkeypatch.setattr(pruning_stage, "prune_into", lambda model, method, *rest: prune_into(model, "random", *rest))
     with pytest.raises(merge.InputError, match="must come out as it was trained"):
         merge_run(ledger, run.run_id, tmp_path / "merged")
 

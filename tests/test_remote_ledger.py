@@ -17,7 +17,8 @@ from typing import Any
 
 import psutil
 import pytest
-from factories import done_record, finished, make_run, tiny_run, write_run
+import torch
+from factories import done_record, finished, make_cell, make_run, tiny_run, write_run
 from patience import held_sweep
 from ray_head import PATIENCE_SECONDS, Head, blind_node, ray_head, wait_until
 
@@ -32,9 +33,11 @@ from trainables.remote_ledger import (
     serve_ledger,
 )
 from tune_sparse.config import CS3
-from tune_sparse.errors import InputError
+from tune_sparse.errors import InputError, NotReadyError
 from tune_sparse.ledger.lease import FolderLease
 from tune_sparse.ledger.ledger import Ledger
+from tune_sparse.ledger.pruning_io import read_masks
+from tune_sparse.pruning.bit_masks import BitMasks
 from tune_sparse.sweep.driver import gathered
 
 pytestmark = pytest.mark.xdist_group("machine")
@@ -152,6 +155,13 @@ def write(ledger: Ledger, adapter: bytes = b"", error: Exception | None = None) 
             raise error
 
 
+PRUNED, CPU = make_run(make_cell(method="wanda")), torch.device("cpu")
+
+
+def masks(seed: int) -> BitMasks:
+    return BitMasks.pack([("w", torch.rand(3, 5, generator=torch.Generator().manual_seed(seed)) < 0.5)])
+
+
 class TestRemoteLedger:
     def test_a_worker_that_sees_the_folder_uses_it(self, lease: FolderLease, ledger: Ledger) -> None:
         found = connect_ledger(ledger.folder, lease.token)
@@ -180,6 +190,49 @@ class TestRemoteLedger:
         assert remote.pruned_baseline("id") is None
         ledger.write_pruned_baseline("id", {"metrics": {"accuracy": 0.5}}, [])
         assert remote.pruned_baseline("id") == {"metrics": {"accuracy": 0.5}}
+
+    def test_a_pruning_is_sent_once_and_fetched_once_a_node(
+        self, remote: RemoteLedger, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        assert remote.pruning(PRUNED) is None
+        ledger.write_pruning(PRUNED, masks(0), None, {})
+        remote.write_pruning(PRUNED, masks(1), None, {})  # it comes too late
+        found, there = remote.pruning(PRUNED), ledger.pruning(PRUNED)
+        assert found is not None
+        assert there is not None
+        assert found.folder != there.folder
+        assert read_masks(found, CPU).sha256 == masks(0).sha256 == there.mask_sha256
+        monkeypatch.setattr(RemoteLedger, "_fetch", None)
+        assert remote.pruning(PRUNED) == found
+
+    def test_a_worker_reads_the_pruning_that_it_made_from_its_own_disk(
+        self, remote: RemoteLedger, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(RemoteLedger, "_fetch", None)
+        run = make_run(make_cell(method="wanda", sparsity=0.25))
+        remote.write_pruning(run, masks(2), None, {})
+        found, there = remote.pruning(run), ledger.pruning(run)
+        assert found is not None
+        assert there is not None
+        assert found.sha256_by_file == there.sha256_by_file
+        assert [path.name for path in (ledger.folder / "prunings").iterdir()] == [run.pruning_id]
+
+    def test_a_pruning_that_is_not_whole_is_not_sent(self, remote: RemoteLedger, ledger: Ledger) -> None:
+        ledger.write_pruning(PRUNED, masks(0), None, {})
+        path = ledger.pruning_folder(str(PRUNED.pruning_id)) / "masks.safetensors"
+        path.write_bytes(path.read_bytes()[:-1] + b"?")
+        with pytest.raises(NotReadyError, match=f"must be whole, {path.parent} is not: masks.safetensors must have"):
+            remote.pruning(PRUNED)
+
+    def test_prunings_that_were_long_not_used_go_from_a_node(self, remote: RemoteLedger, ledger: Ledger) -> None:
+        first, second = PRUNED, make_run(make_cell(method="wanda", sparsity=0.75))
+        for run in (first, second):
+            ledger.write_pruning(run, masks(0), None, {})
+        old = remote.pruning(first)
+        assert old is not None
+        os.utime(old.folder, (1, 1))
+        assert remote.pruning(second) is not None
+        assert not old.folder.exists()
 
     def test_a_run_that_ends_in_an_error_leaves_nothing(self, remote: RemoteLedger, ledger: Ledger) -> None:
         with pytest.raises(RuntimeError, match="boom"):

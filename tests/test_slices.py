@@ -91,6 +91,14 @@ def test_the_maximal_slice_is_what_the_super_adapter_deployed(trained: Trained) 
     assert all(torch.equal(weight, mine[name]) for name, weight in prunable_weights(loaded.model).items())
 
 
+def test_a_super_adapter_that_does_not_come_out_as_it_scored_is_not_searched(
+    trained: Trained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trainables.rebuild.weights_sha256", lambda weights: "0" * 64)
+    with pytest.raises(InputError, match=r"the merged weights of .+ must be those that it scored, .+, got 0000"):
+        SliceScorer.from_run(trained.run, trained.ledger)
+
+
 def test_a_slice_keeps_the_zeros_and_its_scaling_in_stock_peft(trained: Trained, tmp_path: Path) -> None:
     scorer, ranks = trained.scorer, trained.sample(3) | {"l00.qkv": 0}
     scorer.slices.save(ranks, tmp_path / "adapter")

@@ -172,7 +172,7 @@ def _stages(
 
 
 def _prune(work: Work, pruner: Pruner) -> Pruned:
-    pruned = pruner.prune_into(work.run, work.loaded, work.examples.train)
+    pruned = pruner.prune_into(work.run, work.loaded, work.examples.train, work.ledger)
     write_json(work.folder / "sparse_config.json", pruned.sparse_config(work.run))
     return pruned
 

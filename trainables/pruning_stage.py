@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
-import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from trainables.hardware import environment
 from trainables.inputs import load_planned_calibration_text
 from trainables.loaded import LoadedModel
 from tune_sparse.data.splits import Encoded
 from tune_sparse.errors import RunError
 from tune_sparse.evaluation.validation import mask_violations
-from tune_sparse.files import cache_dir
+from tune_sparse.ledger.contracts import RunStore
+from tune_sparse.ledger.pruning_io import read_masks, read_weights
+from tune_sparse.ledger.prunings import StoredPruning
 from tune_sparse.ledger.run import Run
-from tune_sparse.models.checkpoints import prunable_weights
-from tune_sparse.models.safetensors_io import TensorFiles, TensorWriter
+from tune_sparse.models.checkpoints import prunable_weights, write_weights_into
 from tune_sparse.pruning.bit_masks import BitMasks
 from tune_sparse.pruning.calibration import CalibrationStats, ModelBlocks, checked_examples, text_examples
+from tune_sparse.pruning.masks import mask_into
 from tune_sparse.pruning.methods import method_named
 from tune_sparse.pruning.prune_into import Calibration, prune_into
 from tune_sparse.pruning.prune_model import Prunable, measured
@@ -38,6 +36,11 @@ class Pruned:
     checksum: str
     weights: Mapping[str, Tensor]
 
+    @classmethod
+    def from_masks(cls, masks: BitMasks, loaded: LoadedModel) -> Pruned:
+        """By a method that updates no weight."""
+        return cls(masks, masks.sha256, MaskedWeights(loaded.dense_weights, masks))
+
     def sparse_config(self, run: Run) -> dict[str, Any]:
         """The content of `sparse_config.json`."""
         kept, shapes = self.masks.kept, self.masks.shapes
@@ -49,6 +52,7 @@ class Pruned:
             "actual_sparsity": self.masks.sparsity,
             "kept_by_matrix": {name: [kept[name], prod(shapes[name])] for name in self.masks},
             "calibration": run.protocol.calibrated_by if run.is_calibrated else None,
+            "pruning_id": run.pruning_id,
         }
 
 
@@ -60,7 +64,9 @@ class MaskedWeights(Mapping[str, Tensor]):
     masks: BitMasks
 
     def __getitem__(self, name: str) -> Tensor:
-        return self.dense[name].mul_(self.masks[name])
+        weight = self.dense[name]
+        mask_into(weight, self.masks[name])
+        return weight
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.masks)
@@ -69,32 +75,12 @@ class MaskedWeights(Mapping[str, Tensor]):
         return len(self.masks)
 
 
-class UpdatedWeights(Mapping[str, Tensor]):
-    """{matrix: its weight as a method left it}: those kept are written to a file, and read when they are asked for."""
-
-    def __init__(self, weights: Mapping[str, Tensor], masks: BitMasks) -> None:
-        """weights: zero where a mask does not keep them."""
-        self._masks = masks
-        cache_dir().mkdir(parents=True, exist_ok=True)
-        folder = tempfile.mkdtemp(prefix="kept-", dir=cache_dir())
-        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
-        path = Path(folder) / "weights.safetensors"
-        with TensorWriter(path, {name: ((masks.kept[name],), weights[name].dtype) for name in masks}) as writer:
-            for name, mask in masks.items():
-                writer.write(name, weights[name][mask])
-            writer.done()
-        self._kept = TensorFiles([path])
-
-    def __getitem__(self, name: str) -> Tensor:
-        mask = self._masks[name]
-        kept = self._kept[name].to(mask.device)
-        return torch.zeros(mask.shape, dtype=kept.dtype, device=mask.device).masked_scatter_(mask, kept)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._masks)
-
-    def __len__(self) -> int:
-        return len(self._masks)
+def read_into(stored: StoredPruning, loaded: LoadedModel) -> Pruned:
+    """Write a stored pruning into a model, in place. Raises `NotReadyError` for bits that are not those stored."""
+    masks = read_masks(stored, loaded.model.device)
+    weights = read_weights(stored, masks) if stored.has_weights else MaskedWeights(loaded.dense_weights, masks)
+    write_weights_into(loaded.model, weights)
+    return Pruned(masks, stored.mask_sha256, weights)
 
 
 class Pruner:
@@ -103,20 +89,32 @@ class Pruner:
     def __init__(self) -> None:
         self._statistics: dict[tuple[Any, ...], CalibrationStats] = {}
 
-    def prune_into(self, run: Run, loaded: LoadedModel, train: Sequence[Encoded]) -> Pruned:
-        """Prune the model, which has its dense weights, in place.
+    def prune_into(self, run: Run, loaded: LoadedModel, train: Sequence[Encoded], store: RunStore) -> Pruned:
+        """Prune the model, which has its dense weights, in place: as stored, or as it is stored now.
 
-        train: the task's training examples. Raises `RunError` for masks that break a rule.
+        train: the task's training examples. Raises `RunError` for masks that break a rule, `NotReadyError` for a
+        stored pruning that is not whole.
         """
-        method, sparsity, model = run.cell.method, run.cell.sparsity, loaded.model
+        if run.pruning_id is None:
+            return Pruned.from_masks(self.make_into(run, loaded, train), loaded)
+        stored = store.pruning(run)
+        if stored is None:
+            masks = self.make_into(run, loaded, train)
+            updated = prunable_weights(loaded.model) if method_named(run.cell.method).updates_weights else None
+            store.write_pruning(run, masks, updated, environment())
+            stored = store.pruning(run)  # another worker may have been faster
+            assert stored is not None
+        return read_into(stored, loaded)
+
+    def make_into(self, run: Run, loaded: LoadedModel, train: Sequence[Encoded]) -> BitMasks:
+        """Prune the model in place by its run's method, whatever is stored. Raises as `prune_into`."""
+        sparsity, seed = run.cell.sparsity, run.cell.seed
         calibration = self._calibration(run, loaded, train) if run.is_calibrated else None
-        masks = prune_into(model, method, loaded.dims, sparsity, run.cell.seed, calibration)
+        masks = prune_into(loaded.model, run.cell.method, loaded.dims, sparsity, seed, calibration)
         violations = mask_violations(masks, sparsity)
         if violations:
             raise RunError("masks must be valid: " + "; ".join(violations))
-        if sparsity and method_named(method).updates_weights:
-            return Pruned(masks, masks.sha256, UpdatedWeights(prunable_weights(model), masks))
-        return Pruned(masks, masks.sha256, MaskedWeights(loaded.dense_weights, masks))
+        return masks
 
     def _calibration(self, run: Run, loaded: LoadedModel, train: Sequence[Encoded]) -> Calibration:
         examples = calibration_examples(run, loaded, train)

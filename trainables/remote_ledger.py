@@ -1,11 +1,14 @@
 """Results without shared storage: a worker that does not see the results folder works on its own disk, and each of its
-runs arrives whole at the driver, through Ray, before the trial is done."""
+runs arrives whole at the driver, through Ray, before the trial is done. Prunings are fetched from the driver, and kept
+on the node."""
 
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 import socket
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -15,24 +18,31 @@ from typing import Any
 import psutil
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from torch import Tensor
 
 from tune_sparse.errors import InputError
 from tune_sparse.evaluation.outcomes import Outcome
 from tune_sparse.files import aside, cache_dir, replace_folder
+from tune_sparse.identity import hash_json
 from tune_sparse.ledger.contracts import RunStore
 from tune_sparse.ledger.lease import is_locked_with
 from tune_sparse.ledger.ledger import Ledger
+from tune_sparse.ledger.prunings import DESCRIPTION, StoredPruning, read_pruning, take_free_name
+from tune_sparse.ledger.run import Run
+from tune_sparse.pruning.bit_masks import BitMasks
 from tune_sparse.watchdog import heartbeat
 
 PIECE_BYTES = 16 * 2**20
 """A file is sent in pieces of this size: neither end holds more of it in memory."""
+KEPT_SECONDS = 7 * 24 * 3600.0
+"""A node keeps a pruning that it fetched for so long after its last use: longer than any run that reads it."""
 
 
 @dataclass(frozen=True)
 class Upload:
-    """A run that is being sent, in a hidden folder."""
+    """A run or a pruning that is being sent, in a hidden folder."""
 
-    run_id: str
+    name: str
     folder: Path
     digests: dict[str, Any] = field(default_factory=dict)
     """{file: SHA-256 so far}"""
@@ -50,11 +60,18 @@ class LedgerServer:
 
     def begin(self, run_id: str) -> str:
         """Expect a run; returns the name of its upload. What an earlier worker sent of it goes."""
-        for name in [name for name, upload in self._uploads.items() if upload.run_id == run_id]:
+        for name in [name for name, upload in self._uploads.items() if upload.name == run_id]:
             self.give_up(name)
-        folder = aside(self._ledger.run_folder(run_id))
+        return self._expect(run_id, self._ledger.run_folder(run_id))
+
+    def begin_pruning(self, pruning_id: str) -> str:
+        """Expect a pruning; returns the name of its upload. Several workers may send one: the first wins."""
+        return self._expect(pruning_id, self._ledger.pruning_folder(pruning_id))
+
+    def _expect(self, name: str, final: Path) -> str:
+        folder = aside(final)
         folder.mkdir(parents=True)
-        self._uploads[folder.name] = Upload(run_id, folder)
+        self._uploads[folder.name] = Upload(name, folder)
         return folder.name
 
     def take(self, name: str, file: str, piece: bytes) -> None:
@@ -68,25 +85,48 @@ class LedgerServer:
 
     def finish(self, name: str, sent: Mapping[str, str]) -> None:
         """Give an upload the run's name, if it is all there: {file: SHA-256} as it was sent."""
+        upload = self._arrived(name, sent)
+        with self._ledger.writing(upload.name) as folder:
+            replace_folder(upload.folder, folder)
+        del self._uploads[name]
+
+    def finish_pruning(self, name: str, sent: Mapping[str, str]) -> None:
+        """Give an upload the pruning's name, unless another worker was faster. sent: as `finish`."""
+        upload = self._arrived(name, sent)
+        take_free_name(upload.folder, self._ledger.pruning_folder(upload.name))
+        self.give_up(name)
+
+    def _arrived(self, name: str, sent: Mapping[str, str]) -> Upload:
         upload = self._expected(name)
         found = {file: digest.hexdigest() for file, digest in upload.digests.items()}
         differing = sorted(file for file in found.keys() | sent.keys() if found.get(file) != sent.get(file))
         if differing or not self.sees_the_folder():
             self.give_up(name)
             why = f"{', '.join(differing)} did not" if differing else "another process holds the results folder now"
-            raise ConnectionError(f"the files of {upload.run_id} must arrive as they were sent: {why}")
-        with self._ledger.writing(upload.run_id) as folder:
-            replace_folder(upload.folder, folder)
-        del self._uploads[name]
+            raise ConnectionError(f"the files of {upload.name} must arrive as they were sent: {why}")
+        return upload
 
     def give_up(self, name: str) -> None:
-        """Forget what was sent of a run."""
+        """Forget what was sent of a run or a pruning."""
         if name in self._uploads:
             shutil.rmtree(self._uploads.pop(name).folder, ignore_errors=True)
 
     def done(self, run_ids: Iterable[str]) -> set[str]:
         """Those of `run_ids` that are done."""
         return {run_id for run_id in run_ids if self._ledger.is_done(run_id)}
+
+    def pruning(self, run: Run) -> StoredPruning | None:
+        """As the ledger's, verified before any of it is sent."""
+        stored = self._ledger.pruning(run)
+        if stored is not None:
+            stored.verify()
+        return stored
+
+    def piece(self, pruning_id: str, file: str, start: int) -> bytes:
+        """`PIECE_BYTES` of a file of a pruning, from byte `start` on; less at its end."""
+        with (self._ledger.pruning_folder(pruning_id) / file).open("rb") as stream:
+            stream.seek(start)
+            return stream.read(PIECE_BYTES)
 
     def pruned_baseline(self, baseline_id: str) -> dict[str, Any] | None:
         return self._ledger.pruned_baseline(baseline_id)
@@ -146,7 +186,8 @@ class RemoteLedger:
 
     def __init__(self, server: Any) -> None:
         node = cache_dir() / "remote" / socket.gethostname()
-        self._server, self._local, self._checkpoints = server, Ledger(own_folder(node)), node / "checkpoints"
+        self._server, self._local = server, Ledger(own_folder(node))
+        self._checkpoints, self._prunings = node / "checkpoints", node / "prunings"
         kept = {path.stem: path for path in self._checkpoints.glob("*.pt")}
         for run_id in self._ask(server.done, list(kept)) if kept else ():
             kept[run_id].unlink(missing_ok=True)
@@ -189,6 +230,53 @@ class RemoteLedger:
             digests[file] = digest.hexdigest()
         return digests
 
+    def pruning(self, run: Run) -> StoredPruning | None:
+        """Fetch a pruning from the driver, once a node. What this node has under other checksums is another one."""
+        if run.pruning_id is None:
+            return None
+        there: StoredPruning | None = self._ask(self._server.pruning, run)
+        if there is None:
+            return None
+        here = self._kept(there)
+        if not here.exists():
+            _remove_unused(self._prunings)
+            self._fetch(run.pruning_id, there, here)
+        os.utime(here)
+        return read_pruning(here, run.pruning_settings)
+
+    def write_pruning(
+        self, run: Run, masks: BitMasks, weights: Mapping[str, Tensor] | None, environment: Mapping[str, Any]
+    ) -> None:
+        self._local.write_pruning(run, masks, weights, environment)
+        own = self._local.pruning(run)
+        assert own is not None
+        name = self._ask(self._server.begin_pruning, run.pruning_id)
+        try:
+            self._ask(self._server.finish_pruning, name, self._sent(name, own.folder))
+            self._prunings.mkdir(parents=True, exist_ok=True)
+            take_free_name(own.folder, self._kept(own))
+        finally:
+            shutil.rmtree(own.folder, ignore_errors=True)
+            with suppress(ConnectionError):
+                self._ask(self._server.give_up, name)
+
+    def _kept(self, pruning: StoredPruning) -> Path:
+        """The place of a pruning on this node: prunings of one identity that differ have two."""
+        return self._prunings / f"{pruning.folder.name}_{hash_json(pruning.sha256_by_file)[:8]}"
+
+    def _fetch(self, pruning_id: str, there: StoredPruning, here: Path) -> None:
+        partial = aside(here)
+        partial.mkdir(parents=True)
+        try:
+            for file in (*there.bytes_by_file, DESCRIPTION):
+                with (partial / file).open("wb") as stream:
+                    while piece := self._ask(self._server.piece, pruning_id, file, stream.tell()):
+                        stream.write(piece)
+                        heartbeat()
+            take_free_name(partial, here)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
     def pruned_baseline(self, baseline_id: str) -> dict[str, Any] | None:
         known: dict[str, Any] | None = self._ask(self._server.pruned_baseline, baseline_id)
         return known
@@ -211,6 +299,14 @@ def read_pieces(path: Path) -> Iterator[bytes]:
         yield stream.read(PIECE_BYTES)
         while piece := stream.read(PIECE_BYTES):
             yield piece
+
+
+def _remove_unused(prunings: Path) -> None:
+    """Make room on a node: prunings that no worker asked for in `KEPT_SECONDS` go."""
+    for path in prunings.glob("*"):
+        with suppress(FileNotFoundError):  # another worker was faster
+            if time.time() - path.stat().st_mtime > KEPT_SECONDS:
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def own_folder(node: Path) -> Path:

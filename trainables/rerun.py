@@ -13,6 +13,7 @@ import torch
 
 from trainables.hardware import environment
 from trainables.pipeline import run_cell
+from trainables.rebuild import stored_pruning
 from trainables.worker import WorkerCache
 from tune_sparse.errors import InputError, NotReadyError
 from tune_sparse.evaluation.outcomes import Outcome, read_outcomes
@@ -41,14 +42,20 @@ class Comparison:
 
 
 def rerun(run: Run, ledger: LedgerReader) -> Comparison:
-    """Prune, train, merge and score `run` again in a scratch folder, and compare. The ledger is only read.
+    """Prune, train, merge and score `run` again in a scratch folder, and compare. The ledger is only read, and a stored
+    pruning is read from it.
 
-    Raises `InputError` where the run cannot be repeated here: other weights or examples, or a training that fails.
+    Raises `InputError` where the run cannot be repeated here: other weights or examples, a stored pruning that is gone,
+    or a training that fails.
     """
-    recorded = ledger.record(run.run_id)
+    recorded, stored = ledger.record(run.run_id), stored_pruning(run, ledger)
     assert recorded is not None
     with tempfile.TemporaryDirectory(prefix="tune-sparse-rerun-") as scratch:
         again = Ledger(Path(scratch))
+        if stored is not None:
+            place = again.pruning_folder(stored.folder.name)
+            place.parent.mkdir()
+            place.symlink_to(stored.folder.resolve())
         try:
             repeated = _finished(_as_recorded(run, recorded), again)
         except NotReadyError as error:

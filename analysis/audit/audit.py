@@ -33,6 +33,7 @@ RULES: dict[str, Rule] = {
     "unreadable": Rule("error", "a file is no record", errors.unreadable),
     "identity": Rule("error", "settings and record do not belong together", errors.identity),
     "checksum": Rule("error", "a mask is not the one that was trained", errors.checksum),
+    "pruning": Rule("error", "a stored pruning is not the one that was trained on", errors.pruning),
     "duplicate-results": Rule(
         "error", "different settings with results identical to the last bit", errors.duplicate_results
     ),
@@ -45,7 +46,7 @@ RULES: dict[str, Rule] = {
     "overlap": Rule("error", "scored questions were trained on", errors.overlap),
     "counted-twice": Rule("error", "one run is counted more than once", errors.counted_twice),
     "unproven-number": Rule("error", "a number that no run stands behind", errors.unproven_number),
-    "conflict": Rule("error", "folders disagree on a run", errors.conflict),
+    "conflict": Rule("error", "folders disagree on a run or a pruning", errors.conflict),
     "at-chance": Rule("warning", "no better than guessing", warnings.at_chance),
     "constant-prediction": Rule("warning", "one answer is given almost always", warnings.constant_prediction),
     "same-answers": Rule("warning", "different runs predict the same", warnings.same_answers),
@@ -53,6 +54,7 @@ RULES: dict[str, Rule] = {
     "few-examples": Rule("warning", "too few examples for small differences", warnings.few_examples),
     "few-steps": Rule("warning", "throughput from too few steps", warnings.few_steps),
     "missing": Rule("warning", "a cell without a finished run", warnings.missing),
+    "pruning-gone": Rule("warning", "a run that cannot be merged any more", warnings.pruning_gone),
     "hardware": Rule("warning", "hardware changed within what is compared", warnings.hardware),
     "uncommitted": Rule("warning", "code that is in no commit", warnings.uncommitted),
     "unchecked": Rule("warning", "something could not be checked", warnings.unchecked),

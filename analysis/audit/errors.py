@@ -17,6 +17,8 @@ from tune_sparse.data.splits import load_splits, split_path
 from tune_sparse.data.task_types import PromptTask
 from tune_sparse.data.tasks import tasks_named
 from tune_sparse.errors import InputError
+from tune_sparse.identity import hash_json
+from tune_sparse.ledger.prunings import StoredPruning
 from tune_sparse.ledger.run import Run
 from tune_sparse.models.architectures import matrix_named
 from tune_sparse.modes import MODES, SPARSE_ADAPTER_MODES
@@ -30,6 +32,8 @@ HARMLESS = {
     *("threads", "masked_lora_impl"),
 }
 """Settings that may leave every bit of a training as it is."""
+HASHED_BYTES = 256 * 2**20
+"""A stored pruning of at most so many bytes is read by every audit."""
 COUNTS_AGREE = 1e-6
 """Sparsities counted in masks and in weights; scores and the metrics made of them."""
 
@@ -62,6 +66,26 @@ def checksum(results: Results) -> Detections:
         found = {name: str(place["mask_sha256"])[:12] for name, place in places.items() if place.get("mask_sha256")}
         if len(set(found.values())) > 1:
             yield f"{e.run_id}: the mask has several checksums: {_listed(found)}", [e.run_id]
+
+
+def pruning(results: Results) -> Detections:
+    """Large files are not hashed here: whoever reads them does that."""
+    users = grouped(results.done, lambda e: e.pruning_folder)
+    for stored in results.prunings:
+        runs = users.get(stored.folder, [])
+        try:
+            if stored.bytes <= HASHED_BYTES:
+                stored.verify()
+        except InputError as error:
+            yield str(error), [e.run_id for e in runs] or [stored.folder.name]
+        for e in runs:
+            trained = e.record.metrics["mask_sha256"]
+            if trained != stored.mask_sha256:
+                yield (
+                    f"{e.run_id}: it was trained on the mask {trained[:12]}, {stored.folder} has "
+                    f"{stored.mask_sha256[:12]}",
+                    [e.run_id],
+                )
 
 
 def duplicate_results(results: Results) -> Detections:
@@ -262,6 +286,19 @@ def conflict(results: Results) -> Detections:
                 )
                 places = f"{first.folder.parents[1]} (which counts) and {other.folder.parents[1]}"
                 yield f"{run_id} differs between {places}: {values}", [run_id]
+    yield from _conflicting_prunings(results)
+
+
+def _conflicting_prunings(results: Results) -> Detections:
+    """Prunings of one identity that several folders made: runs that were trained on them are not of one mask."""
+    by_id: dict[str, list[StoredPruning]] = defaultdict(list)
+    for stored in results.prunings:
+        by_id[hash_json(stored.settings)].append(stored)
+    for first, *others in by_id.values():
+        for other in others:
+            if first.sha256_by_file != other.sha256_by_file:
+                users = [e.run_id for e in results.done if e.pruning_folder in (first.folder, other.folder)]
+                yield f"{first.folder} and {other.folder} hold different prunings", users or [first.folder.name]
 
 
 def compared(results: Results) -> dict[Any, list[RunFiles]]:

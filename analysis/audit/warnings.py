@@ -93,6 +93,16 @@ def missing(results: Results) -> Detections:
         yield f"{cell['cell_id']} is {why}{error}", [cell["run_id"]]
 
 
+def pruning_gone(results: Results) -> Detections:
+    for folder, runs in grouped(results.done, lambda e: e.pruning_folder).items():
+        if not folder.exists():
+            yield (
+                f"{len(runs)} runs were trained on a pruning that is gone, {folder}: they cannot be merged, evaluated "
+                "or repeated any more",
+                _ids(runs),
+            )
+
+
 def hardware(results: Results) -> Detections:
     for (model, task, _), runs in compared(results).items():
         by_name = grouped(runs, lambda e: (e.run.cell.backend, str(e.record.environment.get("hardware"))))

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from analysis.read.imported import Imported, imported_records
 from tune_sparse.errors import InputError
 from tune_sparse.files import read_json
+from tune_sparse.ledger.prunings import StoredPruning, read_pruning
 from tune_sparse.ledger.record import Record, SweepRecord
 from tune_sparse.ledger.run import Run, read_config
 
@@ -63,6 +64,12 @@ class RunFiles:
         return self.folder.name
 
     @property
+    def pruning_folder(self) -> Path | None:
+        """The stored pruning that it was trained on, which may be gone; None if its method stores none."""
+        pruning_id = self.run.pruning_id
+        return self.folder.parents[1] / "prunings" / pruning_id if pruning_id else None
+
+    @property
     def is_done(self) -> bool:
         return self.record.status == "done"
 
@@ -84,6 +91,7 @@ class Results:
     run_files: tuple[RunFiles, ...]
     unreadable: tuple[UnreadableFile, ...]
     imported: tuple[Imported, ...]
+    prunings: tuple[StoredPruning, ...]
 
     @cached_property
     def done(self) -> list[RunFiles]:
@@ -109,7 +117,9 @@ def read_results(folders: Sequence[Path], sweep_ids: Sequence[str] | None = None
     wanted = None if sweep_ids is None else {cell["run_id"] for sweep in chosen for cell in sweep.cells}
     run_files = [e for folder in folders for e in reader.runs(folder, wanted)]
     imported = [i for folder in folders for i in reader.imported(folder)]
-    return Results(tuple(folders), tuple(chosen), tuple(run_files), tuple(reader.unreadable), tuple(imported))
+    prunings = [pruning for folder in folders for pruning in reader.prunings(folder)]
+    unreadable = tuple(reader.unreadable)
+    return Results(tuple(folders), tuple(chosen), tuple(run_files), unreadable, tuple(imported), tuple(prunings))
 
 
 class _Reader:
@@ -133,6 +143,16 @@ class _Reader:
         except InputError as error:
             self._list(folder / "imported", error)
             return []
+
+    def prunings(self, folder: Path) -> Iterator[StoredPruning]:
+        for path in sorted((folder / "prunings").glob("[!.]*")):
+            try:
+                stored = read_pruning(path)
+            except InputError as error:
+                self._list(path, error)
+            else:
+                assert stored is not None, "it was listed"
+                yield stored
 
     def runs(self, folder: Path, wanted: set[str] | None) -> Iterator[RunFiles]:
         for path in sorted((folder / "runs").glob("[!.]*")):

@@ -52,7 +52,7 @@ def merge_run(ledger: LedgerReader, run_id: str, output: Path) -> dict[str, Any]
     """Write the model that a finished run deployed and scored; returns the validation report.
 
     It is made again from the base model, the run's mask and what the run trained. Raises `InputError` for a run that
-    is not done, a base model that changed, or masks that do not come out as they were trained.
+    is not done, and as `deployed_by`.
     """
     _check_absent(output)
     if run_id not in ledger.run_ids():

@@ -5,14 +5,20 @@ A results folder (`Ledger`) is both. Several folders merged can only be read; a 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from tune_sparse.evaluation.outcomes import Outcome
+from tune_sparse.ledger.prunings import StoredPruning
 from tune_sparse.ledger.record import Record, SweepRecord
 from tune_sparse.ledger.run import Run
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from tune_sparse.pruning.bit_masks import BitMasks
 
 
 class RunStore(Protocol):
@@ -37,6 +43,20 @@ class RunStore(Protocol):
     def write_pruned_baseline(self, baseline_id: str, value: dict[str, Any], outcomes: Iterable[Outcome]) -> None:
         """Keep the metrics of a pruned model before tuning, unless another worker did."""
 
+    def pruning(self, run: Run) -> StoredPruning | None:
+        """Return the stored pruning that a run trains on; None if nobody made it yet, or its method stores none.
+
+        Raises `NotReadyError` for one that is not whole.
+        """
+
+    def write_pruning(
+        self, run: Run, masks: BitMasks, weights: Mapping[str, Tensor] | None, environment: Mapping[str, Any]
+    ) -> None:
+        """Keep the pruning that a run trains on, unless another worker did: `pruning` then returns that one.
+
+        weights: {matrix: its pruned weight} of a method that updates weights, else None. environment: of this machine.
+        """
+
 
 class LedgerReader(Protocol):
     """Finds finished runs, and the sweeps and searches that requested them."""
@@ -56,6 +76,12 @@ class LedgerReader(Protocol):
 
     def run(self, run_id: str) -> Run:
         """Read the settings of a recorded run."""
+
+    def pruning(self, run: Run) -> StoredPruning | None:
+        """Return the stored pruning that a recorded run was trained on, from where that run lies.
+
+        None if it is gone, or the method stores none. Raises `NotReadyError` for one that is not whole.
+        """
 
     def is_done(self, run_id: str) -> bool:
         """Say whether a record has the run as done."""

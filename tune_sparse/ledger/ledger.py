@@ -6,6 +6,7 @@ A results folder holds
     runs/<run_id>/                  one training: config, result, validation, outcomes, adapter
     checkpoints/<run_id>.pt         where a training stands that was not finished
     pruned_baselines/<id>.json, .parquet   metrics and outcomes of a pruned model before tuning, shared by the modes
+    prunings/<pruning_id>/          masks, and the kept weights where a method updates them, made once and then read
     set_aside/                      earlier failures and discarded runs, with the reason
     lease.json                      who is writing, with a heartbeat
 
@@ -19,16 +20,22 @@ import errno
 import json
 import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tune_sparse.evaluation.outcomes import Outcome, write_outcomes
 from tune_sparse.files import aside, flush, read_json, write_json
+from tune_sparse.ledger.prunings import DESCRIPTION, StoredPruning, read_pruning
 from tune_sparse.ledger.record import Record, SweepRecord, is_done, read_record, readable_sweeps
 from tune_sparse.ledger.run import Run, read_config, write_config
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from tune_sparse.pruning.bit_masks import BitMasks
 
 
 class Ledger:
@@ -146,6 +153,33 @@ class Ledger:
         flush(predictions)
         write_json(metrics, value)
         flush(metrics, folder)
+
+    def pruning(self, run: Run) -> StoredPruning | None:
+        return read_pruning(self.pruning_folder(run.pruning_id), run.pruning_settings) if run.pruning_id else None
+
+    def write_pruning(
+        self, run: Run, masks: BitMasks, weights: Mapping[str, Tensor] | None, environment: Mapping[str, Any]
+    ) -> None:
+        from tune_sparse.ledger.pruning_io import write_pruning
+
+        assert run.pruning_id is not None
+        assert run.pruning_settings is not None
+        write_pruning(self.pruning_folder(run.pruning_id), run.pruning_settings, masks, weights, environment)
+
+    def pruning_folder(self, pruning_id: str) -> Path:
+        return self.folder / "prunings" / pruning_id
+
+    def discard_pruning(self, pruning_id: str, reason: str) -> None:
+        """Remove a pruning for the room that it takes; what it was is set aside with the reason."""
+        folder = self.pruning_folder(pruning_id)
+        target = self.folder / "set_aside" / f"{pruning_id}_{time.time_ns()}"
+        target.mkdir(parents=True)
+        with suppress(FileNotFoundError):
+            shutil.copy(folder / DESCRIPTION, target)
+        write_json(target / "set_aside.json", {"reason": reason, "at": time.time()})
+        gone = aside(folder)
+        folder.rename(gone)
+        shutil.rmtree(gone)
 
     def searches(self) -> list[Path]:
         return sorted((self.folder / "searches").glob("*"))

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tune_sparse.ledger.ledger import Ledger
+from tune_sparse.ledger.prunings import StoredPruning
 from tune_sparse.ledger.record import Record, SweepRecord
 from tune_sparse.ledger.run import Run
 
@@ -34,6 +35,9 @@ class MergedLedger:
 
     def run(self, run_id: str) -> Run:
         return self._find_ledger(run_id).run(run_id)
+
+    def pruning(self, run: Run) -> StoredPruning | None:
+        return self._find_ledger(run.run_id).pruning(run)
 
     def is_done(self, run_id: str) -> bool:
         return self._find_ledger(run_id).is_done(run_id)

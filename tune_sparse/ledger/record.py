@@ -36,7 +36,8 @@ class SweepRecord:
     started: float
     config: dict[str, Any]
     cells: tuple[dict[str, Any], ...]
-    """the fields of a `Cell`, with cell_id, run_id, shared_with (the cell_id that owns the run, or None), chance"""
+    """the fields of a `Cell`, with cell_id, run_id, pruning_id (None where the run's method stores none), shared_with
+    (the cell_id that owns the run, or None), chance"""
 
 
 def read_record(folder: Path) -> Record | None:

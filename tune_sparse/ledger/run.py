@@ -64,6 +64,38 @@ class Run:
         identity = hash_json([c.model, c.task, c.method, c.sparsity, c.backend, seed, *scored, *inputs, *calibrated])
         return readable_id(Cell(c.model, c.task, c.method, c.sparsity, "pruned-baseline", seed, c.backend), identity)
 
+    @property
+    def pruning_settings(self) -> dict[str, Any] | None:
+        """Everything that decides a stored pruning: neither mode, nor training, nor budgets. None where a method's
+        prunings are not stored."""
+        c, method = self.cell, METHODS.get(self.cell.method)
+        if method is None or not method.is_stored or not c.sparsity:
+            return None
+        settings = {"model": c.model, "method": c.method, "sparsity": c.sparsity, "precision": self.protocol.precision}
+        settings |= {"model_fingerprint": self.model_fingerprint, "numerics_version": NUMERICS_VERSION}
+        settings |= {"seed": c.seed} if method.needs.seed else {}
+        return settings | (self._calibration if method.is_calibrated else {})
+
+    @property
+    def _calibration(self) -> dict[str, Any]:
+        """Everything that decides what scores are calibrated on; a text is the same for every task."""
+        p = self.protocol
+        settings = p.calibrated_by | {"threads": p.threads}
+        if p.calibration != "task":
+            return settings | {"calibration_fingerprint": self.calibration_fingerprint}
+        settings |= {"task": self.cell.task, "data_fingerprint": self.data_fingerprint}
+        return settings | {"prompt_version": self.prompt_version, "max_tokens": p.max_tokens, "n_train": p.n_train}
+
+    @property
+    def pruning_id(self) -> str | None:
+        """Names the stored pruning: `<model>_<calibrated on>_<method>_s<NN>_<hash8>`."""
+        settings = self.pruning_settings
+        if settings is None:
+            return None
+        source = settings.get("task") or settings.get("calibration") or "uncalibrated"
+        parts = (self.cell.model, source, self.cell.method, f"s{self.cell.sparsity * 100:02g}")
+        return _readable(*parts, hash_json(settings)[:8])
+
     def _identified(self) -> dict[str, Any]:
         places = {"model_path", "data_dir", "budgets"}
         if not self.is_calibrated:
@@ -93,6 +125,10 @@ class Run:
 def readable_id(cell: Cell, identity: str) -> str:
     """`<backend>_<model>_<task>_<method>_s<NN>_<mode>_<hash8>`, for people: settings are never read back from it."""
     parts = (cell.backend, cell.model, cell.task, cell.method, f"s{cell.sparsity * 100:02g}", cell.mode, identity[:8])
+    return _readable(*parts)
+
+
+def _readable(*parts: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]", "-", "_".join(parts))
 
 

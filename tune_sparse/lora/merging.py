@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from tune_sparse.lora.layer import sparse_lora_layers
 from tune_sparse.models.checkpoints import prunable_weights
 from tune_sparse.models.float_bits import CHUNK, row_chunks
-from tune_sparse.pruning.masks import Masks
+from tune_sparse.pruning.masks import Masks, mask_into
 
 
 @dataclass(frozen=True)
@@ -106,4 +106,4 @@ def merge_adapters_into(
 def mask_weights_into(model: PreTrainedModel, masks: Masks) -> None:
     """W <- W⊙M for every prunable matrix of a model."""
     for name, weight in prunable_weights(model).items():
-        weight.mul_(masks[name])
+        mask_into(weight, masks[name])

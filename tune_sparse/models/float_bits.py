@@ -24,6 +24,11 @@ def view_bits(numbers: Tensor) -> Tensor:
     return numbers.contiguous().view(-1).view(BITS[numbers.dtype][0])
 
 
+def flat_chunks(flat: Tensor) -> tuple[Tensor, ...]:
+    """A flat tensor in pieces, so long as a device computes statistics of best."""
+    return flat.split(CHUNK if flat.device.type == "cpu" else CHUNK_ELSEWHERE)
+
+
 def row_chunks(matrix: Tensor, chunk: int = CHUNK) -> Iterator[slice]:
     """All rows of a matrix, so many at once as a device computes statistics of best. chunk: numbers on a CPU."""
     step = max(1, (chunk if matrix.device.type == "cpu" else CHUNK_ELSEWHERE) // matrix.shape[1])

@@ -43,13 +43,14 @@ class BitMasks(Mapping[str, Tensor]):
 
     @classmethod
     def pack(cls, masks: Iterable[tuple[str, Tensor]]) -> BitMasks:
-        """From (name, bool mask) pairs, each dropped before the next is asked for."""
+        """From (name, bool mask) pairs, each dropped before the next is asked for; waits for the device once."""
         bits: dict[str, Tensor] = {}
         shapes: dict[str, tuple[int, ...]] = {}
-        kept: dict[str, int] = {}
+        counts: list[Tensor] = []
         for name, mask in masks:
-            bits[name], shapes[name], kept[name] = pack_bits(mask), tuple(mask.shape), int(mask.sum())
-        return cls(bits, shapes, kept)
+            bits[name], shapes[name] = pack_bits(mask), tuple(mask.shape)
+            counts.append(mask.count_nonzero())
+        return cls(bits, shapes, dict(zip(bits, torch.stack(counts).tolist(), strict=True)) if counts else {})
 
     def __getitem__(self, name: str) -> Tensor:
         return unpack_bits(self.bits[name], self.shapes[name])

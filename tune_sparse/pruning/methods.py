@@ -62,6 +62,12 @@ class Method:
         return self.needs.input_norms or self.needs.gradients or self.needs.hessian
 
     @property
+    def is_stored(self) -> bool:
+        """A pruning is made once and then read: measured ones differ in their last bits between machines, and a draw
+        of random numbers takes long. Magnitudes alone give the same masks everywhere."""
+        return self.is_calibrated or self.needs.seed
+
+    @property
     def fixed_sparsity(self) -> float | None:
         """The only sparsity that a pattern of groups has."""
         kept, group = GROUPS.get(self.pattern, (0, 0))

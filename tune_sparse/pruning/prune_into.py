@@ -14,6 +14,7 @@ from tune_sparse.models.architectures import read_weights
 from tune_sparse.models.dims import ModelDims
 from tune_sparse.pruning.bit_masks import BitMasks
 from tune_sparse.pruning.calibration import CalibrationStats, ModelBlocks
+from tune_sparse.pruning.masks import mask_into
 from tune_sparse.pruning.methods import method_named
 from tune_sparse.pruning.prune_model import (
     NO_STATISTICS,
@@ -74,6 +75,6 @@ def _write_into(
             # Zeros without a sign, so that kept weights and mask say every bit.
             weights[name].copy_(pruned.weight(0).masked_fill_(~mask, 0))
         else:
-            weights[name].mul_(mask)
+            mask_into(weights[name], mask)
         del pruned  # or its factor would stay while the next one is made
         yield name, mask

@@ -9,14 +9,13 @@ that share a bin with a cut are sorted.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import count
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from tune_sparse.errors import InputError
-from tune_sparse.models.float_bits import BITS, CHUNK, view_bits
+from tune_sparse.models.float_bits import BITS, flat_chunks, view_bits
 
 BINS = 1 << 15
 """Values of the upper 16 bits of a score that is not negative."""
@@ -51,9 +50,11 @@ def survival_map(scores: Tensor, counts: Sequence[int]) -> Tensor:
     table = table.to(scores.device)
     levels = torch.empty(bits.numel(), dtype=torch.uint8, device=scores.device)
     unsettled = []
-    for start, chunk, out in zip(count(step=CHUNK), bits.split(CHUNK), levels.split(CHUNK), strict=False):
+    start = 0
+    for chunk, out in zip(flat_chunks(bits), flat_chunks(levels), strict=True):
         torch.index_select(table, 0, _bins(chunk), out=out)
         unsettled.append(_positions(out == UNSETTLED) + start)
+        start += len(chunk)
     # The unsettled weights, sorted, by position on a tie: a rank is how many come before it here, plus how many are in
     # the settled bins below (jumps). The two 0.4 are number 0 and 1 here, three weights are below: ranks 3 and 4.
     positions = torch.cat(unsettled)
@@ -72,11 +73,11 @@ def _positions(chosen: Tensor) -> Tensor:
 
 
 def bin_counts(scores: Tensor) -> Tensor:
-    """Count the scores with each value of the upper 16 bits: (BINS,), int64."""
-    counts = torch.zeros(BINS, dtype=torch.int64)
-    for chunk in view_bits(scores).split(CHUNK):
-        counts += torch.bincount(_bins(chunk), minlength=BINS).cpu()
-    return counts
+    """Count the scores with each value of the upper 16 bits: (BINS,), int64, on the CPU."""
+    counts = torch.zeros(BINS, dtype=torch.int64, device=scores.device)
+    for chunk in flat_chunks(view_bits(scores)):
+        counts += torch.bincount(_bins(chunk), minlength=BINS)
+    return counts.cpu()
 
 
 def lower_counts(scores: Tensor, bin: int) -> Tensor:

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from trainables.budgets import run_budgets
 from trainables.inputs import load_planned_splits
-from trainables.rebuild import pruned_by
+from trainables.rebuild import check_merged, pruned_by
 from trainables.worker import WorkerCache
 from tune_sparse.config import Protocol
 from tune_sparse.data.tasks import task_named
@@ -47,7 +47,8 @@ class SliceScorer:
 
     @classmethod
     def from_run(cls, run: Run, ledger: LedgerReader) -> SliceScorer:
-        """Load a finished super-adapter. Raises `InputError` for one of another model, mask or examples."""
+        """Load a finished super-adapter. Raises `InputError` for one of another model, mask or examples, and where its
+        merged weights are not those that it scored."""
         assert run.super_adapter is not None
         torch.set_num_threads(run.protocol.threads)
         loaded, pruned = pruned_by(run, ledger, WorkerCache())
@@ -56,6 +57,9 @@ class SliceScorer:
         assert marker is not None, "a super-adapter is ours, so it has a marker"
         space, masks = run.super_adapter.space, pruned.masks
         slices = Slices.from_folder(loaded.model, folder, space, marker, masks, pruned.weights)
+        slices.activate(space.maximal(loaded.dims.num_layers))
+        check_merged(run, ledger, slices.model)
+        slices.restore()
         task, protocol = task_named(run.cell.task), run.protocol.within(loaded.dims.max_positions)
         [splits] = load_planned_splits(run, protocol)
         tests = encode_test(loaded.tokenizer, task, splits.selection, protocol, splits.shots)

@@ -135,6 +135,7 @@ def plan_cells(config: SweepConfig, examples: Examples) -> Plan:
         owner = owners.setdefault(run.run_id, cell_id)
         rows.append(
             {"cell_id": cell_id, "run_id": run.run_id, "shared_with": None if owner == cell_id else owner}
+            | {"pruning_id": run.pruning_id}
             | asdict(requested.cell)
             | {"chance": mean_chance(tasks_named(cell.task))}
         )
