@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -16,6 +16,7 @@ from tune_sparse.config import SPLIT, Cell, SweepConfig
 from tune_sparse.data.task_types import AnswerTask
 from tune_sparse.data.tasks import mean_chance, tasks_named
 from tune_sparse.errors import InputError
+from tune_sparse.evaluation.memory import CellMemory
 from tune_sparse.identity import hash_json
 from tune_sparse.ledger.contracts import LedgerReader
 from tune_sparse.ledger.record import Record, SweepRecord
@@ -26,7 +27,7 @@ from tune_sparse.models.dims import ModelDims
 from tune_sparse.models.toy_models import TOY_MODELS
 from tune_sparse.modes import MODES
 from tune_sparse.pruning.calibration import text_examples
-from tune_sparse.pruning.methods import method_named
+from tune_sparse.pruning.methods import METHODS, method_named
 from tune_sparse.pruning.prune_model import check_method_sparsities
 from tune_sparse.sweep.examples import Examples, read_examples
 from tune_sparse.sweep.retries import has_more_memory_now, is_missing, lacked_memory
@@ -78,6 +79,32 @@ class Plan:
         generates = any(isinstance(task, AnswerTask) for task in tasks_named(run.cell.task))
         outcome = OUTCOME_BYTES + TOKEN_BYTES * (run.protocol.max_new_tokens if generates else 0)
         return trained + outcome * (run.protocol.n_test or 10_000) + RUN_BYTES
+
+
+def pruning_bytes(plan: Plan, runs: Iterable[Run]) -> int:
+    """What the stored prunings of some runs take: a bit a weight, and the kept weights of a method that updates them.
+
+    A pruning that is calibrated or random is stored once for all modes; one calibrated on a task, once for each task.
+    """
+    stored: dict[tuple[Any, ...], int] = {}
+    for run in runs:
+        cell, method = run.cell, METHODS.get(run.cell.method)
+        if method is None or not cell.sparsity or not (method.is_calibrated or method.needs.seed):
+            continue
+        measured_on = cell.task if method.is_calibrated and run.protocol.calibration == "task" else None
+        key = (cell.model, measured_on, cell.method, cell.sparsity, cell.seed if method.needs.seed else None)
+        weights = pruned_weights(plan.dims[cell.model])
+        kept = round((1 - cell.sparsity) * weights) if method.updates_weights else 0
+        stored[key] = weights // 8 + kept * (2 if run.protocol.precision == "bfloat16" else 4)
+    return sum(stored.values())
+
+
+def checkpoint_bytes(plan: Plan, runs: Iterable[Run]) -> int:
+    """What the largest unfinished training of some runs takes, its last checkpoint beside the new one for a moment."""
+    dims = plan.dims
+    trained = {(run.cell.model, run.cell.mode): run for run in runs if run.cerebras is None}.values()
+    cells = [CellMemory(dims[r.cell.model], r.cell.mode, r.cell.method, r.protocol) for r in trained]
+    return max((cell.checkpoint_bytes for cell in cells), default=0)
 
 
 def requested_cells(config: SweepConfig) -> list[Cell]:

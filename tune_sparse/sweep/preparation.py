@@ -20,7 +20,8 @@ from tune_sparse.models.checkpoints import prepare_models
 from tune_sparse.models.toy_models import TOY_MODELS
 from tune_sparse.sweep.cards import check_devices, local_devices
 from tune_sparse.sweep.examples import read_examples
-from tune_sparse.sweep.plan import Plan, check_names, plan_cells
+from tune_sparse.sweep.forecast import trials_at_once
+from tune_sparse.sweep.plan import Plan, check_names, checkpoint_bytes, plan_cells, pruning_bytes
 from tune_sparse.tracking.sync import tracking_uri
 
 logger = logging.getLogger(__name__)
@@ -54,12 +55,20 @@ def check_folder(folder: Path) -> None:
     check_not_locked(folder)
 
 
+def needed_bytes(plan: Plan, missing: Sequence[Run]) -> int:
+    """Room that a sweep needs in its results folder: what its runs leave there, their prunings, and the checkpoints of
+    as many trainings as run at once, or of one where only a cluster knows how many do."""
+    written = sum(plan.estimate_bytes(run) for run in missing)
+    at_once = min(trials_at_once(plan.config, "torch") or 1, len(missing))
+    return written + pruning_bytes(plan, missing) + at_once * checkpoint_bytes(plan, missing)
+
+
 def check_start(plan: Plan, ledger: Ledger, missing: Sequence[Run]) -> None:
     """Raise `InputError` unless a GPU of this machine can hold the missing runs, and there is room for what they will
     write, and a cluster for those on Cerebras. What the GPUs of a Ray cluster can hold, only the cluster knows."""
     if "RAY_ADDRESS" not in os.environ:
         check_devices(plan.config, missing, plan.dims, local_devices())
-    check_room(ledger.folder, sum(plan.estimate_bytes(run) for run in missing), "a sweep", FREE_SOME)
+    check_room(ledger.folder, needed_bytes(plan, missing), "a sweep", FREE_SOME)
     if "cerebras" in plan.config.backends:
         settings = plan.config.cerebras
         if settings.cerebras_target == "csx":
