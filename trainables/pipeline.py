@@ -18,7 +18,7 @@ from trainables import cerebras_backend, torch_backend
 from trainables.budgets import check_budgets, run_budgets
 from trainables.failures import describe_error, may_pass
 from trainables.finetuning import setup
-from trainables.hardware import environment, gpu_memory_bytes, peak_memory_bytes, reset_peak_memory
+from trainables.hardware import check_precision, environment, gpu_memory_bytes, peak_memory_bytes, reset_peak_memory
 from trainables.loaded import Examples, LoadedModel
 from trainables.mode import MergedWeights, TrainableModel
 from trainables.pruning_stage import Pruned, Pruner
@@ -124,6 +124,7 @@ class Work:
 
 def _load(run: Run, ledger: RunStore, worker: WorkerCache, folder: Path, log: RunLog) -> Work:
     torch.set_num_threads(run.protocol.threads)
+    check_precision(run.protocol.precision)
     reset_peak_memory()
     loaded = worker.model(run)
     examples = worker.examples(run, loaded)

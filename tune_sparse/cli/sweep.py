@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 GROUPS = {
     "what to sweep": ("models", "tasks", "methods", "sparsities", "modes", "seeds"),
     "data and settings": ("data_dir",),
-    "how it runs": ("backend", "workers", "gpus_per_trial", "max_retries", "hang_seconds"),
+    "how it runs": ("backend", "workers", "gpus_per_trial", "deterministic", "max_retries", "hang_seconds"),
     "memory": BUDGETS,
     "results and tracking": ("results_dir", "tracking_uri"),
     "Cerebras CS-3, for --backend cerebras, both or split": CEREBRAS,

@@ -132,6 +132,7 @@ def _tune(
                 "results_dir": str(ledger.folder.resolve()),
                 "token": lease.token,
                 "hang_seconds": config.hang_seconds,
+                "deterministic": config.deterministic,
                 "resources": placement.resources(run),
             }
             return trial | ({"cerebras": asdict(config.cerebras)} if run.cerebras else {})
