@@ -54,6 +54,7 @@ RULES: dict[str, Rule] = {
     "few-steps": Rule("warning", "throughput from too few steps", warnings.few_steps),
     "missing": Rule("warning", "a cell without a finished run", warnings.missing),
     "hardware": Rule("warning", "hardware changed within what is compared", warnings.hardware),
+    "budgets": Rule("warning", "compared pairs ran under different budgets", warnings.budgets),
     "uncommitted": Rule("warning", "code that is in no commit", warnings.uncommitted),
     "unchecked": Rule("warning", "something could not be checked", warnings.unchecked),
     "imported": Rule("warning", "a number that was imported, not run", warnings.imported),
