@@ -12,6 +12,7 @@ from factories import done_record, make_cell, make_run, make_sweep, write_run
 
 from tune_sparse.cli import main
 from tune_sparse.config import Cell, Cerebras, SweepConfig
+from tune_sparse.errors import TooLargeError
 from tune_sparse.ledger.ledger import Ledger
 from tune_sparse.ledger.run import Run
 from tune_sparse.models.checkpoints import Checkpoint
@@ -19,7 +20,7 @@ from tune_sparse.models.dims import ModelDims
 from tune_sparse.sweep.examples import Examples
 from tune_sparse.sweep.forecast import Medians, RunCost, cost_of_run, forecast, pilots, trials_at_once
 from tune_sparse.sweep.plan import Plan, make_plan
-from tune_sparse.sweep.preparation import needed_bytes
+from tune_sparse.sweep.preparation import check_host, needed_bytes
 
 FEW = {"sparsities": "0 0.5", "methods": "random", "data_dir": "synthetic", "precision": "float32", "workers": 2}
 SMALL = {"n_train": 32, "n_selection": 4, "n_test": 8}
@@ -94,6 +95,9 @@ def test_stored_prunings_and_checkpoints_need_room_too(tmp_path: Path, ledger: L
     found = forecast(plan, ledger, plan.missing(ledger))
     assert found.pruning_bytes == pytest.approx(4 * 0.81e9 + 2 * 6.48e9, rel=0.01), "of two tasks, of two seeds"
     assert found.checkpoint_bytes < 1.1e9
+    assert 18e9 < found.host_bytes < 25e9, "trials compute on the CPU"
+    with pytest.raises(TooLargeError, match=r"which takes up to 100000\.0 GB, it has"):
+        check_host(10**14)
     tuned = plan_of_7b(tmp_path, make_cell(mode="masked-finetuning"))
     found = forecast(tuned, ledger, tuned.missing(ledger))
     assert found.checkpoint_bytes == pytest.approx(2 * 77.7e9, rel=0.01)

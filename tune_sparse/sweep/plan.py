@@ -29,8 +29,10 @@ from tune_sparse.modes import MODES
 from tune_sparse.pruning.calibration import text_examples
 from tune_sparse.pruning.methods import METHODS, method_named
 from tune_sparse.pruning.prune_model import check_method_sparsities
+from tune_sparse.sweep.cards import gpus_asked
 from tune_sparse.sweep.examples import Examples, read_examples
 from tune_sparse.sweep.retries import has_more_memory_now, is_missing, lacked_memory
+from tune_sparse.training.budgets import cpu_budgets
 
 OUTCOME_BYTES = 400
 """A scored example takes so much besides a generated text: an outcome before and after the last mask."""
@@ -101,10 +103,21 @@ def pruning_bytes(plan: Plan, runs: Iterable[Run]) -> int:
 
 def checkpoint_bytes(plan: Plan, runs: Iterable[Run]) -> int:
     """What the largest unfinished training of some runs takes, its last checkpoint beside the new one for a moment."""
+    return max((cell.checkpoint_bytes for cell in memory_of(plan, runs)), default=0)
+
+
+def host_bytes(plan: Plan, runs: Iterable[Run]) -> int:
+    """The most memory that a trial of some runs takes of its host: without GPUs, everything."""
+    on_gpu = bool(gpus_asked(plan.config))
+    cells = memory_of(plan, runs)
+    return max((cell.host_bytes(cpu_budgets(cell.longest), on_gpu) for cell in cells), default=0)
+
+
+def memory_of(plan: Plan, runs: Iterable[Run]) -> list[CellMemory]:
+    """The memory of each kind of run that this machine, or its cluster, trains."""
     dims = plan.dims
-    trained = {(run.cell.model, run.cell.mode): run for run in runs if run.cerebras is None}.values()
-    cells = [CellMemory(dims[r.cell.model], r.cell.mode, r.cell.method, r.protocol) for r in trained]
-    return max((cell.checkpoint_bytes for cell in cells), default=0)
+    kinds = {(r.cell.model, r.cell.mode, r.cell.method): r.protocol for r in runs if r.cerebras is None}
+    return [CellMemory(dims[model], mode, method, p) for (model, mode, method), p in kinds.items()]
 
 
 def requested_cells(config: SweepConfig) -> list[Cell]:
