@@ -365,9 +365,7 @@ def main() -> None:
     if "structured" in chosen.only:
         model = {"num_hidden_layers": 16, **sizes.model}
         rows = figures["structured"] = structured_steps(sizes.step_tokens[0], repeats, device, **model)
-        print(
-            f"\na step of {sizes.step_tokens[0]} tokens in float32, 16 x 1024 Llama, and of dense LoRA; goal: the density"
-        )
+        print(f"\na step of {sizes.step_tokens[0]} tokens of a 16 x 1024 Llama in float32 (share of dense LoRA's)")
         for name, row in rows.items():
             ratios = {key: value / rows["lora 1.0"][key] for key, value in row.items()}
             print(f"{name:20}" + "  ".join(f"{key} {value:.2f} ({ratios[key]:.2f})" for key, value in row.items()))
