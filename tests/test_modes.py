@@ -417,14 +417,14 @@ def test_sparsegpt_freezes_the_weights_that_it_updated(
     make_run: MakeRun, ledger: Ledger, llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     frozen: dict[str, Tensor] = {}
-    prune = Pruner.prune
+    prune_into = Pruner.prune_into
 
     def kept(pruner: Pruner, *args: Any) -> Pruned:
-        pruned = prune(pruner, *args)
+        pruned = prune_into(pruner, *args)
         frozen.update((name, pruned.weights[name].clone()) for name in pruned.weights)
         return pruned
 
-    monkeypatch.setattr(Pruner, "prune", kept)
+    monkeypatch.setattr(Pruner, "prune_into", kept)
     run = make_run(method="sparsegpt", steps=1, learning_rate=1e-30, final_learning_rate=1e-30)
     worker = WorkerCache()
     finished(run, ledger, worker)

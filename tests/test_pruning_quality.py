@@ -47,7 +47,8 @@ class Calibrated:
         """|Wx - W'x|² / |Wx|² of each matrix over the examples."""
         found = {}
         for matrix in self.prunable.matrices:
-            hessian, dense = self.inputs[matrix.input_key].hessian, self.dense[matrix.name]
+            hessian, dense = self.inputs[matrix.input_key].products, self.dense[matrix.name]
+            assert hessian is not None
             lost = self.pruned[method][matrix.name] - dense
             found[matrix.name] = float(((lost @ hessian) * lost).sum() / ((dense @ hessian) * dense).sum())
         return found

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trainables.hardware import device
@@ -14,8 +13,11 @@ from tune_sparse.data.splits import Encoded, encode_training
 from tune_sparse.data.tasks import tasks_named
 from tune_sparse.evaluation.scoring import EvalSet, encode_test
 from tune_sparse.ledger.run import Run
-from tune_sparse.models.checkpoints import load_model, load_tokenizer, prunable_weights
+from tune_sparse.models.checkpoints import find_folder, load_model, load_tokenizer, prunable_weights
+from tune_sparse.models.dense_weights import DenseWeights
 from tune_sparse.models.dims import ModelDims
+from tune_sparse.models.local_copy import local_weight_files
+from tune_sparse.models.safetensors_io import TensorFiles
 
 
 @dataclass(frozen=True)
@@ -29,19 +31,25 @@ class Examples:
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """One model in memory, and a copy of the dense weights that pruning and merging overwrite."""
+    """One model in memory, and in its checkpoint the dense weights that pruning and merging overwrite."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     dims: ModelDims
-    dense_weights: dict[str, Tensor]
+    dense_weights: DenseWeights
 
 
 def load(run: Run) -> LoadedModel:
-    """Read the run's model in its precision, onto the device of this process."""
+    """Read the run's model in its precision, onto the device of this process.
+
+    Raises `NotReadyError` for a checkpoint that is not the planned one, or changes while it is read.
+    """
+    # Opened before its fingerprint is taken: what changes after that is seen when it is read.
+    tensors = TensorFiles(local_weight_files(find_folder(run.model_path)))
     checkpoint = load_planned_checkpoint(run)
-    model = load_model(checkpoint.path, getattr(torch, run.protocol.precision), device())
-    dense_weights = {name: weight.clone() for name, weight in prunable_weights(model).items()}
+    dtype, where = getattr(torch, run.protocol.precision), device()
+    model = load_model(checkpoint.path, dtype, where, tensors)
+    dense_weights = DenseWeights(tensors, tuple(prunable_weights(model)), dtype, where)
     return LoadedModel(model, load_tokenizer(checkpoint.path), checkpoint.dims, dense_weights)
 
 

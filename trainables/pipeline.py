@@ -37,7 +37,7 @@ from tune_sparse.ledger.contracts import RunStore
 from tune_sparse.ledger.record import Record
 from tune_sparse.ledger.run import Run, write_config
 from tune_sparse.lora.merging import mask_weights_into
-from tune_sparse.models.checkpoints import prunable_weights, write_weights_into
+from tune_sparse.models.checkpoints import prunable_weights
 from tune_sparse.pruning.masks import count_sparsity
 from tune_sparse.training.loop import Step, accelerator_for, mean_loss
 
@@ -122,7 +122,7 @@ def _load(run: Run, ledger: RunStore, worker: WorkerCache, folder: Path, log: Ru
     examples = worker.examples(run, loaded)
     log(
         f"model and examples ready: {len(examples.train)} train, {len(examples.selection)} selection, "
-        f"{sum(len(test.examples) for test in examples.tests)} test"
+        f"{sum(len(test.examples) for test in examples.tests)} test; weights from {loaded.dense_weights.folder}"
     )
     memory.end("load")
     return Work(run, ledger, folder, log, loaded, examples, memory)
@@ -137,7 +137,6 @@ def _stages(
     """
     model = work.loaded.model
     pruned = _prune(work, pruner)
-    write_weights_into(model, pruned.weights)
     work.memory.end("prune")
     before_tuning = _score_before_tuning(work, pruned)
     work.memory.end("score before tuning")
@@ -162,7 +161,7 @@ def _stages(
 
 
 def _prune(work: Work, pruner: Pruner) -> Pruned:
-    pruned = pruner.prune(work.run, work.loaded, work.examples.train)
+    pruned = pruner.prune_into(work.run, work.loaded, work.examples.train)
     write_json(work.folder / "sparse_config.json", pruned.sparse_config(work.run))
     return pruned
 

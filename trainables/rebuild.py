@@ -9,7 +9,6 @@ from trainables.worker import WorkerCache
 from tune_sparse.errors import InputError
 from tune_sparse.ledger.contracts import LedgerReader
 from tune_sparse.ledger.run import Run
-from tune_sparse.models.checkpoints import write_weights_into
 from tune_sparse.pruning.masks import Masks
 
 
@@ -28,12 +27,11 @@ def pruned_by(run: Run, ledger: LedgerReader, worker: WorkerCache) -> tuple[Load
     record = ledger.record(run.run_id)
     assert record is not None
     loaded = worker.model(run)
-    pruned = worker.pruner.prune(run, loaded, worker.examples(run, loaded).train if run.is_calibrated else ())
+    pruned = worker.pruner.prune_into(run, loaded, worker.examples(run, loaded).train if run.is_calibrated else ())
     trained_with = record.metrics["mask_sha256"]
     if pruned.checksum != trained_with:
         raise InputError(
             f"the mask of {run.run_id} must come out as it was trained, {trained_with[:12]}, got "
             f"{pruned.checksum[:12]}. Rebuild it with the version of this program that ran it."
         )
-    write_weights_into(loaded.model, pruned.weights)
     return loaded, pruned

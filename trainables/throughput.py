@@ -13,7 +13,6 @@ from trainables.peak_memory import PeakMemory
 from trainables.training import WARM_UP_STEPS, Training
 from trainables.worker import WorkerCache
 from tune_sparse.ledger.run import Run
-from tune_sparse.models.checkpoints import write_weights_into
 from tune_sparse.training.loop import accelerator_for, fit
 
 TIMED_STEPS = 5
@@ -39,8 +38,7 @@ def measure(run: Run, worker: WorkerCache, batch_size: int) -> Throughput:
     torch.set_num_threads(protocol.threads)
     loaded = worker.model(run)
     examples = worker.examples(run, loaded)
-    pruned = worker.pruner.prune(run, loaded, examples.train)
-    write_weights_into(loaded.model, pruned.weights)
+    pruned = worker.pruner.prune_into(run, loaded, examples.train)
     trainable = setup(run.cell.mode, loaded.model, protocol, pruned.masks, run.cell.seed)
     accelerator, totals = accelerator_for(trainable.mixed_precision), Training()
     gc.collect()

@@ -8,11 +8,10 @@ from typing import Any
 from trainables.loaded import Examples, LoadedModel, encode, load
 from trainables.pruning_stage import Pruner
 from tune_sparse.ledger.run import Run
-from tune_sparse.models.checkpoints import write_weights_into
 
 
 class WorkerCache:
-    """One model with its dense weights, the tokens of its tasks, and what calibration measured on it."""
+    """One model, the tokens of its tasks, and what calibration measured on it."""
 
     def __init__(self) -> None:
         self.loads = 0
@@ -22,16 +21,17 @@ class WorkerCache:
         self.pruner = Pruner()
 
     def model(self, run: Run) -> LoadedModel:
-        """Return the run's model with its dense weights, written back over what an earlier run left.
+        """Return the run's model with its dense weights, read again over what an earlier run left.
 
-        It is read from disk only if the worker keeps another one.
+        It is made anew only if the worker keeps another one. Raises as `load`.
         """
         key = (run.model_fingerprint, run.protocol.precision)
         if self._loaded is None or self._key != key:
             self.clear()
             self._key, self._loaded = key, load(run)
             self.loads += 1
-        write_weights_into(self._loaded.model, self._loaded.dense_weights)
+        else:
+            self._loaded.dense_weights.restore_into(self._loaded.model)
         return self._loaded
 
     def examples(self, run: Run, loaded: LoadedModel) -> Examples:

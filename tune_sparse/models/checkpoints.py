@@ -11,13 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 from tune_sparse.errors import InputError, NotReadyError
 from tune_sparse.files import cache_dir, read_json, write_json
-from tune_sparse.models.architectures import read_weights
+from tune_sparse.models.architectures import read_weights, unfused
 from tune_sparse.models.dims import ModelDims
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from tune_sparse.models.safetensors_io import TensorFiles
 
 SWEPT = ("LlamaForCausalLM", "MistralForCausalLM")
 """Classes that a sweep trains; more can be pruned, see `tune_sparse.models.architectures`."""
@@ -241,16 +243,44 @@ def fingerprint_of_files(files: Sequence[Path]) -> str:
     return digest.hexdigest()
 
 
-def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """The model in evaluation mode, its weights frozen, with no settings of its own for generating text."""
-    from transformers import AutoModelForCausalLM, GenerationConfig
-    from transformers.utils.logging import disable_progress_bar
+def load_model(
+    folder: Path, dtype: torch.dtype, device: torch.device, tensors: TensorFiles | None = None
+) -> PreTrainedModel:
+    """The model in evaluation mode, its weights frozen, with no settings of its own for generating text.
 
-    disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True, attn_implementation="sdpa")
+    Each weight goes from the mapped file onto the device, in its dtype: nothing of the model is in memory twice.
+    tensors: where they are read, by default the folder's own files.
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+    from tune_sparse.models.safetensors_io import TensorFiles, weight_files
+
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+    model.tie_weights()
+    _read_weights_into(model, tensors or TensorFiles(weight_files(folder)), device)
+    model.tie_weights()
     model.generation_config = GenerationConfig()
-    model.requires_grad_(False).eval().to(device)
-    return model
+    loaded: PreTrainedModel = model.to(device).requires_grad_(False).eval()
+    return loaded
+
+
+def _read_weights_into(model: PreTrainedModel, tensors: TensorFiles, device: torch.device) -> None:
+    """Give a model without data its weights, one at a time. Raises `InputError` for a tensor that is missing."""
+    import torch
+
+    for name, empty in list(model.named_parameters()):
+        filled = torch.empty(empty.shape, dtype=empty.dtype, device=device)
+        for part, own in unfused(name, filled).items():
+            # A checkpoint of the bare decoder lacks the first part of the names.
+            stored = part if part in tensors else part.removeprefix(f"{model.base_model_prefix}.")
+            if stored not in tensors:
+                raise InputError(f"a checkpoint needs all its weights, {part} is missing. Fetch it again.")
+            tensors.read_into(own, stored)
+        layer, _, leaf = name.rpartition(".")
+        model.get_submodule(layer).register_parameter(leaf, torch.nn.Parameter(filled, requires_grad=False))
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from tune_sparse.errors import InputError
+from tune_sparse.errors import InputError, NotReadyError
 from tune_sparse.files import aside, read_json
 from tune_sparse.models.float_bits import is_finite
 
@@ -45,10 +45,12 @@ def weight_files(folder: Path) -> list[Path]:
 class TensorFiles(Mapping[str, Tensor]):
     """The tensors of some safetensors files, by name, each read when it is asked for.
 
-    A file is opened anew for each tensor: a mapped file that stays open would count all its pages as memory.
+    A file is opened anew for each tensor: a mapped file that stays open would count all its pages as memory. It must
+    be the one that it was when it was first opened: `NotReadyError` is raised for one that changed.
     """
 
     def __init__(self, paths: Sequence[Path]) -> None:
+        self._stamps = {path: _stamp(path) for path in paths}
         self.paths: dict[str, Path] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, torch.dtype] = {}
@@ -72,14 +74,36 @@ class TensorFiles(Mapping[str, Tensor]):
             return dict(tensors.metadata() or {})
 
     def __getitem__(self, name: str) -> Tensor:
+        """The pages of the file itself, not in memory until they are used."""
+        self._check_unchanged(self.paths[name])
         with safe_open(self.paths[name], framework="pt") as tensors:
             return tensors.get_tensor(name)
+
+    def read_into(self, own: Tensor, name: str) -> None:
+        """Copy a tensor into one of any dtype and device, with no copy between."""
+        own.copy_(self[name])
+        self._check_unchanged(self.paths[name])
+
+    def _check_unchanged(self, path: Path) -> None:
+        if _stamp(path) != self._stamps[path]:
+            raise NotReadyError(
+                f"a checkpoint must stay as it is while it is used, {path} changed since it was opened. Leave it "
+                "alone, and start again."
+            )
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.paths)
 
     def __len__(self) -> int:
         return len(self.paths)
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    """(bytes, time of the last change in ns) of a file; None if there is none."""
+    if not path.is_file():
+        return None
+    found = path.stat()
+    return found.st_size, found.st_mtime_ns
 
 
 def _dtype(name: str, dtype: str, path: Path) -> torch.dtype:

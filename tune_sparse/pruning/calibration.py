@@ -56,11 +56,11 @@ class InputStats:
         assert self.squares is not None
         return self.squares.sqrt()
 
-    @property
-    def hessian(self) -> Tensor:
-        """2/n Σ x xᵀ of the output error: (I, I)."""
-        assert self.products is not None
-        return self.products * (2 / self.tokens)
+    def take_hessian(self) -> Tensor:
+        """2/n Σ x xᵀ of the output error: (I, I). It is given away: the sums of products are gone after that."""
+        products, self.products = self.products, None
+        assert products is not None
+        return products.mul_(2 / self.tokens)
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class CalibrationStats:
 
     norms: dict[InputKey, Tensor] = field(default_factory=dict)
     gradients: dict[str, Tensor] = field(default_factory=dict)
-    """{matrix: Σ |g| in the checkpoint's layout}"""
+    """{matrix: Σ |g| in the checkpoint's layout}, in the memory of the host"""
     outliers: tuple[float, ...] = ()
     """OWL's fraction of outliers of each block."""
 
@@ -163,7 +163,7 @@ def calibrate_blockwise(
         block = blocks.block(number)
         matrices = [matrix for matrix in blocks.matrices if matrix.block == number]
         with recorded(block, matrices, wants_hessians) as inputs:
-            outputs = [_run(block, x, other) for x, other in zip(hidden, others, strict=True)]
+            _pass_on(block, hidden, others, writes=not sequential)
         for matrix in matrices:
             sums = inputs[matrix.input_key]
             if sums.squares is not None and not is_finite(sums.squares):
@@ -175,14 +175,16 @@ def calibrate_blockwise(
                 )
         yield number, inputs
         if sequential:
-            outputs = [_run(block, x, other) for x, other in zip(hidden, others, strict=True)]
-        hidden = outputs
+            _pass_on(block, hidden, others, writes=True)
 
 
-def _run(block: nn.Module, hidden: Tensor, others: BlockArgs) -> Tensor:
-    heartbeat()
-    output = block(hidden, *others[0], **others[1])
-    return output[0] if isinstance(output, tuple) else output
+def _pass_on(block: nn.Module, hidden: list[Tensor], others: Sequence[BlockArgs], writes: bool) -> None:
+    """Compute a block on every example; what it computes takes the place of what it was given, if `writes`."""
+    for number, (arguments, named) in enumerate(others):
+        heartbeat()
+        output = block(hidden[number], *arguments, **named)
+        if writes:
+            hidden[number] = output[0] if isinstance(output, tuple) else output
 
 
 @contextmanager
@@ -234,7 +236,8 @@ def _expert_adder(inputs: Mapping[InputKey, InputStats]) -> Callable[..., None]:
 def gradient_sums(model: Any, examples: Sequence[Encoded], matrices: Sequence[Matrix]) -> dict[str, Tensor]:
     """{matrix: Σ |g| over examples, fp32, in the checkpoint's layout}, g the gradient of an example's mean loss.
 
-    Each gradient is added and dropped as soon as it is there: never two of a parameter at once.
+    Each gradient is added and dropped as soon as it is there: never two of a parameter at once. The sums, twice the
+    bytes of a model in 16 bits, are in the memory of the host.
     """
     own = list_matrices(model)
     wanted = {matrix.name for matrix in own}
@@ -242,7 +245,7 @@ def gradient_sums(model: Any, examples: Sequence[Encoded], matrices: Sequence[Ma
     hooks = []
     for name, parameter in model.named_parameters():
         if unfused(name, parameter.data).keys() & wanted:
-            sums[name] = torch.zeros_like(parameter, dtype=torch.float32)
+            sums[name] = torch.zeros(parameter.shape, dtype=torch.float32)
             parameter.requires_grad_(True)
             hooks.append(parameter.register_post_accumulate_grad_hook(_taker(sums[name])))
     try:
@@ -262,7 +265,7 @@ def gradient_sums(model: Any, examples: Sequence[Encoded], matrices: Sequence[Ma
 def _taker(total: Tensor) -> Callable[[Tensor], None]:
     def take(parameter: Tensor) -> None:
         assert parameter.grad is not None
-        total.add_(parameter.grad.abs())
+        total.add_(parameter.grad.abs().to(total.device))
         parameter.grad = None
 
     return take

@@ -120,11 +120,16 @@ def prune_blockwise(
     job = Job.from_name(method, model, sparsities, seed, statistics)
     for number, inputs in calibrate_blockwise(blocks, examples, job.method.updates_weights, sequential):
         here = replace(statistics, norms=statistics.norms | {source: sums.norms for source, sums in inputs.items()})
-        own = blocks.weights(number)
-        for pruned in job.prune_block([m for m in model.matrices if m.block == number], here, inputs):
-            yield pruned
-            if sequential:
-                own[pruned.name].copy_(pruned.weight(0))
+        matrices = [matrix for matrix in model.matrices if matrix.block == number]
+        into = blocks.weights(number) if sequential else {}
+        yield from map(partial(_keep_in, into), job.prune_block(matrices, here, inputs))
+
+
+def _keep_in(weights: Mapping[str, Tensor], pruned: PrunedMatrix) -> PrunedMatrix:
+    """Write a pruned weight into its block, where the block is among those that keep it."""
+    if pruned.name in weights:
+        weights[pruned.name].copy_(pruned.weight(0))
+    return pruned
 
 
 @dataclass(frozen=True)
@@ -177,8 +182,8 @@ class Job:
             yield from self._structured(matrices, statistics)
         elif self.method.updates_weights:
             assert inputs is not None
-            factor = cache(lambda source: inverse_factor(inputs[source].hessian))
-            yield from (self._updated(matrix, factor(matrix.input_key)) for matrix in matrices)
+            for source, together in groupby(matrices, key=lambda matrix: matrix.input_key):
+                yield from self._updated(together, inverse_factor(inputs[source].take_hessian()))
         else:
             yield from (self._elementwise(matrix, statistics) for matrix in matrices)
 
@@ -198,7 +203,11 @@ class Job:
             matrix.name, lambda: weight, lambda level: nested > level, lambda level: weight * (nested > level), nested
         )
 
-    def _updated(self, matrix: Matrix, factor: Tensor) -> PrunedMatrix:
+    def _updated(self, matrices: Iterable[Matrix], factor: Tensor) -> Iterator[PrunedMatrix]:
+        """Matrices with one input, which share its factor."""
+        return (self._updated_matrix(matrix, factor) for matrix in matrices)
+
+    def _updated_matrix(self, matrix: Matrix, factor: Tensor) -> PrunedMatrix:
         weight = self.model.weights[matrix.name]
 
         @cache
@@ -253,7 +262,7 @@ def oriented_scores(score: str, matrix: Matrix, weight: Tensor, seed: int, stati
         matrix.name,
         seed,
         input_norms=statistics.norms.get(matrix.input_key),
-        gradients=None if gradients is None else matrix.oriented(gradients),
+        gradients=None if gradients is None else matrix.oriented(gradients).to(weight.device),
     )
     return compute(weight, inputs)
 

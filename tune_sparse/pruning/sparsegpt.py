@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tune_sparse.pruning.masks import keep_highest
 from tune_sparse.pruning.survival_map import survival_map
 
 DAMPING = 0.01
@@ -23,15 +24,19 @@ SUB_BLOCK = 16
 def inverse_factor(hessian: Tensor) -> Tensor:
     """U, upper triangular, with UᵀU = (H + damping)⁻¹. hessian: (I, I) in fp32, kept as it is.
 
-    From one Cholesky factor: with J the reversal, J H J = L Lᵀ gives U = J L⁻¹ J.
+    From one Cholesky factor: with J the reversal, J H J = L Lᵀ gives U = J L⁻¹ J. At most three matrices of this size
+    are in memory at once, and the Hessian if the caller keeps it.
     """
     damped = hessian.flip(0, 1)
+    del hessian
     diagonal = damped.diagonal()
     diagonal[diagonal == 0] = 1
     diagonal += DAMPING * diagonal.mean()
     lower = torch.linalg.cholesky(damped)
-    identity = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
-    return torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1)
+    del damped, diagonal
+    inverse = torch.eye(len(lower), dtype=lower.dtype, device=lower.device).T  # by column, as it is solved in place
+    torch.linalg.solve_triangular(lower, inverse, upper=False, out=inverse)
+    return inverse.flip(0, 1)
 
 
 def sparsegpt(
@@ -79,6 +84,8 @@ def _scores(columns: Tensor, diagonal: Tensor) -> Tensor:
 
 def _keep(columns: Tensor, diagonal: Tensor, pruned: int, transposed: bool) -> Tensor:
     scores = _scores(columns, diagonal)
+    if scores.device.type != "cpu":  # a sort waits for nothing there
+        return keep_highest(scores, pruned) if transposed else keep_highest(scores.T, pruned).T
     return survival_map(scores, [pruned]) > 0 if transposed else (survival_map(scores.T, [pruned]) > 0).T
 
 
