@@ -7,8 +7,9 @@ Process CPU seconds on one thread, medians over interleaved repeats after a warm
 - LoRA: the layer of the installed peft, adapters in the dtype of the weight.
 - ours: the implementation named in the table. Goals stand beside the ratios; on a GPU, `--device cuda` prints the
   same tables.
+- ours_structured: heads and channels masked, so trained on the model without them; a step of 205M weights in float32.
 
-With `--model 7b` a whole training step of a 7B-shaped model of random weights is measured instead (GPU only).
+With `--model 7b` a whole training step of a 7B-shaped model of random weights is measured instead.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import gc
 import json
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,10 +31,14 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tune_sparse.config import Protocol
-from tune_sparse.lora.layer import adapt_model
+from tune_sparse.lora.compact_training import find_cuts, shrink_into
+from tune_sparse.lora.layer import SparseLora, adapt_model
 from tune_sparse.lora.masked_linear import Workspace, choose_impl
 from tune_sparse.models.architectures import PRUNED
-from tune_sparse.models.checkpoints import prunable_weights, write_weights_into
+from tune_sparse.models.checkpoints import prunable_weights
+from tune_sparse.models.dims import ModelDims
+from tune_sparse.pruning.bit_masks import BitMasks
+from tune_sparse.pruning.prune_model import make_masks
 
 RANK, SCALING = 16, 2.0
 
@@ -116,19 +121,16 @@ def make_step(layer: nn.Module, x: Tensor, dY: Tensor) -> Callable[[], None]:
     return run
 
 
-def pruned(
-    width: int, dtype: torch.dtype, density: float, device: torch.device, structured: bool
-) -> tuple[Tensor, Tensor]:
-    """(weight, mask) of width x width; structured: whole rows."""
-    kept = torch.rand(width, 1 if structured else width, device=device) < density
-    mask = kept.expand(width, width).contiguous()
+def pruned(width: int, dtype: torch.dtype, density: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(weight, mask) of width x width."""
+    mask = torch.rand(width, width, device=device) < density
     return (torch.randn(width, width, device=device) / 64 * mask).to(dtype), mask
 
 
 def layer_row(
     width: int, dtype: torch.dtype, tokens: int, impl: str, density: float, repeats: int, device: torch.device
 ) -> dict[str, Any]:
-    weight, mask = pruned(width, dtype, density, device, structured=impl == "structured")
+    weight, mask = pruned(width, dtype, density, device)
     x = torch.randn(tokens, width, device=device).to(dtype).requires_grad_()
     dY = torch.randn(tokens, width, device=device).to(dtype)
     layers = {
@@ -150,8 +152,6 @@ def print_layers(rows: list[dict[str, Any]], goals: dict[Any, tuple[float | None
     )
     for row in rows:
         peft_goal, lora_goal = goals.get((row["impl"], row["dtype"], row["tokens"]), (None, None))
-        if row["impl"] == "structured":
-            lora_goal = 1.1 * row["density"] + 0.08
         row |= {"of_sparse_peft": row["ours"] / row["sparse_peft"], "of_lora": row["ours"] / row["lora"]}
         times = "".join(f"{1e3 * row[name]:7.0f}" for name in ("sparse_peft", "lora", "ours", "gemm"))
         shown = [f"{goal:.2f}" if goal else "   -" for goal in (peft_goal, lora_goal)]
@@ -170,10 +170,9 @@ LAYER_GOALS: dict[Any, tuple[float | None, float | None]] = {
 }
 
 
-def saved_bytes(layers: list[nn.Module], x: Tensor) -> int:
-    """What a forward pass through `layers` keeps for the backward, besides parameters; each storage once."""
-    known = {p.untyped_storage().data_ptr() for layer in layers for p in (*layer.parameters(), *layer.buffers())}
-    known |= {layer.weight.untyped_storage().data_ptr() for layer in layers if isinstance(layer, Ours)}
+def saved_bytes(forward: Callable[[], Any], held: Iterable[Tensor]) -> int:
+    """What a forward pass keeps for the backward, besides what is held anyway; each storage once."""
+    known = {tensor.untyped_storage().data_ptr() for tensor in held}
     kept: dict[int, int] = {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -183,9 +182,15 @@ def saved_bytes(layers: list[nn.Module], x: Tensor) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        for layer in layers:
-            x = layer(x)
+        _result = forward()  # freed after the count: a storage freed before could be counted as another
     return sum(kept.values())
+
+
+def stack_bytes(layers: list[nn.Module], x: Tensor) -> int:
+    """What a forward pass through `layers`, one after the other, keeps for the backward."""
+    held = [tensor for layer in layers for tensor in (*layer.parameters(), *layer.buffers())]
+    held += [layer.weight for layer in layers if isinstance(layer, Ours)]
+    return saved_bytes(lambda: nn.Sequential(*layers)(x), held)
 
 
 def memory(width: int, device: torch.device) -> dict[str, float]:
@@ -194,15 +199,17 @@ def memory(width: int, device: torch.device) -> dict[str, float]:
     weights = [(torch.randn(width, width, device=device) * mask).bfloat16() for _ in range(12)]
     x = torch.randn(1024, width, device=device).bfloat16().requires_grad_()
     found = {
-        "sparse_peft": saved_bytes([peft_layer(SparsePeft, w) for w in weights], x),
-        "lora": saved_bytes([peft_layer(PeftLinear, w) for w in weights], x),
-        "ours": saved_bytes([Ours(w, mask, "effective-weight") for w in weights], x),
+        "sparse_peft": stack_bytes([peft_layer(SparsePeft, w) for w in weights], x),
+        "lora": stack_bytes([peft_layer(PeftLinear, w) for w in weights], x),
+        "ours": stack_bytes([Ours(w, mask, "effective-weight") for w in weights], x),
     }
     return {name: size / 2**20 for name, size in found.items()}
 
 
-def small_llama(dtype: torch.dtype, device: torch.device, **changes: Any) -> tuple[LlamaForCausalLM, dict[str, Tensor]]:
-    """A pruned Llama of random weights, 4 layers and 1,024 wide unless changed, and its masks (half kept)."""
+def small_llama(
+    dtype: torch.dtype, device: torch.device, structured: bool, density: float = 0.5, **changes: Any
+) -> tuple[LlamaForCausalLM, BitMasks]:
+    """A pruned Llama of random weights, 4 layers and 1,024 wide unless changed, and its masks."""
     sizes = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 4, "num_attention_heads": 16}
     config = LlamaConfig(**{**sizes, "vocab_size": 4096, "max_position_embeddings": 8192, **changes})
     before = torch.get_default_dtype()
@@ -211,9 +218,51 @@ def small_llama(dtype: torch.dtype, device: torch.device, **changes: Any) -> tup
         model = LlamaForCausalLM(config).requires_grad_(False)
     torch.set_default_dtype(before)
     weights = prunable_weights(model)
-    masks = {name: torch.rand(w.shape, device=device) < 0.5 for name, w in weights.items()}
-    write_weights_into(model, {name: w * masks[name] for name, w in weights.items()})
+    if structured:
+        found = make_masks("structured", weights, ModelDims.from_config(config), 1 - density, seed=0)
+        masks = BitMasks.pack(found.items())
+    else:
+        masks = BitMasks.pack((name, torch.rand(w.shape, device=device) < density) for name, w in weights.items())
+    for name, weight in weights.items():
+        weight.mul_(masks[name])
     return model, masks
+
+
+CONTENDERS = {
+    "sparse_peft": "SparsePEFT, its adapters in the dtype of the weights",
+    "sparse_peft_fp32_adapters": "SparsePEFT",
+    "lora": "dense LoRA in stock peft",
+    "ours": "sparse-to-sparse, single weights masked",
+    "ours_structured": "sparse-to-sparse, heads and channels masked",
+}
+
+
+def contender(name: str, dtype: torch.dtype, device: torch.device, density: float = 0.5, **sizes: Any) -> nn.Module:
+    """A model ready to train, and what its name says: ours with our layers and none of peft's own, or the reverse."""
+    model, masks = small_llama(dtype, device, name == "ours_structured", density, **sizes)
+    if not name.startswith("ours"):
+        adapted = peft_model(model, PeftLinear if name == "lora" else SparsePeft, name != "sparse_peft")
+    else:
+        adapted = adapt_model(model, Protocol(lora_rank=RANK, lora_alpha=32.0), masks, seed=0)
+        if name == "ours_structured":
+            cuts = find_cuts(ModelDims.from_config(model.config), masks)
+            assert cuts is not None
+            shrink_into(adapted, cuts)
+    check_layers(name, adapted, masks)
+    return adapted
+
+
+def check_layers(name: str, adapted: nn.Module, masks: BitMasks) -> None:
+    """Assert that a contender computes with the layers that it is measured for."""
+    layers = [module for module in adapted.modules() if isinstance(module, PeftLinear)]
+    kind = {"lora": PeftLinear, "ours": SparseLora, "ours_structured": SparseLora}.get(name, SparsePeft)
+    assert len(layers) == len(masks)
+    assert {type(layer) for layer in layers} == {kind}
+    if name == "ours":
+        assert {layer.impl.name for layer in layers} == {"effective-weight"}
+        assert all(layer.keep_mask is not None for layer in layers)
+    if name == "ours_structured":
+        assert sum(layer.base_layer.weight.numel() for layer in layers) == sum(masks.kept.values())
 
 
 def peft_model(model: LlamaForCausalLM, kind: type[PeftLinear], fp32_adapters: bool) -> nn.Module:
@@ -235,33 +284,39 @@ def train_step(model: nn.Module, ids: Tensor) -> Callable[[], None]:
 def whole_step(tokens: int, repeats: int, device: torch.device, **sizes: Any) -> dict[str, float]:
     """Seconds of a training step in bfloat16, without the optimizer."""
     ids = torch.randint(0, 4096, (1, tokens), device=device)
-    steps: dict[str, Callable[[], None]] = {}
-    for name, kind, fp32 in (
-        ("sparse_peft", SparsePeft, False),
-        ("sparse_peft_fp32_adapters", SparsePeft, True),
-        ("lora", PeftLinear, False),
-    ):
-        model, _ = small_llama(torch.bfloat16, device, **sizes)
-        steps[name] = train_step(peft_model(model, kind, fp32), ids)
-    model, masks = small_llama(torch.bfloat16, device, **sizes)
-    steps["ours"] = train_step(adapt_model(model, Protocol(lora_rank=RANK, lora_alpha=32.0), masks, seed=0), ids)
+    names = [name for name in CONTENDERS if name != "ours_structured"]
+    steps = {name: train_step(contender(name, torch.bfloat16, device, **sizes), ids) for name in names}
     return seconds(steps, repeats, device)
 
 
-def seven_b(tokens: int, repeats: int, device: torch.device) -> list[dict[str, Any]]:
-    """Tokens per second and peak GiB of a 7B-shaped training step: sparse-to-sparse against dense LoRA."""
-    sizes = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
+def structured_steps(tokens: int, repeats: int, device: torch.device, **sizes: Any) -> dict[str, dict[str, float]]:
+    """{contender and density: seconds of a step, MiB of weights and adapters, MiB saved for the backward}, float32."""
+    cases = [("lora", 1.0), ("ours_structured", 0.8), ("ours_structured", 0.5), ("ours_structured", 0.2), ("ours", 0.5)]
+    models = {f"{name} {d}": contender(name, torch.float32, device, d, **sizes) for name, d in cases}
+    ids = torch.randint(0, 4096, (1, tokens), device=device)
+    taken = seconds({name: train_step(model, ids) for name, model in models.items()}, repeats, device)
+    rows = {}
+    for name, model in models.items():
+        held = [*model.parameters(), *model.buffers()]
+        saved = saved_bytes(lambda model=model: model(input_ids=ids, labels=ids, use_cache=False).loss, held)
+        mib = {"weights_mib": sum(tensor.nbytes for tensor in held) / 2**20, "saved_mib": saved / 2**20}
+        rows[name] = {"seconds": taken[name]} | mib
+    return rows
+
+
+SEVEN_B = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
+
+
+def seven_b(tokens: int, repeats: int, device: torch.device, sizes: Mapping[str, int]) -> list[dict[str, Any]]:
+    """Tokens per second and, on a GPU, peak GiB of a training step: sparse-to-sparse against dense LoRA."""
     rows = []
-    for name in ("ours", "lora"):
-        model, masks = small_llama(torch.bfloat16, device, **sizes, vocab_size=32000)
+    for name in ("ours", "ours_structured", "lora"):
+        adapted = contender(name, torch.bfloat16, device, vocab_size=32000, **sizes)
         ids = torch.randint(0, 32000, (1, tokens), device=device)
-        adapted: nn.Module = peft_model(model, PeftLinear, True)
-        if name == "ours":
-            adapted = adapt_model(model, Protocol(lora_rank=RANK, lora_alpha=32.0), masks, seed=0)
-        del model, masks
-        torch.cuda.reset_peak_memory_stats()
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
         taken = seconds({name: train_step(adapted, ids)}, repeats, device)[name]
-        peak = torch.cuda.max_memory_allocated() / 2**30
+        peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None
         rows.append({"model": name, "tokens": tokens, "tokens_per_second": tokens / taken, "peak_gib": peak})
         del adapted
         gc.collect()
@@ -272,25 +327,24 @@ def main() -> None:
     options = bench_parser(__doc__)
     options.add_argument("--device", default="cpu")
     options.add_argument("--model", choices=["4x1024", "7b"], default="4x1024")
-    options.add_argument(
-        "--only", choices=["layers", "memory", "step"], nargs="+", default=["layers", "memory", "step"]
-    )
+    parts = ["layers", "memory", "step", "structured"]
+    options.add_argument("--only", choices=parts, nargs="+", default=parts)
     options.add_argument("--repeats", type=int, default=3)
     chosen = options.parse_args()
     torch.set_num_threads(1)
     device, repeats, sizes = torch.device(chosen.device), chosen.repeats, SMOKE if chosen.smoke else Sizes()
     if chosen.model == "7b":
-        rows = [row for tokens in (1024, 2048, 4096) for row in seven_b(tokens, repeats, device)]
+        lengths, model = ((16,), sizes.model) if chosen.smoke else ((1024, 2048, 4096), SEVEN_B)
+        rows = [row for tokens in lengths for row in seven_b(tokens, repeats, device, model)]
         for row in rows:
-            print(f"{row['model']:6} {row['tokens']:6} {row['tokens_per_second']:9.0f} /s {row['peak_gib']:7.1f} GiB")
+            peak = "" if row["peak_gib"] is None else f"{row['peak_gib']:7.1f} GiB"
+            print(f"{row['model']:15} {row['tokens']:6} {row['tokens_per_second']:9.0f} /s {peak}")
         print(json.dumps(rows))
         return
     figures: dict[str, Any] = {}
     if "layers" in chosen.only:
         bf16, fp32 = torch.bfloat16, torch.float32
         cases = [(dtype, tokens, "effective-weight", 0.5) for dtype in (fp32, bf16) for tokens in sizes.tokens]
-        middle = sizes.tokens[len(sizes.tokens) // 2]
-        cases += [(fp32, middle, "structured", 0.5), (fp32, middle, "structured", 0.2)]
         figures["layers"] = [layer_row(sizes.width, *case, repeats, device) for case in cases]
         print_layers(figures["layers"], LAYER_GOALS)
     if "memory" in chosen.only:
@@ -308,6 +362,13 @@ def main() -> None:
             print(f"{tokens} tokens: " + "  ".join(f"{name} {value:.2f}" for name, value in taken.items()))
             print("  ours / " + ", ".join(f"{name} {value:.2f}" for name, value in ratios.items()))
         print("  goals: 0.65 of SparsePEFT, 0.30 with its fp32 adapters, 1.35 of LoRA from 1,024 tokens on")
+    if "structured" in chosen.only:
+        model = {"num_hidden_layers": 16, **sizes.model}
+        rows = figures["structured"] = structured_steps(sizes.step_tokens[0], repeats, device, **model)
+        print(f"\na step of {sizes.step_tokens[0]} tokens of a 16 x 1024 Llama in float32 (share of dense LoRA's)")
+        for name, row in rows.items():
+            ratios = {key: value / rows["lora 1.0"][key] for key, value in row.items()}
+            print(f"{name:20}" + "  ".join(f"{key} {value:.2f} ({ratios[key]:.2f})" for key, value in row.items()))
     print(json.dumps(figures))
 
 

@@ -26,6 +26,22 @@ def test_a_benchmark_ends_with_a_line_of_json(bench: str, own_cache: Path, tmp_p
     assert json.loads(run.stdout.splitlines()[-1])
 
 
+def test_masked_layers_are_compared_with_those_of_peft(recwarn: pytest.WarningsRecorder) -> None:
+    """Once adapters of peft were put into the model before ours, which found nothing left to adapt."""
+    from bench_lora import CONTENDERS, SMOKE, check_layers, contender, peft_model, small_llama
+    from peft.tuners.lora.layer import Linear as PeftLinear
+
+    from tune_sparse.config import Protocol
+    from tune_sparse.lora.layer import adapt_model
+
+    for name in CONTENDERS:
+        contender(name, torch.float32, torch.device("cpu"), **SMOKE.model)
+    model, masks = small_llama(torch.float32, torch.device("cpu"), False, **SMOKE.model)
+    peft_model(model, PeftLinear, True)
+    with pytest.raises(AssertionError):
+        check_layers("ours", adapt_model(model, Protocol(), masks, seed=0), masks)
+
+
 def test_there_are_benchmarks_to_run() -> None:
     assert len(BENCHES) >= 8
 

@@ -92,10 +92,6 @@ BROKEN_SWEEPS: list[tuple[dict[str, Any], str]] = [
     ({"workers": 0}, r"workers must be at least 1, got 0\."),
     ({"gpus_per_trial": -0.5}, r"gpus_per_trial must be in \[0, 1\] or none, got -0\.5\."),
     ({"gpus_per_trial": 2.0}, r"gpus_per_trial must be in \[0, 1\] or none, got 2\.0\."),
-    (
-        {"protocol": Protocol(masked_lora_impl="structured")},
-        r"the only method must be structured, got \('unstructured', ",
-    ),
     ({"max_retries": -1}, r"max_retries must be at least 0, got -1\."),
     ({"hang_seconds": 0.0}, r"hang_seconds must be above 0 or none, got 0\.0\."),
 ]

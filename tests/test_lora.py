@@ -90,7 +90,6 @@ def tiny(layers: int = 1, **changes: Any) -> LlamaForCausalLM:
     [
         ("plain", None),
         ("effective-weight", draw(3, 8, 8) > 0),
-        ("structured", (draw(3, 8, 1) > 0).expand(8, 8)),
     ],
 )
 def test_the_forward_is_the_formula(impl: str, mask: Tensor | None, dropout: float, training: bool) -> None:

@@ -18,12 +18,9 @@ from tune_sparse.lora.masked_linear import (
     EffectiveWeight,
     LoraImpl,
     Plain,
-    Structured,
     Workspace,
-    best_impl,
     choose_impl,
     effective_weight,
-    is_structured,
     keep_for_steps,
 )
 
@@ -47,12 +44,7 @@ MASKS: dict[str, Tensor] = {
     "everything kept": torch.ones(O, I, dtype=torch.bool),
     "one weight": torch.zeros(O, I, dtype=torch.bool).index_put((torch.tensor(4), torch.tensor(2)), torch.tensor(True)),
 }
-CASES = [
-    (impl, mask)
-    for impl in ("plain", "structured", "effective-weight")
-    for mask, keep in MASKS.items()
-    if (impl != "structured" or is_structured(keep)) and (impl != "plain" or mask == "everything kept")
-]
+CASES = [("plain", "everything kept"), *(("effective-weight", mask) for mask in MASKS)]
 
 
 def pruned(mask: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -72,11 +64,6 @@ def make(impl: str, mask: Tensor, dtype: torch.dtype = torch.float64) -> tuple[L
 @pytest.fixture(autouse=True)
 def chunks_of_three_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(masked_linear, "CHUNK_BYTES", 3 * I * 8)
-
-
-def test_there_is_a_case_for_every_impl() -> None:
-    assert {impl for impl, _ in CASES} == {impl.name for impl in (Plain, Structured, EffectiveWeight)}
-    assert len(CASES) == 1 + 5 + 6
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -241,19 +228,12 @@ WIDE = 20 * R
 """From this width on a square matrix is cheaper by its factors than by their product."""
 
 
-def kept_rows(count: int, width: int = WIDE + 8) -> Tensor:
-    return (torch.arange(width) < count)[:, None].expand(width, width)
-
-
 @pytest.mark.parametrize(
     ("mask", "dtype", "expected"),
     [
         (torch.ones(WIDE, WIDE, dtype=torch.bool), torch.float32, "plain"),
         (torch.ones(WIDE, WIDE - 1, dtype=torch.bool), torch.float32, "effective-weight"),
-        (kept_rows(WIDE), torch.float32, "structured"),
-        (kept_rows(WIDE).T, torch.bfloat16, "structured"),
-        (kept_rows(WIDE) & kept_rows(WIDE).T, torch.float32, "structured"),
-        (kept_rows(WIDE // 2), torch.float32, "effective-weight"),
+        ((torch.arange(WIDE) < WIDE - 1)[:, None].expand(WIDE, WIDE), torch.float32, "effective-weight"),
         (MASKS["elementwise"], torch.float32, "effective-weight"),
         (MASKS["elementwise"], torch.bfloat16, "effective-weight"),
         (torch.rand(BIG, BIG) > 0.9, torch.float32, "effective-weight"),
@@ -262,11 +242,10 @@ def kept_rows(count: int, width: int = WIDE + 8) -> Tensor:
 )
 def test_the_impl_follows_from_mask_rank_and_precision(mask: Tensor, dtype: torch.dtype, expected: str) -> None:
     weight = torch.randn(mask.shape).to(dtype) * mask
-    assert best_impl(mask, R) == expected
     assert choose_impl(weight, mask, R, Workspace()).name == expected
 
 
-@pytest.mark.parametrize("requested", ["auto", "structured", "effective-weight"])
+@pytest.mark.parametrize("requested", ["auto", "effective-weight"])
 @pytest.mark.parametrize(("width", "expected"), [(WIDE, "plain"), (WIDE - 1, "effective-weight")])
 def test_without_a_mask_the_cheaper_impl_computes_everything(requested: str, width: int, expected: str) -> None:
     weight = draw(1, width, width)
@@ -284,7 +263,6 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ),
     ({"mask": torch.ones(O, I)}, r"a mask must be bool .*, got float32 \(11, 7\)\."),
     ({"mask": MASKS["rows"]}, r"is 0 where its mask is, got 28 other values there\. Give the pruned weight"),
-    ({"requested": "structured"}, r"'structured' needs masks of whole rows and columns, got another\. Choose 'auto'\."),
 ]
 
 
@@ -294,12 +272,11 @@ def test_what_cannot_be_computed_is_refused(mistake: dict[str, Any], message: st
     weight = torch.ones(O, I)
     weight *= scattered() if mask.shape == scattered().shape and mask is not MASKS["rows"] else 1
     with pytest.raises(InputError, match=message):
-        choose_impl(weight, mask, R, Workspace(), mistake.get("requested", "auto"))
+        choose_impl(weight, mask, R, Workspace())
 
 
-@pytest.mark.parametrize(("impl", "mask"), [("structured", "rows and columns"), ("effective-weight", "elementwise")])
-def test_what_an_impl_keeps_moves_with_the_model_and_is_not_saved(impl: str, mask: str) -> None:
-    module, _ = make(impl, MASKS[mask])
+def test_what_an_impl_keeps_moves_with_the_model_and_is_not_saved() -> None:
+    module, _ = make("effective-weight", MASKS["elementwise"])
     moved = module.to("meta")
     assert all(buffer.is_meta for buffer in moved.buffers())
     assert list(module.buffers())

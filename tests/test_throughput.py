@@ -18,11 +18,19 @@ from tune_sparse.cli.command import BAD_INPUT, OK
 from tune_sparse.training.loop import fit
 
 
-@pytest.mark.parametrize("mode", ["sparse-to-dense", "sparse-to-sparse", "masked-finetuning"])
-def test_rates_and_memory_of_every_batch_size(mode: str, llama: Path) -> None:
+@pytest.mark.parametrize(
+    ("mode", "method"),
+    [
+        ("sparse-to-dense", "unstructured"),
+        ("sparse-to-sparse", "unstructured"),
+        ("sparse-to-sparse", "structured"),
+        ("masked-finetuning", "unstructured"),
+    ],
+)
+def test_rates_and_memory_of_every_batch_size(mode: str, method: str, llama: Path) -> None:
     worker = WorkerCache()
     for size in (1, 3):
-        found = measure(tiny_run(llama, mode=mode), worker, size)
+        found = measure(tiny_run(llama, mode=mode, method=method), worker, size)
         assert found.batch_size == size
         assert found.train_examples_per_second > 0
         assert found.train_tokens_per_second > 10 * found.train_examples_per_second

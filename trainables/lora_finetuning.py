@@ -5,11 +5,14 @@
 | dense | (W + sBA)x | W + sBA |
 | sparse-to-dense | (W⊙M + sBA)x | (W⊙M + sBA)⊙M: the last mask removes what filled the zeros |
 | sparse-to-sparse | (W⊙M + s(BA)⊙M)x | the same weight: the zeros stay zero |
+
+Sparse-to-sparse under structured masks trains without the heads and channels that are masked.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,9 +24,11 @@ from transformers import PreTrainedModel
 from trainables.mode import MergeReport
 from tune_sparse.config import Protocol
 from tune_sparse.lora.adapter_io import merge_adapter_into, save_adapter
+from tune_sparse.lora.compact_training import Cuts, find_cuts, shrunk
 from tune_sparse.lora.layer import adapt_model, count_impls, sparse_lora_layers
 from tune_sparse.lora.merging import merge_adapters_into
 from tune_sparse.models.architectures import PRUNED
+from tune_sparse.models.dims import ModelDims
 from tune_sparse.modes import MODES
 from tune_sparse.pruning.masks import Masks
 from tune_sparse.training.loop import adamw
@@ -34,7 +39,9 @@ def setup(
 ) -> LoraFinetuning:
     """Put adapters into `modules` of `model`, in place."""
     update_masks = masks if MODES[mode].masks_update else None
-    return LoraFinetuning(adapt_model(model, protocol, update_masks, seed, modules), masks, mode)
+    may_shrink = update_masks is not None and protocol.masked_lora_impl == "auto"
+    cuts = find_cuts(ModelDims.from_config(model.config), masks) if may_shrink else None
+    return LoraFinetuning(adapt_model(model, protocol, update_masks, seed, modules), masks, mode, cuts)
 
 
 def restore_into(model: PreTrainedModel, folder: Path, masks: Masks) -> None:
@@ -49,6 +56,8 @@ class LoraFinetuning:
     adapted: PeftModel
     masks: Masks
     mode: str
+    cuts: Cuts | None = None
+    """What the model is without while it trains; None where it trains whole."""
     mixed_precision: str = "no"
     """The frozen weights have the precision of the run already, and the layers round their adapters to it."""
 
@@ -58,20 +67,24 @@ class LoraFinetuning:
 
     @property
     def is_merged_exactly(self) -> bool:
-        return set(count_impls(self.adapted)) == {"effective-weight"}
+        return self.cuts is None and set(count_impls(self.adapted)) == {"effective-weight"}
 
     @property
-    def trains_factors(self) -> bool:
-        return all(layer.keep_mask is None for _, layer in sparse_lora_layers(self.adapted))
+    def factor_weights(self) -> int:
+        is_masked = any(layer.keep_mask is not None for _, layer in sparse_lora_layers(self.adapted))
+        return 0 if is_masked else sum(parameter.numel() for parameter in self.parameters())
+
+    def shrunk(self) -> AbstractContextManager[None]:
+        return shrunk(self.adapted, self.cuts) if self.cuts is not None else nullcontext()
 
     @property
     def last_masks(self) -> Masks | None:
         return self.masks if MODES[self.mode].masks_at_merge else None
 
     def summary(self) -> str:
-        return "adapted layers by implementation: " + ", ".join(
-            f"{n} {impl}" for impl, n in count_impls(self.adapted).items()
-        )
+        counts = ", ".join(f"{n} {impl}" for impl, n in count_impls(self.adapted).items())
+        size = "" if self.cuts is None else ", on the smaller model without masked heads and channels"
+        return f"adapted layers by implementation: {counts}{size}"
 
     def parameters(self) -> list[Tensor]:
         return [parameter for parameter in self.adapted.parameters() if parameter.requires_grad]
@@ -80,7 +93,7 @@ class LoraFinetuning:
         return adamw(self.parameters(), protocol)
 
     def save(self, folder: Path) -> None:
-        save_adapter(self.adapted, folder / "adapter", self.mode, self.masks)
+        save_adapter(self.adapted, folder / "adapter", self.mode, self.masks, trained_compact=self.cuts is not None)
 
     def merge_into_model(self, pruned: Mapping[str, Tensor]) -> MergeReport:
         merge = merge_adapters_into(self.adapted, pruned, self.last_masks)

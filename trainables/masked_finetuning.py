@@ -6,6 +6,7 @@ The older form of sparse-to-sparse (Mocanu et al. 2018, arXiv:1707.04780, with a
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -73,7 +74,7 @@ class MaskedFinetuning:
     masks: Masks
     precision: torch.dtype
     mode: str
-    trains_factors: bool = False
+    factor_weights: int = 0
     last_masks: Masks | None = None
 
     @property
@@ -84,6 +85,9 @@ class MaskedFinetuning:
     def is_merged_exactly(self) -> bool:
         """Not where training computes with float32 weights and merges them rounded."""
         return self.precision == torch.float32
+
+    def shrunk(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def summary(self) -> str:
         return f"{len(self.masks)} matrices trained in float32, masked after every step"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol as Interface
@@ -42,9 +43,13 @@ class TrainableModel(Interface):
     def is_merged_exactly(self) -> bool:
         """Whether the merged model computes the trained function to the last bit."""
 
+    def shrunk(self) -> AbstractContextManager[None]:
+        """Let the model be without what its masks cut out, where they cut whole heads and channels: in this context it
+        is summed up and trained, and out of it merged and saved."""
+
     @property
-    def trains_factors(self) -> bool:
-        """Whether an unmasked low-rank update is trained, for its cost."""
+    def factor_weights(self) -> int:
+        """Weights of a trained low-rank update that is not masked, for its cost."""
 
     @property
     def last_masks(self) -> Masks | None:

@@ -153,8 +153,7 @@ def _stages(
     work.memory.end("score before tuning")
 
     trained = yield from _train_into(model, work, pruned, train_stage)
-    work.memory.end("train")
-    merge = _merge_into(model, work, trained.trainable, pruned)
+    merge = _merge_into(model, work, trained, pruned)
     work.memory.end("merge")
 
     before_mask: Scored | None = None
@@ -201,6 +200,8 @@ class Trained:
     trainable: TrainableModel
     training: Training
     step_flops: int | None
+    logits: Tensor
+    """of the trained function on the probe: (tokens, vocabulary)"""
 
 
 def _train_into(
@@ -209,32 +210,36 @@ def _train_into(
     """Set the pruned model up in the run's mode, train it in place, and save what was trained."""
     run, log = work.run, work.log
     masks = cerebras_backend.update_masks(run, pruned) if run.cerebras else pruned.masks
+    protocol = replace(run.protocol, masked_lora_impl="effective-weight") if run.cerebras else run.protocol
     modules = {"modules": run.super_adapter.space.modules} if run.super_adapter else {}
-    trainable = setup(run.cell.mode, model, run.protocol, masks, run.cell.seed, **modules)
-    log(trainable.summary())
-    step_flops = _step_flops(work, pruned, trainable.trains_factors)
-    training = yield from train_stage(run, trainable, pruned, work.examples, work.budgets, work.ledger, log)
+    trainable = setup(run.cell.mode, model, protocol, masks, run.cell.seed, **modules)
+    with trainable.shrunk():
+        work.memory.end("set up")
+        log(trainable.summary())
+        step_flops = _step_flops(work, pruned, trainable.factor_weights)
+        training = yield from train_stage(run, trainable, pruned, work.examples, work.budgets, work.ledger, log)
+        with accelerator_for(trainable.mixed_precision).autocast():
+            logits = _logits(trainable.model, work.probe)
+        work.memory.end("train")
     trainable.save(work.folder)
-    return Trained(trainable, training, step_flops)
+    return Trained(trainable, training, step_flops, logits)
 
 
-def _step_flops(work: Work, pruned: Pruned, trains_factors: bool) -> int | None:
+def _step_flops(work: Work, pruned: Pruned, factor_weights: int) -> int | None:
     """FLOPs of a step; unknown of a super-adapter, whose steps train slices of different sizes."""
     if work.run.super_adapter is not None:
         return None
-    train, protocol = work.examples.train, work.run.protocol
+    train = work.examples.train
     lengths = [(len(example.context) + len(example.continuation), len(example.continuation)) for example in train]
-    flops = training_flops(pruned.masks, work.loaded.dims, lengths, protocol.lora_rank, trains_factors)
-    return round(flops * protocol.global_batch_size / len(train))
+    flops = training_flops(pruned.masks, work.loaded.dims, lengths, factor_weights)
+    return round(flops * work.run.protocol.global_batch_size / len(train))
 
 
-def _merge_into(model: PreTrainedModel, work: Work, trainable: TrainableModel, pruned: Pruned) -> MergeReport:
+def _merge_into(model: PreTrainedModel, work: Work, trained: Trained, pruned: Pruned) -> MergeReport:
     """Merge what was trained into `model`, in place, and check that the function stays the trained one."""
-    with accelerator_for(trainable.mixed_precision).autocast():
-        trained = _logits(trainable.model, work.probe)
-    exactly = trainable.is_merged_exactly
-    merge = trainable.merge_into_model(pruned.weights)
-    wrong = _logit_violations(trained, _logits(model, work.probe), exactly)
+    exactly = trained.trainable.is_merged_exactly
+    merge = trained.trainable.merge_into_model(pruned.weights)
+    wrong = _logit_violations(trained.logits, _logits(model, work.probe), exactly)
     return replace(merge, violations=merge.violations + wrong)
 
 

@@ -45,24 +45,18 @@ def measure(run: Run, worker: WorkerCache, batch_size: int) -> Throughput:
     together = replace(budgets, micro_batch_tokens=batch_size * max(map(example_tokens, examples.train)))
     accelerator, totals = accelerator_for(trainable.mixed_precision), Training()
     gc.collect()
-    with closing(PeakMemory()) as memory:
-        try:
-            optimizer = trainable.optimizer(protocol)
+    try:
+        with trainable.shrunk(), closing(PeakMemory()) as memory:
+            optimizer, seed = trainable.optimizer(protocol), run.cell.seed
             if together.keeps_effective_weights:
                 keep_for_steps(trainable.model, optimizer)
             for step in fit(
-                trainable.model,
-                optimizer,
-                examples.train,
-                protocol,
-                run.cell.seed,
-                accelerator=accelerator,
-                budgets=together,
+                trainable.model, optimizer, examples.train, protocol, seed, accelerator=accelerator, budgets=together
             ):
                 totals.add(step, cold=step.step <= WARM_UP_STEPS)
-        except (torch.OutOfMemoryError, MemoryError):
-            worker.clear()
-            return Throughput(batch_size, None, None, None)
-        memory.end("train")
+            memory.end("train")
+    except (torch.OutOfMemoryError, MemoryError):
+        worker.clear()
+        return Throughput(batch_size, None, None, None)
     trainable.unwrap()
     return Throughput(batch_size, peak_memory_bytes=memory.bytes, **totals.rates())

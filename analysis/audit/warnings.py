@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from itertools import combinations
 from typing import Any
 
-from analysis.audit.errors import Detections, alike_runs, compared, examples_key, grouped, has_examples, modes_coincide
+from analysis.audit.errors import Detections, compared, examples_key, grouped, has_examples, modes_coincide
 from analysis.read.results import Results, RunFiles
 from analysis.stats.statistics import smallest_shown
 
@@ -59,13 +59,14 @@ def same_answers(results: Results) -> Detections:
 
 
 def modes_alike(results: Results) -> Detections:
-    for first, second, alike in alike_runs(results):
-        if modes_coincide(first, second):
-            yield (
-                f"{first.run_id} and {second.run_id} have {alike} in common, as they must: at this sparsity only whole "
-                "feed-forward channels are gone, and both modes are one training",
-                [first.run_id, second.run_id],
-            )
+    for same in grouped(results.done, lambda e: e.record.metrics.get("mask_sha256")).values():
+        for first, second in combinations(same, 2):
+            if modes_coincide(first, second):
+                yield (
+                    f"{first.run_id} and {second.run_id} are one training but for rounding: at this sparsity only "
+                    "whole feed-forward channels are gone",
+                    [first.run_id, second.run_id],
+                )
 
 
 def few_examples(results: Results) -> Detections:

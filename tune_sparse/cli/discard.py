@@ -82,7 +82,7 @@ def _discard_prunings(ledger: Ledger, sweep_ids: Iterable[str], reason: str) -> 
 
 def _prunings(ledger: Ledger, sweep_ids: Iterable[str]) -> tuple[set[str], set[str]]:
     """(prunings of these sweeps, prunings that unfinished runs of any sweep need)."""
-    from tune_sparse.sweep.plan import is_missing
+    from tune_sparse.sweep.retries import is_missing
 
     sweeps = {sweep.sweep_id: sweep for sweep in ledger.sweeps()}
     for name in sweep_ids:

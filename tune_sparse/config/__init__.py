@@ -243,12 +243,6 @@ class SweepConfig:
         rule(self.workers is None or self.workers >= 1, "workers must be at least 1", self.workers, "Give 1 or more.")
         gpus = self.gpus_per_trial
         rule(gpus is None or 0 <= gpus <= 1, "gpus_per_trial must be in [0, 1] or none", gpus, "Give 1, or a fraction.")
-        rule(
-            self.protocol.masked_lora_impl != "structured" or self.methods == ("structured",),
-            "masked_lora_impl structured needs masks of whole rows and columns, so the only method must be structured",
-            self.methods,
-            "Set masked_lora_impl=auto.",
-        )
         tokens = self.budgets.generation_tokens
         rule(
             tokens is None or tokens > self.protocol.max_new_tokens,

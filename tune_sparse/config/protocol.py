@@ -10,9 +10,9 @@ from tune_sparse.errors import unknown_name
 
 PRECISIONS = ("float32", "bfloat16")
 MASKED_LORA_IMPLS = {
-    "structured": "only with the rows and columns that are left; the only method must be `structured`",
-    "effective-weight": "adds the masked product to W first, for any mask",
-    "auto": "chooses the faster one for each mask",
+    "effective-weight": "adds the masked product to W first, whatever the mask",
+    "auto": "the same, but where whole attention heads and feed-forward channels are pruned it trains a smaller model "
+    "without them",
 }
 CALIBRATIONS = {
     "task": "training examples of the task",

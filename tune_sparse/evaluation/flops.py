@@ -30,21 +30,19 @@ def inference_flops(masks: Masks, dims: ModelDims, tokens: int) -> int:
     return 2 * tokens * (_kept_weights(masks) + head) + 4 * pairs * _kept_channels(masks, dims)
 
 
-def training_flops(
-    masks: Masks, dims: ModelDims, examples: Sequence[tuple[int, int]], rank: int, trains_factors: bool
-) -> int:
+def training_flops(masks: Masks, dims: ModelDims, examples: Sequence[tuple[int, int]], factor_weights: int) -> int:
     """Operations of forward and backward over `examples`, each (tokens, target tokens).
 
     Forward and input gradient take 2 per token and kept weight each, attention three times its forward (Kaplan et al.
-    2020, section 2.1), the head 4 per target token and weight. An unmasked update adds 6 R (I + O) per token and
-    matrix for its factors (`trains_factors`), a masked one or a trained weight 2 per token and kept weight for the
-    gradient there. What does not grow with the tokens is left out: building an effective weight, the optimizer.
+    2020, section 2.1), the head 4 per target token and weight. An unmasked update adds 6 per token and weight of its
+    factors, R (I + O) a matrix; on a smaller model, of those that are left. A masked update, or a trained weight, adds
+    2 per token and kept weight for the gradient there. What does not grow with the tokens is left out: building an
+    effective weight, the optimizer.
     """
     kept, channels = _kept_weights(masks), _kept_channels(masks, dims)
-    factors = rank * sum(sum(mask.shape) for mask in masks.values())
     tokens, targets = (sum(counts) for counts in zip(*examples, strict=True))
     pairs = sum(attended_pairs(length, dims.sliding_window) for length, _ in examples)
-    update = 6 * factors if trains_factors else 2 * kept
+    update = 6 * factor_weights if factor_weights else 2 * kept
     return tokens * (4 * kept + update) + 12 * pairs * channels + 4 * targets * dims.hidden_size * dims.vocab_size
 
 

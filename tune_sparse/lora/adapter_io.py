@@ -33,6 +33,8 @@ class Marker:
     mask_sha256: str
     kept_zeros: dict[str, list[int]] = field(default_factory=dict)
     """Positions of weights that the mask keeps though they are exactly 0, by matrix: the rest of M is W != 0."""
+    trained_compact: bool = False
+    """It was trained on the smaller model without masked heads and channels."""
 
     @property
     def facts(self) -> Mode:
@@ -40,7 +42,7 @@ class Marker:
         return MODES[self.mode]
 
 
-def save_adapter(adapted: PeftModel, folder: Path, mode: str, masks: Masks) -> None:
+def save_adapter(adapted: PeftModel, folder: Path, mode: str, masks: Masks, trained_compact: bool = False) -> None:
     """Write the adapter in PEFT's format, and its marker.
 
     Stock PEFT would load the adapter of a masked update silently as plain LoRA, which computes another function.
@@ -52,7 +54,7 @@ def save_adapter(adapted: PeftModel, folder: Path, mode: str, masks: Masks) -> N
     weights = {name: layer.base_layer.weight for name, layer in sparse_lora_layers(adapted)}
     kept_zeros = {name: _kept_zeros(weight, masks[name]) for name, weight in weights.items()}
     found = {name: positions for name, positions in kept_zeros.items() if positions}
-    write_json(folder / MARKER, vars(Marker(mode, mask_sha256(masks), found)))
+    write_json(folder / MARKER, vars(Marker(mode, mask_sha256(masks), found, trained_compact)))
 
 
 def _kept_zeros(weight: Tensor, mask: Tensor) -> list[int]:

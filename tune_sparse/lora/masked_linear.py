@@ -1,4 +1,4 @@
-"""y = (W + s(BA)⊙M) x for a frozen, pruned W: the effective weight, and three implementations.
+"""y = (W + s(BA)⊙M) x for a frozen, pruned W: the effective weight, and two implementations.
 
 W: (O, I) and 0 wherever M is; A: (R, I) and B: (O, R) in float32, rounded to the precision of W where they are used;
 s = alpha / R; x: (..., I). An implementation is a module: what it keeps moves with the model. None holds a parameter.
@@ -6,7 +6,6 @@ s = alpha / R; x: (..., I). An implementation is a module: what it keeps moves w
 | implementation | masks | what a step costs |
 | --- | --- | --- |
 | plain | none | two GEMMs, as LoRA |
-| structured | whole rows and columns | as plain, on what is left of W |
 | effective-weight | any | three GEMMs, and the weight built twice in a workspace that all layers share, or kept |
 """
 
@@ -89,60 +88,6 @@ class Plain(nn.Module):
 
     def mask(self, weight: Tensor) -> Tensor | None:
         return None
-
-
-class Structured(nn.Module):
-    """Plain LoRA on the rows and columns that are left: with M = r cᵀ, BA⊙M is (B[r])(A[:, c]) in its place.
-
-    The block of W that is left is copied, d (O, I) for a density d.
-    """
-
-    name = "structured"
-    rows: Tensor | None
-    columns: Tensor | None
-    block: Tensor
-
-    def __init__(self, weight: Tensor, mask: Tensor) -> None:
-        super().__init__()
-        rows, columns = (mask.any(dim=dim).nonzero().flatten() for dim in (1, 0))
-        self.register_buffer("rows", None if len(rows) == len(mask) else rows, persistent=False)
-        self.register_buffer("columns", None if len(columns) == mask.shape[1] else columns, persistent=False)
-        self.register_buffer("block", weight[rows][:, columns].contiguous(), persistent=False)
-        self.plain = Plain()
-
-    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float) -> Tensor:
-        if self.columns is not None:
-            x, A = _Columns.apply(x, self.columns), A[:, self.columns]
-        if self.rows is None:
-            return self.plain(x, self.block, bias, A, B, scaling)
-        kept = self.plain(x, self.block, None, A, B[self.rows], scaling)
-        y = kept.new_zeros(*kept.shape[:-1], len(weight)).index_copy(-1, self.rows, kept)
-        return y if bias is None else y + bias
-
-    def mask(self, weight: Tensor) -> Tensor:
-        rows, columns = (
-            torch.ones(size, dtype=torch.bool, device=weight.device)
-            if kept is None
-            else torch.zeros(size, dtype=torch.bool, device=weight.device).index_fill(0, kept, True)
-            for kept, size in zip((self.rows, self.columns), weight.shape, strict=True)
-        )
-        return rows[:, None] & columns
-
-
-class _Columns(torch.autograd.Function):
-    """x[..., columns], whose gradient needs no addition since no column comes twice."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, columns: Tensor) -> Tensor:
-        ctx.save_for_backward(columns)
-        ctx.width = x.shape[-1]
-        return x.index_select(-1, columns)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        [columns] = ctx.saved_tensors
-        return gradient.new_zeros(*gradient.shape[:-1], ctx.width).index_copy_(-1, columns, gradient), None
 
 
 class EffectiveWeight(nn.Module):
@@ -271,37 +216,24 @@ def keep_for_steps(model: nn.Module, optimizer: Optimizer) -> None:
     optimizer.register_step_post_hook(forget)
 
 
-LoraImpl = Plain | Structured | EffectiveWeight
+LoraImpl = Plain | EffectiveWeight
 
 
 def choose_impl(
     weight: Tensor, mask: Tensor | None, rank: int, workspace: Workspace, requested: str = "auto"
 ) -> LoraImpl:
-    """Choose how to compute with a pruned weight and its keep-mask, both (O, I).
+    """Choose how to compute with a pruned weight and its keep-mask, both (O, I), by what was counted and measured
+    (docs/lora.md).
 
     `requested` forces the implementation of a masked layer. Raises `InputError` for a mask that the weight was not
-    pruned with, and for an implementation that cannot compute this one.
+    pruned with.
     """
-    if mask is None:
-        is_wide = _pays_by_factors(len(weight), weight.shape[1], rank)
-        return Plain() if is_wide else EffectiveWeight(weight, None, workspace)
-    _check_mask_fits(weight, mask)
-    name = best_impl(mask, rank) if requested == "auto" else requested
-    if name == "structured" and not is_structured(mask):
-        raise InputError(
-            "the implementation 'structured' needs masks of whole rows and columns, got another. Choose 'auto'."
-        )
-    if name == "plain":
-        return Plain()
-    return Structured(weight, mask) if name == "structured" else EffectiveWeight(weight, mask, workspace)
-
-
-def best_impl(mask: Tensor, rank: int) -> str:
-    """Name the fastest implementation for a masked layer, by what was counted and measured (docs/lora.md)."""
-    rows, columns = (int(mask.any(dim=dim).sum()) for dim in (1, 0))
-    if is_structured(mask) and _pays_by_factors(rows, columns, rank):
-        return "plain" if mask.all() else "structured"
-    return "effective-weight"
+    if mask is not None:
+        _check_mask_fits(weight, mask)
+    is_masked = mask is not None and (requested == "effective-weight" or not mask.all())
+    if is_masked or not _pays_by_factors(len(weight), weight.shape[1], rank):
+        return EffectiveWeight(weight, mask, workspace)
+    return Plain()
 
 
 def _pays_by_factors(rows: int, columns: int, rank: int) -> bool:
@@ -311,11 +243,6 @@ def _pays_by_factors(rows: int, columns: int, rank: int) -> bool:
     factors are multiplied at about a third of the speed.
     """
     return rows * columns >= 10 * rank * (rows + columns)
-
-
-def is_structured(mask: Tensor) -> bool:
-    """True if a mask keeps whole rows and columns and drops whole ones: if it is r cᵀ."""
-    return int(mask.sum()) == int(mask.any(dim=1).sum()) * int(mask.any(dim=0).sum())
 
 
 def _check_mask_fits(weight: Tensor, mask: Tensor) -> None:

@@ -7,7 +7,7 @@ each block keeps as many as the largest needs, filled up with masked ones, whose
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,57 +30,83 @@ Positions = tuple[int, Tensor]
 """A dimension and the positions that are left along it."""
 
 
+class KeptInPartError(InputError):
+    """Masks keep a part of a head or channel."""
+
+    def __init__(self, matrix: Matrix) -> None:
+        super().__init__(
+            f"a model can be made compact where whole heads and channels are masked, {matrix.name} keeps a part of "
+            "one. Use masks of a structured method."
+        )
+
+
 @dataclass(frozen=True)
 class KeptStructure:
-    """The part of a model that stays: key/value groups by block, channels by block and expert, all equally many."""
+    """The part of a model that stays: key/value groups by block, channels by block and expert, bool each."""
 
+    dims: ModelDims
     groups: dict[int, Tensor]
     channels: dict[tuple[int, int | None], Tensor]
 
-    @property
-    def kept_groups(self) -> int:
-        return len(next(iter(self.groups.values())))
+    def channels_of(self, matrix: Matrix) -> Tensor:
+        """Rows, or columns for the roles o and down, that stay of a matrix: (channels,), bool."""
+        if not matrix.is_attention:
+            return self.channels[matrix.block, matrix.expert]
+        groups = self.groups[matrix.block]
+        return kept_channels(matrix, self.dims, groups, groups)
+
+    def positions(self, matrix: Matrix) -> Positions:
+        """What stays of a matrix in the checkpoint's layout."""
+        return int(matrix.has_channel_columns != matrix.transposed), self.channels_of(matrix).nonzero().squeeze(1)
 
     @property
-    def kept_channels(self) -> int:
-        return len(next(iter(self.channels.values())))
+    def most_groups(self) -> int:
+        return max(int(kept.sum()) for kept in self.groups.values())
+
+    @property
+    def most_channels(self) -> int:
+        return max(int(kept.sum()) for kept in self.channels.values())
 
 
-def find_structure(checkpoint: OpenCheckpoint, masks: Mapping[str, Tensor]) -> KeptStructure:
-    """Find the groups and channels that masks keep, padded to be equally many everywhere.
+def find_structure(dims: ModelDims, matrices: Sequence[Matrix], masks: Mapping[str, Tensor]) -> KeptStructure:
+    """Find the groups and channels that masks keep, on the CPU. The mask of each matrix is read once.
 
-    Raises `InputError` where masks remove single weights and not whole channels.
+    Raises `KeptInPartError` where masks remove single weights, or lines of one matrix that its block keeps elsewhere.
     """
-    groups, channels = _kept_units(checkpoint, masks)
-    for matrix in checkpoint.prunable.matrices:
-        kept = groups[matrix.block] if matrix.is_attention else channels[matrix.block, matrix.expert]
-        wanted = kept_channels(matrix, checkpoint.dims, kept, kept)
-        if not torch.equal(_whole_channels(matrix, masks[matrix.name]), wanted):
-            raise _kept_in_part(matrix)
-    most_groups = _loadable_groups(checkpoint, max(int(kept.sum()) for kept in groups.values()))
-    most_channels = _loadable_channels(checkpoint.dims, max(int(kept.sum()) for kept in channels.values()))
-    return KeptStructure(
-        {block: _padded(kept, most_groups) for block, kept in groups.items()},
-        {key: _padded(kept, most_channels) for key, kept in channels.items()},
-    )
-
-
-def _kept_units(
-    checkpoint: OpenCheckpoint, masks: Mapping[str, Tensor]
-) -> tuple[dict[int, Tensor], dict[tuple[int, int | None], Tensor]]:
-    """({block: key/value groups}, {(block, expert): channels}) of which any matrix keeps something, both bool."""
-    dims = checkpoint.dims
-    groups = {block: torch.zeros(dims.num_kv_heads, dtype=torch.bool) for block in range(dims.num_layers)}
-    channels: dict[tuple[int, int | None], Tensor] = {}
-    for matrix in checkpoint.prunable.matrices:
-        kept = _whole_channels(matrix, masks[matrix.name])
+    kept = {matrix: _whole_channels(matrix, masks[matrix.name]) for matrix in matrices}
+    structure = KeptStructure(dims, {}, {})
+    for matrix, lines in kept.items():
         if matrix.is_attention:
-            per_group = kept.view(3, -1) if matrix.role == "qkv" else kept[None]
-            groups[matrix.block] |= per_group.view(len(per_group), dims.num_kv_heads, -1).any(dim=2).any(dim=0)
+            heads = lines.view(3 if matrix.role == "qkv" else 1, dims.num_kv_heads, -1).any(dim=2).any(dim=0)
+            structure.groups[matrix.block] = structure.groups.get(matrix.block, torch.zeros_like(heads)) | heads
         else:
             key = matrix.block, matrix.expert
-            channels[key] = channels.get(key, torch.zeros_like(kept)) | kept
-    return groups, channels
+            structure.channels[key] = structure.channels.get(key, torch.zeros_like(lines)) | lines
+    for matrix, lines in kept.items():
+        if not torch.equal(lines, structure.channels_of(matrix)):
+            raise KeptInPartError(matrix)
+    return structure
+
+
+def _whole_channels(matrix: Matrix, mask: Tensor) -> Tensor:
+    """Channels that are kept, (channels,) bool. Raises `KeptInPartError` for a channel that is kept in part."""
+    across = int(matrix.has_channel_columns == matrix.transposed)
+    kept = mask.bool().any(dim=across)
+    if not torch.equal(kept, mask.bool().all(dim=across)):
+        raise KeptInPartError(matrix)
+    return kept.cpu()
+
+
+def loadable(checkpoint: OpenCheckpoint, structure: KeptStructure) -> KeptStructure:
+    """Fill a structure up with masked groups and channels until stock transformers can load it: equally many
+    everywhere."""
+    groups = _loadable_groups(checkpoint, structure.most_groups)
+    channels = _loadable_channels(checkpoint.dims, structure.most_channels)
+    return KeptStructure(
+        structure.dims,
+        {block: _padded(kept, groups) for block, kept in structure.groups.items()},
+        {key: _padded(kept, channels) for key, kept in structure.channels.items()},
+    )
 
 
 def _loadable_groups(checkpoint: OpenCheckpoint, groups: int) -> int:
@@ -99,25 +125,10 @@ def _loadable_channels(dims: ModelDims, channels: int) -> int:
     return min(math.ceil(channels / CHANNEL_MULTIPLE) * CHANNEL_MULTIPLE, dims.intermediate_size)
 
 
-def _whole_channels(matrix: Matrix, mask: Tensor) -> Tensor:
-    """Channels that are kept, (channels,) bool. Raises `InputError` for a channel that is kept in part."""
-    across = int(matrix.has_channel_columns == matrix.transposed)
-    kept = mask.bool().any(dim=across)
-    if not torch.equal(kept, mask.bool().all(dim=across)):
-        raise _kept_in_part(matrix)
-    return kept
-
-
-def _kept_in_part(matrix: Matrix) -> InputError:
-    return InputError(
-        f"a model can be made compact where whole heads and channels are masked, {matrix.name} keeps a part of one. "
-        "Use masks of a structured method."
-    )
-
-
 def _padded(kept: Tensor, wanted: int) -> Tensor:
-    """Positions of `wanted` entries, ascending: those kept, then as many of the first that are not."""
-    return (~kept).to(torch.uint8).argsort(stable=True)[:wanted].sort().values
+    """`wanted` entries kept: those that are, then as many of the first that are not."""
+    first = (~kept).to(torch.uint8).argsort(stable=True)[:wanted]
+    return torch.zeros_like(kept).index_fill(0, first, True)
 
 
 def compact(checkpoint: OpenCheckpoint, masks: Mapping[str, Tensor], folder: Path) -> ModelDims:
@@ -125,7 +136,7 @@ def compact(checkpoint: OpenCheckpoint, masks: Mapping[str, Tensor], folder: Pat
 
     Read and written tensor by tensor. Raises `InputError` for masks that are not structured.
     """
-    structure = find_structure(checkpoint, masks)
+    structure = loadable(checkpoint, find_structure(checkpoint.dims, checkpoint.prunable.matrices, masks))
     positions: dict[str, Positions] = {}
     for matrix in checkpoint.prunable.matrices:
         positions |= _positions_left(checkpoint, matrix, structure)
@@ -162,25 +173,18 @@ def _write_shard(
 
 def _positions_left(checkpoint: OpenCheckpoint, matrix: Matrix, structure: KeptStructure) -> dict[str, Positions]:
     """Positions that are left in the matrix of one layer, and in a bias of its rows."""
-    dims = checkpoint.dims
-    if not matrix.is_attention:
-        left = structure.channels[matrix.block, matrix.expert]
-    else:
-        groups = torch.zeros(dims.num_kv_heads, dtype=torch.bool)
-        groups[structure.groups[matrix.block]] = True
-        left = kept_channels(matrix, dims, groups, groups).nonzero().squeeze(1)
-    is_rows = not matrix.has_channel_columns
-    positions = {matrix.name: (int(is_rows == matrix.transposed), left)}
+    along, left = structure.positions(matrix)
     bias = matrix.name.removesuffix("weight") + "bias"
-    return positions | ({bias: (0, left)} if is_rows and bias in checkpoint.tensors else {})
+    has_bias = not matrix.has_channel_columns and bias in checkpoint.tensors
+    return {matrix.name: (along, left)} | ({bias: (0, left)} if has_bias else {})
 
 
 def _config(checkpoint: OpenCheckpoint, structure: KeptStructure) -> dict[str, Any]:
     config: dict[str, Any] = read_json(checkpoint.path / "config.json")
-    config[checkpoint.architecture.channels] = structure.kept_channels
+    config[checkpoint.architecture.channels] = structure.most_channels
     if checkpoint.architecture.heads_shrink:
         dims = checkpoint.dims
-        config["num_key_value_heads"] = structure.kept_groups
-        config["num_attention_heads"] = structure.kept_groups * dims.heads_per_group
+        config["num_key_value_heads"] = structure.most_groups
+        config["num_attention_heads"] = structure.most_groups * dims.heads_per_group
         config["head_dim"] = dims.head_dim
     return config
