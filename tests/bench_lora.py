@@ -7,7 +7,7 @@ Process CPU seconds on one thread, medians over interleaved repeats after a warm
 - LoRA: the layer of the installed peft, adapters in the dtype of the weight.
 - ours: the implementation named in the table. Goals stand beside the ratios; on a GPU, `--device cuda` prints the
   same tables.
-- ours_structured: half of the heads and channels masked, so trained on the model without them.
+- ours_structured: heads and channels masked, so trained on the model without them; a step of 205M weights in float32.
 
 With `--model 7b` a whole training step of a 7B-shaped model of random weights is measured instead.
 """
@@ -18,7 +18,7 @@ import gc
 import json
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -170,10 +170,9 @@ LAYER_GOALS: dict[Any, tuple[float | None, float | None]] = {
 }
 
 
-def saved_bytes(layers: list[nn.Module], x: Tensor) -> int:
-    """What a forward pass through `layers` keeps for the backward, besides parameters; each storage once."""
-    known = {p.untyped_storage().data_ptr() for layer in layers for p in (*layer.parameters(), *layer.buffers())}
-    known |= {layer.weight.untyped_storage().data_ptr() for layer in layers if isinstance(layer, Ours)}
+def saved_bytes(forward: Callable[[], Any], held: Iterable[Tensor]) -> int:
+    """What a forward pass keeps for the backward, besides what is held anyway; each storage once."""
+    known = {tensor.untyped_storage().data_ptr() for tensor in held}
     kept: dict[int, int] = {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -183,9 +182,15 @@ def saved_bytes(layers: list[nn.Module], x: Tensor) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        for layer in layers:
-            x = layer(x)
+        _result = forward()  # freed after the count: a storage freed before could be counted as another
     return sum(kept.values())
+
+
+def stack_bytes(layers: list[nn.Module], x: Tensor) -> int:
+    """What a forward pass through `layers`, one after the other, keeps for the backward."""
+    held = [tensor for layer in layers for tensor in (*layer.parameters(), *layer.buffers())]
+    held += [layer.weight for layer in layers if isinstance(layer, Ours)]
+    return saved_bytes(lambda: nn.Sequential(*layers)(x), held)
 
 
 def memory(width: int, device: torch.device) -> dict[str, float]:
@@ -194,17 +199,17 @@ def memory(width: int, device: torch.device) -> dict[str, float]:
     weights = [(torch.randn(width, width, device=device) * mask).bfloat16() for _ in range(12)]
     x = torch.randn(1024, width, device=device).bfloat16().requires_grad_()
     found = {
-        "sparse_peft": saved_bytes([peft_layer(SparsePeft, w) for w in weights], x),
-        "lora": saved_bytes([peft_layer(PeftLinear, w) for w in weights], x),
-        "ours": saved_bytes([Ours(w, mask, "effective-weight") for w in weights], x),
+        "sparse_peft": stack_bytes([peft_layer(SparsePeft, w) for w in weights], x),
+        "lora": stack_bytes([peft_layer(PeftLinear, w) for w in weights], x),
+        "ours": stack_bytes([Ours(w, mask, "effective-weight") for w in weights], x),
     }
     return {name: size / 2**20 for name, size in found.items()}
 
 
 def small_llama(
-    dtype: torch.dtype, device: torch.device, structured: bool, **changes: Any
+    dtype: torch.dtype, device: torch.device, structured: bool, density: float = 0.5, **changes: Any
 ) -> tuple[LlamaForCausalLM, BitMasks]:
-    """A Llama of random weights, 4 layers and 1,024 wide unless changed, half of it pruned, and its masks."""
+    """A pruned Llama of random weights, 4 layers and 1,024 wide unless changed, and its masks."""
     sizes = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 4, "num_attention_heads": 16}
     config = LlamaConfig(**{**sizes, "vocab_size": 4096, "max_position_embeddings": 8192, **changes})
     before = torch.get_default_dtype()
@@ -214,9 +219,10 @@ def small_llama(
     torch.set_default_dtype(before)
     weights = prunable_weights(model)
     if structured:
-        masks = BitMasks.pack(make_masks("structured", weights, ModelDims.from_config(config), 0.5, seed=0).items())
+        found = make_masks("structured", weights, ModelDims.from_config(config), 1 - density, seed=0)
+        masks = BitMasks.pack(found.items())
     else:
-        masks = BitMasks.pack((name, torch.rand(w.shape, device=device) < 0.5) for name, w in weights.items())
+        masks = BitMasks.pack((name, torch.rand(w.shape, device=device) < density) for name, w in weights.items())
     for name, weight in weights.items():
         weight.mul_(masks[name])
     return model, masks
@@ -231,9 +237,9 @@ CONTENDERS = {
 }
 
 
-def contender(name: str, dtype: torch.dtype, device: torch.device, **sizes: Any) -> nn.Module:
+def contender(name: str, dtype: torch.dtype, device: torch.device, density: float = 0.5, **sizes: Any) -> nn.Module:
     """A model ready to train, and what its name says: ours with our layers and none of peft's own, or the reverse."""
-    model, masks = small_llama(dtype, device, name == "ours_structured", **sizes)
+    model, masks = small_llama(dtype, device, name == "ours_structured", density, **sizes)
     if not name.startswith("ours"):
         adapted = peft_model(model, PeftLinear if name == "lora" else SparsePeft, name != "sparse_peft")
     else:
@@ -278,8 +284,24 @@ def train_step(model: nn.Module, ids: Tensor) -> Callable[[], None]:
 def whole_step(tokens: int, repeats: int, device: torch.device, **sizes: Any) -> dict[str, float]:
     """Seconds of a training step in bfloat16, without the optimizer."""
     ids = torch.randint(0, 4096, (1, tokens), device=device)
-    steps = {name: train_step(contender(name, torch.bfloat16, device, **sizes), ids) for name in CONTENDERS}
+    names = [name for name in CONTENDERS if name != "ours_structured"]
+    steps = {name: train_step(contender(name, torch.bfloat16, device, **sizes), ids) for name in names}
     return seconds(steps, repeats, device)
+
+
+def structured_steps(tokens: int, repeats: int, device: torch.device, **sizes: Any) -> dict[str, dict[str, float]]:
+    """{contender and density: seconds of a step, MiB of weights and adapters, MiB saved for the backward}, float32."""
+    cases = [("lora", 1.0), ("ours_structured", 0.8), ("ours_structured", 0.5), ("ours_structured", 0.2), ("ours", 0.5)]
+    models = {f"{name} {d}": contender(name, torch.float32, device, d, **sizes) for name, d in cases}
+    ids = torch.randint(0, 4096, (1, tokens), device=device)
+    taken = seconds({name: train_step(model, ids) for name, model in models.items()}, repeats, device)
+    rows = {}
+    for name, model in models.items():
+        held = [*model.parameters(), *model.buffers()]
+        saved = saved_bytes(lambda model=model: model(input_ids=ids, labels=ids, use_cache=False).loss, held)
+        mib = {"weights_mib": sum(tensor.nbytes for tensor in held) / 2**20, "saved_mib": saved / 2**20}
+        rows[name] = {"seconds": taken[name]} | mib
+    return rows
 
 
 SEVEN_B = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
@@ -305,9 +327,8 @@ def main() -> None:
     options = bench_parser(__doc__)
     options.add_argument("--device", default="cpu")
     options.add_argument("--model", choices=["4x1024", "7b"], default="4x1024")
-    options.add_argument(
-        "--only", choices=["layers", "memory", "step"], nargs="+", default=["layers", "memory", "step"]
-    )
+    parts = ["layers", "memory", "step", "structured"]
+    options.add_argument("--only", choices=parts, nargs="+", default=parts)
     options.add_argument("--repeats", type=int, default=3)
     chosen = options.parse_args()
     torch.set_num_threads(1)
@@ -337,12 +358,17 @@ def main() -> None:
         figures["step"] = {}
         for tokens in sizes.step_tokens:
             taken = figures["step"][tokens] = whole_step(tokens, repeats, device, **sizes.model)
+            ratios = {name: taken["ours"] / value for name, value in taken.items() if name != "ours"}
             print(f"{tokens} tokens: " + "  ".join(f"{name} {value:.2f}" for name, value in taken.items()))
-            for ours in ("ours", "ours_structured"):
-                others = {name: value for name, value in taken.items() if not name.startswith("ours")}
-                ratios = (f"{name} {taken[ours] / value:.2f}" for name, value in others.items())
-                print(f"  {ours} / " + ", ".join(ratios))
-        print("  goals of ours: 0.65 of SparsePEFT, 0.30 with its fp32 adapters, 1.35 of LoRA from 1,024 tokens on")
+            print("  ours / " + ", ".join(f"{name} {value:.2f}" for name, value in ratios.items()))
+        print("  goals: 0.65 of SparsePEFT, 0.30 with its fp32 adapters, 1.35 of LoRA from 1,024 tokens on")
+    if "structured" in chosen.only:
+        model = {"num_hidden_layers": 16, **sizes.model}
+        rows = figures["structured"] = structured_steps(sizes.step_tokens[0], repeats, device, **model)
+        print(f"\na step of {sizes.step_tokens[0]} tokens of a 16 x 1024 Llama in float32 (share of dense LoRA's)")
+        for name, row in rows.items():
+            ratios = {key: value / rows["lora 1.0"][key] for key, value in row.items()}
+            print(f"{name:20}" + "  ".join(f"{key} {value:.2f} ({ratios[key]:.2f})" for key, value in row.items()))
     print(json.dumps(figures))
 
 

@@ -14,7 +14,7 @@ from peft import LoraConfig, PeftModel
 from simulated_device import DEVICE
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AttentionInterface, AutoModelForCausalLM, LlamaConfig, MistralConfig
+from transformers import AttentionInterface, AutoModelForCausalLM, LlamaConfig, MistralConfig, PretrainedConfig
 
 from tune_sparse.config import Protocol
 from tune_sparse.lora.layer import inject, sparse_lora_layers
@@ -30,6 +30,15 @@ SIZES: dict[str, tuple[type, dict[str, Any]]] = {
 ROW_TOKENS = 2048
 
 
+def make_config(model: str, layers: int) -> PretrainedConfig:
+    """The true widths of a model, and so many of its blocks."""
+    kind, sizes = SIZES[model]
+    made: PretrainedConfig = kind(
+        vocab_size=32000, hidden_size=4096, num_hidden_layers=layers, num_attention_heads=32, **sizes
+    )
+    return made
+
+
 @dataclass(frozen=True)
 class FakeStep:
     """A step of one micro-batch, in rows of 2,048 tokens that are all learned, with float32 adapters on bfloat16."""
@@ -43,7 +52,7 @@ class FakeStep:
 
     def peak_bytes(self) -> int:
         """The bytes of live tensors at their most: the weights, the adapters, their optimizer, and two steps."""
-        adapted = _on_meta(*SIZES[self.model], self.layers)
+        adapted = _on_meta(make_config(self.model, self.layers))
         with FakeTensorMode(), LiveBytes() as live:
             adapted._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device=DEVICE))
             _choose_impls(adapted, self.is_masked)
@@ -65,9 +74,8 @@ class FakeStep:
                 optimizer.zero_grad()
 
 
-def _on_meta(kind: type, sizes: dict[str, Any], layers: int) -> PeftModel:
+def _on_meta(config: PretrainedConfig) -> PeftModel:
     AttentionInterface.register("fused", _fused_attention)
-    config = kind(vocab_size=32000, hidden_size=4096, num_hidden_layers=layers, num_attention_heads=32, **sizes)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="fused")
         lora = LoraConfig(r=16, lora_alpha=32, target_modules=list(PRUNED), task_type="CAUSAL_LM")

@@ -219,6 +219,8 @@ def _copy(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 def _note_copy(source: Tensor, is_to_device: bool, waits: bool) -> None:
     size = source.numel() * source.element_size()
+    if not size:
+        return
     if isinstance(source, Simulated) and is_to_device:
         _activity.launches["copy"] += 1
         return

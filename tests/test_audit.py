@@ -165,6 +165,12 @@ def hardware(ledger: Ledger) -> None:
     edit(run_folder_in(ledger) / "result.json", environment={"hardware": "slide rule"})
 
 
+def budgets(ledger: Ledger) -> None:
+    for path in ledger.folder.glob("runs/*/result.json"):
+        edit(path, measured={"budgets": {"micro_batch_tokens": 8192}})
+    edit(run_folder_in(ledger) / "result.json", measured={"budgets": {"micro_batch_tokens": 4096}})
+
+
 def uncommitted(ledger: Ledger) -> None:
     for path in ledger.folder.glob("runs/*/result.json"):
         edit(path, environment={"git_sha": "c" * 40 + "-dirty"})
@@ -206,6 +212,7 @@ PLANTED: dict[str, Callable[[Ledger], None]] = {
     "missing": missing,
     "pruning-gone": pruning_gone,
     "hardware": hardware,
+    "budgets": budgets,
     "uncommitted": uncommitted,
     "unchecked": unchecked,
     "imported": imported,
@@ -403,6 +410,15 @@ def test_the_command_prints_json_and_says_by_its_status_whether_there_is_a_fault
     findings = json.loads(capsys.readouterr().out)["findings"]
     assert [(f["rule"], f["severity"]) for f in findings] == [("unproven-number", "error"), ("hardware", "warning")]
     assert findings[0]["run_ids"] == [A_RUN.run_id]
+
+
+def test_a_run_is_compared_with_its_other_mode_and_its_dense_baseline(ledger: Ledger) -> None:
+    budgets(ledger)
+    hardware(ledger)
+    found = {finding.rule: finding for finding in audited(ledger).findings}
+    assert "tiny, boolq: 2 pairs that are compared ran under different budgets" in found["budgets"].text
+    assert len(found["budgets"].run_ids) == 3
+    assert "slide rule: 1), 2 pairs that are compared on different ones" in found["hardware"].text
 
 
 def test_only_the_named_sweeps_are_audited(ledger: Ledger, capsys: pytest.CaptureFixture[str]) -> None:

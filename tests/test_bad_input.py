@@ -15,7 +15,7 @@ from factories import boolq_examples, write_boolq, write_jsonl
 from safetensors.torch import load_file, save_file
 
 from tune_sparse.cli import main
-from tune_sparse.cli.command import BAD_INPUT, OK
+from tune_sparse.cli.command import BAD_INPUT, FAULT, OK
 from tune_sparse.config import SweepConfig
 from tune_sparse.ledger.lease import FolderLease
 from tune_sparse.models.checkpoints import find_folder
@@ -377,11 +377,11 @@ def test_a_preset_without_its_weights_can_still_be_planned(
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     command = ["sweep", preset, "--dry-run", "--results-dir", str(tmp_path / "results")]
-    assert main(command) == OK
+    assert main(command) == FAULT
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == counts
     assert lines[1].startswith("Not ready to run: examples of the tasks are needed, got no data_dir.")
-    assert main([*command, "--tasks", "boolq", "--data-dir", "synthetic"]) == OK
+    assert main([*command, "--tasks", "boolq", "--data-dir", "synthetic"]) == FAULT
     assert re.search(
         r"Not ready to run: the weights of a model must be on this machine before a sweep, '.+' is not",
         capsys.readouterr().out,

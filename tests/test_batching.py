@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import random
+from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,10 +14,19 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tune_sparse.data.batching import batches_by_length, micro_batches
-from tune_sparse.data.splits import Encoded
-from tune_sparse.models.checkpoints import load_model
-from tune_sparse.training.loop import answer_loss
+from tune_sparse.config import Protocol
+from tune_sparse.data import batching
+from tune_sparse.data.batching import (
+    _cheapest_starts,
+    batches_by_length,
+    batches_with_little_padding,
+    example_tokens,
+    micro_batches,
+)
+from tune_sparse.data.splits import Encoded, encode_training, load_splits
+from tune_sparse.data.tasks import TASKS
+from tune_sparse.models.checkpoints import load_model, load_tokenizer
+from tune_sparse.training.loop import answer_loss, batches
 
 EXAMPLES = [Encoded((1, 2, 3), (4,)), Encoded((5,), (6, 7)), Encoded((), (8, 9))]
 
@@ -123,3 +135,40 @@ def test_batches_hold_every_row_once_and_obey_the_budget(sizes: list[int], token
 
 def test_batches_by_hand() -> None:
     assert batches_by_length([3, 10, 4, 3, 20], 10) == [[4], [1], [2, 0], [3]]
+
+
+def test_batches_with_little_padding_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Together 10, 30 and 29 tokens have 21 of padding."""
+    sizes = [10, 30, 29]
+    assert batches_with_little_padding(sizes, 90) == [[1, 2, 0]], "a pass costs more"
+    monkeypatch.setattr(batching, "PASS_TOKENS", (100, 5))
+    assert batches_with_little_padding(sizes, 90) == [[1, 2], [0]]
+    assert batches_with_little_padding([30, 30, 29], 90) == [[0, 1, 2]], "little padding is left alone"
+    assert batches_with_little_padding([], 90) == []
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=12), st.integers(50, 200), st.integers(0, 60))
+def test_no_other_cuts_cost_less(sizes: list[int], tokens: int, pass_tokens: int) -> None:
+    falling = sorted(sizes, reverse=True)
+
+    def cost(starts: Sequence[int]) -> int:
+        parts = [(end - start) * falling[start] for start, end in itertools.pairwise([*starts, len(falling)])]
+        return sum(parts) + pass_tokens * len(parts) if max(parts) <= tokens else 10**9
+
+    places = range(1, len(falling))
+    others = ((0, *cuts) for n in range(len(falling)) for cuts in itertools.combinations(places, n))
+    assert cost(_cheapest_starts(falling, tokens, pass_tokens)) == min(map(cost, others))
+
+
+@pytest.mark.parametrize("task", ["boolq", "hellaswag", "gsm8k"])
+def test_real_examples_are_padded_by_at_most_7_percent(task: str, llama: Path) -> None:
+    """In steps of 256 examples with micro-batches of 8,192 tokens."""
+    data = Path(__file__).parents[2] / "shared" / "data"
+    if not (data / task / "train.jsonl").exists():
+        pytest.skip("needs ../shared/data, whole training splits")
+    protocol = Protocol(n_train=700)
+    splits = load_splits(TASKS[task], data, protocol)
+    examples = encode_training(load_tokenizer(llama), TASKS[task], splits.train, protocol.max_tokens, None)
+    for batch in itertools.islice(batches(examples, protocol, seed=0), 2):
+        padded = sum(part.ids.numel() for part in micro_batches(batch, 8192))
+        assert padded <= 1.07 * sum(map(example_tokens, batch))

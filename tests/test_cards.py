@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,8 @@ from tune_sparse.errors import InputError, TooLargeError
 from tune_sparse.evaluation.cards import CARDS, card_named, find_card
 from tune_sparse.evaluation.memory import budgets_for
 from tune_sparse.models.dims import ModelDims
-from tune_sparse.sweep.cards import Device, check_devices, cluster_devices, gpu_kinds, local_devices
+from tune_sparse.sweep.cards import Device, block_kinds, check_devices, cluster_devices, gpu_kinds, local_devices
+from tune_sparse.sweep.resources import Placement
 
 LLAMA_7B = ModelDims(4096, 32, 32, 32, 128, 11008, 32000, None, 4096)
 TINY = replace(LLAMA_7B, num_layers=1, hidden_size=64, intermediate_size=128)
@@ -116,6 +118,40 @@ def test_what_the_largest_card_cannot_hold_is_refused() -> None:
     with pytest.raises(TooLargeError, match=r"has 17\.1 GB, 0\.2 of a card of 85\.5\. Raise --gpus-per-trial"):
         check(config(gpus_per_trial=0.2), RTX, H100, mode="sparse-to-sparse")
     check(config(gpus_per_trial=0.25), RTX, H100, mode="sparse-to-sparse")
+
+
+MIXED: list[dict[str, float]] = [
+    {"CPU": 8, "GPU": 1, "accelerator_type:H100": 1},
+    {"CPU": 8, "GPU": 3, "accelerator_type:L4": 1},
+]
+SHARING = config(gpus_per_trial=None)
+
+
+def test_whole_blocks_go_to_one_kind_of_card_by_how_many_there_are() -> None:
+    tasks = [f"task{n}" for n in range(8)]
+    runs = [make_run(make_cell(task=task, seed=seed)) for task in tasks for seed in (0, 1)]
+    found = block_kinds(SHARING, runs, {"tiny": TINY}, MIXED, {})
+    assert Counter(found.values()) == {"L4": 6, "H100": 2}
+    assert block_kinds(SHARING, runs, {"tiny": TINY}, MIXED[:1], {}) == {}, "one kind: nothing to keep apart"
+    assert block_kinds(config(), runs, {"tiny": TINY}, MIXED, {}) == {}, "trials on CPUs"
+
+
+def test_a_block_stays_where_its_first_runs_were_and_goes_where_it_fits() -> None:
+    runs = [make_run(make_cell(task=task)) for task in ("boolq", "gsm8k")]
+    before = {("tiny", "boolq"): "NVIDIA H100 80GB HBM3", ("tiny", "gsm8k"): "NVIDIA H100 80GB HBM3"}
+    assert set(block_kinds(SHARING, runs, {"tiny": TINY}, MIXED, before).values()) == {"H100"}
+    large = replace(LLAMA_7B, num_layers=60)
+    assert set(block_kinds(SHARING, runs, {"tiny": large}, MIXED, {}).values()) == {"H100"}
+
+
+def test_a_trial_asks_ray_for_its_kind_and_waits_with_its_like() -> None:
+    placement = Placement(SHARING, lambda: MIXED)
+    run = make_run()
+    assert placement.queue(run) == "torch"
+    placement.keep_on({("tiny", "boolq"): "L4"})
+    assert placement.resources(run) == {"CPU": 1, "GPU": 1, "accelerator_type:L4": 0.001}
+    assert (placement.queue(run), placement.queue(make_run(make_cell(task="gsm8k")))) == ("torch L4", "torch")
+    placement.check_placeable([run])
 
 
 def test_a_run_of_cerebras_needs_no_gpu() -> None:

@@ -51,9 +51,19 @@ def list_processes(folder: Path) -> list[int]:
     return [p.pid for p in psutil.process_iter(["cmdline"]) if str(folder) in " ".join(p.info["cmdline"] or [])]
 
 
-@pytest.mark.parametrize("mode", ["dense", "sparse-to-dense", "sparse-to-sparse"])
-def test_a_cell_is_trained_merged_scored_and_validated(llama: Path, site: Path, ledger: Ledger, mode: str) -> None:
-    run = cerebras_run(llama, mode=mode, sparsity=0.0 if mode == "dense" else 0.5)
+@pytest.mark.parametrize(
+    ("mode", "method"),
+    [
+        ("dense", "none"),
+        ("sparse-to-dense", "unstructured"),
+        ("sparse-to-sparse", "unstructured"),
+        ("sparse-to-sparse", "structured"),
+    ],
+)
+def test_a_cell_is_trained_merged_scored_and_validated(
+    llama: Path, site: Path, ledger: Ledger, mode: str, method: str
+) -> None:
+    run = cerebras_run(llama, mode=mode, method=method, sparsity=0.0 if mode == "dense" else 0.5)
     record = finished(run, ledger)
     assert record.status == "done", record.error
     assert record.environment["trained_on"] == "cerebras cpu 2.10.0"
@@ -63,6 +73,7 @@ def test_a_cell_is_trained_merged_scored_and_validated(llama: Path, site: Path, 
     assert report["max_abs_at_masked"] in (0, None)
     steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 3, 4]
+    assert "smaller model" not in (folder / "train.log").read_text()
     assert not {"start.mdl", "adapter.safetensors"} & {path.name for path in job_folder(ledger, run).iterdir()}
 
 

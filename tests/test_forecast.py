@@ -8,14 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from factories import done_record, make_cell, make_run, write_run
+from factories import done_record, make_cell, make_run, make_sweep, write_run
 
 from tune_sparse.cli import main
-from tune_sparse.config import Cerebras, SweepConfig
+from tune_sparse.config import Cell, Cerebras, SweepConfig
+from tune_sparse.errors import TooLargeError
 from tune_sparse.ledger.ledger import Ledger
 from tune_sparse.ledger.run import Run
+from tune_sparse.models.checkpoints import Checkpoint
+from tune_sparse.models.dims import ModelDims
+from tune_sparse.sweep.examples import Examples
 from tune_sparse.sweep.forecast import Medians, RunCost, cost_of_run, forecast, pilots, trials_at_once
 from tune_sparse.sweep.plan import Plan, make_plan
+from tune_sparse.sweep.preparation import check_host, needed_bytes
 
 FEW = {"sparsities": "0 0.5", "methods": "random", "data_dir": "synthetic", "precision": "float32", "workers": 2}
 SMALL = {"n_train": 32, "n_selection": 4, "n_test": 8}
@@ -65,6 +70,39 @@ def test_each_run_takes_the_median_of_the_finest_group_that_was_measured(plan: P
     assert found.gpu_seconds == 4 * (0 + 15) / 2
     assert found.wall_seconds == 4 * 20 / 2
     assert list(found.unmeasured.values()) == [3, 3], "the other model says nothing of this one"
+
+
+LLAMA_7B = ModelDims(4096, 32, 32, 32, 128, 11008, 32000, None, 4096)
+
+
+def plan_of_7b(tmp_path: Path, *cells: Cell) -> Plan:
+    runs = {run.run_id: run for run in map(make_run, cells)}
+    checkpoints = {"tiny": Checkpoint("tiny", tmp_path, "m", LLAMA_7B)}
+    return Plan(
+        SweepConfig(models=("tiny",), workers=2), make_sweep([]), runs, checkpoints, Examples(None, {}, {}, None)
+    )
+
+
+def test_stored_prunings_and_checkpoints_need_room_too(tmp_path: Path, ledger: Ledger) -> None:
+    """A mask of a 7B takes 0.8 GB, SparseGPT's kept weights 6.5 GB more, float32 states of masked finetuning 78 GB."""
+    modes = [make_cell(method="sparsegpt", mode=mode) for mode in ("sparse-to-dense", "sparse-to-sparse")]
+    random = [
+        make_cell(method="random", seed=seed, mode=mode)
+        for seed in (0, 1)
+        for mode in ("sparse-to-dense", "sparse-to-sparse")
+    ]
+    plan = plan_of_7b(tmp_path, *modes, *random, make_cell(), make_cell(task="gsm8k", method="sparsegpt"))
+    found = forecast(plan, ledger, plan.missing(ledger))
+    assert found.pruning_bytes == pytest.approx(4 * 0.81e9 + 2 * 6.48e9, rel=0.01), "of two tasks, of two seeds"
+    assert found.checkpoint_bytes < 1.1e9
+    assert 18e9 < found.host_bytes < 25e9, "trials compute on the CPU"
+    with pytest.raises(TooLargeError, match=r"which takes up to 100000\.0 GB, it has"):
+        check_host(10**14)
+    tuned = plan_of_7b(tmp_path, make_cell(mode="masked-finetuning"))
+    found = forecast(tuned, ledger, tuned.missing(ledger))
+    assert found.checkpoint_bytes == pytest.approx(2 * 77.7e9, rel=0.01)
+    assert needed_bytes(tuned, tuned.missing(ledger)) > 155e9
+    assert "up to 155424 MB for each unfinished training" in "\n".join(found.lines())
 
 
 def test_the_disk_of_a_run_is_that_of_its_mode(plan: Plan, ledger: Ledger) -> None:

@@ -10,7 +10,8 @@ from factories import counted, random_tokens, rows_read, tokens_read
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tune_sparse.errors import RunError
-from tune_sparse.evaluation.generation import LOOK_EVERY_ON_CPU, SHRINK_BELOW, generate
+from tune_sparse.evaluation import generation
+from tune_sparse.evaluation.generation import LOOK_EVERY, LOOK_EVERY_ON_CPU, SHRINK_BELOW, generate
 from tune_sparse.models.checkpoints import load_model
 
 PROMPTS = [random_tokens(count, count) for count in (1, 5, 20, 31, 33, 40, 70, 71)]
@@ -153,3 +154,35 @@ def test_bf16_answers_are_texts(folder: Path, tokenizer: PreTrainedTokenizerBase
     texts = generate(low, tokenizer, PROMPTS, 4, until=())
     assert len(texts) == len(PROMPTS)
     assert all(texts)
+
+
+def test_answers_do_not_depend_on_when_they_are_looked_at(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Answers end at an end of text, at a stop or at the limit; what a row writes after its end counts for nothing."""
+    ended = ending_at(tokenizer, greedy(model, PROMPTS[2], 5, end=-1)[-1])
+    stop = greedy_texts(model, ended, PROMPTS[5:6], 20)[0][3:7]
+    found = []
+    for look_every in (1, LOOK_EVERY_ON_CPU, LOOK_EVERY):
+        monkeypatch.setattr(generation, "LOOK_EVERY_ON_CPU", look_every)
+        found.append(generate(model, ended, PROMPTS, 20, until=(stop,)))
+    assert found[0] == found[1] == found[2]
+    assert len({len(text) for text in found[0]}) > 2
+
+
+def test_prompts_of_one_length_are_answered_without_a_mask(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    same = [random_tokens(20, seed) for seed in range(3)]
+    masks: list[object] = []
+    hook = model.model.register_forward_pre_hook(
+        lambda module, args, kwargs: masks.append(kwargs.get("attention_mask")), with_kwargs=True
+    )
+    expected = greedy_texts(model, tokenizer, same, 6)
+    masks.clear()
+    assert generate(model, tokenizer, same, 6, until=()) == expected
+    assert masks == [None] * 6
+    generate(model, tokenizer, [*same, PROMPTS[3]], 6, until=())
+    hook.remove()
+    assert masks[6] is None, "prompts are padded on the right, where a causal model does not look"
+    assert [mask.shape for mask in masks[7:]] == [(4, 1, 1, 31 + n) for n in range(1, 6)]

@@ -10,16 +10,18 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from tune_sparse.errors import InputError
 from tune_sparse.lora import masked_linear
 from tune_sparse.lora.masked_linear import (
+    EffectiveWeight,
     LoraImpl,
     Plain,
     Workspace,
     choose_impl,
     effective_weight,
+    keep_for_steps,
 )
 
 O, I, R, T = 11, 7, 3, 5  # noqa: E741
@@ -280,3 +282,33 @@ def test_what_an_impl_keeps_moves_with_the_model_and_is_not_saved() -> None:
     assert list(module.buffers())
     assert module.state_dict() == {}
     assert list(module.parameters()) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_kept_effective_weight_trains_to_the_same_bits_and_is_built_once_a_step(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    builds: list[int] = []
+    build = EffectiveWeight.build
+    monkeypatch.setattr(EffectiveWeight, "build", lambda self, *rest: builds.append(1) or build(self, *rest))
+    found = []
+    for is_kept in (False, True):
+        impl, weight = make("effective-weight", MASKS["elementwise"], dtype)
+        A, B = nn.Parameter(draw(3, R, I).float()), nn.Parameter(draw(4, O, R).float())
+        optimizer = torch.optim.SGD([A, B], lr=0.1)
+        if is_kept:
+            keep_for_steps(nn.ModuleList([impl]), optimizer)
+        for step in range(2):
+            for part in range(3):
+                x = draw(10 * step + part, T, I, dtype=dtype).requires_grad_()
+                impl(x, weight, None, A, B, 0.5).float().square().sum().backward()
+            found += [x.grad, A.grad.clone(), B.grad.clone()]
+            optimizer.step()
+            assert impl.of_step is None
+            with torch.no_grad():
+                found.append(impl(x, weight, None, A, B, 0.5))
+            assert impl.of_step is None, "only training keeps it"
+            optimizer.zero_grad()
+    half = len(found) // 2
+    assert all(torch.equal(a, b) for a, b in zip(found[:half], found[half:], strict=True))
+    assert len(builds) == 2 * (6 + 1) + 2 * (1 + 1)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from factories import make_cell, make_run
 
-from tune_sparse.config import Protocol
+from tune_sparse.config import BudgetOptions, Protocol
 from tune_sparse.config.protocol import SCORING
 from tune_sparse.identity import NUMERICS_VERSION
 from tune_sparse.ledger import run as run_module
@@ -115,6 +115,24 @@ def test_the_identity_does_not_change_with_places_on_disk() -> None:
     moved = make_run(model_path="/elsewhere/tiny", data_dir="/data")
     assert moved.identity == make_run().identity
     assert moved.pruned_baseline_id == make_run().pruned_baseline_id
+
+
+OTHER_BUDGETS = BudgetOptions(4096, 1024, 1024, "always")
+
+
+def test_budgets_are_no_part_of_the_identity() -> None:
+    run = make_run()
+    other = replace(run, budgets=OTHER_BUDGETS)
+    assert (other.identity, other.pruned_baseline_id) == (run.identity, run.pruned_baseline_id)
+    assert Run.from_config(other.as_config()) == other
+
+
+def test_with_dropout_the_micro_batch_is_part_of_the_identity() -> None:
+    run = make_run(protocol=replace(Protocol(), lora_dropout=0.1))
+    other, same = (replace(run, budgets=BudgetOptions(n, 1024, 1024, "always")) for n in (4096, 2048))
+    assert len({run.identity, other.identity}) == 2
+    assert same.identity == run.identity, "the default is 2048 on every device"
+    assert other.pruned_baseline_id == run.pruned_baseline_id
 
 
 def test_every_field_of_a_run_is_in_its_identity_or_a_place() -> None:

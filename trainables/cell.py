@@ -11,6 +11,7 @@ from typing import Any
 
 from ray import tune
 
+from trainables.process import prepare_process
 from tune_sparse.ledger.run import Run
 from tune_sparse.watchdog import heartbeat, watchdog
 
@@ -21,12 +22,14 @@ REPORT_SECONDS = 5.0
 class CellTrainable(tune.Trainable):
     """Runs `config["trial"]`, which has a `run` (as a mapping), the `results_dir` of its ledger, the `token` with which
     the driver holds it, the `resources` that the trial holds, the `hang_seconds` after which a step without progress
-    ends the worker and, for the backend cerebras, the `cerebras` settings.
+    ends the worker, whether only `deterministic` algorithms compute and, for the backend cerebras, the `cerebras`
+    settings.
 
     A result reports step, steps and train_loss; the last one is `done` and has the run's status and accuracy.
     """
 
     def setup(self, config: dict[str, Any]) -> None:
+        prepare_process(config["trial"]["deterministic"])
         from trainables.worker import WorkerCache
 
         self._worker = WorkerCache()

@@ -18,7 +18,7 @@ from trainables import cerebras_backend, torch_backend
 from trainables.budgets import check_budgets, run_budgets
 from trainables.failures import describe_error, may_pass
 from trainables.finetuning import setup
-from trainables.hardware import environment, gpu_memory_bytes
+from trainables.hardware import check_precision, environment, gpu_memory_bytes
 from trainables.loaded import Examples, LoadedModel
 from trainables.mode import MergeReport, TrainableModel
 from trainables.peak_memory import PeakMemory
@@ -126,6 +126,7 @@ class Work:
 
 def _load(run: Run, ledger: RunStore, worker: WorkerCache, folder: Path, log: RunLog, memory: PeakMemory) -> Work:
     torch.set_num_threads(run.protocol.threads)
+    check_precision(run.protocol.precision)
     loaded = worker.model(run)
     examples = worker.examples(run, loaded)
     log(

@@ -56,6 +56,7 @@ RULES: dict[str, Rule] = {
     "missing": Rule("warning", "a cell without a finished run", warnings.missing),
     "pruning-gone": Rule("warning", "a run that cannot be merged any more", warnings.pruning_gone),
     "hardware": Rule("warning", "hardware changed within what is compared", warnings.hardware),
+    "budgets": Rule("warning", "compared pairs ran under different budgets", warnings.budgets),
     "uncommitted": Rule("warning", "code that is in no commit", warnings.uncommitted),
     "unchecked": Rule("warning", "something could not be checked", warnings.unchecked),
     "imported": Rule("warning", "a number that was imported, not run", warnings.imported),

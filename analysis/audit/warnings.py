@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from itertools import combinations
+from typing import Any
 
 from analysis.audit.errors import Detections, compared, examples_key, grouped, has_examples, modes_coincide
 from analysis.read.results import Results, RunFiles
@@ -111,7 +113,39 @@ def hardware(results: Results) -> Detections:
         by_name = grouped(runs, lambda e: (e.run.cell.backend, str(e.record.environment.get("hardware"))))
         if len({name for _, name in by_name}) > len({backend for backend, _ in by_name}):
             kinds = ", ".join(f"{name}: {len(same)}" for (_, name), same in by_name.items())
-            yield f"{model}, {task} ran on several kinds of hardware ({kinds})", _ids(min(by_name.values(), key=len))
+            unlike = unlike_pairs(runs, lambda e: e.record.environment.get("hardware"))
+            yield (
+                f"{model}, {task} ran on several kinds of hardware ({kinds}), {len(unlike)} pairs that are compared on "
+                "different ones",
+                _ids(min(by_name.values(), key=len)),
+            )
+
+
+def budgets(results: Results) -> Detections:
+    for (model, task, _), runs in compared(results).items():
+        unlike = unlike_pairs(runs, lambda e: e.record.measured.get("budgets"))
+        if unlike:
+            first, second = unlike[0]
+            yield (
+                f"{model}, {task}: {len(unlike)} pairs that are compared ran under different budgets, "
+                f"{first.run_id} and {second.run_id} among them",
+                sorted({e.run_id for pair in unlike for e in pair}),
+            )
+
+
+def unlike_pairs(runs: Sequence[RunFiles], value: Callable[[RunFiles], Any]) -> list[tuple[RunFiles, RunFiles]]:
+    """Pairs that a paired comparison takes, and whose recorded values differ: the modes of one method, sparsity, seed
+    and backend, and a cell with its dense baseline."""
+    modes = grouped(runs, lambda e: (*_series(e), e.run.cell.method, e.run.cell.sparsity)).values()
+    pairs = [pair for same in modes for pair in combinations(same, 2)]
+    dense = {_series(e): e for e in runs if not e.run.cell.sparsity}
+    pairs += [(dense[_series(e)], e) for e in runs if e.run.cell.sparsity and _series(e) in dense]
+    values = [(pair, value(pair[0]), value(pair[1])) for pair in pairs]
+    return [pair for pair, one, other in values if None not in (one, other) and one != other]
+
+
+def _series(e: RunFiles) -> tuple[int, str]:
+    return e.run.cell.seed, e.run.cell.backend
 
 
 def uncommitted(results: Results) -> Detections:

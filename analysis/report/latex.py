@@ -12,7 +12,10 @@ NOTE = (
     f"{MISSING}: no finished run. \\textdagger: the audit has a warning about the run; \\textdaggerdbl: an error."
 )
 NAMES = ["task", "method", "mode"]
-LIGHT_WARNINGS = {"few-examples", "unchecked", "uncommitted", "modes-coincide", "same-answers", "hardware", "few-steps"}
+LIGHT_WARNINGS = {
+    *("few-examples", "unchecked", "uncommitted", "modes-coincide", "same-answers"),
+    *("hardware", "budgets", "few-steps"),
+}
 """Warnings that speak of a whole sweep or of pairs; in a table they would mark everything. They are in summary.csv."""
 
 

@@ -33,11 +33,12 @@ def add_settings(command: Any, owner: type, names: Collection[str], texts: Mappi
     """
     declared = {f.name: f for f in fields(owner)}
     for f in (declared[name] for name in names):
+        flag, text = "--" + f.name.replace("_", "-"), (texts or {}).get(f.name) or describe_option(f)
+        if f.type == "bool":
+            command.add_argument(flag, action="store_const", const=True, help=text)
+            continue
         many: dict[str, Any] = {"nargs": "+"} if "tuple" in str(f.type) else {}
-        flag = "--" + f.name.replace("_", "-")
-        command.add_argument(
-            flag, metavar=f.metadata["metavar"], help=(texts or {}).get(f.name) or describe_option(f), **many
-        )
+        command.add_argument(flag, metavar=f.metadata["metavar"], help=text, **many)
 
 
 def given_flags(chosen: argparse.Namespace, names: Collection[str]) -> dict[str, Any]:

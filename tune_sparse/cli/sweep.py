@@ -6,6 +6,7 @@ import argparse
 import json
 import logging
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,7 @@ from tune_sparse.cli.words import (
 )
 from tune_sparse.config import SweepConfig
 from tune_sparse.errors import InputError, NotReadyError, RunError
+from tune_sparse.evaluation.cards import CARDS, SHOWN, Card, card_named
 
 if TYPE_CHECKING:
     from tune_sparse.sweep.driver import SweepResult
@@ -35,7 +37,7 @@ if TYPE_CHECKING:
 GROUPS = {
     "what to sweep": ("models", "tasks", "methods", "sparsities", "modes", "seeds"),
     "data and settings": ("data_dir",),
-    "how it runs": ("backend", "workers", "gpus_per_trial", "max_retries", "hang_seconds"),
+    "how it runs": ("backend", "workers", "gpus_per_trial", "deterministic", "max_retries", "hang_seconds"),
     "memory": BUDGETS,
     "results and tracking": ("results_dir", "tracking_uri"),
     "Cerebras CS-3, for --backend cerebras, both or split": CEREBRAS,
@@ -54,7 +56,8 @@ def declare(commands: Any) -> None:
             "sweep --models ./my-llama --tasks boolq --data-dir ./examples --set steps=100",
         ),
         ok="every run is finished, and the audit found no error",
-        fault="a run failed, the sweep was interrupted, or the audit found an error",
+        fault="a run failed, the sweep was interrupted, or the audit found an error; with --dry-run, a model or "
+        "examples are not there yet",
         notes=[
             words(
                 *("cell", *RUN_WORDS, "trial", "example", "adapter", "calibration"),
@@ -89,7 +92,16 @@ def _add_steps_into(group: Any) -> None:
         "--dry-run",
         action="store_true",
         help="run nothing, unless --pilot is given; show which runs are finished and which would run, with a forecast "
-        "of their time and disk space",
+        "of their time and disk space, and an estimate of memory and hours on GPUs. Where models or examples are not "
+        "there yet, the estimate takes published sizes",
+    )
+    group.add_argument(
+        "--for-gpu",
+        nargs="+",
+        default=SHOWN,
+        metavar="GPU",
+        help="GPUs for which --dry-run estimates memory and hours by a formula, which needs none of them: "
+        f"{', '.join(CARDS)} (default: {' '.join(SHOWN)})",
     )
     group.add_argument(
         "--pilot",
@@ -173,6 +185,7 @@ def _dry_run(config: SweepConfig, chosen: argparse.Namespace) -> int:
     from tune_sparse.sweep.plan import check_names, distinct_trainings, make_plan, requested_cells
 
     check_names(config)
+    cards = [card_named(name) for name in chosen.for_gpu]
     plan = _run_pilots(config, chosen.retry_failed) if chosen.pilot else None
     values: dict[str, Any] = {"cells": len(requested_cells(config)), "trainings": distinct_trainings(config)}
     lines = [f"{values['cells']} cells, {values['trainings']} distinct trainings."]
@@ -183,8 +196,26 @@ def _dry_run(config: SweepConfig, chosen: argparse.Namespace) -> int:
         lines.append(f"Not ready to run: {error}")
     else:
         _add_forecast_into(values, lines, plan, chosen.retry_failed)
+    _add_estimate_into(values, lines, config, plan, cards)
     print(json.dumps(values) if chosen.json else "\n".join(lines))
-    return OK
+    return FAULT if "not_ready" in values else OK
+
+
+def _add_estimate_into(
+    values: dict[str, Any], lines: list[str], config: SweepConfig, plan: Plan | None, cards: Sequence[Card]
+) -> None:
+    from tune_sparse.sweep.estimate import estimate, estimate_lines, known_sizes, plan_sizes, trained_cells
+
+    sizes = plan_sizes(plan) if plan else known_sizes(config)
+    missing = values.get("missing", ())
+    cells = [plan.runs[run_id].cell for run_id in missing] if plan else trained_cells(config)
+    found = estimate(config, cells, sizes, cards)
+    values["estimate"] = {
+        "assumed": sizes.assumed,
+        "unknown": sizes.unknown,
+        "by_card": [asdict(kind) for kind in found],
+    }
+    lines += estimate_lines(found, sizes)
 
 
 def _add_forecast_into(values: dict[str, Any], lines: list[str], plan: Plan, retry_failed: bool) -> None:

@@ -244,6 +244,11 @@ class SweepConfig:
         0.0,
         metavar="GPUS",
     )
+    deterministic: bool = option(
+        "compute with deterministic algorithms alone, slower: on a GPU a run then repeats to the last bit on the same "
+        "kind of card, and one that needs an algorithm without that property fails. On a CPU runs repeat without it",
+        False,
+    )
     max_retries: int = option(
         "how often a run is repeated after its process or node died or it made no progress", 2, metavar="N"
     )

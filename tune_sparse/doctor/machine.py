@@ -21,6 +21,8 @@ PYTHON = "3.11"
 LEAST_MEMORY_BYTES, LEAST_DISK_BYTES = 4e9, 2e9
 """Needed by the toy models with two workers, and for their results."""
 SHOWN = 5
+BFLOAT16_MAJOR = 8
+"""Cards of this compute capability and higher compute in bfloat16."""
 
 
 def examine(results_dir: Path) -> Iterator[Check]:
@@ -81,8 +83,12 @@ def _torch() -> Check:
     import torch
 
     if torch.cuda.is_available():
-        names = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
-        return Check("GPU", True, f"torch {torch.__version__}: {', '.join(names)}")
+        cards = [torch.cuda.get_device_properties(number) for number in range(torch.cuda.device_count())]
+        names = ", ".join(f"{card.name} of {card.total_memory / 1e9:.0f} GB" for card in cards)
+        lacking = sorted({card.name for card in cards if card.major < BFLOAT16_MAJOR})
+        lack = f"; {', '.join(lacking)} without bfloat16" if lacking else ""
+        fix = "Set precision=float32 there, which takes twice the memory, or take a newer card."
+        return check("GPU", not lacking, f"torch {torch.__version__}: {names}{lack}", fix)
     has_driver = shutil.which("nvidia-smi") is not None
     shown = "there is a driver, and torch sees no GPU" if has_driver else "none: trials compute on the CPU"
     fix = "Install the CUDA build of torch: `make TORCH_OPTIONS=...` in the README."

@@ -25,6 +25,8 @@ GIB = 1 << 30
 NO_OPTIONS = BudgetOptions()
 CONTEXT_BYTES = 1 * GIB
 """A process takes so much of a GPU before it allocates anything: the context, and the kernels of its libraries."""
+CPU_PROCESS_BYTES, GPU_PROCESS_BYTES = GIB // 2, 3 * GIB
+"""A worker's own memory on its host: Python, torch and its libraries, and with CUDA the driver's share."""
 MARGIN = 0.05
 """Of what a trial may use, left to fragments and to the workspaces of matrix products."""
 
@@ -248,12 +250,37 @@ class CellMemory:
     @property
     def generation_bytes(self) -> int:
         """Of a token of prompt or answer: its keys and values in every layer, and the pass that reads the prompt."""
-        return 2 * self.dims.num_layers * self.dims.key_rows * self.element + self.pass_bytes
+        return self.cache_bytes + self.pass_bytes
+
+    @property
+    def cache_bytes(self) -> int:
+        """Keys and values of a token in every layer."""
+        return 2 * self.dims.num_layers * self.dims.key_rows * self.element
+
+    # Beside the device
+
+    def host_bytes(self, budgets: Budgets, on_gpu: bool) -> int:
+        """What a trial takes of its host's memory: a process, one float32 sum of gradients where a method wants it, and
+        without a GPU everything else. Pages of the mapped checkpoint do not count: they can be dropped."""
+        method = METHODS.get(self.method)
+        gradients = FLOAT * self.prunable if method and method.needs.gradients else 0
+        return gradients + (GPU_PROCESS_BYTES if on_gpu else CPU_PROCESS_BYTES + self.peak(budgets))
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """An unfinished training on disk: what is trained and both moments, the new one beside the old for a moment."""
+        trained = adapter_weights(self.dims, self.protocol.lora_rank)
+        return 2 * 3 * FLOAT * (trained if MODES[self.mode].has_adapter else self.prunable)
 
 
 def usable(card_bytes: int, share: float = 1.0) -> int:
     """What a trial with a share of a card can fill with tensors: less the context, and a margin."""
     return max(0, int((card_bytes * share - CONTEXT_BYTES) * (1 - MARGIN)))
+
+
+def least_card_bytes(cell: CellMemory, options: BudgetOptions = NO_OPTIONS) -> int:
+    """Memory of the smallest card that holds a cell."""
+    return round(cell.peak(smallest_budgets(cell, options)) / (1 - MARGIN)) + CONTEXT_BYTES
 
 
 def budgets_for(
@@ -314,9 +341,8 @@ def _trainings(cell: CellMemory, options: BudgetOptions) -> list[Budgets]:
 
 
 def _refusal(cell: CellMemory, card_bytes: int, share: float, options: BudgetOptions) -> str:
-    stages = cell.stages(smallest_budgets(cell, options))
+    stages, needed = cell.stages(smallest_budgets(cell, options)), least_card_bytes(cell, options)
     stage = max(stages, key=stages.__getitem__)
-    needed = stages[stage] / (1 - MARGIN) + CONTEXT_BYTES
     part = f", {share:g} of a card of {card_bytes / 1e9:.1f}" if share < 1 else ""
     return (
         f"a device must hold a cell: {cell.mode} with {cell.method} in {cell.protocol.precision} needs "

@@ -13,6 +13,7 @@ from typing import Any
 
 from ray import tune
 
+from trainables.process import prepare_process
 from tune_sparse.errors import InputError
 from tune_sparse.ledger.ledger import Ledger
 from tune_sparse.ledger.run import Run
@@ -30,6 +31,7 @@ class CandidateTrainable(tune.Trainable):
     """
 
     def setup(self, config: dict[str, Any]) -> None:
+        prepare_process()
         self._scorer: Any = None
         self._begin(config["trial"])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -14,13 +15,14 @@ from tune_sparse.evaluation.memory import budgets_for
 from tune_sparse.ledger.run import Run
 from tune_sparse.models.architectures import all_weights
 from tune_sparse.models.dims import ModelDims
+from tune_sparse.sweep.resources import ACCELERATOR_TYPE
 
+Block = tuple[str, str]
+"""Model and task: what is compared with each other."""
 LARGE_WEIGHTS = 1e9
 """A model of more weights takes hours for what a GPU does in seconds: nobody trains it on a CPU on purpose."""
 BFLOAT16_CAPABILITY = 8.0
 QUERY = ("nvidia-smi", "--query-gpu=index,uuid,name,memory.total,compute_cap", "--format=csv,noheader,nounits")
-ACCELERATOR_TYPE = "accelerator_type:"
-"""Ray's resource of a node for its kind of GPU, before the kind."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,46 @@ def gpu_kinds(node: Mapping[str, float]) -> list[str]:
     return [
         name.removeprefix(ACCELERATOR_TYPE) for name in node if name.startswith(ACCELERATOR_TYPE) and node.get("GPU")
     ]
+
+
+def block_kinds(
+    config: SweepConfig,
+    runs: Sequence[Run],
+    dims: Mapping[str, ModelDims],
+    nodes: Sequence[Mapping[str, float]],
+    hardware: Mapping[Block, str],
+) -> dict[Block, str]:
+    """{(model, task): kind of GPU} where a cluster has several kinds: what is compared is rounded alike.
+
+    Blocks are shared out by the GPUs of each kind, among those that can hold all their runs. hardware: {block: the name
+    of a card on which runs of it finished}, where the others then go too. Empty where there is one kind, or no GPU is
+    asked for.
+    """
+    gpus: Counter[str] = Counter()
+    for node in nodes:
+        gpus.update({kind: round(node["GPU"]) for kind in gpu_kinds(node)})
+    if len(gpus) < 2 or not gpus_asked(config):
+        return {}
+    blocks: dict[Block, list[Run]] = {}
+    for run in runs:
+        if run.cerebras is None:
+            blocks.setdefault((run.cell.model, run.cell.task), []).append(run)
+    load, found = dict.fromkeys(gpus, 0), dict[Block, str]()
+    for block, members in sorted(blocks.items(), key=lambda item: -len(item[1])):
+        able = [kind for kind in gpus if _holds(config, members, dims, kind)] or list(gpus)
+        before = [kind for kind in able if kind.split("-")[0] in hardware.get(block, "")]
+        found[block] = min(before or able, key=lambda kind: (load[kind] + len(members)) / gpus[kind])
+        load[found[block]] += len(members)
+    return found
+
+
+def _holds(config: SweepConfig, runs: Sequence[Run], dims: Mapping[str, ModelDims], kind: str) -> bool:
+    """Whether a kind of GPU can hold runs; one that the table of cards lacks may."""
+    try:
+        check_devices(config, runs, dims, cluster_devices([{"GPU": 1.0, f"{ACCELERATOR_TYPE}{kind}": 1.0}]))
+    except InputError:
+        return False
+    return True
 
 
 def gpus_asked(config: SweepConfig) -> float:

@@ -16,7 +16,7 @@ from tune_sparse.ledger.lease import FolderLease
 from tune_sparse.ledger.ledger import Ledger
 from tune_sparse.ledger.record import SweepRecord
 from tune_sparse.ledger.run import Run
-from tune_sparse.sweep.cards import check_devices, cluster_devices
+from tune_sparse.sweep.cards import block_kinds, check_devices, cluster_devices
 from tune_sparse.sweep.forecast import longest_first
 from tune_sparse.sweep.plan import Plan
 from tune_sparse.sweep.preparation import check_start
@@ -121,8 +121,13 @@ def _tune(
         from tune_sparse.sweep.tune_parts import Stop
 
         placement, stop = Placement(config, nodes), Stop()
+        hardware = {}
         for run in plan.runs.values():
-            placement.learn(run, ledger.record(run.run_id))
+            record = ledger.record(run.run_id)
+            placement.learn(run, record)
+            if record and record.status == "done":
+                hardware[run.cell.model, run.cell.task] = str(record.environment.get("hardware"))
+        placement.keep_on(block_kinds(config, missing, plan.dims, nodes(), hardware))
         placement.check_placeable(missing)
         check_devices(config, missing, plan.dims, cluster_devices(nodes()))
 
@@ -132,12 +137,14 @@ def _tune(
                 "results_dir": str(ledger.folder.resolve()),
                 "token": lease.token,
                 "hang_seconds": config.hang_seconds,
+                "deterministic": config.deterministic,
                 "resources": placement.resources(run),
             }
             return trial | ({"cerebras": asdict(config.cerebras)} if run.cerebras else {})
 
         waiting = longest_first(plan, ledger, missing)
-        queues = {name: [run for run in waiting if run.cell.backend == name] for name in SCARCEST_FIRST}
+        names = sorted(set(map(placement.queue, waiting)), key=lambda name: SCARCEST_FIRST.index(name.split()[0]))
+        queues = {name: [run for run in waiting if placement.queue(run) == name] for name in names}
         queue = ResourceQueue(queues, make_trial, capacity, _limit(config), stop)
         callback = LedgerCallback(
             ledger,
@@ -147,7 +154,7 @@ def _tune(
             lease,
             stop,
             placement,
-            requeue=lambda run: queue.requeue(run.cell.backend, run),
+            requeue=lambda run: queue.requeue(placement.queue(run), run),
             max_retries=config.max_retries,
         )
         with progress.shown(workers), stop_on_signals(stop):

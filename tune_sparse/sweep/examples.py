@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 
-from tune_sparse.config import SweepConfig
+from tune_sparse.config import Protocol, SweepConfig
 from tune_sparse.data.sources import examples_folder
 from tune_sparse.data.splits import Splits, calibration_text, fingerprint_splits, load_splits
-from tune_sparse.data.task_types import TextTask
+from tune_sparse.data.task_types import AnswerTask, ChoiceTask, Example, PromptTask, Task, TextTask
 from tune_sparse.data.tasks import tasks_named
 from tune_sparse.errors import InputError
+from tune_sparse.evaluation.seconds import TaskSizes
 from tune_sparse.identity import hash_json
 from tune_sparse.pruning.methods import METHODS
+
+CHARACTERS = 4.0
+"""Of a token of English, assumed."""
+SAMPLE = 200
+"""Examples whose length is looked at."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +35,8 @@ class Examples:
     """{task or mixture: selection examples}"""
     calibration_text: str | None
     """that scores are calibrated on; None where they are calibrated on tasks, or not at all"""
+    sizes: Mapping[str, TaskSizes] = field(default_factory=dict)
+    """{task or mixture: how much there is}, its tokens guessed from characters"""
 
     @property
     def calibration_fingerprint(self) -> str | None:
@@ -48,7 +57,37 @@ def read_examples(config: SweepConfig) -> Examples:
         {name: fingerprint_splits(found) for name, found in splits.items()},
         {name: sum(len(split.selection) for split in found) for name, found in splits.items()},
         _text(text, loaded, data_dir) if text else None,
+        {name: _sizes(tasks_named(name), found, config.protocol) for name, found in splits.items()},
     )
+
+
+def _sizes(tasks: Sequence[Task], splits: Sequence[Splits], protocol: Protocol) -> TaskSizes:
+    """Of a task, or of a mixture, which is trained on all of its tasks and scored on each."""
+    trained, tested = [], []
+    for task, split in zip(tasks, splits, strict=True):
+        trained += [_tokens(_training_text(task, example), protocol) for example in split.train[:SAMPLE]]
+        tested += [_tokens(_test_text(task, example), protocol) for example in split.test[:SAMPLE]]
+    count: float = sum(len(split.test) for split in splits)
+    if any(isinstance(task, TextTask) for task in tasks):  # windows of a text
+        count = sum(len(e["text"]) for split in splits for e in split.test) / CHARACTERS / protocol.max_tokens
+    is_generated = any(isinstance(task, AnswerTask) for task in tasks)
+    return TaskSizes(fmean(trained), count, fmean(tested), is_generated)
+
+
+def _tokens(text: str, protocol: Protocol) -> float:
+    return min(len(text) / CHARACTERS, protocol.max_tokens)
+
+
+def _training_text(task: Task, example: Example) -> str:
+    return "".join(task.training_pair(example)) if isinstance(task, PromptTask) else str(example["text"])
+
+
+def _test_text(task: Task, example: Example) -> str:
+    """What is computed to score an example: a choice's context once, and each choice."""
+    if isinstance(task, ChoiceTask):
+        pairs = task.pairs(example)
+        return pairs[0][0] + "".join(rest for _, rest in pairs)
+    return task.training_pair(example)[0] if isinstance(task, PromptTask) else str(example["text"])
 
 
 def _is_calibrated(config: SweepConfig) -> bool:

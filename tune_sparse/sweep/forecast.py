@@ -16,7 +16,7 @@ from tune_sparse.ledger.record import Record
 from tune_sparse.ledger.run import Run
 from tune_sparse.models.architectures import pruned_weights
 from tune_sparse.sweep.cards import gpus_asked
-from tune_sparse.sweep.plan import Plan
+from tune_sparse.sweep.plan import Plan, checkpoint_bytes, host_bytes, pruning_bytes
 from tune_sparse.sweep.progress import duration
 from tune_sparse.sweep.resources import available_cores
 
@@ -58,6 +58,12 @@ class Forecast:
     wall_seconds: float | None
     """None where it is not known how many trials run at once"""
     disk_bytes: int
+    pruning_bytes: int
+    """Stored prunings, shared by the modes of a cell, of the missing runs: beside `disk_bytes`."""
+    checkpoint_bytes: int
+    """An unfinished training of the mode with the largest, while it runs: beside `disk_bytes`."""
+    host_bytes: int
+    """A trial takes at most so much of its host's memory."""
     bounded: int
     """Runs whose bytes are a bound, not a measurement."""
     by_group: dict[str, int]
@@ -69,6 +75,11 @@ class Forecast:
         """For people."""
         bound = f", a bound for {self.bounded} of the runs: none of their model and mode was measured"
         lines = [f"Disk: about {self.disk_bytes / 1e6:.0f} MB" + (bound if self.bounded else "")]
+        lines.append(
+            f"  and {self.pruning_bytes / 1e6:.0f} MB of prunings that are made once, and up to "
+            f"{self.checkpoint_bytes / 1e6:.0f} MB for each unfinished training"
+        )
+        lines.append(f"Memory of the host: up to {self.host_bytes / 1e9:.1f} GB for each trial")
         if self.by_group:
             lines.append(f"Time of {sum(self.by_group.values())} of {self.runs} runs: {self._time()}")
         if self.scoring_seconds:
@@ -110,6 +121,9 @@ def forecast(plan: Plan, ledger: LedgerReader, missing: Sequence[Run]) -> Foreca
         disk_bytes=round(
             sum(s.disk_bytes if s else plan.estimate_bytes(run) for run, s in zip(missing, disk, strict=True))
         ),
+        pruning_bytes=pruning_bytes(plan, missing),
+        checkpoint_bytes=checkpoint_bytes(plan, missing),
+        host_bytes=host_bytes(plan, missing),
         bounded=disk.count(None),
         by_group=dict(Counter(", ".join(names) for _, (names, cost) in like if cost)),
         unmeasured=dict(Counter(" ".join(pilot_key(run.cell)) for run, (_, cost) in like if not cost)),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -16,6 +16,7 @@ from tune_sparse.config import SPLIT, Cell, SweepConfig
 from tune_sparse.data.task_types import AnswerTask
 from tune_sparse.data.tasks import mean_chance, tasks_named
 from tune_sparse.errors import InputError
+from tune_sparse.evaluation.memory import CellMemory
 from tune_sparse.identity import hash_json
 from tune_sparse.ledger.contracts import LedgerReader
 from tune_sparse.ledger.record import Record, SweepRecord
@@ -26,10 +27,12 @@ from tune_sparse.models.dims import ModelDims
 from tune_sparse.models.toy_models import TOY_MODELS
 from tune_sparse.modes import MODES
 from tune_sparse.pruning.calibration import text_examples
-from tune_sparse.pruning.methods import method_named
+from tune_sparse.pruning.methods import METHODS, method_named
 from tune_sparse.pruning.prune_model import check_method_sparsities
+from tune_sparse.sweep.cards import gpus_asked
 from tune_sparse.sweep.examples import Examples, read_examples
 from tune_sparse.sweep.retries import has_more_memory_now, is_missing, lacked_memory
+from tune_sparse.training.budgets import cpu_budgets
 
 OUTCOME_BYTES = 400
 """A scored example takes so much besides a generated text: an outcome before and after the last mask."""
@@ -78,6 +81,43 @@ class Plan:
         generates = any(isinstance(task, AnswerTask) for task in tasks_named(run.cell.task))
         outcome = OUTCOME_BYTES + TOKEN_BYTES * (run.protocol.max_new_tokens if generates else 0)
         return trained + outcome * (run.protocol.n_test or 10_000) + RUN_BYTES
+
+
+def pruning_bytes(plan: Plan, runs: Iterable[Run]) -> int:
+    """What the stored prunings of some runs take: a bit a weight, and the kept weights of a method that updates them.
+
+    A pruning that is calibrated or random is stored once for all modes; one calibrated on a task, once for each task.
+    """
+    stored: dict[tuple[Any, ...], int] = {}
+    for run in runs:
+        cell, method = run.cell, METHODS.get(run.cell.method)
+        if method is None or not cell.sparsity or not (method.is_calibrated or method.needs.seed):
+            continue
+        measured_on = cell.task if method.is_calibrated and run.protocol.calibration == "task" else None
+        key = (cell.model, measured_on, cell.method, cell.sparsity, cell.seed if method.needs.seed else None)
+        weights = pruned_weights(plan.dims[cell.model])
+        kept = round((1 - cell.sparsity) * weights) if method.updates_weights else 0
+        stored[key] = weights // 8 + kept * (2 if run.protocol.precision == "bfloat16" else 4)
+    return sum(stored.values())
+
+
+def checkpoint_bytes(plan: Plan, runs: Iterable[Run]) -> int:
+    """What the largest unfinished training of some runs takes, its last checkpoint beside the new one for a moment."""
+    return max((cell.checkpoint_bytes for cell in memory_of(plan, runs)), default=0)
+
+
+def host_bytes(plan: Plan, runs: Iterable[Run]) -> int:
+    """The most memory that a trial of some runs takes of its host: without GPUs, everything."""
+    on_gpu = bool(gpus_asked(plan.config))
+    cells = memory_of(plan, runs)
+    return max((cell.host_bytes(cpu_budgets(cell.longest), on_gpu) for cell in cells), default=0)
+
+
+def memory_of(plan: Plan, runs: Iterable[Run]) -> list[CellMemory]:
+    """The memory of each kind of run that this machine, or its cluster, trains."""
+    dims = plan.dims
+    kinds = {(r.cell.model, r.cell.mode, r.cell.method): r.protocol for r in runs if r.cerebras is None}
+    return [CellMemory(dims[model], mode, method, p) for (model, mode, method), p in kinds.items()]
 
 
 def requested_cells(config: SweepConfig) -> list[Cell]:

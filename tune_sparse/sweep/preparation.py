@@ -8,10 +8,12 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import psutil
+
 from tune_sparse.cerebras.environment import check_cluster
 from tune_sparse.cerebras.preflight import working_bytes
 from tune_sparse.config import SweepConfig
-from tune_sparse.errors import InputError
+from tune_sparse.errors import InputError, TooLargeError
 from tune_sparse.files import check_room
 from tune_sparse.ledger.lease import check_not_locked
 from tune_sparse.ledger.ledger import Ledger
@@ -20,7 +22,8 @@ from tune_sparse.models.checkpoints import prepare_models
 from tune_sparse.models.toy_models import TOY_MODELS
 from tune_sparse.sweep.cards import check_devices, local_devices
 from tune_sparse.sweep.examples import read_examples
-from tune_sparse.sweep.plan import Plan, check_names, plan_cells
+from tune_sparse.sweep.forecast import trials_at_once
+from tune_sparse.sweep.plan import Plan, check_names, checkpoint_bytes, host_bytes, plan_cells, pruning_bytes
 from tune_sparse.tracking.sync import tracking_uri
 
 logger = logging.getLogger(__name__)
@@ -54,12 +57,32 @@ def check_folder(folder: Path) -> None:
     check_not_locked(folder)
 
 
+def check_host(needed: int) -> None:
+    """Raise `TooLargeError` if a single trial takes more memory than this machine has."""
+    total = psutil.virtual_memory().total
+    if needed > total:
+        raise TooLargeError(
+            f"the memory of a machine must hold a trial, which takes up to {needed / 1e9:.1f} GB, it has "
+            f"{total / 1e9:.1f}. Give --gpus-per-trial 1 on a machine with a GPU, or take a smaller model, precision "
+            "bfloat16, or a machine with more memory."
+        )
+
+
+def needed_bytes(plan: Plan, missing: Sequence[Run]) -> int:
+    """Room that a sweep needs in its results folder: what its runs leave there, their prunings, and the checkpoints of
+    as many trainings as run at once, or of one where only a cluster knows how many do."""
+    written = sum(plan.estimate_bytes(run) for run in missing)
+    at_once = min(trials_at_once(plan.config, "torch") or 1, len(missing))
+    return written + pruning_bytes(plan, missing) + at_once * checkpoint_bytes(plan, missing)
+
+
 def check_start(plan: Plan, ledger: Ledger, missing: Sequence[Run]) -> None:
     """Raise `InputError` unless a GPU of this machine can hold the missing runs, and there is room for what they will
     write, and a cluster for those on Cerebras. What the GPUs of a Ray cluster can hold, only the cluster knows."""
     if "RAY_ADDRESS" not in os.environ:
         check_devices(plan.config, missing, plan.dims, local_devices())
-    check_room(ledger.folder, sum(plan.estimate_bytes(run) for run in missing), "a sweep", FREE_SOME)
+        check_host(host_bytes(plan, missing))
+    check_room(ledger.folder, needed_bytes(plan, missing), "a sweep", FREE_SOME)
     if "cerebras" in plan.config.backends:
         settings = plan.config.cerebras
         if settings.cerebras_target == "csx":

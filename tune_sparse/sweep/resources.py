@@ -24,6 +24,10 @@ MEMORY_MARGIN = 1.2
 CONTEXT_BYTES = 1 << 30
 """A process takes so much of a GPU before it allocates anything."""
 
+ACCELERATOR_TYPE = "accelerator_type:"
+"""Ray's resource of a node for its kind of GPU, before the kind: one, however many GPUs it has."""
+OF_THIS_KIND = 0.001
+"""Of that resource, for as many trials as there may be."""
 MOST_TOGETHER = 8
 """Trials on one GPU: more of them wait for each other's computing."""
 
@@ -51,6 +55,19 @@ class Placement:
         self._config, self._nodes = config, nodes
         self._needed: dict[tuple[str, ...], float] = {}
         self._alone: set[str] = set()
+        self._kinds: Mapping[tuple[str, str], str] = {}
+
+    def keep_on(self, kinds: Mapping[tuple[str, str], str]) -> None:
+        """Place runs of each (model, task) on its kind of GPU, by the name that Ray gives it."""
+        self._kinds = kinds
+
+    def queue(self, run: Run) -> str:
+        """The trials that wait for the same hardware as a run, by name."""
+        kind = self._kind_of_gpu(run)
+        return f"{run.cell.backend} {kind}" if kind else run.cell.backend
+
+    def _kind_of_gpu(self, run: Run) -> str | None:
+        return None if run.cerebras else self._kinds.get((run.cell.model, run.cell.task))
 
     def resources(self, run: Run) -> Resources:
         """By Ray's names. A kind of run whose memory was not measured yet takes a whole GPU."""
@@ -61,6 +78,8 @@ class Placement:
             held["GPU"] = gpu_share(self._needed.get(_kind(run), 1.0))
         else:
             held["GPU"] = self._config.gpus_per_trial
+        if kind := self._kind_of_gpu(run):
+            held[f"{ACCELERATOR_TYPE}{kind}"] = OF_THIS_KIND
         held = {name: amount for name, amount in held.items() if amount}
         return self._whole_node(held) if run.run_id in self._alone else held
 

@@ -1,0 +1,130 @@
+"""The seconds of a cell on a card that nobody has measured: counted operations and bytes over assumed rates.
+
+Only for a forecast: a measured run of the same kind is worth more. Left out: attention's own products, which are small
+at the lengths of these tasks, and the waits of a trial for disk and network.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tune_sparse.evaluation.cards import Card
+from tune_sparse.evaluation.memory import CellMemory
+from tune_sparse.models.architectures import matrix_sizes
+from tune_sparse.modes import MODES
+from tune_sparse.pruning.methods import METHODS
+from tune_sparse.training.budgets import Budgets
+
+PADDED_OVER_TRUE = 1.07
+"""Tokens of micro-batches sorted by length over their true tokens."""
+LEAST_SECONDS = 0.1
+"""A micro-batch of a model of 32 layers takes so long to launch."""
+LAUNCHED_LAYERS = 32
+REBUILT_BYTES = 50
+"""Read and written a weight to build W_eff and to mask its gradient: counted (docs/scale.md)."""
+DECODING_SECONDS = 0.03
+"""A step of generation takes at least so long to launch at 32 layers."""
+SCORING_RATE = 0.75
+"""Of the rate of training: shorter passes."""
+STREAMED_BYTES_A_SECOND = 1e9
+"""Weights read from disk, hashed and written, on one core."""
+STREAMED_TIMES = 2
+COLUMN_SECONDS = 4e-5
+"""SparseGPT launches so long for each column."""
+SHARED_BEFORE_TUNING = 0.5
+"""The accuracy before tuning is computed once for both modes."""
+
+
+@dataclass(frozen=True)
+class TaskSizes:
+    """How much a task has to train on and to score."""
+
+    train_tokens: float
+    """of a training example, on average"""
+    test_examples: float
+    test_tokens: float
+    """computed for each test example: a prefix that choices share once"""
+    is_generated: bool = False
+    """Answers are written, of at most `max_new_tokens`."""
+
+
+@dataclass(frozen=True)
+class CellSeconds:
+    """A cell on a card."""
+
+    cell: CellMemory
+    card: Card
+    budgets: Budgets
+    sizes: TaskSizes
+
+    @property
+    def total(self) -> float:
+        return self.training + self.scoring + self.pruning + self.streaming
+
+    @property
+    def training(self) -> float:
+        """Forward and input gradient take 2 operations a weight and token each, the gradient of a masked update or of a
+        weight 2 more, and a forward that is computed again 2 more."""
+        protocol, mode, budgets = self.cell.protocol, MODES[self.cell.mode], self.budgets
+        of_weights = mode.masks_update or not mode.has_adapter
+        operations = 4 + 2 * of_weights + 2 * budgets.activation_checkpointing
+        tokens = protocol.steps * protocol.global_batch_size * self.sizes.train_tokens * PADDED_OVER_TRUE
+        passes = max(protocol.steps, tokens / budgets.micro_batch_tokens)
+        computing = tokens * operations * self._active_weights / self.card.rate(protocol.precision)
+        builds = protocol.steps if budgets.keeps_effective_weights else passes
+        built = builds * REBUILT_BYTES * self.cell.prunable * mode.masks_update
+        updated = protocol.steps * 7 * self.cell.trained * (not mode.has_adapter) / 4
+        return max(computing, passes * LEAST_SECONDS * self._depth) + (built + updated) / self.card.bandwidth
+
+    @property
+    def scoring(self) -> float:
+        """Before tuning, merged, and where a last mask is applied, also before it."""
+        return (1 + SHARED_BEFORE_TUNING + MODES[self.cell.mode].masks_at_merge) * self._scored_once
+
+    @property
+    def _scored_once(self) -> float:
+        sizes, protocol = self.sizes, self.cell.protocol
+        read = sizes.test_examples * sizes.test_tokens
+        rate = SCORING_RATE * self.card.rate(protocol.precision)
+        passes = 2 * read * self._active_weights / rate
+        if not sizes.is_generated:
+            return passes
+        tokens = read + sizes.test_examples * protocol.max_new_tokens
+        batches = max(1.0, tokens / self.budgets.generation_tokens)
+        kept = self.cell.weights + min(tokens, self.budgets.generation_tokens) * self.cell.cache_bytes
+        step = max(DECODING_SECONDS * self._depth, kept / self.card.bandwidth)
+        return passes + batches * protocol.max_new_tokens * step
+
+    @property
+    def pruning(self) -> float:
+        """Calibration, and SparseGPT's columns: once for both modes. Scores take a few passes over the weights."""
+        method, protocol = METHODS.get(self.cell.method), self.cell.protocol
+        if method is None:
+            return 0.0
+        scored = 16 * self.cell.prunable / self.card.bandwidth
+        if not method.is_calibrated:
+            return scored
+        tokens = protocol.calibration_examples * min(self.sizes.train_tokens, self.cell.longest)
+        operations = 6 if method.needs.gradients else 2
+        measured = tokens * operations * self._active_weights / self.card.rate(protocol.precision)
+        return scored + (measured + (self._updating if method.updates_weights else 0.0)) * SHARED_BEFORE_TUNING
+
+    @property
+    def _updating(self) -> float:
+        sizes = matrix_sizes(self.cell.dims).values()
+        columns = sum(width for _, width in sizes)
+        products = sum(2 * rows * width**2 for rows, width in sizes)
+        return columns * COLUMN_SECONDS + products / self.card.float32_flops
+
+    @property
+    def streaming(self) -> float:
+        return STREAMED_TIMES * self.cell.weights / STREAMED_BYTES_A_SECOND
+
+    @property
+    def _active_weights(self) -> float:
+        """Prunable weights that compute a token: those of its experts alone."""
+        return self.cell.prunable * self.cell.dims.experts_per_token / self.cell.dims.num_experts
+
+    @property
+    def _depth(self) -> float:
+        return self.cell.dims.num_layers / LAUNCHED_LAYERS

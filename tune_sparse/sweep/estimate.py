@@ -1,0 +1,151 @@
+"""Memory and hours of a sweep by the formula: before data, checkpoint or card are there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from tune_sparse.config import Cell, SweepConfig
+from tune_sparse.data.tasks import tasks_named
+from tune_sparse.errors import NotReadyError, TooLargeError
+from tune_sparse.evaluation.cards import Card
+from tune_sparse.evaluation.memory import CellMemory, budgets_for, least_card_bytes
+from tune_sparse.evaluation.published import published_dims, published_sizes
+from tune_sparse.evaluation.seconds import CellSeconds, TaskSizes
+from tune_sparse.models.checkpoints import check_checkpoint, short_name
+from tune_sparse.models.dims import ModelDims
+from tune_sparse.sweep.examples import read_examples
+from tune_sparse.sweep.plan import Plan, requested_cells
+from tune_sparse.sweep.progress import duration
+
+Kind = tuple[str, str, str]
+"""Model, mode and method."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The sizes of what a sweep names, as far as they are known."""
+
+    dims: Mapping[str, ModelDims]
+    """{short name of a model: its sizes}"""
+    tasks: Mapping[str, TaskSizes]
+    assumed: tuple[str, ...] = ()
+    """Models and tasks whose sizes were published, not read."""
+    unknown: tuple[str, ...] = ()
+    """Models and tasks of which not even that is known."""
+
+
+@dataclass(frozen=True)
+class KindEstimate:
+    """Runs of one model, mode and method, one after the other on a whole card."""
+
+    card: str
+    model: str
+    mode: str
+    method: str
+    runs: int
+    least_bytes: int
+    """Memory of the smallest card that holds them"""
+    peak_bytes: int | None
+    """The most bytes of tensors in any stage, at the budgets that the card would have; None where none fit."""
+    seconds: float | None
+    too_small: str | None
+    """Why the card cannot hold them."""
+
+
+def plan_sizes(plan: Plan) -> Sizes:
+    return Sizes(plan.dims, plan.examples.sizes)
+
+
+def known_sizes(config: SweepConfig) -> Sizes:
+    """Of a sweep that is not ready: what is there is read, and published sizes stand in for the rest."""
+    dims: dict[str, ModelDims | None] = {}
+    assumed = []
+    for model in config.models:
+        name = short_name(model)
+        try:
+            dims[name] = check_checkpoint(model).dims
+        except NotReadyError:
+            dims[name] = published_dims(name)
+            assumed.append(name)
+    try:
+        tasks: dict[str, TaskSizes | None] = dict(read_examples(config).sizes)
+    except NotReadyError:
+        tasks = {name: published_sizes([task.name for task in tasks_named(name)]) for name in config.tasks}
+        assumed += config.tasks
+    found = dims | tasks
+    return Sizes(
+        {name: value for name, value in dims.items() if value},
+        {name: value for name, value in tasks.items() if value},
+        tuple(name for name in assumed if found[name]),
+        tuple(name for name, value in found.items() if not value),
+    )
+
+
+def trained_cells(config: SweepConfig) -> list[Cell]:
+    """The cells whose trainings serve all cells, models by their short names."""
+    return list(dict.fromkeys(cell.trained for cell in requested_cells(config)))
+
+
+def estimate(config: SweepConfig, cells: Sequence[Cell], sizes: Sizes, cards: Sequence[Card]) -> list[KindEstimate]:
+    """Estimate the cells of the backend torch whose sizes are known, by kind and card."""
+    kinds: dict[Kind, list[TaskSizes]] = {}
+    for cell in cells:
+        model = short_name(cell.model)
+        if cell.backend == "torch" and model in sizes.dims and cell.task in sizes.tasks:
+            kinds.setdefault((model, cell.mode, cell.method), []).append(sizes.tasks[cell.task])
+    dims = sizes.dims
+    return [_estimate(config, kind, tasks, dims[kind[0]], card) for kind, tasks in kinds.items() for card in cards]
+
+
+def _estimate(config: SweepConfig, kind: Kind, tasks: Sequence[TaskSizes], dims: ModelDims, card: Card) -> KindEstimate:
+    _, mode, method = kind
+    cell = CellMemory(dims, mode, method, config.protocol)
+    peak, seconds, why = None, None, None
+    if config.protocol.precision == "bfloat16" and not card.has_bfloat16:
+        why = "it does not compute in bfloat16"
+    else:
+        try:
+            budgets = budgets_for(card.memory_bytes, 1.0, dims, mode, method, config.protocol, config.budgets)
+        except TooLargeError as error:
+            why = str(error)
+        else:
+            peak = cell.peak(budgets)
+            seconds = sum(CellSeconds(cell, card, budgets, task).total for task in tasks)
+    return KindEstimate(card.name, *kind, len(tasks), least_card_bytes(cell, config.budgets), peak, seconds, why)
+
+
+def estimate_lines(found: Sequence[KindEstimate], sizes: Sizes) -> list[str]:
+    """A table for people: a line for each kind, a column for each card."""
+    if not found:
+        return [_unknown(sizes)] if sizes.unknown else []
+    cards = list(dict.fromkeys(kind.card for kind in found))
+    rows: dict[tuple[str, ...], dict[str, str]] = {}
+    for kind in found:
+        least = f"{kind.runs} runs, from {kind.least_bytes / 1e9:.3g} GB"
+        name = (kind.model, kind.mode, kind.method, least)
+        rows.setdefault(name, {})[kind.card] = _shown(kind)
+    totals = {card: sum(kind.seconds or 0.0 for kind in found if kind.card == card) for card in cards}
+    whole = {card: duration(seconds) for card, seconds in totals.items()}
+    table = [("", "", "", "", *cards), *((*name, *(row[card] for card in cards)) for name, row in rows.items())]
+    table.append(("all that fit", "", "", "", *(whole[card] for card in cards)))
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    lines = [
+        "  " + "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in table
+    ]
+    heading = f"Memory and hours by the formula, one whole card each, its rates assumed{_assumed(sizes)}:"
+    return [heading, *lines, *([_unknown(sizes)] if sizes.unknown else [])]
+
+
+def _shown(kind: KindEstimate) -> str:
+    if kind.peak_bytes is None or kind.seconds is None:
+        return "too small" if "GB" in (kind.too_small or "") else "no bfloat16"
+    return f"{kind.peak_bytes / 1e9:.3g} GB, {duration(kind.seconds)}"
+
+
+def _assumed(sizes: Sizes) -> str:
+    return f", published sizes of {', '.join(sizes.assumed)} assumed" if sizes.assumed else ""
+
+
+def _unknown(sizes: Sizes) -> str:
+    return f"No estimate with {', '.join(sizes.unknown)}: not here, and no published size is known."
