@@ -95,7 +95,7 @@ def test_stored_prunings_and_checkpoints_need_room_too(tmp_path: Path, ledger: L
     found = forecast(plan, ledger, plan.missing(ledger))
     assert found.pruning_bytes == pytest.approx(4 * 0.81e9 + 2 * 6.48e9, rel=0.01), "of two tasks, of two seeds"
     assert found.checkpoint_bytes < 1.1e9
-    assert 18e9 < found.host_bytes < 25e9, "trials compute on the CPU"
+    assert 25e9 < found.host_bytes < 30e9, "weights, and 2,048 tokens of activations: trials compute on the CPU"
     with pytest.raises(TooLargeError, match=r"which takes up to 100000\.0 GB, it has"):
         check_host(10**14)
     tuned = plan_of_7b(tmp_path, make_cell(mode="masked-finetuning"))
