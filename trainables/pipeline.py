@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Generator, Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from trainables.worker import WorkerCache
 from tune_sparse.data.splits import Encoded
 from tune_sparse.errors import RunError
 from tune_sparse.evaluation.flops import SEQUENCE_LENGTHS, inference_flops, training_flops
+from tune_sparse.evaluation.memory import PROBE_TOKENS
 from tune_sparse.evaluation.metrics import Metrics, primary_metric
 from tune_sparse.evaluation.outcomes import write_outcomes
 from tune_sparse.evaluation.scoring import Scored, score
@@ -116,8 +118,10 @@ class Work:
 
     @property
     def probe(self) -> list[Encoded]:
-        """The examples on which logits are compared."""
-        return self.examples.train[:PROBE_EXAMPLES]
+        """The first examples, on which logits are compared: one at least, and few enough tokens for their logits."""
+        train = self.examples.train
+        lengths = accumulate(len(e.context) + len(e.continuation) for e in train[:PROBE_EXAMPLES])
+        return train[: max(1, sum(length <= PROBE_TOKENS for length in lengths))]
 
     def score(self) -> Scored:
         """Score the model as its weights are now."""

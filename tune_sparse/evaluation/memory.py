@@ -46,7 +46,7 @@ MERGE_BYTES = 16
 """A weight being merged: the dense one, the merged one, its mask, and the update before and after it was rounded."""
 VALIDATE_BYTES = 6
 PROBE_TOKENS = 2048
-"""Tokens whose logits are compared before and after the merge, in float32."""
+"""Tokens whose logits are compared before and after the merge: both, one of them being put together, and in float32."""
 
 MICRO_BATCH_TOKENS = (8192, 4096, 2048, 1024)
 """Budgets that are tried, the largest first. More tokens than that compute no faster: the products are large enough,
@@ -233,7 +233,7 @@ class CellMemory:
         trained = adapter_weights(self.dims, self.protocol.lora_rank) * FLOAT
         if not MODES[self.mode].has_adapter:
             trained = (FLOAT - self.element) * self.prunable
-        probe = PROBE_TOKENS * self.dims.vocab_size * 2 * FLOAT
+        probe = PROBE_TOKENS * self.dims.vocab_size * 3 * (self.element + FLOAT)
         return trained + max(self.largest * MERGE_BYTES, probe)
 
     def scoring(self, budgets: Budgets) -> int:
