@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -84,6 +84,8 @@ class Results:
     run_files: tuple[RunFiles, ...]
     unreadable: tuple[UnreadableFile, ...]
     imported: tuple[Imported, ...]
+    throughputs: tuple[dict[str, Any], ...] = ()
+    """what `tune-sparse throughput` measured"""
 
     @cached_property
     def done(self) -> list[RunFiles]:
@@ -109,7 +111,24 @@ def read_results(folders: Sequence[Path], sweep_ids: Sequence[str] | None = None
     wanted = None if sweep_ids is None else {cell["run_id"] for sweep in chosen for cell in sweep.cells}
     run_files = [e for folder in folders for e in reader.runs(folder, wanted)]
     imported = [i for folder in folders for i in reader.imported(folder)]
-    return Results(tuple(folders), tuple(chosen), tuple(run_files), tuple(reader.unreadable), tuple(imported))
+    throughputs = [value for folder in folders for value in reader.throughputs(folder)]
+    return Results(
+        tuple(folders),
+        tuple(chosen),
+        tuple(run_files),
+        tuple(reader.unreadable),
+        tuple(imported),
+        tuple(throughputs),
+    )
+
+
+def is_measured_elsewhere(throughput: Mapping[str, Any]) -> bool:
+    """Whether a record of `throughput` of a run of Cerebras does not say that its rates were measured there.
+
+    Earlier versions of that command wrote the rates of torch on the machine at hand under such a run's name.
+    """
+    is_cerebras = str(throughput["run_id"]).startswith("cerebras_")
+    return is_cerebras and throughput.get("measured_on", {}).get("backend") != "cerebras"
 
 
 class _Reader:
@@ -133,6 +152,13 @@ class _Reader:
         except InputError as error:
             self._list(folder / "imported", error)
             return []
+
+    def throughputs(self, folder: Path) -> Iterator[dict[str, Any]]:
+        for path in sorted((folder / "throughput").glob("*.json")):
+            try:
+                yield read_json(path)
+            except READING_ERRORS as error:
+                self._list(path, error)
 
     def runs(self, folder: Path, wanted: set[str] | None) -> Iterator[RunFiles]:
         for path in sorted((folder / "runs").glob("[!.]*")):
