@@ -133,6 +133,7 @@ class CerebrasTraining:
         )
         first = mean_loss(trainable.model, next(batches(examples.train, run.protocol, run.cell.seed)), run.protocol)
         log(f"the training is written in {folder}, the pruned model's loss on the first examples is {first:.4f}")
+        log("there, micro_batch_size and eval_every have no effect: a step is whole, no loss is measured in between")
         if restart:
             log(f"goes on after step {restart['step']} of a training that was lost")
         if is_csx:
