@@ -118,6 +118,16 @@ def unproven_number(ledger: Ledger) -> None:
     edit(run_folder_in(ledger) / "result.json", metrics={"accuracy": 0.99})
 
 
+def measured_elsewhere(ledger: Ledger) -> None:
+    """As `throughput --backend cerebras` wrote it when it measured torch."""
+    (ledger.folder / "throughput").mkdir()
+    rates = {"batch_size": 8, "train_examples_per_second": 327.7, "train_tokens_per_second": 8000.0}
+    value = {"run_id": "cerebras_tiny_boolq_s50_dense_12345678", "by_batch_size": [rates], "environment": {}}
+    write_json(ledger.folder / "throughput" / "one.json", value)
+    right = value | {"measured_on": {"backend": "cerebras", "target": "csx", "release": "2.10.0"}}
+    write_json(ledger.folder / "throughput" / "two.json", right)
+
+
 def conflict(ledger: Ledger) -> None:
     other = ledger.folder.parent / "other"
     shutil.copytree(run_folder_in(ledger), other / "runs" / A_RUN.run_id)
@@ -202,6 +212,7 @@ PLANTED: dict[str, Callable[[Ledger], None]] = {
     "overlap": overlap,
     "counted-twice": counted_twice,
     "unproven-number": unproven_number,
+    "measured-elsewhere": measured_elsewhere,
     "conflict": conflict,
     "at-chance": at_chance,
     "constant-prediction": constant_prediction,

@@ -12,14 +12,21 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from factories import finished, tiny_run
 
+from trainables.cerebras_backend import CerebrasTraining
+from trainables.pipeline import run_cell
+from trainables.worker import WorkerCache
+from tune_sparse.cerebras.appliance import name_label, results_label, run_label
 from tune_sparse.cerebras.conversion import cerebras_name, interleaved, to_cerebras, to_hugging_face
 from tune_sparse.cerebras.environment import SiteEnvironment
-from tune_sparse.cerebras.failures import classify_failure
+from tune_sparse.cerebras.failures import ApplianceError, classify_failure
+from tune_sparse.cerebras.job import job_appliance
 from tune_sparse.cerebras.preflight import lower, matrix_shapes
+from tune_sparse.config import Cerebras
 from tune_sparse.ledger.ledger import Ledger
 from tune_sparse.ledger.run import Run
 from tune_sparse.models.checkpoints import check_checkpoint, prunable_weights, read_config
@@ -156,6 +163,63 @@ def test_without_a_cluster_a_csx_sweep_ends_before_it_trains(
     assert not list((tmp_path / "results").glob("runs/*"))
 
 
+@pytest.mark.modelzoo
+def test_a_lost_training_ends_with_the_weights_of_an_undisturbed_one(
+    llama: Path, environment: SiteEnvironment, tmp_path: Path
+) -> None:
+    """Killed after step 14, it goes on from its checkpoint of step 10: the same losses and weights, to the bit."""
+    run = replace(
+        tiny_run(llama, mode="sparse-to-sparse", steps=30, backend="cerebras"),
+        cerebras={"target": "cpu", "release": environment.release},
+    )
+    stage = CerebrasTraining(Cerebras("cpu", checkpoint_steps=10))
+    lost, whole = Ledger(tmp_path / "lost"), Ledger(tmp_path / "whole")
+    steps = run_cell(run, lost, WorkerCache(), stage)
+    while (step := next(steps)) is None or step.step < 14:
+        pass
+    [child] = [p for p in psutil.process_iter(["cmdline"]) if is_child_in(lost.folder, p.info["cmdline"] or [])]
+    child.kill()
+    with pytest.raises(ApplianceError, match="killed by signal 9"):
+        list(steps)
+    for ledger in (lost, whole):
+        for _ in run_cell(run, ledger, WorkerCache(), stage):
+            pass
+    assert "goes on after step" in (lost.run_folder(run.run_id) / "train.log").read_text()
+    assert torch.equal(losses(lost, run), losses(whole, run))
+    records = [ledger.record(run.run_id) for ledger in (lost, whole)]
+    assert len({record.metrics["weights_sha256"] for record in records if record}) == 1
+
+
+def is_child_in(folder: Path, command: list[str]) -> bool:
+    return any(part.endswith("child.py") for part in command) and str(folder) in " ".join(command)
+
+
+SETTINGS = """
+import json, sys
+import cerebras.pytorch as cstorch
+from cerebras.appliance.cluster_config import ClusterConfig
+job = json.loads(sys.argv[1])
+ClusterConfig(**job["cluster"])
+cstorch.backends.csx.performance.micro_batch_size = job["micro_batch_size"]
+"""
+
+
+@pytest.mark.cerebras
+def test_the_client_takes_every_setting(environment: SiteEnvironment, tmp_path: Path) -> None:
+    settings = Cerebras(
+        num_csx=2,
+        mount_dirs=(str(tmp_path),),
+        python_paths=(str(tmp_path),),
+        num_workers_per_csx=2,
+        automount=False,
+        job_priority="p3",
+        disable_version_check=True,
+        csx_micro_batch_size="32",
+    )
+    labels = [run_label("r" * 64, "i" * 64), results_label("r" * 64), name_label("cerebras_llama_s50_12345678")]
+    run_there(environment, SETTINGS, json.dumps(job_appliance(settings, labels)))
+
+
 @pytest.mark.cerebras
 def test_an_operation_that_does_not_lower_is_named(environment: SiteEnvironment, tmp_path: Path) -> None:
     with (tmp_path / "child.log").open("w") as log:
@@ -171,7 +235,6 @@ def test_a_run_merges_to_the_weights_that_were_scored(
     llama: Path, environment: SiteEnvironment, tmp_path: Path
 ) -> None:
     """`merge --run` of a cell that Cerebras trained is a checkpoint whose accuracy is the recorded one."""
-    from trainables.worker import WorkerCache
     from tune_sparse.evaluation.scoring import score
     from tune_sparse.export.merge import merge_run
     from tune_sparse.models.checkpoints import load_model

@@ -115,7 +115,7 @@ def test_every_word_is_used() -> None:
 
 def test_prepare_and_throughput_show_only_what_they_use() -> None:
     assert set(options(COMMANDS["prepare"])) == USED_BY_PREPARE
-    unused = {"workers", "max_retries", "hang_seconds", "tracking_uri", "backend", "seeds", "cs3"}
+    unused = {"workers", "max_retries", "hang_seconds", "tracking_uri", "seeds", "cs3", "scoring_gpus"}
     assert unused.isdisjoint(options(COMMANDS["throughput"]))
     assert unused <= set(options(COMMANDS["sweep"]))
 

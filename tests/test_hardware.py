@@ -9,9 +9,10 @@ import pandas as pd
 import pytest
 from sound import edit, make_cells, sound_ledger
 
+from analysis.baselines.published import load_published
 from analysis.read.load import cells_table
 from analysis.read.results import read_results
-from analysis.report.hardware import hardware_pairs, hardware_rows
+from analysis.report.hardware import hardware_pairs, hardware_rows, published_rates
 from analysis.report.runs import Runs, find_runs
 from tune_sparse.ledger.ledger import Ledger
 
@@ -60,6 +61,17 @@ def test_a_row_shows_compile_time_apart_from_rates(both: tuple[pd.DataFrame, Run
     assert row["compile"] == "– / 120"
     assert row["torch_run"].startswith("torch_")
     assert row["cerebras_run"].startswith("cerebras_")
+
+
+def test_published_rates_of_a_cs3_say_how_much_they_weigh() -> None:
+    rates = published_rates(load_published())
+    weights = [rate["weight"] for rate in rates]
+    assert {weight: weights.count(weight) for weight in weights} == {"official": 2, "a run's log": 3, "unofficial": 31}
+    assert weights == sorted(weights, key=["official", "a run's log", "unofficial"].index)
+    dense = next(rate for rate in rates if "batch 1024" in rate["where"])
+    assert (dense["model"], dense["rate"], dense["sparsity"]) == ("Llama-2-7b-hf", "31.98", "0")
+    runs_twice = [rate for rate in rates if "the other version of this table" in rate["notes"]]
+    assert len(runs_twice) == 24
 
 
 def test_one_backend_has_no_pairs(tmp_path: Path) -> None:

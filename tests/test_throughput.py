@@ -74,6 +74,7 @@ def test_the_command_prints_and_keeps_what_it_measured(
     kept = json.loads(path.read_text())
     assert [row["batch_size"] for row in kept["by_batch_size"]] == [1, 2]
     printed = capsys.readouterr().out.splitlines()
+    assert kept["measured_on"] == {"backend": "torch"}
     assert printed[-3] == kept["run_id"] == path.stem
     assert [float(line.split()[1]) for line in printed[-2:]] == [
         round(row["train_examples_per_second"], 1) for row in kept["by_batch_size"]
@@ -82,3 +83,88 @@ def test_the_command_prints_and_keeps_what_it_measured(
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["run_id"] == kept["run_id"]
     assert main(["throughput", *cell, "--batch-sizes", "0"]) == BAD_INPUT
     assert "a batch size must be at least 1, got 0." in capsys.readouterr().err
+
+
+CELL = ("--tasks", "boolq", "--methods", "random", "--sparsities", "0.5", "--modes", "sparse-to-dense")
+
+
+def asked(llama: Path, results: Path, *more: str) -> list[str]:
+    data = ("--data-dir", "synthetic", "--results-dir", str(results), "--set", "n_train=16", "n_test=4")
+    return ["throughput", "--models", str(llama), *CELL, *data, "--backend", "cerebras", "--json", *more]
+
+
+def kept(results: Path) -> dict[str, Any]:
+    [path] = (results / "throughput").glob("*.json")
+    found: dict[str, Any] = json.loads(path.read_text())
+    return found
+
+
+@pytest.fixture
+def torch_never_trains(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: Any, **__: Any) -> Any:
+        raise AssertionError("a rate of the backend cerebras must not be measured with torch")
+
+    monkeypatch.setattr(throughput, "fit", refused)
+
+
+@pytest.fixture
+def cluster(site: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr("tune_sparse.cerebras.environment.CLUSTER_CONFIG", site)
+    for name in ("http_proxy", "https_proxy", "grpc_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    return site
+
+
+def test_a_rate_of_cerebras_is_measured_on_the_target_that_was_asked(
+    llama: Path, site: Path, tmp_path: Path, torch_never_trains: None
+) -> None:
+    from stand_in_cerebras import STEP_SECONDS
+
+    assert main(asked(llama, tmp_path, "--cerebras-target", "cpu", "--batch-sizes", "2", "4")) == OK
+    found = kept(tmp_path)
+    assert found["measured_on"] == {"backend": "cerebras", "target": "cpu", "release": "2.10.0"}
+    for row in found["by_batch_size"]:
+        assert 0 < row["train_examples_per_second"] <= row["batch_size"] / STEP_SECONDS
+        assert row["compiler_estimate_examples_per_second"] is None
+
+
+def test_on_a_wafer_queue_and_compile_are_no_part_of_the_rate_and_the_estimate_stands_apart(
+    llama: Path, cluster: Path, tmp_path: Path, torch_never_trains: None
+) -> None:
+    assert main(asked(llama, tmp_path, "--batch-sizes", "4")) == OK
+    [row] = kept(tmp_path)["by_batch_size"]
+    assert row["compiler_estimate_examples_per_second"] == 34.1
+    assert row["train_examples_per_second"] not in (None, 34.1)
+    assert row["peak_memory_bytes"] is None
+    [folder] = (tmp_path / "throughput" / "jobs").iterdir()
+    labels = json.loads((folder / "job.json").read_text())["cluster"]["job_labels"]
+    assert labels[0].startswith("tune_sparse=")
+
+
+def test_an_estimate_without_training_is_never_a_rate(
+    llama: Path, cluster: Path, tmp_path: Path, torch_never_trains: None
+) -> None:
+    assert main(asked(llama, tmp_path, "--batch-sizes", "4", "--compile-only")) == OK
+    [row] = kept(tmp_path)["by_batch_size"]
+    assert row["compiler_estimate_examples_per_second"] == 34.1
+    assert (row["train_examples_per_second"], row["train_tokens_per_second"]) == (None, None)
+
+
+def test_what_cannot_be_measured_is_refused_or_says_why(
+    llama: Path, site: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for more, message in (
+        (("--cerebras-target", "validate"), "a rate needs a target that trains, validate trains nothing"),
+        (("--cerebras-target", "csx"), "this machine knows none"),
+        (("--cerebras-target", "cpu", "--compile-only"), "only the compiler of a CS-3 makes an estimate"),
+        (("--backend", "torch", "--compile-only"), "only the backend cerebras compiles"),
+    ):
+        assert main(asked(llama, tmp_path, *more)) == BAD_INPUT
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "throughput").exists()
+    (site / "fault").write_text("unavailable")
+    assert main(asked(llama, tmp_path, "--cerebras-target", "cpu", "--batch-sizes", "4")) == OK
+    [row] = kept(tmp_path)["by_batch_size"]
+    assert row["train_examples_per_second"] is None
+    assert "the appliance was unavailable" in row["problem"]

@@ -136,7 +136,7 @@ def test_the_command_imports_the_built_in_numbers_and_a_file(
     Ledger(tmp_path).write_sweep(make_sweep([make_cell()]))
     own = write_published(tmp_path / "own.csv", {"model": "tiny"})
     assert main(["track", "--results-dir", str(tmp_path), "--baselines", str(own)]) == 0
-    assert "295 published runs are in sqlite" in capsys.readouterr().out
+    assert "331 published runs are in sqlite" in capsys.readouterr().out
     client = MlflowClient(tracking_uri=default_uri(tmp_path))
     experiment = client.get_experiment_by_name(PUBLISHED_EXPERIMENT).experiment_id
-    assert len(list(every_run(client, experiment))) == 295
+    assert len(list(every_run(client, experiment))) == 331

@@ -127,7 +127,7 @@ class CerebrasTraining:
         folder, is_csx = job_folder(ledger, run.run_id), self.settings.cerebras_target == "csx"
         restart = prepare_try(folder)
         labels = job_labels(ledger, run) if is_csx else []
-        start = _starting_weights(run, trainable, pruned)
+        start = starting_weights(run, trainable, pruned)
         tokens = examples_in_order(examples.train, run.protocol, run.cell.seed)
         write_job(
             folder,
@@ -142,6 +142,7 @@ class CerebrasTraining:
         first_batch = next(batches(examples.train, run.protocol, run.cell.seed))
         first = mean_loss(trainable.model, first_batch, run.protocol, budgets=budgets)
         log(f"the training is written in {folder}, the pruned model's loss on the first examples is {first:.4f}")
+        log("there, micro_batch_size and eval_every have no effect: a step is whole, no loss is measured in between")
         if restart:
             log(f"goes on after step {restart['step']} of a training that was lost")
         if is_csx:
@@ -216,7 +217,8 @@ def update_masks(run: Run, pruned: Pruned) -> Masks:
     return {name: mask & (pruned.weights[name] != 0) for name, mask in pruned.masks.items()}
 
 
-def _starting_weights(run: Run, lora: LoraFinetuning, pruned: Pruned) -> Start:
+def starting_weights(run: Run, lora: LoraFinetuning, pruned: Pruned) -> Start:
+    """Return the state that a cell's training begins with."""
     checkpoint = TensorFiles(weight_files(find_folder(run.model_path)))
     updated = {
         name: weight
@@ -255,7 +257,7 @@ def stream_steps(
         yield None
         time.sleep(POLL_SECONDS)
     if ended.why != "ended" or ended.returncode:
-        raise _failure(ended, folder, protocol.steps)
+        raise failure_of(ended, folder, protocol.steps)
     if training.steps != protocol.steps:
         raise RunError(f"a training must report its {protocol.steps} steps, got {training.steps}. See {folder}")
     return training
@@ -284,7 +286,8 @@ def _check_loss(step: Step) -> None:
         raise RunError(f"the training loss must stay finite, got {step.loss} at step {step.step}. Lower learning_rate.")
 
 
-def _failure(ended: Ended, folder: Path, steps: int) -> Exception:
+def failure_of(ended: Ended, folder: Path, steps: int) -> Exception:
+    """Return the error of a training that did not end well, and what became of its jobs on the appliance."""
     log = folder / "child.log"
     error: Exception
     if ended.why == "timeout":

@@ -29,13 +29,30 @@ class Throughput:
     train_examples_per_second: float | None
     train_tokens_per_second: float | None
     peak_memory_bytes: int | None
+    compiler_estimate_examples_per_second: float | None = None
+    """what the compiler of a CS-3 expects: no measurement, and 10 to 25% off by its own word"""
+    problem: str | None = None
+    """why there is no rate, if it is not the memory"""
+
+    @classmethod
+    def of(cls, batch_size: int, training: Training, peak: int | None, estimate: float | None = None) -> Throughput:
+        """Make one of a training's rates and the bytes of its peak."""
+        rates = training.rates()
+        examples, tokens = rates["train_examples_per_second"], rates["train_tokens_per_second"]
+        return cls(batch_size, examples, tokens, peak, estimate)
+
+
+def timed_run(run: Run, batch_size: int) -> Run:
+    """Return `run` with `TIMED_STEPS` steps of `batch_size` examples after the warm-up steps."""
+    steps = WARM_UP_STEPS + TIMED_STEPS
+    protocol = replace(run.protocol, global_batch_size=batch_size, steps=steps, warmup_steps=0)
+    return replace(run, protocol=protocol)
 
 
 def measure(run: Run, worker: WorkerCache, batch_size: int) -> Throughput:
-    """Train `TIMED_STEPS` steps of `batch_size` examples after the warm-up steps, as `run` would."""
-    steps = WARM_UP_STEPS + TIMED_STEPS
-    protocol = replace(run.protocol, global_batch_size=batch_size, steps=steps, warmup_steps=0)
-    run = replace(run, protocol=protocol)
+    """Train `TIMED_STEPS` steps of `batch_size` examples after the warm-up steps on this machine, as `run` would."""
+    run = timed_run(run, batch_size)
+    protocol = run.protocol
     torch.set_num_threads(protocol.threads)
     loaded = worker.model(run)
     examples = worker.examples(run, loaded)
@@ -59,4 +76,4 @@ def measure(run: Run, worker: WorkerCache, batch_size: int) -> Throughput:
         worker.clear()
         return Throughput(batch_size, None, None, None)
     trainable.unwrap()
-    return Throughput(batch_size, peak_memory_bytes=memory.bytes, **totals.rates())
+    return Throughput.of(batch_size, totals, memory.bytes)

@@ -46,6 +46,7 @@ RULES: dict[str, Rule] = {
     "overlap": Rule("error", "scored questions were trained on", errors.overlap),
     "counted-twice": Rule("error", "one run is counted more than once", errors.counted_twice),
     "unproven-number": Rule("error", "a number that no run stands behind", errors.unproven_number),
+    "measured-elsewhere": Rule("error", "a rate that another backend measured", errors.measured_elsewhere),
     "conflict": Rule("error", "folders disagree on a run or a pruning", errors.conflict),
     "at-chance": Rule("warning", "no better than guessing", warnings.at_chance),
     "constant-prediction": Rule("warning", "one answer is given almost always", warnings.constant_prediction),

@@ -10,7 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from analysis.read.results import Predictions, Results, RunFiles
+from analysis.read.results import Predictions, Results, RunFiles, is_measured_elsewhere
 from tune_sparse.config import BACKENDS, Cell
 from tune_sparse.config.protocol import CALIBRATION_SETTINGS
 from tune_sparse.data.splits import load_splits, split_path
@@ -95,6 +95,16 @@ def duplicate_results(results: Results) -> Detections:
             yield (
                 f"{first.run_id} and {second.run_id} differ in {names}, and to the last bit not in {alike}",
                 [first.run_id, second.run_id],
+            )
+
+
+def measured_elsewhere(results: Results) -> Detections:
+    for value in results.throughputs:
+        if is_measured_elsewhere(value):
+            yield (
+                f"throughput/{value['run_id']}.json has rates of a run of Cerebras that torch measured here, by an "
+                "earlier version of this program: remove it, and measure again",
+                [value["run_id"]],
             )
 
 

@@ -22,12 +22,14 @@ from tune_sparse.errors import InputError, unknown_name
 from tune_sparse.modes import MODES
 
 FOLDER = Path(__file__).parent
-BUILT_IN = (FOLDER / "phoenix.csv", FOLDER / "published.csv")
+BUILT_IN = (FOLDER / "phoenix.csv", FOLDER / "published.csv", FOLDER / "cs3_rates.csv")
 KINDS = {
     "printed": "read where its authors published it",
     "restated": "read where a third party repeats it",
     "user run": "measured by a user of the published code",
     "digitised": "read off a picture",
+    "log": "read from the public log of a run",
+    "unofficial": "published by users without a log, among numbers that are marked as estimated or that were changed",
 }
 MODELS = (
     *("llama-7b", "llama-13b", "Llama-2-7b-hf", "Llama-2-13b-hf", "Llama-2-70b-hf"),
@@ -51,6 +53,7 @@ class Metric:
     """Why no number of ours means the same; None where one does."""
 
 
+RATE = "train_examples_per_second"
 _EFFICIENCY = "a figure of merit against the source's own baseline"
 METRICS = {
     "accuracy": Metric(1.0),
@@ -66,6 +69,7 @@ METRICS = {
     ),
     "actual_sparsity": Metric(1.0, "a sparsity after a merge that does not keep zeros"),
     "train_seconds": Metric(math.inf, "seconds on other hardware"),
+    RATE: Metric(math.inf, "a rate at another batch size and length: it stands in the hardware comparison"),
     "peak_memory_bytes": Metric(math.inf, "memory of another program"),
     "peak_memory_bytes_at_least": Metric(math.inf, "memory of another program"),
     "nonzero_weights": Metric(math.inf, "a size, not a measurement"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -92,6 +92,8 @@ class Results:
     unreadable: tuple[UnreadableFile, ...]
     imported: tuple[Imported, ...]
     prunings: tuple[StoredPruning, ...]
+    throughputs: tuple[dict[str, Any], ...] = ()
+    """what `tune-sparse throughput` measured"""
 
     @cached_property
     def done(self) -> list[RunFiles]:
@@ -118,8 +120,25 @@ def read_results(folders: Sequence[Path], sweep_ids: Sequence[str] | None = None
     run_files = [e for folder in folders for e in reader.runs(folder, wanted)]
     imported = [i for folder in folders for i in reader.imported(folder)]
     prunings = [pruning for folder in folders for pruning in reader.prunings(folder)]
-    unreadable = tuple(reader.unreadable)
-    return Results(tuple(folders), tuple(chosen), tuple(run_files), unreadable, tuple(imported), tuple(prunings))
+    throughputs = [value for folder in folders for value in reader.throughputs(folder)]
+    return Results(
+        tuple(folders),
+        tuple(chosen),
+        tuple(run_files),
+        tuple(reader.unreadable),
+        tuple(imported),
+        tuple(prunings),
+        tuple(throughputs),
+    )
+
+
+def is_measured_elsewhere(throughput: Mapping[str, Any]) -> bool:
+    """Whether a record of `throughput` of a run of Cerebras does not say that its rates were measured there.
+
+    Earlier versions of that command wrote the rates of torch on the machine at hand under such a run's name.
+    """
+    is_cerebras = str(throughput["run_id"]).startswith("cerebras_")
+    return is_cerebras and throughput.get("measured_on", {}).get("backend") != "cerebras"
 
 
 class _Reader:
@@ -153,6 +172,13 @@ class _Reader:
             else:
                 assert stored is not None, "it was listed"
                 yield stored
+
+    def throughputs(self, folder: Path) -> Iterator[dict[str, Any]]:
+        for path in sorted((folder / "throughput").glob("*.json")):
+            try:
+                yield read_json(path)
+            except READING_ERRORS as error:
+                self._list(path, error)
 
     def runs(self, folder: Path, wanted: set[str] | None) -> Iterator[RunFiles]:
         for path in sorted((folder / "runs").glob("[!.]*")):

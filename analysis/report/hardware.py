@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pandas as pd
 
+from analysis.baselines.published import RATE, Published
 from analysis.report.rounding import UNKNOWN, rounded, with_interval
 from analysis.report.runs import Runs
 
 KEYS = ["model", "task", "method", "sparsity", "mode", "seed"]
 BACKENDS = ("torch", "cerebras")
+WEIGHTS = {"printed": "official", "restated": "restated", "user run": "user run", "digitised": "digitised"}
+WEIGHTS |= {"log": "a run's log", "unofficial": "unofficial"}
+"""{kind of a published number: how much it weighs}, the weightiest first"""
 
 
 def hardware_pairs(cells: pd.DataFrame, runs: Runs) -> pd.DataFrame:
@@ -31,6 +36,25 @@ def hardware_pairs(cells: pd.DataFrame, runs: Runs) -> pd.DataFrame:
 def hardware_rows(pairs: pd.DataFrame) -> list[dict[str, Any]]:
     """The pairs in words and rounded numbers, for the page."""
     return [_row(dict(zip(pairs.columns, values, strict=True))) for values in pairs.itertuples(index=False, name=None)]
+
+
+def published_rates(published: Sequence[Published]) -> list[dict[str, str]]:
+    """Published training rates of a CS-3, the weightiest first, for the page: none was measured by us."""
+    rates = [row for row in published if row.metric == RATE and row.value is not None]
+    return [
+        {
+            "weight": WEIGHTS[row.kind],
+            "model": row.model,
+            "tuning": row.tuning,
+            "mode": row.mode,
+            "sparsity": "" if row.sparsity is None else f"{row.sparsity:g}",
+            "rate": f"{row.value:g}",
+            "where": f"{row.source}, {row.table}",
+            "address": row.address,
+            "notes": row.notes,
+        }
+        for row in sorted(rates, key=lambda row: list(WEIGHTS).index(row.kind))
+    ]
 
 
 def _row(pair: dict[str, Any]) -> dict[str, Any]:

@@ -126,6 +126,8 @@ class Content:
     """as `highest_passing_sparsity`"""
     comparisons: Sequence[PublishedComparison] = ()
     hardware: Sequence[Mapping[str, Any]] = ()
+    published_rates: Sequence[Mapping[str, str]] = ()
+    """of a CS-3, by others"""
     figures: Mapping[str, str] = field(default_factory=dict)
     """{name: caption} of the PNG files beside the page"""
 
@@ -149,6 +151,7 @@ def render_page(content: Content, path: Path) -> str:
         pass_mark=f"{PASS_MARK:.0%}",
         published=_published(content.comparisons),
         hardware=content.hardware,
+        published_rates=content.published_rates,
         figures=[_figure(path.parent, name, caption) for name, caption in content.figures.items()],
         style=Markup((TEMPLATES / "page.css").read_text("utf-8")),
         script=Markup((TEMPLATES / "page.js").read_text("utf-8")),

@@ -14,7 +14,7 @@ import pandas as pd
 from analysis.baselines.comparison import PublishedComparison, compare_with_published, protocols
 from analysis.baselines.published import COLUMNS, Published
 from analysis.report.figures import FIGURES
-from analysis.report.hardware import hardware_pairs, hardware_rows
+from analysis.report.hardware import hardware_pairs, hardware_rows, published_rates
 from analysis.report.page import Content, render_page
 from analysis.report.phoenix import phoenix_table
 from analysis.report.runs import Runs
@@ -41,7 +41,13 @@ def present(folder: Path, content: Content, runs: Runs, published: Sequence[Publ
         write_text(hardware_csv, pairs.to_csv(index=False))
     page = folder / PAGE
     figures = draw_figures(folder, cells, runs)
-    whole = replace(content, comparisons=comparisons, hardware=hardware_rows(pairs), figures=figures)
+    whole = replace(
+        content,
+        comparisons=comparisons,
+        hardware=hardware_rows(pairs),
+        published_rates=published_rates(published),
+        figures=figures,
+    )
     write_text(page, render_page(whole, page))
     return page
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from analysis.read.results import Predictions
+from analysis.read.results import Predictions, is_measured_elsewhere
 from analysis.stats.comparisons import difference_between_runs
 from analysis.stats.statistics import Estimate
 from tune_sparse.files import read_json
@@ -50,10 +50,12 @@ class Runs:
         return difference_between_runs(self.predictions, left, right)
 
     def throughputs(self) -> Iterator[dict[str, Any]]:
-        """Measurements of `tune-sparse throughput`: run_id, by_batch_size, environment."""
+        """Measurements of `tune-sparse throughput`, but for those that another backend made: run_id, by_batch_size."""
         for folder in self.ledger.folders:
             for path in sorted((folder / "throughput").glob("*.json")):
-                yield read_json(path)
+                value = read_json(path)
+                if not is_measured_elsewhere(value):
+                    yield value
 
     def searches(self) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]]]]:
         """(what was requested, the front) of each finished sub-adapter search."""
