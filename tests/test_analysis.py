@@ -30,7 +30,7 @@ SUMMARY = (
     "accuracy_stderr,accuracy_before_tuning,accuracy_before_merge,chance_accuracy,n_examples,majority_fraction,most_frequent_fraction,"
     "truncated_fraction,accuracy_norm,accuracy_flexible,f1,perplexity,perplexity_stderr,perplexity_before_tuning,"
     "perplexity_before_merge,train_loss,eval_loss,"
-    "train_examples_per_second,train_tokens_per_second,train_seconds,peak_memory_bytes,compile_seconds,"
+    "train_examples_per_second,train_tokens_per_second,train_seconds,peak_memory_bytes,cell_peak_memory_bytes,compile_seconds,"
     "inference_flops,hardware,error"
 )
 NUMBERS = SUMMARY.split(",")[12:16] + SUMMARY.split(",")[17:26] + ["actual_sparsity"]

@@ -25,7 +25,7 @@ from tune_sparse.export.merge import merge_adapter, merge_run
 from tune_sparse.ledger.ledger import Ledger
 from tune_sparse.ledger.record import Record
 from tune_sparse.lora.adapter_io import merge_adapter_into, save_adapter
-from tune_sparse.lora.layer import adapt_model, merged_weights, sparse_lora_layers
+from tune_sparse.lora.layer import adapt_model, sparse_lora_layers
 from tune_sparse.models.checkpoints import check_checkpoint, load_model, prunable_weights, write_weights_into
 from tune_sparse.modes import MODES
 from tune_sparse.pruning.masks import masked
@@ -107,8 +107,8 @@ def test_an_adapter_is_merged_as_its_marker_says(mode: str, adapter: Adapter, pr
     merge_adapter(str(pruned), tmp_path / "adapter", tmp_path / "merged")
     zeros = {name: weight == 0 for name, weight in prunable_weights(stock(pruned)).items()}
     found = prunable_weights(stock(tmp_path / "merged"))
-    for name, weight in merged_weights(adapted).items():
-        kept = ~zeros[name]
+    for name, layer in sparse_lora_layers(adapted):
+        weight, kept = layer.merged_weight(), ~zeros[name]
         assert torch.equal(found[name][kept], weight[kept])
         if mode == "dense":
             assert torch.equal(found[name], weight)

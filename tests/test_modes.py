@@ -6,7 +6,7 @@ import gc
 import json
 import math
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -18,11 +18,12 @@ from factories import TINY_PROTOCOL, finished, tiny_run, write_boolq
 from torch import Tensor
 
 from trainables import loaded, pipeline, pruning_stage, training
-from trainables import worker as worker_module
 from trainables.finetuning import setup
 from trainables.lora_finetuning import LoraFinetuning
-from trainables.mode import MergedWeights
+from trainables.mode import MergeReport
 from trainables.pipeline import TRAIN_STAGES, _logit_violations, run_cell
+from trainables.pruning_stage import Pruned, Pruner
+from trainables.rebuild import deployed_by
 from trainables.worker import WorkerCache
 from tune_sparse.config import BACKENDS, SweepConfig
 from tune_sparse.data.splits import Encoded
@@ -30,7 +31,8 @@ from tune_sparse.evaluation.outcomes import read_outcomes
 from tune_sparse.ledger.ledger import Ledger
 from tune_sparse.ledger.record import Record
 from tune_sparse.ledger.run import Run
-from tune_sparse.lora.layer import merged_weights, sparse_lora_layers
+from tune_sparse.lora.layer import sparse_lora_layers
+from tune_sparse.lora.merging import mask_weights_into
 from tune_sparse.models.checkpoints import check_checkpoint, load_model, prunable_weights, write_weights_into
 from tune_sparse.modes import MODES
 from tune_sparse.pruning.masks import Masks, mask_sha256, masked
@@ -47,7 +49,6 @@ class Trained:
     masks: Masks
     pruned: dict[str, Tensor]
     trainable: Any
-    merged: MergedWeights
 
     @property
     def factors(self) -> dict[str, Tensor]:
@@ -55,6 +56,12 @@ class Trained:
 
     def layers(self) -> Iterator[tuple[str, Any]]:
         return sparse_lora_layers(self.trainable.adapted)
+
+    def merge(self) -> tuple[MergeReport, dict[str, Tensor]]:
+        """What the merge found, and the weights that it made."""
+        model = self.trainable.model
+        report = self.trainable.merge_into_model(self.pruned)
+        return report, {name: weight.clone() for name, weight in prunable_weights(model).items()}
 
 
 Train = Callable[..., Trained]
@@ -74,7 +81,7 @@ def train(llama: Path) -> Train:
         trainable = setup(mode, model, protocol, masks, 0)
         accelerator = accelerator_for(trainable.mixed_precision)
         list(fit(trainable.model, trainable.optimizer(protocol), EXAMPLES, protocol, 0, accelerator=accelerator))
-        return Trained(masks, pruned, trainable, trainable.merge())
+        return Trained(masks, pruned, trainable)
 
     return run
 
@@ -83,28 +90,54 @@ def test_every_backend_of_the_configuration_has_its_train_stage() -> None:
     assert tuple(TRAIN_STAGES) == BACKENDS
 
 
-@torch.no_grad()
-def compute_logits(trained: Trained, weights: dict[str, Tensor]) -> Tensor:
-    model = trained.trainable.unwrap()
-    write_weights_into(model, weights)
-    return model(IDS).logits
-
-
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("mode", MODES)
 def test_the_merged_model_computes_the_trained_function_to_the_last_bit_or_but_for_rounding(
     mode: str, precision: str, train: Train
 ) -> None:
     trained = train(mode, precision=precision, max_grad_norm=100.0)
-    with torch.no_grad():
-        expected = (
-            trained.trainable.model(IDS).logits if precision == "float32" or mode != "masked-finetuning" else None
-        )
-    is_exact = trained.trainable.is_merged_exactly
+    model, is_exact = trained.trainable.model, trained.trainable.is_merged_exactly
+    with torch.no_grad(), accelerator_for(trained.trainable.mixed_precision).autocast():
+        expected = model(IDS).logits
     assert is_exact == (mode == "sparse-to-sparse" or (mode, precision) == ("masked-finetuning", "float32"))
-    merged = compute_logits(trained, trained.merged.before_mask)
-    if expected is not None:
-        assert _logit_violations(expected, merged, is_exact) == []
+    report, _ = trained.merge()
+    assert report.violations == []
+    assert {parameter.dtype for parameter in model.parameters()} == {getattr(torch, precision)}
+    assert not any(parameter.requires_grad for parameter in prunable_weights(model).values())
+    with torch.no_grad():
+        assert _logit_violations(expected, model(IDS).logits, is_exact) == []
+
+
+def plain_fraction(wanted: dict[str, Tensor], obtained: dict[str, Tensor]) -> float:
+    """|wanted - obtained|² / |wanted|², written down whole."""
+    lost = sum(float((wanted[name] - obtained[name]).double().square().sum()) for name in wanted)
+    return lost / sum(float(update.double().square().sum()) for update in wanted.values())
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("mode", MODES)
+def test_the_statistics_of_the_update_are_those_of_all_matrices_at_once(
+    mode: str, precision: str, train: Train
+) -> None:
+    trained = train(mode, "random", precision=precision)
+    if mode == "masked-finetuning":
+        weights = prunable_weights(trained.trainable.model)
+        update = {name: weight.clone() - trained.pruned[name].float() for name, weight in weights.items()}
+    else:
+        update = {name: layer.get_delta_weight("default").detach() for name, layer in trained.layers()}
+    report, merged = trained.merge()
+    arrived = {name: merged[name].float() - trained.pruned[name].float() for name in merged}
+    assert report.rounded_away_fraction == plain_fraction(update, arrived)
+    removed = {"update_removed_fraction": plain_fraction(update, masked(update, trained.masks))}
+    assert report.metrics == (removed if mode == "sparse-to-dense" else {})
+
+
+def test_a_frozen_weight_that_training_changed_is_found(train: Train) -> None:
+    trained = train("sparse-to-dense")
+    name, layer = next(trained.layers())
+    layer.base_layer.weight.data[-1, -1] += 1e-3
+    report, _ = trained.merge()
+    assert report.violations == [f"{name}: the frozen weight must not change in training"]
 
 
 def test_a_merge_is_judged_by_the_digits_of_its_precision() -> None:
@@ -122,18 +155,16 @@ def test_a_merge_is_judged_by_the_digits_of_its_precision() -> None:
 
 def test_dense_merges_what_it_trained_without_a_zero(train: Train) -> None:
     trained = train("dense", sparsity=0.0)
-    assert trained.merged.after_mask is None
-    assert trained.merged.metrics == {}
+    assert trained.trainable.last_masks is None
     assert all(layer.keep_mask is None for _, layer in trained.layers())
-    assert all(weight.all() for weight in trained.merged.before_mask.values())
+    assert all(weight.all() for weight in trained.merge()[1].values())
 
 
 @pytest.mark.parametrize("method", ["unstructured", "structured", "random"])
 def test_sparse_to_sparse_merges_zeros_exactly_at_the_mask(method: str, train: Train) -> None:
     trained = train("sparse-to-sparse", method)
-    assert trained.merged.after_mask is None
-    assert trained.merged.metrics == {}
-    for name, weight in trained.merged.before_mask.items():
+    assert trained.trainable.last_masks is None
+    for name, weight in trained.merge()[1].items():
         assert torch.equal(weight == 0, ~trained.masks[name])
         assert not torch.equal(weight, trained.pruned[name])
 
@@ -141,13 +172,12 @@ def test_sparse_to_sparse_merges_zeros_exactly_at_the_mask(method: str, train: T
 @pytest.mark.parametrize("method", ["unstructured", "structured", "random"])
 def test_sparse_to_dense_fills_the_zeros_and_merges_them_masked(method: str, train: Train) -> None:
     trained = train("sparse-to-dense", method)
-    assert trained.merged.after_mask is not None
-    filled = trained.merged.before_mask
+    model, last_masks = trained.trainable.model, trained.trainable.last_masks
+    report, filled = trained.merge()
     assert any(filled[name][~mask].any() for name, mask in trained.masks.items())
-    assert all(
-        torch.equal(trained.merged.after_mask[name], filled[name] * mask) for name, mask in trained.masks.items()
-    )
-    assert 0 < trained.merged.metrics["update_removed_fraction"] < 1
+    mask_weights_into(model, last_masks)
+    assert all(torch.equal(prunable_weights(model)[name], filled[name] * mask) for name, mask in trained.masks.items())
+    assert 0 < report.metrics["update_removed_fraction"] < 1
 
 
 def test_the_removed_fraction_is_that_of_the_squared_update(train: Train) -> None:
@@ -158,7 +188,7 @@ def test_the_removed_fraction_is_that_of_the_squared_update(train: Train) -> Non
         update = (scaling * B @ A).detach().double().square()
         removed += float(update[~trained.masks[name]].sum())
         total += float(update.sum())
-    assert trained.merged.metrics["update_removed_fraction"] == pytest.approx(removed / total, rel=1e-5)
+    assert trained.merge()[0].metrics["update_removed_fraction"] == pytest.approx(removed / total, rel=1e-5)
 
 
 def test_the_modes_train_different_adapters_on_an_elementwise_mask(train: Train) -> None:
@@ -170,11 +200,10 @@ def test_the_modes_train_different_adapters_on_an_elementwise_mask(train: Train)
 
 
 def test_at_sparsity_0_every_mode_is_the_dense_baseline(train: Train) -> None:
-    baseline = train("dense", sparsity=0.0).merged.before_mask
+    _, baseline = train("dense", sparsity=0.0).merge()
     for mode in ("sparse-to-dense", "sparse-to-sparse"):
-        merged = train(mode, sparsity=0.0).merged
-        final = merged.after_mask or merged.before_mask
-        assert all(torch.equal(final[name], weight) for name, weight in baseline.items())
+        _, merged = train(mode, sparsity=0.0).merge()
+        assert all(torch.equal(merged[name], weight) for name, weight in baseline.items())
 
 
 MakeRun = Callable[..., Run]
@@ -329,7 +358,7 @@ def test_a_forgotten_model_is_freed(make_run: MakeRun) -> None:
 def test_a_run_without_its_last_mask_fails_its_validation(
     make_run: MakeRun, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(LoraFinetuning, "merge", lambda lora: MergedWeights(merged_weights(lora.adapted)))
+    monkeypatch.setattr(pipeline, "mask_weights_into", lambda model, masks: None)
     record = finished(make_run(mode="sparse-to-dense"), ledger, WorkerCache())
     assert record.status == "failed"
     assert "a run must pass its validation: " in record.error["message"]
@@ -339,10 +368,15 @@ def test_a_run_without_its_last_mask_fails_its_validation(
 def test_a_merge_that_changes_the_function_fails_its_validation(
     make_run: MakeRun, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def rounded(lora: LoraFinetuning) -> MergedWeights:
-        return MergedWeights({name: w.bfloat16().float() for name, w in merged_weights(lora.adapted).items()})
+    merge_into_model = LoraFinetuning.merge_into_model
 
-    monkeypatch.setattr(LoraFinetuning, "merge", rounded)
+    def rounded(lora: LoraFinetuning, pruned: Mapping[str, Tensor]) -> MergeReport:
+        report = merge_into_model(lora, pruned)
+        for weight in prunable_weights(lora.model).values():
+            weight.copy_(weight.bfloat16())
+        return report
+
+    monkeypatch.setattr(LoraFinetuning, "merge_into_model", rounded)
     record = finished(make_run(), ledger, WorkerCache())
     assert record.status == "failed"
     assert record.error["message"].endswith("the merged model must compute exactly the trained function")
@@ -380,22 +414,27 @@ def test_every_kind_of_method_trains(method: str, order: str, make_run: MakeRun,
 
 
 def test_sparsegpt_freezes_the_weights_that_it_updated(
-    make_run: MakeRun, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+    make_run: MakeRun, ledger: Ledger, llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    written: list[dict[str, Tensor]] = []
-    write = pipeline.write_weights_into
-    for module in (worker_module, pipeline):
-        monkeypatch.setattr(
-            module, "write_weights_into", lambda model, weights: written.append(dict(weights)) or write(model, weights)
-        )
-    finished(
-        make_run(method="sparsegpt", steps=1, learning_rate=1e-30, final_learning_rate=1e-30), ledger, WorkerCache()
-    )
-    dense, pruned, merged = written[0], written[1], written[-1]
-    for name, weight in pruned.items():
-        kept = weight != 0
-        assert not torch.equal(weight[kept], dense[name][kept])
-        torch.testing.assert_close(merged[name], weight, atol=1e-6, rtol=0)
+    frozen: dict[str, Tensor] = {}
+    prune_into = Pruner.prune_into
+
+    def kept(pruner: Pruner, *args: Any) -> Pruned:
+        pruned = prune_into(pruner, *args)
+        frozen.update((name, pruned.weights[name].clone()) for name in pruned.weights)
+        return pruned
+
+    monkeypatch.setattr(Pruner, "prune_into", kept)
+    run = make_run(method="sparsegpt", steps=1, learning_rate=1e-30, final_learning_rate=1e-30)
+    worker = WorkerCache()
+    finished(run, ledger, worker)
+    dense = prunable_weights(load_model(llama, torch.float32, torch.device("cpu")))
+    for name, weight in frozen.items():
+        kept_weights = weight != 0
+        assert not torch.equal(weight[kept_weights], dense[name][kept_weights])
+    deployed, _ = deployed_by(run, ledger, worker)
+    for name, merged in prunable_weights(deployed.model).items():
+        torch.testing.assert_close(merged, frozen[name], atol=1e-6, rtol=0)
 
 
 def test_a_worker_measures_a_model_on_a_task_once(

@@ -73,8 +73,8 @@ def test_a_slice_scores_exactly_as_the_same_sub_adapter_loaded_alone(trained: Tr
     weights = {name: weight.clone() for name, weight in prunable_weights(scorer.slices.model).items()}
     sliced = score(scorer.slices.model, scorer.tokenizer, [scorer.tests], scorer.protocol)
     scorer.slices.save(ranks, tmp_path / "adapter")
-    loaded, masks = pruned_by(trained.run, trained.ledger, WorkerCache())
-    merge_adapter_into(loaded.model, tmp_path / "adapter", None if trained.run.cell.mode == "dense" else masks)
+    loaded, pruned = pruned_by(trained.run, trained.ledger, WorkerCache())
+    merge_adapter_into(loaded.model, tmp_path / "adapter", None if trained.run.cell.mode == "dense" else pruned.masks)
     for name, weight in prunable_weights(loaded.model).items():
         assert torch.equal(weight, weights[name]), name
     assert score(loaded.model, scorer.tokenizer, [scorer.tests], scorer.protocol) == sliced
@@ -83,9 +83,9 @@ def test_a_slice_scores_exactly_as_the_same_sub_adapter_loaded_alone(trained: Tr
 def test_the_maximal_slice_is_what_the_super_adapter_deployed(trained: Trained) -> None:
     scorer = trained.scorer
     scorer.slices.activate(SPACE.maximal(count_layers(scorer.slices.model)))
-    loaded, masks = pruned_by(trained.run, trained.ledger, WorkerCache())
+    loaded, pruned = pruned_by(trained.run, trained.ledger, WorkerCache())
     adapter = trained.ledger.run_folder(trained.run.run_id) / "adapter"
-    merge_adapter_into(loaded.model, adapter, None if trained.run.cell.mode == "dense" else masks)
+    merge_adapter_into(loaded.model, adapter, None if trained.run.cell.mode == "dense" else pruned.masks)
     mine = prunable_weights(scorer.slices.model)
     assert all(torch.equal(weight, mine[name]) for name, weight in prunable_weights(loaded.model).items())
 
@@ -178,7 +178,7 @@ def test_an_active_rank_computes_as_an_adapter_of_that_rank(llama: Path, impl: s
 def merged_outputs(llama: Path, layers: dict[str, object], masks: Masks, ids: Tensor) -> Tensor:
     model = load_model(llama, torch.float32, torch.device("cpu"))
     own = prunable_weights(model)
-    merged = {name: layer.merged_weight() for name, layer in layers.items()}  # type: ignore[attr-defined]
+    merged = {name: layer.merged_weight().clone() for name, layer in layers.items()}  # type: ignore[attr-defined]
     write_weights_into(model, {name: w * masks[name] for name, w in own.items()} | merged)
     return model(input_ids=ids).logits
 

@@ -1,12 +1,16 @@
 from __future__ import annotations
 
 import math
+import threading
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
 
-from tune_sparse.evaluation.validation import mask_violations, validation_report, weights_sha256
+from tune_sparse.evaluation import validation
+from tune_sparse.evaluation.validation import hashing, mask_violations, validation_report, weights_sha256
+from tune_sparse.models.float_bits import row_chunks
 from tune_sparse.pruning.masks import Masks, keep_highest, mask_sha256, masked
 
 
@@ -105,14 +109,50 @@ def test_sparsity_is_within_one_percent_of_the_asked(sparsity: float, valid: boo
     assert mask_violations(masks, sparsity) == expected
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.uint8])
-def test_a_mask_that_is_not_bool_is_found(dtype: torch.dtype, weights: dict[str, Tensor], masks: Masks) -> None:
-    as_numbers = masks | {"a": masks["a"].to(dtype)}
-    expected = [f"a: a mask must be bool, got {dtype}"]
-    assert mask_violations(as_numbers, 0.5) == expected
-    assert validation_report(weights, as_numbers, 0.5, mask_sha256(masks))["violations"] == expected
-
-
 def test_an_empty_layer_is_found(masks: Masks) -> None:
     empty = masks | {"a": torch.zeros(10, 10, dtype=torch.bool)}
     assert mask_violations(empty, 0.75) == ["a: no layer may be 100% sparse"]
+
+
+def plain_report(weights: dict[str, Tensor], masks: Masks) -> tuple[float, dict[str, list[int]], list[str]]:
+    """(largest at masked, zeros and weights, those not finite), written down by boolean indexing."""
+    at_masked = {name: weight[~masks[name]].abs().max() for name, weight in weights.items()}
+    largest = max(float(value) for value in at_masked.values() if value.isfinite())
+    zeros = {name: [int((weight == 0).sum()), weight.numel()] for name, weight in weights.items()}
+    return largest, zeros, [name for name, weight in weights.items() if not weight.isfinite().all()]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("chunk", [7, 30, 1 << 18])
+def test_the_report_is_that_of_boolean_indexing(
+    dtype: torch.dtype, chunk: int, weights: dict[str, Tensor], masks: Masks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(validation, "row_chunks", partial(row_chunks, chunk=chunk))
+    weights = {name: weight.to(dtype) for name, weight in weights.items()}
+    weights["a"][masked_position(masks["a"])] = -0.3
+    weights["a"][tuple(masks["a"].nonzero()[0])] = -math.inf
+    weights["b"][tuple(masks["b"].nonzero()[-1])] = -0.0
+    report = validation_report(weights, masks, 0.5, mask_sha256(masks))
+    largest, zeros, infinite = plain_report(weights, masks)
+    assert (report["max_abs_at_masked"], report["zeros_by_matrix"]) == (largest, zeros)
+    assert [f"{name}: weights must be finite" for name in infinite] == report["violations"][:1]
+
+
+def test_weights_are_hashed_while_the_block_runs_where_another_device_computes_it(
+    weights: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: list[str] = []
+
+    def noted(weights: dict[str, Tensor]) -> str:
+        threads.append(threading.current_thread().name)
+        return weights_sha256(weights)
+
+    expected = weights_sha256(weights)
+    with hashing(weights) as checksum:
+        pass
+    assert checksum() == expected
+    monkeypatch.setattr(validation, "weights_sha256", noted)
+    elsewhere = {name: weight.to("meta") for name, weight in weights.items()}
+    with pytest.raises(NotImplementedError), hashing(elsewhere) as checksum:
+        checksum()
+    assert [name.split("_")[0] for name in threads] == ["hash"]

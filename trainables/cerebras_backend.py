@@ -39,6 +39,7 @@ from tune_sparse.models.checkpoints import find_folder
 from tune_sparse.models.dims import ModelDims
 from tune_sparse.models.safetensors_io import TensorFiles, weight_files
 from tune_sparse.modes import MODES
+from tune_sparse.pruning.bit_masks import BitMasks
 from tune_sparse.pruning.masks import Masks
 from tune_sparse.training.loop import Step, batches, learning_rate_at, mean_loss
 
@@ -175,7 +176,7 @@ def update_masks(run: Run, pruned: Pruned) -> Masks:
     """Return what masks the update: there it is (W != 0), which leaves out a kept weight that happens to be 0."""
     if not MODES[run.cell.mode].masks_update:
         return pruned.masks
-    return {name: mask & (pruned.weights[name] != 0) for name, mask in pruned.masks.items()}
+    return BitMasks.pack((name, mask & (pruned.weights[name] != 0)) for name, mask in pruned.masks.items())
 
 
 def _starting_weights(run: Run, lora: LoraFinetuning, pruned: Pruned) -> Start:

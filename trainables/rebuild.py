@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from trainables.finetuning import restore_into
 from trainables.loaded import LoadedModel
+from trainables.pruning_stage import Pruned
 from trainables.worker import WorkerCache
 from tune_sparse.errors import InputError
 from tune_sparse.ledger.contracts import LedgerReader
@@ -16,13 +17,13 @@ def deployed_by(run: Run, ledger: LedgerReader, worker: WorkerCache) -> tuple[Lo
 
     Raises `InputError` for a base model that changed, or masks that do not come out as they were trained.
     """
-    loaded, masks = pruned_by(run, ledger, worker)
-    restore_into(run.cell.mode, loaded.model, ledger.run_folder(run.run_id), masks)
-    return loaded, masks
+    loaded, pruned = pruned_by(run, ledger, worker)
+    restore_into(run.cell.mode, loaded.model, ledger.run_folder(run.run_id), pruned.masks)
+    return loaded, pruned.masks
 
 
-def pruned_by(run: Run, ledger: LedgerReader, worker: WorkerCache) -> tuple[LoadedModel, Masks]:
-    """Make the pruned model that a finished run trained on, and its masks. Raises as `deployed_by`."""
+def pruned_by(run: Run, ledger: LedgerReader, worker: WorkerCache) -> tuple[LoadedModel, Pruned]:
+    """Make the pruned model that a finished run trained on, and its pruning. Raises as `deployed_by`."""
     record = ledger.record(run.run_id)
     assert record is not None
     loaded = worker.model(run)
@@ -33,4 +34,4 @@ def pruned_by(run: Run, ledger: LedgerReader, worker: WorkerCache) -> tuple[Load
             f"the mask of {run.run_id} must come out as it was trained, {trained_with[:12]}, got "
             f"{pruned.checksum[:12]}. Rebuild it with the version of this program that ran it."
         )
-    return loaded, pruned.masks
+    return loaded, pruned

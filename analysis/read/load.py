@@ -49,6 +49,7 @@ COLUMNS = (
     "train_tokens_per_second",
     "train_seconds",
     "peak_memory_bytes",
+    "cell_peak_memory_bytes",
     "compile_seconds",
     "inference_flops",
     "hardware",

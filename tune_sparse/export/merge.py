@@ -29,7 +29,7 @@ from tune_sparse.models.checkpoints import (
     prunable_weights,
 )
 from tune_sparse.modes import DENSE
-from tune_sparse.pruning.masks import Masks, count_sparsity, mask_sha256
+from tune_sparse.pruning.masks import Masks, count_sparsity, mask_sha256, nonzero_masks
 
 COPIED = (*TOKENIZERS, *TOKENIZER_SETTINGS, "generation_config.json", "chat_template.jinja")
 PROBE_TOKENS = 16
@@ -79,9 +79,9 @@ def merge_adapter(base: str, adapter: Path, output: Path, keep_zeros: bool = Fal
     model = load_model(checkpoint.path, precision, torch.device("cpu"))
     last_mask = load_last_mask(model, adapter)
     if marker is None and keep_zeros:
-        last_mask = {name: weight != 0 for name, weight in prunable_weights(model).items()}
+        last_mask = nonzero_masks(prunable_weights(model))
     merge_adapter_into(model, adapter, last_mask)
-    masks = last_mask or {name: weight != 0 for name, weight in prunable_weights(model).items()}
+    masks = last_mask or nonzero_masks(prunable_weights(model))
     origin = {"mode": marker.mode if marker else DENSE, "adapter": str(adapter.resolve()), "base": base}
     return _write(Merged(model, masks, checkpoint.path, origin), output)
 
@@ -100,7 +100,9 @@ def _write(merged: Merged, output: Path) -> dict[str, Any]:
         for name in COPIED:
             if (merged.base / name).is_file():
                 shutil.copyfile(merged.base / name, partial / name)
-        report = _checked(merged, partial)
+        expected = _probe(merged.model)
+        merged.model.to("meta")  # its memory is for the model that is loaded next
+        report = _checked(expected, merged.masks, partial)
         write_json(partial / "validation_report.json", report)
         known = {"mask_sha256": report["mask_sha256"], "actual_sparsity": report["actual_sparsity"]}
         write_json(partial / "tune_sparse_merge.json", merged.origin | known)
@@ -108,15 +110,17 @@ def _write(merged: Merged, output: Path) -> dict[str, Any]:
     return report
 
 
-def _checked(merged: Merged, folder: Path) -> dict[str, Any]:
-    """The validation report of a checkpoint as stock transformers loads it. Raises `RunError` for any fault."""
-    expected = _probe(merged.model)
-    loaded = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True).eval()
-    violations = [] if loaded.dtype == merged.model.dtype else [f"the precision must be kept, got {loaded.dtype}"]
+def _checked(expected: Tensor, masks: Masks, folder: Path) -> dict[str, Any]:
+    """The validation report of a checkpoint as stock transformers loads it. Raises `RunError` for any fault.
+
+    expected: the logits that `_probe` must find, in the precision and on the device of the model that was written.
+    """
+    loaded = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True).eval().to(expected.device)
+    violations = [] if loaded.dtype == expected.dtype else [f"the precision must be kept, got {loaded.dtype}"]
     if not violations and not torch.equal(_probe(loaded), expected):
         violations.append("stock transformers must compute the merged function to the last bit")
-    target, checksum = count_sparsity(merged.masks), mask_sha256(merged.masks)
-    report = validation_report(prunable_weights(loaded), merged.masks, target, checksum, violations)
+    target, checksum = count_sparsity(masks), mask_sha256(masks)
+    report = validation_report(prunable_weights(loaded), masks, target, checksum, violations)
     if not report["all_valid"]:
         raise RunError("a merged model must pass its validation: " + "; ".join(report["violations"]))
     return report
@@ -125,5 +129,5 @@ def _checked(merged: Merged, folder: Path) -> dict[str, Any]:
 @torch.no_grad()
 def _probe(model: PreTrainedModel) -> Tensor:
     """Logits of a few tokens spread over the vocabulary: (tokens, vocabulary)."""
-    ids = torch.linspace(0, model.config.vocab_size - 1, PROBE_TOKENS).long()
+    ids = torch.linspace(0, model.config.vocab_size - 1, PROBE_TOKENS, device=model.device).long()
     return model(input_ids=ids[None], use_cache=False).logits[0]

@@ -16,6 +16,7 @@ from tune_sparse.errors import InputError, unknown_name
 from tune_sparse.files import read_json, write_json
 from tune_sparse.lora.layer import ADAPTER, apply_update_masks, inject, sparse_lora_layers
 from tune_sparse.models.checkpoints import prunable_weights
+from tune_sparse.models.float_bits import row_chunks
 from tune_sparse.modes import ADAPTER_MODES, MODES, Mode
 from tune_sparse.pruning.bit_masks import BitMasks
 from tune_sparse.pruning.masks import Masks, mask_sha256
@@ -55,8 +56,9 @@ def save_adapter(adapted: PeftModel, folder: Path, mode: str, masks: Masks) -> N
 
 
 def _kept_zeros(weight: Tensor, mask: Tensor) -> list[int]:
-    found = mask & (weight == 0)
-    return found.flatten().nonzero().flatten().tolist() if found.any() else []
+    if not any(bool(((weight[rows] == 0) & mask[rows]).any()) for rows in row_chunks(weight)):
+        return []
+    return (mask & (weight == 0)).flatten().nonzero().flatten().tolist()
 
 
 def read_marker(folder: Path) -> Marker | None:

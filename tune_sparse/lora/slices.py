@@ -7,6 +7,7 @@ W: (O, I) pruned, A: (R, I), B: (O, R), M: (O, I). The slice of rank r is B[:, :
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -38,25 +39,18 @@ def set_ranks_into(adapted: PeftModel, space: Space, ranks: Ranks) -> None:
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer of a super-adapter, ready to deploy any of its slices."""
+    """One layer of a super-adapter, without its weight."""
 
-    weight: Tensor
-    """W⊙M: (O, I)"""
     A: Tensor
     B: Tensor
     scaling: float
     impl: EffectiveWeight
     """It masks the update where the mode does."""
-    last_mask: Tensor | None
-    """The mask that the mode applies once more when it deploys: (O, I)."""
 
-    def deployed(self, rank: int) -> Tensor:
-        """The weight that the mode deploys with this slice, in a workspace: (O, I). The same bits as a merge of the
-        slice as an adapter of its own."""
-        if not rank:
-            return self.weight
-        weight = self.impl.build(self.weight, self.A[:rank], self.B[:, :rank], self.scaling)
-        return weight if self.last_mask is None else weight.mul_(self.last_mask)
+    @property
+    def size(self) -> tuple[int, int]:
+        """(O, I)"""
+        return len(self.B), self.A.shape[1]
 
 
 @dataclass
@@ -66,13 +60,25 @@ class Slices:
     model: PreTrainedModel
     space: Space
     marker: Marker
+    pruned: Mapping[str, Tensor]
+    """W⊙M of every matrix, read when its slice changes: the model has the only copy that stays."""
+    last_masks: Masks | None
+    """What the mode masks once more when it deploys."""
     layers: dict[str, Layer]
     active: dict[str, int] = field(default_factory=dict)
     """{matrix: the rank that the model's weight has now}"""
 
     @classmethod
-    def from_folder(cls, model: PreTrainedModel, folder: Path, space: Space, masks: Masks, marker: Marker) -> Slices:
-        """From the adapter in `folder` and the pruned model that it was trained on, whose weights are copied.
+    def from_folder(
+        cls,
+        model: PreTrainedModel,
+        folder: Path,
+        space: Space,
+        marker: Marker,
+        masks: Masks,
+        pruned: Mapping[str, Tensor],
+    ) -> Slices:
+        """From the adapter in `folder` and the pruned model that it was trained on.
 
         Raises `InputError` for an adapter that does not fit the model.
         """
@@ -80,21 +86,36 @@ class Slices:
         layers = {}
         for name, layer in sparse_lora_layers(adapted):
             A, B, scaling = layer.factors()
-            weight = layer.base_layer.weight.detach().clone()
-            impl = EffectiveWeight(weight, layer.keep_mask, workspace)
-            last_mask = masks[name] if marker.facts.masks_at_merge else None
-            layers[name] = Layer(weight, A.detach(), B.detach(), scaling, impl, last_mask)
-        return cls(adapted.unload(), space, marker, layers, dict.fromkeys(layers, 0))
+            impl = EffectiveWeight(layer.base_layer.weight, layer.keep_mask, workspace)
+            layers[name] = Layer(A.detach(), B.detach(), scaling, impl)
+        last_masks = masks if marker.facts.masks_at_merge else None
+        return cls(adapted.unload(), space, marker, pruned, last_masks, layers, dict.fromkeys(layers, 0))
 
     @torch.no_grad()
     def activate(self, ranks: Ranks) -> None:
         """Let the model compute the slice that `ranks` names: only the matrices whose rank changes are written."""
         matrices = prunable_weights(self.model)
-        for name, layer in self.layers.items():
+        for name in self.layers:
             rank = self.space.active_rank(name, ranks)
             if self.active[name] != rank:
-                matrices[name].copy_(layer.deployed(rank))
+                matrices[name].copy_(self._deployed(name, rank))
                 self.active[name] = rank
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Write the pruned weights into the model, whatever it has now."""
+        for name, weight in prunable_weights(self.model).items():
+            weight.copy_(self.pruned[name])
+        self.active = dict.fromkeys(self.layers, 0)
+
+    def _deployed(self, name: str, rank: int) -> Tensor:
+        """The weight that the mode deploys with a slice, in a workspace: (O, I). The same bits as a merge of the slice
+        as an adapter of its own."""
+        layer, weight = self.layers[name], self.pruned[name]
+        if not rank:
+            return weight
+        built = layer.impl.build(weight, layer.A[:rank], layer.B[:, :rank], layer.scaling)
+        return built if self.last_masks is None else built.mul_(self.last_masks[name])
 
     def save(self, ranks: Ranks, folder: Path) -> None:
         """Write a slice as an adapter of its own, in PEFT's format with a rank for each module, and its marker.

@@ -138,6 +138,11 @@ def packed(masks: Masks) -> BitMasks:
     return masks if isinstance(masks, BitMasks) else BitMasks.pack((name, masks[name].bool()) for name in masks)
 
 
+def nonzero_masks(weights: Mapping[str, Tensor]) -> BitMasks:
+    """The masks that weights show: all that is not 0 is kept."""
+    return BitMasks.pack((name, weight != 0) for name, weight in weights.items())
+
+
 def count_sparsity(masks: Masks) -> float:
     """Fraction of zeros, counted over all matrices."""
     return packed(masks).sparsity

@@ -17,7 +17,7 @@ from tune_sparse.data.tasks import task_named
 from tune_sparse.errors import RunError
 from tune_sparse.evaluation.outcomes import write_outcomes
 from tune_sparse.evaluation.scoring import EvalSet, Scored, compute_outcomes, encode_test, score
-from tune_sparse.evaluation.validation import validation_report
+from tune_sparse.evaluation.validation import validation_report, weights_sha256
 from tune_sparse.files import write_json
 from tune_sparse.ledger.contracts import LedgerReader
 from tune_sparse.ledger.run import Run
@@ -47,18 +47,19 @@ class SliceScorer:
         """Load a finished super-adapter. Raises `InputError` for one of another model, mask or examples."""
         assert run.super_adapter is not None
         torch.set_num_threads(run.protocol.threads)
-        loaded, masks = pruned_by(run, ledger, WorkerCache())
+        loaded, pruned = pruned_by(run, ledger, WorkerCache())
         folder = ledger.run_folder(run.run_id) / "adapter"
         marker = read_marker(folder)
         assert marker is not None, "a super-adapter is ours, so it has a marker"
-        slices = Slices.from_folder(loaded.model, folder, run.super_adapter.space, masks, marker)
+        space, masks = run.super_adapter.space, pruned.masks
+        slices = Slices.from_folder(loaded.model, folder, space, marker, masks, pruned.weights)
         task, protocol = task_named(run.cell.task), run.protocol.within(loaded.dims.max_positions)
         [splits] = load_planned_splits(run, protocol)
         tests = encode_test(loaded.tokenizer, task, splits.selection, protocol, splits.shots)
         return cls(run, slices, loaded.tokenizer, masks, tests, protocol)
 
     def parameters(self, ranks: Ranks) -> int:
-        sizes = {name: (len(layer.weight), layer.weight.shape[1]) for name, layer in self.slices.layers.items()}
+        sizes = {name: layer.size for name, layer in self.slices.layers.items()}
         return self.slices.space.parameters(ranks, sizes)
 
     def answers(self, ranks: Ranks, stage: Sequence[int], known: Correctness) -> Iterator[tuple[int, bool]]:
@@ -77,14 +78,14 @@ class SliceScorer:
         folder.mkdir(parents=True)
         self.slices.save(ranks, folder / "adapter")
         self.slices.activate(ranks)
-        searched = {name: weight.clone() for name, weight in prunable_weights(self.slices.model).items()}
-        self.slices.activate(dict.fromkeys(ranks, 0))
+        searched = self._checksums()
+        self.slices.restore()
         last_mask = self.masks if MODES[self.run.cell.mode].is_pruned else None
         merge_adapter_into(self.slices.model, folder / "adapter", last_mask)
-        matrices = prunable_weights(self.slices.model)
-        differing = [name for name in searched if not torch.equal(searched[name], matrices[name])]
+        differing = [name for name, merged in self._checksums().items() if merged != searched[name]]
         violations = [f"{name}: the merged slice must be the one that was searched" for name in differing]
         checksum = mask_sha256(self.masks)
+        matrices = prunable_weights(self.slices.model)
         report = validation_report(matrices, self.masks, count_sparsity(self.masks), checksum, violations)
         write_json(folder / "validation_report.json", report)
         if not report["all_valid"]:
@@ -94,6 +95,10 @@ class SliceScorer:
         scored = score(self.slices.model, self.tokenizer, [tests], self.protocol)
         write_outcomes(folder / "examples.parquet", scored.outcomes)
         write_json(folder / "result.json", {"ranks": ranks, "parameters": self.parameters(ranks), **scored.metrics})
-        for name, layer in self.slices.layers.items():
-            matrices[name].copy_(layer.weight)
+        self.slices.restore()
         return scored
+
+    def _checksums(self) -> dict[str, str]:
+        """{matrix: its checksum} of the model as it is now."""
+        matrices = prunable_weights(self.slices.model)
+        return {name: weights_sha256({name: weight}) for name, weight in matrices.items()}
