@@ -36,6 +36,7 @@ def test_sums_by_hand() -> None:
     inputs.add(torch.tensor([[[4.0, 0.0]]]))
     assert inputs.norms.tolist() == [5.0, 1.0]
     torch.testing.assert_close(inputs.take_hessian(), torch.tensor([[25.0, 0.0], [0.0, 1.0]]) * 2 / 3)
+    assert inputs.products is None, "a Hessian lives as long as the caller wants it"
 
 
 @pytest.mark.parametrize("name", ["LlamaForCausalLM", "GPT2LMHeadModel", "OPTForCausalLM"])

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from safetensors.torch import load_file, save_file
 
 from tune_sparse.errors import InputError
@@ -57,6 +58,22 @@ def test_weights_on_a_network_are_copied_once(remote: Path, tmp_path: Path) -> N
     assert local_weight_files(remote) == [copy]
     assert copy.stat().st_ino == made.st_ino
     assert not [path for path in copy.parent.parent.iterdir() if path.name.startswith(".")]
+
+
+def test_a_worker_waits_for_the_copy_of_another(remote: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    [copy] = local_weight_files(remote)
+    beats: list[None] = []
+    monkeypatch.setattr(local_copy, "PATIENCE_SECONDS", 0.01)
+    lock = FileLock(f"{copy.parent}.lock")
+    lock.acquire()
+
+    def let_go() -> None:
+        beats.append(None)
+        lock.release()
+
+    monkeypatch.setattr(local_copy, "heartbeat", let_go)
+    assert local_weight_files(remote) == [copy]
+    assert len(beats) == 1
 
 
 def test_changed_weights_are_copied_again(remote: Path) -> None:

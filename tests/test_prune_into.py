@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -103,6 +104,18 @@ def test_nothing_is_pruned_at_sparsity_0(method: str, model: PreTrainedModel) ->
     found = prune_into(model, method, ModelDims.from_config(model.config), 0.0)
     assert found.sparsity == 0
     assert all(torch.equal(own, before[name]) for name, own in read_weights(model).items())
+
+
+def test_sums_of_gradients_stay_for_one_calibration_set_at_a_time(llama: Path) -> None:
+    worker = WorkerCache()
+    measure = worker.pruner._measured
+    runs = [
+        tiny_run(llama, method=method, calibration_examples=count) for method in ("wanda", "taylor") for count in (4, 6)
+    ]
+    loaded = worker.model(runs[0])
+    found = [weakref.ref(measure(run, loaded, EXAMPLES)) for run in runs]
+    assert measure(runs[-1], loaded, EXAMPLES) is found[-1](), "measured once"
+    assert [statistics() is None for statistics in found] == [False, False, True, False]
 
 
 @pytest.fixture(scope="module")

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import hashlib
-import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from tune_sparse.errors import NotReadyError
 from tune_sparse.files import atomic_folder, cache_dir, check_room, read_json, write_json
 from tune_sparse.models.safetensors_io import weight_files
+from tune_sparse.watchdog import heartbeat
 
 MOUNTS = Path("/proc/mounts")
 NETWORK = ("nfs", "nfs4", "cifs", "smb3", "smbfs", "lustre", "gpfs", "ceph", "beegfs", "afs", "panfs", "9p", "fuse")
 """File systems whose pages come over a network, or from a program that may fetch them from one."""
 LOCAL_FUSE = ("fuse.fuse-overlayfs",)
 STAMP = "copied.json"
+PIECE_BYTES = 1 << 24
+PATIENCE_SECONDS = 5.0
 
 
 def file_system(path: Path) -> str:
@@ -51,7 +55,7 @@ def local_weight_files(folder: Path) -> list[Path]:
     if not is_on_network(folder) or is_on_network(cache):
         return files
     copy = cache / hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
-    with FileLock(f"{copy}.lock"):
+    with _patient(FileLock(f"{copy}.lock")):
         if not (copy / STAMP).is_file() or read_json(copy / STAMP) != _stamps(files):
             _copy(files, copy)
     return [copy / path.name for path in files]
@@ -62,10 +66,32 @@ def _copy(files: list[Path], copy: Path) -> None:
     check_room(copy.parent, sum(size for size, _ in stamps), "a local copy of weights", "Free some.")
     with atomic_folder(copy, replaces=True) as partial:
         for path in files:
-            shutil.copyfile(path, partial / path.name)
+            _copy_file(path, partial / path.name)
         if _stamps(files) != stamps:
             raise NotReadyError(f"a checkpoint must stay as it is while it is copied, {files[0].parent} changed.")
         write_json(partial / STAMP, stamps)
+
+
+@contextmanager
+def _patient(lock: FileLock) -> Iterator[None]:
+    """Hold a lock; another process may copy for as long as it makes progress."""
+    while True:
+        try:
+            lock.acquire(timeout=PATIENCE_SECONDS)
+            break
+        except Timeout:
+            heartbeat()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _copy_file(path: Path, copy: Path) -> None:
+    with path.open("rb") as source, copy.open("wb") as target:
+        while piece := source.read(PIECE_BYTES):
+            target.write(piece)
+            heartbeat()
 
 
 def _stamps(files: list[Path]) -> list[list[int]]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from tune_sparse.errors import InputError, NotReadyError
 from tune_sparse.files import aside, read_json
 from tune_sparse.models.float_bits import is_finite
+from tune_sparse.watchdog import heartbeat
 
 INDEX = "model.safetensors.index.json"
 DTYPES = {
@@ -81,6 +82,7 @@ class TensorFiles(Mapping[str, Tensor]):
 
     def read_into(self, own: Tensor, name: str) -> None:
         """Copy a tensor into one of any dtype and device, with no copy between."""
+        heartbeat()
         own.copy_(self[name])
         self._check_unchanged(self.paths[name])
 

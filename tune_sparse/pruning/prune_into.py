@@ -24,6 +24,7 @@ from tune_sparse.pruning.prune_model import (
     prune,
     prune_blockwise,
 )
+from tune_sparse.watchdog import heartbeat
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,7 @@ def _write_into(
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield each mask once its matrix is written. Matrices that are pruned together were all scored before."""
     for pruned in found:
+        heartbeat()
         name, mask = pruned.name, pruned.keep(0)
         if are_updated:
             # Zeros without a sign, so that kept weights and mask say every bit.
