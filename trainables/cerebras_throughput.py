@@ -20,6 +20,7 @@ from trainables.cerebras_backend import (
 )
 from trainables.finetuning import setup
 from trainables.lora_finetuning import LoraFinetuning
+from trainables.pruning_stage import Pruned
 from trainables.run_log import RunLog
 from trainables.throughput import Throughput, timed_run
 from trainables.training import Training
@@ -34,7 +35,7 @@ from tune_sparse.errors import InputError, RunError
 from tune_sparse.files import read_json
 from tune_sparse.identity import hash_json
 from tune_sparse.ledger.run import Run
-from tune_sparse.models.checkpoints import write_weights_into
+from tune_sparse.models.checkpoints import prunable_weights
 
 POLL_SECONDS = 0.1
 
@@ -82,8 +83,8 @@ def _write(
 ) -> TrainingJob:
     loaded = worker.model(run)
     examples = worker.examples(run, loaded)
-    pruned = worker.pruner.prune(run, loaded, examples.train)
-    write_weights_into(loaded.model, pruned.weights)
+    masks = worker.pruner.make_into(run, loaded, examples.train)
+    pruned = Pruned(masks, masks.sha256, prunable_weights(loaded.model))
     trainable = setup(run.cell.mode, loaded.model, run.protocol, update_masks(run, pruned), run.cell.seed)
     assert isinstance(trainable, LoraFinetuning), "the configuration refuses the other modes"
     label = results_label(hash_json(str(results.resolve()))) if settings.cerebras_target == "csx" else None
