@@ -60,7 +60,7 @@ def declare(commands: Any) -> None:
         ok="everything is measured, or was found not to fit into memory",
         fault="the disk is full",
         notes=[
-            words(*RUN_WORDS, "example", "adapter", "calibration", "backend", "CS-3", "results folder"),
+            words("cell", *RUN_WORDS, "example", "adapter", "calibration", "backend", "CS-3", "results folder"),
             paragraph(
                 "The training of each combination of model, task, method, sparsity and mode is measured, one "
                 "combination after the other: 5 training steps, after 2 that are not counted. Where there is a GPU, "
