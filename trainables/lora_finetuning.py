@@ -67,7 +67,7 @@ class LoraFinetuning:
 
     @property
     def is_merged_exactly(self) -> bool:
-        return self.cuts is None and set(count_impls(self.adapted)) == {"effective-weight"}
+        return set(count_impls(self.adapted)) == {"effective-weight"}
 
     @property
     def factor_weights(self) -> int:

@@ -157,7 +157,7 @@ def _stages(
     work.memory.end("score before tuning")
 
     trained = yield from _train_into(model, work, pruned, train_stage)
-    merge = _merge_into(model, work, trained, pruned)
+    merge = _merge_into(model, work, trained.trainable, pruned)
     work.memory.end("merge")
 
     before_mask: Scored | None = None
@@ -204,8 +204,6 @@ class Trained:
     trainable: TrainableModel
     training: Training
     step_flops: int | None
-    logits: Tensor
-    """of the trained function on the probe: (tokens, vocabulary)"""
 
 
 def _train_into(
@@ -222,11 +220,9 @@ def _train_into(
         log(trainable.summary())
         step_flops = _step_flops(work, pruned, trainable.factor_weights)
         training = yield from train_stage(run, trainable, pruned, work.examples, work.budgets, work.ledger, log)
-        with accelerator_for(trainable.mixed_precision).autocast():
-            logits = _logits(trainable.model, work.probe)
         work.memory.end("train")
     trainable.save(work.folder)
-    return Trained(trainable, training, step_flops, logits)
+    return Trained(trainable, training, step_flops)
 
 
 def _step_flops(work: Work, pruned: Pruned, factor_weights: int) -> int | None:
@@ -239,11 +235,13 @@ def _step_flops(work: Work, pruned: Pruned, factor_weights: int) -> int | None:
     return round(flops * work.run.protocol.global_batch_size / len(train))
 
 
-def _merge_into(model: PreTrainedModel, work: Work, trained: Trained, pruned: Pruned) -> MergeReport:
+def _merge_into(model: PreTrainedModel, work: Work, trainable: TrainableModel, pruned: Pruned) -> MergeReport:
     """Merge what was trained into `model`, in place, and check that the function stays the trained one."""
-    exactly = trained.trainable.is_merged_exactly
-    merge = trained.trainable.merge_into_model(pruned.weights)
-    wrong = _logit_violations(trained.logits, _logits(model, work.probe), exactly)
+    with accelerator_for(trainable.mixed_precision).autocast():
+        trained = _logits(trainable.model, work.probe)
+    exactly = trainable.is_merged_exactly
+    merge = trainable.merge_into_model(pruned.weights)
+    wrong = _logit_violations(trained, _logits(model, work.probe), exactly)
     return replace(merge, violations=merge.violations + wrong)
 
 
