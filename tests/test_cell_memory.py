@@ -58,7 +58,7 @@ def narrow_llama(llama: Path, once: Once) -> Path:
     return once("narrow-llama", lambda folder: write_llama(folder, llama, 512, 4, 1408, 8))
 
 
-@pytest.mark.parametrize(("mode", "method"), [("sparse-to-dense", "sparsegpt"), ("sparse-to-sparse", "unstructured")])
+@pytest.mark.parametrize(("mode", "method"), [("sparse-to-dense", "wanda"), ("sparse-to-sparse", "unstructured")])
 def test_every_stage_of_a_cell_has_one_copy_of_the_weights(
     mode: str, method: str, narrow_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
