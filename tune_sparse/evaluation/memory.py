@@ -84,7 +84,7 @@ class CellMemory:
     @property
     def element(self) -> int:
         """Bytes of a weight."""
-        return 2 if self.protocol.precision == "bfloat16" else FLOAT
+        return self.protocol.weight_bytes
 
     @property
     def weights(self) -> int:

@@ -102,7 +102,7 @@ def _plan(config: SearchConfig, plan: Plan) -> SearchPlan:
 def _check_workers(sweep: SweepConfig, dims: ModelDims) -> None:
     if sweep.workers is None or "RAY_ADDRESS" in os.environ or sweep.gpus_per_trial != 0:
         return
-    each = COPIES * pruned_weights(dims) * (2 if sweep.protocol.precision == "bfloat16" else 4)
+    each = COPIES * pruned_weights(dims) * sweep.protocol.weight_bytes
     fitting = min(available_cores() // sweep.protocol.threads, int(psutil.virtual_memory().total // max(1, each)))
     if sweep.workers > fitting:
         raise InputError(

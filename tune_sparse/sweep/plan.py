@@ -18,6 +18,7 @@ from tune_sparse.data.tasks import mean_chance, tasks_named
 from tune_sparse.errors import InputError
 from tune_sparse.evaluation.memory import CellMemory
 from tune_sparse.identity import hash_json
+from tune_sparse.ledger import prunings
 from tune_sparse.ledger.contracts import LedgerReader
 from tune_sparse.ledger.record import Record, SweepRecord
 from tune_sparse.ledger.run import Run, readable_id
@@ -27,7 +28,7 @@ from tune_sparse.models.dims import ModelDims
 from tune_sparse.models.toy_models import TOY_MODELS
 from tune_sparse.modes import MODES
 from tune_sparse.pruning.calibration import text_examples
-from tune_sparse.pruning.methods import METHODS, method_named
+from tune_sparse.pruning.methods import method_named
 from tune_sparse.pruning.prune_model import check_method_sparsities
 from tune_sparse.sweep.cards import gpus_asked
 from tune_sparse.sweep.examples import Examples, read_examples
@@ -77,28 +78,19 @@ class Plan:
         dims = self.checkpoints[run.cell.model].dims
         trained = 4 * adapter_weights(dims, run.protocol.lora_rank)
         if not MODES[run.cell.mode].has_adapter:
-            trained = pruned_weights(dims) * (2 if run.protocol.precision == "bfloat16" else 4)
+            trained = pruned_weights(dims) * run.protocol.weight_bytes
         generates = any(isinstance(task, AnswerTask) for task in tasks_named(run.cell.task))
         outcome = OUTCOME_BYTES + TOKEN_BYTES * (run.protocol.max_new_tokens if generates else 0)
         return trained + outcome * (run.protocol.n_test or 10_000) + RUN_BYTES
 
 
 def pruning_bytes(plan: Plan, runs: Iterable[Run]) -> int:
-    """What the stored prunings of some runs take: a bit a weight, and the kept weights of a method that updates them.
-
-    A pruning that is calibrated or random is stored once for all modes; one calibrated on a task, once for each task.
-    """
-    stored: dict[tuple[Any, ...], int] = {}
-    for run in runs:
-        cell, method = run.cell, METHODS.get(run.cell.method)
-        if method is None or not cell.sparsity or not (method.is_calibrated or method.needs.seed):
-            continue
-        measured_on = cell.task if method.is_calibrated and run.protocol.calibration == "task" else None
-        key = (cell.model, measured_on, cell.method, cell.sparsity, cell.seed if method.needs.seed else None)
-        weights = pruned_weights(plan.dims[cell.model])
-        kept = round((1 - cell.sparsity) * weights) if method.updates_weights else 0
-        stored[key] = weights // 8 + kept * (2 if run.protocol.precision == "bfloat16" else 4)
-    return sum(stored.values())
+    """Compute the bytes of the prunings that some runs read, each stored once."""
+    by_id = {run.pruning_id: run for run in runs if run.pruning_id}
+    return sum(
+        prunings.pruning_bytes(plan.dims[run.cell.model], run.cell.method, run.cell.sparsity, run.protocol.weight_bytes)
+        for run in by_id.values()
+    )
 
 
 def checkpoint_bytes(plan: Plan, runs: Iterable[Run]) -> int:
