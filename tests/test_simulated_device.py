@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from factories import finished, tiny_run
-from simulated_device import Activity, simulated_device
+from simulated_device import DEVICE, Activity, simulated_device
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from trainables.pipeline import run_cell
@@ -145,6 +146,33 @@ def test_the_host_waits_a_few_times_for_a_matrix(name: str, cell: Cell) -> None:
     ran = cell(name)
     gradients = CALIBRATION if (CELLS | RARER)[name]["method"] in ("gradient", "taylor") else 0
     assert sum(ran.waits.values()) <= (FOR_A_MATRIX + gradients) * ran.matrices, ran.waits.most_common(20)
+
+
+def use_device() -> tuple[str, list[int]]:
+    """What a mix of devices raises, and the waits after each of some operations."""
+    with simulated_device() as activity:
+        there, waits = torch.ones(2, 3).to(DEVICE), []
+        operations: list[Callable[[], object]] = [
+            lambda: torch.ones(2).to(DEVICE, non_blocking=True) @ there,
+            lambda: torch.ones(2).to(DEVICE),
+            lambda: there.cpu(),
+            lambda: there.sum().item(),
+            lambda: there[there > 0],
+            lambda: there.sum(0).mul_(2) + 1,
+        ]
+        for operation in operations:
+            before = activity.waits.total()
+            operation()
+            waits.append(activity.waits.total() - before)
+        with pytest.raises(RuntimeError) as raised:
+            there + torch.ones(2, 3)
+    return str(raised.value), waits
+
+
+def test_the_device_refuses_to_mix_and_counts_waits(device_process: ProcessPoolExecutor) -> None:
+    message, waits = device_process.submit(use_device).result()
+    assert message.startswith("Expected all tensors to be on the same device, got cpu tensors [(2, 3)]")
+    assert waits == [0, 1, 1, 1, 1, 0]
 
 
 def waits_in(ran: Ran, *files: str) -> Counter[str]:
