@@ -19,13 +19,12 @@ from tune_sparse.modes import ADAPTER_MODES
 
 MOST = 1.6
 """times the bytes of all parameters; activations, adapters and optimizer are a large part of so small a model"""
-STAGES = ["load", "prune", "score before tuning", "train", "merge", "score"]
+STAGES = ["load", "prune", "score before tuning", "set up", "train", "merge", "score"]
 FEW = {
     "precision": "bfloat16",
     "steps": 1,
     "eval_every": 1,
     "global_batch_size": 2,
-    "micro_batch_size": 1,
     "lora_rank": 4,
     "n_train": 2,
     "n_selection": 1,

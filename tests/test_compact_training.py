@@ -48,7 +48,7 @@ from tune_sparse.training.loop import fit
 SIZES = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 8, "intermediate_size": 48}
 SIZES |= {"vocab_size": 40, "initializer_range": 0.2}
 EXAMPLES = [Encoded(tuple(range(i, i + 9 + i)), (i, i + 1)) for i in range(8)]
-PROTOCOL = replace(TINY_PROTOCOL, steps=5, max_grad_norm=0.3, weight_decay=0.5, micro_batch_size=2)
+PROTOCOL = replace(TINY_PROTOCOL, steps=5, max_grad_norm=0.3, weight_decay=0.5)
 
 
 def small_llama() -> PreTrainedModel:
