@@ -9,6 +9,7 @@ from typing import Any
 import psutil
 
 from tune_sparse.config import SweepConfig
+from tune_sparse.config.budgets import TOKEN_BUDGETS
 from tune_sparse.errors import TooLargeError
 from tune_sparse.evaluation.memory import budgets_for
 from tune_sparse.ledger.record import Record
@@ -18,7 +19,6 @@ from tune_sparse.sweep.cards import gpus_asked, local_devices
 
 LARGER = 1.02
 """Two devices of one kind differ by less in what they say of their memory."""
-TOKENS = ("micro_batch_tokens", "scoring_tokens", "generation_tokens")
 
 
 def is_missing(record: Record | None, retry_failed: bool = False) -> bool:
@@ -63,7 +63,7 @@ def _has_smaller_budgets(
     except TooLargeError:
         return False
     now = found.as_record()
-    fewer = any(now[name] < then[name] for name in TOKENS)
+    fewer = any(now[name] < then[name] for name in TOKEN_BUDGETS)
     recomputes = now["activation_checkpointing"] and not then["activation_checkpointing"]
     return fewer or recomputes or (then["keeps_effective_weights"] and not now["keeps_effective_weights"])
 
