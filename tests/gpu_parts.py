@@ -40,6 +40,7 @@ from tune_sparse.models.dims import ModelDims
 from tune_sparse.models.safetensors_io import TensorFiles, weight_files
 from tune_sparse.modes import ADAPTER_MODES, DENSE, MODES
 from tune_sparse.pruning.bit_masks import BitMasks
+from tune_sparse.pruning.masks import MaskedWeights
 from tune_sparse.pruning.prune_into import prune_into
 from tune_sparse.training.budgets import Budgets, cpu_budgets
 from tune_sparse.training.loop import Step, adamw, batches, fit, in_training
@@ -149,22 +150,6 @@ class Bench:
         return budgets_for(card, 1.0, self.dims, mode, METHOD, self.setting.protocol())
 
 
-class Masked(Mapping[str, Tensor]):
-    """{matrix: W⊙M}, made of its checkpoint's weight when it is asked for."""
-
-    def __init__(self, dense: DenseWeights, masks: BitMasks) -> None:
-        self._dense, self._masks = dense, masks
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._dense[name].mul_(self._masks[name])
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._masks)
-
-    def __len__(self) -> int:
-        return len(self._masks)
-
-
 def cell(mode: str, bench: Bench) -> dict[str, Any]:
     """A cell of a mode, as the pipeline runs it, but for the ledger: every stage, in order."""
     model, dense, stages = bench.loaded(), bench.dense(), Stages(bench.device)
@@ -178,7 +163,7 @@ def cell(mode: str, bench: Bench) -> dict[str, Any]:
         adapted, steps = _train(bench, masks if facts.masks_update else None, budgets)
     impls = dict(count_impls(adapted))
     with stages("merge"):
-        merge = merge_adapters_into(adapted, Masked(dense, masks), masks if facts.masks_at_merge else None)
+        merge = merge_adapters_into(adapted, MaskedWeights(dense, masks), masks if facts.masks_at_merge else None)
         adapted.unload()
         if facts.masks_at_merge:
             mask_weights_into(model, masks)

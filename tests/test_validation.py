@@ -6,12 +6,13 @@ from functools import partial
 
 import pytest
 import torch
+from plain_masks import masked
 from torch import Tensor
 
 from tune_sparse.evaluation import validation
 from tune_sparse.evaluation.validation import hashing, mask_violations, validation_report, weights_sha256
 from tune_sparse.models.float_bits import row_chunks
-from tune_sparse.pruning.masks import Masks, keep_highest, mask_sha256, masked
+from tune_sparse.pruning.masks import Masks, keep_highest, mask_sha256
 
 
 @pytest.fixture

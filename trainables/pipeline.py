@@ -40,7 +40,6 @@ from tune_sparse.ledger.record import Record
 from tune_sparse.ledger.run import Run, write_config
 from tune_sparse.lora.merging import mask_weights_into
 from tune_sparse.models.checkpoints import prunable_weights
-from tune_sparse.pruning.masks import count_sparsity
 from tune_sparse.training.budgets import Budgets
 from tune_sparse.training.loop import Step, mean_loss
 
@@ -192,7 +191,7 @@ def _score_before_tuning(work: Work, pruned: Pruned) -> Metrics:
         assert known is not None
     metrics: Metrics = known["metrics"]
     primary = primary_metric(metrics)
-    work.log(f"pruned to {count_sparsity(pruned.masks):.4f}, {primary} before tuning {metrics[primary]:.4f}")
+    work.log(f"pruned to {pruned.masks.sparsity:.4f}, {primary} before tuning {metrics[primary]:.4f}")
     return metrics
 
 
