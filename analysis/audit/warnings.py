@@ -9,6 +9,7 @@ from typing import Any
 from analysis.audit.errors import Detections, compared, examples_key, grouped, has_examples, modes_coincide
 from analysis.read.results import Results, RunFiles
 from analysis.stats.statistics import smallest_shown
+from tune_sparse.training.budgets import TOKENS
 
 ALMOST_ALWAYS = 0.95
 """A share of all predictions that one answer has."""
@@ -123,7 +124,7 @@ def hardware(results: Results) -> Detections:
 
 def budgets(results: Results) -> Detections:
     for (model, task, _), runs in compared(results).items():
-        unlike = unlike_pairs(runs, lambda e: e.record.measured.get("budgets"))
+        unlike = unlike_pairs(runs, _tokens)
         if unlike:
             first, second = unlike[0]
             yield (
@@ -131,6 +132,12 @@ def budgets(results: Results) -> Detections:
                 f"{first.run_id} and {second.run_id} among them",
                 sorted({e.run_id for pair in unlike for e in pair}),
             )
+
+
+def _tokens(e: RunFiles) -> list[int] | None:
+    """Its budgets of tokens: whether activations or effective weights are kept changes no number."""
+    recorded = e.record.measured.get("budgets")
+    return [recorded[name] for name in TOKENS] if recorded else None
 
 
 def unlike_pairs(runs: Sequence[RunFiles], value: Callable[[RunFiles], Any]) -> list[tuple[RunFiles, RunFiles]]:

@@ -15,10 +15,10 @@ from tune_sparse.ledger.record import Record
 from tune_sparse.ledger.run import Run
 from tune_sparse.models.dims import ModelDims
 from tune_sparse.sweep.cards import gpus_asked, local_devices
+from tune_sparse.training.budgets import TOKENS
 
 LARGER = 1.02
 """Two devices of one kind differ by less in what they say of their memory."""
-TOKENS = ("micro_batch_tokens", "scoring_tokens", "generation_tokens")
 
 
 def is_missing(record: Record | None, retry_failed: bool = False) -> bool:
