@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from factories import done_record, make_cell, make_run, make_sweep, write_run
+from factories import done_record, failed_record, make_cell, make_run, make_sweep, write_run
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -311,6 +311,13 @@ class TestDiscard:
         [kept] = (ledger.folder / "set_aside").iterdir()
         assert read_json(kept / "set_aside.json")["reason"] == "r"
         assert read_json(kept / "pruning.json")["settings"] == WANDA.pruning_settings
+
+    def test_a_failed_run_needs_its_pruning_too(self, discard: Callable[..., int], sweep: str, ledger: Ledger) -> None:
+        """It may be tried again, and is then compared with the other mode."""
+        failed = make_run(make_cell(method="random", mode="sparse-to-sparse"))
+        write_run(ledger, failed, failed_record(failed))
+        assert discard(sweep) == OK
+        assert ledger.pruning(failed) is not None
 
     def test_a_pruning_that_cannot_be_read_is_removed_too(
         self, discard: Callable[..., int], sweep: str, ledger: Ledger

@@ -82,15 +82,13 @@ def _discard_prunings(ledger: Ledger, sweep_ids: Iterable[str], reason: str) -> 
 
 def _prunings(ledger: Ledger, sweep_ids: Iterable[str]) -> tuple[set[str], set[str]]:
     """(prunings of these sweeps, prunings that unfinished runs of any sweep need)."""
-    from tune_sparse.sweep.retries import is_missing
-
     sweeps = {sweep.sweep_id: sweep for sweep in ledger.sweeps()}
     for name in sweep_ids:
         if name not in sweeps:
             raise unknown_name("sweep", name, sweeps)
-    wanted = {cell["pruning_id"] for name in sweep_ids for cell in sweeps[name].cells}
+    wanted = {cell.get("pruning_id") for name in sweep_ids for cell in sweeps[name].cells}
     cells = [cell for sweep in sweeps.values() for cell in sweep.cells]
-    unfinished = {cell["pruning_id"] for cell in cells if is_missing(ledger.record(cell["run_id"]))}
+    unfinished = {cell.get("pruning_id") for cell in cells if not ledger.is_done(cell["run_id"])}
     return wanted - {None}, unfinished
 
 
