@@ -306,7 +306,7 @@ class TestDiscard:
         assert [path.name for path in (ledger.folder / "prunings").iterdir()] == [random.pruning_id]
         printed = capsys.readouterr().out
         assert f"1 prunings of 0.00 GB are removed: {WANDA.pruning_id}" in printed
-        assert "1 are kept, since runs that are not finished need them" in printed
+        assert "1 are kept, since runs that are not finished, or failed, need them" in printed
         assert "2 finished runs cannot be merged, evaluated or repeated any more: torch_tiny_boolq_wanda" in printed
         [kept] = (ledger.folder / "set_aside").iterdir()
         assert read_json(kept / "set_aside.json")["reason"] == "r"
