@@ -87,8 +87,9 @@ def test_a_card_is_found_by_what_its_driver_calls_it(name: str, memory_bytes: fl
 
 def test_an_unknown_card_is_refused_by_name() -> None:
     assert card_named("H200") is CARDS["H200"]
-    with pytest.raises(InputError, match=r"unknown card 'H100'\. Did you mean .*'H100-80'"):
-        card_named("H100")
+    assert [card_named(name).name for name in ("H100", "A100", "l4")] == ["H100-80", "A100-80", "L4"]
+    with pytest.raises(InputError, match=r"unknown GPU 'H101'\. Did you mean .*'H100-80'"):
+        card_named("H101")
 
 
 def test_the_gpus_of_a_cluster_are_known_by_their_kind() -> None:

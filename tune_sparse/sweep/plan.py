@@ -84,12 +84,16 @@ class Plan:
         return trained + outcome * (run.protocol.n_test or 10_000) + RUN_BYTES
 
 
-def pruning_bytes(plan: Plan, runs: Iterable[Run]) -> int:
-    """Compute the bytes of the prunings that some runs read, each stored once."""
+def pruning_bytes(plan: Plan, ledger: LedgerReader, runs: Iterable[Run]) -> int:
+    """Compute the bytes of the prunings that some runs read and that are not stored yet, each made once.
+
+    Raises `NotReadyError` for a stored one that is not whole.
+    """
     by_id = {run.pruning_id: run for run in runs if run.pruning_id}
+    missing = [run for run in by_id.values() if ledger.pruning(run) is None]
     return sum(
         prunings.pruning_bytes(plan.dims[run.cell.model], run.cell.method, run.cell.sparsity, run.protocol.weight_bytes)
-        for run in by_id.values()
+        for run in missing
     )
 
 
