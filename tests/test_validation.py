@@ -157,3 +157,9 @@ def test_weights_are_hashed_while_the_block_runs_where_another_device_computes_i
     with pytest.raises(NotImplementedError), hashing(elsewhere) as checksum:
         checksum()
     assert [name.split("_")[0] for name in threads] == ["hash"]
+
+
+def test_equal_weights_have_one_checksum_whatever_the_sign_of_a_zero() -> None:
+    weight = torch.tensor([[1.0, -2.0]], dtype=torch.bfloat16)
+    assert weights_sha256({"w": weight * 0}) == weights_sha256({"w": weight * -0.0})
+    assert weights_sha256({"w": weight}) != weights_sha256({"w": weight.abs()})
