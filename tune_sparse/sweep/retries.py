@@ -11,7 +11,8 @@ import psutil
 from tune_sparse.config import SweepConfig
 from tune_sparse.config.budgets import TOKEN_BUDGETS
 from tune_sparse.errors import TooLargeError
-from tune_sparse.evaluation.memory import budgets_for
+from tune_sparse.evaluation.card_budgets import budgets_for
+from tune_sparse.evaluation.memory import CellMemory
 from tune_sparse.ledger.record import Record
 from tune_sparse.ledger.run import Run
 from tune_sparse.models.dims import ModelDims
@@ -57,9 +58,9 @@ def _has_smaller_budgets(
     share = gpus_asked(config)
     if then is None or not share:
         return False
+    cell = CellMemory(dims, run.cell.mode, run.cell.method, run.protocol, run.cell.sparsity)
     try:
-        cell = run.cell
-        found = budgets_for(device_bytes, share, dims, cell.mode, cell.method, run.protocol, config.budgets)
+        found = budgets_for(device_bytes, share, cell, config.budgets)
     except TooLargeError:
         return False
     now = found.as_record()
