@@ -27,9 +27,10 @@ from transformers import LlamaConfig, PreTrainedModel
 from tune_sparse.config import Protocol
 from tune_sparse.data.batching import Batch, batches_by_length, example_tokens, micro_batches
 from tune_sparse.data.splits import Encoded
+from tune_sparse.evaluation.card_budgets import budgets_for
 from tune_sparse.evaluation.generation import generate
 from tune_sparse.evaluation.likelihood import log_likelihoods, question_tokens
-from tune_sparse.evaluation.memory import CellMemory, budgets_for
+from tune_sparse.evaluation.memory import CellMemory
 from tune_sparse.evaluation.validation import hashing, validation_report
 from tune_sparse.lora.layer import adapt_model, count_impls
 from tune_sparse.lora.masked_linear import keep_for_steps
@@ -147,7 +148,7 @@ class Bench:
         if self.device.type != "cuda":
             return cpu_budgets(self.setting.max_tokens)
         card = torch.cuda.get_device_properties(self.device).total_memory
-        return budgets_for(card, 1.0, self.dims, mode, METHOD, self.setting.protocol())
+        return budgets_for(card, 1.0, CellMemory(self.dims, mode, METHOD, self.setting.protocol()))
 
 
 def cell(mode: str, bench: Bench) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from trainables.budgets import check_budgets, run_budgets
 from trainables.failures import describe_error, may_pass
 from trainables.finetuning import setup
 from trainables.hardware import check_precision, environment, gpu_memory_bytes
+from trainables.inputs import load_planned_checkpoint
 from trainables.loaded import Examples, LoadedModel
 from trainables.mode import MergeReport, TrainableModel
 from trainables.peak_memory import PeakMemory
@@ -129,13 +130,13 @@ class Work:
 def _load(run: Run, ledger: RunStore, worker: WorkerCache, folder: Path, log: RunLog, memory: PeakMemory) -> Work:
     torch.set_num_threads(run.protocol.threads)
     check_precision(run.protocol.precision)
+    budgets = run_budgets(run, load_planned_checkpoint(run).dims)  # what is too large is refused before it is read
     loaded = worker.model(run)
     examples = worker.examples(run, loaded)
     log(
         f"model and examples ready: {len(examples.train)} train, {len(examples.selection)} selection, "
         f"{sum(len(test.examples) for test in examples.tests)} test; weights from {loaded.dense_weights.folder}"
     )
-    budgets = run_budgets(run, loaded.dims)
     check_budgets(budgets, examples, run.protocol.max_new_tokens)
     memory.end("load")
     return Work(run, ledger, folder, log, loaded, examples, budgets, memory)

@@ -11,7 +11,8 @@ import psutil
 from tune_sparse.config import SweepConfig
 from tune_sparse.config.budgets import TOKEN_BUDGETS
 from tune_sparse.errors import TooLargeError, is_out_of_host_memory
-from tune_sparse.evaluation.memory import budgets_for
+from tune_sparse.evaluation.card_budgets import budgets_for
+from tune_sparse.evaluation.memory import CellMemory
 from tune_sparse.ledger.record import Record
 from tune_sparse.ledger.run import Run
 from tune_sparse.models.dims import ModelDims
@@ -58,9 +59,9 @@ def _has_smaller_budgets(
 ) -> bool:
     if then is None:
         return False
+    cell = CellMemory(dims, run.cell.mode, run.cell.method, run.protocol, run.cell.sparsity)
     try:
-        cell, share = run.cell, gpus_asked(config)
-        found = budgets_for(device_bytes, share, dims, cell.mode, cell.method, run.protocol, config.budgets)
+        found = budgets_for(device_bytes, gpus_asked(config), cell, config.budgets)
     except TooLargeError:
         return False
     now = found.as_record()
