@@ -139,7 +139,9 @@ def test_on_a_wafer_queue_and_compile_are_no_part_of_the_rate_and_the_estimate_s
     assert row["peak_memory_bytes"] is None
     [folder] = (tmp_path / "throughput" / "jobs").iterdir()
     labels = json.loads((folder / "job.json").read_text())["cluster"]["job_labels"]
-    assert labels[0].startswith("tune_sparse=")
+    guarded = json.loads((folder / "guard.json").read_text())["label"]
+    assert guarded == labels[0], "what is cancelled are its own jobs, not those of a sweep of the same folder"
+    assert [label.partition("=")[0] for label in labels] == ["tune_sparse_run", "tune_sparse", "name"]
 
 
 def test_an_estimate_without_training_is_never_a_rate(
