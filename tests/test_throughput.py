@@ -53,6 +53,17 @@ def test_as_many_steps_are_timed_as_it_says(llama: Path, monkeypatch: pytest.Mon
     assert found.train_examples_per_second == pytest.approx(2 * TIMED_STEPS / sum(step.seconds for step in timed))
 
 
+def test_a_card_that_can_hold_no_training_is_a_row_with_its_reason(
+    llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trainables.budgets.gpu_memory_bytes", lambda: 1 << 28)
+    monkeypatch.setattr("trainables.budgets.gpu_share", lambda: 1.0)
+    found = measure(tiny_run(llama), WorkerCache(), 2)
+    assert found.train_examples_per_second is None
+    assert found.problem is not None
+    assert "a device must hold a cell" in found.problem
+
+
 def test_too_little_memory_is_recorded_as_such(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def out_of_memory(*_: Any, **__: Any) -> Any:
         raise torch.OutOfMemoryError("no room")
