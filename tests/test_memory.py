@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Mixtr
 from tune_sparse.config import Protocol
 from tune_sparse.data.splits import Encoded
 from tune_sparse.errors import InputError, TooLargeError
-from tune_sparse.evaluation.card_budgets import budgets_for, smallest_budgets, usable
+from tune_sparse.evaluation.card_budgets import budgets_for, scoring_budgets, smallest_budgets, usable
 from tune_sparse.evaluation.memory import GIB, CellMemory
 from tune_sparse.lora.layer import adapt_model
 from tune_sparse.models.architectures import all_weights
@@ -261,3 +261,17 @@ def test_a_packed_sequence_has_a_mask() -> None:
 def test_a_model_that_is_too_large_for_any_setting_names_a_larger_card() -> None:
     with pytest.raises(TooLargeError, match=r"Take a larger card\.$"):
         budgets_for(4 * GIB, 1.0, CellMemory(replace(LLAMA_7B, num_layers=80), "sparse-to-dense", "random", Protocol()))
+
+
+def test_a_model_that_is_only_scored_needs_no_room_for_a_training() -> None:
+    card, cell = 16 * GIB, CellMemory(LLAMA_7B, "dense", "none", Protocol())
+    with pytest.raises(TooLargeError, match="stage"):
+        budgets_for(card, 1.0, cell)
+    found = scoring_budgets(card, 1.0, LLAMA_7B, Protocol())
+    assert cell.weights + cell.scoring(found) <= usable(card)
+    assert found.scoring_tokens >= cell.longest
+    whole, alone = budgets_for(CARD_80, 1.0, cell), scoring_budgets(CARD_80, 1.0, LLAMA_7B, Protocol())
+    assert alone.scoring_tokens == whole.scoring_tokens
+    assert alone.generation_tokens >= whole.generation_tokens
+    with pytest.raises(TooLargeError, match=r"to score it: in bfloat16 1\d\.\d GB, it has room for 8\.\d\. Take"):
+        scoring_budgets(card, 0.6, LLAMA_7B, Protocol())

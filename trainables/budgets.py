@@ -11,11 +11,10 @@ from tune_sparse.config import Protocol
 from tune_sparse.config.options import rule
 from tune_sparse.data.batching import example_tokens
 from tune_sparse.data.task_types import AnswerTask
-from tune_sparse.evaluation.card_budgets import budgets_for
+from tune_sparse.evaluation.card_budgets import budgets_for, scoring_budgets
 from tune_sparse.evaluation.memory import CellMemory
 from tune_sparse.ledger.run import Run
 from tune_sparse.models.dims import ModelDims
-from tune_sparse.modes import DENSE
 from tune_sparse.training.budgets import Budgets, cpu_budgets, fixed_micro_batch_tokens
 
 
@@ -31,10 +30,10 @@ def run_budgets(run: Run, dims: ModelDims) -> Budgets:
 
 
 def fitting_budgets(protocol: Protocol, dims: ModelDims) -> Budgets:
-    """The budgets that suit the device of this process for a model that is not trained."""
+    """The budgets that suit the device of this process for a model that is only scored."""
     card_bytes = gpu_memory_bytes()
     if card_bytes is not None:
-        return budgets_for(card_bytes, gpu_share(), CellMemory(dims, DENSE, "none", protocol))
+        return scoring_budgets(card_bytes, gpu_share(), dims, protocol)
     return cpu_budgets(protocol.within(dims.max_positions).max_tokens)
 
 

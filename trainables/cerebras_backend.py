@@ -127,7 +127,7 @@ class CerebrasTraining:
         assert isinstance(trainable, LoraFinetuning), "the configuration refuses the other modes"
         folder, seed = job_folder(ledger, run.run_id), run.cell.seed
         restart = prepare_try(folder)
-        labels = job_labels(ledger, run) if self.is_csx else []
+        labels = job_labels(ledger.folder, run) if self.is_csx else []
         start = starting_weights(run, trainable, pruned)
         tokens = examples_in_order(examples.train, run.protocol, seed)
         write_job(folder, tokens, start, run.protocol, seed, self.settings, labels, restart)
@@ -195,9 +195,9 @@ def job_folder(ledger: RunStore, run_id: str) -> Path:
     return ledger.folder / "cerebras" / run_id
 
 
-def job_labels(ledger: RunStore, run: Run) -> list[str]:
+def job_labels(results_dir: Path, run: Run) -> list[str]:
     """Return the labels of a run's jobs: the one by which they alone are found, that of the results, one for people."""
-    results = hash_json(str(ledger.folder.resolve()))
+    results = hash_json(str(results_dir.resolve()))
     return [run_label(results, run.identity), results_label(results), name_label(run.run_id)]
 
 

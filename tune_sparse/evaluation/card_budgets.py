@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from tune_sparse.config import BudgetOptions
+from tune_sparse.config import BudgetOptions, Protocol
 from tune_sparse.errors import TooLargeError
 from tune_sparse.evaluation.memory import GIB, CellMemory
-from tune_sparse.modes import MODES
+from tune_sparse.models.dims import ModelDims
+from tune_sparse.modes import DENSE, MODES
 from tune_sparse.training.budgets import Budgets, fixed_micro_batch_tokens
 
 NO_OPTIONS = BudgetOptions()
@@ -53,6 +54,18 @@ def budgets_for(
     return found
 
 
+def scoring_budgets(card_bytes: int, share: float, dims: ModelDims, protocol: Protocol) -> Budgets:
+    """As `budgets_for`, of a model that is scored, and neither pruned nor trained."""
+    cell, room = CellMemory(dims, DENSE, "none", protocol), usable(card_bytes, share)
+    least = smallest_budgets(cell)
+    if (needed := cell.weights + cell.scoring(least)) > room:
+        raise TooLargeError(
+            f"a device must hold a model to score it: in {protocol.precision} {needed / 1e9:.1f} GB, it has room for "
+            f"{room / 1e9:.1f}. Take a larger card, or hide it with CUDA_VISIBLE_DEVICES= to score on the CPU."
+        )
+    return _with_passes(least, cell, room + cell.masks)  # it has none
+
+
 def smallest_budgets(cell: CellMemory, options: BudgetOptions = NO_OPTIONS) -> Budgets:
     """One example of the longest at a time, where a user set nothing else."""
     return Budgets(cell.longest, cell.longest, cell.longest, True, False).changed_by(options)
@@ -63,15 +76,20 @@ def _largest_budgets(cell: CellMemory, room: int, options: BudgetOptions) -> Bud
     if cell.peak(least) > room:
         return None
     fitting = (trial for trial in _trainings(cell, options) if cell.stages(trial)["train"] <= room)
-    passes = (replace(least, scoring_tokens=tokens) for tokens in SCORING_TOKENS)
+    return _with_passes(next(fitting, least), cell, room).changed_by(options)
+
+
+def _with_passes(budgets: Budgets, cell: CellMemory, room: int) -> Budgets:
+    """With the largest passes of scoring, and of writing answers, that have room."""
+    passes = (replace(smallest_budgets(cell), scoring_tokens=tokens) for tokens in SCORING_TOKENS)
     scoring = (trial.scoring_tokens for trial in passes if cell.scores_within(trial, room))
     kept = cell.weights + cell.masks
     generation = (room - kept) // cell.generation_bytes // GENERATION_STEP * GENERATION_STEP
     return replace(
-        next(fitting, least),
+        budgets,
         scoring_tokens=max(next(scoring, 0), cell.longest),
         generation_tokens=max(min(generation, GENERATION_TOKENS), cell.longest),
-    ).changed_by(options)
+    )
 
 
 def _trainings(cell: CellMemory, options: BudgetOptions) -> list[Budgets]:
