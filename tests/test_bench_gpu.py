@@ -81,6 +81,7 @@ def run_parts(folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.xdist_group("simulated device")
+@pytest.mark.slow
 def test_every_part_runs_on_a_device(device_process: ProcessPoolExecutor, tmp_path: Path) -> None:
     figures = device_process.submit(run_parts, tmp_path).result()
     assert figures["sparse-to-sparse"]["implementations"] == {"effective-weight": 14}

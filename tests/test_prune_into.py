@@ -128,10 +128,8 @@ def wide_worker(wide_llama: Path) -> Iterator[tuple[WorkerCache, int]]:
     worker.clear()
 
 
-@pytest.mark.parametrize(
-    "method",
-    ["unstructured", "structured", *(pytest.param(name, marks=pytest.mark.slow) for name in ("wanda", "sparsegpt"))],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["unstructured", "structured", "wanda", "sparsegpt"])
 def test_loading_and_pruning_hold_one_copy_of_the_weights(
     method: str, wide_worker: tuple[WorkerCache, int], wide_llama: Path, tmp_path: Path
 ) -> None:
