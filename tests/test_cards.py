@@ -12,8 +12,9 @@ from factories import make_cell, make_run
 
 from tune_sparse.config import Protocol, SweepConfig
 from tune_sparse.errors import InputError, TooLargeError
+from tune_sparse.evaluation.card_budgets import budgets_for
 from tune_sparse.evaluation.cards import CARDS, card_named, find_card
-from tune_sparse.evaluation.memory import budgets_for
+from tune_sparse.evaluation.memory import CellMemory
 from tune_sparse.models.dims import ModelDims
 from tune_sparse.sweep.cards import Device, block_kinds, check_devices, cluster_devices, gpu_kinds, local_devices
 from tune_sparse.sweep.resources import Placement
@@ -162,4 +163,4 @@ def test_a_run_of_cerebras_needs_no_gpu() -> None:
 
 def test_every_card_has_room_for_a_small_model() -> None:
     for card in CARDS.values():
-        assert budgets_for(card.memory_bytes, 1.0, TINY, "sparse-to-sparse", "sparsegpt", Protocol())
+        assert budgets_for(card.memory_bytes, 1.0, CellMemory(TINY, "sparse-to-sparse", "sparsegpt", Protocol()))

@@ -15,7 +15,7 @@ from trainables import pipeline
 from trainables.worker import WorkerCache
 from tune_sparse.ledger.ledger import Ledger
 from tune_sparse.models.safetensors_io import TensorFiles
-from tune_sparse.modes import ADAPTER_MODES
+from tune_sparse.modes import SPARSE_ADAPTER_MODES
 
 MOST = 1.6
 """times the bytes of all parameters; activations, adapters and optimizer are a large part of so small a model"""
@@ -68,7 +68,7 @@ def test_every_stage_of_a_cell_has_one_copy_of_the_weights(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["unstructured", "structured", "wanda", "sparsegpt"])
-@pytest.mark.parametrize("mode", ADAPTER_MODES)
+@pytest.mark.parametrize("mode", SPARSE_ADAPTER_MODES)
 def test_every_kind_of_cell_has_one_copy_of_the_weights(
     mode: str, method: str, wide_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from live_bytes import LiveBytes
 from peft import PeftModel
+from plain_masks import make_masks, masked
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedModel
@@ -40,8 +41,7 @@ from tune_sparse.lora.rank_space import Space, SuperAdapter
 from tune_sparse.models.architectures import list_matrices
 from tune_sparse.models.checkpoints import prunable_weights, write_weights_into
 from tune_sparse.models.dims import ModelDims
-from tune_sparse.pruning.masks import Masks, channel_mask, kept_channels, masked
-from tune_sparse.pruning.prune_model import make_masks
+from tune_sparse.pruning.masks import Masks, channel_mask, kept_channels
 from tune_sparse.search.scorer import SliceScorer
 from tune_sparse.training.loop import fit
 

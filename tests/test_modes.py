@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from factories import TINY_PROTOCOL, finished, tiny_run, write_boolq
+from plain_masks import make_masks, masked
 from torch import Tensor
 
 from trainables import loaded, pipeline, pruning_stage, training
@@ -35,8 +36,7 @@ from tune_sparse.lora.layer import sparse_lora_layers
 from tune_sparse.lora.merging import mask_weights_into
 from tune_sparse.models.checkpoints import check_checkpoint, load_model, prunable_weights, write_weights_into
 from tune_sparse.modes import MODES
-from tune_sparse.pruning.masks import Masks, mask_sha256, masked
-from tune_sparse.pruning.prune_model import make_masks
+from tune_sparse.pruning.masks import Masks, mask_sha256
 from tune_sparse.sweep.plan import make_plan
 from tune_sparse.training.loop import accelerator_for, fit
 

@@ -18,7 +18,8 @@ from trainables.pipeline import run_cell
 from trainables.worker import WorkerCache
 from tune_sparse.config import BudgetOptions, SweepConfig
 from tune_sparse.errors import TooLargeError, is_out_of_memory
-from tune_sparse.evaluation.memory import GIB, budgets_for
+from tune_sparse.evaluation.card_budgets import budgets_for
+from tune_sparse.evaluation.memory import GIB, CellMemory
 from tune_sparse.ledger.ledger import Ledger
 from tune_sparse.ledger.record import Record
 from tune_sparse.ledger.run import Run
@@ -119,7 +120,7 @@ def test_only_more_memory_or_a_new_version_is_a_reason(card_24: int) -> None:
 
 def test_smaller_budgets_are_a_reason(card_24: int) -> None:
     run = make_run()
-    then = budgets_for(card_24, 1.0, LLAMA_7B, run.cell.mode, run.cell.method, run.protocol).as_record()
+    then = budgets_for(card_24, 1.0, CellMemory(LLAMA_7B, run.cell.mode, run.cell.method, run.protocol)).as_record()
     record = lacking(run, card_24, budgets=then)
     assert why(record, run) is None
     smaller = replace(ON_GPUS, budgets=BudgetOptions(micro_batch_tokens=2048))

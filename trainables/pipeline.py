@@ -19,6 +19,7 @@ from trainables.budgets import check_budgets, run_budgets
 from trainables.failures import describe_error, may_pass
 from trainables.finetuning import setup
 from trainables.hardware import check_precision, environment, gpu_memory_bytes
+from trainables.inputs import load_planned_checkpoint
 from trainables.loaded import Examples, LoadedModel
 from trainables.mode import MergeReport, TrainableModel
 from trainables.peak_memory import PeakMemory
@@ -40,7 +41,6 @@ from tune_sparse.ledger.record import Record
 from tune_sparse.ledger.run import Run, write_config
 from tune_sparse.lora.merging import mask_weights_into
 from tune_sparse.models.checkpoints import prunable_weights
-from tune_sparse.pruning.masks import count_sparsity
 from tune_sparse.training.budgets import Budgets
 from tune_sparse.training.loop import Step, mean_loss
 
@@ -130,13 +130,13 @@ class Work:
 def _load(run: Run, ledger: RunStore, worker: WorkerCache, folder: Path, log: RunLog, memory: PeakMemory) -> Work:
     torch.set_num_threads(run.protocol.threads)
     check_precision(run.protocol.precision)
+    budgets = run_budgets(run, load_planned_checkpoint(run).dims)  # what is too large is refused before it is read
     loaded = worker.model(run)
     examples = worker.examples(run, loaded)
     log(
         f"model and examples ready: {len(examples.train)} train, {len(examples.selection)} selection, "
         f"{sum(len(test.examples) for test in examples.tests)} test; weights from {loaded.dense_weights.folder}"
     )
-    budgets = run_budgets(run, loaded.dims)
     check_budgets(budgets, examples, run.protocol.max_new_tokens)
     memory.end("load")
     return Work(run, ledger, folder, log, loaded, examples, budgets, memory)
@@ -192,7 +192,7 @@ def _score_before_tuning(work: Work, pruned: Pruned) -> Metrics:
         assert known is not None
     metrics: Metrics = known["metrics"]
     primary = primary_metric(metrics)
-    work.log(f"pruned to {count_sparsity(pruned.masks):.4f}, {primary} before tuning {metrics[primary]:.4f}")
+    work.log(f"pruned to {pruned.masks.sparsity:.4f}, {primary} before tuning {metrics[primary]:.4f}")
     return metrics
 
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tune_sparse.config import Cell, SweepConfig
 from tune_sparse.data.tasks import tasks_named
 from tune_sparse.errors import NotReadyError, TooLargeError
+from tune_sparse.evaluation.card_budgets import budgets_for, least_card_bytes
 from tune_sparse.evaluation.cards import Card
-from tune_sparse.evaluation.memory import CellMemory, budgets_for, least_card_bytes
+from tune_sparse.evaluation.memory import CellMemory
 from tune_sparse.evaluation.published import published_dims, published_sizes
 from tune_sparse.evaluation.seconds import CellSeconds, TaskSizes
 from tune_sparse.models.checkpoints import check_checkpoint, short_name
@@ -92,30 +93,34 @@ def trained_cells(config: SweepConfig) -> list[Cell]:
 
 def estimate(config: SweepConfig, cells: Sequence[Cell], sizes: Sizes, cards: Sequence[Card]) -> list[KindEstimate]:
     """Estimate the cells of the backend torch whose sizes are known, by kind and card."""
-    kinds: dict[Kind, list[TaskSizes]] = {}
+    kinds: dict[Kind, list[tuple[float, TaskSizes]]] = {}
     for cell in cells:
         model = short_name(cell.model)
         if cell.backend == "torch" and model in sizes.dims and cell.task in sizes.tasks:
-            kinds.setdefault((model, cell.mode, cell.method), []).append(sizes.tasks[cell.task])
+            kinds.setdefault((model, cell.mode, cell.method), []).append((cell.sparsity, sizes.tasks[cell.task]))
     dims = sizes.dims
-    return [_estimate(config, kind, tasks, dims[kind[0]], card) for kind, tasks in kinds.items() for card in cards]
+    return [_estimate(config, kind, runs, dims[kind[0]], card) for kind, runs in kinds.items() for card in cards]
 
 
-def _estimate(config: SweepConfig, kind: Kind, tasks: Sequence[TaskSizes], dims: ModelDims, card: Card) -> KindEstimate:
+def _estimate(
+    config: SweepConfig, kind: Kind, runs: Sequence[tuple[float, TaskSizes]], dims: ModelDims, card: Card
+) -> KindEstimate:
+    """runs: the sparsity of each and the sizes of its task. The least sparse takes the most memory."""
     _, mode, method = kind
-    cell = CellMemory(dims, mode, method, config.protocol)
+    cell = CellMemory(dims, mode, method, config.protocol, min(sparsity for sparsity, _ in runs))
     peak, seconds, why = None, None, None
     if config.protocol.precision == "bfloat16" and not card.has_bfloat16:
         why = "it does not compute in bfloat16"
     else:
         try:
-            budgets = budgets_for(card.memory_bytes, 1.0, dims, mode, method, config.protocol, config.budgets)
+            budgets = budgets_for(card.memory_bytes, 1.0, cell, config.budgets)
         except TooLargeError as error:
             why = str(error)
         else:
             peak = cell.peak(budgets)
-            seconds = sum(CellSeconds(cell, card, budgets, task).total for task in tasks)
-    return KindEstimate(card.name, *kind, len(tasks), least_card_bytes(cell, config.budgets), peak, seconds, why)
+            own = ((replace(cell, sparsity=sparsity), task) for sparsity, task in runs)
+            seconds = sum(CellSeconds(cell, card, budgets, task).total for cell, task in own)
+    return KindEstimate(card.name, *kind, len(runs), least_card_bytes(cell, config.budgets), peak, seconds, why)
 
 
 def estimate_lines(found: Sequence[KindEstimate], sizes: Sizes) -> list[str]:

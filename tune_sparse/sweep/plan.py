@@ -112,8 +112,9 @@ def host_bytes(plan: Plan, runs: Iterable[Run]) -> int:
 def memory_of(plan: Plan, runs: Iterable[Run]) -> list[CellMemory]:
     """The memory of each kind of run that this machine, or its cluster, trains."""
     dims = plan.dims
-    kinds = {(r.cell.model, r.cell.mode, r.cell.method): r.protocol for r in runs if r.cerebras is None}
-    return [CellMemory(dims[model], mode, method, p) for (model, mode, method), p in kinds.items()]
+    own = (run for run in runs if run.cerebras is None)
+    kinds = {(r.cell.model, r.cell.mode, r.cell.method, r.cell.sparsity): r.protocol for r in own}
+    return [CellMemory(dims[model], mode, method, p, level) for (model, mode, method, level), p in kinds.items()]
 
 
 def requested_cells(config: SweepConfig) -> list[Cell]:

@@ -9,13 +9,14 @@ from typing import Any
 import psutil
 
 from tune_sparse.config import SweepConfig
+from tune_sparse.config.budgets import TOKEN_BUDGETS
 from tune_sparse.errors import TooLargeError, is_out_of_host_memory
-from tune_sparse.evaluation.memory import budgets_for
+from tune_sparse.evaluation.card_budgets import budgets_for
+from tune_sparse.evaluation.memory import CellMemory
 from tune_sparse.ledger.record import Record
 from tune_sparse.ledger.run import Run
 from tune_sparse.models.dims import ModelDims
 from tune_sparse.sweep.cards import gpus_asked, local_devices
-from tune_sparse.training.budgets import TOKENS
 
 LARGER = 1.02
 """Two devices of one kind differ by less in what they say of their memory."""
@@ -58,13 +59,13 @@ def _has_smaller_budgets(
 ) -> bool:
     if then is None:
         return False
+    cell = CellMemory(dims, run.cell.mode, run.cell.method, run.protocol, run.cell.sparsity)
     try:
-        cell, share = run.cell, gpus_asked(config)
-        found = budgets_for(device_bytes, share, dims, cell.mode, cell.method, run.protocol, config.budgets)
+        found = budgets_for(device_bytes, gpus_asked(config), cell, config.budgets)
     except TooLargeError:
         return False
     now = found.as_record()
-    fewer = any(now[name] < then[name] for name in TOKENS)
+    fewer = any(now[name] < then[name] for name in TOKEN_BUDGETS)
     recomputes = now["activation_checkpointing"] and not then["activation_checkpointing"]
     return fewer or recomputes or (then["keeps_effective_weights"] and not now["keeps_effective_weights"])
 
