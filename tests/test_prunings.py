@@ -20,7 +20,7 @@ from torch import Tensor
 
 from tune_sparse.cli import main
 from tune_sparse.cli.command import BAD_INPUT, OK
-from tune_sparse.config import Protocol
+from tune_sparse.config import BudgetOptions, Protocol
 from tune_sparse.errors import NotReadyError
 from tune_sparse.files import read_json, write_json
 from tune_sparse.ledger import prunings
@@ -216,7 +216,7 @@ class TestIdentity:
     def test_neither_mode_nor_training_is_of_it(self, method: str, changes: dict[str, Any]) -> None:
         run = make_run(make_cell(method=method))
         trained = Protocol(steps=7, learning_rate=1e-3, lora_rank=4)
-        other = replace(run, cell=replace(run.cell, **changes), protocol=trained)
+        other = replace(run, cell=replace(run.cell, **changes), protocol=trained, budgets=BudgetOptions(64, 64, 64))
         assert run.identity != other.identity
         assert run.pruning_id == other.pruning_id
 
@@ -332,4 +332,4 @@ class TestDiscard:
         assert discard("sweep100") == BAD_INPUT
         assert f"unknown sweep 'sweep100'. Did you mean '{sweep}'?" in capsys.readouterr().err
         assert main(["discard", "run", "--prunings", sweep, "--reason", "r"]) == BAD_INPUT
-        assert "discard takes a run or --prunings, got both or neither" in capsys.readouterr().err
+        assert "discard takes a run or --prunings, got both. Give" in capsys.readouterr().err

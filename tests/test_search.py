@@ -154,6 +154,14 @@ def test_a_dry_run_says_what_would_be_searched(llama: Path, tmp_path: Path, caps
     assert "12 selection examples" in capsys.readouterr().out
 
 
+def test_a_dry_run_of_what_is_not_ready_says_so_by_its_status(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    assert main(arguments(llama, tmp_path, "--dry-run", "--model", "a/not-here")) == 1
+    assert "boolq: not ready to run: " in capsys.readouterr().out
+
+
 @pytest.fixture
 def session(llama: Path, tmp_path: Path) -> SearchSession:
     plan = plan_search(config(llama, tmp_path, deterministic=True, scoring_tokens=512))

@@ -54,7 +54,8 @@ def _discard(chosen: argparse.Namespace) -> int:
     from tune_sparse.ledger.ledger import Ledger
 
     if bool(chosen.run) == bool(chosen.prunings):
-        raise InputError("discard takes a run or --prunings, got both or neither. Give one of the two.")
+        given = "both" if chosen.run else "neither"
+        raise InputError(f"discard takes a run or --prunings, got {given}. Give one of the two.")
     check_not_locked(chosen.results_dir)
     ledger = Ledger(chosen.results_dir)
     if chosen.prunings:

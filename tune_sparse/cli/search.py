@@ -85,7 +85,7 @@ def declare(commands: Any) -> None:
         "prune a model, train one adapter that works at many ranks, and search for the best ranks of its matrices",
         examples=EXAMPLES,
         ok="every search is complete, or with --dry-run, was shown",
-        fault="a search failed or was interrupted",
+        fault="a search failed or was interrupted; with --dry-run, a model or examples are not there yet",
         notes=[
             words(
                 *("sparsity", "example", "calibration", "adapter", "super-adapter", "sub-adapter", "candidate"),
@@ -297,4 +297,4 @@ def _dry_run(configs: list[SearchConfig], as_json: bool) -> int:
             f"selection examples, slices of {plan.run.run_id} ({'trained' if is_trained else 'to be trained'})"
         )
     print(json.dumps(values) if as_json else "\n".join(lines))
-    return OK
+    return FAULT if any("not_ready" in value for value in values) else OK
