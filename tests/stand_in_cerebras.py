@@ -137,7 +137,8 @@ def _bits(packed: object) -> int:
 def _known_first_loss(losses: Path, job: dict[str, object], model_folder: str) -> float:
     """Computed once for each model, masks and examples."""
     examples = Path(str(job["examples"])) / "tokens.safetensors"
-    read = [model_folder, job["batch_size"], examples.read_bytes(), Path(str(job["masks"])).read_bytes()]
+    files = [examples, *(Path(str(job[kind])) for kind in ("masks", "weights") if job[kind])]
+    read = [model_folder, job["batch_size"], *(path.read_bytes() for path in files)]
     known = losses / hashlib.sha256(repr(read).encode()).hexdigest()
     if not known.exists():
         own = known.with_suffix(f".{os.getpid()}")
@@ -160,7 +161,10 @@ def _first_loss(job: dict[str, object], model_folder: str) -> float:
     model = load_model(Path(model_folder), torch.float32, torch.device("cpu"))
     masks = load_file(job["masks"])  # type: ignore[arg-type]
     head_dim = ModelDims.from_config(model.config).head_dim
+    updated = load_file(job["weights"]) if job["weights"] else {}  # type: ignore[arg-type]
     for name, weight in prunable_weights(model).items():
+        if updated:
+            weight.copy_(separated(name, updated[cerebras_name(name)], head_dim))
         bits = np.unpackbits(masks[cerebras_name(name)].numpy())[: weight.numel()]
         weight.mul_(separated(name, torch.from_numpy(bits).view(weight.shape), head_dim))
     tokens = load_file(Path(str(job["examples"])) / "tokens.safetensors")

@@ -55,7 +55,7 @@ def list_processes(folder: Path) -> list[int]:
     ("mode", "method"),
     [
         ("dense", "none"),
-        ("sparse-to-dense", "unstructured"),
+        ("sparse-to-dense", "sparsegpt"),
         ("sparse-to-sparse", "unstructured"),
         ("sparse-to-sparse", "structured"),
     ],

@@ -38,10 +38,10 @@ from tune_sparse.ledger.run import Run
 from tune_sparse.lora.layer import sparse_lora_layers
 from tune_sparse.models.checkpoints import find_folder
 from tune_sparse.models.dims import ModelDims
-from tune_sparse.models.safetensors_io import TensorFiles, weight_files
 from tune_sparse.modes import MODES
 from tune_sparse.pruning.bit_masks import BitMasks
 from tune_sparse.pruning.masks import Masks
+from tune_sparse.pruning.methods import method_named
 from tune_sparse.training.budgets import Budgets
 from tune_sparse.training.loop import Step, batches, learning_rate_at, mean_loss
 
@@ -210,12 +210,8 @@ def update_masks(run: Run, pruned: Pruned) -> Masks:
 
 def starting_weights(run: Run, lora: LoraFinetuning, pruned: Pruned) -> Start:
     """Return the state that a cell's training begins with."""
-    checkpoint = TensorFiles(weight_files(find_folder(run.model_path)))
-    updated = {
-        name: weight
-        for name, weight in pruned.weights.items()
-        if not torch.equal(weight.cpu(), (checkpoint[name].to(weight.dtype) * pruned.masks[name].cpu()))
-    }
+    is_updated = run.cell.sparsity > 0 and method_named(run.cell.method).updates_weights
+    updated = pruned.weights if is_updated else {}
     layers = {name: layer.factors()[:2] for name, layer in sparse_lora_layers(lora.adapted)}
     return Start(pruned.masks, updated, layers, MODES[run.cell.mode].masks_update, _head_dim(lora))
 

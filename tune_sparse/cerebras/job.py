@@ -51,7 +51,7 @@ class Start:
     masks: Masks
     """bool, (O, I)"""
     updated: Mapping[str, Tensor]
-    """matrices whose weights are not those of the checkpoint where they are kept: (O, I)"""
+    """matrices whose kept weights are not those of the checkpoint: (O, I)"""
     adapters: Mapping[str, tuple[Tensor, Tensor]]
     """A: (R, I), B: (O, R)"""
     update_is_masked: bool
