@@ -224,6 +224,15 @@ class TestRemoteLedger:
         with pytest.raises(NotReadyError, match=f"must be whole, {path.parent} is not: masks.safetensors must have"):
             remote.pruning(PRUNED)
 
+    def test_a_copy_that_a_node_has_cut_short_is_fetched_again(self, remote: RemoteLedger, ledger: Ledger) -> None:
+        ledger.write_pruning(PRUNED, masks(0), None, {})
+        found = remote.pruning(PRUNED)
+        assert found is not None
+        (found.folder / "masks.safetensors").unlink()
+        with pytest.raises(NotReadyError, match="masks.safetensors"):
+            remote.pruning(PRUNED)
+        assert remote.pruning(PRUNED) == found
+
     def test_prunings_that_were_long_not_used_go_from_a_node(self, remote: RemoteLedger, ledger: Ledger) -> None:
         first, second = PRUNED, make_run(make_cell(method="wanda", sparsity=0.75))
         for run in (first, second):

@@ -241,8 +241,13 @@ class RemoteLedger:
         if not here.exists():
             _remove_unused(self._prunings)
             self._fetch(run.pruning_id, there, here)
+        try:
+            kept = read_pruning(here, run.pruning_settings)
+        except InputError:
+            shutil.rmtree(here, ignore_errors=True)  # the next try fetches it again
+            raise
         os.utime(here)
-        return read_pruning(here, run.pruning_settings)
+        return kept
 
     def write_pruning(
         self, run: Run, masks: BitMasks, weights: Mapping[str, Tensor] | None, environment: Mapping[str, Any]
