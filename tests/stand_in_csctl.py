@@ -1,6 +1,6 @@
 """A stand-in for the appliance's `csctl`: it prints the list of jobs that a file holds, as one release or another does.
 
-The tables are those of public sources, with our labels in place of theirs where a test needs some.
+Three tables are those of public sources, with our labels in place of theirs and shorter addresses; two are made up.
 """
 
 from __future__ import annotations
@@ -29,13 +29,14 @@ TABLE_NAMESPACED = """\
 NAME                                       TYPE     PRIORITY  AGE  DURATION  PHASE      SYSTEMS   USER  LABELS
 job-operator/wsjob-uzsr3ycihbnhmwgqo6odqp  execute  P2 (299)  9s   9s        RUNNING    systemf0  lab   {labels}
 """
-"""Cerebras' documentation of release 2.5, `csctl job list`: the name begins with its namespace"""
+"""made up after a description of `csctl job list` of release 2.5, with namespaces in names: no output was at hand"""
 JSON_LIST = """\
 {{"items": [{{"meta": {{"type": "job", "name": "wsjob-cc4ypvcbgcpwtgaydam5wz", "namespace": "job-operator", \
 "labels": {{{labels}}}, "workflow": "wflow-a"}}, "spec": {{"user": {{"username": "me"}}, "priority": "P2 (299)"}}, \
 "status": {{"phase": "QUEUED", "systems": []}}}}]}}
 """
-"""the messages JobList, Job and ObjectMeta of cerebras_appliance 2.10.0 as `csctl get jobs -o json` writes them"""
+"""the messages JobList, Job and ObjectMeta of cerebras_appliance 2.10.0 written as JSON; no output
+of `csctl get jobs -o json` was at hand"""
 TABLES = {"2023": TABLE_2023, "R2": TABLE_R2, "now": TABLE_NOW, "namespaced": TABLE_NAMESPACED, "json": JSON_LIST}
 
 PROGRAM = """#!{python} -S

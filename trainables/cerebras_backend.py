@@ -125,28 +125,19 @@ class CerebrasTraining:
     ) -> Generator[Step | None, None, Training]:
         """Yield None while it waits. Raises `RunError` for what would come again, `ApplianceError` for the rest."""
         assert isinstance(trainable, LoraFinetuning), "the configuration refuses the other modes"
-        folder, is_csx = job_folder(ledger, run.run_id), self.settings.cerebras_target == "csx"
+        folder, seed = job_folder(ledger, run.run_id), run.cell.seed
         restart = prepare_try(folder)
-        labels = job_labels(ledger, run) if is_csx else []
+        labels = job_labels(ledger, run) if self.is_csx else []
         start = starting_weights(run, trainable, pruned)
-        tokens = examples_in_order(examples.train, run.protocol, run.cell.seed)
-        write_job(
-            folder,
-            tokens,
-            start,
-            run.protocol,
-            run.cell.seed,
-            self.settings,
-            labels,
-            restart,
-        )
-        first_batch = next(batches(examples.train, run.protocol, run.cell.seed))
+        tokens = examples_in_order(examples.train, run.protocol, seed)
+        write_job(folder, tokens, start, run.protocol, seed, self.settings, labels, restart)
+        first_batch = next(batches(examples.train, run.protocol, seed))
         first = mean_loss(trainable.model, first_batch, run.protocol, budgets=budgets)
         log(f"the training is written in {folder}, the pruned model's loss on the first examples is {first:.4f}")
         log("there, micro_batch_size and eval_every have no effect: a step is whole, no loss is measured in between")
         if restart:
             log(f"goes on after step {restart['step']} of a training that was lost")
-        if is_csx:
+        if self.is_csx:
             yield from wait_before_try(folder, log)
 
         label = labels[0] if labels else None
@@ -160,20 +151,19 @@ class CerebrasTraining:
             raise
         finally:
             handle.stop()
-        report = read_json(folder / "report.json")
-        _check_unchanged(report, run, pruned)
-        _write_adapters_into(trainable, folder)
-        (folder / "adapter.safetensors").unlink()  # the run's own adapter is the one that stays
-        (folder / "lost.json").unlink(missing_ok=True)
-        log(f"trained by release {report['release']}: {sum(report['zeros'].values())} zeros stayed zero")
-        if is_csx:
+        _read_back_into(trainable, run, pruned, folder, log)
+        if self.is_csx:
             tell_stages_apart(training, read_stages((folder / "child.log").read_text(errors="replace")), restart)
         return training
 
+    @property
+    def is_csx(self) -> bool:
+        """Whether it trains on a wafer, behind a queue and a compiler."""
+        return self.settings.cerebras_target == "csx"
+
     def check_first_loss(self, first: float, precision: str) -> Callable[[float], None]:
         """Make a check that raises `RunError` for a first loss that is not that of the pruned model."""
-        is_wafer = self.settings.cerebras_target == "csx"
-        tolerance = FIRST_LOSS_TOLERANCE["bfloat16" if is_wafer else precision].of(first)
+        tolerance = FIRST_LOSS_TOLERANCE["bfloat16" if self.is_csx else precision].of(first)
 
         def check(loss: float) -> None:
             if not abs(loss - first) <= tolerance:
@@ -300,6 +290,16 @@ def failure_of(ended: Ended, folder: Path, steps: int) -> Exception:
     if ended.cancelled.problem is None:
         return error
     return type(error)(f"{error}; on the appliance: {ended.cancelled.summary()}. Look with `csctl get jobs`")
+
+
+def _read_back_into(lora: LoraFinetuning, run: Run, pruned: Pruned, folder: Path, log: RunLog) -> None:
+    """Check what was trained, and put it into the model here."""
+    report = read_json(folder / "report.json")
+    _check_unchanged(report, run, pruned)
+    _write_adapters_into(lora, folder)
+    (folder / "adapter.safetensors").unlink()  # the run's own adapter is the one that stays
+    (folder / "lost.json").unlink(missing_ok=True)
+    log(f"trained by release {report['release']}: {sum(report['zeros'].values())} zeros stayed zero")
 
 
 def _check_unchanged(report: dict[str, Any], run: Run, pruned: Pruned) -> None:

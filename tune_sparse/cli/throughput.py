@@ -61,7 +61,7 @@ def declare(commands: Any) -> None:
         ok="everything is measured, or was found not to fit into memory",
         fault="the disk is full",
         notes=[
-            words(*RUN_WORDS, "example", "adapter", "calibration", "results folder"),
+            words("cell", *RUN_WORDS, "example", "adapter", "calibration", "backend", "CS-3", "results folder"),
             paragraph(
                 "The training of each combination of model, task, method, sparsity and mode is measured, one "
                 "combination after the other: 5 training steps, after 2 that are not counted. Where there is a GPU, "
@@ -139,12 +139,7 @@ def _throughput(chosen: argparse.Namespace) -> int:
             "environment": environment(),
         }
         write_json(folder / f"{run.run_id}.json", value)
-        if chosen.json:
-            print(json.dumps(value))
-            continue
-        print(run.run_id)
-        for m in measured:
-            print(_line(m))
+        print(json.dumps(value) if chosen.json else "\n".join([run.run_id, *map(_line, measured)]))
     return OK
 
 
