@@ -2,7 +2,7 @@
 
     python cerebras_child.py JOB_FOLDER
 
-It reads `job.json` of the folder and writes `metrics.jsonl` (a line a step), then `adapter.safetensors` and
+It reads `job.json` of the folder and writes `metrics.jsonl` (a line a step), then `trained.safetensors` and
 `report.json`. It imports nothing of tune_sparse, whose environment is another one; a backend exists once in a process.
 A file named `stop` in the folder ends the training before its next step.
 """
@@ -10,7 +10,9 @@ A file named `stop` in the folder ends the training before its next step.
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
+import math
 import os
 import resource
 import shutil
@@ -38,6 +40,7 @@ from cerebras.modelzoo.trainer.callbacks import (
     TrainingLoop,
 )
 from cerebras.modelzoo.trainer.loggers import Logger
+from cerebras.pytorch.backend import current_backend_impl
 from safetensors.torch import load_file, save_file
 
 MODELS = {"llama": LlamaModel, "mistral": MistralModel}
@@ -61,7 +64,7 @@ class Adapters(Lora):
     """LoRA layers in the decoder's linear layers, masked ones where the job says so."""
 
     def __init__(self, job):
-        settings = {"r": job["rank"], "alpha": job["alpha"], "dropout": 0.0, "merge_weights": False}
+        settings = {"r": job["rank"], "alpha": job["alpha"], "dropout": job["dropout"], "merge_weights": False}
         super().__init__({**settings, "target_modules": ["TransformerDecoderLayer", "Linear"]})
         self.is_masked = job["update_is_masked"]
 
@@ -81,21 +84,61 @@ class Adapters(Lora):
             trainer.callbacks["model"].model = masked
 
 
-class BaseSparsity(Callback):
-    """Static sparsity of the frozen weights, and of them alone: their zeros are annotated for the compiler.
+class Weights(Callback):
+    """The pruned matrices themselves are trained, and nothing else."""
+
+    def __init__(self, names):
+        self.names = {"model." + name for name in names}
+
+    def pre_setup(self, trainer):
+        make = trainer.callbacks["model"].model
+
+        @functools.wraps(make)
+        def frozen():
+            model = make()
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(name in self.names)
+            return model
+
+        trainer.callbacks["model"].model = frozen
+
+    def on_save_trainer_state(self, trainer, state_dict):
+        pass
+
+    def on_load_trainer_state(self, trainer, state_dict):
+        pass
+
+
+class Silent(cstorch.sparse.Static):
+    """Keeps zeros without a word to the compiler."""
+
+    def csx_annotate_sparsity(self, parameter):
+        pass
+
+
+class StaticSparsity(Callback):
+    """Static sparsity of the pruned matrices, and of them alone: their zeros are annotated for the compiler, and kept
+    where the matrices are trained.
 
     Model Zoo's own callback would also mask the adapters, or refuse weights that no optimizer has.
     """
 
-    def __init__(self, sparsity_by_weight):
-        self.sparsity_by_weight = sparsity_by_weight
+    def __init__(self, job):
+        self.annotated = job["annotated"]
+        self.is_trained = job["trains"] == "weights"
+        self.names = job["pruned"] if self.is_trained else list(self.annotated)
 
     def setup(self, trainer):
+        if not self.names:
+            return
         group = cstorch.sparse.Group()
-        for name, sparsity in self.sparsity_by_weight.items():
-            algorithm = cstorch.sparse.Static(sparsity=sparsity, init_method="from_zeros")
+        for name in self.names:
+            kind = cstorch.sparse.Static if name in self.annotated else Silent
+            algorithm = kind(sparsity=self.annotated.get(name, 0.5), init_method="from_zeros")
             group.add(functools.partial(_is_named, "model." + name), algorithm)
         trainer.model.apply(group)
+        if self.is_trained:
+            trainer.optimizer.apply(group)
 
     def on_save_trainer_state(self, trainer, state_dict):
         pass
@@ -106,6 +149,33 @@ class BaseSparsity(Callback):
 
 def _is_named(wanted, name, parameter):
     return name == wanted
+
+
+class Schedule(cstorch.optim.lr_scheduler.LRScheduler):
+    """Linear warm-up, step i of w at (i + 1) / w of the peak, then a cosine that ends with the last step.
+
+    Its numbers are state, as the step is, and no constants: other rates and more steps are the same graph.
+    """
+
+    def __init__(self, job, optimizer):
+        self.job = job
+        super().__init__(optimizer, total_iters=None)
+
+    def _post_init(self):
+        job = self.__dict__.pop("job")
+        peak, final, warmup = job["learning_rate"], job["final_learning_rate"], job["warmup_steps"]
+        fall = max(1, job["steps"] - 1 - warmup)
+        numbers = {"warmup": warmup, "rise": peak / max(1, warmup), "final": final, "drop": peak - final, "fall": fall}
+        with current_backend_impl().device:
+            for name, number in {**numbers, "turn": math.pi / fall}.items():
+                setattr(self, name, torch.tensor(number, dtype=torch.float32).to(self.device))
+        super()._post_init()
+
+    def _get_closed_form(self):
+        step = self.last_epoch.to(torch.float32)
+        fallen = torch.minimum(step - self.warmup, self.fall)
+        cosine = self.final + self.drop * (fallen * self.turn).cos().add(1).mul(0.5)
+        return torch.where(step < self.warmup, (step + 1) * self.rise, cosine)
 
 
 class JsonLines(Logger):
@@ -129,11 +199,9 @@ def main(folder):
     written = write_examples(Path(job["examples"]))
     examples = cstorch.utils.data.DataLoader(make_loader, written, job["batch_size"], reading)
     trainer = make_trainer(job, folder)
-    start = None
-    if job["target"] != "validate":
-        trainer.early_exit.register((folder / "stop").exists)
-        start = str(folder / "start.mdl")
-        write_start(job, start)
+    trainer.early_exit.register((folder / "stop").exists)
+    start = str(folder / "start.mdl")
+    write_start(job, start)
     started = time.monotonic()
     trainer.loggers[0].write(step=0)
     trainer.fit(examples, ckpt_path=job["restart"]["checkpoint"] if job["restart"] else start)
@@ -144,7 +212,7 @@ def main(folder):
     elif job["compile_only"]:
         report.update({"steps": 0})
     else:
-        report.update(write_adapter(job, folder))
+        report.update(write_trained(job, folder))
     write_json(folder / "report.json", report)
 
 
@@ -152,20 +220,18 @@ def make_trainer(job, folder):
     """Model Zoo's Trainer with the protocol of the job."""
     config = yaml.safe_load(Path(job["config"]).read_text())["model"]
     config = {name: value for name, value in config.items() if name not in REJECTED}
-    callbacks = [Adapters(job), KeepNCheckpoints(1)]
-    if job["sparsity_by_weight"]:
-        callbacks.append(BaseSparsity(job["sparsity_by_weight"]))
+    trained = Adapters(job) if job["trains"] == "adapters" else Weights(job["shapes"])
     return Trainer(
         backend=make_backend(job, folder),
         model_dir=str(folder / "model_dir"),
         model=lambda: MODELS[config["name"]](dict(config)),
         optimizer=functools.partial(make_optimizer, job),
-        schedulers=[functools.partial(make_schedule, job)],
+        schedulers=[functools.partial(Schedule, job)],
         precision=make_precision(job),
         loop=TrainingLoop(max_steps=job["steps"], eval_frequency=None),
         checkpoint=Checkpoint(steps=job["checkpoint_steps"] or job["steps"], autoload_last_checkpoint=False),
         logging=Logging(log_steps=1, log_level="INFO"),
-        callbacks=callbacks,
+        callbacks=[trained, StaticSparsity(job), KeepNCheckpoints(1)],
         loggers=[JsonLines(folder / "metrics.jsonl")],
         seed=job["seed"],
     )
@@ -188,7 +254,7 @@ def make_backend(job, folder):
 
 
 def make_optimizer(job, model):
-    """AdamW on the adapters."""
+    """AdamW on what is trained."""
     return cstorch.optim.AdamW(
         [parameter for parameter in model.parameters() if parameter.requires_grad],
         lr=job["learning_rate"],
@@ -197,18 +263,6 @@ def make_optimizer(job, model):
         weight_decay=job["weight_decay"],
         correct_bias=True,
     )
-
-
-def make_schedule(job, optimizer):
-    """Linear warm-up, step i of w at (i + 1) / w of the peak, then a cosine that ends with the last step."""
-    peak, warmup = job["learning_rate"], job["warmup_steps"]
-    schedulers = cstorch.optim.lr_scheduler
-    fall = max(1, job["steps"] - 1 - warmup)
-    cosine = schedulers.CosineDecayLR(optimizer, peak, job["final_learning_rate"], fall)
-    if not warmup:
-        return cosine
-    rise = schedulers.LinearLR(optimizer, peak / warmup, peak * (warmup + 1) / warmup, warmup)
-    return schedulers.SequentialLR(optimizer, [rise, cosine], [warmup])
 
 
 def make_precision(job):
@@ -253,12 +307,14 @@ def make_loader(folder, batch_size, reading):
 def write_start(job, path):
     """The converted dense checkpoint, pruned, with the adapters that the training begins with."""
     weights = dict(loaded(job["checkpoint"]))
+    weights.setdefault("lm_head.weight", weights["embedding_layer.word_embeddings.weight"])  # where they are tied
     weights.update(load_file(job["weights"]) if job["weights"] else {})
-    for name, keep in keep_masks(job).items():
+    under_sparsity = job["pruned"] if job["trains"] == "weights" else job["annotated"]
+    for name, keep in keep_masks(job):
         weights[name] = weights[name] * keep
-        if name in job["sparsity_by_weight"]:
+        if name in under_sparsity:
             weights[name + "_mask"] = keep
-    weights.update(load_file(job["adapter"]))
+    weights.update(load_file(job["adapter"]) if job["adapter"] else {})
     cstorch.save({"model": {"model." + name: tensor for name, tensor in weights.items()}}, path)
 
 
@@ -270,9 +326,11 @@ def loaded(path):
 
 
 def keep_masks(job):
-    """{weight: which of its elements stay}, from packed bits."""
-    packed = load_file(job["masks"]) if job["masks"] else {}
-    return {name: unpacked(bits, job["shapes"][name]) for name, bits in packed.items()}
+    """Each pruned weight with which of its elements stay, from packed bits; all of them where no bits are given."""
+    if not job["masks"]:  # only the graph is wanted
+        return ((name, torch.ones(job["shapes"][name], dtype=torch.bool)) for name in job["shapes"])
+    packed = load_file(job["masks"])
+    return ((name, unpacked(bits, job["shapes"][name])) for name, bits in packed.items())
 
 
 def unpacked(bits, shape):
@@ -280,7 +338,7 @@ def unpacked(bits, shape):
     return ((bits[:, None] >> places) & 1).flatten()[: shape[0] * shape[1]].view(*shape).bool()
 
 
-def write_adapter(job, folder):
+def write_trained(job, folder):
     """Write what was trained; returns how many steps were, and which weights changed though they are frozen."""
     steps = max(json.loads(line)["step"] for line in (folder / "metrics.jsonl").open())
     if (folder / "stop").exists():
@@ -288,19 +346,34 @@ def write_adapter(job, folder):
     path = str(folder / "model_dir" / f"checkpoint_{job['steps']}.mdl")
     trained = loaded(path)
     start = loaded(str(folder / "start.mdl"))
-    factors = [name for name in trained if name.endswith(("lora_A", "lora_B"))]
-    adapter = {name[len("model.") :]: torch.tensor(trained[name].float().numpy()) for name in factors}
-    save_file(adapter, str(folder / "adapter.safetensors"))
-    changed = [name for name in start if name not in factors and not torch.equal(trained[name], start[name])]
-    zeros = {n: int((trained["model." + n] == 0).sum()) for n in job["sparsity_by_weight"]}
-    return {"steps": steps, "changed": sorted(changed), "zeros": zeros}
+    if job["trains"] == "adapters":
+        names = [name for name in trained if name.endswith(("lora_A", "lora_B"))]
+    else:
+        names = ["model." + name for name in job["shapes"]]
+    saved = {name[len("model.") :]: torch.tensor(trained[name].float().numpy()) for name in names}
+    save_file(saved, str(folder / "trained.safetensors"))
+    changed = [name for name in start if name not in names and not torch.equal(trained[name], start[name])]
+    return {"steps": steps, "changed": sorted(changed), "zeros": count_zeros(job, trained)}
+
+
+def count_zeros(job, trained):
+    """{pruned weight: its zeros}; of a trained one, those among its pruned elements."""
+    if job["trains"] == "adapters":
+        return {name: int((trained["model." + name] == 0).sum()) for name in job["pruned"]}
+    masks = keep_masks(job)
+    return {name: int((trained["model." + name][~keep] == 0).sum()) for name, keep in masks if name in job["pruned"]}
 
 
 def lowered(folder):
     """Count what the compiler's front end made of the model."""
     files = list((folder / "model_dir").rglob("cirh.mlir"))
     text = "".join(path.read_text(errors="replace") for path in files)
-    return {"cirh_files": len(files), "cirh_bytes": len(text), "sparsity_annotations": text.count("cs.sparsity")}
+    return {
+        "cirh_files": len(files),
+        "cirh_bytes": len(text),
+        "cirh_sha256": hashlib.sha256(text.encode()).hexdigest(),
+        "sparsity_annotations": text.count("cs.sparsity"),
+    }
 
 
 def write_json(path, value):

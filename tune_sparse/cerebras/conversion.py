@@ -30,7 +30,10 @@ from tune_sparse.models.checkpoints import read_config
 from tune_sparse.models.safetensors_io import INDEX, TensorFiles, weight_files
 
 MODEL_TYPES = ("llama", "mistral")
-"""Mixtral converts too, but Model Zoo's LoRA does not reach its experts, and sweeps do not train it yet."""
+MIXTRAL = (
+    "Model Zoo converts a Mixtral, with moe_implementation: optimized, but its LoRA does not reach the experts, which "
+    "hold nearly all of the weights: a training here would leave them out. "
+)
 CONVERSION_SECONDS = 7200
 NAMES = {
     "self_attn.q_proj": "self_attn.proj_q_dense_layer",
@@ -41,7 +44,8 @@ NAMES = {
     "mlp.up_proj": "ffn.ffn.0.linear_layer",
     "mlp.down_proj": "ffn.ffn.1.linear_layer",
 }
-
+SCALED_ROPE = ("llama3",)
+"""The kinds of rope scaling that were seen to compute the same there."""
 ROTATED = ("self_attn.q_proj", "self_attn.k_proj")
 
 
@@ -89,9 +93,12 @@ def _is_rotated(weight: str) -> bool:
 def check_convertible(folder: Path) -> None:
     """Raise `InputError` for a model that Model Zoo would compute differently, or not at all."""
     config = read_config(folder)
-    if config.get("model_type") not in MODEL_TYPES:
+    kind = config.get("model_type")
+    if kind not in MODEL_TYPES:
+        known = MIXTRAL if kind == "mixtral" else ""
         raise InputError(
-            f"the backend cerebras trains {' and '.join(MODEL_TYPES)} models, {folder} is {config.get('model_type')!r}."
+            f"the backend cerebras trains {' and '.join(MODEL_TYPES)} models, {folder} is {kind!r}. {known}"
+            "Use --backend torch."
         )
     heads, hidden = config["num_attention_heads"], config["hidden_size"]
     rules = {
@@ -99,7 +106,7 @@ def check_convertible(folder: Path) -> None:
             config.get("head_dim") in (None, hidden // heads),
             config.get("head_dim"),
         ),
-        "no rope scaling": (not _rope(config).get("rope_scaling"), _rope(config).get("rope_scaling")),
+        f"no rope scaling but {', '.join(SCALED_ROPE)}": (_scaling(config) in (None, *SCALED_ROPE), _scaling(config)),
         "no bias in attention and mlp": (not (config.get("attention_bias") or config.get("mlp_bias")), "one"),
     }
     for wanted, (holds, found) in rules.items():
@@ -177,9 +184,17 @@ def _write_source(folder: Path, source: Path) -> str:
 
 
 def _rope(config: dict[str, Any]) -> dict[str, Any]:
-    """transformers 5 writes `rope_parameters`, which the converter would ignore without a word."""
-    rope = config.get("rope_parameters")
-    if rope is None:
-        return {"rope_theta": config.get("rope_theta", 10_000.0), "rope_scaling": config.get("rope_scaling")}
-    is_plain = rope.get("rope_type", "default") == "default"
-    return {"rope_theta": rope["rope_theta"], "rope_scaling": None if is_plain else rope}
+    """transformers 5 writes `rope_parameters`, which the converter would ignore without a word.
+
+    It refuses a scaling with entries that it does not know, and `rope_theta` is one.
+    """
+    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    theta = rope.pop("rope_theta", config.get("rope_theta", 10_000.0))
+    is_plain = rope.get("rope_type", rope.get("type", "default")) == "default"
+    return {"rope_theta": theta, "rope_scaling": None if is_plain else rope}
+
+
+def _scaling(config: dict[str, Any]) -> str | None:
+    """Name the kind of rope scaling, None for none."""
+    scaling = _rope(config)["rope_scaling"]
+    return scaling and str(scaling.get("rope_type", scaling.get("type")))
