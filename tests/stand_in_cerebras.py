@@ -111,7 +111,7 @@ def _trained(job: dict[str, Any], model_folder: str) -> dict[str, Any]:
         return {n: t if n.endswith("lora_A") else t + np.float32(update) for n, t in load_file(job["adapter"]).items()}
     import torch
 
-    from tune_sparse.cerebras.conversion import hugging_face_name, interleaved
+    from tune_sparse.models.model_zoo import hugging_face_name, interleaved
 
     dense = load_file(Path(model_folder) / "model.safetensors")
     config = json.loads((Path(model_folder) / "config.json").read_text())
@@ -174,9 +174,9 @@ def _first_loss(job: dict[str, object], model_folder: str) -> float:
     import torch.nn.functional as F
     from safetensors.torch import load_file
 
-    from tune_sparse.cerebras.conversion import cerebras_name, separated
     from tune_sparse.models.checkpoints import load_model, prunable_weights
     from tune_sparse.models.dims import ModelDims
+    from tune_sparse.models.model_zoo import cerebras_name, separated
 
     model = load_model(Path(model_folder), torch.float32, torch.device("cpu"))
     masks = load_file(job["masks"])  # type: ignore[arg-type]

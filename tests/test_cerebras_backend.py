@@ -76,6 +76,8 @@ def test_a_cell_is_trained_merged_scored_and_validated(
     assert steps == [1, 2, 3, 4]
     assert "smaller model" not in (folder / "train.log").read_text()
     assert not {"start.mdl", "trained.safetensors"} & {path.name for path in job_folder(ledger, run).iterdir()}
+    assert record.measured["sparsity_annotation"] == "rounded"
+    assert record.measured["padded_tokens"] > 0
     assert "micro_batch_size and eval_every have no effect" in (folder / "train.log").read_text()
 
 

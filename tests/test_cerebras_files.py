@@ -20,15 +20,7 @@ from stand_in_csctl import jobs_with, write_csctl
 
 from tune_sparse.cerebras import content_cache, environment
 from tune_sparse.cerebras.content_cache import cached
-from tune_sparse.cerebras.conversion import (
-    NAMES,
-    cerebras_name,
-    check_convertible,
-    hugging_face_name,
-    interleaved,
-    separated,
-    to_cerebras,
-)
+from tune_sparse.cerebras.conversion import check_convertible, to_cerebras
 from tune_sparse.cerebras.environment import ClusterVersions, cluster_versions, find_environment
 from tune_sparse.cerebras.job import (
     encoded_tokens,
@@ -42,6 +34,7 @@ from tune_sparse.cli import main
 from tune_sparse.data.splits import Encoded
 from tune_sparse.doctor.cerebras import examine
 from tune_sparse.errors import InputError, NotReadyError, RunError
+from tune_sparse.models.model_zoo import NAMES, cerebras_name, hugging_face_name, interleaved, separated
 from tune_sparse.training.loop import batches
 
 EXAMPLES = [Encoded(tuple(range(1, 2 + n)), tuple(range(50, 52 + n % 3))) for n in range(6)]

@@ -24,7 +24,7 @@ from trainables.pruning_stage import Pruned
 from trainables.run_log import RunLog
 from trainables.training import WARM_UP_STEPS, Training
 from tune_sparse.cerebras.appliance import name_label, results_label, run_label
-from tune_sparse.cerebras.conversion import cerebras_name, check_convertible, to_cerebras
+from tune_sparse.cerebras.conversion import check_convertible, to_cerebras
 from tune_sparse.cerebras.environment import check_cluster, find_environment
 from tune_sparse.cerebras.failures import ApplianceError, classify_failure
 from tune_sparse.cerebras.guard import Ended, SupervisedProcess
@@ -33,7 +33,9 @@ from tune_sparse.cerebras.job import (
     TRAINED,
     Start,
     examples_in_order,
+    longest_tokens,
     new_lines,
+    padded_tokens,
     trained_adapters,
     trained_weights,
     write_job,
@@ -49,6 +51,7 @@ from tune_sparse.lora.layer import sparse_lora_layers
 from tune_sparse.models.architectures import list_matrices
 from tune_sparse.models.checkpoints import find_folder
 from tune_sparse.models.dims import ModelDims
+from tune_sparse.models.model_zoo import cerebras_name
 from tune_sparse.models.safetensors_io import TensorFiles, weight_files
 from tune_sparse.modes import MODES
 from tune_sparse.pruning.bit_masks import BitMasks
@@ -163,6 +166,9 @@ class CerebrasTraining:
         finally:
             handle.stop()
         _read_back_into(trainable, run, pruned, folder, log)
+        annotation = self.settings.sparsity_annotation
+        padded = padded_tokens(longest_tokens(examples.train), self.settings.bucket_tokens)
+        training.appliance = {"sparsity_annotation": annotation, "padded_tokens": padded}
         if self.is_csx:
             tell_stages_apart(training, read_stages((folder / "child.log").read_text(errors="replace")), restart)
         return training
@@ -279,7 +285,7 @@ def tell_stages_apart(training: Training, stages: Stages, restart: Mapping[str, 
     training.seconds -= before
     if not restart or restart["step"] < WARM_UP_STEPS:
         training.cold_seconds -= before
-    training.appliance = stages.measured()
+    training.appliance |= stages.measured()
 
 
 def wait_before_try(folder: Path, log: RunLog) -> Generator[None]:

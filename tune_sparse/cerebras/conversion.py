@@ -1,13 +1,4 @@
-"""Checkpoints between Hugging Face's format and Model Zoo's, through the converter of the site's release.
-
-| Hugging Face | Model Zoo |
-| --- | --- |
-| model.layers.N.self_attn.q_proj | transformer_decoder.layers.N.self_attn.proj_q_dense_layer |
-| model.layers.N.mlp.gate_proj | transformer_decoder.layers.N.ffn.ffn.0.linear_layer_for_glu |
-
-and so on. Model Zoo turns neighbouring pairs of a head's rows by the position, Hugging Face a row and the one half a
-head away: the converter interleaves the rows of q_proj and k_proj, and so must the rows of masks and of B be.
-"""
+"""Checkpoints between Hugging Face's format and Model Zoo's, through the converter of the site's release."""
 
 from __future__ import annotations
 
@@ -18,14 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from tune_sparse.cerebras.content_cache import cached
 from tune_sparse.cerebras.environment import SiteEnvironment
 from tune_sparse.cerebras.failures import classify_failure
 from tune_sparse.errors import InputError, RunError
 from tune_sparse.files import write_json
-from tune_sparse.models.architectures import matrix_named
 from tune_sparse.models.checkpoints import read_config
 from tune_sparse.models.safetensors_io import INDEX, TensorFiles, weight_files
 
@@ -35,18 +23,8 @@ MIXTRAL = (
     "hold nearly all of the weights: a training here would leave them out. "
 )
 CONVERSION_SECONDS = 7200
-NAMES = {
-    "self_attn.q_proj": "self_attn.proj_q_dense_layer",
-    "self_attn.k_proj": "self_attn.proj_k_dense_layer",
-    "self_attn.v_proj": "self_attn.proj_v_dense_layer",
-    "self_attn.o_proj": "self_attn.proj_output_dense_layer",
-    "mlp.gate_proj": "ffn.ffn.0.linear_layer_for_glu",
-    "mlp.up_proj": "ffn.ffn.0.linear_layer",
-    "mlp.down_proj": "ffn.ffn.1.linear_layer",
-}
 SCALED_ROPE = ("llama3",)
 """The kinds of rope scaling that were seen to compute the same there."""
-ROTATED = ("self_attn.q_proj", "self_attn.k_proj")
 
 
 @dataclass(frozen=True)
@@ -55,39 +33,6 @@ class Converted:
 
     config: Path
     checkpoint: Path
-
-
-def cerebras_name(weight: str) -> str:
-    """Name a matrix in Model Zoo: model.layers.0.mlp.up_proj.weight -> transformer_decoder.layers.0.ffn.ffn.0..."""
-    matrix = matrix_named(weight)
-    assert matrix is not None, weight
-    return f"transformer_decoder.layers.{matrix.block}.{NAMES[matrix.layer]}.weight"
-
-
-def hugging_face_name(weight: str) -> str:
-    """The inverse of `cerebras_name`."""
-    _, layers, number, *module, kind = weight.split(".")
-    back = {theirs: ours for ours, theirs in NAMES.items()}
-    return ".".join(("model", layers, number, back[".".join(module)], kind))
-
-
-def interleaved(weight: str, rows: Tensor, head_dim: int) -> Tensor:
-    """Rows (O, ...) of the matrix `weight`, or of its mask or its B, in the order of Model Zoo."""
-    if not _is_rotated(weight):
-        return rows
-    return rows.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).reshape(rows.shape)
-
-
-def separated(weight: str, rows: Tensor, head_dim: int) -> Tensor:
-    """The inverse of `interleaved`."""
-    if not _is_rotated(weight):
-        return rows
-    return rows.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).reshape(rows.shape)
-
-
-def _is_rotated(weight: str) -> bool:
-    matrix = matrix_named(weight)
-    return matrix is not None and matrix.layer in ROTATED
 
 
 def check_convertible(folder: Path) -> None:

@@ -28,13 +28,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tune_sparse.cerebras.content_cache import cached
-from tune_sparse.cerebras.conversion import cerebras_name, hugging_face_name, interleaved, separated
 from tune_sparse.config import Cerebras, Protocol
 from tune_sparse.config.cerebras import LEFT_OUT, ROUNDED, ROUNDED_WITHIN
 from tune_sparse.data.batching import as_batch, example_tokens
 from tune_sparse.data.splits import Encoded
 from tune_sparse.errors import InputError
 from tune_sparse.files import write_json
+from tune_sparse.models.model_zoo import cerebras_name, hugging_face_name, interleaved, separated
 from tune_sparse.models.safetensors_io import TensorFiles
 from tune_sparse.pruning.masks import Masks
 from tune_sparse.training.loop import batches

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from tune_sparse.cerebras import appliance
-from tune_sparse.cerebras.conversion import cerebras_name, to_cerebras
+from tune_sparse.cerebras.conversion import to_cerebras
 from tune_sparse.cerebras.environment import check_cluster, find_environment
 from tune_sparse.cerebras.failures import classify_failure
 from tune_sparse.cerebras.graphs import Graph
@@ -33,6 +33,7 @@ from tune_sparse.identity import hash_json
 from tune_sparse.ledger.ledger import Ledger
 from tune_sparse.models.architectures import matrix_named, pruned_weights
 from tune_sparse.models.checkpoints import Checkpoint
+from tune_sparse.models.model_zoo import cerebras_name
 from tune_sparse.models.safetensors_io import TensorFiles, weight_files
 
 POLL_SECONDS = 0.2
