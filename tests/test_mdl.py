@@ -75,6 +75,9 @@ def test_a_mdl_is_pruned_and_its_checkpoint_validated(llama: Path, tmp_path: Pat
     )
     [masks], [pruned] = output.rglob("masks_*.safetensors"), output.rglob("checkpoint_*")
     assert main(["validate", str(pruned), "--masks", str(masks)]) == 0
+    sparse = beside(pruned, tmp_path)
+    write_mdl(tmp_path / "pruned.mdl", sparse)
+    assert main(["validate", str(tmp_path / "pruned.mdl"), "--masks", str(masks)]) == 0
 
 
 FAULTS = {

@@ -12,7 +12,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import math
 import os
 import resource
 import shutil
@@ -23,24 +22,20 @@ from pathlib import Path
 import cerebras.pytorch as cstorch
 import h5py
 import torch
-import torch.nn.functional as F
 import yaml
 from cerebras.appliance.cluster_config import ClusterConfig
-from cerebras.modelzoo.common.utils.model.lora import LoRA_Linear
 from cerebras.modelzoo.models.nlp.llama.model import LlamaModel
 from cerebras.modelzoo.models.nlp.mistral.model import MistralModel
 from cerebras.modelzoo.trainer import Trainer
 from cerebras.modelzoo.trainer.callbacks import (
-    Callback,
     Checkpoint,
     KeepNCheckpoints,
     Logging,
-    Lora,
     MixedPrecision,
     TrainingLoop,
 )
 from cerebras.modelzoo.trainer.loggers import Logger
-from cerebras.pytorch.backend import current_backend_impl
+from child_parts import Adapters, OnlyTrained, Schedule, StaticSparsity, Weights
 from safetensors.torch import load_file, save_file
 
 MODELS = {"llama": LlamaModel, "mistral": MistralModel}
@@ -50,132 +45,6 @@ READING_THERE = {"num_workers": 8, "prefetch_factor": 10, "persistent_workers": 
 """On the appliance's input workers, as Cerebras' own configurations read."""
 REJECTED = ("norm_first", "use_ff_layer1_dropout")
 """The converter of release 2.10 writes these, and its models refuse them."""
-
-
-class MaskedLoRALinear(LoRA_Linear):
-    """y = (W + s(BA)⊙(W != 0)) x + b: the update reaches only weights that are not 0."""
-
-    def forward(self, x):
-        update = (self.lora_B @ self.lora_A) * self.scaling
-        return F.linear(x, self.weight + update * (self.weight != 0).to(update.dtype), self.bias)
-
-
-class Adapters(Lora):
-    """LoRA layers in the decoder's linear layers, masked ones where the job says so."""
-
-    def __init__(self, job):
-        settings = {"r": job["rank"], "alpha": job["alpha"], "dropout": job["dropout"], "merge_weights": False}
-        super().__init__({**settings, "target_modules": ["TransformerDecoderLayer", "Linear"]})
-        self.is_masked = job["update_is_masked"]
-
-    def pre_setup(self, trainer):
-        super().pre_setup(trainer)
-        make = trainer.callbacks["model"].model
-
-        @functools.wraps(make)
-        def masked():
-            model = make()
-            for module in model.modules():
-                if type(module) is LoRA_Linear:
-                    module.__class__ = MaskedLoRALinear
-            return model
-
-        if self.is_masked:
-            trainer.callbacks["model"].model = masked
-
-
-class Weights(Callback):
-    """The pruned matrices themselves are trained, and nothing else."""
-
-    def __init__(self, names):
-        self.names = {"model." + name for name in names}
-
-    def pre_setup(self, trainer):
-        make = trainer.callbacks["model"].model
-
-        @functools.wraps(make)
-        def frozen():
-            model = make()
-            for name, parameter in model.named_parameters():
-                parameter.requires_grad_(name in self.names)
-            return model
-
-        trainer.callbacks["model"].model = frozen
-
-    def on_save_trainer_state(self, trainer, state_dict):
-        pass
-
-    def on_load_trainer_state(self, trainer, state_dict):
-        pass
-
-
-class Silent(cstorch.sparse.Static):
-    """Keeps zeros without a word to the compiler."""
-
-    def csx_annotate_sparsity(self, parameter):
-        pass
-
-
-class StaticSparsity(Callback):
-    """Static sparsity of the pruned matrices, and of them alone: their zeros are annotated for the compiler, and kept
-    where the matrices are trained.
-
-    Model Zoo's own callback would also mask the adapters, or refuse weights that no optimizer has.
-    """
-
-    def __init__(self, job):
-        self.annotated = job["annotated"]
-        self.is_trained = job["trains"] == "weights"
-        self.names = job["pruned"] if self.is_trained else list(self.annotated)
-
-    def setup(self, trainer):
-        if not self.names:
-            return
-        group = cstorch.sparse.Group()
-        for name in self.names:
-            kind = cstorch.sparse.Static if name in self.annotated else Silent
-            algorithm = kind(sparsity=self.annotated.get(name, 0.5), init_method="from_zeros")
-            group.add(functools.partial(_is_named, "model." + name), algorithm)
-        trainer.model.apply(group)
-        if self.is_trained:
-            trainer.optimizer.apply(group)
-
-    def on_save_trainer_state(self, trainer, state_dict):
-        pass
-
-    def on_load_trainer_state(self, trainer, state_dict):
-        pass
-
-
-def _is_named(wanted, name, parameter):
-    return name == wanted
-
-
-class Schedule(cstorch.optim.lr_scheduler.LRScheduler):
-    """Linear warm-up, step i of w at (i + 1) / w of the peak, then a cosine that ends with the last step.
-
-    Its numbers are state, as the step is, and no constants: other rates and more steps are the same graph.
-    """
-
-    def __init__(self, job, optimizer):
-        self.job = job
-        super().__init__(optimizer, total_iters=None)
-
-    def _post_init(self):
-        job = self.__dict__.pop("job")
-        peak, final, warmup = job["learning_rate"], job["final_learning_rate"], job["warmup_steps"]
-        fall = max(1, job["steps"] - 1 - warmup)
-        numbers = {"warmup": warmup, "rise": peak / max(1, warmup), "final": final, "drop": peak - final, "fall": fall}
-        with current_backend_impl().device:
-            for name, number in {**numbers, "turn": math.pi / fall}.items():
-                setattr(self, name, torch.tensor(number, dtype=torch.float32).to(self.device))
-        super()._post_init()
-
-    def _get_closed_form(self):
-        step = self.last_epoch.to(torch.float32)
-        fallen = torch.minimum(step - self.warmup, self.fall)
-        cosine = self.final + self.drop * (fallen * self.turn).cos().add(1).mul(0.5)
-        return torch.where(step < self.warmup, (step + 1) * self.rise, cosine)
 
 
 class JsonLines(Logger):
@@ -204,7 +73,7 @@ def main(folder):
     write_start(job, start)
     started = time.monotonic()
     trainer.loggers[0].write(step=0)
-    trainer.fit(examples, ckpt_path=job["restart"]["checkpoint"] if job["restart"] else start)
+    trainer.fit(examples, ckpt_path=write_resumed(job, start, folder) if job["restart"] else start)
     report = {"seconds": time.monotonic() - started, "release": cstorch.__version__}
     report["peak_memory_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if job["target"] == "validate":
@@ -212,7 +81,7 @@ def main(folder):
     elif job["compile_only"]:
         report.update({"steps": 0})
     else:
-        report.update(write_trained(job, folder))
+        report.update(write_trained(job, folder, trainer))
     write_json(folder / "report.json", report)
 
 
@@ -231,7 +100,7 @@ def make_trainer(job, folder):
         loop=TrainingLoop(max_steps=job["steps"], eval_frequency=None),
         checkpoint=Checkpoint(steps=job["checkpoint_steps"] or job["steps"], autoload_last_checkpoint=False),
         logging=Logging(log_steps=1, log_level="INFO"),
-        callbacks=[trained, StaticSparsity(job), KeepNCheckpoints(1)],
+        callbacks=[trained, StaticSparsity(job), OnlyTrained(), KeepNCheckpoints(1)],
         loggers=[JsonLines(folder / "metrics.jsonl")],
         seed=job["seed"],
     )
@@ -268,7 +137,9 @@ def make_optimizer(job, model):
 def make_precision(job):
     """Half precision where the protocol says so, and on a wafer, which has no other; gradients are clipped."""
     is_mixed = job["precision"] != "float32" or job["target"] != "cpu"
-    return MixedPrecision(enabled=is_mixed, fp16_type="bfloat16", max_gradient_norm=job["max_grad_norm"])
+    half = "bfloat16" if job["target"] == "cpu" else job["half_precision"]
+    scaling = {"loss_scaling_factor": "dynamic"} if half == "cbfloat16" else {}
+    return MixedPrecision(enabled=is_mixed, fp16_type=half, max_gradient_norm=job["max_grad_norm"], **scaling)
 
 
 def write_examples(folder):
@@ -306,7 +177,7 @@ def make_loader(folder, batch_size, reading):
 
 def write_start(job, path):
     """The converted dense checkpoint, pruned, with the adapters that the training begins with."""
-    weights = dict(loaded(job["checkpoint"]))
+    weights = dict(loaded(job["checkpoint"])["model"])
     weights.setdefault("lm_head.weight", weights["embedding_layer.word_embeddings.weight"])  # where they are tied
     weights.update(load_file(job["weights"]) if job["weights"] else {})
     under_sparsity = job["pruned"] if job["trains"] == "weights" else job["annotated"]
@@ -318,11 +189,19 @@ def write_start(job, path):
     cstorch.save({"model": {"model." + name: tensor for name, tensor in weights.items()}}, path)
 
 
+def write_resumed(job, start, folder):
+    """A checkpoint of what was trained, with the frozen weights beside it again."""
+    state = loaded(job["restart"]["checkpoint"])
+    state["model"] = {**loaded(start)["model"], **state["model"]}
+    cstorch.save(state, str(folder / "resumed.mdl"))
+    return str(folder / "resumed.mdl")
+
+
 def loaded(path):
-    """The tensors of a Cerebras checkpoint. cstorch unpickles, and so runs, what is not HDF5."""
+    """A Cerebras checkpoint. cstorch unpickles, and so runs, what is not HDF5."""
     if not h5py.is_hdf5(path):
         raise ValueError("a Cerebras checkpoint must be HDF5, " + path + " is not. Remove it: it is made again.")
-    return cstorch.load(path, map_location="cpu")["model"]
+    return cstorch.load(path, map_location="cpu")
 
 
 def keep_masks(job):
@@ -338,22 +217,24 @@ def unpacked(bits, shape):
     return ((bits[:, None] >> places) & 1).flatten()[: shape[0] * shape[1]].view(*shape).bool()
 
 
-def write_trained(job, folder):
+def write_trained(job, folder, trainer):
     """Write what was trained; returns how many steps were, and which weights changed though they are frozen."""
     steps = max(json.loads(line)["step"] for line in (folder / "metrics.jsonl").open())
     if (folder / "stop").exists():
         return {"steps": steps, "stopped": True}
     path = str(folder / "model_dir" / f"checkpoint_{job['steps']}.mdl")
-    trained = loaded(path)
-    start = loaded(str(folder / "start.mdl"))
+    trained = loaded(path)["model"]
+    start = loaded(str(folder / "start.mdl"))["model"]
     if job["trains"] == "adapters":
         names = [name for name in trained if name.endswith(("lora_A", "lora_B"))]
     else:
         names = ["model." + name for name in job["shapes"]]
     saved = {name[len("model.") :]: torch.tensor(trained[name].float().numpy()) for name in names}
     save_file(saved, str(folder / "trained.safetensors"))
-    changed = [name for name in start if name not in names and not torch.equal(trained[name], start[name])]
-    return {"steps": steps, "changed": sorted(changed), "zeros": count_zeros(job, trained)}
+    # What is frozen on a wafer is not asked back: no optimizer has it.
+    ended = {**start, **(trainer.model.state_dict() if job["target"] == "cpu" else {}), **trained}
+    changed = [name for name in start if name not in names and not torch.equal(ended[name], start[name])]
+    return {"steps": steps, "changed": sorted(changed), "zeros": count_zeros(job, ended)}
 
 
 def count_zeros(job, trained):

@@ -5,7 +5,7 @@ base.json             the converted checkpoint, dense, and of
 masks.safetensors     keep-masks, eight weights a byte
 weights.safetensors   matrices whose kept weights are not those of the checkpoint (a method that updates weights)
 adapter_start.safetensors   A (R, I) and B (O, R) that the training begins with, if it trains adapters
-start.mdl, model_dir/ what it works with, gone when it has ended
+start.mdl, resumed.mdl, model_dir/   what it works with, gone when it has ended
 restart.mdl, restart.json   a checkpoint and its step, where a training that was lost may go on
 metrics.jsonl         a line a step
 trained.safetensors   A and B, or the matrices, as trained
@@ -143,6 +143,7 @@ def job_appliance(settings: Cerebras, job_labels: Sequence[str], compile_only: b
     return {
         "target": settings.cerebras_target,
         "cluster": _cluster_options(settings) | {"job_labels": list(job_labels)},
+        "half_precision": settings.half_precision,
         "compile_dir": settings.compile_dir,
         "compile_only": compile_only,
         "micro_batch_size": int(micro_batch) if micro_batch.isdecimal() else micro_batch,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -35,10 +35,11 @@ from tune_sparse.models.architectures import matrix_named, pruned_weights
 from tune_sparse.models.checkpoints import Checkpoint
 from tune_sparse.models.model_zoo import cerebras_name
 from tune_sparse.models.safetensors_io import TensorFiles, weight_files
+from tune_sparse.modes import MODES
 
 POLL_SECONDS = 0.2
-CHECKPOINT_BYTES = 8
-"""A weight's bytes on disk while a training runs: float32 where it begins, and in its last checkpoint."""
+START_BYTES, TRAINED_BYTES = 4, 12
+"""A weight's bytes on disk while a training runs: float32 where it begins; trained, with AdamW's moments."""
 
 
 @dataclass(frozen=True)
@@ -226,10 +227,12 @@ def run_child(folder: Path, threads: int, label: str | None = None) -> dict[str,
     return found
 
 
-def working_bytes(checkpoints: Sequence[Checkpoint], trainings_at_once: int) -> int:
-    """Bound what trainings write while they run: two checkpoints of the largest model each."""
+def working_bytes(checkpoints: Sequence[Checkpoint], modes: Iterable[str], trainings_at_once: int) -> int:
+    """Bound what trainings write while they run: of the largest model, where they begin and what is trained; both
+    again where one that was lost goes on. Adapters are small."""
     weights = max(pruned_weights(c.dims) + 2 * c.dims.vocab_size * c.dims.hidden_size for c in checkpoints)
-    return CHECKPOINT_BYTES * weights * trainings_at_once
+    trained = 0 if all(MODES[mode].has_adapter for mode in modes) else TRAINED_BYTES
+    return 2 * (START_BYTES + trained) * weights * trainings_at_once
 
 
 def matrix_shapes(folder: Path) -> dict[str, tuple[int, ...]]:

@@ -15,6 +15,10 @@ CEREBRAS_TARGETS = {
     "train nothing",
 }
 UNTRAINED_TARGETS = ("validate", "compile")
+HALF_PRECISIONS = {
+    "bfloat16": "8 bits of exponent, 7 of fraction",
+    "cbfloat16": "6 bits of exponent, 9 of fraction, with a loss that is scaled as needed",
+}
 JOB_PRIORITIES = {"p1": "before others", "p2": "as most", "p3": "after others"}
 CSX_MICRO_BATCHES = {
     "auto": "the compiler tries several, which takes most of the time of compiling a large model",
@@ -34,7 +38,7 @@ SPARSITY_ANNOTATIONS = {
 
 @dataclass(frozen=True)
 class Cerebras:
-    """Where and how the backend cerebras trains. Of these, only the target changes numbers."""
+    """Where and how the backend cerebras trains. Of these, only the target and half_precision change numbers."""
 
     cerebras_target: str = option(
         "how to use the Cerebras software",
@@ -96,6 +100,12 @@ class Cerebras:
         metavar="N",
         unset="only at the end",
     )
+    half_precision: str = option(
+        "numbers with which a CS-3 computes",
+        "bfloat16",
+        metavar="PRECISION",
+        choices=HALF_PRECISIONS,
+    )
     sparsity_annotation: str = option(
         "the sparsity that the compiler of a CS-3 is told, by which it skips zeros",
         ROUNDED,
@@ -135,6 +145,8 @@ class Cerebras:
             micro,
             "Give one of these.",
         )
+        if self.half_precision not in HALF_PRECISIONS:
+            raise unknown_name("half_precision", self.half_precision, HALF_PRECISIONS)
         if self.sparsity_annotation not in SPARSITY_ANNOTATIONS:
             raise unknown_name("sparsity_annotation", self.sparsity_annotation, SPARSITY_ANNOTATIONS)
         lengths = self.bucket_tokens

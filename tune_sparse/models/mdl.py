@@ -1,8 +1,8 @@
 """Cerebras checkpoints (`.mdl`) as Hugging Face folders, read without any Cerebras software.
 
 A `.mdl` is HDF5. Its root has `__version__`, `__SUCCESS__`, which is written last, and for each entry
-`KEY.__metadata__`: JSON that says how the entry was written. A tensor is the dataset KEY; bfloat16 is stored as its 16 bits; tied weights
-are entries that name another. Whatever was pickled is never read.
+`KEY.__metadata__`: JSON that says how the entry was written. A tensor is the dataset KEY; bfloat16 is stored as its 16
+bits; tied weights are entries that name another. Whatever was pickled is never read.
 """
 
 from __future__ import annotations
