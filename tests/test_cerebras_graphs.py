@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -21,9 +22,12 @@ from tune_sparse.cerebras.graphs import (
     graph_of_run,
 )
 from tune_sparse.cerebras.job import annotated_sparsities, padded_tokens
+from tune_sparse.cli import main
 from tune_sparse.config import Cell, SweepConfig
 from tune_sparse.config.cerebras import SPARSITY_ANNOTATIONS
 from tune_sparse.errors import InputError
+from tune_sparse.ledger.ledger import Ledger
+from tune_sparse.sweep.forecast import forecast
 from tune_sparse.sweep.graphs import plan_graphs
 from tune_sparse.sweep.plan import make_plan, requested_cells
 
@@ -120,19 +124,39 @@ def test_annotations_are_exact_rounded_or_left_out() -> None:
         annotated_sparsities({"q": 0.3, "k": 0.45}, 0.3, "rounded")
 
 
-def test_a_plan_counts_its_graphs_and_says_what_its_lengths_cost(
-    llama: Path, site: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_plan_counts_its_graphs_and_says_what_its_lengths_cost(llama: Path, site: Path, tmp_path: Path) -> None:
     names = {"models": str(llama), "tasks": "boolq gsm8k", "methods": "random", "sparsities": "0 0.3 0.5"}
     small = {"n_train": 16, "n_selection": 4, "n_test": 4, "data_dir": "synthetic", "backend": "cerebras"}
     plan = make_plan(SweepConfig.from_names(names | small | {"cerebras_target": "validate"}))
-    planned = plan_graphs(plan, list(plan.runs.values()))
+    planned = plan_graphs(plan)
+    distinct = planned.distinct(plan.runs.values())
     assert len(planned.by_run) == 2 * (1 + 2 * 2)
-    assert len(planned.distinct) == 1 + 2 * 2
-    assert len({graph.tokens for graph in planned.distinct}) == 1
+    assert len(distinct) == 1 + 2 * 2
+    assert len({graph.tokens for graph in distinct}) == 1
     [line] = planned.lines
     assert "boolq, gsm8k padded to" in line
     assert "5 graphs, saves 4.79 hours of compiling" in line
+    on_csx = make_plan(SweepConfig.from_names(names | small))
+    ledger = Ledger(tmp_path)
+    found = forecast(on_csx, ledger, on_csx.missing(ledger))
+    assert found.graphs == 5
+    assert "Graphs to compile for a CS-3, each once: 5 (--sparsity-annotation)" in found.lines()
     short = make_plan(SweepConfig.from_names(names | small | {"cerebras_target": "validate", "bucket_tokens": "8"}))
     with pytest.raises(InputError, match="a bucket must hold the longest example"):
-        plan_graphs(short, list(short.runs.values()))
+        plan_graphs(short)
+
+
+def test_compile_fills_the_cache_graph_by_graph_and_trains_nothing(
+    llama: Path, site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("tune_sparse.cerebras.environment.CLUSTER_CONFIG", site)
+    arguments = ["--tasks", "boolq", "--methods", "random", "--sparsities", "0.5", "--set", "n_train=16"]
+    where = ["--models", str(llama), "--results-dir", str(tmp_path / "results")]
+    target = ["--backend", "cerebras", "--cerebras-target", "compile", "--json"]
+    assert main(["sweep", "smoke", *where, *arguments, *target]) == 0
+    compiled = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["graph"]["trained"] for line in compiled] == ["adapters", "masked adapters"]
+    assert all(line["seconds"] > 0 and not line["is_cached"] for line in compiled)
+    assert not list((tmp_path / "results").glob("runs/*"))
+    jobs = [json.loads(path.read_text()) for path in (tmp_path / "results").rglob("job.json")]
+    assert all(job["compile_only"] and job["target"] == "csx" and job["masks"] is None for job in jobs)

@@ -239,7 +239,7 @@ def test_trainings_of_one_graph_lower_to_one_text_and_others_to_others(
         changes = {"tasks": task, "methods": method, "sparsities": "0 0.5", "learning_rate": rate, "steps": len(task)}
         config = small_config(llama, **changes, sparsity_annotation=annotation, bucket_tokens="96")
         plan = make_plan(config)
-        for graph in plan_graphs(plan, list(plan.runs.values())).distinct:
+        for graph in plan_graphs(plan).distinct(plan.runs.values()):
             report = lowered(Ledger(tmp_path / name), config, llama, graph)
             texts.setdefault(graph, set()).add(report["cirh_sha256"])
     assert all(len(found) == 1 for found in texts.values())

@@ -175,12 +175,12 @@ def _make_graphs(plan: Plan, chosen: argparse.Namespace) -> int:
     from tune_sparse.sweep.graphs import plan_graphs
 
     config, ledger = plan.config, Ledger(plan.config.results_dir)
-    graphs = plan_graphs(plan, list(plan.runs.values()))
+    planned = plan_graphs(plan)
     make = lower_all if config.cerebras.cerebras_target == "validate" else compile_all
     if not chosen.json:
-        print("\n".join(graphs.lines), flush=True)
+        print("\n".join(planned.lines), flush=True)
     try:
-        for made in make(config, plan.checkpoints, graphs.distinct, ledger):
+        for made in make(config, plan.checkpoints, planned.distinct(plan.runs.values()), ledger):
             print(json.dumps(asdict(made)) if chosen.json else made.summary(), flush=True)
     except (RunError, ConnectionError) as error:
         print(f"tune-sparse: {error}", file=sys.stderr)

@@ -102,10 +102,11 @@ def run_sweep(plan: Plan, retry_failed: bool = False, only: Collection[str] | No
 def _prepare_cerebras(plan: Plan, ledger: Ledger, missing: Sequence[Run]) -> dict[str, Graph]:
     """Make everything ready to train on Cerebras; returns the graph of each run where there is a compiler."""
     settings = plan.config.cerebras
-    planned = plan_graphs(plan, missing) if settings.cerebras_target == "csx" else PlannedGraphs({}, ())
+    planned = plan_graphs(plan) if settings.cerebras_target == "csx" else PlannedGraphs({}, ())
     for line in planned.lines:
         logger.info(line)
-    prepare_cerebras(plan.config, plan.checkpoints, planned.distinct, ledger, report=logger.info)
+    graphs = planned.distinct(missing)
+    prepare_cerebras(plan.config, plan.checkpoints, graphs, ledger, report=logger.info)
     return planned.by_run
 
 

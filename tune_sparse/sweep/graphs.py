@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from tune_sparse.cerebras.graphs import (
@@ -29,24 +29,22 @@ class PlannedGraphs:
     by_run: dict[str, Graph]
     lines: tuple[str, ...]
 
-    @property
-    def distinct(self) -> list[Graph]:
-        return list(dict.fromkeys(self.by_run.values()))
-
-    def summary(self) -> str:
-        return f"{len(self.by_run)} trainings on Cerebras have {len(self.distinct)} distinct graphs to compile"
+    def distinct(self, runs: Iterable[Run]) -> list[Graph]:
+        """List the graphs of those of `runs` that Cerebras trains, each once."""
+        return list(dict.fromkeys(self.by_run[run.run_id] for run in runs if run.run_id in self.by_run))
 
 
-def plan_graphs(plan: Plan, runs: Sequence[Run]) -> PlannedGraphs:
-    """Find the graphs of those of `runs` that Cerebras trains.
+def plan_graphs(plan: Plan) -> PlannedGraphs:
+    """Find the graph of each training of a plan on Cerebras: the same however many of them are done.
 
     Raises `InputError` for an example that is longer than every bucket that was asked for.
     """
     settings = plan.config.cerebras
     by_run: dict[str, Graph] = {}
     lines: list[str] = []
-    for model in {run.cell.model: None for run in runs if run.cerebras}:
-        own = [run for run in runs if run.cerebras and run.cell.model == model]
+    runs = [run for run in plan.runs.values() if run.cerebras]
+    for model in {run.cell.model: None for run in runs}:
+        own = [run for run in runs if run.cell.model == model]
         longest = {task: _longest(plan, model, task) for task in {run.cell.task: None for run in own}}
         blocks = {task: _block(plan, [run for run in own if run.cell.task == task], n) for task, n in longest.items()}
         buckets = settings.bucket_tokens or cheapest_buckets(list(blocks.values()))
