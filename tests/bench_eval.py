@@ -159,7 +159,7 @@ class EndsOnTime:
     """Hooks that make a model end each text after a given number of tokens, by the length of its prompt.
 
     All examples of a batch are at the same step: the tokens that an example sees, less the steps, are its prompt. Where
-    all prompts of a batch are of one length, transformers makes no attention mask: an example sees everything.
+    all prompts of a batch are of one length there is no attention mask: an example sees everything. No answer is empty.
     """
 
     def __init__(self, model: PreTrainedModel, end: int, answer_tokens: Mapping[int, int]) -> None:
@@ -171,9 +171,11 @@ class EndsOnTime:
     def look(self, module: Any, args: Any, kwargs: dict[str, Tensor]) -> None:
         examples, width = kwargs["input_ids"].shape
         self.step, self.width = (0, width) if width > 1 else (self.step + 1, self.width)
-        attended = kwargs.get("attention_mask")
-        prompts = [self.width] * examples if attended is None else (attended.sum(-1) - self.step).tolist()
-        self.ended = torch.tensor([self.step >= self.answer_tokens[prompt] for prompt in prompts])
+        self.ended = torch.zeros(examples, dtype=torch.bool)
+        if self.step:
+            mask = kwargs.get("attention_mask")
+            prompts = [self.width] * examples if mask is None else (mask.flatten(1).sum(-1) - self.step).tolist()
+            self.ended = torch.tensor([self.step >= self.answer_tokens[prompt] for prompt in prompts])
 
     def end_examples(self, module: Any, args: Any, logits: Tensor) -> Tensor:
         logits[..., self.end] = torch.where(self.ended.view(-1, *[1] * (logits.dim() - 2)), 1e4, -1e4)

@@ -114,15 +114,12 @@ def _measured(measure: Measure, bench: Bench) -> dict[str, Any]:
 
 def _machine(device: Any) -> dict[str, Any]:
     import platform
+    from importlib.metadata import version
 
     import torch
-    import transformers
 
-    versions = {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
+    packages = ("torch", "transformers", "peft", "accelerate")
+    versions = {"python": platform.python_version(), **{name: version(name) for name in packages}}
     if device.type == "cpu":
         return versions | {"device": "cpu"}
     found = torch.cuda.get_device_properties(device)

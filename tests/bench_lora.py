@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from benchmarks import bench_parser
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.layer import Linear as PeftLinear
+from plain_masks import make_masks
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -38,7 +39,6 @@ from tune_sparse.models.architectures import PRUNED
 from tune_sparse.models.checkpoints import prunable_weights
 from tune_sparse.models.dims import ModelDims
 from tune_sparse.pruning.bit_masks import BitMasks
-from tune_sparse.pruning.prune_model import make_masks
 
 RANK, SCALING = 16, 2.0
 

@@ -27,9 +27,10 @@ from transformers import LlamaConfig, PreTrainedModel
 from tune_sparse.config import Protocol
 from tune_sparse.data.batching import Batch, batches_by_length, example_tokens, micro_batches
 from tune_sparse.data.splits import Encoded
+from tune_sparse.evaluation.card_budgets import budgets_for
 from tune_sparse.evaluation.generation import generate
 from tune_sparse.evaluation.likelihood import log_likelihoods, question_tokens
-from tune_sparse.evaluation.memory import CellMemory, budgets_for
+from tune_sparse.evaluation.memory import CellMemory
 from tune_sparse.evaluation.validation import hashing, validation_report
 from tune_sparse.lora.layer import adapt_model, count_impls
 from tune_sparse.lora.masked_linear import keep_for_steps
@@ -40,6 +41,7 @@ from tune_sparse.models.dims import ModelDims
 from tune_sparse.models.safetensors_io import TensorFiles, weight_files
 from tune_sparse.modes import ADAPTER_MODES, DENSE, MODES
 from tune_sparse.pruning.bit_masks import BitMasks
+from tune_sparse.pruning.masks import MaskedWeights
 from tune_sparse.pruning.prune_into import prune_into
 from tune_sparse.training.budgets import Budgets, cpu_budgets
 from tune_sparse.training.loop import Step, adamw, batches, fit, in_training
@@ -146,23 +148,7 @@ class Bench:
         if self.device.type != "cuda":
             return cpu_budgets(self.setting.max_tokens)
         card = torch.cuda.get_device_properties(self.device).total_memory
-        return budgets_for(card, 1.0, self.dims, mode, METHOD, self.setting.protocol())
-
-
-class Masked(Mapping[str, Tensor]):
-    """{matrix: W⊙M}, made of its checkpoint's weight when it is asked for."""
-
-    def __init__(self, dense: DenseWeights, masks: BitMasks) -> None:
-        self._dense, self._masks = dense, masks
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._dense[name].mul_(self._masks[name])
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._masks)
-
-    def __len__(self) -> int:
-        return len(self._masks)
+        return budgets_for(card, 1.0, CellMemory(self.dims, mode, METHOD, self.setting.protocol()))
 
 
 def cell(mode: str, bench: Bench) -> dict[str, Any]:
@@ -178,7 +164,7 @@ def cell(mode: str, bench: Bench) -> dict[str, Any]:
         adapted, steps = _train(bench, masks if facts.masks_update else None, budgets)
     impls = dict(count_impls(adapted))
     with stages("merge"):
-        merge = merge_adapters_into(adapted, Masked(dense, masks), masks if facts.masks_at_merge else None)
+        merge = merge_adapters_into(adapted, MaskedWeights(dense, masks), masks if facts.masks_at_merge else None)
         adapted.unload()
         if facts.masks_at_merge:
             mask_weights_into(model, masks)

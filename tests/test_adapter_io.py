@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from plain_masks import make_masks, masked
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -21,8 +22,7 @@ from tune_sparse.lora.adapter_io import MARKER, WEIGHTS, load_adapter, read_mark
 from tune_sparse.lora.layer import adapt_model, count_impls, sparse_lora_layers
 from tune_sparse.models.architectures import PRUNED
 from tune_sparse.models.checkpoints import check_checkpoint, load_model, prunable_weights, write_weights_into
-from tune_sparse.pruning.masks import Masks, mask_sha256, masked
-from tune_sparse.pruning.prune_model import make_masks
+from tune_sparse.pruning.masks import Masks, mask_sha256
 
 PROTOCOL = Protocol(lora_rank=4, lora_alpha=8.0, precision="float32")
 IDS = torch.arange(2 * 20).view(2, 20)

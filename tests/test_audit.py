@@ -23,6 +23,7 @@ from tune_sparse.data.tasks import TASKS
 from tune_sparse.evaluation.outcomes import write_outcomes
 from tune_sparse.files import write_json
 from tune_sparse.ledger.ledger import Ledger
+from tune_sparse.training.budgets import CPU_BUDGETS
 
 A_CELL = Cell("tiny", "boolq", "unstructured", 0.3, "sparse-to-dense", 0, "torch")
 A_RUN = sound_run(A_CELL)
@@ -177,8 +178,9 @@ def hardware(ledger: Ledger) -> None:
 
 def budgets(ledger: Ledger) -> None:
     for path in ledger.folder.glob("runs/*/result.json"):
-        edit(path, measured={"budgets": {"micro_batch_tokens": 8192}})
-    edit(run_folder_in(ledger) / "result.json", measured={"budgets": {"micro_batch_tokens": 4096}})
+        edit(path, measured={"budgets": CPU_BUDGETS.as_record()})
+    other = replace(CPU_BUDGETS, micro_batch_tokens=1024)
+    edit(run_folder_in(ledger) / "result.json", measured={"budgets": other.as_record()})
 
 
 def uncommitted(ledger: Ledger) -> None:
@@ -430,6 +432,14 @@ def test_a_run_is_compared_with_its_other_mode_and_its_dense_baseline(ledger: Le
     assert "tiny, boolq: 2 pairs that are compared ran under different budgets" in found["budgets"].text
     assert len(found["budgets"].run_ids) == 3
     assert "slide rule: 1), 2 pairs that are compared on different ones" in found["hardware"].text
+
+
+def test_budgets_that_change_no_bit_are_no_finding(ledger: Ledger) -> None:
+    """A masked update keeps its effective weights where they fit, and its partner has none to keep."""
+    budgets(ledger)
+    other = replace(CPU_BUDGETS, activation_checkpointing=True, keeps_effective_weights=True)
+    edit(run_folder_in(ledger) / "result.json", measured={"budgets": other.as_record()})
+    assert audited(ledger).findings == ()
 
 
 def test_only_the_named_sweeps_are_audited(ledger: Ledger, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from factories import finished, tiny_run
 
+from trainables import budgets as device_budgets
 from trainables import training
 from trainables.budgets import check_budgets, run_budgets
 from trainables.pipeline import run_cell
@@ -16,6 +17,7 @@ from trainables.rerun import rerun
 from trainables.worker import WorkerCache
 from tune_sparse.config import BudgetOptions, SweepConfig
 from tune_sparse.errors import InputError
+from tune_sparse.evaluation.memory import GIB
 from tune_sparse.ledger.ledger import Ledger
 from tune_sparse.ledger.run import Run
 from tune_sparse.training.budgets import CPU_BUDGETS, Budgets, cpu_budgets
@@ -70,6 +72,18 @@ def test_a_budget_smaller_than_one_example_is_refused_by_name(
     loaded = worker.model(run)
     with pytest.raises(InputError, match=rf"{name} must hold the longest example, of \d+ tokens, got \d+\. Raise --"):
         check_budgets(run_budgets(run, loaded.dims), worker.examples(run, loaded), run.protocol.max_new_tokens)
+
+
+def test_a_model_that_is_too_large_is_refused_before_it_is_read(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device_budgets, "gpu_memory_bytes", lambda: GIB)
+    monkeypatch.setattr(device_budgets, "gpu_share", lambda: 1.0)
+    worker = WorkerCache()
+    record = finished(tiny_run(llama), Ledger(tmp_path), worker)
+    assert record.error is not None
+    assert record.error["class"] == "TooLargeError"
+    assert worker.loads == 0
 
 
 def test_a_run_is_the_same_under_other_budgets_but_for_rounding(llama: Path, tmp_path: Path) -> None:

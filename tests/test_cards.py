@@ -12,8 +12,9 @@ from factories import make_cell, make_run
 
 from tune_sparse.config import Protocol, SweepConfig
 from tune_sparse.errors import InputError, TooLargeError
+from tune_sparse.evaluation.card_budgets import budgets_for
 from tune_sparse.evaluation.cards import CARDS, card_named, find_card
-from tune_sparse.evaluation.memory import budgets_for
+from tune_sparse.evaluation.memory import CellMemory
 from tune_sparse.models.dims import ModelDims
 from tune_sparse.sweep.cards import Device, block_kinds, check_devices, cluster_devices, gpu_kinds, local_devices
 from tune_sparse.sweep.resources import Placement
@@ -87,8 +88,9 @@ def test_a_card_is_found_by_what_its_driver_calls_it(name: str, memory_bytes: fl
 
 def test_an_unknown_card_is_refused_by_name() -> None:
     assert card_named("H200") is CARDS["H200"]
-    with pytest.raises(InputError, match=r"unknown card 'H100'\. Did you mean .*'H100-80'"):
-        card_named("H100")
+    assert [card_named(name).name for name in ("H100", "A100", "l4")] == ["H100-80", "A100-80", "L4"]
+    with pytest.raises(InputError, match=r"unknown GPU 'H101'\. Did you mean .*'H100-80'"):
+        card_named("H101")
 
 
 def test_the_gpus_of_a_cluster_are_known_by_their_kind() -> None:
@@ -161,4 +163,4 @@ def test_a_run_of_cerebras_needs_no_gpu() -> None:
 
 def test_every_card_has_room_for_a_small_model() -> None:
     for card in CARDS.values():
-        assert budgets_for(card.memory_bytes, 1.0, TINY, "sparse-to-sparse", "sparsegpt", Protocol())
+        assert budgets_for(card.memory_bytes, 1.0, CellMemory(TINY, "sparse-to-sparse", "sparsegpt", Protocol()))

@@ -78,7 +78,7 @@ def test_a_cell_is_trained_merged_scored_and_validated(
     assert not {"start.mdl", "trained.safetensors"} & {path.name for path in job_folder(ledger, run).iterdir()}
     assert record.measured["sparsity_annotation"] == "rounded"
     assert record.measured["padded_tokens"] > 0
-    assert "micro_batch_size and eval_every have no effect" in (folder / "train.log").read_text()
+    assert "budgets and eval_every have no effect" in (folder / "train.log").read_text()
 
 
 def test_what_was_trained_there_is_what_is_kept_here(llama: Path, site: Path, ledger: Ledger) -> None:

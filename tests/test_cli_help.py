@@ -15,6 +15,7 @@ from search_spaces import matrix, subadapters
 from tune_sparse.cli import main, parser, parsers
 from tune_sparse.cli.command import BAD_INPUT
 from tune_sparse.cli.sweep import GROUPS
+from tune_sparse.cli.sweep_options import sweep_config
 from tune_sparse.cli.words import (
     BASELINE_COLUMNS,
     TOY_MODELS,
@@ -89,6 +90,18 @@ def test_a_help_has_a_sentence_examples_that_parse_and_the_exit_status(name: str
         assert (program, arguments[0]) == ("tune-sparse", name)
         parser().parse_args(arguments)
     assert [line.split()[0] for line in section(text, "exit status") if line[4] != " "] == ["0", "1", "2"]
+
+
+def test_a_yes_or_no_takes_a_value_where_its_help_says_so() -> None:
+    chosen = parser().parse_args(
+        ["sweep", "--automount", "false", "--disable-version-check", "true", "--deterministic"]
+    )
+    config = sweep_config(chosen)
+    assert (config.cerebras.automount, config.cerebras.disable_version_check, config.deterministic) == (
+        False,
+        True,
+        True,
+    )
 
 
 @each_command

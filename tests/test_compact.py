@@ -5,13 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from plain_masks import masked
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tune_sparse.errors import InputError
 from tune_sparse.models.architectures import ARCHITECTURES, pruned_weights, read_weights
 from tune_sparse.pruning.compact import compact, find_structure, loadable
-from tune_sparse.pruning.masks import channel_mask, kept_channels, masked
+from tune_sparse.pruning.masks import channel_mask, kept_channels
 from tune_sparse.pruning.prune_model import prune
 from tune_sparse.pruning.streaming import OpenCheckpoint, open_checkpoint
 

@@ -15,9 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from live_bytes import LiveBytes
 from peft import PeftModel
+from plain_masks import make_masks, masked
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedModel
+from transformers.models.mistral import modeling_mistral
 
 from trainables import lora_finetuning
 from trainables.lora_finetuning import LoraFinetuning
@@ -26,26 +28,27 @@ from trainables.rebuild import deployed_by
 from trainables.worker import WorkerCache
 from tune_sparse.config import Protocol
 from tune_sparse.data.splits import Encoded
+from tune_sparse.errors import RunError
 from tune_sparse.evaluation.validation import weights_sha256
 from tune_sparse.ledger.ledger import Ledger
 from tune_sparse.ledger.record import Record
 from tune_sparse.ledger.run import Run
+from tune_sparse.lora import compact_training
 from tune_sparse.lora.adapter_io import WEIGHTS, load_adapter, read_marker
-from tune_sparse.lora.compact_training import Cut, find_cuts
+from tune_sparse.lora.compact_training import Cut, Cuts, Whole, expand_into, find_cuts, shrink_into
 from tune_sparse.lora.layer import count_impls, sparse_lora_layers
 from tune_sparse.lora.rank_space import Space, SuperAdapter
 from tune_sparse.models.architectures import list_matrices
 from tune_sparse.models.checkpoints import prunable_weights, write_weights_into
 from tune_sparse.models.dims import ModelDims
-from tune_sparse.pruning.masks import Masks, channel_mask, kept_channels, masked
-from tune_sparse.pruning.prune_model import make_masks
+from tune_sparse.pruning.masks import Masks, channel_mask, kept_channels
 from tune_sparse.search.scorer import SliceScorer
 from tune_sparse.training.loop import fit
 
 SIZES = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 8, "intermediate_size": 48}
 SIZES |= {"vocab_size": 40, "initializer_range": 0.2}
 EXAMPLES = [Encoded(tuple(range(i, i + 9 + i)), (i, i + 1)) for i in range(8)]
-PROTOCOL = replace(TINY_PROTOCOL, steps=5, max_grad_norm=0.3, weight_decay=0.5, micro_batch_size=2)
+PROTOCOL = replace(TINY_PROTOCOL, steps=5, max_grad_norm=0.3, weight_decay=0.5)
 
 
 def small_llama() -> PreTrainedModel:
@@ -112,7 +115,8 @@ def test_the_smaller_model_trains_as_the_masked_one(make: Any, find: Any) -> Non
     model, masks = make_pruned(make, find)
     whole = set_up(copy.deepcopy(model), masks, masked_lora_impl="effective-weight")
     small = set_up(model, masks)
-    assert (whole.cuts, small.is_merged_exactly) == (None, False)
+    assert whole.cuts is None
+    assert small.is_merged_exactly
     losses = train(small)
     torch.testing.assert_close(torch.tensor(losses), torch.tensor(train(whole)), rtol=1e-9, atol=0)
     assert losses[-1] < losses[0]
@@ -288,6 +292,24 @@ def test_a_super_adapter_trains_small_and_its_slices_deploy_on_the_whole_model(l
     scorer.finish(space.heuristic(3), tmp_path / "finished")
 
 
+def test_a_class_that_counts_its_heads_otherwise_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As transformers once did: heads of the configuration, and values each as many as are left."""
+    model, masks = make_pruned(small_mistral, structured_masks)
+    trainable = set_up(model, masks)
+    shrink = compact_training.shrink_into
+
+    def misread(adapted: PeftModel, cuts: Cuts) -> Whole:
+        whole = shrink(adapted, cuts)
+        for block in model.model.layers:
+            block.self_attn.head_dim //= 2
+        return whole
+
+    monkeypatch.setattr(compact_training, "shrink_into", misread)
+    monkeypatch.setattr(modeling_mistral, "apply_rotary_pos_emb", lambda q, k, *_: (q, k))
+    with pytest.raises(RunError, match=r"must compute what the whole one does within 1e-08, got .* after the first"):
+        trainable.shrunk().__enter__()
+
+
 def test_no_second_copy_of_the_weights_is_made() -> None:
     model, masks = make_pruned(small_llama, structured_masks)
     trainable = set_up(model, masks)
@@ -296,8 +318,9 @@ def test_no_second_copy_of_the_weights_is_made() -> None:
     largest = max(weight.nbytes for weight in tensors)
     with LiveBytes(*tensors) as live:
         whole = live.bytes
-        with trainable.shrunk():
-            small = live.bytes
+        rest = shrink_into(trainable.adapted, trainable.cuts)
+        small = live.bytes
+        expand_into(trainable.adapted, trainable.cuts, rest)
         assert live.peak <= whole + largest
     assert 0.4 * whole < small < 0.7 * whole
     assert live.bytes == whole

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from plain_masks import make_masks
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
@@ -18,7 +19,6 @@ from tune_sparse.models.architectures import pruned_weights
 from tune_sparse.models.checkpoints import check_checkpoint, load_model, prunable_weights
 from tune_sparse.models.dims import ModelDims
 from tune_sparse.pruning.masks import Masks
-from tune_sparse.pruning.prune_model import make_masks
 from tune_sparse.training.loop import answer_loss
 
 Dense = tuple[PreTrainedModel, ModelDims]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from factories import done_record, make_cell, make_run, make_sweep, write_run
 
 from tune_sparse.cli import main
@@ -18,6 +19,7 @@ from tune_sparse.ledger.ledger import Ledger
 from tune_sparse.ledger.run import Run
 from tune_sparse.models.checkpoints import Checkpoint
 from tune_sparse.models.dims import ModelDims
+from tune_sparse.pruning.bit_masks import BitMasks
 from tune_sparse.sweep.examples import Examples
 from tune_sparse.sweep.forecast import Medians, RunCost, cost_of_run, forecast, pilots, trials_at_once
 from tune_sparse.sweep.plan import Plan, make_plan
@@ -95,6 +97,9 @@ def test_stored_prunings_and_checkpoints_need_room_too(tmp_path: Path, ledger: L
     plan = plan_of_7b(tmp_path, *modes, *random, make_cell(), make_cell(task="gsm8k", method="sparsegpt"))
     found = forecast(plan, ledger, plan.missing(ledger))
     assert found.pruning_bytes == pytest.approx(4 * 0.81e9 + 2 * 6.48e9, rel=0.01), "of two tasks, of two seeds"
+    ledger.write_pruning(make_run(random[0]), BitMasks.pack([("w", torch.ones(8, 8) > 0)]), None, {})
+    rest = forecast(plan, ledger, plan.missing(ledger))
+    assert found.pruning_bytes - rest.pruning_bytes == pytest.approx(0.81e9, rel=0.01), "one is there"
     assert found.checkpoint_bytes < 1.1e9
     assert 25e9 < found.host_bytes < 30e9, "weights, and 2,048 tokens of activations: trials compute on the CPU"
     with pytest.raises(TooLargeError, match=r"which takes up to 100000\.0 GB, it has"):
@@ -102,7 +107,7 @@ def test_stored_prunings_and_checkpoints_need_room_too(tmp_path: Path, ledger: L
     tuned = plan_of_7b(tmp_path, make_cell(mode="masked-finetuning"))
     found = forecast(tuned, ledger, tuned.missing(ledger))
     assert found.checkpoint_bytes == pytest.approx(2 * 77.7e9, rel=0.01)
-    assert needed_bytes(tuned, tuned.missing(ledger)) > 155e9
+    assert needed_bytes(tuned, ledger, tuned.missing(ledger)) > 155e9
     assert "up to 155424 MB for each unfinished training" in "\n".join(found.lines())
 
 

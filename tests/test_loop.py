@@ -32,6 +32,7 @@ from tune_sparse.training.loop import (
     fit,
     learning_rate_at,
     mean_loss,
+    packed_mask,
 )
 
 PROTOCOL = Protocol(
@@ -347,6 +348,25 @@ def test_a_packed_training_learns_the_same(llama: Path) -> None:
         for packing in (False, True)
     )
     assert together == pytest.approx(plain, rel=1e-3)
+
+
+def test_a_token_of_a_packed_sequence_sees_its_own_example_up_to_itself() -> None:
+    positions = torch.tensor([[0, 1, 2, 0, 1]])
+    seen = [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [0, 0, 0, 1, 0], [0, 0, 0, 1, 1]]
+    assert packed_mask(positions, None).int().tolist() == [seen]
+    seen[2] = [0, 1, 1, 0, 0]
+    assert packed_mask(positions, window=2).int().tolist() == [seen]
+
+
+def test_packed_attention_is_that_of_transformers(model: PreTrainedModel) -> None:
+    positions = torch.tensor([[*range(30), *range(9), *range(5)], [*range(20), *range(20), *[0] * 4]])
+    ids = torch.arange(88).view(2, 44) + 7
+    mask = packed_mask(positions, getattr(model.config, "sliding_window", None))[:, None]
+    with torch.no_grad():
+        ours, theirs = (
+            model(ids, position_ids=positions, attention_mask=given, use_cache=False).logits for given in (mask, None)
+        )
+    assert torch.equal(ours, theirs)
 
 
 def test_a_training_that_goes_on_takes_the_examples_that_are_left(llama: Path) -> None:

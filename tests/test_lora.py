@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from plain_masks import make_masks, masked
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
@@ -26,8 +27,7 @@ from tune_sparse.lora.layer import (
 from tune_sparse.lora.masked_linear import Workspace, choose_impl
 from tune_sparse.models.architectures import PRUNED
 from tune_sparse.models.checkpoints import check_checkpoint, load_model, prunable_weights, write_weights_into
-from tune_sparse.pruning.masks import Masks, masked
-from tune_sparse.pruning.prune_model import make_masks
+from tune_sparse.pruning.masks import Masks
 from tune_sparse.training.loop import adamw, fit
 
 PROTOCOL = Protocol(steps=2, warmup_steps=0, global_batch_size=4, lora_rank=4, lora_alpha=8.0, precision="float32")

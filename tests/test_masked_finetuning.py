@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from factories import TINY_PROTOCOL, finished, tiny_run
+from plain_masks import make_masks, masked
 from torch import Tensor
 
 from trainables import masked_finetuning
@@ -18,8 +19,7 @@ from tune_sparse.data.splits import Encoded
 from tune_sparse.ledger.ledger import Ledger
 from tune_sparse.models.architectures import adapter_weights, pruned_weights
 from tune_sparse.models.checkpoints import check_checkpoint, load_model, prunable_weights, write_weights_into
-from tune_sparse.pruning.masks import Masks, masked
-from tune_sparse.pruning.prune_model import make_masks
+from tune_sparse.pruning.masks import Masks
 from tune_sparse.sweep.plan import make_plan
 from tune_sparse.training.loop import accelerator_for, fit
 

@@ -13,6 +13,7 @@ from tune_sparse.errors import InputError
 from tune_sparse.models.architectures import architecture_named
 from tune_sparse.models.dims import ModelDims
 from tune_sparse.pruning.masks import (
+    MaskedWeights,
     channel_mask,
     count_sparsity,
     group_norms,
@@ -20,7 +21,6 @@ from tune_sparse.pruning.masks import (
     kept_channels,
     mask_into,
     mask_sha256,
-    masked,
     pruned_count,
     structured_counts,
 )
@@ -196,12 +196,13 @@ def test_a_key_value_group_falls_with_its_queries_and_output_columns() -> None:
     }
 
 
-def test_masked_zeros_what_is_not_kept_and_copies() -> None:
+def test_masked_weights_are_made_when_they_are_asked_for() -> None:
     weights = {"a": torch.tensor([[1.0, 2.0], [3.0, 4.0]], dtype=torch.bfloat16)}
-    result = masked(weights, {"a": torch.tensor([[True, False], [False, True]])})
+    result = MaskedWeights(weights, {"a": torch.tensor([[True, False], [False, True]])})
+    assert list(result) == ["a"]
+    assert len(result) == 1
     assert result["a"].tolist() == [[1.0, 0.0], [0.0, 4.0]]
     assert result["a"].dtype == torch.bfloat16
-    assert weights["a"].tolist() == [[1.0, 2.0], [3.0, 4.0]]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])

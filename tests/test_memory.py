@@ -8,16 +8,20 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from live_bytes import LiveBytes
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, MixtralConfig, PreTrainedConfig
 
 from tune_sparse.config import Protocol
+from tune_sparse.data.splits import Encoded
 from tune_sparse.errors import InputError, TooLargeError
-from tune_sparse.evaluation.memory import GIB, CellMemory, budgets_for, smallest_budgets, usable
+from tune_sparse.evaluation.card_budgets import budgets_for, scoring_budgets, smallest_budgets, usable
+from tune_sparse.evaluation.memory import GIB, CellMemory
 from tune_sparse.lora.layer import adapt_model
 from tune_sparse.models.architectures import all_weights
 from tune_sparse.models.checkpoints import prunable_weights
 from tune_sparse.models.dims import ModelDims
 from tune_sparse.modes import ADAPTER_MODES, MODES, SPARSE_ADAPTER_MODES
+from tune_sparse.pruning.calibration import ModelBlocks, calibrate_blockwise
 from tune_sparse.pruning.methods import METHODS
 from tune_sparse.training.budgets import Budgets
 
@@ -92,6 +96,48 @@ def test_masked_finetuning_holds_float32_weights_gradients_and_moments() -> None
     assert found.peak(budgets) > 8.5 * found.weights
 
 
+def test_a_structured_cell_trains_without_what_its_masks_cut_out() -> None:
+    small, budgets = (
+        replace(cell("sparse-to-sparse", "structured"), sparsity=0.5),
+        Budgets(8192, 2048, 2048, True, False),
+    )
+    assert small.in_training.prunable == pytest.approx(0.5 * small.prunable, rel=0.01)
+    whole, density = cell("sparse-to-dense", "structured").stages(budgets), small.stages(budgets)
+    assert whole["train"] - density["train"] > 0.5 * small.element * small.prunable
+    assert {name: bytes_ for name, bytes_ in whole.items() if name != "train"} == {
+        name: bytes_ for name, bytes_ in density.items() if name != "train"
+    }
+    masked = replace(small, protocol=Protocol(masked_lora_impl="effective-weight"))
+    assert masked.in_training == masked
+
+
+@pytest.mark.parametrize("mode", ["sparse-to-sparse", "masked-finetuning"])
+def test_the_loss_between_two_steps_fits_too(mode: str) -> None:
+    """It reads as many tokens at once as scoring does, with the moments in memory."""
+    found = cell(mode)
+    for card in (CARD_24, CARD_80, 2 * CARD_80):
+        if found.peak(smallest_budgets(found)) <= usable(card):
+            budgets = budgets_for(card, 1.0, found)
+            assert found.masks + found.selection_loss(budgets) <= usable(card)
+            assert found.peak(budgets) <= usable(card)
+
+
+@pytest.mark.parametrize("sequential", [False, True])
+def test_calibration_keeps_one_activation_of_each_example(sequential: bool) -> None:
+    config = LlamaConfig(**SMALL, intermediate_size=64, num_key_value_heads=4)
+    dims = dims_of(config, "LlamaForCausalLM")
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
+    model.requires_grad_(False)
+    examples = [Encoded(tuple(range(30)), tuple(range(20)))] * 100
+    with LiveBytes(*model.parameters()) as live:
+        before = live.bytes
+        for _ in calibrate_blockwise(ModelBlocks(model), examples, sequential=sequential):
+            pass
+    protocol = Protocol(max_tokens=50, max_new_tokens=4, calibration_examples=len(examples))
+    forecast = CellMemory(dims, "sparse-to-dense", "wanda", protocol).calibrated_activations
+    assert live.peak - before == pytest.approx(forecast, rel=0.15)
+
+
 def count_saved(model: torch.nn.Module, tokens: int) -> int:
     """Bytes of the storages that autograd saves of the decoder, but for what does not grow with the tokens."""
     saved: dict[int, torch.Tensor] = {}
@@ -135,12 +181,14 @@ def test_the_saved_activations_of_a_block_are_those_counted(
 def test_budgets_at_7b_by_card() -> None:
     """24 GB compute activations again; 80 GB keep them, and W_eff for the step; dense cells have no W_eff."""
     cards, protocol = (CARD_24, CARD_80), Protocol()
-    small, large = (budgets_for(card, 1.0, LLAMA_7B, "sparse-to-sparse", "wanda", protocol) for card in cards)
+    small, large = (
+        budgets_for(card, 1.0, CellMemory(LLAMA_7B, "sparse-to-sparse", "wanda", protocol)) for card in cards
+    )
     assert (small.activation_checkpointing, small.keeps_effective_weights) == (True, False)
     assert (large.activation_checkpointing, large.keeps_effective_weights) == (False, True)
     assert small.micro_batch_tokens == large.micro_batch_tokens == 8192
     assert 90_000 < large.generation_tokens < 110_000
-    dense = budgets_for(CARD_80, 1.0, LLAMA_7B, "dense", "none", Protocol())
+    dense = budgets_for(CARD_80, 1.0, CellMemory(LLAMA_7B, "dense", "none", Protocol()))
     assert not dense.keeps_effective_weights
 
 
@@ -155,11 +203,11 @@ def test_budgets_fit_and_grow_with_the_card(card: int, more: int, mode: str, met
     protocol = Protocol(max_tokens=max_tokens, max_new_tokens=32)
     found = CellMemory(LLAMA_7B, mode, method, protocol)
     try:
-        small = budgets_for(card, 1.0, LLAMA_7B, mode, method, protocol)
+        small = budgets_for(card, 1.0, CellMemory(LLAMA_7B, mode, method, protocol))
     except TooLargeError:
         assert found.peak(smallest_budgets(found)) > usable(card)
         return
-    large = budgets_for(card + more, 1.0, LLAMA_7B, mode, method, protocol)
+    large = budgets_for(card + more, 1.0, CellMemory(LLAMA_7B, mode, method, protocol))
     assert found.peak(small) <= usable(card)
     assert found.peak(large) <= usable(card + more)
     assert small.micro_batch_tokens >= max_tokens
@@ -169,8 +217,8 @@ def test_budgets_fit_and_grow_with_the_card(card: int, more: int, mode: str, met
 
 
 def test_a_share_of_a_card_has_a_share_of_its_memory() -> None:
-    half = budgets_for(CARD_80, 0.5, LLAMA_7B, "sparse-to-dense", "unstructured", Protocol())
-    assert half == budgets_for(CARD_80 // 2, 1.0, LLAMA_7B, "sparse-to-dense", "unstructured", Protocol())
+    half = budgets_for(CARD_80, 0.5, CellMemory(LLAMA_7B, "sparse-to-dense", "unstructured", Protocol()))
+    assert half == budgets_for(CARD_80 // 2, 1.0, CellMemory(LLAMA_7B, "sparse-to-dense", "unstructured", Protocol()))
 
 
 @pytest.mark.parametrize(
@@ -192,16 +240,16 @@ def test_what_does_not_fit_is_refused_with_what_would(
     mode: str, method: str, share: float, settings: dict[str, str], message: str
 ) -> None:
     with pytest.raises(TooLargeError, match=message) as caught:
-        budgets_for(CARD_24, share, LLAMA_7B, mode, method, Protocol(**settings))  # type: ignore[arg-type]
+        budgets_for(CARD_24, share, CellMemory(LLAMA_7B, mode, method, Protocol(**settings)))  # type: ignore[arg-type]
     assert isinstance(caught.value, InputError)
     if "max_tokens" in message:
-        assert budgets_for(CARD_24, share, LLAMA_7B, mode, method, Protocol(max_tokens=1024))
+        assert budgets_for(CARD_24, share, CellMemory(LLAMA_7B, mode, method, Protocol(max_tokens=1024)))
 
 
 def test_masked_finetuning_of_7b_fits_the_largest_card_alone() -> None:
     with pytest.raises(TooLargeError):
-        budgets_for(CARD_80, 1.0, LLAMA_7B, "masked-finetuning", "unstructured", Protocol())
-    assert budgets_for(CARD_141, 1.0, LLAMA_7B, "masked-finetuning", "unstructured", Protocol())
+        budgets_for(CARD_80, 1.0, CellMemory(LLAMA_7B, "masked-finetuning", "unstructured", Protocol()))
+    assert budgets_for(CARD_141, 1.0, CellMemory(LLAMA_7B, "masked-finetuning", "unstructured", Protocol()))
 
 
 def test_a_packed_sequence_has_a_mask() -> None:
@@ -212,4 +260,18 @@ def test_a_packed_sequence_has_a_mask() -> None:
 
 def test_a_model_that_is_too_large_for_any_setting_names_a_larger_card() -> None:
     with pytest.raises(TooLargeError, match=r"Take a larger card\.$"):
-        budgets_for(4 * GIB, 1.0, replace(LLAMA_7B, num_layers=80), "sparse-to-dense", "random", Protocol())
+        budgets_for(4 * GIB, 1.0, CellMemory(replace(LLAMA_7B, num_layers=80), "sparse-to-dense", "random", Protocol()))
+
+
+def test_a_model_that_is_only_scored_needs_no_room_for_a_training() -> None:
+    card, cell = 16 * GIB, CellMemory(LLAMA_7B, "dense", "none", Protocol())
+    with pytest.raises(TooLargeError, match="stage"):
+        budgets_for(card, 1.0, cell)
+    found = scoring_budgets(card, 1.0, LLAMA_7B, Protocol())
+    assert cell.weights + cell.scoring(found) <= usable(card)
+    assert found.scoring_tokens >= cell.longest
+    whole, alone = budgets_for(CARD_80, 1.0, cell), scoring_budgets(CARD_80, 1.0, LLAMA_7B, Protocol())
+    assert alone.scoring_tokens == whole.scoring_tokens
+    assert alone.generation_tokens >= whole.generation_tokens
+    with pytest.raises(TooLargeError, match=r"to score it: in bfloat16 1\d\.\d GB, it has room for 8\.\d\. Take"):
+        scoring_budgets(card, 0.6, LLAMA_7B, Protocol())

@@ -12,6 +12,7 @@ import pytest
 import torch
 from factories import finished, tiny_run
 from peft import LoraConfig, PeftModel, get_peft_model
+from plain_masks import make_masks, masked
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from trainables import pruning_stage
@@ -28,9 +29,7 @@ from tune_sparse.lora.adapter_io import merge_adapter_into, save_adapter
 from tune_sparse.lora.layer import adapt_model, sparse_lora_layers
 from tune_sparse.models.checkpoints import check_checkpoint, load_model, prunable_weights, write_weights_into
 from tune_sparse.modes import MODES
-from tune_sparse.pruning.masks import masked
 from tune_sparse.pruning.prune_into import prune_into
-from tune_sparse.pruning.prune_model import make_masks
 from tune_sparse.training.loop import mean_loss
 
 IDS = torch.arange(2 * 20).view(2, 20)

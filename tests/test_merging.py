@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
+from peft import LoraConfig
+from torch import Tensor, nn
 
 from tune_sparse.lora import merging
+from tune_sparse.lora.layer import SparseLora
 from tune_sparse.lora.masked_linear import effective_weight
-from tune_sparse.lora.merging import UpdateSums, any_nonzero, differs, read_flags, squared_sums
+from tune_sparse.lora.merging import ROUNDING, UpdateSums, any_nonzero, differs, read_flags, squared_sums, strays
 
 
 def sums(update: Tensor, before: Tensor, after: Tensor, last_mask: Tensor | None = None) -> Tensor:
@@ -52,6 +56,18 @@ def test_rows_at_a_time_have_the_statistics_of_the_whole(seed: int, rows: int, c
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(merging, "CHUNK", 4 * chunk)
         torch.testing.assert_close(sums(update, before, after, mask), whole, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_merged_weight_must_compute_what_its_layer_does(dtype: torch.dtype) -> None:
+    layer = SparseLora(nn.Linear(24, 16, dtype=dtype), "default", config=LoraConfig(r=2, lora_alpha=4), r=2)
+    nn.init.normal_(layer.lora_B["default"].weight, std=0.3)
+    with torch.no_grad():
+        merged = layer.merged_weight().clone()
+        assert not strays(layer, merged)
+        assert strays(layer, merged * (1 + 2 * ROUNDING[dtype]))
+        assert strays(layer, layer.base_layer.weight)
+        assert strays(layer, merged * math.nan)
 
 
 def test_a_difference_is_found_wherever_it_is_and_an_equal_zero_is_none() -> None:

@@ -15,13 +15,14 @@ from typing import Any
 import pytest
 import torch
 from factories import TINY_PROTOCOL, finished, tiny_run, write_boolq
+from plain_masks import make_masks, masked
 from torch import Tensor
 
 from trainables import loaded, pipeline, pruning_stage, training
 from trainables.finetuning import setup
 from trainables.lora_finetuning import LoraFinetuning
 from trainables.mode import MergeReport
-from trainables.pipeline import TRAIN_STAGES, _logit_violations, run_cell
+from trainables.pipeline import TRAIN_STAGES, run_cell
 from trainables.pruning_stage import Pruned, Pruner
 from trainables.rebuild import deployed_by
 from trainables.worker import WorkerCache
@@ -35,8 +36,7 @@ from tune_sparse.lora.layer import sparse_lora_layers
 from tune_sparse.lora.merging import mask_weights_into
 from tune_sparse.models.checkpoints import check_checkpoint, load_model, prunable_weights, write_weights_into
 from tune_sparse.modes import MODES
-from tune_sparse.pruning.masks import Masks, mask_sha256, masked
-from tune_sparse.pruning.prune_model import make_masks
+from tune_sparse.pruning.masks import Masks, mask_sha256
 from tune_sparse.sweep.plan import make_plan
 from tune_sparse.training.loop import accelerator_for, fit
 
@@ -105,7 +105,9 @@ def test_the_merged_model_computes_the_trained_function_to_the_last_bit_or_but_f
     assert {parameter.dtype for parameter in model.parameters()} == {getattr(torch, precision)}
     assert not any(parameter.requires_grad for parameter in prunable_weights(model).values())
     with torch.no_grad():
-        assert _logit_violations(expected, model(IDS).logits, is_exact) == []
+        merged = model(IDS).logits
+    assert torch.equal(merged, expected) or not is_exact
+    assert (merged - expected).norm() <= math.sqrt(torch.finfo(merged.dtype).eps) * expected.norm()
 
 
 def plain_fraction(wanted: dict[str, Tensor], obtained: dict[str, Tensor]) -> float:
@@ -138,19 +140,6 @@ def test_a_frozen_weight_that_training_changed_is_found(train: Train) -> None:
     layer.base_layer.weight.data[-1, -1] += 1e-3
     report, _ = trained.merge()
     assert report.violations == [f"{name}: the frozen weight must not change in training"]
-
-
-def test_a_merge_is_judged_by_the_digits_of_its_precision() -> None:
-    trained = torch.ones(2, 4)
-    assert _logit_violations(trained, trained + 1e-4, exactly=False) == []
-    [violation] = _logit_violations(trained, trained + 1e-3, exactly=False)
-    assert violation == "the merged model must compute the trained function within 0.0003 of its logits, got 0.001"
-    [violation] = _logit_violations(trained, trained + 1e-6, exactly=True)
-    assert violation == "the merged model must compute exactly the trained function"
-    half = trained.bfloat16()
-    assert _logit_violations(half, half * 1.0625, exactly=False) == []
-    assert _logit_violations(half, half * 1.125, exactly=False) != []
-    assert _logit_violations(trained, trained * math.nan, exactly=False) != []
 
 
 def test_dense_merges_what_it_trained_without_a_zero(train: Train) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from plain_masks import make_masks
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -23,7 +24,6 @@ from tune_sparse.models.architectures import ARCHITECTURES, read_weights
 from tune_sparse.models.safetensors_io import TensorWriter, weight_files
 from tune_sparse.pruning.mask_io import MaskFile, stem
 from tune_sparse.pruning.masks import count_sparsity, mask_sha256
-from tune_sparse.pruning.prune_model import make_masks
 from tune_sparse.pruning.streaming import open_checkpoint
 
 METHODS = ("unstructured", "structured", "wanda", "sparsegpt", "random-2:4")

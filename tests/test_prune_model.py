@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from plain_masks import make_masks, masked
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -17,13 +18,12 @@ from tune_sparse.models.architectures import ARCHITECTURES, PRUNED, pruned_weigh
 from tune_sparse.models.checkpoints import check_checkpoint, load_model, prunable_weights, write_weights_into
 from tune_sparse.models.dims import ModelDims
 from tune_sparse.pruning.calibration import CalibrationStats, ModelBlocks
-from tune_sparse.pruning.masks import Masks, count_sparsity, keep_highest, mask_sha256, masked, pruned_count
+from tune_sparse.pruning.masks import Masks, count_sparsity, keep_highest, mask_sha256, pruned_count
 from tune_sparse.pruning.methods import GROUPS, METHODS, TOLERANCE
 from tune_sparse.pruning.prune_model import (
     Prunable,
     PrunedMatrix,
     check_method_sparsities,
-    make_masks,
     measured,
     oriented_scores,
     prune,

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from factories import done_record, make_cell, make_run, make_sweep, write_run
+from factories import done_record, failed_record, make_cell, make_run, make_sweep, write_run
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -215,7 +215,7 @@ class TestIdentity:
     )
     def test_neither_mode_nor_training_is_of_it(self, method: str, changes: dict[str, Any]) -> None:
         run = make_run(make_cell(method=method))
-        trained = Protocol(steps=7, learning_rate=1e-3, lora_rank=4, micro_batch_size=2, batch_tokens=64)
+        trained = Protocol(steps=7, learning_rate=1e-3, lora_rank=4)
         other = replace(run, cell=replace(run.cell, **changes), protocol=trained)
         assert run.identity != other.identity
         assert run.pruning_id == other.pruning_id
@@ -306,11 +306,18 @@ class TestDiscard:
         assert [path.name for path in (ledger.folder / "prunings").iterdir()] == [random.pruning_id]
         printed = capsys.readouterr().out
         assert f"1 prunings of 0.00 GB are removed: {WANDA.pruning_id}" in printed
-        assert "1 are kept, since runs that are not finished need them" in printed
+        assert "1 are kept, since runs that are not finished, or failed, need them" in printed
         assert "2 finished runs cannot be merged, evaluated or repeated any more: torch_tiny_boolq_wanda" in printed
         [kept] = (ledger.folder / "set_aside").iterdir()
         assert read_json(kept / "set_aside.json")["reason"] == "r"
         assert read_json(kept / "pruning.json")["settings"] == WANDA.pruning_settings
+
+    def test_a_failed_run_needs_its_pruning_too(self, discard: Callable[..., int], sweep: str, ledger: Ledger) -> None:
+        """It may be tried again, and is then compared with the other mode."""
+        failed = make_run(make_cell(method="random", mode="sparse-to-sparse"))
+        write_run(ledger, failed, failed_record(failed))
+        assert discard(sweep) == OK
+        assert ledger.pruning(failed) is not None
 
     def test_a_pruning_that_cannot_be_read_is_removed_too(
         self, discard: Callable[..., int], sweep: str, ledger: Ledger

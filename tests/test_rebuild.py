@@ -5,10 +5,12 @@ from __future__ import annotations
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from factories import finished, tiny_run
+from plain_masks import make_masks, masked
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -29,8 +31,7 @@ from tune_sparse.ledger.run import Run
 from tune_sparse.lora.adapter_io import load_last_mask, merge_adapter_into
 from tune_sparse.models.checkpoints import check_checkpoint, load_model, prunable_weights, write_weights_into
 from tune_sparse.pruning.bit_masks import BitMasks
-from tune_sparse.pruning.masks import mask_sha256, masked
-from tune_sparse.pruning.prune_model import make_masks
+from tune_sparse.pruning.masks import mask_sha256
 
 DENSE = {"method": "none", "sparsity": 0.0}
 
@@ -74,6 +75,26 @@ def results(pair: tuple[Run, Run, Path], tmp_path: Path) -> Ledger:
 
 def pruning_of(run: Run, ledger: Ledger) -> Path:
     return ledger.pruning_folder(str(run.pruning_id))
+
+
+def test_of_two_workers_that_prune_the_slower_one_takes_the_masks_of_the_faster(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, ledger, worker = tiny_run(llama, method="wanda"), Ledger(tmp_path), WorkerCache()
+    make_into = Pruner.make_into
+
+    def made_late(pruner: Pruner, run: Run, *inputs: Any) -> BitMasks:
+        masks = make_into(pruner, run, *inputs)
+        other = BitMasks.pack((name, ~mask) for name, mask in masks.items())
+        ledger.write_pruning(run, other, None, {})
+        return masks
+
+    monkeypatch.setattr(Pruner, "make_into", made_late)
+    loaded = worker.model(run)
+    pruned = worker.pruner.prune_into(run, loaded, worker.examples(run, loaded).train, ledger)
+    for name, weight in prunable_weights(loaded.model).items():
+        assert torch.equal(weight, loaded.dense_weights[name] * pruned.masks[name])
+        assert weight.any()
 
 
 class TestStoredPruning:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from factories import done_record, finished, make_run, tiny_run
+from factories import done_record, finished, make_run, tiny_run, write_run
 from safetensors.torch import load_file, save_file
 from sound import edit
 
@@ -18,6 +18,7 @@ from trainables.rerun import compared, same_bits
 from trainables.worker import WorkerCache
 from tune_sparse.cli import main
 from tune_sparse.cli.command import BAD_INPUT, FAULT, OK
+from tune_sparse.errors import InputError
 from tune_sparse.evaluation.outcomes import Outcome
 from tune_sparse.ledger.ledger import Ledger
 from tune_sparse.ledger.run import Run
@@ -51,6 +52,22 @@ def test_a_run_repeats_to_the_last_bit_and_its_record_is_left_alone(
     printed = capsys.readouterr().out
     assert f"{recorded[0].run_id}: 0 differences (to the last bit)" in printed
     assert "0 of 8 examples have another outcome." in printed
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_a_repetition_computes_as_its_record_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, deterministic: bool
+) -> None:
+    run, ledger, seen = make_run(), Ledger(tmp_path), list[bool]()
+
+    def prepare(deterministic: bool) -> None:
+        seen.append(deterministic)
+        raise InputError("that is enough")
+
+    write_run(ledger, run, replace(done_record(run), environment={"deterministic": deterministic}))
+    monkeypatch.setattr("trainables.process.prepare_process", prepare)
+    assert main(["rerun", run.run_id, "--results-dir", str(tmp_path)]) == BAD_INPUT
+    assert seen == [deterministic]
 
 
 def test_what_differs_is_named(

@@ -18,7 +18,8 @@ from trainables.pipeline import run_cell
 from trainables.worker import WorkerCache
 from tune_sparse.config import BudgetOptions, SweepConfig
 from tune_sparse.errors import TooLargeError, is_out_of_memory
-from tune_sparse.evaluation.memory import GIB, budgets_for
+from tune_sparse.evaluation.card_budgets import budgets_for
+from tune_sparse.evaluation.memory import GIB, CellMemory
 from tune_sparse.ledger.ledger import Ledger
 from tune_sparse.ledger.record import Record
 from tune_sparse.ledger.run import Run
@@ -26,7 +27,7 @@ from tune_sparse.models.checkpoints import Checkpoint
 from tune_sparse.models.dims import ModelDims
 from tune_sparse.sweep.examples import Examples
 from tune_sparse.sweep.plan import Plan
-from tune_sparse.sweep.retries import describe_place, has_more_memory_now, memory_lines
+from tune_sparse.sweep.retries import describe_machine, has_more_memory_now, memory_lines
 
 LLAMA_7B = ModelDims(4096, 32, 32, 32, 128, 11008, 32000, None, 4096)
 ON_GPUS = SweepConfig(models=("tiny",), gpus_per_trial=1.0)
@@ -38,8 +39,14 @@ def hungry(*arguments: Any) -> Generator[None, None, Any]:
     torch.empty(1 << 50, dtype=torch.uint8)
 
 
-def train_hungrily(run: Run, ledger: Ledger, **held: float) -> Record:
-    steps = run_cell(run, ledger, WorkerCache(), hungry, held)
+def overfull(*arguments: Any) -> Generator[None, None, Any]:
+    """A training that a GPU has too little memory for, which this machine has not."""
+    yield None
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def train(stage: Any, run: Run, ledger: Ledger, **held: float) -> Record:
+    steps = run_cell(run, ledger, WorkerCache(), stage, held)
     while True:
         try:
             next(steps)
@@ -48,20 +55,23 @@ def train_hungrily(run: Run, ledger: Ledger, **held: float) -> Record:
 
 
 def test_out_of_memory_on_a_whole_gpu_is_recorded_for_good(llama: Path, tmp_path: Path) -> None:
-    record = train_hungrily(tiny_run(llama), Ledger(tmp_path), CPU=1.0, GPU=1.0)
+    record = train(overfull, tiny_run(llama), Ledger(tmp_path), CPU=1.0, GPU=1.0)
     assert record.status == "failed"
     assert record.error is not None
     assert is_out_of_memory(record.error)
     assert not record.error["retryable"]
     assert record.error["device_memory_bytes"] == psutil.virtual_memory().total, "there is no GPU here"
     assert record.error["budgets"]["micro_batch_tokens"] == 2048
-    assert record.error["version"] == describe_place()["version"]
+    assert record.error["version"] == describe_machine()["version"]
 
 
-def test_out_of_memory_on_a_share_is_raised_and_tried_again(llama: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("stage", "gpus"), [(overfull, 0.5), (hungry, 0.5), (hungry, 1.0)])
+def test_out_of_memory_on_a_share_or_of_the_machine_is_raised_and_tried_again(
+    llama: Path, tmp_path: Path, stage: Any, gpus: float
+) -> None:
     ledger, run = Ledger(tmp_path), tiny_run(llama)
-    with pytest.raises(RuntimeError, match="DefaultCPUAllocator"):
-        train_hungrily(run, ledger, CPU=1.0, GPU=0.5)
+    with pytest.raises(RuntimeError, match=r"DefaultCPUAllocator|CUDA out of memory"):
+        train(stage, run, ledger, CPU=1.0, GPU=gpus)
     assert ledger.record(run.run_id) is None
 
 
@@ -76,7 +86,7 @@ def test_a_whole_gpu_does_not_forgive_what_may_pass() -> None:
 
 def lacking(run: Run, device_bytes: float | None, **changes: Any) -> Record:
     record = failed_record(run, "CUDA out of memory")
-    place = {"device_memory_bytes": device_bytes, "version": describe_place()["version"], "budgets": None}
+    place = {"device_memory_bytes": device_bytes, "version": describe_machine()["version"], "budgets": None}
     return replace(record, error=(record.error or {}) | place | changes)
 
 
@@ -101,12 +111,16 @@ def test_only_more_memory_or_a_new_version_is_a_reason(card_24: int) -> None:
     assert why(lacking(run, 80 * GIB), run) is None
     assert why(lacking(run, card_24 / 2), run) == "a larger device"
     assert why(lacking(run, card_24, version="of yesterday"), run) == "a new version"
+    of_machine = {"class": "OutOfMemoryError", "message": "Task was killed due to the node running low on memory."}
+    total = psutil.virtual_memory().total
+    assert why(lacking(run, total, **of_machine), run) is None, "whatever GPUs there are"
+    assert why(lacking(run, total / 2, **of_machine), run) == "a larger device"
     assert why(lacking(run, None), run) is None, "a node of a cluster did not say how much it had"
 
 
 def test_smaller_budgets_are_a_reason(card_24: int) -> None:
     run = make_run()
-    then = budgets_for(card_24, 1.0, LLAMA_7B, run.cell.mode, run.cell.method, run.protocol).as_record()
+    then = budgets_for(card_24, 1.0, CellMemory(LLAMA_7B, run.cell.mode, run.cell.method, run.protocol)).as_record()
     record = lacking(run, card_24, budgets=then)
     assert why(record, run) is None
     smaller = replace(ON_GPUS, budgets=BudgetOptions(micro_batch_tokens=2048))
@@ -128,5 +142,5 @@ def test_a_plan_leaves_what_lacked_memory_and_says_so(tmp_path: Path) -> None:
     assert plan.missing(ledger) == [large]
     assert plan.missing(ledger, retry_failed=True) == [small, large, broken]
     left, again = memory_lines(plan.lacked_memory(ledger))
-    assert f"on a device of {total / 1e9:.1f} GB, and is left as failed: a larger device, smaller budgets" in left
+    assert f"on a device of {total / 1e9:.1f} GB, and is left as failed: only a larger device, smaller" in left
     assert "is tried again: there is a larger device" in again

@@ -16,14 +16,16 @@ from factories import write_boolq
 
 from tune_sparse.cli import main
 from tune_sparse.config import SweepConfig
-from tune_sparse.errors import InputError
+from tune_sparse.errors import InputError, TooLargeError
 from tune_sparse.files import read_json
 from tune_sparse.ledger.ledger import Ledger
 from tune_sparse.lora.rank_space import Space
 from tune_sparse.models.architectures import matrix_sizes
 from tune_sparse.search.config import SearchConfig
+from tune_sparse.search.driver import run_search
 from tune_sparse.search.journal import SearchJournal
 from tune_sparse.search.plan import plan_search
+from tune_sparse.search.session import SearchSession
 
 GROUPS = {
     "qkv": {"modules": ["q_proj", "k_proj", "v_proj"], "ranks": [4, 2, 1]},
@@ -152,6 +154,32 @@ def test_a_dry_run_says_what_would_be_searched(llama: Path, tmp_path: Path, caps
     assert "12 selection examples" in capsys.readouterr().out
 
 
+@pytest.fixture
+def session(llama: Path, tmp_path: Path) -> SearchSession:
+    plan = plan_search(config(llama, tmp_path, deterministic=True, scoring_tokens=512))
+    ledger = Ledger(tmp_path / "results")
+    return SearchSession(plan, ledger, SearchJournal(ledger.folder / "searches" / "s"), "token", 1, print)
+
+
+def test_a_trial_of_a_search_has_the_settings_of_its_user(session: SearchSession) -> None:
+    trial = session.settings(session.plan.run)
+    assert trial["deterministic"] is True
+    assert trial["run"]["budgets"]["scoring_tokens"] == 512
+
+
+def test_a_super_adapter_that_no_gpu_can_hold_is_refused_before_ray_starts(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver = tmp_path / "nvidia-smi"
+    driver.write_text("#!/bin/sh\necho '0, GPU-aa11, Small, 100, 9.0'\n")
+    driver.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    plan = plan_search(config(llama, tmp_path, gpus_per_trial=1))
+    with pytest.raises(TooLargeError, match="on Small: a device must hold a cell"):
+        run_search(plan)
+
+
 def test_a_search_differs_by_what_decides_its_candidates(llama: Path, tmp_path: Path) -> None:
     plans = [
         plan_search(config(llama, tmp_path, **changes))
@@ -223,6 +251,7 @@ def test_a_group_that_the_model_lacks_is_named(llama: Path, tmp_path: Path) -> N
         (["--sampler", "nsga"], "unknown sampler"),
         (["embeded"], "unknown preset 'embeded'"),
         (["--set", "lora_rank"], "NAME=VALUE"),
+        (["--deterministic", "--scoring-tokens", "1"], "scoring_tokens must be at least 2"),
     ],
 )
 def test_a_wrong_flag_ends_with_status_2(

@@ -53,6 +53,17 @@ def test_as_many_steps_are_timed_as_it_says(llama: Path, monkeypatch: pytest.Mon
     assert found.train_examples_per_second == pytest.approx(2 * TIMED_STEPS / sum(step.seconds for step in timed))
 
 
+def test_a_card_that_can_hold_no_training_is_a_row_with_its_reason(
+    llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trainables.budgets.gpu_memory_bytes", lambda: 1 << 28)
+    monkeypatch.setattr("trainables.budgets.gpu_share", lambda: 1.0)
+    found = measure(tiny_run(llama), WorkerCache(), 2)
+    assert found.train_examples_per_second is None
+    assert found.problem is not None
+    assert "a device must hold a cell" in found.problem
+
+
 def test_too_little_memory_is_recorded_as_such(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def out_of_memory(*_: Any, **__: Any) -> Any:
         raise torch.OutOfMemoryError("no room")
@@ -139,7 +150,9 @@ def test_on_a_wafer_queue_and_compile_are_no_part_of_the_rate_and_the_estimate_s
     assert row["peak_memory_bytes"] is None
     [folder] = (tmp_path / "throughput" / "jobs").iterdir()
     labels = json.loads((folder / "job.json").read_text())["cluster"]["job_labels"]
-    assert labels[0].startswith("tune_sparse=")
+    guarded = json.loads((folder / "guard.json").read_text())["label"]
+    assert guarded == labels[0], "what is cancelled are its own jobs, not those of a sweep of the same folder"
+    assert [label.partition("=")[0] for label in labels] == ["tune_sparse_run", "tune_sparse", "name"]
 
 
 def test_an_estimate_without_training_is_never_a_rate(

@@ -6,12 +6,13 @@ from functools import partial
 
 import pytest
 import torch
+from plain_masks import masked
 from torch import Tensor
 
 from tune_sparse.evaluation import validation
 from tune_sparse.evaluation.validation import hashing, mask_violations, validation_report, weights_sha256
 from tune_sparse.models.float_bits import row_chunks
-from tune_sparse.pruning.masks import Masks, keep_highest, mask_sha256, masked
+from tune_sparse.pruning.masks import Masks, keep_highest, mask_sha256
 
 
 @pytest.fixture
@@ -156,3 +157,9 @@ def test_weights_are_hashed_while_the_block_runs_where_another_device_computes_i
     with pytest.raises(NotImplementedError), hashing(elsewhere) as checksum:
         checksum()
     assert [name.split("_")[0] for name in threads] == ["hash"]
+
+
+def test_equal_weights_have_one_checksum_whatever_the_sign_of_a_zero() -> None:
+    weight = torch.tensor([[1.0, -2.0]], dtype=torch.bfloat16)
+    assert weights_sha256({"w": weight * 0}) == weights_sha256({"w": weight * -0.0})
+    assert weights_sha256({"w": weight}) != weights_sha256({"w": weight.abs()})

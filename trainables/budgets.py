@@ -11,10 +11,10 @@ from tune_sparse.config import Protocol
 from tune_sparse.config.options import rule
 from tune_sparse.data.batching import example_tokens
 from tune_sparse.data.task_types import AnswerTask
-from tune_sparse.evaluation.memory import budgets_for
+from tune_sparse.evaluation.card_budgets import budgets_for, scoring_budgets
+from tune_sparse.evaluation.memory import CellMemory
 from tune_sparse.ledger.run import Run
 from tune_sparse.models.dims import ModelDims
-from tune_sparse.modes import DENSE
 from tune_sparse.training.budgets import Budgets, cpu_budgets, fixed_micro_batch_tokens
 
 
@@ -22,18 +22,18 @@ def run_budgets(run: Run, dims: ModelDims) -> Budgets:
     """What the user set, and for the rest what suits the device. Raises `TooLargeError` for one that is too small."""
     card_bytes = gpu_memory_bytes()
     if card_bytes is not None:
-        cell = run.cell
-        return budgets_for(card_bytes, gpu_share(), dims, cell.mode, cell.method, run.protocol, run.budgets)
+        cell = CellMemory(dims, run.cell.mode, run.cell.method, run.protocol, run.cell.sparsity)
+        return budgets_for(card_bytes, gpu_share(), cell, run.budgets)
     fitting = fitting_budgets(run.protocol, dims)
     fixed = fixed_micro_batch_tokens(run.protocol, run.budgets)
     return replace(fitting, micro_batch_tokens=fixed or fitting.micro_batch_tokens).changed_by(run.budgets)
 
 
 def fitting_budgets(protocol: Protocol, dims: ModelDims) -> Budgets:
-    """The budgets that suit the device of this process for a model that is not trained."""
+    """The budgets that suit the device of this process for a model that is only scored."""
     card_bytes = gpu_memory_bytes()
     if card_bytes is not None:
-        return budgets_for(card_bytes, gpu_share(), dims, DENSE, "none", protocol)
+        return scoring_budgets(card_bytes, gpu_share(), dims, protocol)
     return cpu_budgets(protocol.within(dims.max_positions).max_tokens)
 
 

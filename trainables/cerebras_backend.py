@@ -140,7 +140,7 @@ class CerebrasTraining:
         """Yield None while it waits. Raises `RunError` for what would come again, `ApplianceError` for the rest."""
         folder, seed = job_folder(ledger, run.run_id), run.cell.seed
         restart = prepare_try(folder)
-        labels = job_labels(ledger, run) if self.is_csx else []
+        labels = job_labels(ledger.folder, run) if self.is_csx else []
         start = starting_weights(run, trainable, pruned)
         tokens = examples_in_order(examples.train, run.protocol, seed, self.settings.bucket_tokens)
         write_job(folder, tokens, start, run.protocol, seed, self.settings, labels, restart)
@@ -148,7 +148,7 @@ class CerebrasTraining:
         accelerator = accelerator_for(trainable.mixed_precision)
         first = mean_loss(trainable.model, first_batch, run.protocol, accelerator, budgets)
         log(f"the training is written in {folder}, the pruned model's loss on the first examples is {first:.4f}")
-        log("there, micro_batch_size and eval_every have no effect: a step is whole, no loss is measured in between")
+        log("there, budgets and eval_every have no effect: a step is whole, no loss is measured in between")
         if restart:
             log(f"goes on after step {restart['step']} of a training that was lost")
         if self.is_csx:
@@ -212,9 +212,9 @@ def job_folder(ledger: RunStore, run_id: str) -> Path:
     return ledger.folder / "cerebras" / run_id
 
 
-def job_labels(ledger: RunStore, run: Run) -> list[str]:
+def job_labels(results_dir: Path, run: Run) -> list[str]:
     """Return the labels of a run's jobs: the one by which they alone are found, that of the results, one for people."""
-    results = hash_json(str(ledger.folder.resolve()))
+    results = hash_json(str(results_dir.resolve()))
     return [run_label(results, run.identity), results_label(results), name_label(run.run_id)]
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from trainables.cerebras_backend import (
     TrainingJob,
     failure_of,
+    job_labels,
     launch,
     starting_weights,
     stream_steps,
@@ -24,7 +25,6 @@ from trainables.run_log import RunLog
 from trainables.throughput import Throughput, timed_run
 from trainables.training import Training
 from trainables.worker import WorkerCache
-from tune_sparse.cerebras.appliance import name_label, results_label
 from tune_sparse.cerebras.environment import check_cluster
 from tune_sparse.cerebras.guard import Ended, SupervisedProcess
 from tune_sparse.cerebras.job import examples_in_order, write_job
@@ -33,7 +33,6 @@ from tune_sparse.config import Cerebras
 from tune_sparse.config.cerebras import UNTRAINED_TARGETS
 from tune_sparse.errors import InputError, RunError
 from tune_sparse.files import read_json
-from tune_sparse.identity import hash_json
 from tune_sparse.ledger.run import Run
 from tune_sparse.models.checkpoints import prunable_weights
 
@@ -87,7 +86,7 @@ def _write(
     masks = worker.pruner.make_into(run, loaded, examples.train)
     pruned = Pruned(masks, masks.sha256, prunable_weights(loaded.model))
     trainable = setup(run.cell.mode, loaded.model, run.protocol, update_masks(run, pruned), run.cell.seed)
-    label = results_label(hash_json(str(results.resolve()))) if settings.cerebras_target == "csx" else None
+    labels = job_labels(results, run) if settings.cerebras_target == "csx" else []
     write_job(
         folder,
         examples_in_order(examples.train, run.protocol, run.cell.seed, settings.bucket_tokens),
@@ -95,10 +94,11 @@ def _write(
         run.protocol,
         run.cell.seed,
         settings,
-        [label, name_label(run.run_id)] if label else [],
+        labels,
         compile_only=compile_only,
     )
     trainable.unwrap()
+    label = labels[0] if labels else None
     return TrainingJob(folder, run.model_path, run.model_fingerprint, run.protocol.threads, settings, label)
 
 

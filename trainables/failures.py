@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from trainables.hardware import code_version, device_memory_bytes
-from tune_sparse.errors import DISK_FULL, NotReadyError, TooLargeError, is_out_of_memory
+from tune_sparse.errors import DISK_FULL, NotReadyError, TooLargeError, is_out_of_host_memory, is_out_of_memory
 from tune_sparse.training.budgets import Budgets
 
 INFRASTRUCTURE_ERRORS = (
@@ -32,24 +32,27 @@ def is_infrastructure(error: Exception) -> bool:
 
 
 def may_pass(error: Exception, held: Mapping[str, float]) -> bool:
-    """Whether a run of a sweep may go well another time. What a whole GPU had too little memory for comes again there.
+    """Whether a run of a sweep may go well another time. What a whole GPU had too little memory for comes again there;
+    the memory of its machine it shares with other trials.
 
     held: what the trial holds of Ray's resources.
     """
-    return is_infrastructure(error) and not (_lacked_memory(error) and held.get("GPU", 0) >= 1)
+    has_whole_gpu = held.get("GPU", 0) >= 1 and not is_out_of_host_memory(_named(error))
+    return is_infrastructure(error) and not (_lacked_memory(error) and has_whole_gpu)
 
 
 def _lacked_memory(error: Exception) -> bool:
     """Not where it was refused before it allocated anything: it will be refused again."""
-    named = {"class": type(error).__name__, "message": str(error)}
-    return is_out_of_memory(named) and not isinstance(error, TooLargeError)
+    return is_out_of_memory(_named(error)) and not isinstance(error, TooLargeError)
+
+
+def _named(error: BaseException) -> dict[str, str]:
+    return {"class": type(error).__name__, "message": str(error)}
 
 
 def describe_error(error: BaseException, retryable: bool, budgets: Budgets | None = None) -> dict[str, Any]:
     """As it is recorded. One of memory says how much there was, how it was spent, and which code asked for more."""
-    described = {
-        "class": type(error).__name__,
-        "message": str(error),
+    described: dict[str, Any] = _named(error) | {
         "traceback": "".join(traceback.format_exception(error)),
         "retryable": retryable,
     }

@@ -67,7 +67,7 @@ class LoraFinetuning:
 
     @property
     def is_merged_exactly(self) -> bool:
-        return self.cuts is None and set(count_impls(self.adapted)) == {"effective-weight"}
+        return set(count_impls(self.adapted)) == {"effective-weight"}
 
     @property
     def factor_weights(self) -> int:
@@ -99,6 +99,7 @@ class LoraFinetuning:
         merge = merge_adapters_into(self.adapted, pruned, self.last_masks)
         self.unwrap()
         violations = [f"{name}: the frozen weight must not change in training" for name in merge.changed]
+        violations += [f"{name}: the merged weight must compute what its layer does" for name in merge.strayed]
         removed = {"update_removed_fraction": merge.sums.removed_fraction} if self.last_masks is not None else {}
         return MergeReport(merge.sums.rounded_away_fraction, violations, removed)
 

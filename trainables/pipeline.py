@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Generator, Mapping
 from contextlib import closing
@@ -20,6 +19,7 @@ from trainables.budgets import check_budgets, run_budgets
 from trainables.failures import describe_error, may_pass
 from trainables.finetuning import setup
 from trainables.hardware import check_precision, environment, gpu_memory_bytes
+from trainables.inputs import load_planned_checkpoint
 from trainables.loaded import Examples, LoadedModel
 from trainables.mode import MergeReport, TrainableModel
 from trainables.peak_memory import PeakMemory
@@ -41,9 +41,8 @@ from tune_sparse.ledger.record import Record
 from tune_sparse.ledger.run import Run, write_config
 from tune_sparse.lora.merging import mask_weights_into
 from tune_sparse.models.checkpoints import prunable_weights
-from tune_sparse.pruning.masks import count_sparsity
 from tune_sparse.training.budgets import Budgets
-from tune_sparse.training.loop import Step, accelerator_for, mean_loss
+from tune_sparse.training.loop import Step, mean_loss
 
 TrainStage = Callable[
     [Run, TrainableModel, Pruned, Examples, Budgets, RunStore, RunLog], Generator[Step | None, None, Training]
@@ -131,13 +130,13 @@ class Work:
 def _load(run: Run, ledger: RunStore, worker: WorkerCache, folder: Path, log: RunLog, memory: PeakMemory) -> Work:
     torch.set_num_threads(run.protocol.threads)
     check_precision(run.protocol.precision)
+    budgets = run_budgets(run, load_planned_checkpoint(run).dims)  # what is too large is refused before it is read
     loaded = worker.model(run)
     examples = worker.examples(run, loaded)
     log(
         f"model and examples ready: {len(examples.train)} train, {len(examples.selection)} selection, "
         f"{sum(len(test.examples) for test in examples.tests)} test; weights from {loaded.dense_weights.folder}"
     )
-    budgets = run_budgets(run, loaded.dims)
     check_budgets(budgets, examples, run.protocol.max_new_tokens)
     memory.end("load")
     return Work(run, ledger, folder, log, loaded, examples, budgets, memory)
@@ -157,7 +156,7 @@ def _stages(
     work.memory.end("score before tuning")
 
     trained = yield from _train_into(model, work, pruned, train_stage)
-    merge = _merge_into(model, work, trained, pruned)
+    merge = _merge_into(model, work, trained.trainable, pruned)
     work.memory.end("merge")
 
     before_mask: Scored | None = None
@@ -193,7 +192,7 @@ def _score_before_tuning(work: Work, pruned: Pruned) -> Metrics:
         assert known is not None
     metrics: Metrics = known["metrics"]
     primary = primary_metric(metrics)
-    work.log(f"pruned to {count_sparsity(pruned.masks):.4f}, {primary} before tuning {metrics[primary]:.4f}")
+    work.log(f"pruned to {pruned.masks.sparsity:.4f}, {primary} before tuning {metrics[primary]:.4f}")
     return metrics
 
 
@@ -204,8 +203,6 @@ class Trained:
     trainable: TrainableModel
     training: Training
     step_flops: int | None
-    logits: Tensor
-    """of the trained function on the probe: (tokens, vocabulary)"""
 
 
 def _train_into(
@@ -222,11 +219,9 @@ def _train_into(
         log(trainable.summary())
         step_flops = _step_flops(work, pruned, trainable.factor_weights)
         training = yield from train_stage(run, trainable, pruned, work.examples, work.budgets, work.ledger, log)
-        with accelerator_for(trainable.mixed_precision).autocast():
-            logits = _logits(trainable.model, work.probe)
         work.memory.end("train")
     trainable.save(work.folder)
-    return Trained(trainable, training, step_flops, logits)
+    return Trained(trainable, training, step_flops)
 
 
 def _step_flops(work: Work, pruned: Pruned, factor_weights: int) -> int | None:
@@ -239,28 +234,13 @@ def _step_flops(work: Work, pruned: Pruned, factor_weights: int) -> int | None:
     return round(flops * work.run.protocol.global_batch_size / len(train))
 
 
-def _merge_into(model: PreTrainedModel, work: Work, trained: Trained, pruned: Pruned) -> MergeReport:
-    """Merge what was trained into `model`, in place, and check that the function stays the trained one."""
-    exactly = trained.trainable.is_merged_exactly
-    merge = trained.trainable.merge_into_model(pruned.weights)
-    wrong = _logit_violations(trained.logits, _logits(model, work.probe), exactly)
-    return replace(merge, violations=merge.violations + wrong)
-
-
-def _logit_violations(trained: Tensor, merged: Tensor, exactly: bool) -> list[str]:
-    """Compare two (tokens, vocabulary) logits, which must be of one function: to the last bit, or but for rounding.
-
-    Plain LoRA adds what W and BA each make of x, the merged model multiplies by their rounded sum. Of the digits of
-    the precision, half must agree over all logits: |difference| <= sqrt(eps) |trained|.
-    """
-    if exactly:
-        same = torch.equal(trained, merged)
-        return [] if same else ["the merged model must compute exactly the trained function"]
-    lost = float((merged.float() - trained.float()).norm() / trained.float().norm())
-    limit = math.sqrt(torch.finfo(trained.dtype).eps)
-    if lost <= limit:
-        return []
-    return [f"the merged model must compute the trained function within {limit:.1g} of its logits, got {lost:.2g}"]
+def _merge_into(model: PreTrainedModel, work: Work, trainable: TrainableModel, pruned: Pruned) -> MergeReport:
+    """Merge what was trained into `model`, in place. Where the merge is exact, the logits must stay to the last bit."""
+    trained = _logits(trainable.model, work.probe) if trainable.is_merged_exactly else None
+    merge = trainable.merge_into_model(pruned.weights)
+    if trained is None or torch.equal(trained, _logits(model, work.probe)):
+        return merge
+    return replace(merge, violations=[*merge.violations, "the merged model must compute exactly the trained function"])
 
 
 @torch.no_grad()

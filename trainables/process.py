@@ -1,4 +1,4 @@
-"""The set-up of a process that trains: before CUDA starts, so before anything else imports torch."""
+"""The set-up of a process that trains, scores or merges: before CUDA starts."""
 
 from __future__ import annotations
 

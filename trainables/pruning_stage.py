@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -19,10 +19,11 @@ from tune_sparse.ledger.contracts import RunStore
 from tune_sparse.ledger.pruning_io import read_masks, read_weights
 from tune_sparse.ledger.prunings import StoredPruning
 from tune_sparse.ledger.run import Run
+from tune_sparse.lora.merging import mask_weights_into
 from tune_sparse.models.checkpoints import prunable_weights, write_weights_into
 from tune_sparse.pruning.bit_masks import BitMasks
 from tune_sparse.pruning.calibration import CalibrationStats, ModelBlocks, checked_examples, text_examples
-from tune_sparse.pruning.masks import mask_into
+from tune_sparse.pruning.masks import MaskedWeights
 from tune_sparse.pruning.methods import method_named
 from tune_sparse.pruning.prune_into import Calibration, prune_into
 from tune_sparse.pruning.prune_model import Prunable, measured
@@ -56,29 +57,16 @@ class Pruned:
         }
 
 
-@dataclass(frozen=True)
-class MaskedWeights(Mapping[str, Tensor]):
-    """{matrix: W⊙M}, made of a dense weight and a mask when it is asked for."""
-
-    dense: Mapping[str, Tensor]
-    masks: BitMasks
-
-    def __getitem__(self, name: str) -> Tensor:
-        weight = self.dense[name]
-        mask_into(weight, self.masks[name])
-        return weight
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.masks)
-
-    def __len__(self) -> int:
-        return len(self.masks)
-
-
 def read_into(stored: StoredPruning, loaded: LoadedModel) -> Pruned:
-    """Write a stored pruning into a model, in place. Raises `NotReadyError` for bits that are not those stored."""
+    """Prune a model, which has its dense weights, in place as it is stored.
+
+    Raises `NotReadyError` for bits that are not those stored.
+    """
     masks = read_masks(stored, loaded.model.device)
-    weights = read_weights(stored, masks) if stored.has_weights else MaskedWeights(loaded.dense_weights, masks)
+    if not stored.has_weights:
+        mask_weights_into(loaded.model, masks)
+        return Pruned(masks, stored.mask_sha256, MaskedWeights(loaded.dense_weights, masks))
+    weights = read_weights(stored, masks)
     write_weights_into(loaded.model, weights)
     return Pruned(masks, stored.mask_sha256, weights)
 
@@ -102,8 +90,10 @@ class Pruner:
             masks = self.make_into(run, loaded, train)
             updated = prunable_weights(loaded.model) if method_named(run.cell.method).updates_weights else None
             store.write_pruning(run, masks, updated, environment())
-            stored = store.pruning(run)  # another worker may have been faster
+            stored = store.pruning(run)
             assert stored is not None
+            if stored.mask_sha256 != masks.sha256:  # another worker was faster
+                loaded.dense_weights.restore_into(loaded.model)
         return read_into(stored, loaded)
 
     def make_into(self, run: Run, loaded: LoadedModel, train: Sequence[Encoded]) -> BitMasks:

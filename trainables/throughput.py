@@ -14,6 +14,7 @@ from trainables.peak_memory import PeakMemory
 from trainables.training import WARM_UP_STEPS, Training
 from trainables.worker import WorkerCache
 from tune_sparse.data.batching import example_tokens
+from tune_sparse.errors import TooLargeError
 from tune_sparse.ledger.run import Run
 from tune_sparse.lora.masked_linear import keep_for_steps
 from tune_sparse.training.loop import accelerator_for, fit
@@ -55,10 +56,13 @@ def measure(run: Run, worker: WorkerCache, batch_size: int) -> Throughput:
     protocol = run.protocol
     torch.set_num_threads(protocol.threads)
     loaded = worker.model(run)
+    try:
+        budgets = run_budgets(run, loaded.dims)
+    except TooLargeError as error:
+        return Throughput(batch_size, None, None, None, problem=str(error))
     examples = worker.examples(run, loaded)
     masks = worker.pruner.make_into(run, loaded, examples.train)
     trainable = setup(run.cell.mode, loaded.model, protocol, masks, run.cell.seed)
-    budgets = run_budgets(run, loaded.dims)
     together = replace(budgets, micro_batch_tokens=batch_size * max(map(example_tokens, examples.train)))
     accelerator, totals = accelerator_for(trainable.mixed_precision), Training()
     gc.collect()

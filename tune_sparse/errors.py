@@ -13,6 +13,8 @@ OUT_OF_MEMORY = (
 )
 """In lower case, parts of what torch, cuBLAS and its like (CUBLAS_STATUS_ALLOC_FAILED), HIP, NCCL, the system and Ray
 say where memory was too little."""
+OUT_OF_HOST_MEMORY = ("defaultcpuallocator", "allocate memory", "running low on memory")
+"""In lower case, parts of those that speak of the machine, not of its GPU."""
 
 
 class InputError(ValueError):
@@ -43,3 +45,9 @@ def is_out_of_memory(error: Mapping[str, Any]) -> bool:
     """Whether a recorded error (class, message) is of a process that had too little memory, or was refused for it."""
     memory_classes = ("OutOfMemoryError", "MemoryError", "TooLargeError")
     return error["class"] in memory_classes or any(text in error["message"].lower() for text in OUT_OF_MEMORY)
+
+
+def is_out_of_host_memory(error: Mapping[str, Any]) -> bool:
+    """Whether it was the machine that had too little memory, which all its trials share, and not a GPU."""
+    message = error["message"].lower()
+    return error["class"] == "MemoryError" or any(text in message for text in OUT_OF_HOST_MEMORY)

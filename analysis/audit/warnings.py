@@ -9,6 +9,7 @@ from typing import Any
 from analysis.audit.errors import Detections, compared, examples_key, grouped, has_examples, modes_coincide
 from analysis.read.results import Results, RunFiles
 from analysis.stats.statistics import smallest_shown
+from tune_sparse.config.budgets import TOKEN_BUDGETS
 
 ALMOST_ALWAYS = 0.95
 """A share of all predictions that one answer has."""
@@ -123,7 +124,7 @@ def hardware(results: Results) -> Detections:
 
 def budgets(results: Results) -> Detections:
     for (model, task, _), runs in compared(results).items():
-        unlike = unlike_pairs(runs, lambda e: e.record.measured.get("budgets"))
+        unlike = unlike_pairs(runs, _tokens_at_once)
         if unlike:
             first, second = unlike[0]
             yield (
@@ -131,6 +132,12 @@ def budgets(results: Results) -> Detections:
                 f"{first.run_id} and {second.run_id} among them",
                 sorted({e.run_id for pair in unlike for e in pair}),
             )
+
+
+def _tokens_at_once(e: RunFiles) -> tuple[int, ...] | None:
+    """Activations that are computed again, and effective weights that are kept, have the same bits."""
+    budgets = e.record.measured.get("budgets")
+    return budgets and tuple(budgets[name] for name in TOKEN_BUDGETS)
 
 
 def unlike_pairs(runs: Sequence[RunFiles], value: Callable[[RunFiles], Any]) -> list[tuple[RunFiles, RunFiles]]:

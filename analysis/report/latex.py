@@ -14,7 +14,7 @@ NOTE = (
 NAMES = ["task", "method", "mode"]
 LIGHT_WARNINGS = {
     *("few-examples", "unchecked", "uncommitted", "modes-coincide", "same-answers"),
-    *("hardware", "budgets", "few-steps"),
+    *("hardware", "budgets", "few-steps", "pruning-gone"),
 }
 """Warnings that speak of a whole sweep or of pairs; in a table they would mark everything. They are in summary.csv."""
 

@@ -49,7 +49,7 @@ LASTING = (
     Failure(
         r"ClusterJobCancelledByCsctl|canceled-by-csctl",
         "somebody cancelled the job with csctl",
-        "Ask who did; the same sweep trains it again.",
+        "Ask who did; with --retry-failed the same sweep trains it again.",
     ),
     Failure(
         r"ApplianceCompilationError",
@@ -59,7 +59,7 @@ LASTING = (
     Failure(
         r"ApplianceRuntimeJobTimeoutError|Appliance job timer time out",
         "the job took longer than its limit",
-        "Raise the limit.",
+        "It is the site's own: train fewer steps, or ask there.",
     ),
     Failure(r"ApplianceNanError", "the loss or the gradients are not finite", "Lower learning_rate."),
     Failure(

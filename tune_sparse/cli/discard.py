@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from tune_sparse.cli.command import OK, add_command, add_results_dir
@@ -33,8 +33,8 @@ def declare(commands: Any) -> None:
             ),
             paragraph(
                 "Prunings are deleted, for the room that they take; what they were goes to RESULTS/set_aside. Those "
-                "that an unfinished run of any sweep needs are kept. Finished runs keep their numbers, but `merge "
-                "--run`, `evaluate --run`, `rerun` and `search` refuse them from then on."
+                "of runs that failed or are not finished are kept, whichever sweep requested them. Finished runs keep "
+                "their numbers, but `merge --run`, `evaluate --run`, `rerun` and `search` refuse them from then on."
             ),
         ],
     )
@@ -72,7 +72,7 @@ def _discard_prunings(ledger: Ledger, sweep_ids: Iterable[str], reason: str) -> 
     done = [run_id for run_id in ledger.run_ids() if ledger.is_done(run_id) and ledger.run(run_id).pruning_id in going]
     print(f"{len(going)} prunings of {sum(going.values()) / 1e9:.2f} GB are removed: {', '.join(going) or 'none'}")
     if len(going) < len(stored):
-        print(f"{len(stored) - len(going)} are kept, since runs that are not finished need them")
+        print(f"{len(stored) - len(going)} are kept, since runs that are not finished, or failed, need them")
     if done:
         print(f"{len(done)} finished runs cannot be merged, evaluated or repeated any more: {', '.join(done)}")
     for name in going:
@@ -82,16 +82,17 @@ def _discard_prunings(ledger: Ledger, sweep_ids: Iterable[str], reason: str) -> 
 
 def _prunings(ledger: Ledger, sweep_ids: Iterable[str]) -> tuple[set[str], set[str]]:
     """(prunings of these sweeps, prunings that unfinished runs of any sweep need)."""
-    from tune_sparse.sweep.retries import is_missing
-
     sweeps = {sweep.sweep_id: sweep for sweep in ledger.sweeps()}
     for name in sweep_ids:
         if name not in sweeps:
             raise unknown_name("sweep", name, sweeps)
-    wanted = {cell["pruning_id"] for name in sweep_ids for cell in sweeps[name].cells}
-    cells = [cell for sweep in sweeps.values() for cell in sweep.cells]
-    unfinished = {cell["pruning_id"] for cell in cells if is_missing(ledger.record(cell["run_id"]))}
-    return wanted - {None}, unfinished
+    wanted = [cell for name in sweep_ids for cell in sweeps[name].cells]
+    unfinished = [c for sweep in sweeps.values() for c in sweep.cells if not ledger.is_done(c["run_id"])]
+    return _pruning_ids(wanted), _pruning_ids(unfinished)
+
+
+def _pruning_ids(cells: Iterable[Mapping[str, Any]]) -> set[str]:
+    return {cell["pruning_id"] for cell in cells if cell.get("pruning_id")}  # sweeps of earlier versions have none
 
 
 def _bytes(ledger: Ledger, pruning_id: str) -> int:

@@ -126,6 +126,9 @@ class Subject:
 
 
 def _evaluate(chosen: argparse.Namespace) -> int:
+    from trainables.process import prepare_process
+
+    prepare_process()
     from tune_sparse.data.sources import examples_folder
     from tune_sparse.data.splits import load_test
     from tune_sparse.evaluation.evaluations import EvaluationKey, evaluate

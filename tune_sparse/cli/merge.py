@@ -63,6 +63,9 @@ def declare(commands: Any) -> None:
 def _merge(chosen: argparse.Namespace) -> int:
     if bool(chosen.run) == bool(chosen.base and chosen.adapter) or bool(chosen.base) != bool(chosen.adapter):
         raise InputError("merge takes --run, or --base with --adapter, got another choice. Give one of the two.")
+    from trainables.process import prepare_process
+
+    prepare_process()
     from tune_sparse.export.merge import merge_adapter, merge_run
     from tune_sparse.ledger.ledger import Ledger
 

@@ -35,7 +35,7 @@ def declare(commands: Any) -> None:
 
 
 def _rerun(chosen: argparse.Namespace) -> int:
-    from trainables.rerun import LOSS_TOLERANCE, rerun
+    from trainables.process import prepare_process
     from tune_sparse.ledger.ledger import Ledger
 
     [folder] = existing_folders([chosen.results_dir])
@@ -49,6 +49,10 @@ def _rerun(chosen: argparse.Namespace) -> int:
             f"the settings of {chosen.run} must be those of its record, they are of {run.run_id}. "
             "`tune-sparse audit` says more."
         )
+    record = ledger.record(chosen.run)
+    prepare_process(bool(record and record.environment.get("deterministic")))
+    from trainables.rerun import LOSS_TOLERANCE, rerun
+
     found = rerun(run, ledger)
     if chosen.json:
         print(json.dumps({"run": chosen.run} | asdict(found)))

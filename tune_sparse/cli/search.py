@@ -21,7 +21,7 @@ from tune_sparse.cli.settings import (
     parse_settings,
     read_yaml,
 )
-from tune_sparse.cli.sweep_options import add_preset
+from tune_sparse.cli.sweep_options import BUDGETS, add_preset
 from tune_sparse.cli.words import (
     RUN_WORDS,
     SETTINGS_IN_USE,
@@ -36,7 +36,7 @@ from tune_sparse.cli.words import (
     tasks,
     words,
 )
-from tune_sparse.config import SweepConfig
+from tune_sparse.config import BudgetOptions, SweepConfig
 from tune_sparse.data.task_types import PromptTask
 from tune_sparse.data.tasks import TASKS
 from tune_sparse.errors import RunError, unknown_name
@@ -107,6 +107,7 @@ def declare(commands: Any) -> None:
     _add_model_into(search.add_argument_group("what to prune and train"))
     _add_search_into(search.add_argument_group("how to search"))
     _add_places_into(search.add_argument_group("how it runs"))
+    add_settings(search.add_argument_group("memory"), BudgetOptions, BUDGETS)
     results = search.add_argument_group("results")
     add_results_dir(results)
     add_json(results, "the best sub-adapters and their scores")
@@ -180,6 +181,7 @@ def _add_places_into(group: Any) -> None:
         "share a GPU, or 0 for the CPU (default: the preset's gpus_per_trial, which may be `none`, see below; or else "
         "0)",
     )
+    add_settings(group, SweepConfig, ("deterministic",))
     group.add_argument("--dry-run", action="store_true", help="check all input and show what would be searched")
 
 
@@ -200,7 +202,7 @@ def search_config(chosen: argparse.Namespace, task: str | None = None) -> Search
         "seeds": chosen.seed,
         "results_dir": chosen.results_dir,
     }
-    flags |= given_flags(chosen, ("data_dir", "workers", "gpus_per_trial"))
+    flags |= given_flags(chosen, ("data_dir", "workers", "gpus_per_trial", "deterministic", *BUDGETS))
     name = chosen.space or ("toy" if is_toy else "shears")
     return SearchConfig(
         sweep=SweepConfig.from_names(preset | flags | parse_settings(chosen.set)),

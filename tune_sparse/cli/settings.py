@@ -34,7 +34,7 @@ def add_settings(command: Any, owner: type, names: Collection[str], texts: Mappi
     declared = {f.name: f for f in fields(owner)}
     for f in (declared[name] for name in names):
         flag, text = "--" + f.name.replace("_", "-"), (texts or {}).get(f.name) or describe_option(f)
-        if f.type == "bool":
+        if not f.metadata["metavar"]:  # it takes no value: giving it says yes
             command.add_argument(flag, action="store_const", const=True, help=text)
             continue
         many: dict[str, Any] = {"nargs": "+"} if "tuple" in str(f.type) else {}

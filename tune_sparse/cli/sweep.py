@@ -28,10 +28,11 @@ from tune_sparse.cli.words import (
 from tune_sparse.config import SweepConfig
 from tune_sparse.config.cerebras import UNTRAINED_TARGETS
 from tune_sparse.errors import InputError, NotReadyError, RunError
-from tune_sparse.evaluation.cards import CARDS, SHOWN, Card, card_named
+from tune_sparse.evaluation.cards import CARDS, SHOWN, card_named
 
 if TYPE_CHECKING:
     from tune_sparse.sweep.driver import SweepResult
+    from tune_sparse.sweep.estimate import KindEstimate, Sizes
     from tune_sparse.sweep.plan import Plan
 
 
@@ -189,34 +190,34 @@ def _make_graphs(plan: Plan, chosen: argparse.Namespace) -> int:
 
 
 def _dry_run(config: SweepConfig, chosen: argparse.Namespace) -> int:
-    from tune_sparse.sweep.plan import check_names, distinct_trainings, make_plan, requested_cells
+    from tune_sparse.sweep.estimate import estimate, known_sizes, plan_sizes, trained_cells
+    from tune_sparse.sweep.examples import read_examples
+    from tune_sparse.sweep.plan import check_names, distinct_trainings, plan_cells, requested_cells
 
     check_names(config)
     cards = [card_named(name) for name in chosen.for_gpu]
     plan = _run_pilots(config, chosen.retry_failed) if chosen.pilot else None
     values: dict[str, Any] = {"cells": len(requested_cells(config)), "trainings": distinct_trainings(config)}
-    lines = [f"{values['cells']} cells, {values['trainings']} distinct trainings."]
+    lines, examples = [f"{values['cells']} cells, {values['trainings']} distinct trainings."], None
     try:
-        plan = plan or make_plan(config)
+        if plan is None:
+            examples = read_examples(config)
+            plan = plan_cells(config, examples)
     except NotReadyError as error:
         values["not_ready"] = str(error)
         lines.append(f"Not ready to run: {error}")
+        cells, sizes = trained_cells(config), known_sizes(config, examples)
     else:
         _add_forecast_into(values, lines, plan, chosen.retry_failed)
-    _add_estimate_into(values, lines, config, plan, cards)
+        cells, sizes = [plan.runs[run_id].cell for run_id in values["missing"]], plan_sizes(plan)
+    _add_estimate_into(values, lines, estimate(config, cells, sizes, cards), sizes)
     print(json.dumps(values) if chosen.json else "\n".join(lines))
     return FAULT if "not_ready" in values else OK
 
 
-def _add_estimate_into(
-    values: dict[str, Any], lines: list[str], config: SweepConfig, plan: Plan | None, cards: Sequence[Card]
-) -> None:
-    from tune_sparse.sweep.estimate import estimate, estimate_lines, known_sizes, plan_sizes, trained_cells
+def _add_estimate_into(values: dict[str, Any], lines: list[str], found: Sequence[KindEstimate], sizes: Sizes) -> None:
+    from tune_sparse.sweep.estimate import estimate_lines
 
-    sizes = plan_sizes(plan) if plan else known_sizes(config)
-    missing = values.get("missing", ())
-    cells = [plan.runs[run_id].cell for run_id in missing] if plan else trained_cells(config)
-    found = estimate(config, cells, sizes, cards)
     values["estimate"] = {
         "assumed": sizes.assumed,
         "unknown": sizes.unknown,

@@ -108,6 +108,9 @@ def _throughput(chosen: argparse.Namespace) -> int:
     config, sizes = sweep_config(chosen), chosen.batch_sizes
     if min(sizes) < 1:
         raise InputError(f"a batch size must be at least 1, got {min(sizes)}. Give larger numbers.")
+    from trainables.process import prepare_process
+
+    prepare_process(config.deterministic)
     from trainables.cerebras_throughput import check_measurable, measure_on_cerebras
     from trainables.hardware import environment
     from trainables.throughput import measure

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from tune_sparse.config.options import option, rule
 from tune_sparse.errors import unknown_name
 
+TOKEN_BUDGETS = ("micro_batch_tokens", "scoring_tokens", "generation_tokens")
+"""The budgets that divide work: another number adds up in another order."""
 AUTO, ALWAYS, NEVER = "auto", "always", "never"
 CHECKPOINTING = {
     AUTO: "where memory needs it",
@@ -41,7 +43,7 @@ class BudgetOptions:
     activation_checkpointing: str = option("activation checkpointing", AUTO, metavar="WHEN", choices=CHECKPOINTING)
 
     def __post_init__(self) -> None:
-        for name in ("micro_batch_tokens", "scoring_tokens", "generation_tokens"):
+        for name in TOKEN_BUDGETS:
             value = getattr(self, name)
             rule(value is None or value >= 2, f"{name} must be at least 2 or none", value, "Give a larger number.")
         if self.activation_checkpointing not in CHECKPOINTING:

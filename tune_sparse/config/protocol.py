@@ -149,6 +149,11 @@ class Protocol:
         """The settings that decide calibrated scores besides the examples: part of the identity of calibrated runs."""
         return {name: getattr(self, name) for name in CALIBRATION_SETTINGS}
 
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of a weight of the model."""
+        return 2 if self.precision == "bfloat16" else 4
+
     def within(self, max_positions: int) -> Protocol:
         """For a model whose context may be shorter than `max_tokens`. Raises `InputError` if no prompt would fit."""
         return replace(self, max_tokens=min(self.max_tokens, max_positions))

@@ -53,10 +53,11 @@ SHOWN = ("A100-80", "H100-80", "H200")
 
 
 def card_named(name: str) -> Card:
-    """The entry of a card. Raises `InputError` for one that the table lacks."""
-    if name not in CARDS:
-        raise unknown_name("card", name, CARDS)
-    return CARDS[name]
+    """The entry of a card; without gigabytes, that with the most. Raises `InputError` for one that the table lacks."""
+    card = CARDS.get(name) or find_card(name)
+    if card is None:
+        raise unknown_name("GPU", name, CARDS)
+    return card
 
 
 def find_card(driver_name: str, memory_bytes: float = float("inf")) -> Card | None:

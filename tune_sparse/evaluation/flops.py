@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from tune_sparse.models.architectures import architecture_named
 from tune_sparse.models.dims import ModelDims
-from tune_sparse.pruning.masks import Masks
+from tune_sparse.pruning.masks import Masks, packed
 
 SEQUENCE_LENGTHS = (1024, 2048, 4096, 8192)
 """Tokens at which a run records its inference FLOPs."""
@@ -47,7 +47,7 @@ def training_flops(masks: Masks, dims: ModelDims, examples: Sequence[tuple[int, 
 
 
 def _kept_weights(masks: Masks) -> int:
-    return sum(int(mask.sum()) for mask in masks.values())
+    return sum(packed(masks).kept.values())
 
 
 def _kept_channels(masks: Masks, dims: ModelDims) -> int:

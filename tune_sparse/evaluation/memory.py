@@ -1,7 +1,7 @@
 """The memory of a cell, stage by stage, from sizes alone: before anything is loaded, and without the device.
 
 Bytes of live tensors on the device. One copy of the weights lies there from load to score (docs/scale.md); all else of
-the size of the model is streamed through it one matrix at a time. An allocator needs a margin above it, see `usable`.
+the size of the model is streamed through it one matrix at a time. An allocator needs a margin above that.
 Factors that say "counted" are the tensors of this code, of transformers' Llama under SDPA attention and of autograd,
 counted over models of several widths (tests/test_memory.py counts them again).
 """
@@ -10,25 +10,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from tune_sparse.config import BudgetOptions, Protocol
-from tune_sparse.errors import TooLargeError
+from tune_sparse.config import Protocol
 from tune_sparse.models.architectures import adapter_weights, all_weights, architecture_named, matrix_sizes
 from tune_sparse.models.architectures import pruned_weights as prunable_weights
 from tune_sparse.models.dims import ModelDims
 from tune_sparse.modes import MODES
+from tune_sparse.pruning.masks import structured_counts
 from tune_sparse.pruning.methods import METHODS
 from tune_sparse.pruning.scores import SCORES
-from tune_sparse.training.budgets import Budgets, fixed_micro_batch_tokens
+from tune_sparse.training.budgets import Budgets
 from tune_sparse.training.cross_entropy import CHUNK_LOGITS
 
 GIB = 1 << 30
-NO_OPTIONS = BudgetOptions()
-CONTEXT_BYTES = 1 * GIB
-"""A process takes so much of a GPU before it allocates anything: the context, and the kernels of its libraries."""
 CPU_PROCESS_BYTES, GPU_PROCESS_BYTES = GIB // 2, 3 * GIB
 """A worker's own memory on its host: Python, torch and its libraries, and with CUDA the driver's share."""
-MARGIN = 0.05
-"""Of what a trial may use, left to fragments and to the workspaces of matrix products."""
 
 FLOAT, ADAMW_STATES = 4, 4
 """Bytes of a float32; a trained weight is kept with its gradient and both moments."""
@@ -48,14 +43,6 @@ VALIDATE_BYTES = 6
 PROBE_TOKENS = 2048
 """Tokens whose logits are compared before and after the merge: both, one of them being put together, and in float32."""
 
-MICRO_BATCH_TOKENS = (8192, 4096, 2048, 1024)
-"""Budgets that are tried, the largest first. More tokens than that compute no faster: the products are large enough,
-and what is rebuilt once a micro-batch is less than a sixth of its time."""
-WORTHWHILE_TOKENS = 4096
-"""Where so many tokens fit only with checkpointing, it costs less than smaller micro-batches would."""
-SCORING_TOKENS = (32768, 16384, 8192, 4096, 2048, 1024)
-GENERATION_TOKENS, GENERATION_STEP = 131_072, 1024
-
 
 @dataclass(frozen=True)
 class CellMemory:
@@ -65,6 +52,7 @@ class CellMemory:
     mode: str
     method: str
     protocol: Protocol
+    sparsity: float = 0.0
 
     def stages(self, budgets: Budgets) -> dict[str, int]:
         """{stage: the most bytes of live tensors on the device in it}, in the order of the stages."""
@@ -72,7 +60,7 @@ class CellMemory:
         return {
             "load": self.weights + self.largest * self.element,
             "prune": kept + self.pruning,
-            "train": kept + self.training(budgets),
+            "train": self.masks + self.training(budgets),
             "merge": kept + self.merging,
             "score": kept + self.scoring(budgets),
             "validate": kept + self.largest * (self.element + VALIDATE_BYTES),
@@ -84,7 +72,7 @@ class CellMemory:
     @property
     def element(self) -> int:
         """Bytes of a weight."""
-        return 2 if self.protocol.precision == "bfloat16" else FLOAT
+        return self.protocol.weight_bytes
 
     @property
     def weights(self) -> int:
@@ -111,8 +99,27 @@ class CellMemory:
         return min(self.protocol.max_tokens, self.dims.max_positions)
 
     @property
+    def trains_smaller(self) -> bool:
+        """Training is without masked heads and channels, as plain LoRA."""
+        method, protocol = METHODS.get(self.method), self.protocol
+        is_structured = method is not None and method.pattern == "structured"
+        return is_structured and MODES[self.mode].masks_update and protocol.masked_lora_impl == "auto"
+
+    @property
+    def in_training(self) -> CellMemory:
+        """The same on the model that is trained, with the heads and channels that are left."""
+        if not self.trains_smaller:
+            return self
+        dims = self.dims
+        groups, channels = structured_counts(dims, self.sparsity)
+        kv_heads = dims.num_kv_heads - groups
+        heads, channels = kv_heads * dims.heads_per_group, dims.intermediate_size - channels
+        return replace(self, dims=replace(dims, num_kv_heads=kv_heads, num_heads=heads, intermediate_size=channels))
+
+    @property
     def masks_update(self) -> bool:
-        return MODES[self.mode].masks_update
+        """Its adapters build effective weights in training."""
+        return MODES[self.mode].masks_update and not self.trains_smaller
 
     # Pruning
 
@@ -152,11 +159,12 @@ class CellMemory:
 
     @property
     def calibrated_activations(self) -> int:
-        """What a block reads and what it writes, for every calibration example, and one example within the block."""
+        """What a block reads, or in its place what it wrote, and the sines and cosines of the positions, for every
+        calibration example; and one example within the block."""
         protocol = self.protocol
         tokens = self.longest if protocol.calibration == "task" else protocol.calibration_tokens
         tokens = min(tokens, self.dims.max_positions)
-        kept = 2 * protocol.calibration_examples * self.dims.hidden_size * self.element
+        kept = protocol.calibration_examples * (self.dims.hidden_size + 2 * self.dims.head_dim) * self.element
         return tokens * (kept + self.pass_bytes)
 
     @property
@@ -168,20 +176,38 @@ class CellMemory:
     # Training
 
     def training(self, budgets: Budgets) -> int:
-        """Everything beside weights and masks: what is trained with its AdamW states, W_eff, activations, logits."""
-        activations = budgets.micro_batch_tokens * self.activation_bytes(budgets.activation_checkpointing)
-        logits = LOGITS_COPIES * FLOAT * min(CHUNK_LOGITS, budgets.micro_batch_tokens * self.dims.vocab_size)
-        return self.trained + self.effective_weights(budgets) + activations + logits + self.packed_masks(budgets)
+        """Everything beside the masks: a step, or the loss on the selection examples between two steps."""
+        return max(self.step(budgets), self.selection_loss(budgets))
+
+    def step(self, budgets: Budgets) -> int:
+        """The model, what is trained with its AdamW states, W_eff, activations, logits."""
+        cell, tokens = self.in_training, budgets.micro_batch_tokens
+        activations = tokens * cell.activation_bytes(budgets.activation_checkpointing)
+        logits = LOGITS_COPIES * FLOAT * min(CHUNK_LOGITS, tokens * cell.dims.vocab_size)
+        beside = cell.effective_weights(budgets) + activations + logits + cell.packed_masks(tokens)
+        return cell.weights + cell.trained + beside
+
+    def selection_loss(self, budgets: Budgets) -> int:
+        """The model, what is trained without its gradients, and a pass."""
+        cell, tokens = self.in_training, budgets.scoring_tokens
+        states = cell.trained - FLOAT * cell.trainable
+        built = cell.effective_weights(replace(budgets, keeps_effective_weights=False))
+        return cell.weights + states + built + cell.likelihoods(tokens) + cell.packed_masks(tokens)
+
+    @property
+    def trainable(self) -> int:
+        """Weights that are trained."""
+        return adapter_weights(self.dims, self.protocol.lora_rank) if MODES[self.mode].has_adapter else self.prunable
 
     @property
     def trained(self) -> int:
         """Adapters in float32 with gradients and moments; or the prunable weights themselves, made float32 in place of
         their own precision, and once more in bfloat16, which autocast keeps from forward to backward."""
         if MODES[self.mode].has_adapter:
-            return FLOAT * ADAMW_STATES * adapter_weights(self.dims, self.protocol.lora_rank)
+            return FLOAT * ADAMW_STATES * self.trainable
         widened = FLOAT * ADAMW_STATES - self.element
         cast = self.element if self.element != FLOAT else 0
-        return (widened + cast) * self.prunable + self.largest * (self.element + 1)
+        return (widened + cast) * self.trainable + self.largest * (self.element + 1)
 
     def effective_weights(self, budgets: Budgets) -> int:
         """One matrix and its mask as numbers, or every matrix where they are kept for the step."""
@@ -190,9 +216,9 @@ class CellMemory:
         keeps = self.masks_update and budgets.keeps_effective_weights
         return 2 * self.largest * self.element + (self.prunable * self.element if keeps else 0)
 
-    def packed_masks(self, budgets: Budgets) -> int:
+    def packed_masks(self, tokens: int) -> int:
         """Which token of a packed sequence attends to which, as bools and as numbers."""
-        return budgets.micro_batch_tokens * self.longest * (1 + self.element) if self.protocol.packing else 0
+        return tokens * self.longest * (1 + self.element) if self.protocol.packing else 0
 
     def activation_bytes(self, checkpointing: bool) -> int:
         """Of each token in a training step. With checkpointing a block keeps what it reads, and one block is whole."""
@@ -230,16 +256,22 @@ class CellMemory:
     @property
     def merging(self) -> int:
         """One matrix, with the trained weights still there."""
-        trained = adapter_weights(self.dims, self.protocol.lora_rank) * FLOAT
-        if not MODES[self.mode].has_adapter:
-            trained = (FLOAT - self.element) * self.prunable
+        trained = self.trainable * (FLOAT if MODES[self.mode].has_adapter else FLOAT - self.element)
         probe = PROBE_TOKENS * self.dims.vocab_size * 3 * (self.element + FLOAT)
         return trained + max(self.largest * MERGE_BYTES, probe)
 
     def scoring(self, budgets: Budgets) -> int:
         """The larger of a pass for likelihoods and of a batch of answers."""
-        likelihoods = budgets.scoring_tokens * self.pass_bytes + LOGITS_COPIES * PASS_LOGITS_BYTES
-        return max(likelihoods, budgets.generation_tokens * self.generation_bytes)
+        return max(self.likelihoods(budgets.scoring_tokens), budgets.generation_tokens * self.generation_bytes)
+
+    def scores_within(self, budgets: Budgets, room: int) -> bool:
+        """Whether passes without gradients fit, also those of a training."""
+        stages = self.stages(budgets)
+        return max(stages["score"], self.masks + self.selection_loss(budgets)) <= room
+
+    def likelihoods(self, tokens: int) -> int:
+        """A pass over texts, and the logits that are read."""
+        return tokens * self.pass_bytes + LOGITS_COPIES * PASS_LOGITS_BYTES
 
     @property
     def pass_bytes(self) -> int:
@@ -269,106 +301,4 @@ class CellMemory:
     @property
     def checkpoint_bytes(self) -> int:
         """An unfinished training on disk: what is trained and both moments, the new one beside the old for a moment."""
-        trained = adapter_weights(self.dims, self.protocol.lora_rank)
-        return 2 * 3 * FLOAT * (trained if MODES[self.mode].has_adapter else self.prunable)
-
-
-def usable(card_bytes: int, share: float = 1.0) -> int:
-    """What a trial with a share of a card can fill with tensors: less the context, and a margin."""
-    return max(0, int((card_bytes * share - CONTEXT_BYTES) * (1 - MARGIN)))
-
-
-def least_card_bytes(cell: CellMemory, options: BudgetOptions = NO_OPTIONS) -> int:
-    """Memory of the smallest card that holds a cell."""
-    return round(cell.peak(smallest_budgets(cell, options)) / (1 - MARGIN)) + CONTEXT_BYTES
-
-
-def budgets_for(
-    card_bytes: int,
-    share: float,
-    dims: ModelDims,
-    mode: str,
-    method: str,
-    protocol: Protocol,
-    options: BudgetOptions = NO_OPTIONS,
-) -> Budgets:
-    """The largest sensible budgets of a cell on a card, from its total memory and the trial's share of it.
-
-    options: what a user set of them. Raises `TooLargeError`, which says what would fit, where the smallest do not.
-    """
-    cell = CellMemory(dims, mode, method, protocol)
-    fixed = fixed_micro_batch_tokens(protocol, options)
-    options = replace(options, micro_batch_tokens=fixed or options.micro_batch_tokens)
-    found = _largest_budgets(cell, usable(card_bytes, share), options)
-    if found is None:
-        raise TooLargeError(_refusal(cell, card_bytes, share, options))
-    return found
-
-
-def smallest_budgets(cell: CellMemory, options: BudgetOptions = NO_OPTIONS) -> Budgets:
-    """One example of the longest at a time, where a user set nothing else."""
-    return Budgets(cell.longest, cell.longest, cell.longest, True, False).changed_by(options)
-
-
-def _largest_budgets(cell: CellMemory, room: int, options: BudgetOptions) -> Budgets | None:
-    least = smallest_budgets(cell, options)
-    if cell.peak(least) > room:
-        return None
-    fitting = (trial for trial in _trainings(cell, options) if cell.stages(trial)["train"] <= room)
-    passes = (replace(least, scoring_tokens=tokens) for tokens in SCORING_TOKENS)
-    kept = cell.weights + cell.masks
-    scoring = (trial.scoring_tokens for trial in passes if kept + cell.scoring(trial) <= room)
-    generation = (room - kept) // cell.generation_bytes // GENERATION_STEP * GENERATION_STEP
-    return replace(
-        next(fitting, least),
-        scoring_tokens=max(next(scoring, 0), cell.longest),
-        generation_tokens=max(min(generation, GENERATION_TOKENS), cell.longest),
-    ).changed_by(options)
-
-
-def _trainings(cell: CellMemory, options: BudgetOptions) -> list[Budgets]:
-    """Budgets of a training by preference: without checkpointing where the micro-batch stays worthwhile, and W_eff kept
-    where it has room."""
-    sizes = [tokens for tokens in MICRO_BATCH_TOKENS if tokens >= cell.longest] or [cell.longest]
-    plain = [tokens for tokens in sizes if tokens >= WORTHWHILE_TOKENS] or sizes[:1]
-    trials = (
-        Budgets(tokens, cell.longest, cell.longest, checkpointing, keeps)
-        for checkpointing, chosen in ((False, plain), (True, sizes))
-        for tokens in chosen
-        for keeps in ((True, False) if cell.masks_update else (False,))
-    )
-    return [trial.changed_by(options) for trial in trials]
-
-
-def _refusal(cell: CellMemory, card_bytes: int, share: float, options: BudgetOptions) -> str:
-    stages, needed = cell.stages(smallest_budgets(cell, options)), least_card_bytes(cell, options)
-    stage = max(stages, key=stages.__getitem__)
-    part = f", {share:g} of a card of {card_bytes / 1e9:.1f}" if share < 1 else ""
-    return (
-        f"a device must hold a cell: {cell.mode} with {cell.method} in {cell.protocol.precision} needs "
-        f"{needed / 1e9:.1f} GB (stage {stage}), it has {card_bytes * share / 1e9:.1f} GB{part}. "
-        f"{_fixes(cell, card_bytes, share, options)}"
-    )
-
-
-def _fixes(cell: CellMemory, card_bytes: int, share: float, options: BudgetOptions) -> str:
-    """The settings of which one alone would make the cell fit."""
-    protocol, room = cell.protocol, usable(card_bytes, share)
-    changes = {
-        "set precision=bfloat16": replace(protocol, precision="bfloat16"),
-        **{f"set max_tokens={n}": replace(protocol, max_tokens=n) for n in (1024, 512) if n < cell.longest},
-        "set calibration_examples=32": replace(protocol, calibration_examples=32),
-    }
-    found = ["leave the budgets to the program"] if options != NO_OPTIONS and _fits(cell, room) else []
-    found += ["raise --gpus-per-trial"] if share < 1 and _fits(cell, usable(card_bytes)) else []
-    for text, changed in changes.items():
-        if changed != protocol and changed.max_new_tokens < changed.max_tokens:
-            found += [text] if _fits(replace(cell, protocol=changed), room) else []
-    if not MODES[cell.mode].has_adapter:
-        found.append(f"leave out the mode {cell.mode}")
-    text = ", or ".join(found) or "take a larger card"
-    return f"{text[0].upper()}{text[1:]}."
-
-
-def _fits(cell: CellMemory, room: int) -> bool:
-    return cell.peak(smallest_budgets(cell)) <= room
+        return 2 * 3 * FLOAT * self.trainable

@@ -64,16 +64,17 @@ class CellSeconds:
     @property
     def training(self) -> float:
         """Forward and input gradient take 2 operations a weight and token each, the gradient of a masked update or of a
-        weight 2 more, and a forward that is computed again 2 more."""
-        protocol, mode, budgets = self.cell.protocol, MODES[self.cell.mode], self.budgets
-        of_weights = mode.masks_update or not mode.has_adapter
+        weight 2 more, and a forward that is computed again 2 more; on the model that is trained."""
+        cell, budgets = self.cell.in_training, self.budgets
+        protocol, mode = cell.protocol, MODES[cell.mode]
+        of_weights = cell.masks_update or not mode.has_adapter
         operations = 4 + 2 * of_weights + 2 * budgets.activation_checkpointing
         tokens = protocol.steps * protocol.global_batch_size * self.sizes.train_tokens * PADDED_OVER_TRUE
         passes = max(protocol.steps, tokens / budgets.micro_batch_tokens)
-        computing = tokens * operations * self._active_weights / self.card.rate(protocol.precision)
+        computing = tokens * operations * _active_weights(cell) / self.card.rate(protocol.precision)
         builds = protocol.steps if budgets.keeps_effective_weights else passes
-        built = builds * REBUILT_BYTES * self.cell.prunable * mode.masks_update
-        updated = protocol.steps * 7 * self.cell.trained * (not mode.has_adapter) / 4
+        built = builds * REBUILT_BYTES * cell.prunable * cell.masks_update
+        updated = protocol.steps * 7 * cell.trained * (not mode.has_adapter) / 4
         return max(computing, passes * LEAST_SECONDS * self._depth) + (built + updated) / self.card.bandwidth
 
     @property
@@ -86,7 +87,7 @@ class CellSeconds:
         sizes, protocol = self.sizes, self.cell.protocol
         read = sizes.test_examples * sizes.test_tokens
         rate = SCORING_RATE * self.card.rate(protocol.precision)
-        passes = 2 * read * self._active_weights / rate
+        passes = 2 * read * _active_weights(self.cell) / rate
         if not sizes.is_generated:
             return passes
         tokens = read + sizes.test_examples * protocol.max_new_tokens
@@ -106,7 +107,7 @@ class CellSeconds:
             return scored
         tokens = protocol.calibration_examples * min(self.sizes.train_tokens, self.cell.longest)
         operations = 6 if method.needs.gradients else 2
-        measured = tokens * operations * self._active_weights / self.card.rate(protocol.precision)
+        measured = tokens * operations * _active_weights(self.cell) / self.card.rate(protocol.precision)
         return scored + (measured + (self._updating if method.updates_weights else 0.0)) * SHARED_BEFORE_TUNING
 
     @property
@@ -121,10 +122,10 @@ class CellSeconds:
         return STREAMED_TIMES * self.cell.weights / STREAMED_BYTES_A_SECOND
 
     @property
-    def _active_weights(self) -> float:
-        """Prunable weights that compute a token: those of its experts alone."""
-        return self.cell.prunable * self.cell.dims.experts_per_token / self.cell.dims.num_experts
-
-    @property
     def _depth(self) -> float:
         return self.cell.dims.num_layers / LAUNCHED_LAYERS
+
+
+def _active_weights(cell: CellMemory) -> float:
+    """Prunable weights that compute a token: those of its experts alone."""
+    return cell.prunable * cell.dims.experts_per_token / cell.dims.num_experts

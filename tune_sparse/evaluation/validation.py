@@ -19,10 +19,13 @@ from tune_sparse.pruning.methods import TOLERANCE
 
 
 def weights_sha256(weights: Mapping[str, Tensor]) -> str:
-    """A checksum over names, shapes and bits, matrix by matrix in the order of their names."""
+    """A checksum over names, shapes and bits, matrix by matrix in the order of their names.
+
+    Equal weights have equal checksums: which zeros are negative depends on the way to them, so all count as +0.
+    """
     digest = hashlib.sha256()
     for name in sorted(weights):
-        weight = weights[name].detach().cpu().contiguous()
+        weight = (weights[name].detach() + 0).cpu().contiguous()
         digest.update(f"{name}{tuple(weight.shape)}".encode())
         digest.update(weight.view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -7,6 +7,7 @@ for the training, with the same lines of A: (R, I) and B: (O, R), and put back a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,12 +16,15 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
+from tune_sparse.errors import RunError
 from tune_sparse.lora.layer import ADAPTER, SparseLora, apply_update_masks, sparse_lora_layers
 from tune_sparse.lora.masked_linear import LoraImpl
 from tune_sparse.models.architectures import architecture_named
 from tune_sparse.models.dims import ModelDims
 from tune_sparse.pruning.compact import KeptInPartError, find_structure
 from tune_sparse.pruning.masks import Masks
+
+PROBE_TOKENS = 16
 
 
 @dataclass(frozen=True)
@@ -99,10 +103,39 @@ def expand_into(adapted: PeftModel, cuts: Cuts, whole: Whole) -> None:
 
 @contextmanager
 def shrunk(adapted: PeftModel, cuts: Cuts) -> Iterator[None]:
-    """Let a pruned model and its adapters be small in this context, in place. An exception leaves them so."""
+    """Let a pruned model and its adapters be small in this context, in place. An exception leaves them so.
+
+    Raises `RunError` for a model class that does not compute the same without its masked heads.
+    """
+    expected = _after_first_block(adapted)
     whole = shrink_into(adapted, cuts)
+    _check_same(_after_first_block(adapted), expected)
     yield
     expand_into(adapted, cuts, whole)
+
+
+@torch.no_grad()
+def _after_first_block(adapted: PeftModel) -> Tensor:
+    """The activations after the first block, where rounding has not added up yet: (1, T, hidden size).
+
+    All blocks are of one class, so that one shows whether it reads the number of its heads off its matrices.
+    """
+    model = adapted.get_base_model().eval()
+    ids = torch.arange(PROBE_TOKENS, device=model.device)[None] % model.config.vocab_size
+    activations: Tensor = model(input_ids=ids, use_cache=False, output_hidden_states=True).hidden_states[1]
+    return activations
+
+
+def _check_same(found: Tensor, expected: Tensor) -> None:
+    """Half of the precision's digits must agree."""
+    lost = float((found.double() - expected.double()).norm() / expected.double().norm())
+    limit = math.sqrt(torch.finfo(expected.dtype).eps)
+    if not lost <= limit:
+        raise RunError(
+            f"a model without its masked heads and channels must compute what the whole one does within {limit:.1g}, "
+            f"got {lost:.2g} after the first block. Set masked_lora_impl=effective-weight, or install the pinned "
+            "version of transformers."
+        )
 
 
 @torch.no_grad()

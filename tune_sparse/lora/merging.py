@@ -6,14 +6,21 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tune_sparse.lora.layer import sparse_lora_layers
+from tune_sparse.lora.layer import SparseLora, sparse_lora_layers
+from tune_sparse.lora.masked_linear import Plain
 from tune_sparse.models.checkpoints import prunable_weights
 from tune_sparse.models.float_bits import CHUNK, row_chunks
 from tune_sparse.pruning.masks import Masks, mask_into
+
+PROBE_INPUTS = 16
+"""Inputs on which a merged weight is compared with its layer."""
+ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+"""Relative differences that rounding explains: a few times the last digit, and sums over thousands of inputs."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +78,8 @@ def any_nonzero(weight: Tensor, where: Tensor) -> Tensor:
 
 def read_flags(flags: Mapping[str, Tensor]) -> list[str]:
     """The names whose flag is set, waiting for the device once."""
+    if not flags:
+        return []
     return [name for name, is_set in zip(flags, torch.stack(list(flags.values())).tolist(), strict=True) if is_set]
 
 
@@ -81,6 +90,22 @@ class AdapterMerge:
     sums: UpdateSums
     changed: list[str]
     """Frozen weights that training changed."""
+    strayed: list[str]
+    """Merged weights that compute another function than their layers."""
+
+
+def strays(layer: SparseLora, merged: Tensor) -> Tensor:
+    """Whether a merged weight computes another function than its plain layer: a bool on its device.
+
+    The layer adds what W and BA each make of x, the merged weight multiplies by their rounded sum, which must agree
+    but for rounding: |difference| <= `ROUNDING` |y|, over normally distributed inputs. It is asked of each layer
+    because rounding adds up over blocks: the logits of a pruned model in bfloat16 may have no digit left.
+    """
+    random = torch.Generator().manual_seed(0)
+    x = torch.randn(PROBE_INPUTS, merged.shape[1], generator=random).to(merged)
+    wanted = layer(x).float()
+    difference = F.linear(x, merged, layer.base_layer.bias).float() - wanted
+    return ~(difference.norm() <= ROUNDING[merged.dtype] * wanted.norm())
 
 
 @torch.no_grad()
@@ -92,14 +117,16 @@ def merge_adapters_into(
     pruned: what the frozen weights must be, each read once. last_masks: what will mask the merged weights; they are
     looked at and not applied.
     """
-    sums, is_changed = [], {}
+    sums, is_changed, is_strayed = [], {}, {}
     for name, layer in sparse_lora_layers(adapted):
         weight, before = layer.base_layer.weight, pruned[name]
         is_changed[name] = differs(weight, before)
         merged = layer.merged_weight()
+        if isinstance(layer.impl, Plain):
+            is_strayed[name] = strays(layer, merged)
         sums.append(squared_sums(layer.update_rows(), before, merged, last_masks[name] if last_masks else None))
         weight.copy_(merged)
-    return AdapterMerge(UpdateSums.read(sums), read_flags(is_changed))
+    return AdapterMerge(UpdateSums.read(sums), read_flags(is_changed), read_flags(is_strayed))
 
 
 @torch.no_grad()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from math import prod
 
 import torch
@@ -128,9 +128,24 @@ def mask_into(weight: Tensor, mask: Tensor) -> None:
         bits.bitwise_and_(keep.to(kind).neg_().bitwise_or_(~magnitude))
 
 
-def masked(weights: Mapping[str, Tensor], masks: Masks) -> dict[str, Tensor]:
-    """Weights with zeros where a mask does not keep them."""
-    return {name: weight * masks[name] for name, weight in weights.items()}
+@dataclass(frozen=True)
+class MaskedWeights(Mapping[str, Tensor]):
+    """{matrix: W⊙M}, made of a dense weight and a mask when it is asked for."""
+
+    dense: Mapping[str, Tensor]
+    """makes each weight anew, to be written into"""
+    masks: Masks
+
+    def __getitem__(self, name: str) -> Tensor:
+        weight = self.dense[name]
+        mask_into(weight, self.masks[name])
+        return weight
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.masks)
+
+    def __len__(self) -> int:
+        return len(self.masks)
 
 
 def packed(masks: Masks) -> BitMasks:

@@ -29,7 +29,6 @@ from tune_sparse.pruning.calibration import (
     gradient_sums,
 )
 from tune_sparse.pruning.masks import (
-    Masks,
     channel_mask,
     group_norms,
     group_parts,
@@ -316,19 +315,3 @@ def measured_outliers(model: Prunable, norms: Mapping[InputKey, Tensor]) -> tupl
 
     blocks = [list(block) for _, block in groupby(model.matrices, key=lambda matrix: matrix.block)]
     return tuple(allocation.outlier_fraction(partial(block_scores, block)) for block in blocks)
-
-
-def make_masks(
-    method: str,
-    weights: Mapping[str, Tensor],
-    dims: ModelDims,
-    sparsity: float,
-    seed: int,
-    statistics: CalibrationStats = NO_STATISTICS,
-) -> Masks:
-    """Keep-masks of a model's prunable weights. At sparsity 0 everything is kept, whatever the method."""
-    if sparsity == 0:
-        return {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in weights.items()}
-    model = Prunable.from_weights(weights, dims)
-    masks = {pruned.name: pruned.keep(0) for pruned in prune(method, model, [sparsity], seed, statistics)}
-    return {name: masks[name] for name in weights}

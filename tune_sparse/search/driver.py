@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from tune_sparse.errors import RunError
@@ -21,6 +21,7 @@ from tune_sparse.search.journal import Candidates, SearchJournal
 from tune_sparse.search.plan import SearchPlan, config_json
 from tune_sparse.search.racing import Race
 from tune_sparse.search.session import SearchSession, train
+from tune_sparse.sweep.cards import Device, check_devices, cluster_devices, local_devices
 from tune_sparse.sweep.ray_session import nodes, ray_session, run_trials, stop_on_signals
 from tune_sparse.sweep.resources import Placement
 
@@ -30,8 +31,11 @@ logger = logging.getLogger(__name__)
 def run_search(plan: SearchPlan, report: Callable[[str], None] = logger.info) -> dict[str, Any]:
     """Run a search that was prepared; returns what `result.json` holds. Running it again continues it.
 
-    Raises `RunError` for a training that fails. A search that was stopped returns its reason as `stopped`.
+    Raises `InputError` if no GPU can hold the super-adapter's training, `RunError` for a training that fails. A search
+    that was stopped returns its reason as `stopped`.
     """
+    if "RAY_ADDRESS" not in os.environ:
+        _check_devices(plan, local_devices())
     ledger, sweep = Ledger(plan.config.sweep.results_dir), plan.config.sweep
     folder = ledger.folder / "searches" / plan.search_id
     started = time.perf_counter()
@@ -41,6 +45,7 @@ def run_search(plan: SearchPlan, report: Callable[[str], None] = logger.info) ->
         write_json(folder / "config.json", config_json(plan))
         with ray_session(sweep) as workers:
             Placement(sweep, nodes).check_placeable([plan.run])
+            _check_devices(plan, cluster_devices(nodes()))
             check_shared(ledger, lease.token)
             found = _run_stages(SearchSession(plan, ledger, journal, lease.token, workers, report))
     found = {"search_id": plan.search_id, "folder": str(folder)} | found
@@ -48,6 +53,10 @@ def run_search(plan: SearchPlan, report: Callable[[str], None] = logger.info) ->
         found["seconds"] = time.perf_counter() - started
         write_json(folder / "result.json", found)
     return found
+
+
+def _check_devices(plan: SearchPlan, devices: Sequence[Device]) -> None:
+    check_devices(plan.config.sweep, [plan.run], {plan.run.cell.model: plan.dims}, devices)
 
 
 def _run_stages(session: SearchSession) -> dict[str, Any]:

@@ -13,18 +13,17 @@ from tune_sparse.config import FLOPS_TOKENS, SweepConfig
 from tune_sparse.data.task_types import PromptTask
 from tune_sparse.data.tasks import tasks_named
 from tune_sparse.errors import InputError
+from tune_sparse.evaluation.memory import CellMemory
 from tune_sparse.identity import hash_json
 from tune_sparse.ledger.run import Run
 from tune_sparse.lora.rank_space import Ranks, Space, SuperAdapter, check_space
-from tune_sparse.models.architectures import architecture_named, pruned_weights
+from tune_sparse.models.architectures import architecture_named
 from tune_sparse.models.dims import ModelDims
 from tune_sparse.search.config import SearchConfig
 from tune_sparse.sweep.plan import Plan, make_plan
 from tune_sparse.sweep.preparation import prepare
 from tune_sparse.sweep.resources import available_cores
-
-COPIES = 3
-"""A worker holds so many of a model: as it came, pruned, and as a slice makes it."""
+from tune_sparse.training.budgets import cpu_budgets
 
 
 @dataclass(frozen=True)
@@ -90,7 +89,7 @@ def _plan(config: SearchConfig, plan: Plan) -> SearchPlan:
     [run], [checkpoint] = plan.runs.values(), plan.checkpoints.values()
     matrices = architecture_named(checkpoint.dims.architecture).expected(checkpoint.dims)
     check_space(config.space, {matrix.module for matrix in matrices}, config.sweep.protocol.lora_rank)
-    _check_workers(config.sweep, checkpoint.dims)
+    _check_workers(config.sweep, run, checkpoint.dims)
     run = replace(run, super_adapter=config.super_adapter)
     identity = hash_json([run.identity, config.candidate_settings()])
     search_id = f"{run.run_id}_{config.sampler}_{identity[:8]}"
@@ -99,11 +98,12 @@ def _plan(config: SearchConfig, plan: Plan) -> SearchPlan:
     return SearchPlan(config, run, checkpoint.dims, search_id, adapted, selection)
 
 
-def _check_workers(sweep: SweepConfig, dims: ModelDims) -> None:
+def _check_workers(sweep: SweepConfig, run: Run, dims: ModelDims) -> None:
     if sweep.workers is None or "RAY_ADDRESS" in os.environ or sweep.gpus_per_trial != 0:
         return
-    each = COPIES * pruned_weights(dims) * (2 if sweep.protocol.precision == "bfloat16" else 4)
-    fitting = min(available_cores() // sweep.protocol.threads, int(psutil.virtual_memory().total // max(1, each)))
+    cell = CellMemory(dims, run.cell.mode, run.cell.method, run.protocol)
+    each = cell.host_bytes(cpu_budgets(cell.longest), on_gpu=False)
+    fitting = min(available_cores() // sweep.protocol.threads, psutil.virtual_memory().total // each)
     if sweep.workers > fitting:
         raise InputError(
             f"a worker of a search needs {sweep.protocol.threads} cores and {each / 1e9:.1f} GB, so this machine holds "

@@ -13,7 +13,7 @@ from tune_sparse.ledger.run import Run
 from tune_sparse.search.journal import SearchJournal
 from tune_sparse.search.plan import SearchPlan
 from tune_sparse.sweep.ray_session import capacity, nodes, run_trials, stop_on_signals
-from tune_sparse.sweep.resources import Placement
+from tune_sparse.sweep.resources import Placement, trial_settings
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,7 @@ class SearchSession:
     def settings(self, run: Run) -> dict[str, Any]:
         """The settings that every trial of a run in this search is given."""
         sweep = self.plan.config.sweep
-        places = {"run": run.as_config(), "results_dir": str(self.ledger.folder.resolve())}
-        return places | {"hang_seconds": sweep.hang_seconds, "resources": Placement(sweep, nodes).resources(run)}
+        return trial_settings(run, sweep, self.ledger.folder, Placement(sweep, nodes))
 
 
 def train(run: Run, session: SearchSession) -> str | None:

@@ -25,13 +25,13 @@ from tune_sparse.watchdog import watchdog
 class CandidateTrainable(tune.Trainable):
     """Scores `config["trial"]`: the `run` of a super-adapter, the `results_dir` of its ledger, `ranks`, and `stages`
     of examples. A result has the correctness so far; the last one is `done`. A worker ends after `hang_seconds`
-    without progress.
+    without progress, and computes only `deterministic` algorithms where that is set.
 
     With a `folder`, the candidate is instead finished there: written, merged, validated and scored on test examples.
     """
 
     def setup(self, config: dict[str, Any]) -> None:
-        prepare_process()
+        prepare_process(config["trial"]["deterministic"])
         self._scorer: Any = None
         self._begin(config["trial"])
 

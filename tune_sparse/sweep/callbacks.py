@@ -17,7 +17,7 @@ from tune_sparse.ledger.record import Record
 from tune_sparse.ledger.run import Run
 from tune_sparse.sweep.progress import Progress
 from tune_sparse.sweep.resources import Placement
-from tune_sparse.sweep.retries import describe_place
+from tune_sparse.sweep.retries import describe_machine
 from tune_sparse.sweep.tune_parts import Stop, Unsaved
 from tune_sparse.tracking.background import BackgroundTracker
 from tune_sparse.watchdog import HangReport, read_hang_report
@@ -75,7 +75,7 @@ class LedgerCallback(Unsaved, tune.Callback):
             return
         error = _error_record(read_error(trial), read_hang_report(self._ledger.hang_report(run.run_id)))
         if is_out_of_memory(error) and self._placement.is_alone(run):
-            error |= {"retryable": False} | describe_place()
+            error |= {"retryable": False} | describe_machine()
         record = Record(run.run_id, run.identity, "failed", error=error)
         try:
             self._ledger.write_record(run, record)

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 from tune_sparse.config import SweepConfig
 from tune_sparse.errors import InputError, TooLargeError
+from tune_sparse.evaluation.card_budgets import budgets_for
 from tune_sparse.evaluation.cards import MIB, find_card
-from tune_sparse.evaluation.memory import budgets_for
+from tune_sparse.evaluation.memory import CellMemory
 from tune_sparse.ledger.run import Run
 from tune_sparse.models.architectures import all_weights
 from tune_sparse.models.dims import ModelDims
@@ -132,9 +133,11 @@ def check_devices(
             "Set precision=float32, or take a card of compute capability 8.0 or higher."
         )
     largest = max(able, key=lambda device: device.memory_bytes)
-    for model, mode, method in dict.fromkeys((run.cell.model, run.cell.mode, run.cell.method) for run in trained):
+    cells = dict.fromkeys((run.cell.model, run.cell.mode, run.cell.method, run.cell.sparsity) for run in trained)
+    for model, mode, method, sparsity in cells:
+        cell = CellMemory(dims[model], mode, method, config.protocol, sparsity)
         try:
-            budgets_for(largest.memory_bytes, share, dims[model], mode, method, config.protocol, config.budgets)
+            budgets_for(largest.memory_bytes, share, cell, config.budgets)
         except TooLargeError as error:
             raise TooLargeError(f"{model} on {largest.name}: {error}") from error
 

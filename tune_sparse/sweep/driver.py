@@ -24,7 +24,7 @@ from tune_sparse.sweep.plan import Plan
 from tune_sparse.sweep.preparation import check_start
 from tune_sparse.sweep.progress import Progress
 from tune_sparse.sweep.ray_session import capacity, nodes, ray_session, run_trials, stop_on_signals
-from tune_sparse.sweep.resources import Placement
+from tune_sparse.sweep.resources import Placement, trial_settings
 from tune_sparse.sweep.retries import memory_lines
 from tune_sparse.tracking.background import BackgroundTracker, track_sweep
 from tune_sparse.tracking.sync import tracking_uri
@@ -145,14 +145,7 @@ def _tune(
         check_devices(config, missing, plan.dims, cluster_devices(nodes()))
 
         def make_trial(run: Run) -> dict[str, Any]:
-            trial = {
-                "run": run.as_config(),
-                "results_dir": str(ledger.folder.resolve()),
-                "token": lease.token,
-                "hang_seconds": config.hang_seconds,
-                "deterministic": config.deterministic,
-                "resources": placement.resources(run),
-            }
+            trial = trial_settings(run, config, ledger.folder, placement) | {"token": lease.token}
             settings, graph = config.cerebras, graphs.get(run.run_id)
             if graph is not None:
                 settings = replace(settings, bucket_tokens=(graph.tokens,))

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from tune_sparse.config import Cell, SweepConfig
 from tune_sparse.data.tasks import tasks_named
 from tune_sparse.errors import NotReadyError, TooLargeError
+from tune_sparse.evaluation.card_budgets import budgets_for, least_card_bytes
 from tune_sparse.evaluation.cards import Card
-from tune_sparse.evaluation.memory import CellMemory, budgets_for, least_card_bytes
+from tune_sparse.evaluation.memory import CellMemory
 from tune_sparse.evaluation.published import published_dims, published_sizes
 from tune_sparse.evaluation.seconds import CellSeconds, TaskSizes
 from tune_sparse.models.checkpoints import check_checkpoint, short_name
 from tune_sparse.models.dims import ModelDims
-from tune_sparse.sweep.examples import read_examples
+from tune_sparse.sweep.examples import Examples
 from tune_sparse.sweep.plan import Plan, requested_cells
 from tune_sparse.sweep.progress import duration
 
@@ -57,8 +59,11 @@ def plan_sizes(plan: Plan) -> Sizes:
     return Sizes(plan.dims, plan.examples.sizes)
 
 
-def known_sizes(config: SweepConfig) -> Sizes:
-    """Of a sweep that is not ready: what is there is read, and published sizes stand in for the rest."""
+def known_sizes(config: SweepConfig, examples: Examples | None) -> Sizes:
+    """Of a sweep that is not ready: what is there is read, and published sizes stand in for the rest.
+
+    examples: None where they are not there.
+    """
     dims: dict[str, ModelDims | None] = {}
     assumed = []
     for model in config.models:
@@ -68,9 +73,8 @@ def known_sizes(config: SweepConfig) -> Sizes:
         except NotReadyError:
             dims[name] = published_dims(name)
             assumed.append(name)
-    try:
-        tasks: dict[str, TaskSizes | None] = dict(read_examples(config).sizes)
-    except NotReadyError:
+    tasks: dict[str, TaskSizes | None] = dict(examples.sizes) if examples else {}
+    if examples is None:
         tasks = {name: published_sizes([task.name for task in tasks_named(name)]) for name in config.tasks}
         assumed += config.tasks
     found = dims | tasks
@@ -89,58 +93,73 @@ def trained_cells(config: SweepConfig) -> list[Cell]:
 
 def estimate(config: SweepConfig, cells: Sequence[Cell], sizes: Sizes, cards: Sequence[Card]) -> list[KindEstimate]:
     """Estimate the cells of the backend torch whose sizes are known, by kind and card."""
-    kinds: dict[Kind, list[TaskSizes]] = {}
+    kinds: dict[Kind, list[tuple[float, TaskSizes]]] = {}
     for cell in cells:
         model = short_name(cell.model)
         if cell.backend == "torch" and model in sizes.dims and cell.task in sizes.tasks:
-            kinds.setdefault((model, cell.mode, cell.method), []).append(sizes.tasks[cell.task])
+            kinds.setdefault((model, cell.mode, cell.method), []).append((cell.sparsity, sizes.tasks[cell.task]))
     dims = sizes.dims
-    return [_estimate(config, kind, tasks, dims[kind[0]], card) for kind, tasks in kinds.items() for card in cards]
+    return [_estimate(config, kind, runs, dims[kind[0]], card) for kind, runs in kinds.items() for card in cards]
 
 
-def _estimate(config: SweepConfig, kind: Kind, tasks: Sequence[TaskSizes], dims: ModelDims, card: Card) -> KindEstimate:
+def _estimate(
+    config: SweepConfig, kind: Kind, runs: Sequence[tuple[float, TaskSizes]], dims: ModelDims, card: Card
+) -> KindEstimate:
+    """runs: the sparsity of each and the sizes of its task. The least sparse takes the most memory."""
     _, mode, method = kind
-    cell = CellMemory(dims, mode, method, config.protocol)
+    cell = CellMemory(dims, mode, method, config.protocol, min(sparsity for sparsity, _ in runs))
     peak, seconds, why = None, None, None
     if config.protocol.precision == "bfloat16" and not card.has_bfloat16:
         why = "it does not compute in bfloat16"
     else:
         try:
-            budgets = budgets_for(card.memory_bytes, 1.0, dims, mode, method, config.protocol, config.budgets)
+            budgets = budgets_for(card.memory_bytes, 1.0, cell, config.budgets)
         except TooLargeError as error:
             why = str(error)
         else:
             peak = cell.peak(budgets)
-            seconds = sum(CellSeconds(cell, card, budgets, task).total for task in tasks)
-    return KindEstimate(card.name, *kind, len(tasks), least_card_bytes(cell, config.budgets), peak, seconds, why)
+            own = ((replace(cell, sparsity=sparsity), task) for sparsity, task in runs)
+            seconds = sum(CellSeconds(cell, card, budgets, task).total for cell, task in own)
+    return KindEstimate(card.name, *kind, len(runs), least_card_bytes(cell, config.budgets), peak, seconds, why)
 
 
 def estimate_lines(found: Sequence[KindEstimate], sizes: Sizes) -> list[str]:
-    """A table for people: a line for each kind, a column for each card."""
+    """A table for people: a line for kinds that need the same memory, a column for each card."""
     if not found:
         return [_unknown(sizes)] if sizes.unknown else []
-    cards = list(dict.fromkeys(kind.card for kind in found))
-    rows: dict[tuple[str, ...], dict[str, str]] = {}
-    for kind in found:
-        least = f"{kind.runs} runs, from {kind.least_bytes / 1e9:.3g} GB"
-        name = (kind.model, kind.mode, kind.method, least)
-        rows.setdefault(name, {})[kind.card] = _shown(kind)
-    totals = {card: sum(kind.seconds or 0.0 for kind in found if kind.card == card) for card in cards}
-    whole = {card: duration(seconds) for card, seconds in totals.items()}
-    table = [("", "", "", "", *cards), *((*name, *(row[card] for card in cards)) for name, row in rows.items())]
-    table.append(("all that fit", "", "", "", *(whole[card] for card in cards)))
+    by_card = {card: [kind for kind in found if kind.card == card] for card in dict.fromkeys(k.card for k in found)}
+    rows: dict[tuple[Any, ...], list[tuple[KindEstimate, ...]]] = {}
+    for kinds in zip(*by_card.values(), strict=True):  # one kind on each card
+        memory = ((kind.least_bytes, kind.peak_bytes) for kind in kinds)
+        rows.setdefault((kinds[0].model, kinds[0].mode, *memory), []).append(kinds)
+    totals = (_total(kinds) for kinds in by_card.values())
+    table = [("", "", "", "", *by_card), *map(_row, rows.values()), ("all that fit", "", "", "", *totals)]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     lines = [
         "  " + "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in table
     ]
-    heading = f"Memory and hours by the formula, one whole card each, its rates assumed{_assumed(sizes)}:"
+    heading = f"On one whole GPU, by a formula: peak memory, and time of the runs at assumed speeds{_assumed(sizes)}:"
     return [heading, *lines, *([_unknown(sizes)] if sizes.unknown else [])]
 
 
-def _shown(kind: KindEstimate) -> str:
-    if kind.peak_bytes is None or kind.seconds is None:
-        return "too small" if "GB" in (kind.too_small or "") else "no bfloat16"
-    return f"{kind.peak_bytes / 1e9:.3g} GB, {duration(kind.seconds)}"
+def _total(kinds: Sequence[KindEstimate]) -> str:
+    seconds = [kind.seconds for kind in kinds if kind.seconds is not None]
+    return duration(sum(seconds)) if seconds else "none"
+
+
+def _row(alike: Sequence[tuple[KindEstimate, ...]]) -> tuple[str, ...]:
+    """alike: kinds of one model and mode, each on every card."""
+    first, methods = alike[0][0], " ".join(kinds[0].method for kinds in alike)
+    least = f"{sum(kinds[0].runs for kinds in alike)} runs, from {first.least_bytes / 1e9:.3g} GB"
+    return (first.model, first.mode, methods, least, *map(_shown, zip(*alike, strict=True)))
+
+
+def _shown(alike: Sequence[KindEstimate]) -> str:
+    """alike: kinds of the same memory on one card."""
+    seconds = [kind.seconds for kind in alike if kind.seconds is not None]
+    if alike[0].peak_bytes is None or not seconds:
+        return "too small" if "GB" in (alike[0].too_small or "") else "no bfloat16"
+    return f"{alike[0].peak_bytes / 1e9:.3g} GB, {duration(sum(seconds))}"
 
 
 def _assumed(sizes: Sizes) -> str:

@@ -63,7 +63,7 @@ class Forecast:
     """None where it is not known how many trials run at once"""
     disk_bytes: int
     pruning_bytes: int
-    """Stored prunings, shared by the modes of a cell, of the missing runs: beside `disk_bytes`."""
+    """Prunings of the missing runs that are not stored yet, shared by the modes of a cell: beside `disk_bytes`."""
     checkpoint_bytes: int
     """An unfinished training of the mode with the largest, while it runs: beside `disk_bytes`."""
     host_bytes: int
@@ -130,7 +130,7 @@ def forecast(plan: Plan, ledger: LedgerReader, missing: Sequence[Run]) -> Foreca
         disk_bytes=round(
             sum(s.disk_bytes if s else plan.estimate_bytes(run) for run, s in zip(missing, disk, strict=True))
         ),
-        pruning_bytes=pruning_bytes(plan, missing),
+        pruning_bytes=pruning_bytes(plan, ledger, missing),
         checkpoint_bytes=checkpoint_bytes(plan, missing),
         host_bytes=host_bytes(plan, missing),
         bounded=disk.count(None),

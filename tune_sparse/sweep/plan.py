@@ -18,6 +18,7 @@ from tune_sparse.data.tasks import mean_chance, tasks_named
 from tune_sparse.errors import InputError
 from tune_sparse.evaluation.memory import CellMemory
 from tune_sparse.identity import hash_json
+from tune_sparse.ledger import prunings
 from tune_sparse.ledger.contracts import LedgerReader
 from tune_sparse.ledger.record import Record, SweepRecord
 from tune_sparse.ledger.run import Run, readable_id
@@ -27,7 +28,7 @@ from tune_sparse.models.dims import ModelDims
 from tune_sparse.models.toy_models import TOY_MODELS
 from tune_sparse.modes import MODES
 from tune_sparse.pruning.calibration import text_examples
-from tune_sparse.pruning.methods import METHODS, method_named
+from tune_sparse.pruning.methods import method_named
 from tune_sparse.pruning.prune_model import check_method_sparsities
 from tune_sparse.sweep.cards import gpus_asked
 from tune_sparse.sweep.examples import Examples, read_examples
@@ -77,28 +78,23 @@ class Plan:
         dims = self.checkpoints[run.cell.model].dims
         trained = 4 * adapter_weights(dims, run.protocol.lora_rank)
         if not MODES[run.cell.mode].has_adapter:
-            trained = pruned_weights(dims) * (2 if run.protocol.precision == "bfloat16" else 4)
+            trained = pruned_weights(dims) * run.protocol.weight_bytes
         generates = any(isinstance(task, AnswerTask) for task in tasks_named(run.cell.task))
         outcome = OUTCOME_BYTES + TOKEN_BYTES * (run.protocol.max_new_tokens if generates else 0)
         return trained + outcome * (run.protocol.n_test or 10_000) + RUN_BYTES
 
 
-def pruning_bytes(plan: Plan, runs: Iterable[Run]) -> int:
-    """What the stored prunings of some runs take: a bit a weight, and the kept weights of a method that updates them.
+def pruning_bytes(plan: Plan, ledger: LedgerReader, runs: Iterable[Run]) -> int:
+    """Compute the bytes of the prunings that some runs read and that are not stored yet, each made once.
 
-    A pruning that is calibrated or random is stored once for all modes; one calibrated on a task, once for each task.
+    Raises `NotReadyError` for a stored one that is not whole.
     """
-    stored: dict[tuple[Any, ...], int] = {}
-    for run in runs:
-        cell, method = run.cell, METHODS.get(run.cell.method)
-        if method is None or not cell.sparsity or not (method.is_calibrated or method.needs.seed):
-            continue
-        measured_on = cell.task if method.is_calibrated and run.protocol.calibration == "task" else None
-        key = (cell.model, measured_on, cell.method, cell.sparsity, cell.seed if method.needs.seed else None)
-        weights = pruned_weights(plan.dims[cell.model])
-        kept = round((1 - cell.sparsity) * weights) if method.updates_weights else 0
-        stored[key] = weights // 8 + kept * (2 if run.protocol.precision == "bfloat16" else 4)
-    return sum(stored.values())
+    by_id = {run.pruning_id: run for run in runs if run.pruning_id}
+    missing = [run for run in by_id.values() if ledger.pruning(run) is None]
+    return sum(
+        prunings.pruning_bytes(plan.dims[run.cell.model], run.cell.method, run.cell.sparsity, run.protocol.weight_bytes)
+        for run in missing
+    )
 
 
 def checkpoint_bytes(plan: Plan, runs: Iterable[Run]) -> int:
@@ -116,8 +112,9 @@ def host_bytes(plan: Plan, runs: Iterable[Run]) -> int:
 def memory_of(plan: Plan, runs: Iterable[Run]) -> list[CellMemory]:
     """The memory of each kind of run that this machine, or its cluster, trains."""
     dims = plan.dims
-    kinds = {(r.cell.model, r.cell.mode, r.cell.method): r.protocol for r in runs if r.cerebras is None}
-    return [CellMemory(dims[model], mode, method, p) for (model, mode, method), p in kinds.items()]
+    own = (run for run in runs if run.cerebras is None)
+    kinds = {(r.cell.model, r.cell.mode, r.cell.method, r.cell.sparsity): r.protocol for r in own}
+    return [CellMemory(dims[model], mode, method, p, level) for (model, mode, method, level), p in kinds.items()]
 
 
 def requested_cells(config: SweepConfig) -> list[Cell]:

@@ -68,12 +68,12 @@ def check_host(needed: int) -> None:
         )
 
 
-def needed_bytes(plan: Plan, missing: Sequence[Run]) -> int:
+def needed_bytes(plan: Plan, ledger: Ledger, missing: Sequence[Run]) -> int:
     """Room that a sweep needs in its results folder: what its runs leave there, their prunings, and the checkpoints of
     as many trainings as run at once, or of one where only a cluster knows how many do."""
     written = sum(plan.estimate_bytes(run) for run in missing)
     at_once = min(trials_at_once(plan.config, "torch") or 1, len(missing))
-    return written + pruning_bytes(plan, missing) + at_once * checkpoint_bytes(plan, missing)
+    return written + pruning_bytes(plan, ledger, missing) + at_once * checkpoint_bytes(plan, missing)
 
 
 def check_start(plan: Plan, ledger: Ledger, missing: Sequence[Run]) -> None:
@@ -82,7 +82,7 @@ def check_start(plan: Plan, ledger: Ledger, missing: Sequence[Run]) -> None:
     if "RAY_ADDRESS" not in os.environ:
         check_devices(plan.config, missing, plan.dims, local_devices())
         check_host(host_bytes(plan, missing))
-    check_room(ledger.folder, needed_bytes(plan, missing), "a sweep", FREE_SOME)
+    check_room(ledger.folder, needed_bytes(plan, ledger, missing), "a sweep", FREE_SOME)
     if "cerebras" in plan.config.backends:
         settings = plan.config.cerebras
         if settings.cerebras_target == "csx":

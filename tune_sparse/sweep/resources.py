@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from tune_sparse.config import CS3, CS3_TRIAL, SweepConfig
@@ -122,6 +123,17 @@ class Placement:
         fitting = [node["CPU"] for node in self._nodes() if fits(held, node)]
         whole_gpu = {"GPU": 1.0} if "GPU" in held else {}
         return held | {"CPU": max(fitting, default=held["CPU"])} | whole_gpu
+
+
+def trial_settings(run: Run, config: SweepConfig, folder: Path, placement: Placement) -> dict[str, Any]:
+    """The settings that every trial is given, whoever starts it. folder: of the results."""
+    return {
+        "run": run.as_config(),
+        "results_dir": str(folder.resolve()),
+        "hang_seconds": config.hang_seconds,
+        "deterministic": config.deterministic,
+        "resources": placement.resources(run),
+    }
 
 
 def _kind(run: Run) -> tuple[str, ...]:

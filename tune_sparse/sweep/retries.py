@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import psutil
 
 from tune_sparse.config import SweepConfig
-from tune_sparse.errors import TooLargeError
-from tune_sparse.evaluation.memory import budgets_for
+from tune_sparse.config.budgets import TOKEN_BUDGETS
+from tune_sparse.errors import TooLargeError, is_out_of_host_memory
+from tune_sparse.evaluation.card_budgets import budgets_for
+from tune_sparse.evaluation.memory import CellMemory
 from tune_sparse.ledger.record import Record
 from tune_sparse.ledger.run import Run
 from tune_sparse.models.dims import ModelDims
@@ -18,7 +20,6 @@ from tune_sparse.sweep.cards import gpus_asked, local_devices
 
 LARGER = 1.02
 """Two devices of one kind differ by less in what they say of their memory."""
-TOKENS = ("micro_batch_tokens", "scoring_tokens", "generation_tokens")
 
 
 def is_missing(record: Record | None, retry_failed: bool = False) -> bool:
@@ -40,7 +41,8 @@ def has_more_memory_now(record: Record, run: Run, config: SweepConfig, dims: Mod
     """Why a run that lacked memory may go well now: a new version, a larger device, smaller budgets; None if nothing
     changed. The devices of a Ray cluster are not known before it is joined."""
     error = record.error or {}
-    place = describe_place(config)
+    of_gpu = bool(gpus_asked(config)) and not is_out_of_host_memory(error)
+    place = describe_gpu() if of_gpu else describe_machine()
     if error["version"] != place["version"]:
         return "a new version"
     device_bytes, before = place["device_memory_bytes"], error["device_memory_bytes"]
@@ -48,44 +50,46 @@ def has_more_memory_now(record: Record, run: Run, config: SweepConfig, dims: Mod
         return None
     if device_bytes > LARGER * before:
         return "a larger device"
-    return "smaller budgets" if _has_smaller_budgets(error.get("budgets"), run, config, dims, device_bytes) else None
+    has_smaller = of_gpu and _has_smaller_budgets(error.get("budgets"), run, config, dims, device_bytes)
+    return "smaller budgets" if has_smaller else None
 
 
 def _has_smaller_budgets(
     then: Mapping[str, Any] | None, run: Run, config: SweepConfig, dims: ModelDims, device_bytes: int
 ) -> bool:
-    share = gpus_asked(config)
-    if then is None or not share:
+    if then is None:
         return False
+    cell = CellMemory(dims, run.cell.mode, run.cell.method, run.protocol, run.cell.sparsity)
     try:
-        cell = run.cell
-        found = budgets_for(device_bytes, share, dims, cell.mode, cell.method, run.protocol, config.budgets)
+        found = budgets_for(device_bytes, gpus_asked(config), cell, config.budgets)
     except TooLargeError:
         return False
     now = found.as_record()
-    fewer = any(now[name] < then[name] for name in TOKENS)
+    fewer = any(now[name] < then[name] for name in TOKEN_BUDGETS)
     recomputes = now["activation_checkpointing"] and not then["activation_checkpointing"]
     return fewer or recomputes or (then["keeps_effective_weights"] and not now["keeps_effective_weights"])
 
 
-def describe_place(config: SweepConfig | None = None) -> dict[str, Any]:
-    """The memory of the largest device that a trial could have, and the version of this code."""
+def describe_gpu() -> dict[str, Any]:
+    """The memory of the largest GPU that a trial could have, and the version of this code."""
+    return _place(lambda: max((device.memory_bytes for device in local_devices()), default=None))
+
+
+def describe_machine() -> dict[str, Any]:
+    """The memory of the machine that a trial could have for itself, and the version of this code."""
+    return _place(lambda: psutil.virtual_memory().total)
+
+
+def _place(memory_bytes: Callable[[], int | None]) -> dict[str, Any]:
     from trainables.hardware import code_version
 
-    return {"device_memory_bytes": _device_memory_bytes(config), "version": code_version()}
-
-
-def _device_memory_bytes(config: SweepConfig | None) -> int | None:
-    if "RAY_ADDRESS" in os.environ:
-        return None
-    if config is not None and gpus_asked(config):
-        return max((device.memory_bytes for device in local_devices()), default=None)
-    return psutil.virtual_memory().total
+    known = None if "RAY_ADDRESS" in os.environ else memory_bytes()
+    return {"device_memory_bytes": known, "version": code_version()}
 
 
 def memory_lines(lacking: Iterable[tuple[Run, Record, str | None]]) -> list[str]:
     """What a sweep says of runs that lacked memory: (run, its record, why it is tried again)."""
-    left = "is left as failed: a larger device, smaller budgets or a new version would change that, and --retry-failed"
+    left = "is left as failed: only a larger device, smaller budgets, a new version or --retry-failed tries it again"
     lines = []
     for run, record, why in lacking:
         device_bytes = (record.error or {})["device_memory_bytes"]

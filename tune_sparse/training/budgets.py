@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from tune_sparse.config import BudgetOptions, Protocol
-from tune_sparse.config.budgets import ALWAYS, AUTO, NEVER
+from tune_sparse.config.budgets import ALWAYS, AUTO, NEVER, TOKEN_BUDGETS
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,7 @@ class Budgets:
 
     def changed_by(self, options: BudgetOptions) -> Budgets:
         """These budgets, but what a user set."""
-        names = ("micro_batch_tokens", "scoring_tokens", "generation_tokens")
-        given: dict[str, Any] = {name: value for name in names if (value := getattr(options, name)) is not None}
+        given: dict[str, Any] = {name: value for name in TOKEN_BUDGETS if (value := getattr(options, name)) is not None}
         if options.activation_checkpointing != AUTO:
             given["activation_checkpointing"] = options.activation_checkpointing == ALWAYS
         return replace(self, **given)
@@ -59,8 +58,7 @@ CPU_BUDGETS = Budgets(
 
 def cpu_budgets(max_tokens: int) -> Budgets:
     """The budgets of a CPU, which hold at least one example of `max_tokens` tokens."""
-    names = ("micro_batch_tokens", "scoring_tokens", "generation_tokens")
-    return replace(CPU_BUDGETS, **{name: max(getattr(CPU_BUDGETS, name), max_tokens) for name in names})
+    return replace(CPU_BUDGETS, **{name: max(getattr(CPU_BUDGETS, name), max_tokens) for name in TOKEN_BUDGETS})
 
 
 def fixed_micro_batch_tokens(protocol: Protocol, options: BudgetOptions) -> int | None:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -70,10 +71,30 @@ def answer_loss(model: PreTrainedModel, batch: Batch) -> Tensor:
     Logits are computed only where a token is a target, a chunk at a time.
     """
     ids, places, targets = (sent(t, model.device) for t in (batch.ids, batch.places, batch.targets))
-    apart = {"past_key_values": NoCache()}
-    within = apart if batch.positions is None else {"position_ids": sent(batch.positions, model.device)}
-    hidden = model.model(input_ids=ids, use_cache=False, **within).last_hidden_state
+    hidden = model.model(input_ids=ids, use_cache=False, **_attention(model, batch)).last_hidden_state
     return summed_cross_entropy(hidden.flatten(0, 1).index_select(0, places), model.lm_head, targets)
+
+
+def _attention(model: PreTrainedModel, batch: Batch) -> dict[str, Any]:
+    """The arguments by which attention stays within each example. From positions alone transformers would look for the
+    examples of a sequence, and wait for the device."""
+    if batch.positions is None:
+        return {"past_key_values": NoCache()}
+    positions = sent(batch.positions, model.device)
+    mask = packed_mask(positions, getattr(model.config, "sliding_window", None))
+    return {"position_ids": positions, "attention_mask": mask[:, None]}
+
+
+def packed_mask(positions: Tensor, window: int | None) -> Tensor:
+    """Which key each query sees: (B, T, T) of bool, from the position of each token in its own example, (B, T).
+
+    An example begins where a position does not follow the one before. With a sliding window a token sees the last
+    `window` tokens of its example.
+    """
+    example = (positions.diff(dim=1, prepend=positions[:, :1] - 1) != 1).cumsum(1)
+    query, key = positions[:, :, None], positions[:, None, :]
+    seen = (example[:, :, None] == example[:, None, :]) & (key <= query)
+    return seen if window is None else seen & (key > query - window)
 
 
 @torch.no_grad()
