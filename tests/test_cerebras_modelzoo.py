@@ -7,6 +7,7 @@ a checkout of Model Zoo, which is not on PyPI.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -36,6 +37,7 @@ from tune_sparse.ledger.run import Run
 from tune_sparse.models.checkpoints import check_checkpoint, find_folder, prunable_weights, read_config
 from tune_sparse.models.model_zoo import cerebras_name, interleaved
 from tune_sparse.models.safetensors_io import TensorFiles, weight_files
+from tune_sparse.modes import MODES
 from tune_sparse.sweep.graphs import plan_graphs
 from tune_sparse.sweep.plan import make_plan
 
@@ -152,6 +154,22 @@ def test_scaled_rotary_and_tied_embeddings_train_there(
         assert record.status == "done", record.error
         first.append(float(losses(ledger, run)[0]))
     assert abs(first[0] - first[1]) > 1e-4
+
+
+@pytest.mark.modelzoo
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", list(MODES))
+def test_a_real_model_begins_with_the_loss_that_torch_has(
+    environment: SiteEnvironment, mode: str, tmp_path: Path
+) -> None:
+    """Two steps, a minute: a first loss that is not torch's within 1e-3 of it fails the run."""
+    if not os.environ.get("REAL_MODEL"):
+        pytest.skip("REAL_MODEL must name the folder of a real model, such as SmolLM2-135M")
+    sparsity = 0.5 if MODES[mode].is_pruned else 0.0
+    run = tiny_run(Path(os.environ["REAL_MODEL"]), mode=mode, sparsity=sparsity, steps=2, n_test=4, backend="cerebras")
+    run = replace(run, cerebras={"target": "cpu", "release": environment.release})
+    record = finished(run, Ledger(tmp_path))
+    assert record.status == "done", record.error
 
 
 @pytest.mark.modelzoo
