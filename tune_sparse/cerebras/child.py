@@ -71,6 +71,7 @@ def main(folder):
     trainer.early_exit.register((folder / "stop").exists)
     start = str(folder / "start.mdl")
     write_start(job, start)
+    check_fits(start, trainer.model)
     started = time.monotonic()
     trainer.loggers[0].write(step=0)
     trainer.fit(examples, ckpt_path=write_resumed(job, start, folder) if job["restart"] else start)
@@ -187,6 +188,15 @@ def write_start(job, path):
             weights[name + "_mask"] = keep
     weights.update(load_file(job["adapter"]) if job["adapter"] else {})
     cstorch.save({"model": {"model." + name: tensor for name, tensor in weights.items()}}, path)
+
+
+def check_fits(start, model):
+    """Raise `ValueError` unless a checkpoint has the model's tensors. A lowering or compile would not load it."""
+    found = {name: tuple(tensor.shape) for name, tensor in loaded(start)["model"].items()}
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    wrong = sorted(name for name in {**found, **wanted} if found.get(name) != wanted.get(name))
+    if wrong:
+        raise ValueError("the start must have the tensors of the model, it differs in " + ", ".join(wrong[:5]))
 
 
 def write_resumed(job, start, folder):
