@@ -13,6 +13,7 @@ import sys
 import time
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 BIN = """#!/bin/sh
 exec env PYTHONPATH="{root}" OMP_NUM_THREADS=1 "{python}" "{program}" "{faults}" "{losses}" "$@"
@@ -91,16 +92,36 @@ def _train(fault: str, losses: Path, folder: Path) -> None:
             lines.write(json.dumps({"at": time.monotonic(), "step": step, "loss": shown}) + "\n")
             if step % (job["checkpoint_steps"] or job["steps"]) == 0:
                 _save_checkpoint(folder / "model_dir", step)
-    adapter = load_file(job["adapter"])
-    update = 0.01 if job["update_is_masked"] else 0.02  # as trainings of two modes end in two places
-    trained = {name: t if name.endswith("lora_A") else t + update for name, t in adapter.items()}
-    save_file(trained, folder / "adapter.safetensors")
     masks = load_file(job["masks"])
     shapes = job["shapes"]
-    zeros = {n: shapes[n][0] * shapes[n][1] - _bits(masks[n]) for n in job["sparsity_by_weight"]}
+    save_file(_trained(job, Path(base["config"]).read_text()), folder / "trained.safetensors")
+    zeros = {n: shapes[n][0] * shapes[n][1] - _bits(masks[n]) for n in job["pruned"]}
     changed = ["model.lm_head.weight"] if fault == "changed" else []
     report = {"seconds": 1.0, "release": "2.10.0", "peak_memory_bytes": 1, "steps": job["steps"]}
     (folder / "report.json").write_text(json.dumps(report | {"changed": changed, "zeros": zeros}))
+
+
+def _trained(job: dict[str, Any], model_folder: str) -> dict[str, Any]:
+    """Adapters, or matrices, that moved a little where they are trained."""
+    import numpy as np
+    from safetensors.numpy import load_file
+
+    if job["trains"] == "adapters":
+        update = 0.01 if job["update_is_masked"] else 0.02  # as trainings of two modes end in two places
+        return {n: t if n.endswith("lora_A") else t + np.float32(update) for n, t in load_file(job["adapter"]).items()}
+    import torch
+
+    from tune_sparse.models.model_zoo import hugging_face_name, interleaved
+
+    dense = load_file(Path(model_folder) / "model.safetensors")
+    config = json.loads((Path(model_folder) / "config.json").read_text())
+    head_dim = config["hidden_size"] // config["num_attention_heads"]
+    trained = {}
+    for name, bits in load_file(job["masks"]).items():
+        weight = hugging_face_name(name)
+        rows = interleaved(weight, torch.from_numpy(dense[weight]), head_dim).numpy()
+        trained[name] = (rows + np.float32(0.001)) * np.unpackbits(bits)[: rows.size].reshape(rows.shape)
+    return trained
 
 
 def _log_as_on_a_wafer() -> None:
@@ -154,9 +175,9 @@ def _first_loss(job: dict[str, object], model_folder: str) -> float:
     import torch.nn.functional as F
     from safetensors.torch import load_file
 
-    from tune_sparse.cerebras.conversion import cerebras_name, separated
     from tune_sparse.models.checkpoints import load_model, prunable_weights
     from tune_sparse.models.dims import ModelDims
+    from tune_sparse.models.model_zoo import cerebras_name, separated
 
     model = load_model(Path(model_folder), torch.float32, torch.device("cpu"))
     masks = load_file(job["masks"])  # type: ignore[arg-type]

@@ -58,6 +58,7 @@ def list_processes(folder: Path) -> list[int]:
         ("sparse-to-dense", "sparsegpt"),
         ("sparse-to-sparse", "unstructured"),
         ("sparse-to-sparse", "structured"),
+        ("masked-finetuning", "unstructured"),
     ],
 )
 def test_a_cell_is_trained_merged_scored_and_validated(
@@ -74,7 +75,9 @@ def test_a_cell_is_trained_merged_scored_and_validated(
     steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 3, 4]
     assert "smaller model" not in (folder / "train.log").read_text()
-    assert not {"start.mdl", "adapter.safetensors"} & {path.name for path in job_folder(ledger, run).iterdir()}
+    assert not {"start.mdl", "trained.safetensors"} & {path.name for path in job_folder(ledger, run).iterdir()}
+    assert record.measured["sparsity_annotation"] == "rounded"
+    assert record.measured["padded_tokens"] > 0
     assert "budgets and eval_every have no effect" in (folder / "train.log").read_text()
 
 

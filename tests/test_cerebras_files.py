@@ -20,21 +20,21 @@ from stand_in_csctl import jobs_with, write_csctl
 
 from tune_sparse.cerebras import content_cache, environment
 from tune_sparse.cerebras.content_cache import cached
-from tune_sparse.cerebras.conversion import (
-    NAMES,
-    cerebras_name,
-    check_convertible,
-    hugging_face_name,
-    interleaved,
-    separated,
-    to_cerebras,
-)
+from tune_sparse.cerebras.conversion import check_convertible, to_cerebras
 from tune_sparse.cerebras.environment import ClusterVersions, cluster_versions, find_environment
-from tune_sparse.cerebras.job import encoded_tokens, examples_in_order, new_lines, packed_bits, step_order
+from tune_sparse.cerebras.job import (
+    encoded_tokens,
+    examples_in_order,
+    longest_tokens,
+    new_lines,
+    packed_bits,
+    step_order,
+)
 from tune_sparse.cli import main
 from tune_sparse.data.splits import Encoded
 from tune_sparse.doctor.cerebras import examine
 from tune_sparse.errors import InputError, NotReadyError, RunError
+from tune_sparse.models.model_zoo import NAMES, cerebras_name, hugging_face_name, interleaved, separated
 from tune_sparse.training.loop import batches
 
 EXAMPLES = [Encoded(tuple(range(1, 2 + n)), tuple(range(50, 52 + n % 3))) for n in range(6)]
@@ -80,9 +80,9 @@ def test_masks_are_packed_the_first_weight_in_the_highest_bit() -> None:
 
 
 def test_tokens_are_inputs_loss_mask_and_what_follows() -> None:
-    tokens = encoded_tokens([Encoded((5, 6), (7, 8)), Encoded((9,), (3,))], train_on_prompt=False)
+    tokens = encoded_tokens([Encoded((5, 6), (7, 8)), Encoded((9,), (3,))], train_on_prompt=False, width=4)
     assert tokens.dtype == torch.int32
-    assert tokens.tolist() == [[[5, 6, 7], [0, 1, 1], [6, 7, 8]], [[9, 3, 0], [1, 0, 0], [3, 0, 0]]]
+    assert tokens.tolist() == [[[5, 6, 7, 0], [0, 1, 1, 0], [6, 7, 8, 0]], [[9, 3, 0, 0], [1, 0, 0, 0], [3, 0, 0, 0]]]
 
 
 def test_examples_are_in_the_order_of_the_torch_backend(site: Path) -> None:
@@ -93,7 +93,7 @@ def test_examples_are_in_the_order_of_the_torch_backend(site: Path) -> None:
     written = load_file(folder / "tokens.safetensors")
     assert torch.equal(
         written["examples"][written["order"]],
-        encoded_tokens(EXAMPLES, train_on_prompt=False)[step_order(EXAMPLES, protocol, 3)],
+        encoded_tokens(EXAMPLES, False, longest_tokens(EXAMPLES))[step_order(EXAMPLES, protocol, 3)],
     )
     assert examples_in_order(EXAMPLES, protocol, 3) == folder, "written once"
     assert examples_in_order(EXAMPLES, protocol, 4) != folder
@@ -146,9 +146,13 @@ def test_a_model_is_converted_once_with_the_names_that_the_converter_knows(llama
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "mixtral"}, "trains llama and mistral models"),
+        ({"model_type": "mixtral"}, "trains llama and mistral models.* does not reach the experts.*--backend torch"),
         ({"head_dim": 16}, r"needs head_dim = hidden_size / num_attention_heads = 8, .* has 16"),
-        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "needs no rope scaling"),
+        (
+            {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}},
+            "needs no rope .* but llama3, .* yarn",
+        ),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": None}, "needs no rope .* has linear"),
         ({"attention_bias": True}, "needs no bias"),
     ],
 )

@@ -213,11 +213,11 @@ def test_a_checkpoint_stays_where_the_training_may_go_on(tmp_path: Path, end: st
 def test_large_files_go_with_the_program_and_the_adapter_stays(tmp_path: Path) -> None:
     job = tmp_path / "job"
     job.mkdir()
-    for name in ("start.mdl", "adapter.safetensors"):
+    for name in ("start.mdl", "trained.safetensors"):
         (job / name).touch()
     (job / "model_dir").mkdir()
     ending(start(job, "pass"))
-    assert {"adapter.safetensors", "child.log"} <= {path.name for path in job.iterdir()}
+    assert {"trained.safetensors", "child.log"} <= {path.name for path in job.iterdir()}
     assert not {"start.mdl", "model_dir"} & {path.name for path in job.iterdir()}
 
 

@@ -7,30 +7,39 @@ a checkout of Model Zoo, which is not on PyPI.
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 import torch
 from factories import finished, tiny_run
+from safetensors.torch import load_file, save_file
 
 from trainables.cerebras_backend import CerebrasTraining
 from trainables.pipeline import run_cell
 from trainables.worker import WorkerCache
 from tune_sparse.cerebras.appliance import name_label, results_label, run_label
-from tune_sparse.cerebras.conversion import cerebras_name, interleaved, to_cerebras, to_hugging_face
+from tune_sparse.cerebras.conversion import to_cerebras, to_hugging_face
 from tune_sparse.cerebras.environment import SiteEnvironment
 from tune_sparse.cerebras.failures import ApplianceError, classify_failure
+from tune_sparse.cerebras.graphs import Graph
 from tune_sparse.cerebras.job import job_appliance
-from tune_sparse.cerebras.preflight import lower, matrix_shapes
-from tune_sparse.config import Cerebras
+from tune_sparse.cerebras.preflight import matrix_shapes, run_child, write_graph
+from tune_sparse.config import Cerebras, SweepConfig
 from tune_sparse.ledger.ledger import Ledger
 from tune_sparse.ledger.run import Run
-from tune_sparse.models.checkpoints import check_checkpoint, prunable_weights, read_config
+from tune_sparse.models.checkpoints import check_checkpoint, find_folder, prunable_weights, read_config
+from tune_sparse.models.model_zoo import cerebras_name, interleaved
 from tune_sparse.models.safetensors_io import TensorFiles, weight_files
+from tune_sparse.modes import MODES
+from tune_sparse.sweep.graphs import plan_graphs
+from tune_sparse.sweep.plan import make_plan
 
 LOSS_TOLERANCE = 5e-3
 """Relative, of 20 losses in float32. Model Zoo's AdamW adds epsilon before its bias correction, torch's after it."""
@@ -51,6 +60,11 @@ WRITE_MDL = """
 import sys, cerebras.pytorch as cstorch
 from safetensors.torch import load_file
 cstorch.save({"model": load_file(sys.argv[2])}, sys.argv[1])
+"""
+IN_BFLOAT16 = """
+import sys, torch, cerebras.pytorch as cstorch
+loaded = cstorch.load(sys.argv[1], map_location="cpu")["model"]
+cstorch.save({"model": {name: t.to(torch.bfloat16) for name, t in loaded.items()}}, sys.argv[2])
 """
 UNSUPPORTED = """
 import sys, torch, cerebras.pytorch as cstorch
@@ -80,15 +94,16 @@ def losses(ledger: Ledger, run: Run) -> torch.Tensor:
 
 
 @pytest.mark.modelzoo
-@pytest.mark.parametrize("mode", ["dense", "sparse-to-dense", "sparse-to-sparse"])
+@pytest.mark.parametrize("mode", ["dense", "sparse-to-dense", "sparse-to-sparse", "masked-finetuning"])
 def test_losses_are_those_of_the_torch_backend(
     folder: Path, environment: SiteEnvironment, mode: str, tmp_path: Path
 ) -> None:
     """20 steps with the same tokens, loss masks, order, first adapters and rates."""
     ledger, sparsity = Ledger(tmp_path), 0.0 if mode == "dense" else 0.5
-    here = tiny_run(folder, mode=mode, sparsity=sparsity, steps=20)
+    rate = 1e-3 if mode == "masked-finetuning" else 1e-2
+    here = tiny_run(folder, mode=mode, sparsity=sparsity, steps=20, learning_rate=rate)
     there = replace(
-        tiny_run(folder, mode=mode, sparsity=sparsity, steps=20, backend="cerebras"),
+        tiny_run(folder, mode=mode, sparsity=sparsity, steps=20, learning_rate=rate, backend="cerebras"),
         cerebras={"target": "cpu", "release": environment.release},
     )
     for run in (here, there):
@@ -103,14 +118,66 @@ def test_losses_are_those_of_the_torch_backend(
     assert report["actual_sparsity"] == pytest.approx(sparsity, abs=0.01)
 
 
+def altered(folder: Path, target: Path, **config: Any) -> Path:
+    """The same checkpoint under another config."""
+    shutil.copytree(folder, target)
+    known = json.loads((target / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps(known | config))
+    return target
+
+
+def tied(folder: Path, target: Path) -> Path:
+    """The same checkpoint with its embeddings as its output layer, which is not stored."""
+    altered(folder, target, tie_word_embeddings=True)
+    path = target / "model.safetensors"
+    save_file({name: t for name, t in load_file(path).items() if name != "lm_head.weight"}, path, {"format": "pt"})
+    return target
+
+
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
+
+@pytest.mark.modelzoo
+@pytest.mark.parametrize("kind", ["llama3", "tied"])
+def test_scaled_rotary_and_tied_embeddings_train_there(
+    llama: Path, environment: SiteEnvironment, kind: str, tmp_path: Path
+) -> None:
+    """The first loss is torch's within 1e-3 of it, or the run fails; and it is not that of the model as it was."""
+    rope = {"rope_parameters": LLAMA3 | {"rope_theta": 1e4, "original_max_position_embeddings": 16}}
+    model = tied(llama, tmp_path / kind) if kind == "tied" else altered(llama, tmp_path / kind, **rope)
+    first = []
+    for folder in (llama, model):
+        on_cpu = {"target": "cpu", "release": environment.release}
+        run = replace(tiny_run(folder, steps=2, backend="cerebras"), cerebras=on_cpu)
+        ledger = Ledger(tmp_path / f"results_{folder.name}")
+        record = finished(run, ledger)
+        assert record.status == "done", record.error
+        first.append(float(losses(ledger, run)[0]))
+    assert abs(first[0] - first[1]) > 1e-4
+
+
+@pytest.mark.modelzoo
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", list(MODES))
+def test_a_real_model_begins_with_the_loss_that_torch_has(
+    environment: SiteEnvironment, mode: str, tmp_path: Path
+) -> None:
+    """Two steps, a minute: a first loss that is not torch's within 1e-3 of it fails the run."""
+    if not os.environ.get("REAL_MODEL"):
+        pytest.skip("REAL_MODEL must name the folder of a real model, such as SmolLM2-135M")
+    sparsity = 0.5 if MODES[mode].is_pruned else 0.0
+    run = tiny_run(Path(os.environ["REAL_MODEL"]), mode=mode, sparsity=sparsity, steps=2, n_test=4, backend="cerebras")
+    run = replace(run, cerebras={"target": "cpu", "release": environment.release})
+    record = finished(run, Ledger(tmp_path))
+    assert record.status == "done", record.error
+
+
 @pytest.mark.modelzoo
 def test_the_converter_moves_rows_as_we_do_and_the_way_back_is_exact(
     folder: Path, environment: SiteEnvironment, tmp_path: Path
 ) -> None:
     """Pruned weights keep every zero through Hugging Face -> Model Zoo -> Hugging Face, bit for bit, and weights that
     are put under Model Zoo's names by us come back as they were."""
-    from safetensors.torch import load_file, save_file
-
     checkpoint = check_checkpoint(str(folder))
     converted = to_cerebras(checkpoint.path, checkpoint.fingerprint, environment)
     run_there(environment, READ_MDL, converted.checkpoint, tmp_path / "cs.safetensors")
@@ -135,18 +202,66 @@ def test_the_converter_moves_rows_as_we_do_and_the_way_back_is_exact(
         assert int((back[name] == 0).sum()) == int((weight == 0).sum()) > 0
 
 
+def lowered(ledger: Ledger, config: SweepConfig, folder: Path, graph: Graph) -> dict[str, Any]:
+    """Lower one graph, and read what the child found in its CIRH."""
+    checkpoint = check_checkpoint(str(folder))
+    target = Cerebras(cerebras_target="validate")
+    return run_child(write_graph(config, checkpoint, graph, ledger, target), config.protocol.threads)
+
+
+def small_config(folder: Path, **changes: Any) -> SweepConfig:
+    small = {"n_train": 16, "n_selection": 4, "n_test": 4, "steps": 20, "global_batch_size": 4, "lora_rank": 4}
+    names = {"models": str(folder), "data_dir": "synthetic", "backend": "cerebras", "cerebras_target": "validate"}
+    return SweepConfig.from_names(names | small | changes)
+
+
 @pytest.mark.modelzoo
-@pytest.mark.parametrize("mode", ["dense", "sparse-to-dense", "sparse-to-sparse"])
-def test_each_mode_lowers_with_an_annotation_for_each_pruned_matrix(
-    llama: Path, environment: SiteEnvironment, mode: str, tmp_path: Path
+def test_a_converted_checkpoint_is_read_back_without_cerebras_software(
+    folder: Path, environment: SiteEnvironment, tmp_path: Path
 ) -> None:
-    checkpoint = check_checkpoint(str(llama))
+    """Hugging Face -> .mdl by Model Zoo's converter -> Hugging Face by our reader: equal to the bit."""
+    pytest.importorskip("h5py", reason="h5py is not installed: pip install tune-sparse[cerebras-files]")
+    checkpoint = check_checkpoint(str(folder))
     converted = to_cerebras(checkpoint.path, checkpoint.fingerprint, environment)
-    shapes = matrix_shapes(llama) if mode != "dense" else {}
-    protocol = tiny_run(llama).protocol
-    report = lower(tmp_path / "lowering", converted.config, shapes, mode, 0.5, protocol, environment)
+    run_there(environment, IN_BFLOAT16, converted.checkpoint, tmp_path / "half.mdl")
+    for path in (*folder.glob("*.json"), converted.checkpoint):
+        shutil.copy(path, tmp_path)
+    own = TensorFiles(weight_files(folder))
+    for name, dtype in ((converted.checkpoint.name, torch.float32), ("half.mdl", torch.bfloat16)):
+        back = load_file(find_folder(str(tmp_path / name)) / "model.safetensors")
+        assert back.keys() == set(own)
+        assert all(torch.equal(back[weight], own[weight].to(dtype)) for weight in own), name
+
+
+@pytest.mark.modelzoo
+@pytest.mark.parametrize("trained", ["adapters", "masked adapters", "masked weights", "weights"])
+def test_each_kind_of_training_lowers_on_its_checkpoint(
+    llama: Path, environment: SiteEnvironment, trained: str, tmp_path: Path
+) -> None:
+    told = None if trained == "weights" else 0.5
+    graph = Graph(llama.name, trained, 32, told, "")
+    report = lowered(Ledger(tmp_path), small_config(llama), llama, graph)
     assert report["cirh_files"] == 1
-    assert report["sparsity_annotations"] == len(shapes)
+    annotated_by_matrix = {"masked weights": 3, "weights": 0}.get(trained, 1)  # Adam's two moments beside it
+    assert report["sparsity_annotations"] == annotated_by_matrix * len(matrix_shapes(llama))
+
+
+@pytest.mark.modelzoo
+@pytest.mark.parametrize(("annotation", "count"), [("none", 2), ("rounded", 3)])
+def test_trainings_of_one_graph_lower_to_one_text_and_others_to_others(
+    llama: Path, environment: SiteEnvironment, annotation: str, count: int, tmp_path: Path
+) -> None:
+    """Two methods, two tasks, two rates, two modes, one level and the dense model: as many texts as graphs."""
+    texts: dict[Graph, set[str]] = {}
+    for name, task, method, rate in (("a", "boolq", "unstructured", 1e-3), ("b", "gsm8k", "random", 2e-3)):
+        changes = {"tasks": task, "methods": method, "sparsities": "0 0.5", "learning_rate": rate, "steps": len(task)}
+        config = small_config(llama, **changes, sparsity_annotation=annotation, bucket_tokens="96")
+        plan = make_plan(config)
+        for graph in plan_graphs(plan).distinct(plan.runs.values()):
+            report = lowered(Ledger(tmp_path / name), config, llama, graph)
+            texts.setdefault(graph, set()).add(report["cirh_sha256"])
+    assert all(len(found) == 1 for found in texts.values())
+    assert len(texts) == len(set.union(*texts.values())) == count
 
 
 @pytest.mark.modelzoo

@@ -67,8 +67,6 @@ BROKEN_SWEEPS: list[tuple[dict[str, Any], str]] = [
     ({"backend": ("pytorch",)}, r"unknown backend 'pytorch'\. Did you mean 'torch'"),
     ({"backend": ("torch", "torch")}, r"backend must not repeat a value"),
     ({"backend": ("torch", "split")}, r"both and split name every backend, so nothing goes with them, got"),
-    ({"backend": ("split",), "modes": ("masked-finetuning",)}, r"cerebras trains adapters, so the mode masked-"),
-    ({"backend": ("cerebras",), "modes": ("masked-finetuning",)}, r"cerebras trains adapters, so the mode masked-"),
     (
         {"backend": ("torch", "cerebras"), "protocol": Protocol(packing=True)},
         r"the backend cerebras needs packing = False, got True\. Leave it alone\.",

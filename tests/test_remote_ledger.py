@@ -229,7 +229,7 @@ class TestRemoteLedger:
         found = remote.pruning(PRUNED)
         assert found is not None
         (found.folder / "masks.safetensors").unlink()
-        with pytest.raises(NotReadyError, match="masks.safetensors"):
+        with pytest.raises(NotReadyError, match=r"masks\.safetensors"):
             remote.pruning(PRUNED)
         assert remote.pruning(PRUNED) == found
 

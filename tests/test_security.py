@@ -143,9 +143,9 @@ def test_a_pickle_as_a_cerebras_checkpoint_is_refused(
     environment: SiteEnvironment, sprung: Path, tmp_path: Path
 ) -> None:
     torch.save({"model": Trap(sprung)}, tmp_path / "model.mdl")
-    code = f"import cerebras_child; cerebras_child.loaded({str(tmp_path / 'model.mdl')!r})"
+    code = f"import child; child.loaded({str(tmp_path / 'model.mdl')!r})"
     variables = environment.variables()
-    paths = os.pathsep.join([str(ROOT / "trainables"), variables["PYTHONPATH"]])
+    paths = os.pathsep.join([str(ROOT / "tune_sparse" / "cerebras"), variables["PYTHONPATH"]])
     command = [str(environment.python), "-c", code]
     run = subprocess.run(command, env=variables | {"PYTHONPATH": paths}, capture_output=True, text=True)
     assert "a Cerebras checkpoint must be HDF5" in run.stderr

@@ -14,6 +14,7 @@ from typing import Any
 from typing import Protocol as Interface
 
 import torch
+from torch import Tensor
 
 from trainables.cerebras_tries import note_lost, prepare_try, waiting_seconds
 from trainables.loaded import Examples
@@ -23,11 +24,22 @@ from trainables.pruning_stage import Pruned
 from trainables.run_log import RunLog
 from trainables.training import WARM_UP_STEPS, Training
 from tune_sparse.cerebras.appliance import name_label, results_label, run_label
-from tune_sparse.cerebras.conversion import cerebras_name, check_convertible, to_cerebras
+from tune_sparse.cerebras.conversion import check_convertible, to_cerebras
 from tune_sparse.cerebras.environment import check_cluster, find_environment
 from tune_sparse.cerebras.failures import ApplianceError, classify_failure
 from tune_sparse.cerebras.guard import Ended, SupervisedProcess
-from tune_sparse.cerebras.job import CHILD, Start, examples_in_order, new_lines, trained_adapters, write_job
+from tune_sparse.cerebras.job import (
+    CHILD,
+    TRAINED,
+    Start,
+    examples_in_order,
+    longest_tokens,
+    new_lines,
+    padded_tokens,
+    trained_adapters,
+    trained_weights,
+    write_job,
+)
 from tune_sparse.cerebras.stages import Stages, read_stages
 from tune_sparse.config import Cerebras
 from tune_sparse.errors import RunError
@@ -36,14 +48,16 @@ from tune_sparse.identity import hash_json
 from tune_sparse.ledger.contracts import RunStore
 from tune_sparse.ledger.run import Run
 from tune_sparse.lora.layer import sparse_lora_layers
+from tune_sparse.models.architectures import list_matrices
 from tune_sparse.models.checkpoints import find_folder
 from tune_sparse.models.dims import ModelDims
+from tune_sparse.models.model_zoo import cerebras_name
 from tune_sparse.modes import MODES
 from tune_sparse.pruning.bit_masks import BitMasks
 from tune_sparse.pruning.masks import Masks
 from tune_sparse.pruning.methods import method_named
 from tune_sparse.training.budgets import Budgets
-from tune_sparse.training.loop import Step, batches, learning_rate_at, mean_loss
+from tune_sparse.training.loop import Step, accelerator_for, batches, learning_rate_at, mean_loss
 
 POLL_SECONDS = 0.1
 
@@ -124,15 +138,15 @@ class CerebrasTraining:
         log: RunLog,
     ) -> Generator[Step | None, None, Training]:
         """Yield None while it waits. Raises `RunError` for what would come again, `ApplianceError` for the rest."""
-        assert isinstance(trainable, LoraFinetuning), "the configuration refuses the other modes"
         folder, seed = job_folder(ledger, run.run_id), run.cell.seed
         restart = prepare_try(folder)
         labels = job_labels(ledger.folder, run) if self.is_csx else []
         start = starting_weights(run, trainable, pruned)
-        tokens = examples_in_order(examples.train, run.protocol, seed)
+        tokens = examples_in_order(examples.train, run.protocol, seed, self.settings.bucket_tokens)
         write_job(folder, tokens, start, run.protocol, seed, self.settings, labels, restart)
         first_batch = next(batches(examples.train, run.protocol, seed))
-        first = mean_loss(trainable.model, first_batch, run.protocol, budgets=budgets)
+        accelerator = accelerator_for(trainable.mixed_precision)
+        first = mean_loss(trainable.model, first_batch, run.protocol, accelerator, budgets)
         log(f"the training is written in {folder}, the pruned model's loss on the first examples is {first:.4f}")
         log("there, budgets and eval_every have no effect: a step is whole, no loss is measured in between")
         if restart:
@@ -152,6 +166,9 @@ class CerebrasTraining:
         finally:
             handle.stop()
         _read_back_into(trainable, run, pruned, folder, log)
+        annotation = self.settings.sparsity_annotation
+        padded = padded_tokens(longest_tokens(examples.train), self.settings.bucket_tokens)
+        training.appliance = {"sparsity_annotation": annotation, "padded_tokens": padded}
         if self.is_csx:
             tell_stages_apart(training, read_stages((folder / "child.log").read_text(errors="replace")), restart)
         return training
@@ -208,12 +225,19 @@ def update_masks(run: Run, pruned: Pruned) -> Masks:
     return BitMasks.pack((name, mask & (pruned.weights[name] != 0)) for name, mask in pruned.masks.items())
 
 
-def starting_weights(run: Run, lora: LoraFinetuning, pruned: Pruned) -> Start:
+def starting_weights(run: Run, trainable: TrainableModel, pruned: Pruned) -> Start:
     """Return the state that a cell's training begins with."""
     is_updated = run.cell.sparsity > 0 and method_named(run.cell.method).updates_weights
     updated = pruned.weights if is_updated else {}
-    layers = {name: layer.factors()[:2] for name, layer in sparse_lora_layers(lora.adapted)}
-    return Start(pruned.masks, updated, layers, MODES[run.cell.mode].masks_update, _head_dim(lora))
+    masks_update = MODES[run.cell.mode].masks_update
+    return Start(pruned.masks, updated, _adapters(trainable), masks_update, _head_dim(trainable), run.cell.sparsity)
+
+
+def _adapters(trainable: TrainableModel) -> dict[str, tuple[Tensor, Tensor]]:
+    """{matrix: its own A and B}, nothing where the matrices themselves are trained."""
+    if not isinstance(trainable, LoraFinetuning):
+        return {}
+    return {name: layer.factors()[:2] for name, layer in sparse_lora_layers(trainable.adapted)}
 
 
 def stream_steps(
@@ -256,7 +280,7 @@ def tell_stages_apart(training: Training, stages: Stages, restart: Mapping[str, 
     training.seconds -= before
     if not restart or restart["step"] < WARM_UP_STEPS:
         training.cold_seconds -= before
-    training.appliance = stages.measured()
+    training.appliance |= stages.measured()
 
 
 def wait_before_try(folder: Path, log: RunLog) -> Generator[None]:
@@ -288,12 +312,15 @@ def failure_of(ended: Ended, folder: Path, steps: int) -> Exception:
     return type(error)(f"{error}; on the appliance: {ended.cancelled.summary()}. Look with `csctl get jobs`")
 
 
-def _read_back_into(lora: LoraFinetuning, run: Run, pruned: Pruned, folder: Path, log: RunLog) -> None:
+def _read_back_into(trainable: TrainableModel, run: Run, pruned: Pruned, folder: Path, log: RunLog) -> None:
     """Check what was trained, and put it into the model here."""
     report = read_json(folder / "report.json")
     _check_unchanged(report, run, pruned)
-    _write_adapters_into(lora, folder)
-    (folder / "adapter.safetensors").unlink()  # the run's own adapter is the one that stays
+    if MODES[run.cell.mode].has_adapter:
+        _write_adapters_into(trainable, folder)
+    else:
+        _write_weights_into(trainable, folder)
+    (folder / TRAINED).unlink()  # what the run saves itself is what stays
     (folder / "lost.json").unlink(missing_ok=True)
     log(f"trained by release {report['release']}: {sum(report['zeros'].values())} zeros stayed zero")
 
@@ -301,9 +328,11 @@ def _read_back_into(lora: LoraFinetuning, run: Run, pruned: Pruned, folder: Path
 def _check_unchanged(report: dict[str, Any], run: Run, pruned: Pruned) -> None:
     """Raise `RunError` unless the frozen weights are what they were, and every zero is one still."""
     found = [f"{name}: the frozen weight must not change in training" for name in report["changed"]]
-    for name, weight in pruned.weights.items():
-        wanted, counted = int((weight == 0).sum()), report["zeros"].get(cerebras_name(name))
-        if counted != wanted and (counted is not None or not pruned.masks[name].all()):
+    is_frozen = MODES[run.cell.mode].has_adapter
+    for name, mask in pruned.masks.items():
+        wanted = int((pruned.weights[name] == 0).sum() if is_frozen else (~mask).sum())
+        counted = report["zeros"].get(cerebras_name(name))
+        if counted != wanted and (counted is not None or not mask.all()):
             found.append(f"{name}: {wanted} weights must be 0 after the training, got {counted}")
     if report["steps"] != run.protocol.steps:
         found.append(f"{run.protocol.steps} steps must be trained, got {report['steps']}")
@@ -312,14 +341,25 @@ def _check_unchanged(report: dict[str, Any], run: Run, pruned: Pruned) -> None:
 
 
 @torch.no_grad()
-def _write_adapters_into(lora: LoraFinetuning, folder: Path) -> None:
-    trained, layers = trained_adapters(folder, _head_dim(lora)), dict(sparse_lora_layers(lora.adapted))
-    if trained.keys() != layers.keys():
+def _write_adapters_into(trainable: TrainableModel, folder: Path) -> None:
+    trained, own = trained_adapters(folder, _head_dim(trainable)), _adapters(trainable)
+    if trained.keys() != own.keys():
         raise RunError(f"the trained adapter must have a lora_A and a lora_B for each matrix, see {folder}")
-    for name, layer in layers.items():
-        for own, factor in zip(layer.factors()[:2], trained[name], strict=True):
-            own.copy_(factor)
+    for name, factors in own.items():
+        for factor, found in zip(factors, trained[name], strict=True):
+            factor.copy_(found)
 
 
-def _head_dim(lora: LoraFinetuning) -> int:
-    return ModelDims.from_config(lora.model.config).head_dim
+@torch.no_grad()
+def _write_weights_into(trainable: TrainableModel, folder: Path) -> None:
+    written = set()
+    for name, weight in trained_weights(folder, _head_dim(trainable)):
+        trainable.model.get_parameter(name).copy_(weight)
+        written.add(name)
+    missing = {matrix.name for matrix in list_matrices(trainable.model)} - written
+    if missing:
+        raise RunError(f"every matrix must have been trained, {sorted(missing)} were not, see {folder}")
+
+
+def _head_dim(trainable: TrainableModel) -> int:
+    return ModelDims.from_config(trainable.model.config).head_dim

@@ -20,7 +20,6 @@ from trainables.cerebras_backend import (
     update_masks,
 )
 from trainables.finetuning import setup
-from trainables.lora_finetuning import LoraFinetuning
 from trainables.pruning_stage import Pruned
 from trainables.run_log import RunLog
 from trainables.throughput import Throughput, timed_run
@@ -31,6 +30,7 @@ from tune_sparse.cerebras.guard import Ended, SupervisedProcess
 from tune_sparse.cerebras.job import examples_in_order, write_job
 from tune_sparse.cerebras.stages import read_stages
 from tune_sparse.config import Cerebras
+from tune_sparse.config.cerebras import UNTRAINED_TARGETS
 from tune_sparse.errors import InputError, RunError
 from tune_sparse.files import read_json
 from tune_sparse.ledger.run import Run
@@ -41,9 +41,10 @@ POLL_SECONDS = 0.1
 
 def check_measurable(settings: Cerebras, compile_only: bool) -> None:
     """Raise `InputError` for a target that trains nothing, has no estimate, or is not there."""
-    if settings.cerebras_target == "validate":
+    if settings.cerebras_target in UNTRAINED_TARGETS:
         raise InputError(
-            "a rate needs a target that trains, validate trains nothing. Give --cerebras-target csx or cpu."
+            f"a rate needs a target that trains, {settings.cerebras_target} trains nothing. Give "
+            "--cerebras-target csx or cpu."
         )
     if compile_only and settings.cerebras_target != "csx":
         raise InputError(
@@ -85,11 +86,10 @@ def _write(
     masks = worker.pruner.make_into(run, loaded, examples.train)
     pruned = Pruned(masks, masks.sha256, prunable_weights(loaded.model))
     trainable = setup(run.cell.mode, loaded.model, run.protocol, update_masks(run, pruned), run.cell.seed)
-    assert isinstance(trainable, LoraFinetuning), "the configuration refuses the other modes"
     labels = job_labels(results, run) if settings.cerebras_target == "csx" else []
     write_job(
         folder,
-        examples_in_order(examples.train, run.protocol, run.cell.seed),
+        examples_in_order(examples.train, run.protocol, run.cell.seed, settings.bucket_tokens),
         starting_weights(run, trainable, pruned),
         run.protocol,
         run.cell.seed,

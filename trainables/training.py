@@ -45,8 +45,9 @@ class Training:
     seconds_to_best_eval_loss: float | None = None
     budgets: Budgets | None = None
     """that it used here; None where it ran elsewhere"""
-    appliance: dict[str, float | int | None] = field(default_factory=dict)
-    """of a CS-3: seconds in the queue, of compiling and of programming, which `seconds` leaves out, and compiles"""
+    appliance: dict[str, float | int | str | None] = field(default_factory=dict)
+    """of a training on Cerebras: its padding and annotation; of one on a CS-3 also the compiles, and seconds in the
+    queue, of compiling and of programming, which `seconds` leaves out"""
 
     def add(self, step: Step, cold: bool) -> None:
         self.steps = step.step

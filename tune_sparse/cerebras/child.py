@@ -2,7 +2,7 @@
 
     python cerebras_child.py JOB_FOLDER
 
-It reads `job.json` of the folder and writes `metrics.jsonl` (a line a step), then `adapter.safetensors` and
+It reads `job.json` of the folder and writes `metrics.jsonl` (a line a step), then `trained.safetensors` and
 `report.json`. It imports nothing of tune_sparse, whose environment is another one; a backend exists once in a process.
 A file named `stop` in the folder ends the training before its next step.
 """
@@ -10,6 +10,7 @@ A file named `stop` in the folder ends the training before its next step.
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import os
 import resource
@@ -21,23 +22,20 @@ from pathlib import Path
 import cerebras.pytorch as cstorch
 import h5py
 import torch
-import torch.nn.functional as F
 import yaml
 from cerebras.appliance.cluster_config import ClusterConfig
-from cerebras.modelzoo.common.utils.model.lora import LoRA_Linear
 from cerebras.modelzoo.models.nlp.llama.model import LlamaModel
 from cerebras.modelzoo.models.nlp.mistral.model import MistralModel
 from cerebras.modelzoo.trainer import Trainer
 from cerebras.modelzoo.trainer.callbacks import (
-    Callback,
     Checkpoint,
     KeepNCheckpoints,
     Logging,
-    Lora,
     MixedPrecision,
     TrainingLoop,
 )
 from cerebras.modelzoo.trainer.loggers import Logger
+from child_parts import Adapters, OnlyTrained, Schedule, StaticSparsity, Weights
 from safetensors.torch import load_file, save_file
 
 MODELS = {"llama": LlamaModel, "mistral": MistralModel}
@@ -47,65 +45,6 @@ READING_THERE = {"num_workers": 8, "prefetch_factor": 10, "persistent_workers": 
 """On the appliance's input workers, as Cerebras' own configurations read."""
 REJECTED = ("norm_first", "use_ff_layer1_dropout")
 """The converter of release 2.10 writes these, and its models refuse them."""
-
-
-class MaskedLoRALinear(LoRA_Linear):
-    """y = (W + s(BA)⊙(W != 0)) x + b: the update reaches only weights that are not 0."""
-
-    def forward(self, x):
-        update = (self.lora_B @ self.lora_A) * self.scaling
-        return F.linear(x, self.weight + update * (self.weight != 0).to(update.dtype), self.bias)
-
-
-class Adapters(Lora):
-    """LoRA layers in the decoder's linear layers, masked ones where the job says so."""
-
-    def __init__(self, job):
-        settings = {"r": job["rank"], "alpha": job["alpha"], "dropout": 0.0, "merge_weights": False}
-        super().__init__({**settings, "target_modules": ["TransformerDecoderLayer", "Linear"]})
-        self.is_masked = job["update_is_masked"]
-
-    def pre_setup(self, trainer):
-        super().pre_setup(trainer)
-        make = trainer.callbacks["model"].model
-
-        @functools.wraps(make)
-        def masked():
-            model = make()
-            for module in model.modules():
-                if type(module) is LoRA_Linear:
-                    module.__class__ = MaskedLoRALinear
-            return model
-
-        if self.is_masked:
-            trainer.callbacks["model"].model = masked
-
-
-class BaseSparsity(Callback):
-    """Static sparsity of the frozen weights, and of them alone: their zeros are annotated for the compiler.
-
-    Model Zoo's own callback would also mask the adapters, or refuse weights that no optimizer has.
-    """
-
-    def __init__(self, sparsity_by_weight):
-        self.sparsity_by_weight = sparsity_by_weight
-
-    def setup(self, trainer):
-        group = cstorch.sparse.Group()
-        for name, sparsity in self.sparsity_by_weight.items():
-            algorithm = cstorch.sparse.Static(sparsity=sparsity, init_method="from_zeros")
-            group.add(functools.partial(_is_named, "model." + name), algorithm)
-        trainer.model.apply(group)
-
-    def on_save_trainer_state(self, trainer, state_dict):
-        pass
-
-    def on_load_trainer_state(self, trainer, state_dict):
-        pass
-
-
-def _is_named(wanted, name, parameter):
-    return name == wanted
 
 
 class JsonLines(Logger):
@@ -129,14 +68,13 @@ def main(folder):
     written = write_examples(Path(job["examples"]))
     examples = cstorch.utils.data.DataLoader(make_loader, written, job["batch_size"], reading)
     trainer = make_trainer(job, folder)
-    start = None
-    if job["target"] != "validate":
-        trainer.early_exit.register((folder / "stop").exists)
-        start = str(folder / "start.mdl")
-        write_start(job, start)
+    trainer.early_exit.register((folder / "stop").exists)
+    start = str(folder / "start.mdl")
+    write_start(job, start)
+    check_fits(start, trainer.model)
     started = time.monotonic()
     trainer.loggers[0].write(step=0)
-    trainer.fit(examples, ckpt_path=job["restart"]["checkpoint"] if job["restart"] else start)
+    trainer.fit(examples, ckpt_path=write_resumed(job, start, folder) if job["restart"] else start)
     report = {"seconds": time.monotonic() - started, "release": cstorch.__version__}
     report["peak_memory_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if job["target"] == "validate":
@@ -144,7 +82,7 @@ def main(folder):
     elif job["compile_only"]:
         report.update({"steps": 0})
     else:
-        report.update(write_adapter(job, folder))
+        report.update(write_trained(job, folder, trainer))
     write_json(folder / "report.json", report)
 
 
@@ -152,20 +90,18 @@ def make_trainer(job, folder):
     """Model Zoo's Trainer with the protocol of the job."""
     config = yaml.safe_load(Path(job["config"]).read_text())["model"]
     config = {name: value for name, value in config.items() if name not in REJECTED}
-    callbacks = [Adapters(job), KeepNCheckpoints(1)]
-    if job["sparsity_by_weight"]:
-        callbacks.append(BaseSparsity(job["sparsity_by_weight"]))
+    trained = Adapters(job) if job["trains"] == "adapters" else Weights(job["shapes"])
     return Trainer(
         backend=make_backend(job, folder),
         model_dir=str(folder / "model_dir"),
         model=lambda: MODELS[config["name"]](dict(config)),
         optimizer=functools.partial(make_optimizer, job),
-        schedulers=[functools.partial(make_schedule, job)],
+        schedulers=[functools.partial(Schedule, job)],
         precision=make_precision(job),
         loop=TrainingLoop(max_steps=job["steps"], eval_frequency=None),
         checkpoint=Checkpoint(steps=job["checkpoint_steps"] or job["steps"], autoload_last_checkpoint=False),
         logging=Logging(log_steps=1, log_level="INFO"),
-        callbacks=callbacks,
+        callbacks=[trained, StaticSparsity(job), OnlyTrained(), KeepNCheckpoints(1)],
         loggers=[JsonLines(folder / "metrics.jsonl")],
         seed=job["seed"],
     )
@@ -188,7 +124,7 @@ def make_backend(job, folder):
 
 
 def make_optimizer(job, model):
-    """AdamW on the adapters."""
+    """AdamW on what is trained."""
     return cstorch.optim.AdamW(
         [parameter for parameter in model.parameters() if parameter.requires_grad],
         lr=job["learning_rate"],
@@ -199,22 +135,12 @@ def make_optimizer(job, model):
     )
 
 
-def make_schedule(job, optimizer):
-    """Linear warm-up, step i of w at (i + 1) / w of the peak, then a cosine that ends with the last step."""
-    peak, warmup = job["learning_rate"], job["warmup_steps"]
-    schedulers = cstorch.optim.lr_scheduler
-    fall = max(1, job["steps"] - 1 - warmup)
-    cosine = schedulers.CosineDecayLR(optimizer, peak, job["final_learning_rate"], fall)
-    if not warmup:
-        return cosine
-    rise = schedulers.LinearLR(optimizer, peak / warmup, peak * (warmup + 1) / warmup, warmup)
-    return schedulers.SequentialLR(optimizer, [rise, cosine], [warmup])
-
-
 def make_precision(job):
     """Half precision where the protocol says so, and on a wafer, which has no other; gradients are clipped."""
     is_mixed = job["precision"] != "float32" or job["target"] != "cpu"
-    return MixedPrecision(enabled=is_mixed, fp16_type="bfloat16", max_gradient_norm=job["max_grad_norm"])
+    half = "bfloat16" if job["target"] == "cpu" else job["half_precision"]
+    scaling = {"loss_scaling_factor": "dynamic"} if half == "cbfloat16" else {}
+    return MixedPrecision(enabled=is_mixed, fp16_type=half, max_gradient_norm=job["max_grad_norm"], **scaling)
 
 
 def write_examples(folder):
@@ -252,27 +178,48 @@ def make_loader(folder, batch_size, reading):
 
 def write_start(job, path):
     """The converted dense checkpoint, pruned, with the adapters that the training begins with."""
-    weights = dict(loaded(job["checkpoint"]))
+    weights = dict(loaded(job["checkpoint"])["model"])
+    weights.setdefault("lm_head.weight", weights["embedding_layer.word_embeddings.weight"])  # where they are tied
     weights.update(load_file(job["weights"]) if job["weights"] else {})
-    for name, keep in keep_masks(job).items():
+    under_sparsity = job["pruned"] if job["trains"] == "weights" else job["annotated"]
+    for name, keep in keep_masks(job):
         weights[name] = weights[name] * keep
-        if name in job["sparsity_by_weight"]:
+        if name in under_sparsity:
             weights[name + "_mask"] = keep
-    weights.update(load_file(job["adapter"]))
+    weights.update(load_file(job["adapter"]) if job["adapter"] else {})
     cstorch.save({"model": {"model." + name: tensor for name, tensor in weights.items()}}, path)
 
 
+def check_fits(start, model):
+    """Raise `ValueError` unless a checkpoint has the model's tensors. A lowering or compile would not load it."""
+    found = {name: tuple(tensor.shape) for name, tensor in loaded(start)["model"].items()}
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    wrong = sorted(name for name in {**found, **wanted} if found.get(name) != wanted.get(name))
+    if wrong:
+        raise ValueError("the start must have the tensors of the model, it differs in " + ", ".join(wrong[:5]))
+
+
+def write_resumed(job, start, folder):
+    """A checkpoint of what was trained, with the frozen weights beside it again."""
+    state = loaded(job["restart"]["checkpoint"])
+    state["model"] = {**loaded(start)["model"], **state["model"]}
+    cstorch.save(state, str(folder / "resumed.mdl"))
+    return str(folder / "resumed.mdl")
+
+
 def loaded(path):
-    """The tensors of a Cerebras checkpoint. cstorch unpickles, and so runs, what is not HDF5."""
+    """A Cerebras checkpoint. cstorch unpickles, and so runs, what is not HDF5."""
     if not h5py.is_hdf5(path):
         raise ValueError("a Cerebras checkpoint must be HDF5, " + path + " is not. Remove it: it is made again.")
-    return cstorch.load(path, map_location="cpu")["model"]
+    return cstorch.load(path, map_location="cpu")
 
 
 def keep_masks(job):
-    """{weight: which of its elements stay}, from packed bits."""
-    packed = load_file(job["masks"]) if job["masks"] else {}
-    return {name: unpacked(bits, job["shapes"][name]) for name, bits in packed.items()}
+    """Each pruned weight with which of its elements stay, from packed bits; all of them where no bits are given."""
+    if not job["masks"]:  # only the graph is wanted
+        return ((name, torch.ones(job["shapes"][name], dtype=torch.bool)) for name in job["shapes"])
+    packed = load_file(job["masks"])
+    return ((name, unpacked(bits, job["shapes"][name])) for name, bits in packed.items())
 
 
 def unpacked(bits, shape):
@@ -280,27 +227,44 @@ def unpacked(bits, shape):
     return ((bits[:, None] >> places) & 1).flatten()[: shape[0] * shape[1]].view(*shape).bool()
 
 
-def write_adapter(job, folder):
+def write_trained(job, folder, trainer):
     """Write what was trained; returns how many steps were, and which weights changed though they are frozen."""
     steps = max(json.loads(line)["step"] for line in (folder / "metrics.jsonl").open())
     if (folder / "stop").exists():
         return {"steps": steps, "stopped": True}
     path = str(folder / "model_dir" / f"checkpoint_{job['steps']}.mdl")
-    trained = loaded(path)
-    start = loaded(str(folder / "start.mdl"))
-    factors = [name for name in trained if name.endswith(("lora_A", "lora_B"))]
-    adapter = {name[len("model.") :]: torch.tensor(trained[name].float().numpy()) for name in factors}
-    save_file(adapter, str(folder / "adapter.safetensors"))
-    changed = [name for name in start if name not in factors and not torch.equal(trained[name], start[name])]
-    zeros = {n: int((trained["model." + n] == 0).sum()) for n in job["sparsity_by_weight"]}
-    return {"steps": steps, "changed": sorted(changed), "zeros": zeros}
+    trained = loaded(path)["model"]
+    start = loaded(str(folder / "start.mdl"))["model"]
+    if job["trains"] == "adapters":
+        names = [name for name in trained if name.endswith(("lora_A", "lora_B"))]
+    else:
+        names = ["model." + name for name in job["shapes"]]
+    saved = {name[len("model.") :]: torch.tensor(trained[name].float().numpy()) for name in names}
+    save_file(saved, str(folder / "trained.safetensors"))
+    # What is frozen on a wafer is not asked back: no optimizer has it.
+    ended = {**start, **(trainer.model.state_dict() if job["target"] == "cpu" else {}), **trained}
+    changed = [name for name in start if name not in names and not torch.equal(ended[name], start[name])]
+    return {"steps": steps, "changed": sorted(changed), "zeros": count_zeros(job, ended)}
+
+
+def count_zeros(job, trained):
+    """{pruned weight: its zeros}; of a trained one, those among its pruned elements."""
+    if job["trains"] == "adapters":
+        return {name: int((trained["model." + name] == 0).sum()) for name in job["pruned"]}
+    masks = keep_masks(job)
+    return {name: int((trained["model." + name][~keep] == 0).sum()) for name, keep in masks if name in job["pruned"]}
 
 
 def lowered(folder):
     """Count what the compiler's front end made of the model."""
     files = list((folder / "model_dir").rglob("cirh.mlir"))
     text = "".join(path.read_text(errors="replace") for path in files)
-    return {"cirh_files": len(files), "cirh_bytes": len(text), "sparsity_annotations": text.count("cs.sparsity")}
+    return {
+        "cirh_files": len(files),
+        "cirh_bytes": len(text),
+        "cirh_sha256": hashlib.sha256(text.encode()).hexdigest(),
+        "sparsity_annotations": text.count("cs.sparsity"),
+    }
 
 
 def write_json(path, value):

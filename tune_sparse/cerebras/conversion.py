@@ -1,13 +1,4 @@
-"""Checkpoints between Hugging Face's format and Model Zoo's, through the converter of the site's release.
-
-| Hugging Face | Model Zoo |
-| --- | --- |
-| model.layers.N.self_attn.q_proj | transformer_decoder.layers.N.self_attn.proj_q_dense_layer |
-| model.layers.N.mlp.gate_proj | transformer_decoder.layers.N.ffn.ffn.0.linear_layer_for_glu |
-
-and so on. Model Zoo turns neighbouring pairs of a head's rows by the position, Hugging Face a row and the one half a
-head away: the converter interleaves the rows of q_proj and k_proj, and so must the rows of masks and of B be.
-"""
+"""Checkpoints between Hugging Face's format and Model Zoo's, through the converter of the site's release."""
 
 from __future__ import annotations
 
@@ -18,31 +9,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from tune_sparse.cerebras.content_cache import cached
 from tune_sparse.cerebras.environment import SiteEnvironment
 from tune_sparse.cerebras.failures import classify_failure
 from tune_sparse.errors import InputError, RunError
 from tune_sparse.files import write_json
-from tune_sparse.models.architectures import matrix_named
 from tune_sparse.models.checkpoints import read_config
 from tune_sparse.models.safetensors_io import INDEX, TensorFiles, weight_files
 
 MODEL_TYPES = ("llama", "mistral")
-"""Mixtral converts too, but Model Zoo's LoRA does not reach its experts, and sweeps do not train it yet."""
+MIXTRAL = (
+    "Model Zoo converts a Mixtral, with moe_implementation: optimized, but its LoRA does not reach the experts, which "
+    "hold nearly all of the weights: a training here would leave them out. "
+)
 CONVERSION_SECONDS = 7200
-NAMES = {
-    "self_attn.q_proj": "self_attn.proj_q_dense_layer",
-    "self_attn.k_proj": "self_attn.proj_k_dense_layer",
-    "self_attn.v_proj": "self_attn.proj_v_dense_layer",
-    "self_attn.o_proj": "self_attn.proj_output_dense_layer",
-    "mlp.gate_proj": "ffn.ffn.0.linear_layer_for_glu",
-    "mlp.up_proj": "ffn.ffn.0.linear_layer",
-    "mlp.down_proj": "ffn.ffn.1.linear_layer",
-}
-
-ROTATED = ("self_attn.q_proj", "self_attn.k_proj")
+SCALED_ROPE = ("llama3",)
+"""The kinds of rope scaling that were seen to compute the same there."""
 
 
 @dataclass(frozen=True)
@@ -53,45 +35,15 @@ class Converted:
     checkpoint: Path
 
 
-def cerebras_name(weight: str) -> str:
-    """Name a matrix in Model Zoo: model.layers.0.mlp.up_proj.weight -> transformer_decoder.layers.0.ffn.ffn.0..."""
-    matrix = matrix_named(weight)
-    assert matrix is not None, weight
-    return f"transformer_decoder.layers.{matrix.block}.{NAMES[matrix.layer]}.weight"
-
-
-def hugging_face_name(weight: str) -> str:
-    """The inverse of `cerebras_name`."""
-    _, layers, number, *module, kind = weight.split(".")
-    back = {theirs: ours for ours, theirs in NAMES.items()}
-    return ".".join(("model", layers, number, back[".".join(module)], kind))
-
-
-def interleaved(weight: str, rows: Tensor, head_dim: int) -> Tensor:
-    """Rows (O, ...) of the matrix `weight`, or of its mask or its B, in the order of Model Zoo."""
-    if not _is_rotated(weight):
-        return rows
-    return rows.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).reshape(rows.shape)
-
-
-def separated(weight: str, rows: Tensor, head_dim: int) -> Tensor:
-    """The inverse of `interleaved`."""
-    if not _is_rotated(weight):
-        return rows
-    return rows.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).reshape(rows.shape)
-
-
-def _is_rotated(weight: str) -> bool:
-    matrix = matrix_named(weight)
-    return matrix is not None and matrix.layer in ROTATED
-
-
 def check_convertible(folder: Path) -> None:
     """Raise `InputError` for a model that Model Zoo would compute differently, or not at all."""
     config = read_config(folder)
-    if config.get("model_type") not in MODEL_TYPES:
+    kind = config.get("model_type")
+    if kind not in MODEL_TYPES:
+        known = MIXTRAL if kind == "mixtral" else ""
         raise InputError(
-            f"the backend cerebras trains {' and '.join(MODEL_TYPES)} models, {folder} is {config.get('model_type')!r}."
+            f"the backend cerebras trains {' and '.join(MODEL_TYPES)} models, {folder} is {kind!r}. {known}"
+            "Use --backend torch."
         )
     heads, hidden = config["num_attention_heads"], config["hidden_size"]
     rules = {
@@ -99,7 +51,7 @@ def check_convertible(folder: Path) -> None:
             config.get("head_dim") in (None, hidden // heads),
             config.get("head_dim"),
         ),
-        "no rope scaling": (not _rope(config).get("rope_scaling"), _rope(config).get("rope_scaling")),
+        f"no rope scaling but {', '.join(SCALED_ROPE)}": (_scaling(config) in (None, *SCALED_ROPE), _scaling(config)),
         "no bias in attention and mlp": (not (config.get("attention_bias") or config.get("mlp_bias")), "one"),
     }
     for wanted, (holds, found) in rules.items():
@@ -177,9 +129,17 @@ def _write_source(folder: Path, source: Path) -> str:
 
 
 def _rope(config: dict[str, Any]) -> dict[str, Any]:
-    """transformers 5 writes `rope_parameters`, which the converter would ignore without a word."""
-    rope = config.get("rope_parameters")
-    if rope is None:
-        return {"rope_theta": config.get("rope_theta", 10_000.0), "rope_scaling": config.get("rope_scaling")}
-    is_plain = rope.get("rope_type", "default") == "default"
-    return {"rope_theta": rope["rope_theta"], "rope_scaling": None if is_plain else rope}
+    """transformers 5 writes `rope_parameters`, which the converter would ignore without a word.
+
+    It refuses a scaling with entries that it does not know, and `rope_theta` is one.
+    """
+    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    theta = rope.pop("rope_theta", config.get("rope_theta", 10_000.0))
+    is_plain = rope.get("rope_type", rope.get("type", "default")) == "default"
+    return {"rope_theta": theta, "rope_scaling": None if is_plain else rope}
+
+
+def _scaling(config: dict[str, Any]) -> str | None:
+    """Name the kind of rope scaling, None for none."""
+    scaling = _rope(config)["rope_scaling"]
+    return scaling and str(scaling.get("rope_type", scaling.get("type")))

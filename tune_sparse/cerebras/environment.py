@@ -127,7 +127,9 @@ def probed(venv: Path) -> tuple[str, dict[str, str | None]]:
 
 def cerebras_identity(settings: Cerebras) -> dict[str, str]:
     """Return the settings and versions of the Cerebras side that change a result."""
-    return {"target": settings.cerebras_target, "release": find_environment().release}
+    known = {"target": settings.cerebras_target, "release": find_environment().release}
+    is_other = settings.half_precision != Cerebras.half_precision
+    return known | ({"half_precision": settings.half_precision} if is_other else {})
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,10 @@ POLL_SECONDS = 0.1
 STOP_VARIABLE = "TUNE_SPARSE_CEREBRAS_STOP_SECONDS"
 STOP_SECONDS = float(os.environ.get(STOP_VARIABLE, "10"))
 """Between the stop file, SIGTERM and SIGKILL: time for the trainer to end its step."""
-WORKING_FILES = ("start.mdl", "model_dir", "masks.safetensors", "weights.safetensors", "adapter_start.safetensors")
+WORKING_FILES = (
+    *("start.mdl", "resumed.mdl", "model_dir"),
+    *("masks.safetensors", "weights.safetensors", "adapter_start.safetensors"),
+)
 """Only a running training needs them. They are as large as the model, and gone when it has ended."""
 RESTART_FILES = ("restart.mdl", "restart.json")
 """A checkpoint of a training that was lost, and its step."""

@@ -4,11 +4,11 @@ job.json              the protocol, and the places of
 base.json             the converted checkpoint, dense, and of
 masks.safetensors     keep-masks, eight weights a byte
 weights.safetensors   matrices whose kept weights are not those of the checkpoint (a method that updates weights)
-adapter_start.safetensors   A (R, I) and B (O, R) that the training begins with
-start.mdl, model_dir/ what it works with, gone when it has ended
+adapter_start.safetensors   A (R, I) and B (O, R) that the training begins with, if it trains adapters
+start.mdl, resumed.mdl, model_dir/   what it works with, gone when it has ended
 restart.mdl, restart.json   a checkpoint and its step, where a training that was lost may go on
 metrics.jsonl         a line a step
-adapter.safetensors   A and B as trained
+trained.safetensors   A and B, or the matrices, as trained
 report.json           seconds, steps, and whether the frozen weights are what they were
 child.log             its output
 cerebras_logs/        the client's own records of a job that failed
@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,15 +28,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tune_sparse.cerebras.content_cache import cached
-from tune_sparse.cerebras.conversion import cerebras_name, hugging_face_name, interleaved, separated
 from tune_sparse.config import Cerebras, Protocol
-from tune_sparse.data.batching import as_batch
+from tune_sparse.config.cerebras import LEFT_OUT, ROUNDED, ROUNDED_WITHIN
+from tune_sparse.data.batching import as_batch, example_tokens
 from tune_sparse.data.splits import Encoded
+from tune_sparse.errors import InputError
 from tune_sparse.files import write_json
+from tune_sparse.models.model_zoo import cerebras_name, hugging_face_name, interleaved, separated
+from tune_sparse.models.safetensors_io import TensorFiles
 from tune_sparse.pruning.masks import Masks
 from tune_sparse.training.loop import batches
 
 CHILD = Path(__file__).parent / "child.py"
+TRAINED = "trained.safetensors"
 CLUSTER_OPTIONS = (
     *("num_csx", "mount_dirs", "python_paths", "automount"),
     *("num_workers_per_csx", "job_priority", "disable_version_check"),
@@ -53,9 +57,11 @@ class Start:
     updated: Mapping[str, Tensor]
     """matrices whose kept weights are not those of the checkpoint: (O, I)"""
     adapters: Mapping[str, tuple[Tensor, Tensor]]
-    """A: (R, I), B: (O, R)"""
+    """A: (R, I), B: (O, R). Without any, the matrices themselves are trained."""
     update_is_masked: bool
     head_dim: int
+    sparsity: float
+    """that was asked for, of which each matrix has its own"""
 
 
 def write_job(
@@ -75,22 +81,43 @@ def write_job(
     updated = {cerebras_name(n): interleaved(n, w.cpu(), start.head_dim).contiguous() for n, w in start.updated.items()}
     if updated:
         save_file(updated, folder / "weights.safetensors")
-    save_file(_named_adapters(start), folder / "adapter_start.safetensors")
+    if start.adapters:
+        save_file(named_adapters(start.adapters, start.head_dim), folder / "adapter_start.safetensors")
     places = {
         "examples": str(examples.resolve()),
         "masks": str((folder / "masks.safetensors").resolve()),
         "weights": str((folder / "weights.safetensors").resolve()) if updated else None,
-        "adapter": str((folder / "adapter_start.safetensors").resolve()),
+        "adapter": str((folder / "adapter_start.safetensors").resolve()) if start.adapters else None,
         "shapes": {cerebras_name(name): list(mask.shape) for name, mask in start.masks.items()},
     }
     sparsities = {cerebras_name(name): 1 - float(mask.sum()) / mask.numel() for name, mask in start.masks.items()}
     trained = {
+        "trains": "adapters" if start.adapters else "weights",
         "update_is_masked": start.update_is_masked,
-        "sparsity_by_weight": {name: sparsity for name, sparsity in sparsities.items() if sparsity},
+        "pruned": [name for name, sparsity in sparsities.items() if sparsity],
+        "annotated": annotated_sparsities(sparsities, start.sparsity, settings.sparsity_annotation),
     }
     went = {"checkpoint_steps": settings.checkpoint_steps, "restart": restart}
     job = places | trained | went | job_protocol(protocol, seed) | job_appliance(settings, job_labels, compile_only)
     write_json(folder / "job.json", job)
+
+
+def annotated_sparsities(sparsities: Mapping[str, float], asked: float, kind: str) -> dict[str, float]:
+    """Return the sparsity that the compiler is told of each matrix, nothing of those that it is not told of.
+
+    Raises `InputError` for a matrix that is further from the sparsity asked for than a rounded annotation may be.
+    """
+    if kind == LEFT_OUT or not any(sparsities.values()):
+        return {}
+    if kind != ROUNDED:
+        return {name: sparsity for name, sparsity in sparsities.items() if sparsity}
+    name, worst = max(sparsities.items(), key=lambda item: abs(item[1] - asked))
+    if abs(worst - asked) > ROUNDED_WITHIN:
+        raise InputError(
+            f"an annotation rounded to {asked} must be within {ROUNDED_WITHIN} of the sparsity of every matrix, {name} "
+            f"has {worst:.4f}. Give --sparsity-annotation exact, or none."
+        )
+    return dict.fromkeys(sparsities, asked)
 
 
 def job_protocol(protocol: Protocol, seed: int) -> dict[str, Any]:
@@ -99,6 +126,7 @@ def job_protocol(protocol: Protocol, seed: int) -> dict[str, Any]:
         "batch_size": protocol.global_batch_size,
         "rank": protocol.lora_rank,
         "alpha": protocol.lora_alpha,
+        "dropout": protocol.lora_dropout,
         "learning_rate": protocol.learning_rate,
         "final_learning_rate": protocol.final_learning_rate,
         "warmup_steps": protocol.warmup,
@@ -115,6 +143,7 @@ def job_appliance(settings: Cerebras, job_labels: Sequence[str], compile_only: b
     return {
         "target": settings.cerebras_target,
         "cluster": _cluster_options(settings) | {"job_labels": list(job_labels)},
+        "half_precision": settings.half_precision,
         "compile_dir": settings.compile_dir,
         "compile_only": compile_only,
         "micro_batch_size": int(micro_batch) if micro_batch.isdecimal() else micro_batch,
@@ -135,12 +164,15 @@ def packed_bits(mask: Tensor) -> Tensor:
     return (flat << torch.arange(7, -1, -1, dtype=torch.uint8)).sum(1, dtype=torch.uint8)
 
 
-def examples_in_order(examples: Sequence[Encoded], protocol: Protocol, seed: int) -> Path:
+def examples_in_order(
+    examples: Sequence[Encoded], protocol: Protocol, seed: int, bucket_tokens: Sequence[int] = ()
+) -> Path:
     """A folder of the cache with the examples of every step, in the order in which the torch backend trains on them.
 
     `tokens.safetensors` has each example once and the order; the child makes of it the HDF5 file that Model Zoo reads.
     """
-    tokens = encoded_tokens(examples, protocol.train_on_prompt)
+    width = padded_tokens(longest_tokens(examples), bucket_tokens)
+    tokens = encoded_tokens(examples, protocol.train_on_prompt, width)
     order = step_order(examples, protocol, seed)
     content = hashlib.sha256(tokens.numpy().tobytes() + repr((tuple(tokens.shape), order)).encode()).hexdigest()
 
@@ -150,11 +182,33 @@ def examples_in_order(examples: Sequence[Encoded], protocol: Protocol, seed: int
     return cached(f"examples-{content[:32]}", write)
 
 
-def encoded_tokens(examples: Sequence[Encoded], train_on_prompt: bool) -> Tensor:
-    """(N, 3, T) int32: input ids, loss mask, the ids that follow; T is the longest example without its last token."""
+def longest_tokens(examples: Sequence[Encoded]) -> int:
+    """Count the tokens of the longest example without its last one, after which nothing is predicted."""
+    return max(map(example_tokens, examples)) - 1
+
+
+def padded_tokens(longest: int, bucket_tokens: Sequence[int]) -> int:
+    """The shortest bucket that holds `longest` tokens, or as many where there are no buckets.
+
+    Raises `InputError` if every bucket is shorter.
+    """
+    if not bucket_tokens:
+        return longest
+    holding = [tokens for tokens in bucket_tokens if tokens >= longest]
+    if not holding:
+        raise InputError(
+            f"a bucket must hold the longest example, which has {longest} tokens, the longest of bucket_tokens has "
+            f"{max(bucket_tokens)}. Add {longest}, or lower max_tokens."
+        )
+    return min(holding)
+
+
+def encoded_tokens(examples: Sequence[Encoded], train_on_prompt: bool, width: int) -> Tensor:
+    """(N, 3, width) int32: input ids, loss mask, the ids that follow. What follows an example is never looked at."""
     batch = as_batch([(example,) for example in examples], train_on_prompt)
     inputs, labels, loss_mask = batch.ids[:, :-1], batch.ids[:, 1:], batch.predicts_target()[:, :-1]
-    return torch.stack([inputs, loss_mask.long(), labels], dim=1).to(torch.int32)
+    tokens = torch.stack([inputs, loss_mask.long(), labels], dim=1).to(torch.int32)
+    return torch.nn.functional.pad(tokens, (0, width - tokens.shape[2]))
 
 
 def step_order(examples: Sequence[Encoded], protocol: Protocol, seed: int) -> list[int]:
@@ -176,7 +230,7 @@ def new_lines(path: Path, after: int) -> tuple[list[dict[str, Any]], int]:
 
 def trained_adapters(folder: Path, head_dim: int) -> dict[str, tuple[Tensor, Tensor]]:
     """A (R, I) and B (O, R) as trained, by the matrices' names in the Hugging Face checkpoint."""
-    tensors = load_file(folder / "adapter.safetensors")
+    tensors = load_file(folder / TRAINED)
     found = {}
     for name in tensors:
         if name.endswith("lora_A"):
@@ -186,9 +240,18 @@ def trained_adapters(folder: Path, head_dim: int) -> dict[str, tuple[Tensor, Ten
     return found
 
 
-def _named_adapters(start: Start) -> dict[str, Tensor]:
+def trained_weights(folder: Path, head_dim: int) -> Iterator[tuple[str, Tensor]]:
+    """Yield each trained matrix (O, I) by its name in the Hugging Face checkpoint, read when it is asked for."""
+    tensors = TensorFiles([folder / TRAINED])
+    for name in tensors:
+        weight = hugging_face_name(name)
+        yield weight, separated(weight, tensors[name], head_dim)
+
+
+def named_adapters(adapters: Mapping[str, tuple[Tensor, Tensor]], head_dim: int) -> dict[str, Tensor]:
+    """A (R, I) and B (O, R) under Model Zoo's names, the rows of B in its order."""
     named: dict[str, Tensor] = {}
-    for weight, (A, B) in start.adapters.items():
-        module, rows = cerebras_name(weight).removesuffix("weight"), interleaved(weight, B, start.head_dim)
+    for weight, (A, B) in adapters.items():
+        module, rows = cerebras_name(weight).removesuffix("weight"), interleaved(weight, B, head_dim)
         named |= {f"{module}lora_A": A.detach().cpu().contiguous(), f"{module}lora_B": rows.detach().cpu().contiguous()}
     return named

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,10 @@ import torch
 from safetensors.torch import save_file
 
 from tune_sparse.cerebras import appliance
-from tune_sparse.cerebras.conversion import cerebras_name, to_cerebras
-from tune_sparse.cerebras.environment import SiteEnvironment, check_cluster, find_environment
+from tune_sparse.cerebras.conversion import to_cerebras
+from tune_sparse.cerebras.environment import check_cluster, find_environment
 from tune_sparse.cerebras.failures import classify_failure
+from tune_sparse.cerebras.graphs import Graph
 from tune_sparse.cerebras.guard import (
     STOP_SECONDS,
     WORKING_FILES,
@@ -24,57 +25,78 @@ from tune_sparse.cerebras.guard import (
     keep_checkpoint,
     remove_files,
 )
-from tune_sparse.cerebras.job import CHILD, job_appliance, job_protocol
-from tune_sparse.config import Cerebras, Protocol, SweepConfig
+from tune_sparse.cerebras.job import CHILD, job_appliance, job_protocol, named_adapters
+from tune_sparse.cerebras.stages import COMPILING, QUEUE, read_stages
+from tune_sparse.config import Cerebras, SweepConfig
 from tune_sparse.files import read_json, write_json
 from tune_sparse.identity import hash_json
 from tune_sparse.ledger.ledger import Ledger
 from tune_sparse.models.architectures import matrix_named, pruned_weights
 from tune_sparse.models.checkpoints import Checkpoint
+from tune_sparse.models.model_zoo import cerebras_name
 from tune_sparse.models.safetensors_io import TensorFiles, weight_files
-from tune_sparse.modes import DENSE, MODES
+from tune_sparse.modes import MODES
 
 POLL_SECONDS = 0.2
-CHECKPOINT_BYTES = 8
-"""A weight's bytes on disk while a training runs: float32 where it begins, and in its last checkpoint."""
+START_BYTES, TRAINED_BYTES = 4, 12
+"""A weight's bytes on disk while a training runs: float32 where it begins; trained, with AdamW's moments."""
 
 
 @dataclass(frozen=True)
 class Lowering:
-    """The result of lowering one kind of model with the compiler's front end."""
+    """The result of lowering one graph with the compiler's front end."""
 
-    model: str
-    mode: str
+    graph: Graph
     precision: str
     seconds: float
     peak_memory_bytes: int
     sparsity_annotations: int
-    sparse_matrices: int
+    annotated_matrices: int
 
     def summary(self) -> str:
         return (
-            f"{self.model} {self.mode} {self.precision}: lowered in {self.seconds:.0f} s with "
+            f"{self.graph.summary()}, {self.precision}: lowered in {self.seconds:.0f} s with "
             f"{self.peak_memory_bytes / 1e9:.1f} GB, {self.sparsity_annotations} sparsity annotations for "
-            f"{self.sparse_matrices} pruned matrices"
+            f"{self.annotated_matrices} matrices"
         )
 
 
+@dataclass(frozen=True)
+class Compiling:
+    """The result of compiling one graph on the appliance."""
+
+    graph: Graph
+    seconds: float
+    queue_seconds: float
+    is_cached: bool
+    """the appliance had it already"""
+    estimated_examples_per_second: float | None
+    """the compiler's own estimate of the training: no measurement"""
+
+    def summary(self) -> str:
+        how = "found in the appliance's cache" if self.is_cached else f"compiled in {self.seconds / 60:.1f} min"
+        return f"{self.graph.summary()}: {how}, after {self.queue_seconds / 60:.1f} min in the queue"
+
+
 def prepare_cerebras(
-    config: SweepConfig, checkpoints: Sequence[Checkpoint], ledger: Ledger, report: Callable[[str], None]
+    config: SweepConfig,
+    checkpoints: Mapping[str, Checkpoint],
+    graphs: Sequence[Graph],
+    ledger: Ledger,
+    report: Callable[[str], None],
 ) -> None:
     """Make a results folder, that the caller has locked, and its models ready to train on Cerebras.
 
-    Before a csx sweep each kind of model is lowered once. Raises `InputError` or `RunError` for what would stop every
-    trial.
+    Before a csx sweep its graphs are lowered. Raises `InputError` or `RunError` for what would stop every trial.
     """
     environment = find_environment()
     for problem in end_leftovers(ledger, config.cerebras):
         report(problem)
-    for checkpoint in checkpoints:
+    for checkpoint in checkpoints.values():
         to_cerebras(checkpoint.path, checkpoint.fingerprint, environment)
     if config.cerebras.cerebras_target == "csx":
         check_cluster()
-        for lowering in lower_all(config, checkpoints, ledger):
+        for lowering in lower_all(config, checkpoints, graphs, ledger):
             report(lowering.summary())
 
 
@@ -98,60 +120,102 @@ def end_leftovers(ledger: Ledger, settings: Cerebras) -> Iterator[str]:
             yield f"jobs of an earlier sweep on the appliance: {left.summary()}"
 
 
-def lower_all(config: SweepConfig, checkpoints: Sequence[Checkpoint], ledger: Ledger) -> Iterator[Lowering]:
-    """Lower each distinct (model, mode, precision) of a sweep. Raises `RunError` that names what has no lowering."""
-    environment, precision = find_environment(), config.protocol.precision
-    for checkpoint in checkpoints:
-        protocol = config.protocol.within(checkpoint.dims.max_positions)
-        converted = to_cerebras(checkpoint.path, checkpoint.fingerprint, environment)
-        for mode in trained_modes(config):
-            shapes = matrix_shapes(checkpoint.path) if MODES[mode].is_pruned else {}
-            folder = ledger.folder / "cerebras" / f"lowering_{checkpoint.name}_{mode}_{precision}"
-            report = lower(folder, converted.config, shapes, mode, max(config.sparsities), protocol, environment)
-            yield Lowering(
-                checkpoint.name,
-                mode,
-                precision,
-                report["seconds"],
-                report["peak_memory_bytes"],
-                report["sparsity_annotations"],
-                len(shapes),
-            )
+def lower_all(
+    config: SweepConfig, checkpoints: Mapping[str, Checkpoint], graphs: Sequence[Graph], ledger: Ledger
+) -> Iterator[Lowering]:
+    """Lower graphs that will be trained, of those that differ in their annotation alone the last.
+
+    Raises `RunError` that names what has no lowering.
+    """
+    kinds = {replace(graph, annotation=graph.annotation is not None): graph for graph in graphs}
+    for graph in kinds.values():
+        folder = write_graph(config, checkpoints[graph.model], graph, ledger, Cerebras(cerebras_target="validate"))
+        report = run_child(folder, config.protocol.threads)
+        yield Lowering(
+            graph,
+            config.protocol.precision,
+            report["seconds"],
+            report["peak_memory_bytes"],
+            report["sparsity_annotations"],
+            len(read_json(folder / "job.json")["annotated"]),
+        )
 
 
-def trained_modes(config: SweepConfig) -> list[str]:
-    """List the modes that are trained: at sparsity 0 every mode is the dense one."""
-    pruned = [mode for mode in config.modes if MODES[mode].is_pruned]
-    has_dense = 0 in config.sparsities or len(pruned) < len(config.modes)
-    return ([DENSE] if has_dense else []) + (pruned if any(config.sparsities) else [])
+def compile_all(
+    config: SweepConfig, checkpoints: Mapping[str, Checkpoint], graphs: Sequence[Graph], ledger: Ledger
+) -> Iterator[Compiling]:
+    """Compile each graph on the appliance, into its cache; no CS-3 is held. Raises `RunError` as a training does."""
+    check_cluster()
+    label = appliance.results_label(hash_json(str(ledger.folder.resolve())))
+    settings = replace(config.cerebras, cerebras_target="csx")
+    for graph in graphs:
+        folder = write_graph(config, checkpoints[graph.model], graph, ledger, settings, label)
+        run_child(folder, config.protocol.threads, label)
+        stages = read_stages((folder / "child.log").read_text(errors="replace"))
+        yield Compiling(
+            graph,
+            stages.seconds[COMPILING],
+            stages.seconds[QUEUE],
+            stages.cached_compiles > 0,
+            stages.estimated_examples_per_second,
+        )
 
 
-def lower(
-    folder: Path,
-    model_config: Path,
-    shapes: dict[str, tuple[int, ...]],
-    mode: str,
-    sparsity: float,
-    protocol: Protocol,
-    environment: SiteEnvironment,
-) -> dict[str, Any]:
-    """Lower one kind of model in `folder`; returns the child's report. shapes: of the pruned matrices, (O, I)."""
+def write_graph(
+    config: SweepConfig,
+    checkpoint: Checkpoint,
+    graph: Graph,
+    ledger: Ledger,
+    settings: Cerebras,
+    label: str | None = None,
+) -> Path:
+    """Write a training of `graph` that takes no step, on the dense weights, into a folder of its own."""
+    folder = ledger.folder / "cerebras" / f"graph_{checkpoint.name}_{hash_json(asdict(graph))[:12]}"
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "examples").mkdir(parents=True)
-    examples = torch.zeros(1, 3, protocol.max_tokens - 1, dtype=torch.int32)
+    protocol = config.protocol.within(checkpoint.dims.max_positions)
+    examples = torch.zeros(1, 3, graph.tokens, dtype=torch.int32)
     order = torch.zeros(protocol.global_batch_size, dtype=torch.long)
     save_file({"examples": examples, "order": order}, folder / "examples" / "tokens.safetensors")
-    kind = {
-        "update_is_masked": MODES[mode].masks_update,
-        "sparsity_by_weight": {cerebras_name(name): sparsity for name in shapes},
+    shapes = matrix_shapes(checkpoint.path)
+    if graph.trained.endswith("adapters"):
+        adapters = {name: _no_adapter(shape, protocol.lora_rank) for name, shape in shapes.items()}
+        save_file(named_adapters(adapters, checkpoint.dims.head_dim), folder / "adapter_start.safetensors")
+    job = _graph_job(graph, {cerebras_name(name): list(shape) for name, shape in shapes.items()}, folder)
+    started = {"checkpoint_steps": None, "restart": None}
+    of_appliance = job_appliance(settings, [label] if label else [], compile_only=label is not None)
+    write_json(folder / "job.json", job | started | job_protocol(protocol, 0) | of_appliance)
+    converted = to_cerebras(checkpoint.path, checkpoint.fingerprint, find_environment())
+    write_json(folder / "base.json", {"config": str(converted.config), "checkpoint": str(converted.checkpoint)})
+    return folder
+
+
+def _graph_job(graph: Graph, shapes: dict[str, list[int]], folder: Path) -> dict[str, Any]:
+    """A job of `graph`; exact annotations, known only when a model is pruned, stand at a half here."""
+    adapter = folder / "adapter_start.safetensors"
+    told = 0.5 if isinstance(graph.annotation, str) else graph.annotation
+    return {
+        "trains": "adapters" if adapter.exists() else "weights",
+        "update_is_masked": graph.trained == "masked adapters",
+        "pruned": list(shapes) if graph.trained == "masked weights" else [],
+        "annotated": {} if told is None else dict.fromkeys(shapes, told),
+        "shapes": shapes,
         "examples": str((folder / "examples").resolve()),
+        "masks": None,
+        "weights": None,
+        "adapter": str(adapter.resolve()) if adapter.exists() else None,
     }
-    one_step = {"steps": 1, "warmup_steps": 0, "checkpoint_steps": None, "restart": None}
-    job = kind | job_protocol(protocol, 0) | one_step | job_appliance(Cerebras(cerebras_target="validate"), [])
-    write_json(folder / "job.json", job)
-    write_json(folder / "base.json", {"config": str(model_config)})
+
+
+def _no_adapter(shape: Sequence[int], rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.zeros(rank, shape[1]), torch.zeros(shape[0], rank)
+
+
+def run_child(folder: Path, threads: int, label: str | None = None) -> dict[str, Any]:
+    """Run what is written in `folder` to its end; returns the child's report. Raises `RunError` as a training does."""
+    environment = find_environment()
     command = [str(environment.python), str(CHILD), str(folder.resolve())]
-    process = SupervisedProcess(folder, command, environment.variables(protocol.threads))
+    process = SupervisedProcess(folder, command, environment.variables(threads), label)
     try:
         while (ended := process.ended()) is None:
             time.sleep(POLL_SECONDS)
@@ -163,10 +227,12 @@ def lower(
     return found
 
 
-def working_bytes(checkpoints: Sequence[Checkpoint], trainings_at_once: int) -> int:
-    """Bound what trainings write while they run: two checkpoints of the largest model each."""
+def working_bytes(checkpoints: Sequence[Checkpoint], modes: Iterable[str], trainings_at_once: int) -> int:
+    """Bound what trainings write while they run: of the largest model, where they begin and what is trained; both
+    again where one that was lost goes on. Adapters are small."""
     weights = max(pruned_weights(c.dims) + 2 * c.dims.vocab_size * c.dims.hidden_size for c in checkpoints)
-    return CHECKPOINT_BYTES * weights * trainings_at_once
+    trained = 0 if all(MODES[mode].has_adapter for mode in modes) else TRAINED_BYTES
+    return 2 * (START_BYTES + trained) * weights * trainings_at_once
 
 
 def matrix_shapes(folder: Path) -> dict[str, tuple[int, ...]]:

@@ -26,6 +26,7 @@ from tune_sparse.cli.words import (
     words,
 )
 from tune_sparse.config import SweepConfig
+from tune_sparse.config.cerebras import UNTRAINED_TARGETS
 from tune_sparse.errors import InputError, NotReadyError, RunError
 from tune_sparse.evaluation.cards import CARDS, SHOWN, card_named
 
@@ -128,8 +129,8 @@ def _sweep(chosen: argparse.Namespace) -> int:
         return _dry_run(config, chosen)
     from tune_sparse.sweep.preparation import prepare
 
-    if "cerebras" in config.backends and config.cerebras.cerebras_target == "validate":
-        return _lower(prepare(config, report=print), chosen)
+    if "cerebras" in config.backends and config.cerebras.cerebras_target in UNTRAINED_TARGETS:
+        return _make_graphs(prepare(config, report=print), chosen)
     from tune_sparse.sweep.driver import run_sweep
 
     result = run_sweep(prepare(config), chosen.retry_failed)
@@ -168,14 +169,20 @@ def _print_result(result: SweepResult) -> None:
         )
 
 
-def _lower(plan: Plan, chosen: argparse.Namespace) -> int:
-    """Print what the wafer's compiler front end says to each kind of model of a sweep; nothing is trained."""
-    from tune_sparse.cerebras.preflight import lower_all
+def _make_graphs(plan: Plan, chosen: argparse.Namespace) -> int:
+    """Lower or compile the graphs of a sweep, and print what the compiler says to each; nothing is trained."""
+    from tune_sparse.cerebras.preflight import compile_all, lower_all
     from tune_sparse.ledger.ledger import Ledger
+    from tune_sparse.sweep.graphs import plan_graphs
 
+    config, ledger = plan.config, Ledger(plan.config.results_dir)
+    planned = plan_graphs(plan)
+    make = lower_all if config.cerebras.cerebras_target == "validate" else compile_all
+    if not chosen.json:
+        print("\n".join(planned.lines), flush=True)
     try:
-        for lowering in lower_all(plan.config, list(plan.checkpoints.values()), Ledger(plan.config.results_dir)):
-            print(json.dumps(asdict(lowering)) if chosen.json else lowering.summary(), flush=True)
+        for made in make(config, plan.checkpoints, planned.distinct(plan.runs.values()), ledger):
+            print(json.dumps(asdict(made)) if chosen.json else made.summary(), flush=True)
     except (RunError, ConnectionError) as error:
         print(f"tune-sparse: {error}", file=sys.stderr)
         return FAULT

@@ -31,7 +31,10 @@ def declare(commands: Any) -> None:
         ],
     )
     validate.add_argument(
-        "checkpoint", type=Path, metavar="CHECKPOINT", help="folder of the checkpoint, in Hugging Face format"
+        "checkpoint",
+        type=Path,
+        metavar="CHECKPOINT",
+        help="folder of the checkpoint, in Hugging Face format, or a .mdl of Cerebras",
     )
     validate.add_argument(
         "--masks",
@@ -76,7 +79,8 @@ def _validate(chosen: argparse.Namespace) -> int:
         recorded.get("mask_sha256"),
         chosen.tolerance,
     )
-    write_json(chosen.checkpoint / "validation_report.json", report)
+    folder = chosen.checkpoint if chosen.checkpoint.is_dir() else chosen.checkpoint.parent
+    write_json(folder / "validation_report.json", report)
     if chosen.json:
         print(json.dumps(report))
     else:

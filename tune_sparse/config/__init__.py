@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from tune_sparse.config.budgets import BudgetOptions as BudgetOptions
+from tune_sparse.config.cerebras import UNTRAINED_TARGETS
+from tune_sparse.config.cerebras import Cerebras as Cerebras
 from tune_sparse.config.options import converted, option, rule
 from tune_sparse.config.protocol import Protocol as Protocol
 from tune_sparse.errors import unknown_name
@@ -28,18 +30,6 @@ CS3 = "CS3"
 CS3_TRIAL = "CS3_TRIAL"
 """A Ray resource that a trial of the backend cerebras holds from its start to its end, also while it prunes and scores.
 One more than there are CS3 keeps these busy, and other trials are never crowded out."""
-CEREBRAS_TARGETS = {
-    "csx": "train on CS-3 systems",
-    "cpu": "train on the CPU of this machine",
-    "validate": "only check that the Cerebras compiler accepts each model in each mode at the highest sparsity, and "
-    "train nothing",
-}
-JOB_PRIORITIES = {"p1": "before others", "p2": "as most", "p3": "after others"}
-CSX_MICRO_BATCHES = {
-    "auto": "the compiler tries several, which takes most of the time of compiling a large model",
-    "explore": "it tries more of them",
-    "none": "a whole batch at once",
-}
 FLOPS_TOKENS = 2048
 """The sequence length at which inference FLOPs are compared."""
 SYNTHETIC, HUB = Path("synthetic"), Path("hub")
@@ -81,101 +71,7 @@ class Cell:
         )
 
 
-@dataclass(frozen=True)
-class Cerebras:
-    """Where and how the backend cerebras trains. Of these, only the target changes numbers."""
-
-    cerebras_target: str = option(
-        "how to use the Cerebras software",
-        "csx",
-        metavar="TARGET",
-        choices=CEREBRAS_TARGETS,
-    )
-    cs3: int = option(
-        "number of trainings on CS-3 systems at the same time; without effect on a running Ray cluster, where the "
-        "amount of its resource named CS3 decides",
-        1,
-        metavar="N",
-    )
-    num_csx: int = option("number of CS-3 systems that one training uses", 1, metavar="N")
-    mount_dirs: tuple[str, ...] = option(
-        "folders to mount on the nodes of the Cerebras cluster", (), metavar="FOLDER", unset="none"
-    )
-    python_paths: tuple[str, ...] = option(
-        "folders with Python packages for the nodes of the Cerebras cluster", (), metavar="FOLDER", unset="none"
-    )
-    num_workers_per_csx: int = option(
-        "input workers of the Cerebras cluster for each CS-3 system of a training", 1, metavar="N"
-    )
-    automount: bool = option(
-        "true or false: let the client mount every folder that the Cerebras cluster can mount, besides --mount-dirs",
-        True,
-        metavar="BOOL",
-    )
-    job_priority: str = option(
-        "priority of the jobs in the appliance's queue", "p2", metavar="PRIORITY", choices=JOB_PRIORITIES
-    )
-    compile_dir: str | None = option(
-        "folder of the appliance in which compiled models are kept and found again",
-        None,
-        metavar="FOLDER",
-        unset="that of the client",
-    )
-    csx_micro_batch_size: str = option(
-        "examples that a CS-3 works on at once: a number, or how the compiler finds one",
-        "auto",
-        metavar="N",
-        choices=CSX_MICRO_BATCHES,
-    )
-    disable_version_check: bool = option(
-        "true or false: train although the client does not expect its release and that of the cluster to go together",
-        False,
-        metavar="BOOL",
-    )
-    train_timeout_seconds: float | None = option(
-        "stop a training on Cerebras that takes longer, queue and compiling left out, and record its run as failed",
-        None,
-        metavar="SECONDS",
-        unset="no limit",
-    )
-    checkpoint_steps: int | None = option(
-        "steps between two checkpoints of a training on Cerebras, from which one that was lost goes on; each is as "
-        "large as the model in float32, and takes minutes to save",
-        None,
-        metavar="N",
-        unset="only at the end",
-    )
-    scoring_gpus: float = option(
-        "GPUs that a trial holds to prune and score a model that Cerebras trains: from 0 to 1", 0.0, metavar="GPUS"
-    )
-    cerebras_share: float = option(
-        "fraction of the pairs of model and task that --backend split trains on Cerebras", 0.5, metavar="FRACTION"
-    )
-
-    def __post_init__(self) -> None:
-        if self.cerebras_target not in CEREBRAS_TARGETS:
-            raise unknown_name("cerebras_target", self.cerebras_target, CEREBRAS_TARGETS)
-        for name in ("cs3", "num_csx", "num_workers_per_csx"):
-            rule(getattr(self, name) >= 1, f"{name} must be at least 1", getattr(self, name), "Give a larger number.")
-        limit = self.train_timeout_seconds
-        rule(limit is None or limit > 0, "train_timeout_seconds must be above 0 or none", limit, "Give seconds.")
-        steps = self.checkpoint_steps
-        rule(steps is None or steps >= 1, "checkpoint_steps must be at least 1 or none", steps, "Give steps.")
-        rule(0 <= self.scoring_gpus <= 1, "scoring_gpus must be in [0, 1]", self.scoring_gpus, "Give 1, or a fraction.")
-        if self.job_priority not in JOB_PRIORITIES:
-            raise unknown_name("job_priority", self.job_priority, JOB_PRIORITIES)
-        micro = self.csx_micro_batch_size
-        rule(
-            micro in CSX_MICRO_BATCHES or (micro.isdecimal() and int(micro) >= 1),
-            f"csx_micro_batch_size must be {', '.join(CSX_MICRO_BATCHES)} or a number of at least 1",
-            micro,
-            "Give one of these.",
-        )
-        share = self.cerebras_share
-        rule(0 < share < 1, "cerebras_share must be in (0, 1)", share, "Give a fraction, or another --backend.")
-
-
-UNTOUCHED_ON_CEREBRAS = ("lora_dropout", "masked_lora_impl", "packing")
+UNTOUCHED_ON_CEREBRAS = ("masked_lora_impl", "packing")
 """The settings of a `Protocol` that the Cerebras backend ignores."""
 
 
@@ -317,12 +213,12 @@ class SweepConfig:
         return tuple(mode for mode in self.modes if not MODES[mode].has_adapter)
 
     def _check_cerebras(self) -> None:
+        masked = [mode for mode in self.modes if MODES[mode].masks_update]
         rule(
-            not self._modes_without_adapter,
-            "the backend cerebras trains adapters, so the mode "
-            f"{' and '.join(self._modes_without_adapter)} must not be in modes",
-            self.modes,
-            "Leave it out, or sweep it with --backend torch.",
+            not (self.protocol.lora_dropout and masked and any(self.sparsities)),
+            f"the backend cerebras has no dropout before a masked update, so lora_dropout must be 0 with {masked}",
+            self.protocol.lora_dropout,
+            "Leave it alone, or sweep the other modes apart.",
         )
         for name in UNTOUCHED_ON_CEREBRAS:
             value, default = getattr(self.protocol, name), getattr(Protocol, name)
@@ -333,8 +229,8 @@ class SweepConfig:
                 "Leave it alone.",
             )
         rule(
-            self.cerebras.cerebras_target != "validate" or self.backends == ("cerebras",),
-            "cerebras_target validate trains nothing, so the only backend must be cerebras",
+            self.cerebras.cerebras_target not in UNTRAINED_TARGETS or self.backends == ("cerebras",),
+            f"cerebras_target {self.cerebras.cerebras_target} trains nothing, so the only backend must be cerebras",
             self.backend,
             "Give --backend cerebras alone.",
         )

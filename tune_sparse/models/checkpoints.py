@@ -48,7 +48,7 @@ def short_name(reference: str) -> str:
 
 
 def find_folder(reference: str) -> Path:
-    """The folder of a toy model that was trained, a path, or a hub id that was fetched.
+    """The folder of a toy model that was trained, a path, a `.mdl` of Cerebras, or a hub id that was fetched.
 
     Raises `InputError` where `prepare_models` has something to do first.
     """
@@ -64,6 +64,10 @@ def find_folder(reference: str) -> Path:
         return folder
     if Path(reference).expanduser().is_dir():
         return Path(reference).expanduser()
+    if _is_mdl(reference):
+        from tune_sparse.models.mdl import mdl_folder
+
+        return mdl_folder(Path(reference).expanduser())
     return _hub_folder(reference, local_files_only=True)
 
 
@@ -78,9 +82,13 @@ def prepare_models(references: Sequence[str], report: Callable[[str], None]) -> 
     folders = dict(zip(toy, train_toy_models(toy, report), strict=True))
     for reference in references:
         if reference not in toy:
-            is_folder = Path(reference).expanduser().is_dir()
+            is_folder = Path(reference).expanduser().is_dir() or _is_mdl(reference)
             folders[reference] = find_folder(reference) if is_folder else _hub_folder(reference, local_files_only=False)
     return folders
+
+
+def _is_mdl(reference: str) -> bool:
+    return reference.endswith(".mdl") and Path(reference).expanduser().is_file()
 
 
 def _hub_folder(reference: str, local_files_only: bool) -> Path:

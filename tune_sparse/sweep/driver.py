@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from tune_sparse.cerebras.graphs import Graph
 from tune_sparse.cerebras.preflight import prepare_cerebras
 from tune_sparse.config import CS3, CS3_TRIAL, SweepConfig
 from tune_sparse.ledger.lease import FolderLease
@@ -18,6 +19,7 @@ from tune_sparse.ledger.record import SweepRecord
 from tune_sparse.ledger.run import Run
 from tune_sparse.sweep.cards import block_kinds, check_devices, cluster_devices
 from tune_sparse.sweep.forecast import longest_first
+from tune_sparse.sweep.graphs import PlannedGraphs, plan_graphs
 from tune_sparse.sweep.plan import Plan
 from tune_sparse.sweep.preparation import check_start
 from tune_sparse.sweep.progress import Progress
@@ -76,9 +78,8 @@ def run_sweep(plan: Plan, retry_failed: bool = False, only: Collection[str] | No
         with track_sweep(ledger, uri, record) as tracker:
             stopped, workers = None, 1
             if missing:
-                if any(run.cerebras for run in missing):
-                    prepare_cerebras(config, list(plan.checkpoints.values()), ledger, report=logger.info)
-                stopped, workers = _tune(plan, ledger, missing, progress, tracker, lease)
+                graphs = _prepare_cerebras(plan, ledger, missing) if any(run.cerebras for run in missing) else {}
+                stopped, workers = _tune(plan, ledger, missing, graphs, progress, tracker, lease)
                 if not lease.lost.is_set():
                     ledger.remove_partial()
         seconds = time.perf_counter() - started
@@ -98,6 +99,17 @@ def run_sweep(plan: Plan, retry_failed: bool = False, only: Collection[str] | No
     )
 
 
+def _prepare_cerebras(plan: Plan, ledger: Ledger, missing: Sequence[Run]) -> dict[str, Graph]:
+    """Make everything ready to train on Cerebras; returns the graph of each run where there is a compiler."""
+    settings = plan.config.cerebras
+    planned = plan_graphs(plan) if settings.cerebras_target == "csx" else PlannedGraphs({}, ())
+    for line in planned.lines:
+        logger.info(line)
+    graphs = planned.distinct(missing)
+    prepare_cerebras(plan.config, plan.checkpoints, graphs, ledger, report=logger.info)
+    return planned.by_run
+
+
 def _keep_start(ledger: Ledger, record: SweepRecord) -> SweepRecord:
     """The same sweep started again keeps the time of its first start."""
     earlier = [sweep.started for sweep in ledger.sweeps() if sweep.sweep_id == record.sweep_id]
@@ -108,6 +120,7 @@ def _tune(
     plan: Plan,
     ledger: Ledger,
     missing: Sequence[Run],
+    graphs: Mapping[str, Graph],
     progress: Progress,
     tracker: BackgroundTracker,
     lease: FolderLease,
@@ -133,7 +146,10 @@ def _tune(
 
         def make_trial(run: Run) -> dict[str, Any]:
             trial = trial_settings(run, config, ledger.folder, placement) | {"token": lease.token}
-            return trial | ({"cerebras": asdict(config.cerebras)} if run.cerebras else {})
+            settings, graph = config.cerebras, graphs.get(run.run_id)
+            if graph is not None:
+                settings = replace(settings, bucket_tokens=(graph.tokens,))
+            return trial | ({"cerebras": asdict(settings)} if run.cerebras else {})
 
         waiting = longest_first(plan, ledger, missing)
         names = sorted(set(map(placement.queue, waiting)), key=lambda name: SCARCEST_FIRST.index(name.split()[0]))

@@ -10,12 +10,14 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
+from tune_sparse.cerebras.graphs import Graph
 from tune_sparse.config import Cell, SweepConfig
 from tune_sparse.ledger.contracts import LedgerReader
 from tune_sparse.ledger.record import Record
 from tune_sparse.ledger.run import Run
 from tune_sparse.models.architectures import pruned_weights
 from tune_sparse.sweep.cards import gpus_asked
+from tune_sparse.sweep.graphs import plan_graphs
 from tune_sparse.sweep.plan import Plan, checkpoint_bytes, host_bytes, pruning_bytes
 from tune_sparse.sweep.progress import duration
 from tune_sparse.sweep.resources import available_cores
@@ -53,6 +55,8 @@ class Forecast:
     cs3_seconds: float
     compile_seconds: float
     """of the seconds of CS-3 systems"""
+    graphs: int
+    """that the missing runs have to compile for a CS-3, each once"""
     scoring_seconds: float
     """in which a CPU prunes and scores what a CS-3 trains, because its trials hold no GPU"""
     wall_seconds: float | None
@@ -82,6 +86,8 @@ class Forecast:
         lines.append(f"Memory of the host: up to {self.host_bytes / 1e9:.1f} GB for each trial")
         if self.by_group:
             lines.append(f"Time of {sum(self.by_group.values())} of {self.runs} runs: {self._time()}")
+        if self.graphs:
+            lines.append(f"Graphs to compile for a CS-3, each once: {self.graphs} (--sparsity-annotation)")
         if self.scoring_seconds:
             lines.append(
                 f"  of it {duration(self.scoring_seconds)} in which a CPU prunes and scores what a CS-3 trains: no GPU "
@@ -109,13 +115,16 @@ def forecast(plan: Plan, ledger: LedgerReader, missing: Sequence[Run]) -> Foreca
     timed, written = Medians(measured, TIME_GROUPS), Medians(measured, DISK_GROUPS)
     like = [(run, timed.nearest(run.cell)) for run in missing]
     known = [(run, cost) for run, (_, cost) in like if cost]
+    graphs = _missing_graphs(plan, ledger, missing)
+    compiling = len(graphs) * max((cost.compile_seconds for _, cost in measured), default=0.0)
     disk = [written.nearest(run.cell)[1] for run in missing]
     return Forecast(
         runs=len(missing),
         cpu_seconds=sum(cost.cpu_seconds for _, cost in known),
         gpu_seconds=sum(cost.gpu_seconds for _, cost in known),
-        cs3_seconds=sum(cost.cs3_seconds for _, cost in known),
-        compile_seconds=sum(cost.compile_seconds for _, cost in known),
+        cs3_seconds=sum(cost.cs3_seconds - cost.compile_seconds for _, cost in known) + compiling,
+        compile_seconds=compiling,
+        graphs=len(graphs),
         scoring_seconds=sum(cost.scoring_seconds for _, cost in known),
         wall_seconds=wall_seconds(known, plan.config),
         disk_bytes=round(
@@ -128,6 +137,15 @@ def forecast(plan: Plan, ledger: LedgerReader, missing: Sequence[Run]) -> Foreca
         by_group=dict(Counter(", ".join(names) for _, (names, cost) in like if cost)),
         unmeasured=dict(Counter(" ".join(pilot_key(run.cell)) for run, (_, cost) in like if not cost)),
     )
+
+
+def _missing_graphs(plan: Plan, ledger: LedgerReader, missing: Sequence[Run]) -> set[Graph]:
+    """The graphs of the missing runs that no done run has had compiled for a CS-3."""
+    if not any(run.cerebras and run.cerebras["target"] == "csx" for run in missing):
+        return set()
+    planned = plan_graphs(plan)
+    done = [run for run in plan.runs.values() if ledger.is_done(run.run_id)]
+    return set(planned.distinct(missing)) - set(planned.distinct(done))
 
 
 def longest_first(plan: Plan, ledger: LedgerReader, runs: Sequence[Run]) -> list[Run]:

@@ -228,7 +228,7 @@ def _check_reachable(config: SweepConfig, checkpoint: Checkpoint) -> None:
 def _model_path(reference: str) -> str:
     """Return a reference that finds the same model from another working directory."""
     folder = Path(reference).expanduser()
-    return reference if reference in TOY_MODELS or not folder.is_dir() else str(folder.resolve())
+    return reference if reference in TOY_MODELS or not folder.exists() else str(folder.resolve())
 
 
 def _plain(value: Any) -> Any:

@@ -87,5 +87,5 @@ def check_start(plan: Plan, ledger: Ledger, missing: Sequence[Run]) -> None:
         settings = plan.config.cerebras
         if settings.cerebras_target == "csx":
             check_cluster()
-        needed = working_bytes(list(plan.checkpoints.values()), settings.cs3)
+        needed = working_bytes(list(plan.checkpoints.values()), plan.config.modes, settings.cs3)
         check_room(ledger.folder, needed, "training on Cerebras", FREE_SOME)
