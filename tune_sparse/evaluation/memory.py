@@ -27,10 +27,11 @@ CPU_PROCESS_BYTES, GPU_PROCESS_BYTES = GIB // 2, 3 * GIB
 
 FLOAT, ADAMW_STATES = 4, 4
 """Bytes of a float32; a trained weight is kept with its gradient and both moments."""
-PASS_LOGITS_BYTES = 1 << 27
-"""The logits in float32 that one scoring pass holds at once."""
-LOGITS_COPIES = 4
-"""Logits, their softmax and its gradient, in float32 and in the precision of the weights: counted."""
+PASS_LOGITS = 1 << 25
+"""Logits that one pass without gradients holds at once, at most."""
+LOGIT_BYTES, PASS_LOGIT_BYTES = 10, 8
+"""A logit takes so much in training: itself and its softmax in float32, and that in the precision of the weights; and
+in a pass without gradients: counted."""
 SCORE_BYTES, ROW_SCORE_BYTES = 12, 16
 """A weight being scored and cut takes so much besides itself: counted; scores compared by row are sorted."""
 UPDATED_BYTES = 14
@@ -183,7 +184,7 @@ class CellMemory:
         """The model, what is trained with its AdamW states, W_eff, activations, logits."""
         cell, tokens = self.in_training, budgets.micro_batch_tokens
         activations = tokens * cell.activation_bytes(budgets.activation_checkpointing)
-        logits = LOGITS_COPIES * FLOAT * min(CHUNK_LOGITS, tokens * cell.dims.vocab_size)
+        logits = LOGIT_BYTES * min(CHUNK_LOGITS, tokens * cell.dims.vocab_size)
         beside = cell.effective_weights(budgets) + activations + logits + cell.packed_masks(tokens)
         return cell.weights + cell.trained + beside
 
@@ -271,7 +272,7 @@ class CellMemory:
 
     def likelihoods(self, tokens: int) -> int:
         """A pass over texts, and the logits that are read."""
-        return tokens * self.pass_bytes + LOGITS_COPIES * PASS_LOGITS_BYTES
+        return tokens * self.pass_bytes + PASS_LOGIT_BYTES * min(PASS_LOGITS, tokens * self.dims.vocab_size)
 
     @property
     def pass_bytes(self) -> int:
