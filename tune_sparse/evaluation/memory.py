@@ -38,11 +38,11 @@ UPDATED_BYTES = 14
 """A weight that SparseGPT updates takes so much besides itself: counted."""
 FACTOR_COPIES = 3
 """Of a Hessian while it is factorised, besides its sums: counted."""
-MERGE_BYTES = 16
-"""A weight being merged: the dense one, the merged one, its mask, and the update before and after it was rounded."""
+MASK_BYTES = 2
+"""A weight's place in a mask, and in a comparison."""
 VALIDATE_BYTES = 6
 PROBE_TOKENS = 2048
-"""Tokens whose logits are compared before and after the merge: both, one of them being put together, and in float32."""
+"""Tokens whose logits are compared before and after a merge that is exact: both, each once more while it is made."""
 
 
 @dataclass(frozen=True)
@@ -211,11 +211,11 @@ class CellMemory:
         return (widened + cast) * self.trainable + self.largest * (self.element + 1)
 
     def effective_weights(self, budgets: Budgets) -> int:
-        """One matrix and its mask as numbers, or every matrix where they are kept for the step."""
-        if not MODES[self.mode].has_adapter:
+        """One matrix and its mask as numbers, or all that are kept for the step; plain LoRA builds none."""
+        if not self.masks_update:
             return 0
-        keeps = self.masks_update and budgets.keeps_effective_weights
-        return 2 * self.largest * self.element + (self.prunable * self.element if keeps else 0)
+        kept = self.prunable if budgets.keeps_effective_weights else 0
+        return (2 * self.largest + kept) * self.element
 
     def packed_masks(self, tokens: int) -> int:
         """Which token of a packed sequence attends to which, as bools and as numbers."""
@@ -256,10 +256,10 @@ class CellMemory:
 
     @property
     def merging(self) -> int:
-        """One matrix, with the trained weights still there."""
+        """One matrix, dense and merged and its mask as bools and as numbers, with the trained weights still there."""
         trained = self.trainable * (FLOAT if MODES[self.mode].has_adapter else FLOAT - self.element)
-        probe = PROBE_TOKENS * self.dims.vocab_size * 3 * (self.element + FLOAT)
-        return trained + max(self.largest * MERGE_BYTES, probe)
+        probe = PROBE_TOKENS * self.dims.vocab_size * 4 * self.element
+        return trained + max(self.largest * (3 * self.element + MASK_BYTES), probe)
 
     def scoring(self, budgets: Budgets) -> int:
         """The larger of a pass for likelihoods and of a batch of answers."""
