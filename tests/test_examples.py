@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import shutil
 import textwrap
@@ -83,6 +84,7 @@ def test_mlflow_shows_the_trainings_of_a_sweep(
         example("mlflow_view").main(str(swept))
     finally:
         mlflow.set_tracking_uri(before)
+        os.environ.pop("MLFLOW_TRACKING_URI", None)  # MLflow sets it with its address, for every later test
     _, *trainings = capsys.readouterr().out.splitlines()
     assert sorted(line.split()[0] for line in trainings) == ["none", "random", "unstructured"]
 
