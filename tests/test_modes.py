@@ -16,6 +16,7 @@ import pytest
 import torch
 from factories import TINY_PROTOCOL, finished, tiny_run, write_boolq
 from plain_masks import make_masks, masked
+from safetensors.torch import load_file
 from torch import Tensor
 
 from trainables import loaded, pipeline, pruning_stage, training
@@ -424,6 +425,25 @@ def test_sparsegpt_freezes_the_weights_that_it_updated(
     deployed, _ = deployed_by(run, ledger, worker)
     for name, merged in prunable_weights(deployed.model).items():
         torch.testing.assert_close(merged, frozen[name], atol=1e-6, rtol=0)
+
+
+def test_the_modes_of_a_pair_begin_alike_and_another_cell_of_the_seed_does_not(
+    make_run: MakeRun, ledger: Ledger
+) -> None:
+    """A step so small that the adapter that is saved is the one that it began with."""
+    one_step = {"steps": 1, "learning_rate": 1e-30, "final_learning_rate": 1e-30}
+    cells = [{"mode": "sparse-to-dense"}, {"mode": "sparse-to-sparse"}, {"sparsity": 0.5001}]
+    runs = [make_run(**one_step, **cell) for cell in cells]
+    losses = [finished(run, ledger).metrics["train_loss"] for run in runs]
+    first, second, other = (first_factors(ledger, run) for run in runs)
+    assert all(torch.equal(A, second[name]) for name, A in first.items())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6), "on the same examples"
+    assert not any(torch.equal(A, other[name]) for name, A in first.items())
+
+
+def first_factors(ledger: Ledger, run: Run) -> dict[str, Tensor]:
+    saved = load_file(ledger.run_folder(run.run_id) / "adapter" / "adapter_model.safetensors")
+    return {name: tensor for name, tensor in saved.items() if "lora_A" in name}
 
 
 def test_a_worker_measures_a_model_on_a_task_once(

@@ -213,7 +213,7 @@ def _train_into(
     masks = cerebras_backend.update_masks(run, pruned) if run.cerebras else pruned.masks
     protocol = replace(run.protocol, masked_lora_impl="effective-weight") if run.cerebras else run.protocol
     modules = {"modules": run.super_adapter.space.modules} if run.super_adapter else {}
-    trainable = setup(run.cell.mode, model, protocol, masks, run.cell.seed, **modules)
+    trainable = setup(run.cell.mode, model, protocol, masks, run.draw_seed, **modules)
     with trainable.shrunk():
         work.memory.end("set up")
         log(trainable.summary())
