@@ -36,7 +36,14 @@ def test_sums_by_hand() -> None:
     inputs.add(torch.tensor([[[4.0, 0.0]]]))
     assert inputs.norms.tolist() == [5.0, 1.0]
     torch.testing.assert_close(inputs.take_hessian(), torch.tensor([[25.0, 0.0], [0.0, 1.0]]) * 2 / 3)
+    assert inputs.dead.tolist() == [False, False]
     assert inputs.products is None, "a Hessian lives as long as the caller wants it"
+
+
+def test_an_input_that_is_always_zero_is_dead() -> None:
+    inputs = InputStats(wants_hessian=False)
+    inputs.add(torch.tensor([[3.0, 0.0, 0.0], [0.0, 0.0, 1.0]]))
+    assert inputs.dead.tolist() == [False, True, False]
 
 
 @pytest.mark.parametrize("name", ["LlamaForCausalLM", "GPT2LMHeadModel", "OPTForCausalLM"])

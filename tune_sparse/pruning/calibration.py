@@ -56,6 +56,12 @@ class InputStats:
         assert self.squares is not None
         return self.squares.sqrt()
 
+    @property
+    def dead(self) -> Tensor:
+        """Which inputs are 0 for every token: (I,)."""
+        assert self.squares is not None
+        return self.squares == 0
+
     def take_hessian(self) -> Tensor:
         """2/n Σ x xᵀ of the output error: (I, I). It is given away: the sums of products are gone after that."""
         products, self.products = self.products, None
