@@ -395,12 +395,20 @@ def test_every_kind_of_method_trains(method: str, order: str, make_run: MakeRun,
     described = json.loads((ledger.run_folder(run.run_id) / "sparse_config.json").read_text())
     calibration = {
         "calibration": "task",
-        "calibration_examples": 6,
-        "calibration_tokens": 2048,
+        "calibration_tokens": 144,
+        "calibration_window": 24,
         "calibration_order": order,
+        "calibration_tokens_seen": 144,
     }
     assert described["calibration"] == (calibration if run.is_calibrated else None)
     assert described["mask_sha256"] == record.metrics["mask_sha256"]
+    shown = {"calibration": "task", "calibration_order": order, "calibration_tokens_seen": 144}
+    recorded = {name: value for name, value in record.metrics.items() if name in shown}
+    assert recorded == (shown if run.is_calibrated else {})
+    if run.is_calibrated:
+        assert record.metrics["calibration_tokens_per_input"] == 144 / 192, "of the feed-forward channels"
+    log = (ledger.run_folder(run.run_id) / "train.log").read_text()
+    assert ("calibrated on 144 tokens, a warning: that is 0.75 for each input" in log) == (method == "sparsegpt")
 
 
 def test_sparsegpt_freezes_the_weights_that_it_updated(
@@ -482,7 +490,7 @@ def test_scores_can_be_calibrated_on_text(llama: Path, ledger: Ledger, tmp_path:
         "n_selection": 4,
         "precision": "float32",
     }
-    calibration = {"calibration": "wikitext2", "calibration_examples": 4, "calibration_tokens": 64}
+    calibration = {"calibration": "wikitext2", "calibration_tokens": 256, "calibration_window": 64}
     names = {"models": str(llama), "tasks": "boolq", "data_dir": data_dir, "methods": "wanda", "sparsities": "0.5"}
     plan = make_plan(SweepConfig.from_names(names | few | calibration))
     first, second = plan.runs.values()
@@ -490,3 +498,5 @@ def test_scores_can_be_calibrated_on_text(llama: Path, ledger: Ledger, tmp_path:
     assert finished(first, ledger, WorkerCache()).status == "done"
     described = json.loads((ledger.run_folder(first.run_id) / "sparse_config.json").read_text())
     assert described["calibration"] | calibration == described["calibration"]
+    assert described["calibration"]["calibration_tokens_seen"] == 256
+    assert finished(second, ledger).metrics["calibration_tokens_seen"] == 256, "read from the stored pruning"

@@ -43,8 +43,8 @@ OTHER_PROTOCOL: dict[str, Any] = {
 }
 OTHER_CALIBRATION: dict[str, Any] = {
     "calibration": "wikitext2",
-    "calibration_examples": 64,
-    "calibration_tokens": 512,
+    "calibration_tokens": 4096,
+    "calibration_window": 512,
     "calibration_order": "sequential",
 }
 OTHER_CELL: dict[str, Any] = {
