@@ -241,8 +241,9 @@ def _settings(texts: list[str]) -> dict[str, Any]:
 def _differing(evaluation: Evaluation, recorded: dict[str, Outcome]) -> int:
     """Examples that a finished run had answered otherwise, or windows whose likelihood differs by a thousandth."""
     known = [(recorded[outcome.id], outcome) for outcome in evaluation.outcomes if outcome.id in recorded]
-    if evaluation.outcomes[0].correct is not None:
-        return sum(before.correct != now.correct for before, now in known)
+    metric = evaluation.metrics["primary_metric"]
+    if metric != "perplexity":
+        return sum(before.is_right(metric) != now.is_right(metric) for before, now in known)
     pairs = [(before.log_likelihoods[0], now.log_likelihoods[0]) for before, now in known]
     return sum(not math.isclose(before, now, rel_tol=1e-3) for before, now in pairs)
 
