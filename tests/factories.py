@@ -14,6 +14,7 @@ from typing import Any
 from tune_sparse.config import Cell, Protocol
 from tune_sparse.data.task_types import AnswerTask, PromptTask
 from tune_sparse.data.tasks import TASKS
+from tune_sparse.evaluation.metrics import MEAN
 from tune_sparse.files import write_json, write_lines
 from tune_sparse.ledger.ledger import Ledger
 from tune_sparse.ledger.record import Record, SweepRecord
@@ -141,15 +142,13 @@ def done_record(run: Run, accuracy: float = 0.75, **metrics: Any) -> Record:
         run.identity,
         "done",
         metrics={
-            "accuracy": accuracy,
-            "accuracy_stderr": 0.03,
-            "accuracy_before_tuning": 0.5,
-            "accuracy_before_merge": None if run.cell.mode == "dense" else accuracy,
+            **score_metrics(run, accuracy),
             "n_examples": 200,
             "actual_sparsity": run.cell.sparsity,
             "mask_sha256": "ab" * 32,
             "train_loss": 0.25,
             "eval_loss": 0.5,
+            "eval_loss_before_mask": None,
             "inference_flops": {"1024": 1_000, "2048": 2_000, "4096": 4_000, "8192": 8_000},
         }
         | metrics,
@@ -163,6 +162,16 @@ def done_record(run: Run, accuracy: float = 0.75, **metrics: Any) -> Record:
         },
         environment={"hardware": "abacus", "host": "here", "packages": {"torch": "2.13"}, "git_sha": None},
     )
+
+
+def score_metrics(run: Run, accuracy: float) -> dict[str, Any]:
+    """Every metric of the task of a run, as good as the others; of a mixture, their mean alone."""
+    values = {"": accuracy, "_stderr": 0.03, "_before_tuning": 0.5}
+    values["_before_merge"] = None if run.cell.mode == "dense" else accuracy
+    task = TASKS.get(run.cell.task)
+    names = ("accuracy", *(task.metrics if task else ()))
+    primary = {"primary_metric": task.primary_metric if task else MEAN}
+    return primary | {f"{name}{suffix}": value for name in names for suffix, value in values.items()}
 
 
 def failed_record(run: Run, message: str = "the loss is nan at step 7", retryable: bool = False) -> Record:

@@ -16,7 +16,7 @@ from tune_sparse.config import Cell, Protocol
 from tune_sparse.data.splits import Splits, fingerprint_splits, load_splits
 from tune_sparse.data.task_types import PromptTask
 from tune_sparse.data.tasks import TASKS
-from tune_sparse.evaluation.metrics import compute_metrics
+from tune_sparse.evaluation.metrics import compute_metrics, with_earlier
 from tune_sparse.evaluation.outcomes import Outcome, write_outcomes
 from tune_sparse.files import read_json, write_json, write_lines
 from tune_sparse.ledger.ledger import Ledger
@@ -81,7 +81,8 @@ def make_outcomes(run: Run, accuracy: float, salt: str = "", answers: Mapping[st
         right = rng.random() < accuracy
         predicted = answers[name] if answers else (gold if right else str(1 - int(gold)))
         likelihoods = (-rng.random(), -1 - rng.random())
-        found.append(Outcome(task.name, name, gold, predicted, predicted == gold, log_likelihoods=likelihoods))
+        is_right = dict.fromkeys(task.metrics, predicted == gold)
+        found.append(Outcome(task.name, name, gold, predicted, **is_right, log_likelihoods=likelihoods))
     return found
 
 
@@ -101,21 +102,20 @@ def write_sound(
         0.8 - 0.3 * cell.sparsity,
         f"untuned-{name_stream(replace(run, cell=replace(run.cell, mode=MODES[0])))}",
     )
-    chance, shares = 0.5, kept or dict.fromkeys(MATRICES, 1 - cell.sparsity)
+    shares, task = kept or dict.fromkeys(MATRICES, 1 - cell.sparsity), TASKS[cell.task]
     kept_by_matrix = {matrix: [round(1000 * share), 1000] for matrix, share in shares.items()}
     counted = 1 - sum(k for k, _ in kept_by_matrix.values()) / (1000 * len(kept_by_matrix))
     seed = cell.seed if cell.method == "random" else None
     mask = hashlib.sha256(f"{cell.method} {cell.sparsity} {seed}".encode()).hexdigest()
     losses = [hashlib.sha256(f"{name}{step}".encode()).digest()[0] / 256 + 0.01 for step in range(run.protocol.steps)]
     recorded = {
-        **compute_metrics(outcomes, chance, None),
-        "accuracy_before_tuning": compute_metrics(pruned_baseline, chance, None)["accuracy"],
-        "accuracy_before_merge": None,
+        **with_earlier(compute_metrics(task, outcomes), compute_metrics(task, pruned_baseline), None),
         "actual_sparsity": counted,
         "mask_sha256": mask,
         "weights_sha256": hashlib.sha256(name.encode()).hexdigest(),
         "train_loss": losses[-1],
         "eval_loss": 0.5,
+        "eval_loss_before_mask": None,
         "inference_flops": {"2048": 2_000},
     }
     if cell.mode == "sparse-to-dense":

@@ -26,14 +26,18 @@ from tune_sparse.ledger.ledger import Ledger
 
 MODES = ("sparse-to-dense", "sparse-to-sparse")
 SUMMARY = (
-    "cell_id,run_id,shared_with,backend,model,task,method,sparsity,actual_sparsity,mode,seed,status,accuracy,"
+    "cell_id,run_id,shared_with,backend,model,task,method,sparsity,actual_sparsity,mode,seed,status,primary_metric,accuracy,"
     "accuracy_stderr,accuracy_before_tuning,accuracy_before_merge,chance_accuracy,n_examples,majority_fraction,most_frequent_fraction,"
-    "truncated_fraction,accuracy_norm,accuracy_flexible,f1,perplexity,perplexity_stderr,perplexity_before_tuning,"
-    "perplexity_before_merge,train_loss,eval_loss,"
+    "truncated_fraction,cut_fraction,acc,acc_stderr,acc_before_tuning,acc_before_merge,"
+    "acc_norm,acc_norm_stderr,acc_norm_before_tuning,acc_norm_before_merge,"
+    "exact_match_strict,exact_match_strict_stderr,exact_match_strict_before_tuning,exact_match_strict_before_merge,"
+    "exact_match_flexible,exact_match_flexible_stderr,exact_match_flexible_before_tuning,exact_match_flexible_before_merge,"
+    "perplexity,perplexity_stderr,perplexity_before_tuning,perplexity_before_merge,f1,f1_stderr,"
+    "train_loss,eval_loss,eval_loss_before_mask,"
     "train_examples_per_second,train_tokens_per_second,train_seconds,peak_memory_bytes,cell_peak_memory_bytes,compile_seconds,"
     "inference_flops,hardware,error"
 )
-NUMBERS = SUMMARY.split(",")[12:16] + SUMMARY.split(",")[17:26] + ["actual_sparsity"]
+NUMBERS = SUMMARY.split(",")[13:17] + SUMMARY.split(",")[18:48] + ["actual_sparsity"]
 """Columns that only a finished run can fill."""
 
 

@@ -163,6 +163,10 @@ def few_examples(ledger: Ledger) -> None:
     sound_ledger(ledger.folder, protocol=replace(PROTOCOL, n_test=200))
 
 
+def answers_cut(ledger: Ledger) -> None:
+    edit(run_folder_in(ledger) / "result.json", metrics={"cut_fraction": 0.06})
+
+
 def few_steps(ledger: Ledger) -> None:
     shutil.rmtree(ledger.folder)
     sound_ledger(ledger.folder, protocol=replace(PROTOCOL, steps=6, eval_every=6))
@@ -226,6 +230,7 @@ PLANTED: dict[str, Callable[[Ledger], None]] = {
     "constant-prediction": constant_prediction,
     "same-answers": same_answers,
     "modes-coincide": modes_coincide,
+    "answers-cut": answers_cut,
     "few-examples": few_examples,
     "few-steps": few_steps,
     "few-calibration-tokens": few_calibration_tokens,
@@ -402,6 +407,17 @@ def test_a_broken_file_is_listed_and_the_rest_analysed(
 def test_a_broken_sweep_record_is_listed(ledger: Ledger) -> None:
     (ledger.folder / "sweeps" / "half.json").write_text("{")
     assert [finding.rule for finding in audited(ledger).findings] == ["unreadable"]
+
+
+def test_a_few_answers_that_are_cut_are_none(ledger: Ledger) -> None:
+    edit(run_folder_in(ledger) / "result.json", metrics={"cut_fraction": 0.05})
+    assert "answers-cut" not in {finding.rule for finding in audited(ledger).findings}
+
+
+def test_cut_answers_are_a_warning_that_names_the_setting_and_the_share(ledger: Ledger) -> None:
+    answers_cut(ledger)
+    said = f"1 runs had 6% to 6% of their answers cut at max_new_tokens={PROTOCOL.max_new_tokens}"
+    assert said in findings_text(ledger)
 
 
 def test_examples_that_are_gone_are_a_warning(tmp_path: Path) -> None:

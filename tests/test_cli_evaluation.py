@@ -77,7 +77,7 @@ def test_a_finished_run_is_scored_again_and_agrees_with_its_record(
 def test_a_record_that_the_run_does_not_answer_to_is_a_fault(run_id: str, evaluate: Evaluate, tmp_path: Path) -> None:
     path = Ledger(tmp_path / "results").run_folder(run_id) / "examples.parquet"
     first, *others = read_outcomes(path)
-    write_outcomes(path, [type(first)(**vars(first) | {"correct": not first.correct}), *others])
+    write_outcomes(path, [type(first)(**vars(first) | {"acc": not first.acc}), *others])
     status, [found] = evaluate("--run", run_id)
     assert (status, found["differ_from_record"]) == (FAULT, 1)
 

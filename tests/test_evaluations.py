@@ -69,7 +69,7 @@ def test_a_scoring_is_kept_whole_and_found_again(splits: Splits, load_tiny: Load
     first = scored(splits, load_tiny, tmp_path)
     assert {path.name for path in first.folder.iterdir()} == {"config.yaml", "result.json", "examples.parquet", ".lock"}
     assert (first.metrics["n_examples"], len(first.outcomes)) == (12, 12)
-    assert first.metrics["accuracy"] == sum(bool(o.correct) for o in first.outcomes) / 12
+    assert first.metrics["accuracy"] == sum(bool(o.acc) for o in first.outcomes) / 12
     assert scored(splits, no_model, tmp_path) == first
 
 

@@ -79,7 +79,7 @@ def asked_by_us(
 def verdict(outcome: Outcome) -> Outcome:
     """What must be the same to the letter. The harness shows answers before it has cleaned them."""
     shown = outcome.predicted if outcome.text is None else None
-    return replace(outcome, predicted=shown, log_likelihoods=(), truncated=None)
+    return replace(outcome, predicted=shown, log_likelihoods=(), truncated=None, cut=None)
 
 
 def assert_agreement(
@@ -218,16 +218,15 @@ def test_answers_are_read_and_compared_alike(llama_loaded: Loaded, monkeypatch: 
     examples = [{"question": f"{i}?", "answer": f"so\n#### {number}"} for i, (number, _) in enumerate(cases)]
     monkeypatch.setattr(HFLM, "generate_until", lambda self, requests, **_: [cases[r.doc_id][1] for r in requests])
     theirs = harness_outcomes(*llama_loaded, task, examples, (), PROTOCOL)
-    strict = [task.extract(text) for _, text in cases]
-    assert [o.correct for o in theirs] == [
+    strict = [task.extractors["exact_match_strict"](text) for _, text in cases]
+    assert [o.exact_match_strict for o in theirs] == [
         found is not None and task.equal(found, number) for found, (number, _) in zip(strict, cases, strict=True)
     ]
-    assert task.extract_flexibly is not None
-    flexible = [task.extract_flexibly(text) for _, text in cases]
-    assert [o.correct_flexible for o in theirs] == [
+    flexible = [task.extractors["exact_match_flexible"](text) for _, text in cases]
+    assert [o.exact_match_flexible for o in theirs] == [
         found is not None and task.equal(found, number) for found, (number, _) in zip(flexible, cases, strict=True)
     ]
-    assert 5 < sum(bool(o.correct) for o in theirs) < sum(bool(o.correct_flexible) for o in theirs)
+    assert 5 < sum(bool(o.exact_match_strict) for o in theirs) < sum(bool(o.exact_match_flexible) for o in theirs)
     assert [o.gold for o in theirs] == [number for number, _ in cases]
     assert [o.text for o in theirs] == [text for _, text in cases]
     assert [o.predicted is None for o in theirs] == [found is None for found in strict]
@@ -250,7 +249,7 @@ def test_numbers_are_judged_alike(name: str, llama_loaded: Loaded, monkeypatch: 
     monkeypatch.setattr(scoring, "log_likelihoods", known(tests, values))
     ours = score(*llama_loaded, [tests], protocol).outcomes
     assert [replace(our, truncated=None) for our in ours] == theirs
-    assert len({(o.correct, o.correct_norm) for o in ours}) == (4 if name == "hellaswag" else 2)
+    assert len({(o.acc, o.acc_norm) for o in ours}) == (4 if name == "hellaswag" else 2)
 
 
 def known(tests: EvalSet, values: Sequence[Sequence[float]]) -> Any:

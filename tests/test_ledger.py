@@ -144,7 +144,7 @@ def test_a_run_that_was_finished_since_one_looked_goes_back(ledger: Ledger, monk
 
 
 def test_the_first_accuracy_before_tuning_stays(ledger: Ledger) -> None:
-    first, second = ([Outcome("boolq", "a", correct=correct)] for correct in (True, False))
+    first, second = ([Outcome("boolq", "a", acc=correct)] for correct in (True, False))
     ledger.write_pruned_baseline("u", {"accuracy": 1.0}, first)
     ledger.write_pruned_baseline("u", {"accuracy": 0.0}, second)
     assert ledger.pruned_baseline("u") == {"accuracy": 1.0}
@@ -235,7 +235,7 @@ def test_the_same_run_can_be_set_aside_twice(ledger: Ledger) -> None:
 def test_what_killed_writers_left_is_removed_and_nothing_else(ledger: Ledger) -> None:
     run = make_run()
     folder = write_run(ledger, run, done_record(run))
-    ledger.write_pruned_baseline("u", {"accuracy": 0.5}, [Outcome("boolq", "a", correct=True)])
+    ledger.write_pruned_baseline("u", {"accuracy": 0.5}, [Outcome("boolq", "a", acc=True)])
     half_run, half_file = aside(folder), aside(ledger.folder / "pruned_baselines" / "v.json")
     half_lease = aside(ledger.folder / "lease.json")
     half_run.mkdir()
@@ -252,7 +252,7 @@ def test_what_killed_writers_left_is_removed_and_nothing_else(ledger: Ledger) ->
 
 def test_an_accuracy_before_tuning_is_kept_and_unknown_before(ledger: Ledger) -> None:
     assert ledger.pruned_baseline("u") is None
-    outcomes = [Outcome("boolq", "a", correct=True), Outcome("boolq", "b", correct=False)]
+    outcomes = [Outcome("boolq", "a", acc=True), Outcome("boolq", "b", acc=False)]
     ledger.write_pruned_baseline("u", {"accuracy": 0.5}, outcomes)
     assert ledger.pruned_baseline("u") == {"accuracy": 0.5}
     assert read_outcomes(ledger.folder / "pruned_baselines" / "u.parquet") == outcomes

@@ -8,11 +8,21 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
+from tune_sparse.data.task_types import METRICS
 from tune_sparse.evaluation.outcomes import Outcome, read_outcomes, write_outcomes
 
 EVERY_KIND = [
-    Outcome("hellaswag", "ab" * 8, "3", "1", False, True, None, (-1.5, -0.1 - 0.2, -1e300, -5e-324), None, True),
-    Outcome("gsm8k", "cd" * 8, "1200", None, False, None, True, (), " ünï\n\u2028 \x00 1,200"),
+    Outcome("hellaswag", "ab" * 8, "3", "1", False, True, log_likelihoods=(-1.5, -0.1 - 0.2, -1e300, -5e-324)),
+    Outcome(
+        "gsm8k",
+        "cd" * 8,
+        "1200",
+        exact_match_strict=False,
+        exact_match_flexible=True,
+        text=" ünï\n\u2028 \x00 1,200",
+        truncated=True,
+        cut=False,
+    ),
     Outcome("wikitext2", "window 0", log_likelihoods=(-3.25,)),
 ]
 
@@ -30,15 +40,15 @@ def test_columns_have_their_types_even_where_all_values_are_missing(tmp_path: Pa
         types = {field.name: str(field.type) for field in pq.read_schema(tmp_path / "examples.parquet")}
         assert types == {
             **dict.fromkeys(("task", "id", "gold", "predicted", "text"), "string"),
-            **dict.fromkeys(("correct", "correct_norm", "correct_flexible", "truncated"), "bool"),
+            **dict.fromkeys((*METRICS[:-1], "truncated", "cut"), "bool"),
             "log_likelihoods": "list<element: double>",
         }
 
 
 def test_a_thousand_outcomes_take_little_room(tmp_path: Path) -> None:
-    """Most of it are the log-likelihoods: 4 x 8 bytes an example."""
+    """Most of it are the log-likelihoods: 3 x 8 bytes an example."""
     outcomes = [
-        Outcome("hellaswag", f"{i:016x}", str(i % 4), "0", i % 4 == 0, True, None, (-i / 7, -i / 11, -i / 13, -i / 17))
+        Outcome("hellaswag", f"{i:016x}", str(i % 4), "0", i % 4 == 0, True, log_likelihoods=(-i / 7, -i / 11, -i / 13))
         for i in range(1000)
     ]
     write_outcomes(tmp_path / "examples.parquet", outcomes)

@@ -19,6 +19,7 @@ from tune_sparse.data.task_types import Example, Task
 from tune_sparse.data.tasks import TASKS
 from tune_sparse.errors import InputError, RunError
 from tune_sparse.evaluation import scoring
+from tune_sparse.evaluation.generation import Answer
 from tune_sparse.evaluation.metrics import compute_metrics
 from tune_sparse.evaluation.outcomes import Outcome
 from tune_sparse.evaluation.scoring import EvalExample, EvalSet, compute_outcomes, encode_test, few_shot_prefixes, score
@@ -195,7 +196,7 @@ def patch_likelihoods(values: Sequence[float], monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize(
-    ("values", "lengths", "gold", "predicted", "correct", "correct_norm"),
+    ("values", "lengths", "gold", "predicted", "acc", "acc_norm"),
     [
         ([-4.0, -2.0, -3.0], (1, 1, 1), "1", "1", True, True),
         ([-4.0, -2.0, -3.0], (8, 2, 3), "0", "1", False, True),
@@ -210,8 +211,8 @@ def test_the_first_of_the_likeliest_choices_is_the_prediction(
     lengths: tuple[int, ...],
     gold: str,
     predicted: str,
-    correct: bool,
-    correct_norm: bool,
+    acc: bool,
+    acc_norm: bool,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     monkeypatch: pytest.MonkeyPatch,
@@ -219,7 +220,7 @@ def test_the_first_of_the_likeliest_choices_is_the_prediction(
     patch_likelihoods(values, monkeypatch)
     [outcome] = score(model, tokenizer, [example_choices(*lengths, gold=gold)], PROTOCOL).outcomes
     assert outcome == Outcome(
-        "hellaswag", "a", gold, predicted, correct, correct_norm, None, tuple(values), None, truncated=False
+        "hellaswag", "a", gold, predicted, acc, acc_norm, log_likelihoods=tuple(values), truncated=False
     )
 
 
@@ -227,15 +228,20 @@ def test_tasks_without_a_normalised_accuracy_have_none(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     scored = score(model, tokenizer, [eval_set(tokenizer, BOOLQ, 4)], PROTOCOL)
-    assert {outcome.correct_norm for outcome in scored.outcomes} == {None}
-    assert "accuracy_norm" not in scored.metrics
+    assert {outcome.acc_norm for outcome in scored.outcomes} == {None}
+    assert "acc_norm" not in scored.metrics
     assert "f1" in scored.metrics
 
 
 def answers(texts: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     """The model answers so; returns what it was given."""
     requests: list[tuple[Any, ...]] = []
-    monkeypatch.setattr(scoring, "generate", lambda *given: requests.append(given[2:]) or list(texts))
+
+    def generate(*given: Any) -> list[Answer]:
+        requests.append(given[2:])
+        return [Answer(text, is_cut=len(text) > 12) for text in texts]
+
+    monkeypatch.setattr(scoring, "generate", generate)
     return requests
 
 
@@ -246,11 +252,11 @@ def test_answers_are_extracted_and_compared(
     texts = [" #### 1234.", " #### 12, not 1,234", " no number"]
     answers(texts, monkeypatch)
     found = score(model, tokenizer, [encode_test(tokenizer, GSM8K, [example] * 3, PROTOCOL)], PROTOCOL).outcomes
-    known = [(o.gold, o.predicted, o.correct, o.correct_flexible, o.text) for o in found]
+    known = [(o.gold, o.predicted, o.exact_match_strict, o.exact_match_flexible, o.text, o.cut) for o in found]
     assert known == [
-        ("1234", "1234", True, True, texts[0]),
-        ("1234", "12", False, True, texts[1]),
-        ("1234", None, False, False, texts[2]),
+        ("1234", "1234", True, True, texts[0], False),
+        ("1234", "12", False, True, texts[1], True),
+        ("1234", None, False, False, texts[2], False),
     ]
 
 
@@ -295,7 +301,7 @@ def test_outcomes_are_in_the_order_of_the_examples(model: PreTrainedModel, token
     scored = score(model, tokenizer, [tests], PROTOCOL, replace(CPU_BUDGETS, scoring_tokens=200))
     assert [outcome.id for outcome in scored.outcomes] == [example.id for example in tests.examples]
     assert len({outcome.predicted for outcome in scored.outcomes}) > 1
-    assert scored.metrics == compute_metrics(scored.outcomes, 0.25, None)
+    assert scored.metrics == compute_metrics(HELLASWAG, scored.outcomes)
 
 
 # Stopped, and gone on.

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,6 +16,8 @@ COLOURS = ChoiceTask(
     chance=0.5,
     pairs=lambda example: [(example["question"], f" {option}") for option in example["options"]],
     gold=lambda example: example["label"],
+    primary_metric="acc_norm",
+    why_primary="colours differ in length",
 )
 SUMS = AnswerTask(
     name="sums",
@@ -24,7 +27,9 @@ SUMS = AnswerTask(
     chance=0.0,
     pair=lambda example: (example["sum"], f" {example['value']}"),
     gold=lambda example: str(example["value"]),
-    extract=str.strip,
+    extractors={"exact_match_flexible": str.strip},
+    primary_metric="exact_match_flexible",
+    why_primary="there is no other",
     until=("\n",),
 )
 TEXT = TextTask(name="text", test_split="test", hub=None, files={"test": "test.txt"})
@@ -35,7 +40,8 @@ SUM = {"sum": "1 + 1 =", "value": 2}
 
 def test_a_choice_task_teaches_the_right_choice() -> None:
     assert COLOURS.training_pair(COLOUR) == ("Grass is", " green")
-    assert COLOURS.has_normalised_accuracy
+    assert COLOURS.metrics == ("acc", "acc_norm")
+    assert replace(COLOURS, has_normalised_accuracy=False).metrics == ("acc",)
     assert COLOURS.yes is None
 
 
@@ -43,7 +49,7 @@ def test_an_answer_task_teaches_the_worked_answer() -> None:
     assert SUMS.training_pair(SUM) == ("1 + 1 =", " 2")
     assert SUMS.equal("2", "2")
     assert not SUMS.equal("2", "2.0")
-    assert SUMS.extract_flexibly is None
+    assert SUMS.metrics == ("exact_match_flexible",)
 
 
 @pytest.mark.parametrize(
@@ -132,7 +138,7 @@ def test_a_label_that_cannot_be_read_is_refused(error: Exception) -> None:
     def gold(example: Example) -> int:
         raise error
 
-    broken = ChoiceTask(name="b", fields={}, test_split="test", hub=None, chance=0.5, pairs=COLOURS.pairs, gold=gold)
+    broken = replace(COLOURS, name="b", fields={}, gold=gold)
     with pytest.raises(InputError, match="an example of b has a label or choices that cannot be read"):
         broken.check(COLOUR)
 

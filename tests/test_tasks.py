@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from factories import answer_task, prompt_task
 
-from tune_sparse.data.task_types import AnswerTask, ChoiceTask, PromptTask, Task, TextTask
-from tune_sparse.data.tasks import TASKS, mean_chance, task_named, tasks_named
+from tune_sparse.data.task_types import METRICS, AnswerTask, ChoiceTask, PromptTask, Task, TextTask
+from tune_sparse.data.tasks import EXAMPLE, TASKS, chosen_metrics, mean_chance, task_named, tasks_named
 from tune_sparse.errors import InputError
 
 ALPACA = (
@@ -151,10 +151,11 @@ def test_an_answer_task_keeps_its_contract(name: str) -> None:
     assert task.until
     assert task.question(example) == (prompt,)
     assert answer.startswith(" ")
-    found = task.extract(answer)
-    assert found is not None
-    assert task.equal(found, task.gold(example))
-    assert task.extract("") is None
+    for extract in task.extractors.values():
+        found = extract(answer)
+        assert found is not None
+        assert task.equal(found, task.gold(example))
+        assert extract("") is None
 
 
 @pytest.mark.parametrize("name", TEXT_TASKS)
@@ -257,13 +258,13 @@ def test_a_label_out_of_range_or_unreadable_is_refused(name: str, change: dict[s
     ],
 )
 def test_gsm8k_reads_the_number_after_the_mark(text: str, answer: str | None) -> None:
-    assert answer_task("gsm8k").extract(text) == answer
+    assert answer_task("gsm8k").extractors["exact_match_strict"](text) == answer
 
 
 def test_gsm8k_compares_texts_without_separators_and_full_stop() -> None:
     task = answer_task("gsm8k")
     gold = task.gold({"question": "", "answer": "#### 1,234"})
-    found = task.extract("#### 1234.")
+    found = task.extractors["exact_match_strict"]("#### 1234.")
     assert found is not None
     assert task.equal(found, gold)
     assert not task.equal("1235", gold)
@@ -282,7 +283,7 @@ def test_gsm8k_compares_texts_without_separators_and_full_stop() -> None:
     ],
 )
 def test_word_problems_read_the_last_number(name: str, text: str, answer: str | None) -> None:
-    assert answer_task(name).extract(text) == answer
+    assert answer_task(name).extractors["exact_match_flexible"](text) == answer
 
 
 @pytest.mark.parametrize("name", ["mawps", "svamp"])
@@ -304,7 +305,7 @@ def test_a_long_number_keeps_its_digits(value: float, text: str) -> None:
     ):
         task = answer_task(name)
         assert task.gold(example) == text
-        found = task.extract(task.training_pair(example)[1])
+        found = task.extractors["exact_match_flexible"](task.training_pair(example)[1])
         assert found is not None
         assert task.equal(found, text)
 
@@ -325,9 +326,38 @@ def test_a_long_number_keeps_its_digits(value: float, text: str) -> None:
 )
 def test_gsm8k_reads_the_last_number_where_it_is_lenient(text: str, answer: str | None) -> None:
     """tests/test_harness.py compares both readings with the harness's own on harder texts."""
-    flexible = answer_task("gsm8k").extract_flexibly
-    assert flexible is not None
-    assert flexible(text) == answer
+    assert answer_task("gsm8k").extractors["exact_match_flexible"](text) == answer
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_each_task_is_judged_by_one_of_its_metrics_for_a_reason(name: str) -> None:
+    task = TASKS[name]
+    assert task.primary_metric in task.metrics
+    assert set(task.metrics) <= set(METRICS)
+    assert len(task.why_primary) > 20
+
+
+def test_primary_metrics_are_chosen_by_task() -> None:
+    assert chosen_metrics([]) == {}
+    assert chosen_metrics([EXAMPLE, "gsm8k=exact_match_flexible", EXAMPLE]) == {
+        "hellaswag": "acc",
+        "gsm8k": "exact_match_flexible",
+    }
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        (["helaswag=acc"], "unknown task 'helaswag'.*hellaswag"),
+        (["hellaswag=acc_nrm"], "unknown metric of hellaswag 'acc_nrm'.*acc_norm"),
+        (["winogrande=acc_norm"], "unknown metric of winogrande 'acc_norm'.*acc"),
+        (["hellaswag"], "is given as TASK=METRIC, got 'hellaswag'"),
+        (["hellaswag=acc", "hellaswag=acc_norm"], "hellaswag got acc and acc_norm"),
+    ],
+)
+def test_a_wrong_choice_of_a_primary_metric_is_named(texts: list[str], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        chosen_metrics(texts)
 
 
 @pytest.mark.parametrize("name", PROMPT_TASKS)
@@ -339,9 +369,10 @@ def test_all_real_examples_pass_and_their_own_answers_are_right(name: str, real_
             example = json.loads(line)
             task.check(example)
             if isinstance(task, AnswerTask):
-                found = task.extract(task.training_pair(example)[1])
-                assert found is not None, example
-                assert task.equal(found, task.gold(example)), example
+                for extract in task.extractors.values():
+                    found = extract(task.training_pair(example)[1])
+                    assert found is not None, example
+                    assert task.equal(found, task.gold(example)), example
             seen[path.stem] += 1
     assert seen.pop("train") == seen.pop(task.test_split) == 20
     assert seen in ({}, {"validation": 8})

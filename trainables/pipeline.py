@@ -27,11 +27,12 @@ from trainables.pruning_stage import Pruned, Pruner
 from trainables.run_log import RunLog
 from trainables.training import Training
 from trainables.worker import WorkerCache
+from tune_sparse.data.batching import example_tokens, target_tokens
 from tune_sparse.data.splits import Encoded
 from tune_sparse.errors import RunError
 from tune_sparse.evaluation.flops import SEQUENCE_LENGTHS, inference_flops, training_flops
 from tune_sparse.evaluation.memory import PROBE_TOKENS
-from tune_sparse.evaluation.metrics import Metrics, primary_metric
+from tune_sparse.evaluation.metrics import Metrics, combined, metrics_by_task, score_name, with_earlier
 from tune_sparse.evaluation.outcomes import write_outcomes
 from tune_sparse.evaluation.scoring import Scored, score
 from tune_sparse.evaluation.validation import hashing, validation_report
@@ -120,12 +121,16 @@ class Work:
     def probe(self) -> list[Encoded]:
         """The first examples, on which logits are compared: one at least, and few enough tokens for their logits."""
         train = self.examples.train
-        lengths = accumulate(len(e.context) + len(e.continuation) for e in train[:PROBE_EXAMPLES])
+        lengths = accumulate(map(example_tokens, train[:PROBE_EXAMPLES]))
         return train[: max(1, sum(length <= PROBE_TOKENS for length in lengths))]
 
     def score(self) -> Scored:
         """Score the model as its weights are now."""
         return score(self.loaded.model, self.loaded.tokenizer, self.examples.tests, self.run.protocol, self.budgets)
+
+    def eval_loss(self) -> float:
+        """The loss on the selection examples of the model as its weights are now."""
+        return mean_loss(self.loaded.model, self.examples.selection, self.run.protocol, budgets=self.budgets)
 
 
 def _load(run: Run, ledger: RunStore, worker: WorkerCache, folder: Path, log: RunLog, memory: PeakMemory) -> Work:
@@ -160,16 +165,16 @@ def _stages(
     merge = _merge_into(model, work, trained.trainable, pruned)
     work.memory.end("merge")
 
-    before_mask: Scored | None = None
+    before_mask: BeforeMask | None = None
     if trained.trainable.last_masks is not None:
-        before_mask = work.score()
+        before_mask = BeforeMask(work.score(), work.eval_loss())
         mask_weights_into(model, trained.trainable.last_masks)
-    scores = _score(work, primary_metric(before_tuning), before_mask)
+    scores = _score(work, before_mask)
     actual_sparsity = _validate(work, pruned, merge.violations)
     metrics = (
         _score_metrics(scores, before_tuning)
         | _pruning_metrics(work, pruned, scores, actual_sparsity)
-        | _training_metrics(work, trained, merge)
+        | _training_metrics(work, trained, merge, before_mask)
     )
     work.memory.end("score")
     return metrics, _measured(work, trained.training, scores)
@@ -194,9 +199,12 @@ def _score_before_tuning(work: Work, pruned: Pruned) -> Metrics:
         known = ledger.pruned_baseline(run.pruned_baseline_id)  # another worker may have been faster
         assert known is not None
     metrics: Metrics = known["metrics"]
-    primary = primary_metric(metrics)
-    work.log(f"pruned to {pruned.masks.sparsity:.4f}, {primary} before tuning {metrics[primary]:.4f}")
+    work.log(f"pruned to {pruned.masks.sparsity:.4f}, before tuning {_described(metrics)}")
     return metrics
+
+
+def _described(metrics: Metrics) -> str:
+    return f"{metrics['primary_metric']} {metrics[score_name(metrics)]:.4f}"
 
 
 @dataclass(frozen=True)
@@ -231,8 +239,8 @@ def _step_flops(work: Work, pruned: Pruned, factor_weights: int) -> int | None:
     """FLOPs of a step; unknown of a super-adapter, whose steps train slices of different sizes."""
     if work.run.super_adapter is not None:
         return None
-    train = work.examples.train
-    lengths = [(len(example.context) + len(example.continuation), len(example.continuation)) for example in train]
+    train, on_prompt = work.examples.train, work.run.protocol.train_on_prompt
+    lengths = [(example_tokens(example), target_tokens(example, on_prompt)) for example in train]
     flops = training_flops(pruned.masks, work.loaded.dims, lengths, factor_weights)
     return round(flops * work.run.protocol.global_batch_size / len(train))
 
@@ -254,27 +262,34 @@ def _logits(model: Any, examples: list[Encoded]) -> Tensor:
 
 
 @dataclass(frozen=True)
+class BeforeMask:
+    """The merged model before its last mask."""
+
+    scored: Scored
+    eval_loss: float
+
+
+@dataclass(frozen=True)
 class Scores:
     """Scores of the merged model, also before its last mask where it has one."""
 
-    primary: str
     scored: Scored
-    before_mask: Scored | None
+    before_mask: BeforeMask | None
     seconds: float
     weights_sha256: str
     """of what was scored"""
 
 
-def _score(work: Work, primary: str, before_mask: Scored | None) -> Scores:
+def _score(work: Work, before_mask: BeforeMask | None) -> Scores:
     if before_mask is not None:
-        write_outcomes(work.folder / "examples_before_merge.parquet", before_mask.outcomes)
+        write_outcomes(work.folder / "examples_before_merge.parquet", before_mask.scored.outcomes)
     started = time.perf_counter()
     with hashing(prunable_weights(work.loaded.model)) as checksum:
         scored = work.score()
         seconds = time.perf_counter() - started
     write_outcomes(work.folder / "examples.parquet", scored.outcomes)
-    work.log(f"{primary} {scored.metrics[primary]:.4f}")
-    return Scores(primary, scored, before_mask, seconds, checksum())
+    work.log(_described(scored.metrics))
+    return Scores(scored, before_mask, seconds, checksum())
 
 
 def _validate(work: Work, pruned: Pruned, violations: list[str]) -> float:
@@ -288,12 +303,13 @@ def _validate(work: Work, pruned: Pruned, violations: list[str]) -> float:
 
 
 def _score_metrics(scores: Scores, before_tuning: Metrics) -> dict[str, Any]:
-    primary, before_mask = scores.primary, scores.before_mask
-    return scores.scored.metrics | {
-        f"{primary}_before_tuning": before_tuning[primary],
-        f"{primary}_before_merge": before_mask.metrics[primary] if before_mask else None,
-        "by_task": scores.scored.by_task if len(scores.scored.by_task) > 1 else None,
-    }
+    before_merge = scores.before_mask.scored.by_task if scores.before_mask else {}
+    return combined(
+        {
+            task: with_earlier(metrics, metrics_by_task(before_tuning, task)[task], before_merge.get(task))
+            for task, metrics in scores.scored.by_task.items()
+        }
+    )
 
 
 def _pruning_metrics(work: Work, pruned: Pruned, scores: Scores, actual_sparsity: float) -> dict[str, Any]:
@@ -306,10 +322,13 @@ def _pruning_metrics(work: Work, pruned: Pruned, scores: Scores, actual_sparsity
     } | pruned.calibration_metrics(work.run, shape)
 
 
-def _training_metrics(work: Work, trained: Trained, merge: MergeReport) -> dict[str, Any]:
+def _training_metrics(
+    work: Work, trained: Trained, merge: MergeReport, before_mask: BeforeMask | None
+) -> dict[str, Any]:
     return {
         "train_loss": trained.training.last_loss,
-        "eval_loss": mean_loss(work.loaded.model, work.examples.selection, work.run.protocol, budgets=work.budgets),
+        "eval_loss": work.eval_loss(),
+        "eval_loss_before_mask": before_mask.eval_loss if before_mask else None,
         "epochs": trained.training.examples / len(work.examples.train),
         "update_rounded_away_fraction": merge.rounded_away_fraction,
         "train_step_flops": trained.step_flops,

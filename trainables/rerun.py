@@ -111,7 +111,7 @@ def _close(name: str, before: Any, after: Any, stderr: float) -> bool:
         return True
     if not isinstance(before, int | float) or not isinstance(after, int | float):
         return False
-    if "accuracy" in name or name in ("f1", "most_frequent_fraction"):
+    if any(part in name for part in ("acc", "exact_match", "f1", "most_frequent_fraction", "cut_fraction")):
         return abs(before - after) <= stderr
     return math.isclose(before, after, rel_tol=LOSS_TOLERANCE)
 

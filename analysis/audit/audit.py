@@ -52,6 +52,7 @@ RULES: dict[str, Rule] = {
     "constant-prediction": Rule("warning", "one answer is given almost always", warnings.constant_prediction),
     "same-answers": Rule("warning", "different runs predict the same", warnings.same_answers),
     "modes-coincide": Rule("warning", "both modes are one training here", warnings.modes_alike),
+    "answers-cut": Rule("warning", "answers were cut at max_new_tokens", warnings.answers_cut),
     "few-examples": Rule("warning", "too few examples for small differences", warnings.few_examples),
     "few-steps": Rule("warning", "throughput from too few steps", warnings.few_steps),
     "few-calibration-tokens": Rule(

@@ -17,6 +17,8 @@ ALMOST_ALWAYS = 0.95
 """A share of all predictions that one answer has."""
 SMALLEST_CLAIM = 0.05
 """The difference that reports claim or deny most often, and that examples must therefore be able to show."""
+MANY_CUT = 0.05
+"""A share of all answers that the limit ended: more may be what keeps a model from a right answer."""
 FEW_STEPS = 10
 """A rate of fewer timed steps is of the warm-up as much as of the work."""
 
@@ -80,6 +82,19 @@ def few_examples(results: Results) -> Detections:
                 f"{model}, {task}: {min(counts)} examples show differences from about "
                 f"{smallest_shown(min(counts)):.3f} on between two runs; a smaller one cannot be claimed",
                 _ids(runs),
+            )
+
+
+def answers_cut(results: Results) -> Detections:
+    for (model, task, protocol), runs in compared(results).items():
+        cut = [e for e in runs if (e.record.metrics.get("cut_fraction") or 0.0) > MANY_CUT]
+        if cut:
+            shares = [e.record.metrics["cut_fraction"] for e in cut]
+            yield (
+                f"{model}, {task}: {len(cut)} runs had {min(shares):.0%} to {max(shares):.0%} of their answers cut at "
+                f"max_new_tokens={protocol.max_new_tokens}, before the model ended them. Raise it, unless these models "
+                "write without end",
+                _ids(cut),
             )
 
 

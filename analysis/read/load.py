@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pandas as pd
 
 from tune_sparse.config import FLOPS_TOKENS
+from tune_sparse.data.task_types import METRICS
 from tune_sparse.errors import unknown_name
+from tune_sparse.evaluation.metrics import SUFFIXES, judged_again
 from tune_sparse.ledger.contracts import LedgerReader
 from tune_sparse.ledger.reader import MergedLedger
 from tune_sparse.ledger.record import Record
 
+SCORES = tuple(f"{name}{suffix}" for name in ("accuracy", *METRICS) for suffix in SUFFIXES)
+"""Each metric with its standard error, and before tuning and the merge; the first four are of the primary metric."""
 COLUMNS = (
     "cell_id",
     "run_id",
@@ -27,24 +32,20 @@ COLUMNS = (
     "mode",
     "seed",
     "status",
-    "accuracy",
-    "accuracy_stderr",
-    "accuracy_before_tuning",
-    "accuracy_before_merge",
+    "primary_metric",
+    *SCORES[:4],
     "chance_accuracy",
     "n_examples",
     "majority_fraction",
     "most_frequent_fraction",
     "truncated_fraction",
-    "accuracy_norm",
-    "accuracy_flexible",
+    "cut_fraction",
+    *SCORES[4:],
     "f1",
-    "perplexity",
-    "perplexity_stderr",
-    "perplexity_before_tuning",
-    "perplexity_before_merge",
+    "f1_stderr",
     "train_loss",
     "eval_loss",
+    "eval_loss_before_mask",
     "train_examples_per_second",
     "train_tokens_per_second",
     "train_seconds",
@@ -61,23 +62,28 @@ COLUMNS = (
 NUMBERS = ["sparsity", "actual_sparsity", *COLUMNS[COLUMNS.index("accuracy") : COLUMNS.index("hardware")]]
 
 
-def cells_table(results_dirs: Sequence[Path], sweep_ids: Sequence[str] | None = None) -> pd.DataFrame:
+def cells_table(
+    results_dirs: Sequence[Path],
+    sweep_ids: Sequence[str] | None = None,
+    primary_metrics: Mapping[str, str] = MappingProxyType({}),
+) -> pd.DataFrame:
     """Return the columns of `COLUMNS`, one row a cell of every sweep in the folders, or of those named.
 
     A cell without a done run has a status (failed, interrupted, missing), a reason, and no numbers. A cell that
-    several folders have is taken from the one where its run came furthest.
+    several folders have is taken from the one where its run came furthest. `primary_metrics`, {task: metric}, chooses
+    again what `accuracy` is by; a task that it does not name keeps its own.
     Raises `InputError` for an unknown sweep.
     """
     ledger = MergedLedger(results_dirs)
     cells = _requested_cells(ledger, sweep_ids)
     records = {run_id: ledger.record(run_id) for run_id in dict.fromkeys(cell["run_id"] for cell in cells)}
-    rows = [_row(cell, records[cell["run_id"]]) for cell in cells]
+    rows = [_row(cell, records[cell["run_id"]], primary_metrics) for cell in cells]
     owners: dict[str, str] = {}
     for row in rows:
         owner = owners.setdefault(row["run_id"], row["cell_id"])
         row["shared_with"] = None if owner == row["cell_id"] else owner
     table = pd.DataFrame(rows, columns=list(COLUMNS))
-    return table.astype(dict.fromkeys(NUMBERS, float))
+    return table.astype(dict.fromkeys(NUMBERS, float)).copy()  # pandas warns of a table in many pieces
 
 
 def _requested_cells(ledger: LedgerReader, sweep_ids: Sequence[str] | None) -> list[dict[str, Any]]:
@@ -93,7 +99,7 @@ def _requested_cells(ledger: LedgerReader, sweep_ids: Sequence[str] | None) -> l
     return list(cells.values())
 
 
-def _row(cell: dict[str, Any], record: Record | None) -> dict[str, Any]:
+def _row(cell: dict[str, Any], record: Record | None, primary_metrics: Mapping[str, str]) -> dict[str, Any]:
     row = {name: cell[name] for name in COLUMNS if name in cell}
     row |= {"chance_accuracy": cell["chance"], "status": record.status if record else "missing"}
     if record is None:
@@ -103,7 +109,8 @@ def _row(cell: dict[str, Any], record: Record | None) -> dict[str, Any]:
     if record.error:
         row["error"] = f"{record.error['class']}: {record.error['message']}"
     if record.status == "done":
-        found = record.metrics | record.measured | record.environment
+        metrics = judged_again(record.metrics, cell["task"], primary_metrics)
+        found = metrics | record.measured | record.environment
         found |= {"inference_flops": record.metrics.get("inference_flops", {}).get(str(FLOPS_TOKENS))}
         row |= {name: found[name] for name in COLUMNS if name in found}
     return row

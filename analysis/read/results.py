@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 
 from analysis.read.imported import Imported, imported_records
 from tune_sparse.errors import InputError
+from tune_sparse.evaluation.metrics import judged_again, metrics_by_task
 from tune_sparse.files import read_json
 from tune_sparse.ledger.prunings import StoredPruning, read_pruning
 from tune_sparse.ledger.record import Record, SweepRecord
@@ -28,7 +30,8 @@ class Predictions:
     tasks: NDArray[Any]
     ids: NDArray[Any]
     scores: NDArray[np.float64]
-    """1 for a right answer and 0 for a wrong one; of a text, the log-likelihood of a token in each window"""
+    """by the primary metric of its task, 1 for a right answer and 0 for a wrong one; of a text, the log-likelihood of a
+    token in each window"""
     predictions_sha256: str
     likelihoods_sha256: str | None
     """None where answers are generated, and have none."""
@@ -110,10 +113,14 @@ class Results:
         return {cell["cell_id"]: cell for sweep in reversed(self.sweeps) for cell in sweep.cells}
 
 
-def read_results(folders: Sequence[Path], sweep_ids: Sequence[str] | None = None) -> Results:
+def read_results(
+    folders: Sequence[Path],
+    sweep_ids: Sequence[str] | None = None,
+    primary_metrics: Mapping[str, str] = MappingProxyType({}),
+) -> Results:
     """Read every run of the folders, or only those that the named sweeps requested. A file that cannot be read is
-    listed, and raises nothing."""
-    reader = _Reader()
+    listed, and raises nothing. `primary_metrics`, {task: metric}, chooses again what runs are judged by."""
+    reader = _Reader(primary_metrics)
     sweeps = [sweep for folder in folders for sweep in reader.sweeps(folder)]
     chosen = [sweep for sweep in sweeps if sweep_ids is None or sweep.sweep_id in sweep_ids]
     wanted = None if sweep_ids is None else {cell["run_id"] for sweep in chosen for cell in sweep.cells}
@@ -144,8 +151,9 @@ def is_measured_elsewhere(throughput: Mapping[str, Any]) -> bool:
 class _Reader:
     """Reads what it can, lists what it cannot, and keeps equal things once."""
 
-    def __init__(self) -> None:
+    def __init__(self, primary_metrics: Mapping[str, str]) -> None:
         self.unreadable: list[UnreadableFile] = []
+        self._primary_metrics = primary_metrics
         self._arrays: dict[tuple[Any, ...], NDArray[Any]] = {}
         self._pruned_baseline: dict[Path, Predictions] = {}
 
@@ -202,39 +210,41 @@ class _Reader:
         )
         for place, names in ((record.metrics, METRICS), (sparse_config, SPARSE_CONFIG), (validation, VALIDATION)):
             _check_complete(place, names)
+        metrics = judged_again(record.metrics, run.cell.task, self._primary_metrics)
+        judges = {task: found["primary_metric"] for task, found in metrics_by_task(metrics, run.cell.task).items()}
         return RunFiles(
             folder,
-            record,
+            replace(record, metrics=metrics),
             run,
             sparse_config,
             validation,
             next((read_json(path) for path in folder.glob("*/tune_sparse.json")), None),
             _losses(folder / "metrics.jsonl"),
-            self._predictions(folder / "examples.parquet"),
-            self._pruned_predictions(folder.parents[1] / "pruned_baselines" / f"{run.pruned_baseline_id}.parquet"),
+            self._predictions(folder / "examples.parquet", judges),
+            self._pruned_predictions(
+                folder.parents[1] / "pruned_baselines" / f"{run.pruned_baseline_id}.parquet", judges
+            ),
         )
 
-    def _pruned_predictions(self, path: Path) -> Predictions | None:
+    def _pruned_predictions(self, path: Path, judges: Mapping[str, str]) -> Predictions | None:
         if path not in self._pruned_baseline and path.exists():
-            self._pruned_baseline[path] = self._predictions(path)
+            self._pruned_baseline[path] = self._predictions(path, judges)
         return self._pruned_baseline.get(path)
 
-    def _predictions(self, path: Path) -> Predictions:
-        import pyarrow as pa
+    def _predictions(self, path: Path, judges: Mapping[str, str]) -> Predictions:
+        """judges: {task: its primary metric}"""
         import pyarrow.compute as pc
         import pyarrow.parquet as pq
 
-        names = ["task", "id", "predicted", "correct", "log_likelihoods"]
+        by_answer = sorted(set(judges.values()) - {"perplexity"})
+        names = ["task", "id", "predicted", *by_answer, "log_likelihoods"]
         with pq.ParquetFile(path) as file:
             table = file.read(names).combine_chunks()
         order = pc.sort_indices(table, [("task", "ascending"), ("id", "ascending")])
         table = table.take(order)
         likelihoods = table["log_likelihoods"].combine_chunks()
         flat = likelihoods.flatten().to_numpy(zero_copy_only=False)
-        if pa.compute.all(pc.is_valid(table["correct"])).as_py():
-            scores = table["correct"].to_numpy().astype(float)
-        else:
-            scores = likelihoods.flatten().to_numpy(zero_copy_only=False).astype(float)
+        scores = _right(table, judges) if by_answer else flat.astype(float)
         return Predictions(
             self._once("tasks", table["task"].to_numpy()),
             self._once("ids", table["id"].to_numpy()),
@@ -248,6 +258,16 @@ class _Reader:
         return self._arrays.setdefault((kind, len(array), _sha256("\0".join(array).encode())), array)
 
 
+def _right(table: Any, judges: Mapping[str, str]) -> NDArray[np.float64]:
+    """1 for a right answer by the metric of its task, and 0 for a wrong one."""
+    tasks = table["task"].to_numpy()
+    found = np.zeros(len(tasks))
+    for task, metric in judges.items():
+        of_task = tasks == task
+        found[of_task] = table[metric].to_numpy()[of_task].astype(float)
+    return found
+
+
 def _reading_errors() -> tuple[type[Exception], ...]:
     import yaml
 
@@ -258,7 +278,7 @@ READING_ERRORS = _reading_errors()
 """The errors of a file that is missing, cut short, or of another kind (pyarrow's and JSON's errors are ValueErrors)."""
 
 
-METRICS = ("n_examples", "actual_sparsity", "mask_sha256", "train_loss", "eval_loss")
+METRICS = ("primary_metric", "n_examples", "actual_sparsity", "mask_sha256", "train_loss", "eval_loss")
 SPARSE_CONFIG = ("mask_sha256", "actual_sparsity", "kept_by_matrix")
 VALIDATION = ("all_valid", "violations", "max_abs_at_masked", "mask_sha256", "actual_sparsity", "zeros_by_matrix")
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import pandas as pd
 
@@ -43,16 +44,20 @@ class Report:
 
 
 def write_report(
-    results_dirs: Sequence[Path], sweep_ids: Sequence[str] | None = None, baselines: Sequence[Path] = ()
+    results_dirs: Sequence[Path],
+    sweep_ids: Sequence[str] | None = None,
+    baselines: Sequence[Path] = (),
+    primary_metrics: Mapping[str, str] = MappingProxyType({}),
 ) -> Report:
     """Audit the folders and write `analysis/` in the first of them.
 
     summary.csv has every cell, done or not, and what the audit says of its run; everything else is made of done cells
-    alone. `sweep_ids` names the sweeps to report on, all of them if None; `baselines` are files of published numbers.
+    alone. `sweep_ids` names the sweeps to report on, all of them if None; `baselines` are files of published numbers;
+    `primary_metrics`, {task: metric}, chooses again what tasks are judged by.
     Raises `NotReadyError` if there is no sweep, `InputError` if sweeps of different protocols, weights or examples
     would be mixed, or a file of published numbers breaks a rule.
     """
-    cells = cells_table(results_dirs, sweep_ids)
+    cells = cells_table(results_dirs, sweep_ids, primary_metrics)
     if cells.empty:
         raise NotReadyError(
             f"a report needs a sweep, {', '.join(map(str, results_dirs))} has none. Run `tune-sparse sweep` first."
@@ -61,7 +66,7 @@ def write_report(
     published = load_published(baselines, set(cells["model"]))
     folder = results_dirs[0] / "analysis"
     folder.mkdir(exist_ok=True)
-    results = read_results(results_dirs, sweep_ids)
+    results = read_results(results_dirs, sweep_ids, primary_metrics)
     found = audit(results)
     cells = with_intervals(cells)
     summary = with_warnings(with_intervals(with_imported(cells, results.imported)), found)

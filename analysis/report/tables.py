@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
+from analysis.read.load import SCORES
 from analysis.stats.paired import Z
 from analysis.stats.sparsity_claims import PASS_MARK
 
@@ -25,12 +26,11 @@ PERFORMANCE = [
     "accuracy_stderr",
     "accuracy_low",
     "accuracy_high",
-    "accuracy_before_tuning",
-    "accuracy_before_merge",
-    "perplexity",
-    "perplexity_before_tuning",
+    *SCORES[2:],
+    "cut_fraction",
     "train_loss",
     "eval_loss",
+    "eval_loss_before_mask",
     "train_examples_per_second",
     "inference_flops",
 ]

@@ -10,6 +10,7 @@ from typing import Any
 
 from tune_sparse.cli.words import WIDTH, paragraph, table
 from tune_sparse.config import SweepConfig
+from tune_sparse.data.tasks import EXAMPLE
 from tune_sparse.errors import InputError
 
 OK, FAULT, BAD_INPUT = 0, 1, 2
@@ -93,6 +94,17 @@ def add_sweep_filter(command: Any) -> None:
         nargs="+",
         metavar="NAME",
         help="read only these sweeps: names of files in RESULTS/sweeps, without .json (default: all sweeps)",
+    )
+
+
+def add_primary_metrics(command: Any) -> None:
+    command.add_argument(
+        "--primary-metric",
+        nargs="+",
+        default=[],
+        metavar="TASK=METRIC",
+        help=f"judge tasks by another of their metrics, listed below, for example {EXAMPLE}; nothing is trained or "
+        "scored again (default: the metric of the task)",
     )
 
 

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from tune_sparse.cli.command import FAULT, OK, add_command, add_json, add_results_dir, existing_folders
 from tune_sparse.cli.settings import DATA_DIR, add_set, add_settings, given_settings, parse_settings
-from tune_sparse.cli.words import RUN_WORDS, files, models, paragraph, settings, tasks, words
+from tune_sparse.cli.words import RUN_WORDS, files, metrics, models, paragraph, settings, tasks, words
 from tune_sparse.config import SYNTHETIC, BudgetOptions, Protocol
 from tune_sparse.config.options import converted
 from tune_sparse.config.protocol import SCORING
+from tune_sparse.data.task_types import METRICS
 from tune_sparse.data.tasks import TASKS, tasks_named
 from tune_sparse.errors import InputError, unknown_name
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from tune_sparse.evaluation.outcomes import Outcome
     from tune_sparse.training.budgets import Budgets
 
+JUDGED_BY = ("chance_accuracy", "majority_fraction", "most_frequent_fraction", "truncated_fraction", "cut_fraction")
 BUDGETS = ("scoring_tokens", "generation_tokens")
 BUDGET_TEXTS = {
     name: f"{BudgetOptions.__dataclass_fields__[name].metadata['help']} (default: with --run, that of the run; with "
@@ -56,6 +58,7 @@ def declare(commands: Any) -> None:
             ),
             models(trains=False, downloads=False),
             tasks(),
+            metrics(),
             files(),
             paragraph("train.jsonl is needed here only where num_fewshot is above 0."),
             _settings_text(),
@@ -149,7 +152,7 @@ def _evaluate(chosen: argparse.Namespace) -> int:
         print(json.dumps([_as_json(evaluation, differing[evaluation.key.task]) for evaluation in done]))
     else:
         for evaluation in done:
-            print(_result_line(evaluation, differing[evaluation.key.task]))
+            print(_result_lines(evaluation, differing[evaluation.key.task]))
     return FAULT if any(differing.values()) else OK
 
 
@@ -241,8 +244,9 @@ def _settings(texts: list[str]) -> dict[str, Any]:
 def _differing(evaluation: Evaluation, recorded: dict[str, Outcome]) -> int:
     """Examples that a finished run had answered otherwise, or windows whose likelihood differs by a thousandth."""
     known = [(recorded[outcome.id], outcome) for outcome in evaluation.outcomes if outcome.id in recorded]
-    if evaluation.outcomes[0].correct is not None:
-        return sum(before.correct != now.correct for before, now in known)
+    metric = evaluation.metrics["primary_metric"]
+    if metric != "perplexity":
+        return sum(before.is_right(metric) != now.is_right(metric) for before, now in known)
     pairs = [(before.log_likelihoods[0], now.log_likelihoods[0]) for before, now in known]
     return sum(not math.isclose(before, now, rel_tol=1e-3) for before, now in pairs)
 
@@ -252,8 +256,22 @@ def _as_json(evaluation: Evaluation, differing: int) -> dict[str, Any]:
     return described | evaluation.metrics | {"differ_from_record": differing, "folder": str(evaluation.folder)}
 
 
-def _result_line(evaluation: Evaluation, differing: int) -> str:
+def _result_lines(evaluation: Evaluation, differing: int) -> str:
+    """A line each metric with its standard error, the primary one first, and one of what one needs to judge them."""
     key, values = evaluation.key, {name: v for name, v in evaluation.metrics.items() if v is not None}
-    shown = ", ".join(f"{name} {v}" if isinstance(v, int) else f"{name} {v:.4f}" for name, v in values.items())
-    faults = f"; {differing} examples differ from the run's record" if differing else ""
-    return f"{key.model}, {key.task}, {key.settings['num_fewshot']}-shot, by {key.evaluator}: {shown}{faults}"
+    primary = values["primary_metric"]
+    scores = sorted((name for name in (*METRICS, "f1") if name in values), key=lambda name: name != primary)
+    lines = [f"{key.model}, {key.task}, {key.settings['num_fewshot']}-shot, by {key.evaluator}:"]
+    for name in scores:
+        around = f" +- {values[f'{name}_stderr']:.4f}" if f"{name}_stderr" in values else ""
+        lines.append(f"  {name:22}{values[name]:.4f}{around}{'  primary' if name == primary else ''}")
+    others = (f"{name} {values[name]:.4g}" for name in JUDGED_BY if name in values)
+    lines.append("  " + ", ".join([f"n_examples {values['n_examples']}", *others]))
+    if values.get("cut_fraction"):
+        limit = key.settings["max_new_tokens"]
+        lines.append(
+            f"  {values['cut_fraction']:.1%} of the answers were cut at max_new_tokens={limit}: raise it by --set"
+        )
+    if differing:
+        lines.append(f"  {differing} examples differ from the run's record")
+    return "\n".join(lines)

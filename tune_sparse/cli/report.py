@@ -7,8 +7,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tune_sparse.cli.command import FAULT, OK, add_command, add_results_dirs, add_sweep_filter, existing_folders
-from tune_sparse.cli.words import RUN_WORDS, baselines, paragraph, words
+from tune_sparse.cli.command import (
+    FAULT,
+    OK,
+    add_command,
+    add_primary_metrics,
+    add_results_dirs,
+    add_sweep_filter,
+    existing_folders,
+)
+from tune_sparse.cli.words import RUN_WORDS, baselines, metrics, paragraph, words
+from tune_sparse.data.tasks import chosen_metrics
 from tune_sparse.errors import NotReadyError
 
 
@@ -28,11 +37,13 @@ def declare(commands: Any) -> None:
                 "Open RESULTS/analysis/report.html in a browser; the same folder has all tables as CSV and all "
                 "figures. Of several results folders it is the first one that holds the report."
             ),
+            metrics(),
             baselines(),
         ],
     )
     add_results_dirs(report)
     add_sweep_filter(report)
+    add_primary_metrics(report)
     report.add_argument(
         "--baselines",
         type=Path,
@@ -56,11 +67,11 @@ def _report(chosen: argparse.Namespace) -> int:
     from analysis.report.bundle import check_bundle, write_bundle
     from analysis.report.report import write_report
 
-    folders = existing_folders(chosen.results_dir)
+    folders, primary_metrics = existing_folders(chosen.results_dir), chosen_metrics(chosen.primary_metric)
     if chosen.bundle:
         check_bundle(chosen.bundle)
     try:
-        report = write_report(folders, chosen.sweep, chosen.baselines)
+        report = write_report(folders, chosen.sweep, chosen.baselines, primary_metrics)
     except NotReadyError as error:
         print(f"tune-sparse: {error}", file=sys.stderr)
         return FAULT

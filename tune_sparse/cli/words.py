@@ -155,6 +155,16 @@ def tasks(names: Collection[str] = tuple(TASKS)) -> str:
     return table("tasks", rows)
 
 
+def metrics() -> str:
+    """The metric that each task is judged by with the reason, and those beside it."""
+    rows = {}
+    for name, task in TASKS.items():
+        beside = " and ".join(metric for metric in task.metrics if metric != task.primary_metric)
+        rows[name] = f"{task.primary_metric}: {task.why_primary}{f'. Beside it: {beside}' if beside else ''}"
+    note = "A mixture has the mean of those of its tasks. Names are those of lm-evaluation-harness."
+    return f"{table('metrics that tasks are judged by', rows)}\n\n{paragraph(note)}"
+
+
 def _dataset(task: Task) -> str:
     hub, fields = "none on the Hub", ", ".join(task.fields)
     if task.hub:

@@ -125,15 +125,18 @@ def as_batch(sequences: Sequence[Sequence[Encoded]], train_on_prompt: bool = Fal
             start, end = end, end + example_tokens(example)
             ids.view(-1)[start:end] = torch.tensor(example.context + example.continuation)
             positions.view(-1)[start:end] = torch.arange(end - start)
-            # The first token of an example has nothing before it that could predict it.
-            first = 1 if train_on_prompt else max(1, len(example.context))
-            places += range(start + first - 1, end - 1)
+            places += range(end - 1 - target_tokens(example, train_on_prompt), end - 1)
     before = torch.tensor(places, dtype=torch.long)
     return Batch(ids, before, ids.view(-1)[before + 1], positions if packed else None)
 
 
 def example_tokens(example: Encoded) -> int:
     return len(example.context) + len(example.continuation)
+
+
+def target_tokens(example: Encoded, train_on_prompt: bool) -> int:
+    """Tokens that the loss counts: the continuation, or all but the first, before which nothing could predict it."""
+    return example_tokens(example) - (1 if train_on_prompt else max(1, len(example.context)))
 
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:

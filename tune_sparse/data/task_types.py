@@ -18,6 +18,9 @@ from typing import Any, Literal
 
 from tune_sparse.errors import InputError
 
+METRICS = ("acc", "acc_norm", "exact_match_strict", "exact_match_flexible", "perplexity")
+"""Names of lm-evaluation-harness; the last two but one are its exact_match by the filters strict-match and
+flexible-extract."""
 Example = Mapping[str, Any]
 Pair = tuple[str, str]
 
@@ -45,12 +48,21 @@ class Task(ABC):
     """None where the Hub has no dataset with these fields and splits."""
     chance: float | None
     """Accuracy of guessing; None where accuracy is not the metric."""
+    primary_metric: str
+    """The one of `metrics` that a model is judged by, unless a reader asks for another."""
+    why_primary: str
+    """The reason for that choice, for a help."""
     num_fewshot: int = 0
     """Worked examples in a test prompt of the harness."""
     source: Callable[[Example], str] = lambda example: ""
     """Names the source that an example comes from: where some of a split are drawn, each source has its share."""
     prompt_version: int = 1
     """Raised when a prompt or metric changes: part of a run's identity."""
+
+    @property
+    @abstractmethod
+    def metrics(self) -> tuple[str, ...]:
+        """Those of `METRICS` that it has."""
 
     def check(self, example: Any) -> None:
         """Raise `InputError` unless `example` has the fields, types and label range of this task."""
@@ -111,6 +123,10 @@ class ChoiceTask(PromptTask):
     yes: int | None = None
     """yes/no tasks: the index that counts as positive for F1."""
 
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        return ("acc", "acc_norm") if self.has_normalised_accuracy else ("acc",)
+
     def training_pair(self, example: Example) -> Pair:
         return self.pairs(example)[self.gold(example)]
 
@@ -132,14 +148,16 @@ class AnswerTask(PromptTask):
 
     pair: Callable[[Example], Pair]
     """The prompt and its worked answer."""
-    extract: Callable[[str], str | None]
-    """The final answer found in a generated text, or None."""
-    extract_flexibly: Callable[[str], str | None] | None = None
-    """A second, more lenient reading, where the harness has one."""
+    extractors: Mapping[str, Callable[[str], str | None]]
+    """{metric: finds its final answer in a generated text, or None}, the strictest first."""
     equal: Callable[[str, str], bool] = str.__eq__
     """True if an extracted answer and the gold answer agree."""
     until: tuple[str, ...]
     """Texts that end an answer."""
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        return tuple(self.extractors)
 
     def training_pair(self, example: Example) -> Pair:
         return self.pair(example)
@@ -159,6 +177,8 @@ class TextTask(Task):
     """A text, scored by its perplexity. Its only example has the whole text of a split."""
 
     chance: None = None
+    primary_metric: str = "perplexity"
+    why_primary: str = "a text has no answers, so only its likelihood can be scored"
     fields: Mapping[str, type | tuple[type, ...]] = field(default_factory=lambda: {"text": str})
     files: Mapping[str, str]
     """{split: file}, plain text."""
@@ -166,6 +186,10 @@ class TextTask(Task):
     """For splits that share a file: first and last line of each, as fractions of the file."""
     joined: Callable[[list[str]], str] = "".join
     """The text that is scored, made of the file's lines with their line ends."""
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        return ("perplexity",)
 
     def _check_values(self, example: Example) -> None:
         if not example["text"].strip():

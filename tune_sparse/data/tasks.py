@@ -9,6 +9,9 @@ from collections.abc import Sequence
 from tune_sparse.data.task_types import AnswerTask, ChoiceTask, Example, Hub, Pair, Task, TextTask
 from tune_sparse.errors import InputError, unknown_name
 
+EXAMPLE = "hellaswag=acc"
+"""A choice of a primary metric, for helps and errors."""
+
 
 def task_named(name: str) -> Task:
     """The task called `name`, or an `InputError` with the closest names."""
@@ -27,6 +30,23 @@ def tasks_named(names: str) -> tuple[Task, ...]:
     if texts and len(tasks) > 1:
         raise InputError(f"a mixture is of tasks with answers, got the text {texts[0]!r}. Ask for it alone.")
     return tasks
+
+
+def chosen_metrics(texts: Sequence[str]) -> dict[str, str]:
+    """{task: primary metric} of texts such as `hellaswag=acc`.
+
+    Raises `InputError` for an unknown task, with the closest names, and for a metric that a task has not.
+    """
+    chosen: dict[str, str] = {}
+    for text in texts:
+        name, _, metric = text.partition("=")
+        if not metric:
+            raise InputError(f"a primary metric is given as TASK=METRIC, got {text!r}. Write for example {EXAMPLE}.")
+        if metric not in task_named(name).metrics:
+            raise unknown_name(f"metric of {name}", metric, TASKS[name].metrics)
+        if chosen.setdefault(name, metric) != metric:
+            raise InputError(f"a task has one primary metric, {name} got {chosen[name]} and {metric}. Give one.")
+    return chosen
 
 
 def mean_chance(tasks: Sequence[Task]) -> float | None:
@@ -114,10 +134,12 @@ def _alpaca(instruction: str) -> str:
     )
 
 
-def _arc(name: str, config: str, about: str) -> Task:
+def _arc(name: str, config: str, about: str, primary_metric: str, why_primary: str) -> Task:
     return ChoiceTask(
         name=name,
         about=about,
+        primary_metric=primary_metric,
+        why_primary=why_primary,
         fields={"question": str, "choices": dict, "answerKey": str},
         test_split="test",
         hub=Hub("allenai/ai2_arc", config),
@@ -144,6 +166,8 @@ TASKS: dict[str, Task] = {
             gold=lambda example: int(example["answer"]),
             has_normalised_accuracy=False,
             yes=1,
+            primary_metric="acc",
+            why_primary="both answers are one word, and all sources print it",
         ),
         ChoiceTask(
             name="hellaswag",
@@ -154,6 +178,9 @@ TASKS: dict[str, Task] = {
             chance=0.25,
             source=_hellaswag_source,
             pairs=_hellaswag_pairs,
+            primary_metric="acc_norm",
+            why_primary="the endings differ in length, so that acc prefers the short ones; model cards and "
+            "leaderboards print it, pruning papers print acc",
             gold=lambda example: int(example["label"]),
         ),
         AnswerTask(
@@ -166,8 +193,10 @@ TASKS: dict[str, Task] = {
             num_fewshot=5,
             pair=lambda example: (f"Question: {example['question']}\nAnswer:", " " + example["answer"]),
             gold=lambda example: _number_after_hashes(example["answer"]),
-            extract=_gsm8k_extract,
-            extract_flexibly=_gsm8k_extract_flexibly,
+            extractors={"exact_match_strict": _gsm8k_extract, "exact_match_flexible": _gsm8k_extract_flexibly},
+            primary_metric="exact_match_strict",
+            why_primary="training teaches #### before the answer, and the last number of a text may be any; a base "
+            "model before tuning writes no ####, so that only exact_match_flexible says what it knew",
             until=("Question:", "</s>", "<|im_end|>"),
         ),
         AnswerTask(
@@ -179,8 +208,10 @@ TASKS: dict[str, Task] = {
             chance=0.0,
             pair=lambda example: (_alpaca(example["original_text"]), f" {_number_text(example['ans'])}"),
             gold=lambda example: _number_text(example["ans"]),
-            extract=_last_number,
+            extractors={"exact_match_flexible": _last_number},
             equal=_numbers_close,
+            primary_metric="exact_match_flexible",
+            why_primary="the last number is the answer in the papers that use this task",
             until=("### Instruction",),
         ),
         AnswerTask(
@@ -195,8 +226,10 @@ TASKS: dict[str, Task] = {
                 f" {_number_text(float(example['Answer']))}",
             ),
             gold=lambda example: _number_text(float(example["Answer"])),
-            extract=_last_number,
+            extractors={"exact_match_flexible": _last_number},
             equal=_numbers_close,
+            primary_metric="exact_match_flexible",
+            why_primary="the last number is the answer in the papers that use this task",
             until=("### Instruction",),
         ),
         ChoiceTask(
@@ -209,6 +242,9 @@ TASKS: dict[str, Task] = {
             pairs=lambda example: [
                 (f"Question: {example['goal']}\nAnswer:", " " + example[solution]) for solution in ("sol1", "sol2")
             ],
+            primary_metric="acc",
+            why_primary="the two solutions are nearly as long, so that the metrics hardly differ, and pruning papers "
+            "print it",
             gold=lambda example: example["label"],
         ),
         ChoiceTask(
@@ -219,6 +255,8 @@ TASKS: dict[str, Task] = {
             hub=Hub("allenai/winogrande", "winogrande_xl"),
             chance=0.5,
             pairs=_winogrande_pairs,
+            primary_metric="acc",
+            why_primary="both choices end in the same words, and all sources print it",
             gold=lambda example: int(example["answer"]) - 1,
             has_normalised_accuracy=False,
         ),
@@ -230,10 +268,25 @@ TASKS: dict[str, Task] = {
             hub=Hub("allenai/openbookqa", "main"),
             chance=0.25,
             pairs=lambda example: _labelled_choices(example["question_stem"], example),
+            primary_metric="acc_norm",
+            why_primary="the choices are phrases of one word to a dozen, so that acc prefers the short ones; pruning "
+            "papers print acc",
             gold=_labelled_gold,
         ),
-        _arc("arc_easy", "ARC-Easy", "school science, easy questions, 4 choices"),
-        _arc("arc_challenge", "ARC-Challenge", "school science, hard questions, 4 choices"),
+        _arc(
+            "arc_easy",
+            "ARC-Easy",
+            "school science, easy questions, 4 choices",
+            "acc",
+            "tables of base models and of pruning print it, and dividing by length makes these short answers worse",
+        ),
+        _arc(
+            "arc_challenge",
+            "ARC-Challenge",
+            "school science, hard questions, 4 choices",
+            "acc_norm",
+            "the choices differ in length, and model cards and leaderboards print it",
+        ),
         TextTask(
             name="wikitext2",
             about="articles of Wikipedia",

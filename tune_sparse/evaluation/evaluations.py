@@ -22,7 +22,7 @@ from tune_sparse.config.protocol import SCORING
 from tune_sparse.data.splits import Splits
 from tune_sparse.data.task_types import Task
 from tune_sparse.errors import InputError, unknown_name
-from tune_sparse.evaluation.metrics import Metrics
+from tune_sparse.evaluation.metrics import Metrics, compute_metrics
 from tune_sparse.evaluation.outcomes import Outcome, read_outcomes, write_outcomes
 from tune_sparse.files import read_json, write_json, write_lines, write_text
 from tune_sparse.identity import NUMERICS_VERSION, hash_json
@@ -129,8 +129,6 @@ def _evaluate_into(
 ) -> None:
     import yaml
 
-    from tune_sparse.evaluation.scoring import task_metrics
-
     write_text(folder / "config.yaml", yaml.safe_dump(asdict(key), sort_keys=False))
     model, tokenizer = load_model()
     started = time.perf_counter()
@@ -141,7 +139,7 @@ def _evaluate_into(
     else:
         outcomes, resumed = _score_on(folder, model, tokenizer, task, splits, protocol, budgets)
     seconds = time.perf_counter() - started
-    metrics = task_metrics(task, outcomes)
+    metrics = compute_metrics(task, outcomes)
     write_outcomes(folder / "examples.parquet", outcomes)
     measured = {
         "examples_per_second": (len(outcomes) - resumed) / seconds,

@@ -99,6 +99,15 @@ class _Rows:
         return {"position_ids": position, "attention_mask": seen[:, None, None]}
 
 
+@dataclass(frozen=True)
+class Answer:
+    """A generated text, without its end."""
+
+    text: str
+    is_cut: bool
+    """The limit ended it, before the model did."""
+
+
 @torch.no_grad()
 def generate(
     model: PreTrainedModel,
@@ -106,13 +115,13 @@ def generate(
     prompts: Sequence[tuple[int, ...]],
     max_new_tokens: int,
     until: Sequence[str],
-) -> list[str]:
+) -> list[Answer]:
     """The greedy continuation of each prompt of one batch, up to the end-of-text token or the first text of `until`.
 
     Between two looks at what was written, the device is not waited for. Raises `RunError` if the model computes NaN,
     which greedy decoding would turn into a token like any other.
     """
-    answers = [_Answer(tokenizer, until) for _ in prompts]
+    answers = [_Writing(tokenizer, until) for _ in prompts]
     present, rows = list(range(len(prompts))), _Rows.begin(prompts, max_new_tokens, model.device)
     look_every = LOOK_EVERY_ON_CPU if model.device.type == "cpu" else LOOK_EVERY
     cache = Cache(layer_class_to_replicate=PreallocatedCache)
@@ -132,7 +141,7 @@ def generate(
                 cache.batch_select_indices(kept)
                 tokens, rows, present = tokens[kept], rows.kept(kept), [present[row] for row in still]
         tokens = _best_tokens(model, _read_token(model, tokens, rows, step, cache))
-    return [answer.text() for answer in answers]
+    return [answer.read() for answer in answers]
 
 
 def _read_prompts(model: PreTrainedModel, prompts: Sequence[tuple[int, ...]], rows: _Rows, cache: Cache) -> Tensor:
@@ -156,8 +165,8 @@ def _best_tokens(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     return best.indices.where(best.values.isfinite(), NOT_FINITE)
 
 
-class _Answer:
-    """The tokens of an answer, without the end of the text."""
+class _Writing:
+    """The tokens of an answer so far, without the end of the text."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, until: Sequence[str]) -> None:
         self.is_complete = False
@@ -181,9 +190,10 @@ class _Answer:
         newest = self._decoded(self._tokens[max(0, before - self._longest_stop) :])
         self.is_complete = any(stop in newest for stop in self._until)
 
-    def text(self) -> str:
+    def read(self) -> Answer:
         whole = self._decoded(self._tokens)
-        return whole[: min((whole.find(stop) for stop in self._until if stop in whole), default=len(whole))]
+        end = min((whole.find(stop) for stop in self._until if stop in whole), default=len(whole))
+        return Answer(whole[:end], not self.is_complete)
 
     def _decoded(self, tokens: list[int]) -> str:
         return self._tokenizer.decode(tokens, skip_special_tokens=True)

@@ -159,8 +159,8 @@ def _outcome(task: PromptTask, example: Example, by_filter: Mapping[str, Mapping
             task.question_id(example),
             str(task.gold(example)),
             str(best),
-            correct=bool(sample["acc"]),
-            correct_norm=norm,
+            acc=bool(sample["acc"]),
+            acc_norm=norm,
             log_likelihoods=values,
         )
     strict, flexible = by_filter["strict-match"], by_filter["flexible-extract"]
@@ -169,7 +169,7 @@ def _outcome(task: PromptTask, example: Example, by_filter: Mapping[str, Mapping
         task.question_id(example),
         task.gold(example),
         None if strict["filtered_resps"][0] == NOT_FOUND else strict["filtered_resps"][0],
-        correct=bool(strict["exact_match"]),
-        correct_flexible=bool(flexible["exact_match"]),
+        exact_match_strict=bool(strict["exact_match"]),
+        exact_match_flexible=bool(flexible["exact_match"]),
         text=strict["resps"][0][0],
     )

@@ -152,14 +152,9 @@ def score(
     for test in tests:
         batches = compute_outcomes(model, tokenizer, test, protocol, budgets=budgets)
         outcomes = [outcome for _, outcome in sorted(pair for batch in batches for pair in batch.items())]
-        by_task[test.task.name] = task_metrics(test.task, outcomes)
+        by_task[test.task.name] = compute_metrics(test.task, outcomes)
         found += outcomes
     return Scored(tuple(found), by_task)
-
-
-def task_metrics(task: Task, outcomes: Sequence[Outcome]) -> Metrics:
-    yes = str(task.yes) if isinstance(task, ChoiceTask) and task.yes is not None else None
-    return compute_metrics(outcomes, task.chance, yes)
 
 
 def compute_outcomes(
@@ -202,19 +197,20 @@ def _answers(
     protocol: Protocol,
 ) -> Iterator[Outcome]:
     prompts = [example.encoded[0].context for example in examples]
-    texts = generate(model, tokenizer, prompts, protocol.max_new_tokens, task.until)
-    for example, text in zip(examples, texts, strict=True):
-        found = task.extract(text)
-        flexible = task.extract_flexibly(text) if task.extract_flexibly else None
+    answers = generate(model, tokenizer, prompts, protocol.max_new_tokens, task.until)
+    for example, answer in zip(examples, answers, strict=True):
+        found = {metric: extract(answer.text) for metric, extract in task.extractors.items()}
+        right = {metric: _agrees(task, value, example.gold) for metric, value in found.items()}
         yield Outcome(
             task.name,
             example.id,
             example.gold,
-            found,
-            correct=_agrees(task, found, example.gold),
-            correct_flexible=_agrees(task, flexible, example.gold) if task.extract_flexibly else None,
-            text=text,
+            next(iter(found.values())),
+            exact_match_strict=right.get("exact_match_strict"),
+            exact_match_flexible=right.get("exact_match_flexible"),
+            text=answer.text,
             truncated=example.is_truncated,
+            cut=answer.is_cut,
         )
 
 
@@ -244,8 +240,8 @@ def _choice(task: ChoiceTask, example: EvalExample, values: Sequence[float]) -> 
         example.id,
         example.gold,
         best,
-        correct=best == example.gold,
-        correct_norm=best_by_length == example.gold if task.has_normalised_accuracy else None,
+        acc=best == example.gold,
+        acc_norm=best_by_length == example.gold if task.has_normalised_accuracy else None,
         log_likelihoods=tuple(values),
         truncated=example.is_truncated,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from tune_sparse.data.task_types import METRICS
 from tune_sparse.data.tasks import tasks_named
 from tune_sparse.ledger.record import Record
 from tune_sparse.ledger.run import Run
@@ -43,7 +44,8 @@ def _rows_about_run(run: Run, record: Record) -> dict[str, Any]:
         f"{protocol.steps} steps of {protocol.global_batch_size} examples, learning rate {protocol.learning_rate:g}, "
         f"precision {protocol.precision}"
     )
-    for name in ("accuracy", "perplexity"):
+    rows["primary metric"] = metrics.get("primary_metric", "not recorded")
+    for name in ("accuracy", *METRICS):
         if name in metrics:
             error = metrics.get(f"{name}_stderr")
             spread = f" ± {error:.2g} (standard error)" if error else ""

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tune_sparse.data.tasks import task_named
 from tune_sparse.errors import RunError
 from tune_sparse.evaluation.outcomes import Outcome, read_outcomes
 from tune_sparse.files import read_json
@@ -34,6 +35,7 @@ def final_evaluation(session: SearchSession, race: Race) -> dict[str, Any]:
     scored = {name: read_outcomes(folder / name / "examples.parquet") for name in chosen}
     for name, run in (("maximal", plan.run), ("plain", plain)):
         scored[name] = read_outcomes(session.ledger.run_folder(run.run_id) / "examples.parquet")
+    metric = task_named(plan.run.cell.task).primary_metric
     return {
         "front": [
             {
@@ -45,7 +47,8 @@ def final_evaluation(session: SearchSession, race: Race) -> dict[str, Any]:
             for key in race.front()
         ],
         "winner": winner,
-        "test": {name: _on_test(outcomes, scored["maximal"], sizes[name]) for name, outcomes in scored.items()},
+        "primary_metric": metric,
+        "test": {name: _on_test(outcomes, scored["maximal"], metric, sizes[name]) for name, outcomes in scored.items()},
         "selection_examples": race.n,
         "candidates": len(race.correctness),
         "suggestions": len(suggestions),
@@ -57,10 +60,10 @@ def final_evaluation(session: SearchSession, race: Race) -> dict[str, Any]:
     }
 
 
-def _on_test(outcomes: Sequence[Outcome], maximal: Sequence[Outcome], parameters: int) -> dict[str, Any]:
-    """Accuracy on test examples, and its paired difference from the maximal's with a 95% interval."""
+def _on_test(outcomes: Sequence[Outcome], maximal: Sequence[Outcome], metric: str, parameters: int) -> dict[str, Any]:
+    """Accuracy on test examples by a metric, and its paired difference from the maximal's with a 95% interval."""
     mine, other = (
-        Correctness(len(found)).adding((i, bool(o.correct)) for i, o in enumerate(found))
+        Correctness(len(found)).adding((i, o.is_right(metric)) for i, o in enumerate(found))
         for found in (outcomes, maximal)
     )
     is_itself = outcomes is maximal

@@ -75,7 +75,7 @@ class SliceScorer:
         tests = EvalSet(self.tests.task, tuple(self.tests.examples[i] for i in stage))
         done = [place for place, i in enumerate(stage) if known.knows(i)]
         for batch in compute_outcomes(self.slices.model, self.tokenizer, tests, self.protocol, done, self.budgets):
-            yield from ((stage[place], bool(outcome.correct)) for place, outcome in batch.items())
+            yield from ((stage[place], outcome.is_right(tests.task.primary_metric)) for place, outcome in batch.items())
 
     def finish(self, ranks: Ranks, folder: Path) -> Scored:
         """Write a slice as an adapter, merge that into the pruned model, validate it and score it on test examples.

@@ -67,7 +67,7 @@ def run_entry(ledger: LedgerReader, record: Record) -> Entry:
         name=record.run_id,
         tags=_environment_tags(record) | {RUN_TAG: record.run_id, RECORD_TAG: record_hash(record)},
         started=ended - record.measured.get("trial_seconds", 0.0),
-        params=asdict(run.cell) | asdict(run.protocol),
+        params=asdict(run.cell) | asdict(run.protocol) | _judges(record),
         points=(*_curves(folder), *_numbers(record.metrics | record.measured)),
         files=tuple(folder / name for name in ARTIFACTS if (folder / name).exists()),
         status=MLFLOW_STATUS[record.status],
@@ -102,6 +102,10 @@ def candidate_entries(folder: Path) -> Iterator[Entry]:
             points=tuple(_numbers(measured)),
             status="FAILED" if trial["state"] == "failed" else "FINISHED",
         )
+
+
+def _judges(record: Record) -> dict[str, str]:
+    return {name: record.metrics[name] for name in ("primary_metric",) if name in record.metrics}
 
 
 def _curves(folder: Path) -> Iterator[Point]:
