@@ -49,6 +49,8 @@ class Task(ABC):
     """Worked examples in a test prompt of the harness."""
     prompt_version: int = 1
     """Raised when a prompt or metric changes: part of a run's identity."""
+    test_examples: int | None = None
+    """in the whole test split; None for a text, and where copies of a dataset differ"""
 
     def check(self, example: Any) -> None:
         """Raise `InputError` unless `example` has the fields, types and label range of this task."""

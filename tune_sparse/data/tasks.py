@@ -109,13 +109,14 @@ def _alpaca(instruction: str) -> str:
     )
 
 
-def _arc(name: str, config: str, about: str) -> Task:
+def _arc(name: str, config: str, about: str, test_examples: int) -> Task:
     return ChoiceTask(
         name=name,
         about=about,
         fields={"question": str, "choices": dict, "answerKey": str},
         test_split="test",
         hub=Hub("allenai/ai2_arc", config),
+        test_examples=test_examples,
         chance=0.25,
         pairs=lambda example: _labelled_choices(f"Question: {example['question']}\nAnswer:", example),
         gold=_labelled_gold,
@@ -131,6 +132,7 @@ TASKS: dict[str, Task] = {
             fields={"question": str, "passage": str, "answer": bool},
             test_split="validation",
             hub=Hub("google/boolq"),
+            test_examples=3270,
             chance=0.5,
             pairs=lambda example: [
                 (f"{example['passage']}\nQuestion: {example['question']}?\nAnswer:", choice)
@@ -146,6 +148,7 @@ TASKS: dict[str, Task] = {
             fields={"activity_label": str, "ctx_a": str, "ctx_b": str, "endings": list, "label": (str, int)},
             test_split="validation",
             hub=Hub("Rowan/hellaswag"),
+            test_examples=10_042,
             chance=0.25,
             pairs=_hellaswag_pairs,
             gold=lambda example: int(example["label"]),
@@ -156,6 +159,7 @@ TASKS: dict[str, Task] = {
             fields={"question": str, "answer": str},
             test_split="test",
             hub=Hub("openai/gsm8k", "main"),
+            test_examples=1319,
             chance=0.0,
             num_fewshot=5,
             pair=lambda example: (f"Question: {example['question']}\nAnswer:", " " + example["answer"]),
@@ -183,6 +187,7 @@ TASKS: dict[str, Task] = {
             fields={"Body": str, "Question": str, "Answer": str},
             test_split="test",
             hub=Hub("ChilleD/SVAMP"),
+            test_examples=300,
             chance=0.0,
             pair=lambda example: (
                 _alpaca(f"{example['Body']} {example['Question']}"),
@@ -199,6 +204,7 @@ TASKS: dict[str, Task] = {
             fields={"goal": str, "sol1": str, "sol2": str, "label": int},
             test_split="validation",
             hub=Hub("baber/piqa"),
+            test_examples=1838,
             chance=0.5,
             pairs=lambda example: [
                 (f"Question: {example['goal']}\nAnswer:", " " + example[solution]) for solution in ("sol1", "sol2")
@@ -211,6 +217,7 @@ TASKS: dict[str, Task] = {
             fields={"sentence": str, "option1": str, "option2": str, "answer": str},
             test_split="validation",
             hub=Hub("allenai/winogrande", "winogrande_xl"),
+            test_examples=1267,
             chance=0.5,
             pairs=_winogrande_pairs,
             gold=lambda example: int(example["answer"]) - 1,
@@ -222,12 +229,13 @@ TASKS: dict[str, Task] = {
             fields={"question_stem": str, "choices": dict, "answerKey": str},
             test_split="test",
             hub=Hub("allenai/openbookqa", "main"),
+            test_examples=500,
             chance=0.25,
             pairs=lambda example: _labelled_choices(example["question_stem"], example),
             gold=_labelled_gold,
         ),
-        _arc("arc_easy", "ARC-Easy", "school science, easy questions, 4 choices"),
-        _arc("arc_challenge", "ARC-Challenge", "school science, hard questions, 4 choices"),
+        _arc("arc_easy", "ARC-Easy", "school science, easy questions, 4 choices", 2376),
+        _arc("arc_challenge", "ARC-Challenge", "school science, hard questions, 4 choices", 1172),
         TextTask(
             name="wikitext2",
             about="articles of Wikipedia",
