@@ -77,7 +77,8 @@ BASELINE_COLUMNS = {
     "sparsity": "from 0 to below 1",
     "num_fewshot": "solved examples in a prompt",
     "context_tokens": "tokens of a window of a perplexity",
-    "metric": "such as acc, acc_norm, exact_match_strict, exact_match_flexible (fractions) or perplexity; an unknown name is refused with a list of all",
+    "metric": "such as acc, acc_norm, exact_match_strict, exact_match_flexible (fractions) or perplexity; an unknown "
+    "name is refused with a list of all",
     "value": "the number",
     "hardware, notes": "for readers",
 }

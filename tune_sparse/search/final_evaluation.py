@@ -58,13 +58,13 @@ def final_evaluation(session: SearchSession, race: Race) -> dict[str, Any]:
 
 
 def _on_test(outcomes: Sequence[Outcome], maximal: Sequence[Outcome], parameters: int) -> dict[str, Any]:
-    """Accuracy on test examples, and its paired difference from the maximal's with a 95% interval."""
+    """Accuracy on test examples, and its paired difference from the maximal's with a 95% interval, which the maximal
+    itself has not."""
     mine, other = (
         Correctness(len(found)).adding((i, bool(o.correct)) for i, o in enumerate(found))
         for found in (outcomes, maximal)
     )
-    is_itself = outcomes is maximal
-    difference, low, high = (0.0, 0.0, 0.0) if is_itself else accuracy_difference(mine, other)
+    difference, low, high = (None, None, None) if outcomes is maximal else accuracy_difference(mine, other)
     return {
         "accuracy": mine.accuracy,
         "parameters": parameters,
