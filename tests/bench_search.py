@@ -43,7 +43,7 @@ from tune_sparse.files import read_json
 from tune_sparse.ledger.ledger import Ledger
 from tune_sparse.lora.masked_linear import EffectiveWeight, Workspace
 from tune_sparse.lora.rank_space import Group, Ranks, Space
-from tune_sparse.lora.slices import Layer, count_layers
+from tune_sparse.lora.slices import count_layers
 from tune_sparse.search.config import SAMPLERS, SearchConfig
 from tune_sparse.search.journal import Candidate
 from tune_sparse.search.plan import plan_search
@@ -84,9 +84,9 @@ def switch_fraction(sizes: Sizes) -> float:
     width = sizes.width
     mask = torch.rand(width, width) > 0.5
     weight, A, B = torch.randn(width, width) * mask, torch.randn(32, width), torch.randn(width, 32)
-    layer, own = Layer(weight, A, B, 2.0, EffectiveWeight(weight, mask, Workspace()), None), weight.clone()
+    impl, own = EffectiveWeight(weight, mask, Workspace()), weight.clone()
     x = torch.randn(sizes.measured_tokens, width)
-    switch = seconds(lambda: own.copy_(layer.deployed(24)))
+    switch = seconds(lambda: own.copy_(impl.effective(weight, A[:24], B[:, :24], 2.0)))
     return switch / (seconds(lambda: F.linear(x, own)) * TOKENS / sizes.measured_tokens)
 
 
