@@ -8,6 +8,8 @@ first.
 - switch_fraction: seconds to give a 7B-shaped layer (4096 x 4096, R = 32, masked) another rank, over those of its
   product with the tokens of an evaluation. Goal: under 0.01.
 - suggest: milliseconds a suggestion at 100 dimensions, mean of the last 20 of 500, each sampler. Goal: at most 20.
+- simulated_races: of equally good candidates, the fraction that racing stops, and of races with one that is truly 2
+  points better, the fraction that stops it; 300 races, with both objectives and with accuracy alone.
 - racing: only with results folders of `tune-sparse search --no-racing --trials 300`. Their candidates race again, on
   what they answered: the share of the answers that were asked, whether the winner is the one of all answers, and how
   many points less accurate the best is. Goals: 1/3 and the same winner, or 1/5 and 0.25 points.
@@ -29,6 +31,7 @@ import psutil
 import torch
 import torch.nn.functional as F
 from benchmarks import bench_parser, toy
+from simulated_races import race_of_equals
 
 from search_spaces import subadapters
 from search_spaces.matrix import PRESETS
@@ -40,7 +43,7 @@ from tune_sparse.files import read_json
 from tune_sparse.ledger.ledger import Ledger
 from tune_sparse.lora.masked_linear import EffectiveWeight, Workspace
 from tune_sparse.lora.rank_space import Group, Ranks, Space
-from tune_sparse.lora.slices import Layer, count_layers
+from tune_sparse.lora.slices import count_layers
 from tune_sparse.search.config import SAMPLERS, SearchConfig
 from tune_sparse.search.journal import Candidate
 from tune_sparse.search.plan import plan_search
@@ -60,9 +63,10 @@ class Sizes:
     measured_tokens: int = 500
     suggestions: int = 500
     candidates: int = 300
+    races: int = 300
 
 
-SMOKE = Sizes(256, 50, 30, 20)
+SMOKE = Sizes(256, 50, 30, 20, 3)
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -80,9 +84,9 @@ def switch_fraction(sizes: Sizes) -> float:
     width = sizes.width
     mask = torch.rand(width, width) > 0.5
     weight, A, B = torch.randn(width, width) * mask, torch.randn(32, width), torch.randn(width, 32)
-    layer, own = Layer(weight, A, B, 2.0, EffectiveWeight(weight, mask, Workspace()), None), weight.clone()
+    impl, own = EffectiveWeight(weight, mask, Workspace()), weight.clone()
     x = torch.randn(sizes.measured_tokens, width)
-    switch = seconds(lambda: own.copy_(layer.deployed(24)))
+    switch = seconds(lambda: own.copy_(impl.effective(weight, A[:24], B[:, :24], 2.0)))
     return switch / (seconds(lambda: F.linear(x, own)) * TOKENS / sizes.measured_tokens)
 
 
@@ -164,6 +168,15 @@ def raced(answered: Sequence[tuple[Correctness, float]], minimises_cost: bool) -
     }
 
 
+def simulated_races(races: int) -> dict[str, float]:
+    found = {}
+    for name, minimises_cost in (("accuracy_parameters", True), ("accuracy", False)):
+        ended = [race_of_equals(minimises_cost, seed) for seed in range(races)]
+        found[f"stopped_of_equals_{name}"] = statistics.fmean(race.equal_fraction for race in ended)
+        found[f"stopped_better_{name}"] = statistics.fmean(race.better for race in ended)
+    return found
+
+
 def racing(results_dirs: Sequence[Path]) -> dict[str, Any]:
     """{super-adapter: {objectives: how its candidates race}} for those that answered everything."""
     found = {}
@@ -189,8 +202,9 @@ def main() -> None:
         values["worker_mb_20"], values[f"worker_mb_{sizes.candidates}"] = worker_mb(scorer, sizes.candidates)
     values["switch_fraction"] = switch_fraction(sizes)
     values |= {f"suggest_ms_{name}": suggest_ms(name, sizes.suggestions) for name in SAMPLERS}
+    values |= simulated_races(sizes.races)
     for name, value in values.items():
-        print(f"{name:26}{value:10.4f}")
+        print(f"{name:36}{value:10.4f}")
     values["racing"] = racing(chosen.results)
     for name, by_objectives in values["racing"].items():
         for objectives, race in by_objectives.items():

@@ -16,6 +16,7 @@ from analysis.baselines.published import (
     METRICS,
     Published,
     as_runs,
+    find_conflicts,
     load_published,
     read_published,
 )
@@ -31,11 +32,12 @@ ROW = {
     "task": "gsm8k",
     "method": "wanda",
     "tuning": "LoRA",
+    "training": "task",
     "mode": "sparse-to-sparse",
     "sparsity": "0.5",
     "num_fewshot": "5",
     "context_tokens": "",
-    "metric": "accuracy",
+    "metric": "exact_match_strict",
     "value": "0.501",
     "hardware": "",
     "notes": "with, a comma",
@@ -52,7 +54,7 @@ def write_published(path: Path, *changes: dict[str, str]) -> Path:
 
 def test_the_built_in_numbers_are_all_there() -> None:
     rows = load_published()
-    assert len(rows) == 368
+    assert len(rows) == 461
     assert {row.kind for row in rows} == KINDS.keys()
     assert sum(row.value is None for row in rows) == 20
     assert {row.metric for row in rows} <= METRICS.keys()
@@ -74,10 +76,36 @@ def test_a_row_is_read_as_it_is_written(tmp_path: Path) -> None:
     assert asdict(row) == ROW | {"sparsity": 0.5, "num_fewshot": 5, "context_tokens": None, "value": 0.501}
 
 
+def test_what_was_not_trained_is_named_as_ours_before_tuning() -> None:
+    [run] = as_runs([published(metric="acc", training="none")])
+    assert run.metrics == {"acc_before_tuning": 0.501}
+    assert run.params["training"] == "none"
+
+
+def test_two_commits_of_one_table_contradict_each_other() -> None:
+    conflicts = find_conflicts(load_published())
+    assert {row.source for row in conflicts} == {"Okwy-UE/project3-sparse-ft"}
+    assert len(conflicts) == 24
+    assert all("commit" in row.table and len(others) == 1 for row, others in conflicts.items())
+
+
+def test_printed_tables_are_there_as_printed() -> None:
+    by_source: dict[str, list[float | None]] = {}
+    for row in load_published():
+        by_source.setdefault(row.source.split(" ")[0], []).append(row.value)
+    assert by_source["MaskLLM"] == [5.12, 10.42, 6.78, 5.75, 17.64, 8.49, 5.89, 18.65, 8.58]
+    assert by_source["EBFT"] == [16.88, 75.14, 16.27, 16.44]
+    assert by_source["vuiseng9"] == [0.651, 0.5, 0.393, 0.287]
+    assert by_source["Aaquib111/Sparse-GPT-Finetuning"] == [27.66, 22.01]
+    assert (by_source["ikawrakow"], by_source["nanoGPT"]) == ([4.1049], [1.4697])
+    assert len(by_source["SLiM"]) == 72
+    assert by_source["SLiM"][:3] + by_source["SLiM"][-2:] == [0.359, 0.371, 0.434, 0.5426, 0.5785]
+
+
 def test_a_number_that_is_entered_takes_the_place_of_the_empty_line(tmp_path: Path) -> None:
     [phoenix, *_] = BUILT_IN
     [address] = {row.address for row in read_published(phoenix) if row.source == "Phoenix"}
-    entered = {"source": "Phoenix", "address": address, "value": "0.5"}
+    entered = {"source": "Phoenix", "address": address, "metric": "exact_match_flexible", "value": "0.5"}
     rows = load_published([write_published(tmp_path / "own.csv", entered)])
     [found] = [r for r in rows if r.address == address and r.model == ROW["model"] and r.task == "gsm8k"]
     assert found.value == 0.5
@@ -98,11 +126,12 @@ def test_a_model_of_the_results_is_known(tmp_path: Path) -> None:
         ({"task": "gsm9k"}, r"unknown task 'gsm9k'\. Did you mean 'gsm8k'"),
         ({"task": "gsm8k+boolk"}, r"unknown task 'boolk'\. Did you mean 'boolq'"),
         ({"kind": "guessed"}, "unknown kind 'guessed'"),
-        ({"metric": "acc"}, "unknown metric 'acc'"),
+        ({"metric": "accuracy"}, "unknown metric 'accuracy'"),
+        ({"training": "taks"}, r"unknown training 'taks'\. Did you mean 'task'"),
         ({"mode": "sparse"}, "unknown mode 'sparse'"),
-        ({"value": "50.1"}, r"accuracy must be in \[0, 1\], got 50\.1\. Did you mean 0\.501\?"),
-        ({"value": "-0.1"}, r"accuracy must be in \[0, 1\], got -0\.1\. Fix"),
-        ({"value": "nan"}, r"accuracy must be in \[0, 1\], got nan"),
+        ({"value": "50.1"}, r"exact_match_strict must be in \[0, 1\], got 50\.1\. Did you mean 0\.501\?"),
+        ({"value": "-0.1"}, r"exact_match_strict must be in \[0, 1\], got -0\.1\. Fix"),
+        ({"value": "nan"}, r"exact_match_strict must be in \[0, 1\], got nan"),
         ({"metric": "perplexity", "value": "inf"}, "perplexity must be finite and at least 0, got inf"),
         ({"value": "50%"}, "value must be a number or empty, got '50%'. Write 0.5, not 50%"),
         ({"sparsity": "1"}, r"sparsity must be in \[0, 1\), got 1\. "),
@@ -125,7 +154,7 @@ def test_a_wrong_field_is_named_with_its_line(change: dict[str, str], message: s
         ("source,address\n", "line 1: each column must be there once, missing: table, kind"),
         (f"{','.join(COLUMNS)},source\n", "line 1: each column must be there once, missing: none"),
         ("", "line 1: each column must be there once"),
-        (f"{','.join(COLUMNS)}\na,b\n", "line 2: a line needs 16 fields, got 2"),
+        (f"{','.join(COLUMNS)}\na,b\n", "line 2: a line needs 17 fields, got 2"),
         (f'{",".join(COLUMNS)}\n"a', "published numbers must be a CSV file in UTF-8"),
         ("\xff", "published numbers must be a CSV file in UTF-8"),
     ],
@@ -149,7 +178,7 @@ def published(**changes: Any) -> Published:
 
 def test_numbers_of_one_setting_are_one_run() -> None:
     [run] = as_runs([published(), published(metric="train_seconds", value=10.0, notes="timed")])
-    assert run.metrics == {"accuracy": 0.501, "train_seconds": 10.0}
+    assert run.metrics == {"exact_match_strict": 0.501, "train_seconds": 10.0}
     assert run.params["backend"] == "published"
     assert run.params["num_fewshot"] == "5"
     assert "context_tokens" not in run.params
@@ -159,14 +188,14 @@ def test_numbers_of_one_setting_are_one_run() -> None:
 
 def test_a_metric_that_is_published_twice_is_two_runs() -> None:
     runs = as_runs([published(), published(value=0.49)])
-    assert sorted(run.metrics["accuracy"] for run in runs) == [0.49, 0.501]
+    assert sorted(run.metrics["exact_match_strict"] for run in runs) == [0.49, 0.501]
     assert len({run.identity for run in runs}) == 2
 
 
 def test_every_number_is_in_exactly_one_run() -> None:
     rows = [row for row in load_published() if row.value is not None]
     runs = as_runs(load_published())
-    assert sum(len(run.metrics) for run in runs) == len(rows) == 348
+    assert sum(len(run.metrics) for run in runs) == len(rows) == 441
     assert len({run.identity for run in runs}) == len(runs)
 
 

@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import random
 from math import comb
+from statistics import fmean
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binomtest
+from simulated_races import race_of_equals
 
 from analysis.stats.statistics import paired_difference
 from tune_sparse.search.racing import (
@@ -159,3 +161,16 @@ def test_racing_finds_the_best_of_many_with_a_fraction_of_the_answers() -> None:
                 break
     assert found.correctness[found.winner()].accuracy >= max(t.count("1") for t in texts) / n - 0.0025
     assert spent < 0.4 * n * kinds
+
+
+@pytest.mark.parametrize(("minimises_cost", "stopped"), [(True, 0.65), (False, 0.90)])
+def test_racing_is_a_lenient_rule_that_stops_most_that_are_as_good(minimises_cost: bool, stopped: float) -> None:
+    races = [race_of_equals(minimises_cost, seed) for seed in range(20)]
+    assert fmean(race.equal_fraction for race in races) == pytest.approx(stopped, abs=0.04), "docs/search.md says so"
+
+
+def test_an_interval_is_not_empty_where_no_answer_differs() -> None:
+    same = Correctness.from_text("1101110111")
+    difference, low, high = accuracy_difference(same, same)
+    assert difference == 0.0
+    assert low < 0.0 < high

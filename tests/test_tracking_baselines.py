@@ -50,7 +50,7 @@ def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
     ledger.write_sweep(make_sweep(cells))
     for cell in cells:
         run = make_run(cell.trained)
-        write_run(ledger, run, done_record(run, 0.9 - cell.sparsity / 2))
+        write_run(ledger, run, done_record(run, 0.9 - cell.sparsity / 2, exact_match_strict=0.5))
     track_ledger(ledger, default_uri(ledger.folder))
     assert track_published(as_runs(ROWS), default_uri(ledger.folder)) == 3
     return default_uri(ledger.folder)
@@ -71,7 +71,7 @@ def test_names_are_those_of_our_runs(uri: str) -> None:
     ours = next(run for run in runs_in(uri, EXPERIMENT) if RUN_TAG in run.data.tags)
     for run in runs_in(uri, PUBLISHED_EXPERIMENT):
         assert run.data.metrics.keys() <= ours.data.metrics.keys()
-        assert run.data.params.keys() - {"tuning"} <= ours.data.params.keys()
+        assert run.data.params.keys() - {"tuning", "training"} <= ours.data.params.keys()
         assert (run.data.params["sparsity"], run.data.params["num_fewshot"]) == ("0.5", "5")
 
 
@@ -108,7 +108,7 @@ def test_a_run_that_was_cut_off_is_logged_anew(uri: str) -> None:
 def test_a_number_that_was_fixed_takes_the_place_of_the_old_one(uri: str) -> None:
     fixed = [replace(ROWS[0], value=0.51), *ROWS[1:]]
     assert track_published(as_runs(fixed), uri) == 3
-    values = [run.data.metrics["accuracy"] for run in runs_in(uri, PUBLISHED_EXPERIMENT)]
+    values = [run.data.metrics["exact_match_strict"] for run in runs_in(uri, PUBLISHED_EXPERIMENT)]
     assert sorted(values) == [0.4, 0.501, 0.51]
 
 
@@ -125,7 +125,7 @@ def test_the_command_checks_the_files_before_it_tracks(tmp_path: Path, capsys: p
     Ledger(tmp_path).write_sweep(make_sweep([make_cell()]))
     wrong = write_published(tmp_path / "own.csv", {"value": "50"})
     assert main(["track", "--results-dir", str(tmp_path), "--baselines", str(wrong)]) == 2
-    assert "own.csv, line 2: accuracy must be in [0, 1], got 50. Did you mean 0.5?" in capsys.readouterr().err
+    assert "own.csv, line 2: exact_match_strict must be in [0, 1], got 50. Did you mean 0.5?" in capsys.readouterr().err
     assert not (tmp_path / "mlflow.db").exists()
 
 
@@ -136,7 +136,7 @@ def test_the_command_imports_the_built_in_numbers_and_a_file(
     Ledger(tmp_path).write_sweep(make_sweep([make_cell()]))
     own = write_published(tmp_path / "own.csv", {"model": "tiny"})
     assert main(["track", "--results-dir", str(tmp_path), "--baselines", str(own)]) == 0
-    assert "331 published runs are in sqlite" in capsys.readouterr().out
+    assert "429 published runs are in sqlite" in capsys.readouterr().out
     client = MlflowClient(tracking_uri=default_uri(tmp_path))
     experiment = client.get_experiment_by_name(PUBLISHED_EXPERIMENT).experiment_id
-    assert len(list(every_run(client, experiment))) == 331
+    assert len(list(every_run(client, experiment))) == 429

@@ -1,6 +1,7 @@
 """Published numbers as CSV: one number a line, with source, address, and how it was come by.
 
-    source,address,table,kind,model,task,method,tuning,mode,sparsity,num_fewshot,context_tokens,metric,value,hardware,notes
+    source,address,table,kind,model,task,method,tuning,training,mode,sparsity,num_fewshot,context_tokens,metric,value,
+    hardware,notes
 
 An empty field was not stated by the source. A line without a value stands for a number that nobody has entered yet.
 """
@@ -31,6 +32,12 @@ KINDS = {
     "log": "read from the public log of a run",
     "unofficial": "published by users without a log, among numbers that are marked as estimated or that were changed",
 }
+TRAININGS = {
+    "none": "pruned or dense, and not trained: ours stands beside it before tuning",
+    "task": "trained on the training examples of the task that was scored, as ours are",
+    "other": "trained on something else, such as instructions or plain text",
+}
+"""What a model was trained on between its pruning and its score."""
 MODELS = (
     *("llama-7b", "llama-13b", "Llama-2-7b-hf", "Llama-2-13b-hf", "Llama-2-70b-hf"),
     *("Meta-Llama-3-8B", "Llama-3.1-8B", "Llama-3.2-3B-Instruct", "LLaMA (version not printed)"),
@@ -38,6 +45,7 @@ MODELS = (
     *("opt-125m", "opt-350m", "opt-1.3b", "opt-2.7b", "opt-6.7b", "opt-13b", "opt-30b", "opt-66b", "opt-175b"),
     *("bloom-560m", "bloom-1b1", "bloom-1b7", "bloom-3b", "bloom-7b1"),
     *("GPT-3 1.3B", "GPT-3 XL 1.3B", "GPT 6.7B", "(one kernel)"),
+    "nanoGPT characters (6 layers, 6 heads, 384 wide)",
 )
 """Names as the last part of a hub id, where the Hub has the model."""
 OTHER_TASKS = ("aqua", "siqa", "mmlu", "truthfulqa", "c4")
@@ -56,17 +64,16 @@ class Metric:
 RATE = "train_examples_per_second"
 _EFFICIENCY = "a figure of merit against the source's own baseline"
 METRICS = {
-    "accuracy": Metric(1.0),
-    "accuracy_before_tuning": Metric(1.0),
+    **dict.fromkeys(("acc", "acc_norm", "exact_match_strict", "exact_match_flexible", "f1"), Metric(1.0)),
     "perplexity": Metric(math.inf),
-    "perplexity_before_tuning": Metric(math.inf),
-    "accuracy_last_number": Metric(1.0, "scored by the last number of an answer to another prompt"),
-    "accuracy_generated": Metric(1.0, "scored by generated choices, ours by their likelihoods"),
-    "accuracy_norm_or_plain": Metric(1.0, "a mean of length-normalised and plain accuracies"),
-    "accuracy_norm_or_plain_before_tuning": Metric(1.0, "a mean of length-normalised and plain accuracies"),
-    "accuracy_unstated_variant_before_tuning": Metric(
-        1.0, "the source does not say whether accuracy is length-normalised"
-    ),
+    "acc_generated": Metric(1.0, "scored by generated choices, ours by their likelihoods"),
+    "acc_mean_of_tasks": Metric(1.0, "a mean over tasks, of a model that was quantised too"),
+    "acc_norm_or_plain": Metric(1.0, "a mean of length-normalised and plain accuracies"),
+    "acc_unstated_variant": Metric(1.0, "the source does not say whether accuracy is length-normalised"),
+    "exact_match_last_number": Metric(1.0, "scored by the last number of an answer to another prompt"),
+    "exact_match_unstated_filter": Metric(1.0, "the source does not say whether its match is strict or flexible"),
+    "perplexity_llama_cpp": Metric(math.inf, "llama.cpp scores the second half of each window alone"),
+    "loss_nats_per_character": Metric(math.inf, "a loss of each character, ours of each token"),
     "actual_sparsity": Metric(1.0, "a sparsity after a merge that does not keep zeros"),
     "train_seconds": Metric(math.inf, "seconds on other hardware"),
     RATE: Metric(math.inf, "a rate at another batch size and length: it stands in the hardware comparison"),
@@ -100,6 +107,8 @@ class Published:
     task: str
     method: str
     tuning: str
+    training: str
+    """a key of `TRAININGS`, or empty"""
     mode: str
     sparsity: float | None
     num_fewshot: int | None
@@ -132,8 +141,8 @@ def load_published(paths: Iterable[Path] = (), models: Iterable[str] = ()) -> li
 
 
 def _place(row: Published) -> tuple[str, ...]:
-    """The setting of a number; a line without a value waits for it."""
-    return row.address, row.model, row.task, row.metric
+    """What a line without a value waits for, whatever its metric."""
+    return row.address, row.model, row.task
 
 
 def read_published(path: Path, models: Iterable[str] = MODELS) -> list[Published]:
@@ -190,6 +199,8 @@ def _check(row: Published, models: Iterable[str]) -> None:
     for task in filter(None, row.task.split("+")):
         if task not in TASKS and task not in OTHER_TASKS:
             raise unknown_name("task", task, [*TASKS, *OTHER_TASKS])
+    if row.training and row.training not in TRAININGS:
+        raise unknown_name("training", row.training, TRAININGS)
     if row.mode and row.mode not in MODES:
         raise unknown_name("mode", row.mode, MODES)
     if row.metric not in METRICS:
@@ -208,6 +219,33 @@ def _check_range(name: str, value: float | None, highest: float, below: bool = F
     raise InputError(f"{name} must be {limits}, got {value:g}. {hint}")
 
 
+SETTING = (
+    *("model", "task", "method", "tuning", "training", "mode"),
+    *("sparsity", "num_fewshot", "context_tokens", "hardware"),
+)
+SOURCE = ("source", "address", "table", "kind")
+
+
+def our_metric(row: Published) -> str:
+    """The name that a run of ours gives to the same number."""
+    return f"{row.metric}_before_tuning" if row.training == "none" else row.metric
+
+
+def find_conflicts(rows: Iterable[Published]) -> dict[Published, list[Published]]:
+    """{a number: others that tables of the same source print for the same setting}, where they differ."""
+    by_setting: dict[tuple[Any, ...], list[Published]] = {}
+    for row in rows:
+        setting = tuple(getattr(row, name) for name in ("source", "address", "metric", *SETTING))
+        by_setting.setdefault(setting, []).append(row)
+    found = {
+        row: [other for other in same if other.table != row.table and other.value not in (None, row.value)]
+        for same in by_setting.values()
+        for row in same
+        if row.value is not None
+    }
+    return {row: others for row, others in found.items() if others}
+
+
 @dataclass(frozen=True)
 class PublishedRun:
     """The numbers of one source about one setting, named as the parameters and metrics of our runs are."""
@@ -220,10 +258,6 @@ class PublishedRun:
     @property
     def identity(self) -> str:
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
-
-
-SETTING = ("model", "task", "method", "tuning", "mode", "sparsity", "num_fewshot", "context_tokens", "hardware")
-SOURCE = ("source", "address", "table", "kind")
 
 
 def as_runs(rows: Iterable[Published]) -> list[PublishedRun]:
@@ -251,6 +285,6 @@ def _as_run(rows: Sequence[Published]) -> PublishedRun:
     return PublishedRun(
         name=f"PUBLISHED ({stated['kind']}) " + ", ".join(part for part in described if part and part != "none"),
         params=params | {"backend": "published"},
-        metrics={row.metric: row.value for row in rows if row.value is not None},
+        metrics={our_metric(row): row.value for row in rows if row.value is not None},
         tags={name: stated[name] for name in SOURCE if stated[name]} | ({"notes": notes} if notes else {}),
     )

@@ -20,6 +20,7 @@ from markupsafe import Markup
 
 from analysis.audit.audit import RULES, Audit, AuditFinding
 from analysis.baselines.comparison import PublishedComparison, summary_sentence
+from analysis.baselines.published import our_metric
 from analysis.report.rounding import UNKNOWN, rounded, with_interval
 from analysis.report.runs import relative_link
 from analysis.stats.claims import QUESTIONS, Claim
@@ -261,11 +262,12 @@ def published_row(comparison: PublishedComparison) -> dict[str, Any]:
         "task": published.task or UNKNOWN,
         "method": " + ".join(dict.fromkeys(filter(None, (published.method, published.tuning)))) or UNKNOWN,
         "sparsity": UNKNOWN if published.sparsity is None else f"{published.sparsity:g}",
-        "metric": published.metric.replace("_", " "),
+        "metric": our_metric(published).replace("_", " "),
         "theirs": UNKNOWN if published.value is None else f"{published.value:.6g}",
         "ours": rounded(comparison.value, stderr),
         "difference": with_interval(comparison.difference, low, high),
-        "our_setting": comparison.our_setting,
+        "our_setting": comparison.described if comparison.our_setting else "",
+        "verdict": comparison.verdict,
         "reason": comparison.reason or "",
         "run_ids": comparison.run_ids,
     }

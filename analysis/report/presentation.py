@@ -22,7 +22,7 @@ from analysis.report.style import save
 from tune_sparse.files import write_text
 
 PAGE = "report.html"
-COMPARED = ("reason", "ours", "difference", "low", "high", "our_setting", "run_ids")
+COMPARED = ("reason", "ours", "difference", "low", "high", "verdict", "our_setting", "seeds", "settings", "run_ids")
 
 
 def present(folder: Path, content: Content, runs: Runs, published: Sequence[Published]) -> Path:
@@ -79,7 +79,10 @@ def _as_csv(comparisons: Sequence[PublishedComparison]) -> str:
             "difference": comparison.difference,
             "low": comparison.low,
             "high": comparison.high,
+            "verdict": comparison.verdict,
             "our_setting": comparison.our_setting,
+            "seeds": comparison.seeds or None,
+            "settings": comparison.settings or None,
             "run_ids": " ".join(comparison.run_ids),
         }
         writer.writerow(row)

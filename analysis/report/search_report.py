@@ -12,6 +12,12 @@ from tune_sparse.files import read_json, write_text
 
 COLUMNS = ("name", "accuracy", "parameters", "parameters_fraction", "difference_from_maximal", "low", "high")
 
+SCOPE = (
+    "  These trainings, of one seed and at one shared learning rate: paired 95% intervals over the test examples. "
+    "Another seed may order them otherwise."
+)
+"""How far the lines of a search reach."""
+
 
 def read_search(results_dir: Path, search_id: str) -> dict[str, Any]:
     """Config, result and suggestions of a finished search."""
@@ -56,12 +62,14 @@ def summary_lines(found: dict[str, Any], table: pd.DataFrame) -> list[str]:
         f"{result['candidates']} candidates by {config['sampler']}, {result['stopped_early']} stopped early, "
         f"{result['answered_fraction']:.0%} of the selection examples answered; {len(result['front'])} on the front."
     )
-    rows = [
-        f"  {row.name:10} {row.parameters_fraction:5.0%} of the parameters, test accuracy {row.accuracy:.3f}, "
-        f"{row.difference_from_maximal:+.3f} against the maximal [{row.low:+.3f}, {row.high:+.3f}]"
-        for row in table.itertuples()
-    ]
-    return [head, *rows]
+    return [head, *(_on_test_line(row) for row in table.itertuples()), SCOPE]
+
+
+def _on_test_line(row: Any) -> str:
+    line = f"  {row.name:10} {row.parameters_fraction:5.0%} of the parameters, test accuracy {row.accuracy:.3f}"
+    if pd.isna(row.difference_from_maximal):
+        return line
+    return f"{line}, {row.difference_from_maximal:+.3f} against the maximal [{row.low:+.3f}, {row.high:+.3f}]"
 
 
 def write_search_table(results_dir: Path, search_ids: Sequence[str]) -> list[str]:

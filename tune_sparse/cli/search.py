@@ -157,7 +157,8 @@ def _add_search_into(group: Any) -> None:
     group.add_argument(
         "--no-racing",
         action="store_true",
-        help="score every candidate on all selection examples (default: stop one early when others are clearly better)",
+        help="score every candidate on all selection examples (default: stop one early when another is ahead, by a "
+        "lenient rule that stops most of those that are as good, too)",
     )
     group.add_argument(
         "--in-order",

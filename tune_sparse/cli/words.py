@@ -72,11 +72,13 @@ BASELINE_COLUMNS = {
     "model": "the Hugging Face id without ORG/; an unknown name is refused with a list of all",
     "task": "a task of `tune-sparse sweep --help`, or aqua, siqa, mmlu, truthfulqa or c4",
     "method, tuning": "how the model was pruned and trained, in the words of the source",
+    "training": "what it was trained on before it was scored: none, task (its own training examples) or other",
     "mode": "a mode of `tune-sparse sweep --help`",
     "sparsity": "from 0 to below 1",
     "num_fewshot": "solved examples in a prompt",
     "context_tokens": "tokens of a window of a perplexity",
-    "metric": "such as accuracy (a fraction) or perplexity; an unknown name is refused with a list of all",
+    "metric": "such as acc, acc_norm, exact_match_strict, exact_match_flexible (fractions) or perplexity; an unknown "
+    "name is refused with a list of all",
     "value": "the number",
     "hardware, notes": "for readers",
 }

@@ -58,6 +58,8 @@ class Task(ABC):
     """Names the source that an example comes from: where some of a split are drawn, each source has its share."""
     prompt_version: int = 1
     """Raised when a prompt or metric changes: part of a run's identity."""
+    test_examples: int | None = None
+    """in the whole test split; None for a text, and where copies of a dataset differ"""
 
     @property
     @abstractmethod

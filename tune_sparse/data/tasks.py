@@ -134,7 +134,7 @@ def _alpaca(instruction: str) -> str:
     )
 
 
-def _arc(name: str, config: str, about: str, primary_metric: str, why_primary: str) -> Task:
+def _arc(name: str, config: str, about: str, test_examples: int, primary_metric: str, why_primary: str) -> Task:
     return ChoiceTask(
         name=name,
         about=about,
@@ -143,6 +143,7 @@ def _arc(name: str, config: str, about: str, primary_metric: str, why_primary: s
         fields={"question": str, "choices": dict, "answerKey": str},
         test_split="test",
         hub=Hub("allenai/ai2_arc", config),
+        test_examples=test_examples,
         chance=0.25,
         pairs=lambda example: _labelled_choices(f"Question: {example['question']}\nAnswer:", example),
         gold=_labelled_gold,
@@ -158,6 +159,7 @@ TASKS: dict[str, Task] = {
             fields={"question": str, "passage": str, "answer": bool},
             test_split="validation",
             hub=Hub("google/boolq"),
+            test_examples=3270,
             chance=0.5,
             pairs=lambda example: [
                 (f"{example['passage']}\nQuestion: {example['question']}?\nAnswer:", choice)
@@ -175,6 +177,7 @@ TASKS: dict[str, Task] = {
             fields={"activity_label": str, "ctx_a": str, "ctx_b": str, "endings": list, "label": (str, int)},
             test_split="validation",
             hub=Hub("Rowan/hellaswag"),
+            test_examples=10_042,
             chance=0.25,
             source=_hellaswag_source,
             pairs=_hellaswag_pairs,
@@ -189,6 +192,7 @@ TASKS: dict[str, Task] = {
             fields={"question": str, "answer": str},
             test_split="test",
             hub=Hub("openai/gsm8k", "main"),
+            test_examples=1319,
             chance=0.0,
             num_fewshot=5,
             pair=lambda example: (f"Question: {example['question']}\nAnswer:", " " + example["answer"]),
@@ -220,6 +224,7 @@ TASKS: dict[str, Task] = {
             fields={"Body": str, "Question": str, "Answer": str},
             test_split="test",
             hub=Hub("ChilleD/SVAMP"),
+            test_examples=300,
             chance=0.0,
             pair=lambda example: (
                 _alpaca(f"{example['Body']} {example['Question']}"),
@@ -238,6 +243,7 @@ TASKS: dict[str, Task] = {
             fields={"goal": str, "sol1": str, "sol2": str, "label": int},
             test_split="validation",
             hub=Hub("baber/piqa"),
+            test_examples=1838,
             chance=0.5,
             pairs=lambda example: [
                 (f"Question: {example['goal']}\nAnswer:", " " + example[solution]) for solution in ("sol1", "sol2")
@@ -253,6 +259,7 @@ TASKS: dict[str, Task] = {
             fields={"sentence": str, "option1": str, "option2": str, "answer": str},
             test_split="validation",
             hub=Hub("allenai/winogrande", "winogrande_xl"),
+            test_examples=1267,
             chance=0.5,
             pairs=_winogrande_pairs,
             primary_metric="acc",
@@ -266,6 +273,7 @@ TASKS: dict[str, Task] = {
             fields={"question_stem": str, "choices": dict, "answerKey": str},
             test_split="test",
             hub=Hub("allenai/openbookqa", "main"),
+            test_examples=500,
             chance=0.25,
             pairs=lambda example: _labelled_choices(example["question_stem"], example),
             primary_metric="acc_norm",
@@ -277,6 +285,7 @@ TASKS: dict[str, Task] = {
             "arc_easy",
             "ARC-Easy",
             "school science, easy questions, 4 choices",
+            2376,
             "acc",
             "tables of base models and of pruning print it, and dividing by length makes these short answers worse",
         ),
@@ -284,6 +293,7 @@ TASKS: dict[str, Task] = {
             "arc_challenge",
             "ARC-Challenge",
             "school science, hard questions, 4 choices",
+            1172,
             "acc_norm",
             "the choices differ in length, and model cards and leaderboards print it",
         ),

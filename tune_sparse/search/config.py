@@ -52,7 +52,7 @@ class SearchConfig:
         metavar="NAME",
         choices=OBJECTIVES,
     )
-    is_racing: bool = option("stop a candidate early when others are clearly better", True)
+    is_racing: bool = option("stop a candidate early when another is ahead by a lenient rule", True)
     in_order: bool = option("score one candidate after the other, so that the same seed repeats the search", False)
 
     def __post_init__(self) -> None:

@@ -61,13 +61,13 @@ def final_evaluation(session: SearchSession, race: Race) -> dict[str, Any]:
 
 
 def _on_test(outcomes: Sequence[Outcome], maximal: Sequence[Outcome], metric: str, parameters: int) -> dict[str, Any]:
-    """Accuracy on test examples by a metric, and its paired difference from the maximal's with a 95% interval."""
+    """Accuracy on test examples by a metric, and its paired difference from the maximal's with a 95% interval, which
+    the maximal itself has not."""
     mine, other = (
         Correctness(len(found)).adding((i, o.is_right(metric)) for i, o in enumerate(found))
         for found in (outcomes, maximal)
     )
-    is_itself = outcomes is maximal
-    difference, low, high = (0.0, 0.0, 0.0) if is_itself else accuracy_difference(mine, other)
+    difference, low, high = (None, None, None) if outcomes is maximal else accuracy_difference(mine, other)
     return {
         "accuracy": mine.accuracy,
         "parameters": parameters,

@@ -1,7 +1,8 @@
-"""Racing: candidates answer the same examples in stages, and one that is beaten beyond doubt stops. Pure.
+"""Racing: candidates answer the same examples in stages, and by a lenient rule one that falls behind stops. Pure.
 
 Whether one is better is asked on the examples that both answered: of those on which they differ, each is right on half
-if they are equally good (McNemar's exact test).
+if they are equally good (McNemar's exact test). It is asked after each stage, against every rival, and nothing corrects
+for that: most candidates that are as good as the rest stop too. It saves answers, and shows of nobody that he is worse.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from analysis.stats.paired import difference_interval, mcnemar_p
 
 LEVEL_OF_FRONT, LEVEL_OF_BEST = 0.1, 0.15
 """A candidate stops when another is more accurate with at most this p-value; the first where costs count too, since
-each member of a front is wanted. They are of single comparisons, chosen by what they cost and lose: docs/search.md."""
+each member of a front is wanted. They are of single comparisons, chosen by what they cost and lose: of 60 equally good
+candidates 65% and 90% are stopped (docs/search.md)."""
 STAGES = (0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0)
 """The fractions of the examples that are answered after each stage."""
 WARM_UP = 8
@@ -115,8 +117,8 @@ class Race:
         return LEVEL_OF_FRONT if self.minimises_cost else LEVEL_OF_BEST
 
     def beaten_by(self, key: str) -> str | None:
-        """A candidate that costs no more, where costs count, and is significantly more accurate; the one that has
-        answered most."""
+        """A candidate that costs no more, where costs count, and is ahead by the lenient rule: the one that answered
+        most."""
         mine, cost = self.correctness[key], self.costs[key]
         rivals = [k for k in self.correctness if k != key and (not self.minimises_cost or self.costs[k] <= cost)]
         better = [k for k in rivals if p_value(*discordant_counts(self.correctness[k], mine)) <= self.level]
