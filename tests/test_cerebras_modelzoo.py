@@ -20,6 +20,7 @@ import pytest
 import torch
 from factories import finished, tiny_run
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
 
 from trainables.cerebras_backend import CerebrasTraining
 from trainables.pipeline import run_cell
@@ -31,11 +32,12 @@ from tune_sparse.cerebras.failures import ApplianceError, classify_failure
 from tune_sparse.cerebras.graphs import Graph
 from tune_sparse.cerebras.job import job_appliance
 from tune_sparse.cerebras.preflight import matrix_shapes, run_child, write_graph
+from tune_sparse.cli import main
 from tune_sparse.config import Cerebras, SweepConfig
 from tune_sparse.ledger.ledger import Ledger
 from tune_sparse.ledger.run import Run
 from tune_sparse.models.checkpoints import check_checkpoint, find_folder, prunable_weights, read_config
-from tune_sparse.models.model_zoo import cerebras_name, interleaved
+from tune_sparse.models.model_zoo import cerebras_name, interleaved, zoo_tensor_name
 from tune_sparse.models.safetensors_io import TensorFiles, weight_files
 from tune_sparse.modes import MODES
 from tune_sparse.sweep.graphs import plan_graphs
@@ -54,7 +56,7 @@ READ_MDL = """
 import sys, torch, cerebras.pytorch as cstorch
 from safetensors.torch import save_file
 loaded = cstorch.load(sys.argv[1], map_location="cpu")["model"]
-save_file({name: torch.tensor(t.numpy()) for name, t in loaded.items()}, sys.argv[2])
+save_file({name: torch.tensor(t.float().numpy()) for name, t in loaded.items()}, sys.argv[2])
 """
 WRITE_MDL = """
 import sys, cerebras.pytorch as cstorch
@@ -63,6 +65,7 @@ cstorch.save({"model": load_file(sys.argv[2])}, sys.argv[1])
 """
 IN_BFLOAT16 = """
 import sys, torch, cerebras.pytorch as cstorch
+cstorch.backend("CPU")
 loaded = cstorch.load(sys.argv[1], map_location="cpu")["model"]
 cstorch.save({"model": {name: t.to(torch.bfloat16) for name, t in loaded.items()}}, sys.argv[2])
 """
@@ -219,18 +222,56 @@ def small_config(folder: Path, **changes: Any) -> SweepConfig:
 def test_a_converted_checkpoint_is_read_back_without_cerebras_software(
     folder: Path, environment: SiteEnvironment, tmp_path: Path
 ) -> None:
-    """Hugging Face -> .mdl by Model Zoo's converter -> Hugging Face by our reader: equal to the bit."""
+    """Hugging Face -> .mdl by Model Zoo's converter -> Hugging Face by our reader: equal to the bit, whichever config
+    stands beside it."""
     pytest.importorskip("h5py", reason="h5py is not installed: pip install tune-sparse[cerebras-files]")
     checkpoint = check_checkpoint(str(folder))
     converted = to_cerebras(checkpoint.path, checkpoint.fingerprint, environment)
     run_there(environment, IN_BFLOAT16, converted.checkpoint, tmp_path / "half.mdl")
     for path in (*folder.glob("*.json"), converted.checkpoint):
         shutil.copy(path, tmp_path)
+    (tmp_path / "params").mkdir()
+    for path in (converted.checkpoint, converted.config, *folder.glob("tokenizer*")):
+        shutil.copy(path, tmp_path / "params")
+    described = check_checkpoint(str(tmp_path / "params" / converted.checkpoint.name))
+    assert described.dims == checkpoint.dims
+    wanted = AutoConfig.from_pretrained(folder)
+    assert AutoConfig.from_pretrained(described.path).rope_parameters == wanted.rope_parameters
     own = TensorFiles(weight_files(folder))
     for name, dtype in ((converted.checkpoint.name, torch.float32), ("half.mdl", torch.bfloat16)):
         back = load_file(find_folder(str(tmp_path / name)) / "model.safetensors")
         assert back.keys() == set(own)
         assert all(torch.equal(back[weight], own[weight].to(dtype)) for weight in own), name
+
+
+@pytest.mark.modelzoo
+def test_a_pruned_mdl_is_read_by_cstorch_and_converted_by_model_zoo(
+    folder: Path, environment: SiteEnvironment, tmp_path: Path
+) -> None:
+    """A .mdl that cstorch wrote on its CPU backend is pruned to one and validated, and they read what we wrote."""
+    pytest.importorskip("h5py", reason="h5py is not installed: pip install tune-sparse[cerebras-files]")
+    checkpoint = check_checkpoint(str(folder))
+    converted = to_cerebras(checkpoint.path, checkpoint.fingerprint, environment)
+    run_there(environment, IN_BFLOAT16, converted.checkpoint, tmp_path / "m.mdl")
+    for path in folder.glob("*.json"):
+        shutil.copy(path, tmp_path)
+    prune = ["prune", str(tmp_path / "m.mdl"), "--sparsities", "0.5", "--output", str(tmp_path / "out")]
+    assert main([*prune, "--checkpoints", "--mdl"]) == 0
+    [masks], [pruned] = (tmp_path / "out").rglob("masks_*.safetensors"), (tmp_path / "out").rglob("model.mdl")
+    assert main(["validate", str(pruned), "--masks", str(masks)]) == 0
+
+    ours = load_file(find_folder(str(pruned)) / "model.safetensors")
+    run_there(environment, READ_MDL, pruned, tmp_path / "read.safetensors")
+    theirs = {name.removeprefix("model."): t for name, t in load_file(tmp_path / "read.safetensors").items()}
+    for name, weight in ours.items():
+        rows = interleaved(name, weight, checkpoint.dims.head_dim)
+        assert torch.equal(theirs[zoo_tensor_name(name) or ""], rows.float()), name
+    (tmp_path / "back").mkdir()
+    written = replace(converted, checkpoint=pruned)
+    to_hugging_face(written, read_config(folder)["model_type"], tmp_path / "back", environment)
+    [path] = (tmp_path / "back").rglob("*.safetensors")
+    back = load_file(path)
+    assert all(torch.equal(back[name].float(), weight.float()) for name, weight in ours.items())
 
 
 @pytest.mark.modelzoo
