@@ -27,10 +27,10 @@ from tune_sparse.cerebras.job import (
     examples_in_order,
     longest_tokens,
     new_lines,
-    packed_bits,
     step_order,
 )
 from tune_sparse.cli import main
+from tune_sparse.config import Cerebras
 from tune_sparse.data.splits import Encoded
 from tune_sparse.doctor.cerebras import examine
 from tune_sparse.errors import InputError, NotReadyError, RunError
@@ -72,11 +72,6 @@ def test_rotated_rows_are_interleaved_within_each_head() -> None:
 def test_rows_come_back_where_they_were(heads: int, half: int) -> None:
     rows = torch.rand(heads * 2 * half, 3)
     assert torch.equal(separated(K, interleaved(K, rows, 2 * half), 2 * half), rows)
-
-
-def test_masks_are_packed_the_first_weight_in_the_highest_bit() -> None:
-    mask = torch.tensor([[1, 0, 0, 0, 0], [0, 0, 1, 1, 0]], dtype=torch.bool)
-    assert packed_bits(mask).tolist() == [0b10000001, 0b10000000]
 
 
 def test_tokens_are_inputs_loss_mask_and_what_follows() -> None:
@@ -265,19 +260,19 @@ def test_a_proxy_before_the_appliance_is_refused(
     config = site / "config_v2"
     config.write_text('{"clusters": [{"name": "c", "server": "10.125.8.2:443"}]}')
     monkeypatch.setattr(environment, "CLUSTER_CONFIG", config)
-    environment.check_cluster()
+    environment.check_cluster(Cerebras())
     monkeypatch.setenv("https_proxy", "http://proxy:3128")
     monkeypatch.setenv("no_proxy", no_proxy)
     if missing is None:
-        environment.check_cluster()
+        environment.check_cluster(Cerebras())
     else:
         with pytest.raises(InputError, match=f"does not cover {re.escape(missing)}. Write `export no_proxy="):
-            environment.check_cluster()
+            environment.check_cluster(Cerebras())
 
 
 def test_a_cluster_is_known_by_its_configuration(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(environment, "CLUSTER_CONFIG", site / "config_v2")
     with pytest.raises(InputError, match="this machine knows none"):
-        environment.check_cluster()
+        environment.check_cluster(Cerebras())
     (site / "config_v2").touch()
-    environment.check_cluster()
+    environment.check_cluster(Cerebras())

@@ -174,8 +174,8 @@ def test_params_of_a_model_that_computes_something_else_are_refused(fault: str) 
     change, message = PARAM_FAULTS[fault]
     with pytest.raises(InputError, match=f"p.yaml must .*{message}"):
         hugging_face_config({"model": PARAMS | change}, "p.yaml")
+    sizes = {name: value for name, value in PARAMS.items() if name not in ("filter_size", "num_heads")}
     with pytest.raises(InputError, match="it lacks filter_size, num_heads"):
-        sizes = {name: value for name, value in PARAMS.items() if name not in ("filter_size", "num_heads")}
         hugging_face_config({"model": sizes}, "p.yaml")
 
 

@@ -299,6 +299,19 @@ class CellMemory:
         gradients = FLOAT * self.prunable if method and method.needs.gradients else 0
         return gradients + (GPU_PROCESS_BYTES if on_gpu else CPU_PROCESS_BYTES + self.peak(budgets))
 
+    def cerebras_host_bytes(self, budgets: Budgets, on_gpu: bool, target: str) -> int:
+        """The same of a trial that Cerebras trains, and of its child, which has the start in float32, and on the CPU
+        target the model, gradients and moments; a step's activations there are left out.
+
+        The trial takes the first loss, holds what will be trained, and steps nowhere."""
+        widened = 0 if MODES[self.mode].has_adapter else (FLOAT - self.element) * self.trainable
+        first_loss = self.masks + self.weights + widened + self.likelihoods(budgets.scoring_tokens)
+        device = max((self.stages(budgets) | {"train": first_loss}).values())
+        child = FLOAT * all_weights(self.dims)
+        if target == "cpu":
+            child += FLOAT * all_weights(self.dims) + FLOAT * (ADAMW_STATES - 1) * self.trainable
+        return child + CPU_PROCESS_BYTES + (GPU_PROCESS_BYTES if on_gpu else CPU_PROCESS_BYTES + device)
+
     @property
     def checkpoint_bytes(self) -> int:
         """An unfinished training on disk: what is trained and both moments, the new one beside the old for a moment."""
