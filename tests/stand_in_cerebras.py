@@ -43,9 +43,9 @@ def main(fault: str, losses: Path, arguments: list[str]) -> None:
     if arguments[:2] == ["-I", "-c"]:
         print(json.dumps({"python": "3.11.0", "packages": dict.fromkeys(_packages(), "2.10.0")}))
     elif arguments[:1] == ["-c"]:
-        if fault:
+        if fault == "converter":
             sys.exit("ClusterConfigError: unreachable")
-        print(json.dumps(["1.14.0", "1.9.3"]))
+        print(json.dumps(["R_2.9.0" if fault == "version" else "1.14.0", "1.9.3"]))
     elif arguments[:2] == ["-m", "cerebras.modelzoo.cli.main"]:
         _convert(fault, Path(arguments[arguments.index("--output-dir") + 1]), Path(arguments[-1]))
     else:

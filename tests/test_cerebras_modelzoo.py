@@ -22,18 +22,21 @@ from factories import finished, tiny_run
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
-from trainables.cerebras_backend import CerebrasTraining
+from trainables.cerebras_backend import CerebrasTraining, starting_weights, update_masks
+from trainables.finetuning import setup
 from trainables.pipeline import run_cell
+from trainables.pruning_stage import Pruned
 from trainables.worker import WorkerCache
 from tune_sparse.cerebras.appliance import name_label, results_label, run_label
 from tune_sparse.cerebras.conversion import to_cerebras, to_hugging_face
 from tune_sparse.cerebras.environment import SiteEnvironment
 from tune_sparse.cerebras.failures import ApplianceError, classify_failure
 from tune_sparse.cerebras.graphs import Graph
-from tune_sparse.cerebras.job import job_appliance
+from tune_sparse.cerebras.job import examples_in_order, job_appliance, write_job
 from tune_sparse.cerebras.preflight import matrix_shapes, run_child, write_graph
 from tune_sparse.cli import main
 from tune_sparse.config import Cerebras, SweepConfig
+from tune_sparse.errors import RunError
 from tune_sparse.ledger.ledger import Ledger
 from tune_sparse.ledger.run import Run
 from tune_sparse.models.checkpoints import check_checkpoint, find_folder, prunable_weights, read_config
@@ -68,6 +71,11 @@ import sys, torch, cerebras.pytorch as cstorch
 cstorch.backend("CPU")
 loaded = cstorch.load(sys.argv[1], map_location="cpu")["model"]
 cstorch.save({"model": {name: t.to(torch.bfloat16) for name, t in loaded.items()}}, sys.argv[2])
+"""
+LEAVE_OUT = """
+import sys, torch, cerebras.pytorch as cstorch
+loaded = cstorch.load(sys.argv[1], map_location="cpu")["model"]
+cstorch.save({"model": {name: t for name, t in loaded.items() if name != sys.argv[3]}}, sys.argv[2])
 """
 UNSUPPORTED = """
 import sys, torch, cerebras.pytorch as cstorch
@@ -275,13 +283,17 @@ def test_a_pruned_mdl_is_read_by_cstorch_and_converted_by_model_zoo(
 
 
 @pytest.mark.modelzoo
-@pytest.mark.parametrize("trained", ["adapters", "masked adapters", "masked weights", "weights"])
+@pytest.mark.parametrize(
+    ("trained", "dropout"),
+    [("adapters", 0.0), ("adapters", 0.05), ("masked adapters", 0.0), ("masked weights", 0.0), ("weights", 0.0)],
+)
 def test_each_kind_of_training_lowers_on_its_checkpoint(
-    llama: Path, environment: SiteEnvironment, trained: str, tmp_path: Path
+    llama: Path, environment: SiteEnvironment, trained: str, dropout: float, tmp_path: Path
 ) -> None:
     told = None if trained == "weights" else 0.5
     graph = Graph(llama.name, trained, 32, told, "")
-    report = lowered(Ledger(tmp_path), small_config(llama), llama, graph)
+    config = small_config(llama, lora_dropout=dropout, modes="sparse-to-dense")
+    report = lowered(Ledger(tmp_path), config, llama, graph)
     assert report["cirh_files"] == 1
     annotated_by_matrix = {"masked weights": 3, "weights": 0}.get(trained, 1)  # Adam's two moments beside it
     assert report["sparsity_annotations"] == annotated_by_matrix * len(matrix_shapes(llama))
@@ -303,6 +315,45 @@ def test_trainings_of_one_graph_lower_to_one_text_and_others_to_others(
             texts.setdefault(graph, set()).add(report["cirh_sha256"])
     assert all(len(found) == 1 for found in texts.values())
     assert len(texts) == len(set.union(*texts.values())) == count
+
+
+@pytest.mark.modelzoo
+@pytest.mark.parametrize("mode", ["sparse-to-dense", "sparse-to-sparse", "masked-finetuning"])
+def test_what_is_lowered_or_compiled_ahead_is_the_text_of_the_training(
+    llama: Path, environment: SiteEnvironment, mode: str, tmp_path: Path
+) -> None:
+    """A training as it is written, and the graph that stands for it, hand the same text to the compiler."""
+    config = small_config(llama, tasks="boolq", methods="random", sparsities="0.5", modes=mode)
+    plan, ledger = make_plan(config), Ledger(tmp_path)
+    [run], worker = plan.runs.values(), WorkerCache()
+    graph = plan_graphs(plan).by_run[run.run_id]
+    loaded = worker.model(run)
+    examples = worker.examples(run, loaded)
+    masks = worker.pruner.make_into(run, loaded, examples.train)
+    pruned = Pruned(masks, masks.sha256, prunable_weights(loaded.model))
+    trainable = setup(mode, loaded.model, run.protocol, update_masks(run, pruned), 0)
+    folder, settings = tmp_path / "job", replace(config.cerebras, bucket_tokens=(graph.tokens,))
+    folder.mkdir()
+    tokens = examples_in_order(examples.train, run.protocol, 0, settings.bucket_tokens)
+    write_job(folder, tokens, starting_weights(run, trainable, pruned), run.protocol, 0, settings, [])
+    standing = write_graph(config, plan.checkpoints[run.cell.model], graph, ledger, settings)
+    shutil.copy(standing / "base.json", folder)
+    texts = {run_child(place, 1)["cirh_sha256"] for place in (folder, standing)}
+    assert len(texts) == 1
+
+
+@pytest.mark.modelzoo
+def test_a_start_that_lacks_a_tensor_is_named(llama: Path, environment: SiteEnvironment, tmp_path: Path) -> None:
+    """A lowering or compile loads no checkpoint, and would not see it."""
+    config = small_config(llama)
+    checkpoint, target = check_checkpoint(str(llama)), Cerebras(cerebras_target="validate")
+    folder = write_graph(config, checkpoint, Graph(llama.name, "adapters", 32, 0.5, ""), Ledger(tmp_path), target)
+    base = json.loads((folder / "base.json").read_text())
+    lacking = tmp_path / "lacking.mdl"
+    run_there(environment, LEAVE_OUT, base["checkpoint"], lacking, "ln_f.weight")
+    (folder / "base.json").write_text(json.dumps(base | {"checkpoint": str(lacking)}))
+    with pytest.raises(RunError, match=r"must have the tensors of the model, it differs in model\.ln_f\.weight"):
+        run_child(folder, 1)
 
 
 @pytest.mark.modelzoo
