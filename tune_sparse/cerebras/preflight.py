@@ -101,12 +101,11 @@ def prepare_cerebras(
         check_cluster(config.cerebras)
         for lowering in lower_all(config, checkpoints, graphs, ledger):
             report(lowering.summary())
-        if config.cerebras.compile_first:
-            for graph in graphs:
-                try:
-                    report(next(compile_all(config, checkpoints, [graph], ledger)).summary())
-                except ConnectionError as error:
-                    report(f"{graph.summary()}: not compiled ahead: {error}")
+        for graph in graphs if config.cerebras.compile_first else ():
+            try:
+                report(compile_graph(config, checkpoints[graph.model], graph, ledger).summary())
+            except ConnectionError as error:
+                report(f"{graph.summary()}: not compiled ahead: {error}")
 
 
 def end_leftovers(ledger: Ledger, settings: Cerebras) -> Iterator[str]:
@@ -153,21 +152,25 @@ def lower_all(
 def compile_all(
     config: SweepConfig, checkpoints: Mapping[str, Checkpoint], graphs: Sequence[Graph], ledger: Ledger
 ) -> Iterator[Compiling]:
-    """Compile each graph on the appliance, into its cache; no CS-3 is held. Raises `RunError` as a training does."""
+    """Compile each graph as `compile_graph` does. Raises `InputError` where no appliance is known."""
     check_cluster(config.cerebras)
-    label = appliance.results_label(hash_json(str(ledger.folder.resolve())))
-    settings = replace(config.cerebras, cerebras_target="csx")
     for graph in graphs:
-        folder = write_graph(config, checkpoints[graph.model], graph, ledger, settings, label)
-        run_child(folder, config.protocol.threads, label)
-        stages = read_stages((folder / "child.log").read_text(errors="replace"))
-        yield Compiling(
-            graph,
-            stages.seconds[COMPILING],
-            stages.seconds[QUEUE],
-            stages.cached_compiles > 0,
-            stages.estimated_examples_per_second,
-        )
+        yield compile_graph(config, checkpoints[graph.model], graph, ledger)
+
+
+def compile_graph(config: SweepConfig, checkpoint: Checkpoint, graph: Graph, ledger: Ledger) -> Compiling:
+    """Compile a graph on the appliance, into its cache; no CS-3 is held. Raises as a training does."""
+    label = appliance.results_label(hash_json(str(ledger.folder.resolve())))
+    folder = write_graph(config, checkpoint, graph, ledger, replace(config.cerebras, cerebras_target="csx"), label)
+    run_child(folder, config.protocol.threads, label)
+    stages = read_stages((folder / "child.log").read_text(errors="replace"))
+    return Compiling(
+        graph,
+        stages.seconds[COMPILING],
+        stages.seconds[QUEUE],
+        stages.cached_compiles > 0,
+        stages.estimated_examples_per_second,
+    )
 
 
 def write_graph(

@@ -41,7 +41,7 @@ FACTOR_COPIES = 3
 MASK_BYTES = 2
 """A weight's place in a mask, and in a comparison."""
 VALIDATE_BYTES = 6
-CHILD_COPIES = {True: 3, False: 2}
+CPU_CHILD_COPIES, CHILD_COPIES = 3, 2
 """Of the weights in float32, in a child of Cerebras that trains on the CPU, and in another. Seen of a 135M model: 2.1
 to 2.3 GB where it trains, 1.4 where it lowers."""
 PROBE_TOKENS = 2048
@@ -308,9 +308,10 @@ class CellMemory:
         widened = 0 if MODES[self.mode].has_adapter else (FLOAT - self.element) * self.trainable
         first_loss = self.masks + self.weights + widened + self.likelihoods(budgets.scoring_tokens)
         device = max((self.stages(budgets) | {"train": first_loss}).values())
-        child = CHILD_COPIES[target == "cpu"] * FLOAT * all_weights(self.dims)
+        weights = FLOAT * all_weights(self.dims)
+        child = CHILD_COPIES * weights
         if target == "cpu":
-            child += FLOAT * (ADAMW_STATES - 1) * self.trainable
+            child = CPU_CHILD_COPIES * weights + FLOAT * (ADAMW_STATES - 1) * self.trainable
         return child + CPU_PROCESS_BYTES + (GPU_PROCESS_BYTES if on_gpu else CPU_PROCESS_BYTES + device)
 
     @property
