@@ -27,13 +27,16 @@ from tune_sparse.cerebras.job import (
     examples_in_order,
     longest_tokens,
     new_lines,
-    packed_bits,
     step_order,
 )
+from tune_sparse.cerebras.preflight import working_bytes
 from tune_sparse.cli import main
+from tune_sparse.config import Cerebras, SweepConfig
 from tune_sparse.data.splits import Encoded
 from tune_sparse.doctor.cerebras import examine
 from tune_sparse.errors import InputError, NotReadyError, RunError
+from tune_sparse.models.architectures import pruned_weights
+from tune_sparse.models.dims import ModelDims
 from tune_sparse.models.model_zoo import NAMES, cerebras_name, hugging_face_name, interleaved, separated
 from tune_sparse.training.loop import batches
 
@@ -72,11 +75,6 @@ def test_rotated_rows_are_interleaved_within_each_head() -> None:
 def test_rows_come_back_where_they_were(heads: int, half: int) -> None:
     rows = torch.rand(heads * 2 * half, 3)
     assert torch.equal(separated(K, interleaved(K, rows, 2 * half), 2 * half), rows)
-
-
-def test_masks_are_packed_the_first_weight_in_the_highest_bit() -> None:
-    mask = torch.tensor([[1, 0, 0, 0, 0], [0, 0, 1, 1, 0]], dtype=torch.bool)
-    assert packed_bits(mask).tolist() == [0b10000001, 0b10000000]
 
 
 def test_tokens_are_inputs_loss_mask_and_what_follows() -> None:
@@ -233,6 +231,15 @@ def test_client_and_cluster_go_together_by_the_client_s_own_rule(client: str, se
     assert ClusterVersions(client, server).go_together is fits
 
 
+def test_a_version_that_is_no_number_is_named(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for version in ("2.x", "", "R_2.9.0"):
+        with pytest.raises(InputError, match=r"a semantic version must begin as 1\.14, got "):
+            ClusterVersions("1.14.0", version)
+    monkeypatch.setattr(environment, "CLUSTER_CONFIG", site)
+    (site / "fault").write_text("version")
+    assert "must begin as 1.14, got 'R_2.9.0'" in str(cluster_versions(find_environment()))
+
+
 def test_the_cluster_s_version_is_asked_through_the_client(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     there = find_environment()
     monkeypatch.setattr(environment, "CLUSTER_CONFIG", site)
@@ -265,19 +272,49 @@ def test_a_proxy_before_the_appliance_is_refused(
     config = site / "config_v2"
     config.write_text('{"clusters": [{"name": "c", "server": "10.125.8.2:443"}]}')
     monkeypatch.setattr(environment, "CLUSTER_CONFIG", config)
-    environment.check_cluster()
+    environment.check_cluster(Cerebras())
     monkeypatch.setenv("https_proxy", "http://proxy:3128")
     monkeypatch.setenv("no_proxy", no_proxy)
     if missing is None:
-        environment.check_cluster()
+        environment.check_cluster(Cerebras())
     else:
         with pytest.raises(InputError, match=f"does not cover {re.escape(missing)}. Write `export no_proxy="):
-            environment.check_cluster()
+            environment.check_cluster(Cerebras())
 
 
 def test_a_cluster_is_known_by_its_configuration(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(environment, "CLUSTER_CONFIG", site / "config_v2")
     with pytest.raises(InputError, match="this machine knows none"):
-        environment.check_cluster()
+        environment.check_cluster(Cerebras())
     (site / "config_v2").touch()
-    environment.check_cluster()
+    environment.check_cluster(Cerebras(mount_dirs=(str(site),), python_paths=(str(site),)))
+
+
+@pytest.mark.parametrize("name", ["mount_dirs", "python_paths"])
+def test_a_folder_for_the_appliance_that_is_not_there_is_refused(
+    site: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(environment, "CLUSTER_CONFIG", site)
+    with pytest.raises(InputError, match=f"{name} must name folders that exist, /nowhere does not"):
+        environment.check_cluster(Cerebras(**{name: (str(site), "/nowhere")}))
+
+
+@pytest.mark.parametrize(
+    ("mode", "method", "steps", "bytes_a_weight"),
+    [
+        ("sparse-to-dense", "random", None, 4),
+        ("sparse-to-dense", "sparsegpt", None, 8),
+        ("sparse-to-dense", "random", 10, 8),
+        ("masked-finetuning", "random", None, 20),
+        ("masked-finetuning", "random", 10, 60),
+    ],
+)
+def test_the_disk_of_trainings_holds_what_may_stand_there_at_once(
+    mode: str, method: str, steps: int | None, bytes_a_weight: int
+) -> None:
+    """Start, updated weights, checkpoint, what was trained; with checkpoints the one before, and where it goes on."""
+    dims = ModelDims(8, 1, 4, 4, 2, 16, 32, None, 64)
+    config = SweepConfig(
+        models=("m",), modes=(mode,), methods=(method,), cerebras=Cerebras(cs3=2, checkpoint_steps=steps)
+    )
+    assert working_bytes(config, [dims]) == 2 * bytes_a_weight * (pruned_weights(dims) + 2 * 32 * 8)

@@ -13,6 +13,9 @@ from factories import make_cell, make_run
 from hypothesis import given
 from hypothesis import strategies as st
 
+from trainables.cerebras_backend import CerebrasTraining
+from trainables.pipeline import run_cell
+from trainables.worker import WorkerCache
 from tune_sparse.cerebras.graphs import (
     COMPILE_SECONDS,
     Block,
@@ -22,11 +25,13 @@ from tune_sparse.cerebras.graphs import (
     graph_of_run,
 )
 from tune_sparse.cerebras.job import annotated_sparsities, padded_tokens
+from tune_sparse.cerebras.preflight import prepare_cerebras
 from tune_sparse.cli import main
-from tune_sparse.config import Cell, SweepConfig
+from tune_sparse.config import Cell, Cerebras, SweepConfig
 from tune_sparse.config.cerebras import SPARSITY_ANNOTATIONS
-from tune_sparse.errors import InputError
+from tune_sparse.errors import InputError, RunError
 from tune_sparse.ledger.ledger import Ledger
+from tune_sparse.models.checkpoints import check_checkpoint
 from tune_sparse.sweep.forecast import forecast
 from tune_sparse.sweep.graphs import plan_graphs
 from tune_sparse.sweep.plan import make_plan, requested_cells
@@ -38,12 +43,12 @@ def full_matrix() -> set[Cell]:
     return {cell.trained for cell in requested_cells(config)}
 
 
-@pytest.mark.parametrize(("annotation", "most"), [("none", 6), ("rounded", 38), ("exact", 330)])
-def test_the_full_matrix_in_one_bucket_has_few_graphs(annotation: str, most: int) -> None:
+@pytest.mark.parametrize(("annotation", "count"), [("none", 4), ("rounded", 38), ("exact", 110)])
+def test_the_full_matrix_in_one_bucket_has_few_graphs(annotation: str, count: int) -> None:
     trained = full_matrix()
     assert len(trained) == 330
     graphs = {graph_of_run(make_run(cell), 2048, annotation) for cell in trained}
-    assert len(graphs) <= most
+    assert len(graphs) == count
 
 
 @pytest.mark.parametrize(
@@ -140,10 +145,67 @@ def test_a_plan_counts_its_graphs_and_says_what_its_lengths_cost(llama: Path, si
     ledger = Ledger(tmp_path)
     found = forecast(on_csx, ledger, on_csx.missing(ledger))
     assert found.graphs == 5
-    assert "Graphs to compile for a CS-3, each once: 5 (--sparsity-annotation)" in found.lines()
+    told = "Graphs to compile for a CS-3, each once: 5 (--sparsity-annotation), "
+    assert (
+        told + ("each when first trained (--compile-first), in 4.79 h if each takes as long as a published 7B")
+        in found.lines()
+    )
+    known = replace(found, graph_seconds=600.0, compiles_first=True)
+    assert f"{told}before the first training, with no CS-3 held (--compile-first), in 10 min" in known.lines()
     short = make_plan(SweepConfig.from_names(names | small | {"cerebras_target": "validate", "bucket_tokens": "8"}))
     with pytest.raises(InputError, match="a bucket must hold the longest example"):
         plan_graphs(short)
+
+
+def test_what_compiles_first_trains_from_the_appliance_s_cache(
+    llama: Path, site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The stand-in appliance keeps what it compiled: a second compile, and the training, find it."""
+    monkeypatch.setattr("tune_sparse.cerebras.environment.CLUSTER_CONFIG", site)
+    small = {"n_train": 16, "n_selection": 4, "n_test": 4, "steps": 4, "global_batch_size": 4, "lora_rank": 4}
+    names = {"models": str(llama), "tasks": "boolq", "methods": "random", "sparsities": "0.5"}
+    names |= {"compile_first": "true", "modes": "sparse-to-dense"}
+    where = {"data_dir": "synthetic", "backend": "cerebras", "results_dir": str(tmp_path)}
+    plan, ledger = make_plan(SweepConfig.from_names(names | small | where)), Ledger(tmp_path)
+    planned, told = plan_graphs(plan), []
+    graphs = planned.distinct(plan.runs.values())
+    for _ in range(2):
+        prepare_cerebras(plan.config, plan.checkpoints, graphs, ledger, told.append)
+    lines = [line for line in told if "in the queue" in line]
+    assert ["compiled in" in line for line in lines] == [True, False]
+    assert ["found in the appliance's cache" in line for line in lines] == [False, True]
+    [run] = plan.runs.values()
+    settings = replace(plan.config.cerebras, bucket_tokens=(planned.by_run[run.run_id].tokens,))
+    for _ in run_cell(run, ledger, WorkerCache(), CerebrasTraining(settings)):
+        pass
+    record = ledger.record(run.run_id)
+    assert record is not None
+    assert record.status == "done", record.error
+    assert (record.measured["compiles"], record.measured["cached_compiles"]) == (1, 1)
+    assert "zeros were sent in frozen weights" in (ledger.run_folder(run.run_id) / "train.log").read_text()
+
+
+def test_a_compile_that_is_lost_is_left_to_the_training_and_a_refused_one_ends_the_sweep(
+    llama: Path, site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tune_sparse.cerebras.environment.CLUSTER_CONFIG", site)
+    names = {"models": str(llama), "tasks": "boolq", "data_dir": "synthetic", "backend": "cerebras"}
+    config, ledger = SweepConfig.from_names(names | {"compile_first": "true"}), Ledger(tmp_path)
+    graph = Graph(llama.name, "adapters", 32, None, "")
+    checkpoints = {llama.name: check_checkpoint(str(llama))}
+    told: list[str] = []
+    (site / "fault").write_text("busy")
+    prepare_cerebras(config, checkpoints, [graph], ledger, told.append)
+    assert "not compiled ahead: " in told[-1]
+    (site / "fault").write_text("refused")
+    with pytest.raises(RunError, match="the compiler refused the graph"):
+        prepare_cerebras(config, checkpoints, [graph], ledger, told.append)
+
+
+@pytest.mark.parametrize("chosen", [{"compile_first": True}, {"cerebras_target": "compile"}])
+def test_what_is_known_only_after_pruning_cannot_be_compiled_before(chosen: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match="sparsity_annotation must be rounded or none to compile before a training"):
+        Cerebras(sparsity_annotation="exact", **chosen)
 
 
 def test_compile_fills_the_cache_graph_by_graph_and_trains_nothing(

@@ -20,6 +20,7 @@ import pytest
 import torch
 from factories import finished, tiny_run
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
 
 from trainables.cerebras_backend import CerebrasTraining
 from trainables.pipeline import run_cell
@@ -28,18 +29,16 @@ from tune_sparse.cerebras.appliance import name_label, results_label, run_label
 from tune_sparse.cerebras.conversion import to_cerebras, to_hugging_face
 from tune_sparse.cerebras.environment import SiteEnvironment
 from tune_sparse.cerebras.failures import ApplianceError, classify_failure
-from tune_sparse.cerebras.graphs import Graph
 from tune_sparse.cerebras.job import job_appliance
-from tune_sparse.cerebras.preflight import matrix_shapes, run_child, write_graph
-from tune_sparse.config import Cerebras, SweepConfig
+from tune_sparse.cerebras.preflight import matrix_shapes
+from tune_sparse.cli import main
+from tune_sparse.config import Cerebras
 from tune_sparse.ledger.ledger import Ledger
 from tune_sparse.ledger.run import Run
 from tune_sparse.models.checkpoints import check_checkpoint, find_folder, prunable_weights, read_config
-from tune_sparse.models.model_zoo import cerebras_name, interleaved
+from tune_sparse.models.model_zoo import cerebras_name, interleaved, zoo_tensor_name
 from tune_sparse.models.safetensors_io import TensorFiles, weight_files
 from tune_sparse.modes import MODES
-from tune_sparse.sweep.graphs import plan_graphs
-from tune_sparse.sweep.plan import make_plan
 
 LOSS_TOLERANCE = 5e-3
 """Relative, of 20 losses in float32. Model Zoo's AdamW adds epsilon before its bias correction, torch's after it."""
@@ -54,7 +53,7 @@ READ_MDL = """
 import sys, torch, cerebras.pytorch as cstorch
 from safetensors.torch import save_file
 loaded = cstorch.load(sys.argv[1], map_location="cpu")["model"]
-save_file({name: torch.tensor(t.numpy()) for name, t in loaded.items()}, sys.argv[2])
+save_file({name: torch.tensor(t.float().numpy()) for name, t in loaded.items()}, sys.argv[2])
 """
 WRITE_MDL = """
 import sys, cerebras.pytorch as cstorch
@@ -63,6 +62,7 @@ cstorch.save({"model": load_file(sys.argv[2])}, sys.argv[1])
 """
 IN_BFLOAT16 = """
 import sys, torch, cerebras.pytorch as cstorch
+cstorch.backend("CPU")
 loaded = cstorch.load(sys.argv[1], map_location="cpu")["model"]
 cstorch.save({"model": {name: t.to(torch.bfloat16) for name, t in loaded.items()}}, sys.argv[2])
 """
@@ -202,30 +202,25 @@ def test_the_converter_moves_rows_as_we_do_and_the_way_back_is_exact(
         assert int((back[name] == 0).sum()) == int((weight == 0).sum()) > 0
 
 
-def lowered(ledger: Ledger, config: SweepConfig, folder: Path, graph: Graph) -> dict[str, Any]:
-    """Lower one graph, and read what the child found in its CIRH."""
-    checkpoint = check_checkpoint(str(folder))
-    target = Cerebras(cerebras_target="validate")
-    return run_child(write_graph(config, checkpoint, graph, ledger, target), config.protocol.threads)
-
-
-def small_config(folder: Path, **changes: Any) -> SweepConfig:
-    small = {"n_train": 16, "n_selection": 4, "n_test": 4, "steps": 20, "global_batch_size": 4, "lora_rank": 4}
-    names = {"models": str(folder), "data_dir": "synthetic", "backend": "cerebras", "cerebras_target": "validate"}
-    return SweepConfig.from_names(names | small | changes)
-
-
 @pytest.mark.modelzoo
 def test_a_converted_checkpoint_is_read_back_without_cerebras_software(
     folder: Path, environment: SiteEnvironment, tmp_path: Path
 ) -> None:
-    """Hugging Face -> .mdl by Model Zoo's converter -> Hugging Face by our reader: equal to the bit."""
+    """Hugging Face -> .mdl by Model Zoo's converter -> Hugging Face by our reader: equal to the bit, whichever config
+    stands beside it."""
     pytest.importorskip("h5py", reason="h5py is not installed: pip install tune-sparse[cerebras-files]")
     checkpoint = check_checkpoint(str(folder))
     converted = to_cerebras(checkpoint.path, checkpoint.fingerprint, environment)
     run_there(environment, IN_BFLOAT16, converted.checkpoint, tmp_path / "half.mdl")
     for path in (*folder.glob("*.json"), converted.checkpoint):
         shutil.copy(path, tmp_path)
+    (tmp_path / "params").mkdir()
+    for path in (converted.checkpoint, converted.config, *folder.glob("tokenizer*")):
+        shutil.copy(path, tmp_path / "params")
+    described = check_checkpoint(str(tmp_path / "params" / converted.checkpoint.name))
+    assert described.dims == checkpoint.dims
+    wanted = AutoConfig.from_pretrained(folder)
+    assert AutoConfig.from_pretrained(described.path).rope_parameters == wanted.rope_parameters
     own = TensorFiles(weight_files(folder))
     for name, dtype in ((converted.checkpoint.name, torch.float32), ("half.mdl", torch.bfloat16)):
         back = load_file(find_folder(str(tmp_path / name)) / "model.safetensors")
@@ -234,34 +229,33 @@ def test_a_converted_checkpoint_is_read_back_without_cerebras_software(
 
 
 @pytest.mark.modelzoo
-@pytest.mark.parametrize("trained", ["adapters", "masked adapters", "masked weights", "weights"])
-def test_each_kind_of_training_lowers_on_its_checkpoint(
-    llama: Path, environment: SiteEnvironment, trained: str, tmp_path: Path
+def test_a_pruned_mdl_is_read_by_cstorch_and_converted_by_model_zoo(
+    folder: Path, environment: SiteEnvironment, tmp_path: Path
 ) -> None:
-    told = None if trained == "weights" else 0.5
-    graph = Graph(llama.name, trained, 32, told, "")
-    report = lowered(Ledger(tmp_path), small_config(llama), llama, graph)
-    assert report["cirh_files"] == 1
-    annotated_by_matrix = {"masked weights": 3, "weights": 0}.get(trained, 1)  # Adam's two moments beside it
-    assert report["sparsity_annotations"] == annotated_by_matrix * len(matrix_shapes(llama))
+    """A .mdl that cstorch wrote on its CPU backend is pruned to one and validated, and they read what we wrote."""
+    pytest.importorskip("h5py", reason="h5py is not installed: pip install tune-sparse[cerebras-files]")
+    checkpoint = check_checkpoint(str(folder))
+    converted = to_cerebras(checkpoint.path, checkpoint.fingerprint, environment)
+    run_there(environment, IN_BFLOAT16, converted.checkpoint, tmp_path / "m.mdl")
+    for path in folder.glob("*.json"):
+        shutil.copy(path, tmp_path)
+    prune = ["prune", str(tmp_path / "m.mdl"), "--sparsities", "0.5", "--output", str(tmp_path / "out")]
+    assert main([*prune, "--checkpoints", "--mdl"]) == 0
+    [masks], [pruned] = (tmp_path / "out").rglob("masks_*.safetensors"), (tmp_path / "out").rglob("model.mdl")
+    assert main(["validate", str(pruned), "--masks", str(masks)]) == 0
 
-
-@pytest.mark.modelzoo
-@pytest.mark.parametrize(("annotation", "count"), [("none", 2), ("rounded", 3)])
-def test_trainings_of_one_graph_lower_to_one_text_and_others_to_others(
-    llama: Path, environment: SiteEnvironment, annotation: str, count: int, tmp_path: Path
-) -> None:
-    """Two methods, two tasks, two rates, two modes, one level and the dense model: as many texts as graphs."""
-    texts: dict[Graph, set[str]] = {}
-    for name, task, method, rate in (("a", "boolq", "unstructured", 1e-3), ("b", "gsm8k", "random", 2e-3)):
-        changes = {"tasks": task, "methods": method, "sparsities": "0 0.5", "learning_rate": rate, "steps": len(task)}
-        config = small_config(llama, **changes, sparsity_annotation=annotation, bucket_tokens="96")
-        plan = make_plan(config)
-        for graph in plan_graphs(plan).distinct(plan.runs.values()):
-            report = lowered(Ledger(tmp_path / name), config, llama, graph)
-            texts.setdefault(graph, set()).add(report["cirh_sha256"])
-    assert all(len(found) == 1 for found in texts.values())
-    assert len(texts) == len(set.union(*texts.values())) == count
+    ours = load_file(find_folder(str(pruned)) / "model.safetensors")
+    run_there(environment, READ_MDL, pruned, tmp_path / "read.safetensors")
+    theirs = {name.removeprefix("model."): t for name, t in load_file(tmp_path / "read.safetensors").items()}
+    for name, weight in ours.items():
+        rows = interleaved(name, weight, checkpoint.dims.head_dim)
+        assert torch.equal(theirs[zoo_tensor_name(name) or ""], rows.float()), name
+    (tmp_path / "back").mkdir()
+    written = replace(converted, checkpoint=pruned)
+    to_hugging_face(written, read_config(folder)["model_type"], tmp_path / "back", environment)
+    [path] = (tmp_path / "back").rglob("*.safetensors")
+    back = load_file(path)
+    assert all(torch.equal(back[name].float(), weight.float()) for name, weight in ours.items())
 
 
 @pytest.mark.modelzoo

@@ -22,7 +22,7 @@ from tune_sparse.models.dims import ModelDims
 from tune_sparse.pruning.bit_masks import BitMasks
 from tune_sparse.sweep.examples import Examples
 from tune_sparse.sweep.forecast import Medians, RunCost, cost_of_run, forecast, pilots, trials_at_once
-from tune_sparse.sweep.plan import Plan, make_plan
+from tune_sparse.sweep.plan import Plan, checkpoint_bytes, host_bytes, make_plan
 from tune_sparse.sweep.preparation import check_host, check_start, needed_bytes
 
 FEW = {"sparsities": "0 0.5", "methods": "random", "data_dir": "synthetic", "precision": "float32", "workers": 2}
@@ -61,6 +61,17 @@ def test_without_measurements_time_is_unknown_and_disk_a_bound(plan: Plan, ledge
     assert sorted(found.unmeasured.values()) == [3, 3, 3, 3]
     assert (found.cpu_seconds, found.wall_seconds) == (0, None)
     assert found.disk_bytes == sum(plan.estimate_bytes(run) for run in plan.runs.values())
+
+
+def test_a_trial_on_cerebras_takes_memory_of_its_host_too(tmp_path: Path) -> None:
+    """It prunes and scores a 7B here beside a child that has it in float32; on a GPU only the child is left."""
+    plan = plan_of_7b(tmp_path, make_cell(mode="sparse-to-dense", sparsity=0.5, backend="cerebras"))
+    run = replace(next(iter(plan.runs.values())), cerebras={"target": "csx", "release": "2.10.0"})
+    plan = replace(plan, runs={run.run_id: run})
+    assert 13.5e9 + 53.9e9 < host_bytes(plan, [run]) < 80e9
+    scored_there = replace(plan, config=replace(plan.config, cerebras=Cerebras(scoring_gpus=1.0)))
+    assert host_bytes(scored_there, [run]) < 60e9
+    assert checkpoint_bytes(plan, [run]) == 0, "its checkpoints are counted apart"
 
 
 def test_each_run_takes_the_median_of_the_finest_group_that_was_measured(plan: Plan, ledger: Ledger) -> None:

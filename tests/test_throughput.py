@@ -13,8 +13,10 @@ from factories import tiny_run
 from trainables import throughput
 from trainables.throughput import TIMED_STEPS, Throughput, measure
 from trainables.worker import WorkerCache
+from tune_sparse.cerebras.appliance import results_label
 from tune_sparse.cli import main
 from tune_sparse.cli.command import BAD_INPUT, OK
+from tune_sparse.identity import hash_json
 from tune_sparse.training.loop import fit
 
 
@@ -153,6 +155,7 @@ def test_on_a_wafer_queue_and_compile_are_no_part_of_the_rate_and_the_estimate_s
     guarded = json.loads((folder / "guard.json").read_text())["label"]
     assert guarded == labels[0], "what is cancelled are its own jobs, not those of a sweep of the same folder"
     assert [label.partition("=")[0] for label in labels] == ["tune_sparse_run", "tune_sparse", "name"]
+    assert results_label(hash_json(str(tmp_path.resolve()))) not in labels, "the start of a sweep cancels that one's"
 
 
 def test_an_estimate_without_training_is_never_a_rate(

@@ -109,7 +109,7 @@ def launch(job: TrainingJob) -> SupervisedProcess:
     """Begin a training on this machine. Raises `InputError` or `RunError` for what keeps it from beginning."""
     environment = find_environment()
     if job.settings.cerebras_target == "csx":
-        check_cluster()
+        check_cluster(job.settings)
     model = find_folder(job.model_path)
     check_convertible(model)
     converted = to_cerebras(model, job.model_fingerprint, environment)
@@ -322,7 +322,15 @@ def _read_back_into(trainable: TrainableModel, run: Run, pruned: Pruned, folder:
         _write_weights_into(trainable, folder)
     (folder / TRAINED).unlink()  # what the run saves itself is what stays
     (folder / "lost.json").unlink(missing_ok=True)
-    log(f"trained by release {report['release']}: {sum(report['zeros'].values())} zeros stayed zero")
+    log(f"trained by release {report['release']}: {_zeros(run, sum(report['zeros'].values()))}")
+
+
+def _zeros(run: Run, count: int) -> str:
+    """Say what is known of the zeros: a wafer is not asked for frozen weights, which are those that were sent."""
+    assert run.cerebras is not None
+    if run.cerebras["target"] == "csx" and MODES[run.cell.mode].has_adapter:
+        return f"{count} zeros were sent in frozen weights, which a wafer is not asked to give back"
+    return f"{count} zeros stayed zero"
 
 
 def _check_unchanged(report: dict[str, Any], run: Run, pruned: Pruned) -> None:

@@ -52,7 +52,7 @@ def check_measurable(settings: Cerebras, compile_only: bool) -> None:
             "--cerebras-target csx, or leave --compile-only out."
         )
     if settings.cerebras_target == "csx":
-        check_cluster()
+        check_cluster(settings)
 
 
 def measure_on_cerebras(
@@ -86,7 +86,8 @@ def _write(
     masks = worker.pruner.make_into(run, loaded, examples.train)
     pruned = Pruned(masks, masks.sha256, prunable_weights(loaded.model))
     trainable = setup(run.cell.mode, loaded.model, run.protocol, update_masks(run, pruned), run.draw_seed)
-    labels = job_labels(results, run) if settings.cerebras_target == "csx" else []
+    # Of another folder than a sweep's: the start of one cancels what it finds under its own label.
+    labels = job_labels(results / "throughput", run) if settings.cerebras_target == "csx" else []
     write_job(
         folder,
         examples_in_order(examples.train, run.protocol, run.draw_seed, settings.bucket_tokens),

@@ -139,6 +139,11 @@ class ClusterVersions:
     client: str
     server: str
 
+    def __post_init__(self) -> None:
+        for version in (self.client, self.server):
+            if not re.match(r"\d+\.\d+", str(version)):
+                raise InputError(f"a semantic version must begin as 1.14, got {version!r}. Ask `csctl --version`.")
+
     @property
     def go_together(self) -> bool:
         """The client's own rule (cerebras.appliance.cluster.client): one major, few minors behind or ahead."""
@@ -161,19 +166,25 @@ def cluster_versions(environment: SiteEnvironment) -> ClusterVersions | str:
         )
         client, server = json.loads(answer.stdout.splitlines()[-1])
         return ClusterVersions(client, server) if server else "the cluster's server does not say"
+    except InputError as error:
+        return str(error)
     except (OSError, subprocess.SubprocessError):
         return "the environment's client cannot be asked"
     except (IndexError, ValueError):
         return (answer.stderr.strip().splitlines() or ["no answer"])[-1]
 
 
-def check_cluster() -> None:
-    """Raise `InputError` where no appliance is known, before anything is trained."""
+def check_cluster(settings: Cerebras) -> None:
+    """Raise `InputError` where no appliance is known, or a folder for it is missing, before anything is trained."""
     if not CLUSTER_CONFIG.exists():
         raise InputError(
             f"training on a CS-3 needs a cluster, this machine knows none: {CLUSTER_CONFIG} does not exist. Start the "
             "sweep on a user node of the CS-3, or set --cerebras-target cpu (trains on the CPU) or validate (lowers)."
         )
+    for name in ("mount_dirs", "python_paths"):
+        for folder in getattr(settings, name):
+            if not Path(folder).is_dir():
+                raise InputError(f"{name} must name folders that exist, {folder} does not. Fix it, or leave it out.")
     check_proxies()
 
 

@@ -20,6 +20,8 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +37,8 @@ from tune_sparse.data.splits import Encoded
 from tune_sparse.errors import InputError
 from tune_sparse.files import write_json
 from tune_sparse.models.model_zoo import cerebras_name, hugging_face_name, interleaved, separated
-from tune_sparse.models.safetensors_io import TensorFiles
+from tune_sparse.models.safetensors_io import TensorFiles, TensorWriter
+from tune_sparse.pruning.bit_masks import pack_bits
 from tune_sparse.pruning.masks import Masks
 from tune_sparse.training.loop import batches
 
@@ -63,6 +66,10 @@ class Start:
     sparsity: float
     """that was asked for, of which each matrix has its own"""
 
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(mask.shape) for name, mask in self.masks.items()}
+
 
 def write_job(
     folder: Path,
@@ -76,21 +83,19 @@ def write_job(
     compile_only: bool = False,
 ) -> None:
     """Write a training into a folder. restart: the checkpoint, and its step, from which the training goes on."""
-    masks = {cerebras_name(n): packed_bits(interleaved(n, m.cpu(), start.head_dim)) for n, m in start.masks.items()}
-    save_file(masks, folder / "masks.safetensors")
-    updated = {cerebras_name(n): interleaved(n, w.cpu(), start.head_dim).contiguous() for n, w in start.updated.items()}
-    if updated:
-        save_file(updated, folder / "weights.safetensors")
+    shapes = start.shapes
+    sparsities = write_masks(folder / "masks.safetensors", start)
+    if start.updated:
+        write_updated(folder / "weights.safetensors", start)
     if start.adapters:
         save_file(named_adapters(start.adapters, start.head_dim), folder / "adapter_start.safetensors")
     places = {
         "examples": str(examples.resolve()),
         "masks": str((folder / "masks.safetensors").resolve()),
-        "weights": str((folder / "weights.safetensors").resolve()) if updated else None,
+        "weights": str((folder / "weights.safetensors").resolve()) if start.updated else None,
         "adapter": str((folder / "adapter_start.safetensors").resolve()) if start.adapters else None,
-        "shapes": {cerebras_name(name): list(mask.shape) for name, mask in start.masks.items()},
+        "shapes": {cerebras_name(name): list(shape) for name, shape in shapes.items()},
     }
-    sparsities = {cerebras_name(name): 1 - float(mask.sum()) / mask.numel() for name, mask in start.masks.items()}
     trained = {
         "trains": "adapters" if start.adapters else "weights",
         "update_is_masked": start.update_is_masked,
@@ -100,6 +105,27 @@ def write_job(
     went = {"checkpoint_steps": settings.checkpoint_steps, "restart": restart}
     job = places | trained | went | job_protocol(protocol, seed) | job_appliance(settings, job_labels, compile_only)
     write_json(folder / "job.json", job)
+
+
+def write_masks(path: Path, start: Start) -> dict[str, float]:
+    """Write the masks as packed bits, one matrix in memory at a time; returns {name of Model Zoo: its sparsity}."""
+    sparsities: dict[str, float] = {}
+    declared = {cerebras_name(n): ((-(-prod(shape) // 8),), torch.uint8) for n, shape in start.shapes.items()}
+    with TensorWriter(path, declared) as writer:
+        for name, mask in start.masks.items():
+            writer.write(cerebras_name(name), pack_bits(interleaved(name, mask.cpu(), start.head_dim)))
+            sparsities[cerebras_name(name)] = 1 - float(mask.sum()) / mask.numel()
+        writer.done()
+    return sparsities
+
+
+def write_updated(path: Path, start: Start) -> None:
+    """Write the matrices whose kept weights are not those of the checkpoint, one in memory at a time."""
+    declared = {cerebras_name(n): (start.shapes[n], start.updated[n].dtype) for n in start.updated}
+    with TensorWriter(path, declared) as writer:
+        for name, weight in start.updated.items():
+            writer.write(cerebras_name(name), interleaved(name, weight.cpu(), start.head_dim))
+        writer.done()
 
 
 def annotated_sparsities(sparsities: Mapping[str, float], asked: float, kind: str) -> dict[str, float]:
@@ -155,13 +181,6 @@ def _cluster_options(settings: Cerebras) -> dict[str, Any]:
     values = {name: getattr(settings, name) for name in CLUSTER_OPTIONS}
     chosen = {name: value for name, value in values.items() if value != getattr(Cerebras, name)}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in chosen.items()}
-
-
-def packed_bits(mask: Tensor) -> Tensor:
-    """Eight elements a byte, the first one in the highest bit; the last byte is filled with zeros."""
-    flat = mask.flatten().to(torch.uint8)
-    flat = torch.cat([flat, flat.new_zeros(-len(flat) % 8)]).view(-1, 8)
-    return (flat << torch.arange(7, -1, -1, dtype=torch.uint8)).sum(1, dtype=torch.uint8)
 
 
 def examples_in_order(

@@ -33,13 +33,15 @@ from tune_sparse.identity import hash_json
 from tune_sparse.ledger.ledger import Ledger
 from tune_sparse.models.architectures import matrix_named, pruned_weights
 from tune_sparse.models.checkpoints import Checkpoint
+from tune_sparse.models.dims import ModelDims
 from tune_sparse.models.model_zoo import cerebras_name
 from tune_sparse.models.safetensors_io import TensorFiles, weight_files
 from tune_sparse.modes import MODES
+from tune_sparse.pruning.methods import method_named
 
 POLL_SECONDS = 0.2
-START_BYTES, TRAINED_BYTES = 4, 12
-"""A weight's bytes on disk while a training runs: float32 where it begins; trained, with AdamW's moments."""
+FLOAT_BYTES, SAVED_BYTES = 4, 12
+"""A weight's bytes on disk while a training runs: in float32; in a checkpoint, with AdamW's moments."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,8 @@ def prepare_cerebras(
 ) -> None:
     """Make a results folder, that the caller has locked, and its models ready to train on Cerebras.
 
-    Before a csx sweep its graphs are lowered. Raises `InputError` or `RunError` for what would stop every trial.
+    Before a csx sweep its graphs are lowered, and where that was asked for compiled. Raises `InputError` or `RunError`
+    for what would stop every trial. A compile that the appliance lost is left to the trainings.
     """
     environment = find_environment()
     for problem in end_leftovers(ledger, config.cerebras):
@@ -95,9 +98,14 @@ def prepare_cerebras(
     for checkpoint in checkpoints.values():
         to_cerebras(checkpoint.path, checkpoint.fingerprint, environment)
     if config.cerebras.cerebras_target == "csx":
-        check_cluster()
+        check_cluster(config.cerebras)
         for lowering in lower_all(config, checkpoints, graphs, ledger):
             report(lowering.summary())
+        for graph in graphs if config.cerebras.compile_first else ():
+            try:
+                report(compile_graph(config, checkpoints[graph.model], graph, ledger).summary())
+            except ConnectionError as error:
+                report(f"{graph.summary()}: not compiled ahead: {error}")
 
 
 def end_leftovers(ledger: Ledger, settings: Cerebras) -> Iterator[str]:
@@ -144,21 +152,25 @@ def lower_all(
 def compile_all(
     config: SweepConfig, checkpoints: Mapping[str, Checkpoint], graphs: Sequence[Graph], ledger: Ledger
 ) -> Iterator[Compiling]:
-    """Compile each graph on the appliance, into its cache; no CS-3 is held. Raises `RunError` as a training does."""
-    check_cluster()
-    label = appliance.results_label(hash_json(str(ledger.folder.resolve())))
-    settings = replace(config.cerebras, cerebras_target="csx")
+    """Compile each graph as `compile_graph` does. Raises `InputError` where no appliance is known."""
+    check_cluster(config.cerebras)
     for graph in graphs:
-        folder = write_graph(config, checkpoints[graph.model], graph, ledger, settings, label)
-        run_child(folder, config.protocol.threads, label)
-        stages = read_stages((folder / "child.log").read_text(errors="replace"))
-        yield Compiling(
-            graph,
-            stages.seconds[COMPILING],
-            stages.seconds[QUEUE],
-            stages.cached_compiles > 0,
-            stages.estimated_examples_per_second,
-        )
+        yield compile_graph(config, checkpoints[graph.model], graph, ledger)
+
+
+def compile_graph(config: SweepConfig, checkpoint: Checkpoint, graph: Graph, ledger: Ledger) -> Compiling:
+    """Compile a graph on the appliance, into its cache; no CS-3 is held. Raises as a training does."""
+    label = appliance.results_label(hash_json(str(ledger.folder.resolve())))
+    folder = write_graph(config, checkpoint, graph, ledger, replace(config.cerebras, cerebras_target="csx"), label)
+    run_child(folder, config.protocol.threads, label)
+    stages = read_stages((folder / "child.log").read_text(errors="replace"))
+    return Compiling(
+        graph,
+        stages.seconds[COMPILING],
+        stages.seconds[QUEUE],
+        stages.cached_compiles > 0,
+        stages.estimated_examples_per_second,
+    )
 
 
 def write_graph(
@@ -227,12 +239,21 @@ def run_child(folder: Path, threads: int, label: str | None = None) -> dict[str,
     return found
 
 
-def working_bytes(checkpoints: Sequence[Checkpoint], modes: Iterable[str], trainings_at_once: int) -> int:
-    """Bound what trainings write while they run: of the largest model, where they begin and what is trained; both
-    again where one that was lost goes on. Adapters are small."""
-    weights = max(pruned_weights(c.dims) + 2 * c.dims.vocab_size * c.dims.hidden_size for c in checkpoints)
-    trained = 0 if all(MODES[mode].has_adapter for mode in modes) else TRAINED_BYTES
-    return 2 * (START_BYTES + trained) * weights * trainings_at_once
+def working_bytes(config: SweepConfig, models: Iterable[ModelDims]) -> int:
+    """Bound what the trainings at one time write while they run, those of the largest model. Adapters are small.
+
+    Each has what it begins with, the weights that its method updated, and what it trained, once more when that is read
+    back. With checkpoints the last stands beside the new one, and one that was lost has where it goes on beside them.
+    """
+    trains_weights = not all(MODES[mode].has_adapter for mode in config.modes)
+    saved = SAVED_BYTES if trains_weights else 0
+    updated = FLOAT_BYTES if any(method_named(name).updates_weights for name in config.methods) else 0
+    working = FLOAT_BYTES + updated + saved + (FLOAT_BYTES if trains_weights else 0)
+    if config.cerebras.checkpoint_steps is not None:
+        kept, resumed = saved, FLOAT_BYTES + saved
+        working += saved + kept + resumed
+    weights = max(pruned_weights(dims) + 2 * dims.vocab_size * dims.hidden_size for dims in models)
+    return working * weights * config.cerebras.cs3
 
 
 def matrix_shapes(folder: Path) -> dict[str, tuple[int, ...]]:

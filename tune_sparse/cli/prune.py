@@ -127,6 +127,11 @@ def _add_files_into(group: Any) -> None:
     )
     group.add_argument("--checkpoints", action="store_true", help="write the pruned model of each sparsity, too")
     group.add_argument(
+        "--mdl",
+        action="store_true",
+        help="with --checkpoints: write a model.mdl of Cerebras into each folder (default: safetensors files)",
+    )
+    group.add_argument(
         "--compact",
         action="store_true",
         help="with structured methods: write a smaller model of each sparsity, too, whose pruned heads and channels "
@@ -164,6 +169,7 @@ def _prune(chosen: argparse.Namespace) -> int:
         seed=chosen.seed,
         format=chosen.format,
         checkpoints=chosen.checkpoints,
+        mdl=chosen.mdl,
         compact=chosen.compact,
         calibration=by,
         examples=examples,

@@ -117,7 +117,7 @@ def models(*, trains: bool, downloads: bool, classes: str = "Llama or Mistral") 
         "folders": f"a checkpoint of class {classes} in Hugging Face format with safetensors weights, such as "
         "./my-llama",
         "Cerebras checkpoints": "a file such as ./run/checkpoint_100.mdl, with the model's config.json of Hugging Face "
-        "beside it, and its tokenizer's files",
+        "or params.yaml of Model Zoo beside it, and its tokenizer's files",
         "Hugging Face ids": f"ORG/NAME@REVISION, or ORG/NAME for its main branch; {fetched}",
     }
     return table("models", kinds)

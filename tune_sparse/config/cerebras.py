@@ -76,6 +76,12 @@ class Cerebras:
         metavar="FOLDER",
         unset="that of the client",
     )
+    compile_first: bool = option(
+        "true or false: before the first training, compile all models that will be trained, into the appliance's "
+        "cache, which takes hours and no CS-3",
+        False,
+        metavar="BOOL",
+    )
     csx_micro_batch_size: str = option(
         "examples that a CS-3 works on at once: a number, or how the compiler finds one",
         "auto",
@@ -149,7 +155,18 @@ class Cerebras:
             raise unknown_name("half_precision", self.half_precision, HALF_PRECISIONS)
         if self.sparsity_annotation not in SPARSITY_ANNOTATIONS:
             raise unknown_name("sparsity_annotation", self.sparsity_annotation, SPARSITY_ANNOTATIONS)
+        rule(
+            not (self._is_compiled_ahead and self.sparsity_annotation == EXACT),
+            "sparsity_annotation must be rounded or none to compile before a training: the exact sparsity of a matrix "
+            "is known only when it is pruned",
+            EXACT,
+            "Give --sparsity-annotation rounded.",
+        )
         lengths = self.bucket_tokens
         rule(all(n >= 1 for n in lengths), "bucket_tokens must be at least 1", lengths, "Give larger numbers.")
         share = self.cerebras_share
         rule(0 < share < 1, "cerebras_share must be in (0, 1)", share, "Give a fraction, or another --backend.")
+
+    @property
+    def _is_compiled_ahead(self) -> bool:
+        return self.compile_first or self.cerebras_target == "compile"

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from tune_sparse.errors import InputError
-from tune_sparse.files import atomic_folder, cache_dir
-from tune_sparse.models.model_zoo import separated, tensor_name
+from tune_sparse.files import atomic_folder, cache_dir, read_json, write_json
+from tune_sparse.models.model_zoo import hugging_face_config, separated, tensor_name
 from tune_sparse.models.safetensors_io import TensorWriter
 
 VERSION = 0.5
@@ -30,56 +30,90 @@ BESIDE = ("config.json", "generation_config.json", "tokenizer*", "special_tokens
 
 
 def mdl_folder(path: Path) -> Path:
-    """The Hugging Face folder of a `.mdl`, made once for each content; config.json and tokenizer are those beside it.
+    """The Hugging Face folder of a `.mdl`, made once for each content; config and tokenizer are those beside it.
 
     Raises `InputError` for a file that is cut off, of another version, or has pickled weights or unmerged adapters.
     """
-    stamp = path.stat()
-    name = hashlib.sha256(f"{path.resolve()} {stamp.st_size} {stamp.st_mtime_ns}".encode()).hexdigest()[:16]
+    config = _config_file(path)
+    stamps = [(file.resolve(), file.stat().st_size, file.stat().st_mtime_ns) for file in (path, config)]
+    name = hashlib.sha256(repr(stamps).encode()).hexdigest()[:16]
     folder = cache_dir() / "mdl" / f"{path.stem}-{name}"
     if not folder.is_dir():
-        if not (path.parent / "config.json").is_file():
-            raise InputError(
-                f"a .mdl needs the model's config.json of Hugging Face beside it, {path.parent} has none. Copy it "
-                "there, and the tokenizer's files for training."
-            )
         with atomic_folder(folder) as partial:
-            write_hugging_face(path, partial)
+            write_hugging_face(path, config, partial)
     return folder
 
 
-def write_hugging_face(path: Path, folder: Path) -> None:
+def _config_file(path: Path) -> Path:
+    """Find what describes the model of a `.mdl`: Hugging Face's config.json beside it, or one .yaml of Model Zoo."""
+    found = [path.parent / "config.json"]
+    if not found[0].is_file():
+        found = sorted(path.parent.glob("*.yaml"))
+    if len(found) != 1:
+        raise InputError(
+            "a .mdl needs beside it the model's config.json of Hugging Face, or one .yaml of Model Zoo such as "
+            f"params.yaml, {path.parent} has {len(found)} of them. Copy it there, and for training the tokenizer's "
+            "files."
+        )
+    return found[0]
+
+
+def write_hugging_face(path: Path, config_file: Path, folder: Path) -> None:
     """Write the weights of a `.mdl`, and what stands beside it, into a folder that exists, one tensor at a time."""
     for pattern in BESIDE:
         for beside in path.parent.glob(pattern):
             shutil.copy(beside, folder)
-    config = json.loads((path.parent / "config.json").read_text())
-    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-    with _opened(path) as file:
+    config = _config(config_file)
+    with opened(path) as file:
         entries = dict(_weights(path, file))
         if config.get("tie_word_embeddings"):
             entries.pop("lm_head.weight", None)
         declared = {name: _declared(entry) for name, (_, entry) in entries.items()}
+        if config_file.suffix == ".yaml":
+            stored = {str(dtype).removeprefix("torch.") for _, dtype in declared.values()}
+            write_json(folder / "config.json", config | ({"dtype": stored.pop()} if len(stored) == 1 else {}))
+        head_dim = head_size(config)
         with TensorWriter(folder / "model.safetensors", declared) as writer:
             for name, (key, _) in entries.items():
                 writer.write(name, separated(name, _tensor(file[key], *declared[name]), head_dim))
             writer.done()
 
 
-def _opened(path: Path) -> Any:
-    """Open a `.mdl`. Raises `InputError` unless it is whole and of the one version that is known."""
+def _config(path: Path) -> dict[str, Any]:
+    """Read a config of Hugging Face, or one of Model Zoo as one of Hugging Face."""
+    if path.suffix == ".json":
+        config: dict[str, Any] = read_json(path)
+        return config
+    import yaml
+
+    return hugging_face_config(yaml.safe_load(path.read_text()), str(path))
+
+
+def head_size(config: Mapping[str, Any]) -> int:
+    return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
+
+
+def hdf5() -> tuple[Any, Any]:
+    """(h5py, hdf5plugin). Raises `InputError` where they are not installed."""
     try:
-        h5py = import_module("h5py")
-        import_module("hdf5plugin")
+        return import_module("h5py"), import_module("hdf5plugin")
     except ImportError as error:
         raise InputError(
             f"a .mdl needs h5py and hdf5plugin: {error}. Install them with `pip install tune-sparse[cerebras-files]`."
         ) from error
+
+
+def opened(path: Path) -> Any:
+    """Open a `.mdl`. Raises `InputError` unless it is whole and of the one version that is known."""
+    h5py, _ = hdf5()
     if not h5py.is_hdf5(path):
         raise InputError(
             f"a .mdl must be HDF5, {path} is not. Save it again with cstorch.save of release 2.0 or later."
         )
-    file = h5py.File(path, "r")
+    try:
+        file = h5py.File(path, "r")
+    except OSError as error:
+        raise InputError(f"a .mdl must be whole, {path} cannot be read: {error}. Copy it again.") from error
     version = file.attrs.get("__version__")
     if version != VERSION:
         raise InputError(

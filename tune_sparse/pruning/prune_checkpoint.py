@@ -17,6 +17,7 @@ from tune_sparse.config import check_sparsities
 from tune_sparse.data.splits import Encoded
 from tune_sparse.errors import InputError, unknown_name
 from tune_sparse.files import check_room, write_json
+from tune_sparse.models.mdl_writer import check_writable
 from tune_sparse.models.safetensors_io import TensorWriter
 from tune_sparse.pruning.calibration import CalibrationStats, calibration_line, count_tokens
 from tune_sparse.pruning.compact import compact
@@ -53,6 +54,8 @@ class Request:
     format: str = "safetensors"
     checkpoints: bool = False
     """Write each pruned checkpoint too."""
+    mdl: bool = False
+    """Write those as `.mdl` of Cerebras."""
     compact: bool = False
     """Write each structured checkpoint in its smaller form too."""
     calibration: Mapping[str, Any] = field(default_factory=dict)
@@ -66,6 +69,8 @@ class Request:
             raise InputError(f"sparsities must ascend from above 0, got {list(self.sparsities)}. Sort them.")
         if self.format not in FORMATS:
             raise unknown_name("format", self.format, FORMATS)
+        if self.mdl and not self.checkpoints:
+            raise InputError("--mdl says how pruned models are written, got no --checkpoints. Add it.")
         if len(self.sparsities) > MAX_LEVELS:
             raise InputError(f"one pass makes {MAX_LEVELS} levels, got {len(self.sparsities)}. Ask for fewer.")
         for name in self.methods:
@@ -94,6 +99,8 @@ def run(request: Request, report: Callable[[str], None] = print) -> Path:
     input, at the latest when the tensor that is wrong is read.
     """
     checkpoint = open_checkpoint(request.model)
+    if request.mdl:
+        check_writable(checkpoint.tensors)
     for method in request.methods:
         check_method_sparsities(method, checkpoint.dims, request.sparsities)
     folder = request.out / checkpoint.name
@@ -184,7 +191,7 @@ def _write_method(
             for mask in masks:
                 stack.enter_context(mask)
         weights = [
-            stack.enter_context(PrunedCheckpoint(checkpoint, folder / stem("checkpoint", method, s)))
+            stack.enter_context(PrunedCheckpoint(checkpoint, folder / stem("checkpoint", method, s), request.mdl))
             for s in sparsities
             if request.checkpoints
         ]

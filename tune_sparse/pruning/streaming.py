@@ -16,6 +16,7 @@ from tune_sparse.files import aside, replace_folder, write_json
 from tune_sparse.models.architectures import Architecture, architecture_named, unfused
 from tune_sparse.models.checkpoints import SIDE_FILES, find_folder, load_model, read_config, short_name
 from tune_sparse.models.dims import ModelDims
+from tune_sparse.models.mdl_writer import replace_by_mdl
 from tune_sparse.models.safetensors_io import INDEX, FiniteTensors, TensorFiles, TensorWriter, weight_files
 from tune_sparse.pruning.prune_model import Prunable
 
@@ -136,13 +137,15 @@ class StreamedBlocks:
 
 
 class PrunedCheckpoint:
-    """Writes a checkpoint with pruned matrices: shards of the same names, every other tensor copied first.
+    """Writes a checkpoint with pruned matrices: shards of the same names, every other tensor copied first; or a
+    `model.mdl` in their place.
 
     `done` gives the folder its name; as a context it leaves nothing half-written.
     """
 
-    def __init__(self, checkpoint: OpenCheckpoint, folder: Path) -> None:
+    def __init__(self, checkpoint: OpenCheckpoint, folder: Path, is_mdl: bool = False) -> None:
         self._checkpoint, self._folder, self._partial = checkpoint, folder, aside(folder)
+        self._is_mdl = is_mdl
         self._partial.mkdir(parents=True)
         self._writers: dict[Path, TensorWriter] = {}
         tensors = checkpoint.tensors
@@ -163,6 +166,8 @@ class PrunedCheckpoint:
             writer.done()
         shutil.copy(self._checkpoint.path / "config.json", self._partial)
         write_rest(self._checkpoint, self._partial)
+        if self._is_mdl:
+            replace_by_mdl(self._partial)
         replace_folder(self._partial, self._folder)
 
     def __enter__(self) -> PrunedCheckpoint:

@@ -10,7 +10,7 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
-from tune_sparse.cerebras.graphs import Graph
+from tune_sparse.cerebras.graphs import COMPILE_SECONDS, Graph
 from tune_sparse.config import Cell, SweepConfig
 from tune_sparse.ledger.contracts import LedgerReader
 from tune_sparse.ledger.record import Record
@@ -57,6 +57,10 @@ class Forecast:
     """of the seconds of CS-3 systems"""
     graphs: int
     """that the missing runs have to compile for a CS-3, each once"""
+    graph_seconds: float | None
+    """that this takes on the clock, None where no run was compiled yet"""
+    compiles_first: bool
+    """before the first training, with no CS-3 held: beside `cs3_seconds`"""
     scoring_seconds: float
     """in which a CPU prunes and scores what a CS-3 trains, because its trials hold no GPU"""
     wall_seconds: float | None
@@ -87,7 +91,7 @@ class Forecast:
         if self.by_group:
             lines.append(f"Time of {sum(self.by_group.values())} of {self.runs} runs: {self._time()}")
         if self.graphs:
-            lines.append(f"Graphs to compile for a CS-3, each once: {self.graphs} (--sparsity-annotation)")
+            lines.append(self._compiling())
         if self.scoring_seconds:
             lines.append(
                 f"  of it {duration(self.scoring_seconds)} in which a CPU prunes and scores what a CS-3 trains: no GPU "
@@ -96,6 +100,14 @@ class Forecast:
         lines += [f"  {n} as the median of measured runs of the same {group}" for group, n in self.by_group.items()]
         unknown = "no run of {} was measured here: its {} missing runs have no forecast of time (--pilot measures one)"
         return lines + [f"  {unknown.format(group, n)}" for group, n in self.unmeasured.items()]
+
+    def _compiling(self) -> str:
+        when = "before the first training, with no CS-3 held" if self.compiles_first else "each when first trained"
+        published = "" if self.graph_seconds else " if each takes as long as a published 7B"
+        return (
+            f"Graphs to compile for a CS-3, each once: {self.graphs} (--sparsity-annotation), {when} "
+            f"(--compile-first), in {duration(self.graph_seconds or self.graphs * COMPILE_SECONDS)}{published}"
+        )
 
     def _time(self) -> str:
         compiling = f" ({duration(self.compile_seconds)} of them compiling)" if self.compile_seconds else ""
@@ -117,14 +129,17 @@ def forecast(plan: Plan, ledger: LedgerReader, missing: Sequence[Run]) -> Foreca
     known = [(run, cost) for run, (_, cost) in like if cost]
     graphs = _missing_graphs(plan, ledger, missing)
     compiling = len(graphs) * max((cost.compile_seconds for _, cost in measured), default=0.0)
+    held = 0.0 if plan.config.cerebras.compile_first else compiling
     disk = [written.nearest(run.cell)[1] for run in missing]
     return Forecast(
         runs=len(missing),
         cpu_seconds=sum(cost.cpu_seconds for _, cost in known),
         gpu_seconds=sum(cost.gpu_seconds for _, cost in known),
-        cs3_seconds=sum(cost.cs3_seconds - cost.compile_seconds for _, cost in known) + compiling,
-        compile_seconds=compiling,
+        cs3_seconds=sum(cost.cs3_seconds - cost.compile_seconds for _, cost in known) + held,
+        compile_seconds=held,
         graphs=len(graphs),
+        graph_seconds=compiling / plan.config.cerebras.num_csx or None,
+        compiles_first=plan.config.cerebras.compile_first,
         scoring_seconds=sum(cost.scoring_seconds for _, cost in known),
         wall_seconds=wall_seconds(known, plan.config),
         disk_bytes=round(

@@ -98,21 +98,25 @@ def pruning_bytes(plan: Plan, ledger: LedgerReader, runs: Iterable[Run]) -> int:
 
 def checkpoint_bytes(plan: Plan, runs: Iterable[Run]) -> int:
     """What the largest unfinished training of some runs takes, its last checkpoint beside the new one for a moment."""
-    return max((cell.checkpoint_bytes for cell in memory_of(plan, runs)), default=0)
+    own = (run for run in runs if run.cerebras is None)
+    return max((cell.checkpoint_bytes for cell in memory_of(plan, own)), default=0)
 
 
 def host_bytes(plan: Plan, runs: Iterable[Run]) -> int:
-    """The most memory that a trial of some runs takes of its host: without GPUs, everything."""
-    on_gpu = bool(gpus_asked(plan.config))
-    cells = memory_of(plan, runs)
-    return max((cell.host_bytes(cpu_budgets(cell.longest), on_gpu) for cell in cells), default=0)
+    """The most memory that a trial of some runs takes of its host, with its child: without GPUs, everything."""
+    runs, on_gpu = list(runs), bool(gpus_asked(plan.config))
+    scores_on_gpu, target = plan.config.cerebras.scoring_gpus > 0, plan.config.cerebras.cerebras_target
+    own = memory_of(plan, (run for run in runs if run.cerebras is None))
+    there = memory_of(plan, (run for run in runs if run.cerebras is not None))
+    needed = [cell.host_bytes(cpu_budgets(cell.longest), on_gpu) for cell in own]
+    needed += [cell.cerebras_host_bytes(cpu_budgets(cell.longest), scores_on_gpu, target) for cell in there]
+    return max(needed, default=0)
 
 
 def memory_of(plan: Plan, runs: Iterable[Run]) -> list[CellMemory]:
-    """The memory of each kind of run that this machine, or its cluster, trains."""
+    """The memory of each kind of run."""
     dims = plan.dims
-    own = (run for run in runs if run.cerebras is None)
-    kinds = {(r.cell.model, r.cell.mode, r.cell.method, r.cell.sparsity): r.protocol for r in own}
+    kinds = {(r.cell.model, r.cell.mode, r.cell.method, r.cell.sparsity): r.protocol for r in runs}
     return [CellMemory(dims[model], mode, method, p, level) for (model, mode, method, level), p in kinds.items()]
 
 

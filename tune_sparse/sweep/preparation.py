@@ -86,6 +86,6 @@ def check_start(plan: Plan, ledger: Ledger, missing: Sequence[Run]) -> None:
     if "cerebras" in plan.config.backends:
         settings = plan.config.cerebras
         if settings.cerebras_target == "csx":
-            check_cluster()
-        needed = working_bytes(list(plan.checkpoints.values()), plan.config.modes, settings.cs3)
+            check_cluster(settings)
+        needed = working_bytes(plan.config, [checkpoint.dims for checkpoint in plan.checkpoints.values()])
         check_room(ledger.folder, needed, "training on Cerebras", FREE_SOME)
