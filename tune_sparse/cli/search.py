@@ -7,6 +7,7 @@ import json
 import logging
 import sys
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -290,14 +291,16 @@ def _dry_run(configs: list[SearchConfig], as_json: bool) -> int:
     from tune_sparse.errors import NotReadyError
     from tune_sparse.ledger.ledger import Ledger
     from tune_sparse.search.plan import plan_search
+    from tune_sparse.sweep.protocol_in_use import protocol_in_use
 
     values, lines = list[dict[str, Any]](), []
     for config in configs:
         try:
             plan = plan_search(config)
         except NotReadyError as error:
-            values.append({"task": config.sweep.tasks[0], "not_ready": str(error)})
-            lines.append(f"{config.sweep.tasks[0]}: not ready to run: {error}")
+            protocol = protocol_in_use(config.sweep, None)
+            values.append({"task": config.sweep.tasks[0], "not_ready": str(error), "protocol": asdict(protocol)})
+            lines += [f"{config.sweep.tasks[0]}: not ready to run: {error}", *protocol.lines()]
             continue
         ranks = plan.space.dimensions(plan.dims.num_layers)
         is_trained = Ledger(config.sweep.results_dir).is_done(plan.run.run_id)
@@ -308,11 +311,13 @@ def _dry_run(configs: list[SearchConfig], as_json: bool) -> int:
             "dimensions": len(ranks),
             "trials": config.trials,
             "selection_examples": plan.selection_examples,
+            "protocol": asdict(plan.protocol),
         }
         values.append(value)
         lines.append(
             f"{plan.search_id}: {config.trials} candidates of {len(ranks)} dimensions on {value['selection_examples']} "
             f"selection examples, slices of {plan.run.run_id} ({'trained' if is_trained else 'to be trained'})"
         )
+        lines += plan.protocol.lines()
     print(json.dumps(values) if as_json else "\n".join(lines))
     return FAULT if any("not_ready" in value for value in values) else OK
