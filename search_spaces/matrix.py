@@ -30,8 +30,9 @@ PHOENIX_TASKS = (
     "openbookqa",
 )
 
+TOY_MODELS = ("tiny-llama", "tiny-mistral")
 TOY = {
-    "models": ("tiny-llama", "tiny-mistral"),
+    "models": TOY_MODELS,
     "data_dir": "synthetic",
     "steps": 70,
     "learning_rate": 3e-3,
@@ -52,6 +53,7 @@ TOY = {
 PRESETS: dict[str, dict[str, Any]] = {
     "toy": TOY,
     "smoke": TOY | {"models": ("tiny-llama",), "tasks": ("boolq", "gsm8k"), "sparsities": (0.0, 0.5)},
+    "toy-seeds": TOY | {"methods": ("unstructured",), "sparsities": (0.0, 0.5, 0.7), "seeds": (0, 1, 2)},
     "matrix": {"models": (LLAMA_7B, MISTRAL_7B_V01), "gpus_per_trial": None},
     "mixtral": {"models": (MIXTRAL_8X7B,), "gpus_per_trial": None},
     "phoenix": {"models": (LLAMA_3_8B, MISTRAL_7B_V03), "tasks": PHOENIX_TASKS, "gpus_per_trial": None},
@@ -59,6 +61,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 ABOUT = {
     "toy": "2 toy models and generated examples; a sweep trains 330 times, minutes on a laptop",
     "smoke": "a first try; a sweep trains 14 times",
+    "toy-seeds": "a part of toy with three seeds, the fewest by which modes are judged; a sweep trains 90 times",
     "matrix": "LLaMA-7B and Mistral-7B, for GPUs; a sweep trains 330 times",
     "mixtral": "Mixtral 8x7B; only `sweep mixtral --dry-run` works, as Mixtral models cannot be trained yet",
     "phoenix": "Llama-3-8B and Mistral-7B on the 10 tasks of the paper Phoenix (doi 10.1145/3731599.3767395), for "

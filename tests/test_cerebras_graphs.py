@@ -213,7 +213,7 @@ def test_compile_fills_the_cache_graph_by_graph_and_trains_nothing(
 ) -> None:
     monkeypatch.setattr("tune_sparse.cerebras.environment.CLUSTER_CONFIG", site)
     arguments = ["--tasks", "boolq", "--methods", "random", "--sparsities", "0.5", "--set", "n_train=16"]
-    where = ["--models", str(llama), "--results-dir", str(tmp_path / "results")]
+    where = ["--models", str(llama), "--data-dir", "synthetic", "--results-dir", str(tmp_path / "results")]
     target = ["--backend", "cerebras", "--cerebras-target", "compile", "--json"]
     assert main(["sweep", "smoke", *where, *arguments, *target]) == 0
     compiled = [json.loads(line) for line in capsys.readouterr().out.splitlines()]

@@ -263,6 +263,7 @@ def test_without_a_cluster_a_csx_sweep_ends_before_it_trains(
     llama: Path, environment: SiteEnvironment, tmp_path: Path
 ) -> None:
     command = [sys.executable, "-m", "tune_sparse", "sweep", "smoke", "--models", str(llama), "--backend", "cerebras"]
+    command += ["--data-dir", "synthetic"]
     ran = subprocess.run(
         [*command, "--results-dir", str(tmp_path / "results")], capture_output=True, text=True, timeout=240
     )

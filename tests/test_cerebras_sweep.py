@@ -29,6 +29,7 @@ FEW = ["--tasks", "boolq", "--methods", "unstructured", "--sparsities", "0.5", "
 
 def started(model: Path, results: Path, *arguments: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "tune_sparse", "sweep", "smoke", "--no-report", "--models", str(model), *FEW]
+    command += ["--data-dir", "synthetic"]
     command += ["--cerebras-target", "cpu", "--results-dir", str(results), *arguments]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 

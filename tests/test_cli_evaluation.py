@@ -15,9 +15,12 @@ from tune_sparse.cli import main
 from tune_sparse.cli.command import BAD_INPUT, FAULT, OK
 from tune_sparse.data.tasks import TASKS
 from tune_sparse.evaluation.outcomes import read_outcomes, write_outcomes
+from tune_sparse.export.merge import merge_run
 from tune_sparse.ledger.ledger import Ledger
 
 SMALL = ["--set", "precision=float32", "max_tokens=256", "max_new_tokens=4", "n_test=4"]
+
+SCORED_AS_TOY = {"precision": "float32", "max_tokens": 256, "num_fewshot": 0, "threads": 1}
 
 Evaluate = Callable[..., Any]
 
@@ -145,3 +148,53 @@ def test_bad_input_is_refused_before_anything_is_scored(
 
 ARC = {"question": "?", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answerKey": "A"}
 HELLASWAG = {"activity_label": "A", "ctx_a": "b", "ctx_b": "c", "endings": ["d", " "], "label": "0"}
+
+
+@pytest.fixture
+def merged(llama: Path, tmp_path: Path) -> tuple[Path, dict[str, Any]]:
+    """A merged model of a run of gsm8k, and the metrics of the run."""
+    run = tiny_run(llama, task="gsm8k", num_fewshot=1, max_new_tokens=6, n_test=5)
+    ledger = Ledger(tmp_path / "results")
+    record = finished(run, ledger)
+    assert record.status == "done"
+    merge_run(ledger, run.run_id, tmp_path / "merged")
+    return tmp_path / "merged", record.metrics | {"run_id": run.run_id}
+
+
+def test_a_merged_model_is_scored_as_its_run_was(merged: tuple[Path, dict[str, Any]], evaluate: Evaluate) -> None:
+    folder, run = merged
+    scored = json.loads((folder / "tune_sparse_merge.json").read_text())["scored_as"]
+    assert (scored["tasks"], scored["data_dir"], scored["settings"]["num_fewshot"]) == (["gsm8k"], "synthetic", 1)
+    status, [found] = evaluate("--model", str(folder))
+    assert (status, found["task"], found["n_examples"]) == (OK, "gsm8k", 5)
+    assert found["accuracy"] == run["accuracy"]
+    ledger = Ledger(folder.parent / "results")
+    assert read_outcomes(Path(found["folder"]) / "examples.parquet") == read_outcomes(
+        ledger.run_folder(run["run_id"]) / "examples.parquet"
+    ), "an accuracy of 0 says little"
+    assert found["settings"] == scored["settings"]
+    [note] = found["notes"]
+    assert note.startswith(f"gsm8k is scored as by run {run['run_id']}: precision float32, max_tokens 256, ")
+    assert note.endswith("examples of synthetic")
+
+
+def test_what_differs_from_the_run_of_a_merged_model_is_said(
+    merged: tuple[Path, dict[str, Any]], evaluate: Evaluate
+) -> None:
+    chosen = ["--model", str(merged[0]), "--tasks", "gsm8k", "boolq", "--set", "num_fewshot=1", "n_test=4"]
+    _, [gsm8k, boolq] = evaluate(*chosen)
+    changed, others = gsm8k["notes"]
+    assert "is not scored as by run" in changed
+    assert "since you set n_test 4 (there 5): precision float32" in changed
+    assert others.startswith("gsm8k: the test examples are not those of run ")
+    assert boolq["notes"][0].startswith("boolq is no task of run ")
+    assert (boolq["settings"]["precision"], boolq["settings"]["max_new_tokens"]) == ("float32", 256)
+
+
+def test_a_toy_model_is_scored_as_toy_models_are(
+    llama: Path, evaluate: Evaluate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tune_sparse.models.toy_models.toy_model_folder", lambda name: llama)
+    _, [found] = evaluate("--model", "tiny-llama", "--tasks", "gsm8k", "--set", "n_test=2", "max_new_tokens=4")
+    assert found["settings"] == {**SCORED_AS_TOY, "n_test": 2, "max_new_tokens": 4}
+    assert "since you set n_test 2 (there 200), max_new_tokens 4 (there 40)" in found["notes"][0]

@@ -65,7 +65,7 @@ BROKEN_PROTOCOLS: list[tuple[dict[str, Any], str]] = [
 
 BROKEN_SWEEPS: list[tuple[dict[str, Any], str]] = [
     *(
-        ({axis: ()}, rf"{axis} must name at least one, got \(\)\. Give --{axis}\.")
+        ({axis: ()}, rf"{axis} must name at least one, got \(\)\. Name one\.")
         for axis in ("models", "tasks", "methods", "sparsities", "modes", "seeds")
     ),
     ({"seeds": (1, 2, 1)}, r"seeds must not repeat a value, got \(1, 2, 1\)\. Remove"),
@@ -246,10 +246,10 @@ def test_the_protocol_is_not_a_setting_of_its_own() -> None:
         SweepConfig.from_names({"models": "m", "protocol": {}})
 
 
-@pytest.mark.parametrize("names", [{}, {"models": ""}, {"models": []}, {"models": None}])
-def test_a_sweep_without_models_is_refused(names: dict[str, Any]) -> None:
-    with pytest.raises(InputError, match=r"a sweep needs models, got .+ Give --models or a preset\."):
-        SweepConfig.from_names(names)
+@pytest.mark.parametrize("models", ["", [], None])
+def test_a_sweep_of_no_models_is_refused(models: Any) -> None:
+    with pytest.raises(InputError, match=r"models must name at least one, got|must be .+ got None"):
+        SweepConfig.from_names({"models": models})
 
 
 @pytest.mark.parametrize("mode", MODES)

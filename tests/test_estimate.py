@@ -68,7 +68,8 @@ def test_without_anything_there_the_sizes_are_published_and_the_exit_status_says
     nothing_here: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([*nothing_here, "--models", "a/Llama-2-7b-hf", "--methods", "unstructured", "random"]) == FAULT
-    heading, cards, *rows, total = capsys.readouterr().out.splitlines()[2:]
+    printed = capsys.readouterr().out
+    heading, cards, *rows, total = printed.partition("Seeds: ")[0].splitlines()[2:]
     assert heading.endswith("published sizes of Llama-2-7b-hf, boolq, hellaswag, gsm8k assumed:")
     assert cards.split() == ["A100-80", "H100-80", "H200"]
     modes = [[mode, "unstructured", "random"] for mode in SweepConfig(("m",)).modes]

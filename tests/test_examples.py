@@ -21,6 +21,7 @@ from tune_sparse.sweep import driver
 FOLDER = Path(__file__).parents[1] / "docs" / "examples"
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 FEW = {"steps": 2, "warmup_fraction": 0.0, "n_train": 32, "n_test": 8, "n_selection": 4, "eval_every": 2}
+FEW |= {"data_dir": "synthetic", "global_batch_size": 16, "max_tokens": 256, "max_new_tokens": 40}
 
 
 def example(name: str) -> ModuleType:

@@ -27,7 +27,7 @@ from tune_sparse.ledger.ledger import Ledger
 
 pytestmark = pytest.mark.slow
 
-FEW = ["smoke", "--no-report", "--tasks", "boolq", "--set", "steps=60"]
+FEW = ["smoke", "--no-report", "--tasks", "boolq", "--data-dir", "synthetic", "--set", "steps=60"]
 RUNS = 7
 FAST = {
     "RAY_health_check_initial_delay_ms": "1000",

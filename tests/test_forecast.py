@@ -216,6 +216,7 @@ def test_a_pilot_without_a_dry_run_is_refused(capsys: pytest.CaptureFixture[str]
 @pytest.mark.xdist_group("machine")
 def test_a_pilot_runs_one_cell_of_each_kind_and_wastes_none(llama: Path, tmp_path: Path) -> None:
     command = ["sweep", "smoke", "--models", str(llama), "--tasks", "boolq", "--results-dir", str(tmp_path), "--json"]
+    command += ["--data-dir", "synthetic"]
     ended = subprocess.run(
         [sys.executable, "-m", "tune_sparse", *command, "--dry-run", "--pilot"], capture_output=True, text=True
     )

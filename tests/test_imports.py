@@ -15,11 +15,11 @@ FOLDERS = ("tune_sparse", "search_spaces", "trainables", "cluster", "analysis")
 FILES = [path.relative_to(ROOT).as_posix() for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))]
 
 LEVELS = (
-    {"tune_sparse.errors"},
+    {"search_spaces", "tune_sparse.errors"},
     {"tune_sparse.files", "tune_sparse.identity", "tune_sparse.net", "tune_sparse.watchdog"},
     {"tune_sparse.modes"},
     {"tune_sparse.config"},
-    {"search_spaces", "tune_sparse.data"},
+    {"tune_sparse.data"},
     {"tune_sparse.training"},
     {"tune_sparse.models"},
     {"tune_sparse.pruning"},

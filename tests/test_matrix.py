@@ -10,13 +10,14 @@ SIZES = {
     "toy": (360, 330),
     "matrix": (360, 330),
     "smoke": (24, 14),
+    "toy-seeds": (108, 90),
     "mixtral": (180, 165),
     "phoenix": (1200, 1100),
 }
 
 
 def preset(name: str) -> SweepConfig:
-    return SweepConfig.from_names(PRESETS[name])
+    return SweepConfig.from_names({"preset": name})
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -25,7 +26,7 @@ def test_every_preset_is_a_sound_configuration(name: str) -> None:
 
 
 def test_there_is_a_preset_and_a_pilot_for_each_study() -> None:
-    studies = ["toy", "smoke", "matrix", "mixtral", "phoenix"]
+    studies = ["toy", "smoke", "toy-seeds", "matrix", "mixtral", "phoenix"]
     assert sorted(PRESETS) == sorted([*studies, *(f"{name}-pilot" for name in studies), "pilot"])
 
 

@@ -113,7 +113,7 @@ def test_a_gpu_site_and_a_cs3_site_become_one(
     llama: Path, site: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The second site trained on both, so that two cells were trained at each site."""
-    few = ["smoke", "--models", str(llama), "--tasks", "boolq", "--methods", "unstructured"]
+    few = ["smoke", "--data-dir", "synthetic", "--models", str(llama), "--tasks", "boolq", "--methods", "unstructured"]
     few += ["--set", "steps=12", "n_test=20"]
     gpu_site, cs3_site = tmp_path / "gpu-site", tmp_path / "cs3-site"
     sweep([*few, "--results-dir", str(gpu_site)])

@@ -352,7 +352,7 @@ def site(request: pytest.FixtureRequest, llama: Path, tmp_path: Path) -> Iterato
     results, cache = tmp_path / "results", tmp_path / "cache"
     results.mkdir()
     with ray_head(num_cpus=request.param) as head, blind_node(head, results, cache, 2 - request.param):
-        yield Site(head, results, cache, ["sweep", "smoke", "--models", str(llama), *FEW])
+        yield Site(head, results, cache, ["sweep", "smoke", "--data-dir", "synthetic", "--models", str(llama), *FEW])
 
 
 def tree(results: Path) -> set[str]:
@@ -433,7 +433,7 @@ class TestCluster:
     def test_a_node_without_the_model_refuses_the_run_before_it_trains(self, llama: Path, tmp_path: Path) -> None:
         model = tmp_path / "model"
         shutil.copytree(llama, model)
-        few = ["--models", str(model), *FEW, "--sparsities", "0", "--max-retries", "0"]
+        few = ["--models", str(model), "--data-dir", "synthetic", *FEW, "--sparsities", "0", "--max-retries", "0"]
         with ray_head(num_cpus=0) as head, blind_node(head, model, tmp_path / "cache", 1):
             site = Site(head, tmp_path / "results", tmp_path / "cache", ["sweep", "smoke", *few])
             status, printed = site.run()

@@ -40,6 +40,7 @@ SETTINGS = [
         "lora_alpha=8",
         "n_train=16",
     ),
+    *("precision=float32", "learning_rate=3e-3", "final_learning_rate=3e-4"),
     *("n_selection=12", "n_test=6", "eval_every=3", "calibration_tokens=96", "max_tokens=128", "max_new_tokens=4"),
 ]
 

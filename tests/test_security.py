@@ -250,6 +250,7 @@ def test_secrets_of_the_environment_are_written_nowhere(
 ) -> None:
     """A submitted sweep, some of whose trainings fail with a traceback."""
     sweep = ["smoke", "--models", str(llama), "--tasks", "boolq", "--results-dir", str(tmp_path / "results")]
+    sweep += ["--data-dir", "synthetic"]
     sound = head.submit(sweep)
     failing = head.submit([*sweep, "--set", "learning_rate=1e30", "max_grad_norm=1e30"], "--submission-id", "failing")
     assert (sound.returncode, failing.returncode) == (0, 1), sound.stdout + failing.stdout
@@ -267,6 +268,7 @@ def test_secrets_of_the_environment_are_not_written_by_a_cerebras_child(
 ) -> None:
     few = ["--tasks", "boolq", "--methods", "unstructured", "--sparsities", "0.5", "--modes", "sparse-to-dense"]
     command = [sys.executable, "-m", "tune_sparse", "sweep", "smoke", "--models", str(llama), *few]
+    command += ["--data-dir", "synthetic"]
     command += ["--backend", "cerebras", "--cerebras-target", "cpu", "--results-dir", str(tmp_path / "results")]
     command += ["--max-retries", "0", "--set", "steps=4", "n_test=20"]
     run = subprocess.run(command, env=os.environ | planted, capture_output=True, text=True, timeout=PATIENCE_SECONDS)

@@ -33,6 +33,7 @@ def test_a_submitted_sweep_that_is_stopped_and_submitted_again_ends_as_an_undist
     head: Head, llama: Path, tmp_path: Path
 ) -> None:
     sweep = ["smoke", "--models", str(llama)]
+    sweep += ["--data-dir", "synthetic"]
     undisturbed, stopped = tmp_path / "undisturbed", tmp_path / "stopped"
     ended = head.submit([*sweep, "--results-dir", str(undisturbed)])
     assert ended.returncode == 0, ended.stdout + ended.stderr
@@ -62,6 +63,7 @@ def test_a_sweep_that_is_not_complete_fails_its_job_and_says_why_on_the_last_lin
     head: Head, llama: Path, tmp_path: Path
 ) -> None:
     sweep = ["smoke", "--models", str(llama), "--sparsities", "0", "--tasks", "boolq", "--results-dir", str(tmp_path)]
+    sweep += ["--data-dir", "synthetic"]
     ended = head.submit([*sweep, "--set", "learning_rate=1e30", "max_grad_norm=1e30"])
     assert ended.returncode == 1
     printed = [line for line in ended.stdout.splitlines() if line.startswith("tune-sparse:")]

@@ -87,7 +87,7 @@ class Driver:
 @pytest.fixture(scope="module")
 def smoke(llama: Path) -> list[str]:
     """The smoke sweep, of few steps and examples, on a model that needs no minutes of base training."""
-    return ["smoke", "--models", str(llama), "--no-report", "--set", *FEW]
+    return ["smoke", "--data-dir", "synthetic", "--models", str(llama), "--no-report", "--set", *FEW]
 
 
 @pytest.fixture(scope="module")
@@ -307,7 +307,7 @@ def test_a_cell_whose_loss_is_not_finite_fails_alone(llama: Path, tmp_path: Path
     save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
 
     few = ["--tasks", "boolq", "--methods", "unstructured", "random", "--sparsities", "0.5", "--set", "steps=3"]
-    driver = Driver(["smoke", "--models", str(model), "--no-report", *few], results)
+    driver = Driver(["smoke", "--data-dir", "synthetic", "--models", str(model), "--no-report", *few], results)
     status, printed = driver.run()
 
     assert status == 1

@@ -122,6 +122,7 @@ def test_three_folders_and_a_server_and_a_database_that_are_killed(
     threads = [Thread(target=write_until, args=(ledger, server.uri, over)) for ledger in ledgers]
     live, client = Ledger(tmp_path / "live"), MlflowClient(server.uri)
     arguments = ["smoke", "--models", str(llama), "--seeds", "0", "1", "2", "--tracking-uri", server.uri]
+    arguments += ["--data-dir", "synthetic"]
     command = [sys.executable, "-m", "tune_sparse", "sweep", *arguments, "--results-dir", str(live.folder)]
 
     def ended() -> set[str]:

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 from analysis.read.load import cells_table
-from search_spaces.matrix import PRESETS
 from tune_sparse.config import SweepConfig
 from tune_sparse.sweep.driver import run_sweep
 from tune_sparse.sweep.preparation import prepare
@@ -20,7 +19,7 @@ AXES = {
 
 def main(results_dir: str = "results/example", **changes: Any) -> None:
     """Run the sweep, then print a row for each cell. Any setting of a sweep can be changed by its name."""
-    config = SweepConfig.from_names(PRESETS["toy"] | AXES | {"results_dir": results_dir} | changes)
+    config = SweepConfig.from_names(AXES | {"results_dir": results_dir} | changes)
     outcome = run_sweep(prepare(config))
     print(f"{outcome.ran} trainings, {outcome.failed} failed, {outcome.left} left")
     cells = cells_table([Path(results_dir)])

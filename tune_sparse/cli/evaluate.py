@@ -5,20 +5,23 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from search_spaces.matrix import TOY_MODELS
 from tune_sparse.cli.command import FAULT, OK, add_command, add_json, add_results_dir, existing_folders
 from tune_sparse.cli.settings import DATA_DIR, add_set, add_settings, given_settings, parse_settings
 from tune_sparse.cli.words import RUN_WORDS, files, metrics, models, paragraph, settings, tasks, words
 from tune_sparse.config import SYNTHETIC, BudgetOptions, Protocol
 from tune_sparse.config.options import converted
 from tune_sparse.config.protocol import SCORING
-from tune_sparse.data.task_types import METRICS
+from tune_sparse.data.task_types import METRICS, Task
 from tune_sparse.data.tasks import TASKS, tasks_named
 from tune_sparse.errors import InputError, unknown_name
+from tune_sparse.evaluation.scored_as import ScoredAs, read_scored_as, scoring_settings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -80,13 +83,15 @@ def declare(commands: Any) -> None:
         "--tasks",
         nargs="+",
         metavar="TASK",
-        help="tasks to score on, listed below; must be given with --model (default: with --run, its task)",
+        help="tasks to score on, listed below; must be given with most models (default: with --run, its task; with a "
+        "merged model, that of its run)",
     )
     scoring.add_argument(
         "--data-dir",
         type=Path,
         metavar="DATA",
-        help=f"{DATA_DIR}; must be given with --model (default: with --run, its source)",
+        help=f"{DATA_DIR}; must be given with most models (default: with --run, its source; with a merged model, that "
+        "of its run; with a toy model, synthetic)",
     )
     scoring.add_argument(
         "--evaluator",
@@ -108,7 +113,9 @@ def _settings_text() -> str:
     texts = {"num_fewshot": f"solved examples in the prompt of each test example (default: {few_shot}, 0 for others)"}
     return f"{settings(SCORING, 'scoring', texts)}\n\n" + paragraph(
         "These defaults are for --model. With --run, a setting that you do not change is that of the run; precision "
-        "and threads are the run's whatever you set."
+        "and threads are the run's whatever you set. A model of `tune-sparse merge --run` is scored as its run was, "
+        "and a toy model by the preset toy, unless you set something else; the settings are printed. On other tasks "
+        "than its run's, a merged model has the precision and threads of the run and otherwise these defaults."
     )
 
 
@@ -120,12 +127,26 @@ class Subject:
     fingerprint: str
     tasks: list[str]
     data_dir: Path | None
-    protocol: Callable[[int], Protocol]
-    """the settings, given a task's default number of few-shot examples"""
+    protocol: Callable[[Task], Protocol]
+    """the settings of a task"""
     load_model: Callable[[], tuple[PreTrainedModel, PreTrainedTokenizerBase]]
     budgets: Budgets
     recorded: dict[str, Outcome]
     """{id of a question: what a finished run said to it}"""
+    scored_as: ScoredAs | None = None
+    """what the model says of its scoring"""
+    given: Mapping[str, Any] = field(default_factory=dict)
+    """the settings that the user gave"""
+
+    def notes(self, task: Task, folder: Path | None) -> list[str]:
+        """The settings of a task, where the model says how it is scored. folder: of the examples; None: synthetic."""
+        used = scoring_settings(self.protocol(task))
+        return [self.scored_as.note(task, used, self.given, str(folder or SYNTHETIC))] if self.scored_as else []
+
+    def notes_after(self, evaluation: Evaluation) -> list[str]:
+        task, known = evaluation.key.task, self.scored_as
+        has_others = known and known.has_other_examples(task, (outcome.id for outcome in evaluation.outcomes))
+        return [f"{task}: the test examples are not those of {known.origin}"] if known and has_others else []
 
 
 def _evaluate(chosen: argparse.Namespace) -> int:
@@ -141,36 +162,47 @@ def _evaluate(chosen: argparse.Namespace) -> int:
     folder = examples_folder(subject.data_dir, subject.tasks)
     planned = []
     for task in tasks:
-        protocol = subject.protocol(task.num_fewshot)
+        protocol = subject.protocol(task)
         splits = load_test(task, folder, protocol)
         key = EvaluationKey.from_protocol(subject.name, subject.fingerprint, task, splits, protocol, chosen.evaluator)
         planned.append((key, task, splits, protocol))
+    notes = {task.name: subject.notes(task, folder) for task in tasks}
+    for note in [] if chosen.json else chain(*notes.values()):
+        print(note, flush=True)
     budgets = subject.budgets.changed_by(BudgetOptions(**given_settings(chosen, BudgetOptions, BUDGETS)))
     done = [evaluate(*what, subject.load_model, chosen.results_dir, budgets) for what in planned]
     differing = {evaluation.key.task: _differing(evaluation, subject.recorded) for evaluation in done}
+    others = {evaluation.key.task: subject.notes_after(evaluation) for evaluation in done}
     if chosen.json:
-        print(json.dumps([_as_json(evaluation, differing[evaluation.key.task]) for evaluation in done]))
+        said = [{"notes": notes[e.key.task] + others[e.key.task]} for e in done]
+        print(json.dumps([_as_json(e, differing[e.key.task]) | more for e, more in zip(done, said, strict=True)]))
     else:
         for evaluation in done:
-            print(_result_lines(evaluation, differing[evaluation.key.task]))
+            print("\n".join([_result_lines(evaluation, differing[evaluation.key.task]), *others[evaluation.key.task]]))
     return FAULT if any(differing.values()) else OK
 
 
 def _checkpoint(chosen: argparse.Namespace) -> Subject:
     from tune_sparse.models.checkpoints import check_checkpoint, fingerprint_of_files
 
-    if not chosen.tasks:
-        raise InputError("evaluate needs tasks, got none. Give --tasks.")
     checkpoint, settings = check_checkpoint(chosen.model), _settings(chosen.set)
-    fingerprint = checkpoint.fingerprint
+    fingerprint, scored_as = checkpoint.fingerprint, read_scored_as(chosen.model, checkpoint.path)
+    if chosen.adapter and chosen.model not in TOY_MODELS:
+        scored_as = None  # with an adapter it is no longer the model of its run
+    tasks = chosen.tasks or list(scored_as.tasks if scored_as else ())
+    if not tasks:
+        raise InputError("evaluate needs tasks, got none. Give --tasks.")
     if chosen.adapter:
         files = sorted(path for path in existing_folders([chosen.adapter])[0].iterdir() if path.is_file())
         if not any(path.name == "adapter_config.json" for path in files):
             raise InputError(f"an adapter folder needs adapter_config.json, {chosen.adapter} has none. Fix --adapter.")
         fingerprint += fingerprint_of_files(files)
 
-    def protocol(num_fewshot: int) -> Protocol:
-        return Protocol(**{"num_fewshot": num_fewshot} | settings).within(checkpoint.dims.max_positions)
+    def protocol(task: Task) -> Protocol:
+        own = scored_as.settings_of(task) if scored_as else {"num_fewshot": task.num_fewshot}
+        return Protocol(**own | settings).within(checkpoint.dims.max_positions)
+
+    loading = protocol(tasks_named(tasks[0])[0])  # precision and threads are the same for every task
 
     def load_model() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         import torch
@@ -179,16 +211,19 @@ def _checkpoint(chosen: argparse.Namespace) -> Subject:
         from tune_sparse.lora.adapter_io import load_last_mask, merge_adapter_into
         from tune_sparse.models.checkpoints import load_model, load_tokenizer
 
-        torch.set_num_threads(protocol(0).threads)
-        model = load_model(checkpoint.path, getattr(torch, protocol(0).precision), device())
+        torch.set_num_threads(loading.threads)
+        model = load_model(checkpoint.path, getattr(torch, loading.precision), device())
         if chosen.adapter:
             merge_adapter_into(model, chosen.adapter, load_last_mask(model, chosen.adapter))
         return model, load_tokenizer(checkpoint.path)
 
     from trainables.budgets import fitting_budgets
 
-    budgets = fitting_budgets(protocol(0), checkpoint.dims)
-    return Subject(checkpoint.name, fingerprint, chosen.tasks, chosen.data_dir, protocol, load_model, budgets, {})
+    budgets = fitting_budgets(loading, checkpoint.dims)
+    data_dir = chosen.data_dir or (Path(scored_as.data_dir) if scored_as else None)
+    return Subject(
+        checkpoint.name, fingerprint, tasks, data_dir, protocol, load_model, budgets, {}, scored_as, settings
+    )
 
 
 def _run(chosen: argparse.Namespace) -> Subject:
@@ -225,7 +260,7 @@ def _run(chosen: argparse.Namespace) -> Subject:
         run.identity,
         chosen.tasks or [run.cell.task],
         chosen.data_dir or (Path(run.data_dir) if run.data_dir else SYNTHETIC),
-        lambda num_fewshot: replace(run.protocol, **settings).within(context),
+        lambda task: replace(run.protocol, **settings).within(context),
         load_model,
         Budgets.from_record(record.measured["budgets"]),
         {outcome.id: outcome for outcome in outcomes},

@@ -13,7 +13,7 @@ from tune_sparse.config import HUB
 TEXTS = {
     "config": "YAML file with settings of a sweep, as `tune-sparse sweep --config` takes; models, tasks and data_dir "
     "are used here, where no option gives them (default: none)",
-    "models": "models to download or train (default: those of the preset)",
+    "models": "models to download or train (default: those of the preset, which is toy if none is named)",
     "tasks": "tasks whose examples are downloaded if --data-dir is hub; TASK+TASK names several (default: boolq "
     "hellaswag gsm8k)",
     "data_dir": "`hub` downloads the examples of the tasks from the Hugging Face Hub; with `synthetic` or a folder "

@@ -6,11 +6,12 @@ import argparse
 import json
 import logging
 import sys
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from search_spaces import subadapters
-from search_spaces.matrix import PRESETS
 from tune_sparse.cli.command import FAULT, OK, add_command, add_json, add_results_dir
 from tune_sparse.cli.settings import (
     DATA_DIR,
@@ -25,6 +26,7 @@ from tune_sparse.cli.sweep_options import BUDGETS, add_preset
 from tune_sparse.cli.words import (
     RUN_WORDS,
     SETTINGS_IN_USE,
+    assigned,
     files,
     methods,
     models,
@@ -37,6 +39,7 @@ from tune_sparse.cli.words import (
     words,
 )
 from tune_sparse.config import BudgetOptions, SweepConfig
+from tune_sparse.config.presets import is_toy_preset, preset_settings
 from tune_sparse.data.task_types import PromptTask
 from tune_sparse.data.tasks import TASKS
 from tune_sparse.errors import RunError, unknown_name
@@ -65,8 +68,9 @@ OUTCOME = paragraph(
 PRESET_NOTE = (
     "A search takes its model (the first), its task (the first, or with --all-tasks each), data_dir, gpus_per_trial "
     "and settings from the preset, while --method, --sparsity, --mode and --seed keep the defaults shown. It sets "
-    "lora_rank=32 and lora_alpha=64 itself, and with toy, smoke and their pilots n_selection=400; --set changes these, "
-    "too."
+    f"{assigned(subadapters.PROTOCOL)} itself, and with the presets of the toy models "
+    f"{assigned(subadapters.TOY_PROTOCOL)}; "
+    "--set changes these, too."
 )
 TEXTS = {
     "lora_rank": "rank of the super-adapter, at least the largest rank of the space (default: 32)",
@@ -118,12 +122,19 @@ def _add_model_into(group: Any) -> None:
     tasks.add_argument(
         "--task",
         metavar="TASK",
-        help="task to train and score on, just one of those below (default: the preset's first)",
+        help="task to train and score on, just one of those below (default: the preset's first, or else boolq)",
     )
     tasks.add_argument(
-        "--all-tasks", action="store_true", help="search for each task of the preset, and write a table of all results"
+        "--all-tasks",
+        action="store_true",
+        help="search for each task of the preset, or else for boolq, hellaswag and gsm8k, and write a table of all "
+        "results",
     )
-    group.add_argument("--model", metavar="MODEL", help="model to prune and train (default: the preset's first)")
+    group.add_argument(
+        "--model",
+        metavar="MODEL",
+        help="model to prune and train (default: the first of the preset, which is toy if none is named)",
+    )
     group.add_argument(
         "--method", default="wanda", metavar="METHOD", help="pruning method, listed below (default: wanda)"
     )
@@ -142,7 +153,9 @@ def _add_model_into(group: Any) -> None:
         help="training mode, listed below (default: sparse-to-sparse)",
     )
     group.add_argument("--seed", type=int, default=0, metavar="N", help="seed of training and search (default: 0)")
-    group.add_argument("--data-dir", metavar="DATA", help=f"{DATA_DIR} (default: the preset's)")
+    group.add_argument(
+        "--data-dir", metavar="DATA", help=f"{DATA_DIR} (default: the preset's, or else it must be given)"
+    )
     add_set(group, "settings of training and scoring, listed below")
 
 
@@ -150,8 +163,8 @@ def _add_search_into(group: Any) -> None:
     group.add_argument(
         "--space",
         metavar="NAME",
-        help="search space, listed below, or the path of a YAML file (default: toy with synthetic examples, or else "
-        "shears)",
+        help="search space, listed below, or the path of a YAML file (default: toy with the presets of the toy models, "
+        "or else shears)",
     )
     add_settings(group, SearchConfig, OWN_SETTINGS)
     group.add_argument(
@@ -188,25 +201,22 @@ def _add_places_into(group: Any) -> None:
 
 def search_config(chosen: argparse.Namespace, task: str | None = None) -> SearchConfig:
     """The preset with what a search adds, then the flags, then --set: later ones win."""
-    if chosen.preset not in PRESETS:
-        raise unknown_name("preset", chosen.preset, PRESETS)
-    preset: dict[str, Any] = PRESETS[chosen.preset] | subadapters.PROTOCOL
-    is_toy = preset.get("data_dir") == "synthetic"
-    if is_toy:
-        preset |= subadapters.TOY_PROTOCOL
-    flags = {
-        "models": chosen.model or preset["models"][0],
-        "tasks": task or chosen.task or preset_tasks(chosen.preset)[0],
+    preset = _preset(chosen)
+    is_toy = is_toy_preset(preset.get("preset"))
+    base = {name: values[:1] if name in ("models", "tasks") else values for name, values in preset.items()}
+    base |= {"tasks": _tasks(preset)[:1]} | subadapters.PROTOCOL | (subadapters.TOY_PROTOCOL if is_toy else {})
+    cell = {
+        "tasks": task or chosen.task,
         "methods": chosen.method,
         "sparsities": chosen.sparsity,
         "modes": chosen.mode,
         "seeds": chosen.seed,
         "results_dir": chosen.results_dir,
     }
-    flags |= given_flags(chosen, ("data_dir", "workers", "gpus_per_trial", "deterministic", *BUDGETS))
+    flags = {name: value for name, value in cell.items() if value is not None} | _named(chosen)
     name = chosen.space or ("toy" if is_toy else "shears")
     return SearchConfig(
-        sweep=SweepConfig.from_names(preset | flags | parse_settings(chosen.set)),
+        sweep=SweepConfig.from_names(base | flags),
         space=space_named(name),
         space_name=name,
         **given_settings(chosen, SearchConfig, OWN_SETTINGS),
@@ -215,8 +225,19 @@ def search_config(chosen: argparse.Namespace, task: str | None = None) -> Search
     )
 
 
-def preset_tasks(preset: str) -> tuple[str, ...]:
-    return tuple(PRESETS[preset].get("tasks", SweepConfig.__dataclass_fields__["tasks"].default))
+def _named(chosen: argparse.Namespace) -> dict[str, Any]:
+    """What was given by the names of a sweep's settings."""
+    named = {"models": chosen.model} if chosen.model else {}
+    named |= given_flags(chosen, ("preset", "data_dir", "workers", "gpus_per_trial", "deterministic", *BUDGETS))
+    return named | parse_settings(chosen.set)
+
+
+def _preset(chosen: argparse.Namespace) -> dict[str, Any]:
+    return preset_settings(_named(chosen))
+
+
+def _tasks(preset: Mapping[str, Any]) -> tuple[str, ...]:
+    return tuple(preset.get("tasks", SweepConfig.__dataclass_fields__["tasks"].default))
 
 
 def space_named(name: str) -> Any:
@@ -230,9 +251,7 @@ def space_named(name: str) -> Any:
 
 
 def _search(chosen: argparse.Namespace) -> int:
-    if chosen.preset not in PRESETS:
-        raise unknown_name("preset", chosen.preset, PRESETS)
-    tasks = preset_tasks(chosen.preset) if chosen.all_tasks else (None,)
+    tasks = _tasks(_preset(chosen)) if chosen.all_tasks else (None,)
     configs = [search_config(chosen, task) for task in tasks]
     if chosen.dry_run:
         return _dry_run(configs, chosen.json)
@@ -273,14 +292,16 @@ def _dry_run(configs: list[SearchConfig], as_json: bool) -> int:
     from tune_sparse.errors import NotReadyError
     from tune_sparse.ledger.ledger import Ledger
     from tune_sparse.search.plan import plan_search
+    from tune_sparse.sweep.protocol_in_use import protocol_in_use
 
     values, lines = list[dict[str, Any]](), []
     for config in configs:
         try:
             plan = plan_search(config)
         except NotReadyError as error:
-            values.append({"task": config.sweep.tasks[0], "not_ready": str(error)})
-            lines.append(f"{config.sweep.tasks[0]}: not ready to run: {error}")
+            protocol = protocol_in_use(config.sweep, None)
+            values.append({"task": config.sweep.tasks[0], "not_ready": str(error), "protocol": asdict(protocol)})
+            lines += [f"{config.sweep.tasks[0]}: not ready to run: {error}", *protocol.lines()]
             continue
         ranks = plan.space.dimensions(plan.dims.num_layers)
         is_trained = Ledger(config.sweep.results_dir).is_done(plan.run.run_id)
@@ -291,11 +312,13 @@ def _dry_run(configs: list[SearchConfig], as_json: bool) -> int:
             "dimensions": len(ranks),
             "trials": config.trials,
             "selection_examples": plan.selection_examples,
+            "protocol": asdict(plan.protocol),
         }
         values.append(value)
         lines.append(
             f"{plan.search_id}: {config.trials} candidates of {len(ranks)} dimensions on {value['selection_examples']} "
             f"selection examples, slices of {plan.run.run_id} ({'trained' if is_trained else 'to be trained'})"
         )
+        lines += plan.protocol.lines()
     print(json.dumps(values) if as_json else "\n".join(lines))
     return FAULT if any("not_ready" in value for value in values) else OK

@@ -6,6 +6,7 @@ import argparse
 import json
 import logging
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -31,6 +32,7 @@ from tune_sparse.errors import InputError, NotReadyError, RunError
 from tune_sparse.evaluation.cards import CARDS, SHOWN, card_named
 
 if TYPE_CHECKING:
+    from tune_sparse.ledger.run import Run
     from tune_sparse.sweep.driver import SweepResult
     from tune_sparse.sweep.estimate import KindEstimate, Sizes
     from tune_sparse.sweep.plan import Plan
@@ -93,9 +95,10 @@ def _add_steps_into(group: Any) -> None:
     group.add_argument(
         "--dry-run",
         action="store_true",
-        help="run nothing, unless --pilot is given; show which runs are finished and which would run, with a forecast "
-        "of their time and disk space, and an estimate of memory and hours on GPUs. Where models or examples are not "
-        "there yet, the estimate takes published sizes",
+        help="run nothing, unless --pilot is given; show how many runs are finished and how many would run (their "
+        "names with --json), with a forecast of their time and disk space, an estimate of memory and hours on GPUs, "
+        "the price of more seeds, and the settings in use. Where models or examples are not there yet, the estimate "
+        "takes published sizes",
     )
     group.add_argument(
         "--for-gpu",
@@ -132,6 +135,7 @@ def _sweep(chosen: argparse.Namespace) -> int:
     if "cerebras" in config.backends and config.cerebras.cerebras_target in UNTRAINED_TARGETS:
         return _make_graphs(prepare(config, report=print), chosen)
     from tune_sparse.sweep.driver import run_sweep
+    from tune_sparse.sweep.protocol_in_use import protocol_in_use
 
     result = run_sweep(prepare(config), chosen.retry_failed)
     # Skip the report of an interrupted sweep: the user is waiting, or the disk is full.
@@ -139,7 +143,8 @@ def _sweep(chosen: argparse.Namespace) -> int:
     errors, lines = (None, []) if unwanted else _write_report(config.results_dir, result.plan.record.sweep_id)
     if chosen.json:
         names = ("ran", "done", "failed", "left", "stopped", "seconds", "utilisation")
-        print(json.dumps({name: getattr(result, name) for name in names} | {"errors": errors}))
+        used = {"errors": errors, "protocol": asdict(protocol_in_use(config, result.plan.examples))}
+        print(json.dumps({name: getattr(result, name) for name in names} | used))
     else:
         print("\n".join(lines))
         _print_result(result)
@@ -190,9 +195,12 @@ def _make_graphs(plan: Plan, chosen: argparse.Namespace) -> int:
 
 
 def _dry_run(config: SweepConfig, chosen: argparse.Namespace) -> int:
+    from tune_sparse.ledger.ledger import Ledger
     from tune_sparse.sweep.estimate import estimate, known_sizes, plan_sizes, trained_cells
     from tune_sparse.sweep.examples import read_examples
     from tune_sparse.sweep.plan import check_names, distinct_trainings, plan_cells, requested_cells
+    from tune_sparse.sweep.protocol_in_use import protocol_in_use
+    from tune_sparse.sweep.seed_price import seed_price
 
     check_names(config)
     cards = [card_named(name) for name in chosen.for_gpu]
@@ -211,6 +219,10 @@ def _dry_run(config: SweepConfig, chosen: argparse.Namespace) -> int:
         _add_forecast_into(values, lines, plan, chosen.retry_failed)
         cells, sizes = [plan.runs[run_id].cell for run_id in values["missing"]], plan_sizes(plan)
     _add_estimate_into(values, lines, estimate(config, cells, sizes, cards), sizes)
+    price = seed_price(config, sizes, cards, plan, Ledger(config.results_dir))
+    protocol = protocol_in_use(config, plan.examples if plan else examples)
+    values |= {"seeds": asdict(price), "protocol": asdict(protocol)}
+    lines += [*price.lines(), *protocol.lines()]
     print(json.dumps(values) if chosen.json else "\n".join(lines))
     return FAULT if "not_ready" in values else OK
 
@@ -238,8 +250,17 @@ def _add_forecast_into(values: dict[str, Any], lines: list[str], plan: Plan, ret
         "missing": [run.run_id for run in missing],
         "forecast": asdict(expected),
     }
-    lines += [f"{values['done']} done, {len(missing)} would run:", *(f"  {run.run_id}" for run in missing)]
+    lines += [f"{values['done']} done, {len(missing)} would run{':' if missing else '.'}", *_counted(missing)]
     lines += expected.lines()
+
+
+def _counted(missing: Sequence[Run]) -> list[str]:
+    """How many runs each model and task has; their names are many, and in --json."""
+    counts = Counter((run.cell.model, run.cell.task) for run in missing)
+    by_model: dict[str, list[str]] = {}
+    for (model, task), count in counts.items():
+        by_model.setdefault(model, []).append(f"{task} {count}")
+    return [f"  {model}: {', '.join(texts)}" for model, texts in by_model.items()]
 
 
 def _run_pilots(config: SweepConfig, retry_failed: bool) -> Plan:

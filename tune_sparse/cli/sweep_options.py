@@ -8,11 +8,10 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from search_spaces.matrix import PRESETS
 from tune_sparse.cli.settings import add_set, add_settings, given_flags, parse_settings, read_yaml
-from tune_sparse.cli.words import DEFAULT_PRESET
 from tune_sparse.config import BudgetOptions, Cerebras, SweepConfig
-from tune_sparse.errors import InputError, unknown_name
+from tune_sparse.config.options import describe_option
+from tune_sparse.errors import InputError
 
 SWEEP = tuple(f.name for f in fields(SweepConfig) if f.name not in ("protocol", "budgets", "cerebras"))
 """The fields of `SweepConfig` that hold no settings of their own."""
@@ -55,21 +54,13 @@ def add_sweep_options(
 
 
 def add_preset(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "preset",
-        nargs="?",
-        default=DEFAULT_PRESET,
-        metavar="PRESET",
-        help="named settings to begin with, listed below: they replace the defaults that this help shows, and the "
-        f"values that you give replace them (default: {DEFAULT_PRESET})",
-    )
+    field = SweepConfig.__dataclass_fields__["preset"]
+    command.add_argument("preset", nargs="?", metavar=field.metadata["metavar"], help=describe_option(field))
 
 
 def sweep_config(chosen: argparse.Namespace) -> SweepConfig:
     """The preset, then the YAML file, then the flags, then --set: later ones win."""
-    if chosen.preset not in PRESETS:
-        raise unknown_name("preset", chosen.preset, PRESETS)
-    names = dict(PRESETS[chosen.preset]) | _yaml(chosen.config) | given_flags(chosen, (*SWEEP, *BUDGETS, *CEREBRAS))
+    names = _yaml(chosen.config) | given_flags(chosen, (*SWEEP, *BUDGETS, *CEREBRAS))
     return SweepConfig.from_names(names | parse_settings(getattr(chosen, "set", ())))
 
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Collection, Mapping
 from dataclasses import fields
+from typing import Any
 
 from search_spaces import matrix, subadapters
+from search_spaces.matrix import TOY_MODELS
 from tune_sparse.config import Protocol
 from tune_sparse.config.options import describe_option, value_text
+from tune_sparse.config.presets import DEFAULT_PRESET
 from tune_sparse.data.task_types import AnswerTask, ChoiceTask, Task, TextTask
 from tune_sparse.data.tasks import TASKS
 from tune_sparse.modes import MODES
@@ -18,8 +21,6 @@ from tune_sparse.pruning.scores import SCORES
 WIDTH = 100
 """Columns of a help."""
 SETTINGS = tuple(f.name for f in fields(Protocol))
-DEFAULT_PRESET = "toy"
-TOY_MODELS: tuple[str, ...] = matrix.PRESETS[DEFAULT_PRESET]["models"]
 
 WORDS = {
     "sparsity": "the fraction of pruned weights, which are set to zero",
@@ -127,10 +128,12 @@ def presets(note: str = "") -> str:
     """The presets with all that they set. note: what else a command says of them."""
     rows = {name: f"{about}{_sets(name)}" for name, about in matrix.ABOUT.items()}
     always = (
-        f"A preset always applies. Without a name it is {DEFAULT_PRESET}, also for a model of your own. What it "
-        "sets takes the place of the defaults that this help shows, and what you give takes the place of both; all "
-        "else keeps the defaults of `tune-sparse sweep --help`. gpus_per_trial=none does not mean that no GPU is used: "
-        "as many trainings share each GPU as fit into its memory. "
+        f"Without the name of a preset, {DEFAULT_PRESET} is used where no model is given or only toy models are, and "
+        "for any other model no preset: then all defaults that this help shows hold. What a preset sets takes the "
+        "place of these defaults, and what you give takes the place of both; all else keeps the defaults of "
+        "`tune-sparse sweep --help`. A model that is not a toy model never gets generated examples from a preset: only "
+        "--data-dir synthetic gives it some. gpus_per_trial=none does not mean that no GPU is used: as many trainings "
+        "share each GPU as fit into its memory. "
     )
     return f"{table('presets', rows)}\n\n{paragraph(always + note)}"
 
@@ -142,8 +145,11 @@ def _sets(name: str) -> str:
     values, toy = matrix.PRESETS[name], matrix.PRESETS[DEFAULT_PRESET]
     is_like_toy = name != DEFAULT_PRESET and toy.keys() <= values.keys()
     shown = {key: value for key, value in values.items() if not is_like_toy or toy.get(key) != value}
-    texts = ", ".join(f"{key}={value_text(value)}" for key, value in shown.items())
-    return f". Sets {f'what {DEFAULT_PRESET} sets, but ' if is_like_toy else ''}{texts}"
+    return f". Sets {f'what {DEFAULT_PRESET} sets, but ' if is_like_toy else ''}{assigned(shown)}"
+
+
+def assigned(settings: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={value_text(value)}" for name, value in settings.items())
 
 
 def tasks(names: Collection[str] = tuple(TASKS)) -> str:

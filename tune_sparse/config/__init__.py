@@ -16,6 +16,7 @@ from tune_sparse.config.budgets import BudgetOptions as BudgetOptions
 from tune_sparse.config.cerebras import UNTRAINED_TARGETS
 from tune_sparse.config.cerebras import Cerebras as Cerebras
 from tune_sparse.config.options import converted, option, rule
+from tune_sparse.config.presets import DEFAULT_PRESET, preset_settings
 from tune_sparse.config.protocol import Protocol as Protocol
 from tune_sparse.config.protocol import without_published
 from tune_sparse.errors import unknown_name
@@ -85,6 +86,13 @@ class SweepConfig:
         metavar="MODEL",
         unset="those of the preset",
     )
+    preset: str | None = option(
+        "named settings to begin with, listed below: they replace the defaults that this help shows, and the values "
+        "that you give replace them",
+        None,
+        metavar="PRESET",
+        unset=f"so {DEFAULT_PRESET} if no model is given or only toy models are, or else no preset",
+    )
     tasks: tuple[str, ...] = option(
         "tasks to train and score on, listed below. A mixture such as gsm8k+mawps+svamp trains on the examples of all "
         "its tasks, shuffled, and is scored on each: its accuracy is their mean",
@@ -126,7 +134,7 @@ class SweepConfig:
         "they are downloaded when first used; or `synthetic` for generated ones",
         None,
         metavar="DATA",
-        unset="so it must be given with a preset that does not set it",
+        unset="so it must be given where no preset sets it, and for every model that is no toy model",
     )
     results_dir: Path = option("results folder", Path("results"), metavar="RESULTS")
     workers: int | None = option(
@@ -162,7 +170,7 @@ class SweepConfig:
     def __post_init__(self) -> None:
         for axis in ("models", "tasks", "methods", "sparsities", "modes", "seeds", "backend"):
             values = getattr(self, axis)
-            rule(len(values) > 0, f"{axis} must name at least one", values, f"Give --{axis}.")
+            rule(len(values) > 0, f"{axis} must name at least one", values, "Name one.")
             rule(len(set(values)) == len(values), f"{axis} must not repeat a value", values, "Remove the repeats.")
         check_sparsities(self.sparsities)
         for mode in self.modes:
@@ -233,19 +241,21 @@ class SweepConfig:
             self.cerebras.cerebras_target not in UNTRAINED_TARGETS or self.backends == ("cerebras",),
             f"cerebras_target {self.cerebras.cerebras_target} trains nothing, so the only backend must be cerebras",
             self.backend,
-            "Give --backend cerebras alone.",
+            "Give cerebras alone.",
         )
 
     @classmethod
     def from_names(cls, names: Mapping[str, Any]) -> SweepConfig:
-        """A checked configuration from flat {name: value}, values as Python, YAML or text has them."""
+        """A checked configuration from flat {name: value}, values as Python, YAML or text has them.
+
+        What the preset sets, named as `preset` or found by `preset_settings`, gives way to `names`.
+        """
         kinds = (cls, Protocol, BudgetOptions, Cerebras)
         known = {f.name for kind in kinds for f in fields(kind)} - {"protocol", "budgets", "cerebras"}
         for name in names:
             if name not in known:
                 raise unknown_name("setting", name, known)
-        names = without_published(names)
-        rule(bool(names.get("models")), "a sweep needs models", names.get("models"), "Give --models or a preset.")
+        names = preset_settings(names) | dict(without_published(names))
         own, protocol, budgets, cerebras = (
             {f.name: converted(kind, f, names[f.name]) for f in fields(kind) if f.name in names} for kind in kinds
         )

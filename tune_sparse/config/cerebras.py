@@ -165,7 +165,7 @@ class Cerebras:
         lengths = self.bucket_tokens
         rule(all(n >= 1 for n in lengths), "bucket_tokens must be at least 1", lengths, "Give larger numbers.")
         share = self.cerebras_share
-        rule(0 < share < 1, "cerebras_share must be in (0, 1)", share, "Give a fraction, or another --backend.")
+        rule(0 < share < 1, "cerebras_share must be in (0, 1)", share, "Give a fraction, or another backend.")
 
     @property
     def _is_compiled_ahead(self) -> bool:

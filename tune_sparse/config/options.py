@@ -68,9 +68,7 @@ def _as_type(declared: Any, value: Any) -> Any:
             return None
         return _as_type(get_args(declared)[0], value)
     if get_origin(declared) is tuple:
-        items = value.replace(",", " ").split() if isinstance(value, str) else value
-        items = items if isinstance(items, list | tuple) else [items]
-        return tuple(_as_type(get_args(declared)[0], item) for item in items)
+        return tuple(_as_type(get_args(declared)[0], item) for item in listed(value))
     if declared is bool:
         return _as_bool(value)
     if isinstance(value, bool):
@@ -83,6 +81,12 @@ def _as_type(declared: Any, value: Any) -> Any:
     if declared is float and not math.isfinite(result):
         raise ValueError("not finite")
     return result
+
+
+def listed(value: Any) -> list[Any]:
+    """The items of a value: several, one, or a text of several."""
+    items = value.replace(",", " ").split() if isinstance(value, str) else value
+    return list(items) if isinstance(items, list | tuple) else [items]
 
 
 def _as_bool(value: Any) -> bool:

@@ -22,7 +22,7 @@ def examples_folder(data_dir: Path | None, tasks: Sequence[str]) -> Path | None:
     if data_dir is None:
         raise NotReadyError(
             "examples of the tasks are needed, got no data_dir. "
-            f"Give --data-dir FOLDER, or --data-dir {HUB}, or --data-dir {SYNTHETIC} for generated examples."
+            f"Set it (--data-dir) to a folder that has them, to {HUB}, or to {SYNTHETIC} for generated ones."
         )
     if data_dir == SYNTHETIC:
         return None

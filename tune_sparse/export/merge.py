@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from trainables.rebuild import deployed_by
 from trainables.worker import WorkerCache
+from tune_sparse.config import SYNTHETIC
+from tune_sparse.data.tasks import tasks_named
 from tune_sparse.errors import InputError, RunError, unknown_name
+from tune_sparse.evaluation.outcomes import Outcome, read_outcomes
+from tune_sparse.evaluation.scored_as import MERGED_FILE, ScoredAs, scoring_settings
 from tune_sparse.evaluation.validation import validation_report
 from tune_sparse.export.model_card import model_card
 from tune_sparse.files import atomic_folder, write_json, write_text
+from tune_sparse.identity import hash_json
 from tune_sparse.ledger.contracts import LedgerReader
 from tune_sparse.ledger.record import Record
 from tune_sparse.ledger.run import Run
@@ -43,7 +49,7 @@ class Merged:
     masks: Masks
     base: Path
     origin: dict[str, Any]
-    """mode, and where base and adapter came from"""
+    """mode, where base and adapter came from, and for a run how it was scored"""
     run: Run | None = None
     record: Record | None = None
 
@@ -63,8 +69,23 @@ def merge_run(ledger: LedgerReader, run_id: str, output: Path) -> dict[str, Any]
         raise InputError(f"only a run that is done can be merged, {run_id} is {status}. Run its sweep again.")
     run = ledger.run(run_id)
     loaded, masks = deployed_by(run, ledger, WorkerCache())
-    origin = {"mode": run.cell.mode, "run_id": run_id, "base": run.model_path}
+    scored_as = _scored_as(run, read_outcomes(ledger.run_folder(run_id) / "examples.parquet"))
+    origin = {"mode": run.cell.mode, "run_id": run_id, "base": run.model_path, "scored_as": asdict(scored_as)}
     return _write(Merged(loaded.model, masks, check_checkpoint(run.model_path).path, origin, run, record), output)
+
+
+def _scored_as(run: Run, outcomes: Sequence[Outcome]) -> ScoredAs:
+    """How a finished run was scored. outcomes: its test examples."""
+    ids: dict[str, list[str]] = {}
+    for outcome in outcomes:
+        ids.setdefault(outcome.task, []).append(outcome.id)
+    return ScoredAs(
+        f"run {run.run_id}",
+        scoring_settings(run.protocol),
+        run.data_dir or str(SYNTHETIC),
+        tuple(task.name for task in tasks_named(run.cell.task)),
+        {task: hash_json(own) for task, own in ids.items()},
+    )
 
 
 def merge_adapter(base: str, adapter: Path, output: Path, keep_zeros: bool = False) -> dict[str, Any]:
@@ -105,7 +126,7 @@ def _write(merged: Merged, output: Path) -> dict[str, Any]:
         report = _checked(expected, merged.masks, partial)
         write_json(partial / "validation_report.json", report)
         known = {"mask_sha256": report["mask_sha256"], "actual_sparsity": report["actual_sparsity"]}
-        write_json(partial / "tune_sparse_merge.json", merged.origin | known)
+        write_json(partial / MERGED_FILE, merged.origin | known)
         write_text(partial / "README.md", model_card(merged.origin, report, merged.run, merged.record))
     return report
 

@@ -10,6 +10,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from tune_sparse.errors import RunError
@@ -39,6 +40,8 @@ def run_search(plan: SearchPlan, report: Callable[[str], None] = logger.info) ->
     ledger, sweep = Ledger(plan.config.sweep.results_dir), plan.config.sweep
     folder = ledger.folder / "searches" / plan.search_id
     started = time.perf_counter()
+    for line in plan.protocol.lines():
+        report(line)
     with FolderLease(ledger.folder) as lease:
         ledger.remove_partial()
         journal = SearchJournal(folder)
@@ -48,7 +51,7 @@ def run_search(plan: SearchPlan, report: Callable[[str], None] = logger.info) ->
             _check_devices(plan, cluster_devices(nodes()))
             check_shared(ledger, lease.token)
             found = _run_stages(SearchSession(plan, ledger, journal, lease.token, workers, report))
-    found = {"search_id": plan.search_id, "folder": str(folder)} | found
+    found = {"search_id": plan.search_id, "folder": str(folder), "protocol": asdict(plan.protocol)} | found
     if "stopped" not in found:
         found["seconds"] = time.perf_counter() - started
         write_json(folder / "result.json", found)

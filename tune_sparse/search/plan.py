@@ -22,6 +22,7 @@ from tune_sparse.models.dims import ModelDims
 from tune_sparse.search.config import SearchConfig
 from tune_sparse.sweep.plan import Plan, make_plan
 from tune_sparse.sweep.preparation import prepare
+from tune_sparse.sweep.protocol_in_use import ProtocolInUse, protocol_in_use
 from tune_sparse.sweep.resources import available_cores
 from tune_sparse.training.budgets import cpu_budgets
 
@@ -39,6 +40,7 @@ class SearchPlan:
     """{adapted matrix: (O, I)}"""
     selection_examples: int
     """that a candidate answers"""
+    protocol: ProtocolInUse
 
     @property
     def space(self) -> Space:
@@ -94,8 +96,9 @@ def _plan(config: SearchConfig, plan: Plan) -> SearchPlan:
     identity = hash_json([run.identity, config.candidate_settings()])
     search_id = f"{run.run_id}_{config.sampler}_{identity[:8]}"
     adapted = {m.name: m.size(checkpoint.dims) for m in matrices if m.module in config.space.modules}
-    selection = plan.examples.selection[config.sweep.tasks[0]]
-    return SearchPlan(config, run, checkpoint.dims, search_id, adapted, selection)
+    selection = plan.examples.counts[config.sweep.tasks[0]].selection
+    protocol = protocol_in_use(config.sweep, plan.examples)
+    return SearchPlan(config, run, checkpoint.dims, search_id, adapted, selection, protocol)
 
 
 def _check_workers(sweep: SweepConfig, run: Run, dims: ModelDims) -> None:

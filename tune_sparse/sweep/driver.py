@@ -23,6 +23,7 @@ from tune_sparse.sweep.graphs import PlannedGraphs, plan_graphs
 from tune_sparse.sweep.plan import Plan
 from tune_sparse.sweep.preparation import check_start
 from tune_sparse.sweep.progress import Progress
+from tune_sparse.sweep.protocol_in_use import protocol_in_use
 from tune_sparse.sweep.ray_session import capacity, nodes, ray_session, run_trials, stop_on_signals
 from tune_sparse.sweep.resources import Placement, trial_settings
 from tune_sparse.sweep.retries import memory_lines
@@ -63,7 +64,7 @@ def run_sweep(plan: Plan, retry_failed: bool = False, only: Collection[str] | No
     """
     config = plan.config
     ledger, uri = Ledger(config.results_dir), tracking_uri(config)
-    for line in memory_lines(plan.lacked_memory(ledger)):
+    for line in [*protocol_in_use(config, plan.examples).lines(), *memory_lines(plan.lacked_memory(ledger))]:
         logger.info(line)
     check_start(plan, ledger, plan.missing(ledger, retry_failed))
     started = time.perf_counter()

@@ -23,6 +23,23 @@ SAMPLE = 200
 
 
 @dataclass(frozen=True)
+class ExampleCounts:
+    """How many examples a task, or a mixture, has for each purpose. A text is one example."""
+
+    training: int
+    selection: int
+    test: int
+
+    @classmethod
+    def of_splits(cls, splits: Sequence[Splits]) -> ExampleCounts:
+        """splits: those of each task"""
+        return cls(*(sum(len(getattr(split, name)) for split in splits) for name in ("train", "selection", "test")))
+
+    def text(self) -> str:
+        return f"{self.training} training, {self.selection} selection and {self.test} test examples"
+
+
+@dataclass(frozen=True)
 class Examples:
     """A plan needs no more of them: trials read their own, and compare the fingerprints."""
 
@@ -30,8 +47,8 @@ class Examples:
     """None for synthetic ones"""
     fingerprints: dict[str, str]
     """{task or mixture: SHA-256 of its splits}"""
-    selection: dict[str, int]
-    """{task or mixture: selection examples}"""
+    counts: dict[str, ExampleCounts]
+    """{task or mixture: how many}"""
     calibration_text: str | None
     """that scores are calibrated on; None where they are calibrated on tasks, or not at all"""
     sizes: Mapping[str, TaskSizes] = field(default_factory=dict)
@@ -52,7 +69,7 @@ def read_examples(config: SweepConfig) -> Examples:
     return Examples(
         data_dir,
         {name: fingerprint_splits(found) for name, found in splits.items()},
-        {name: sum(len(split.selection) for split in found) for name, found in splits.items()},
+        {name: ExampleCounts.of_splits(found) for name, found in splits.items()},
         _text(text, loaded, data_dir) if text else None,
         {name: _sizes(tasks_named(name), found, config.protocol) for name, found in splits.items()},
     )
