@@ -35,7 +35,7 @@ SUMMARY = (
     "perplexity,perplexity_stderr,perplexity_before_tuning,perplexity_before_merge,f1,f1_stderr,"
     "train_loss,eval_loss,eval_loss_before_mask,"
     "train_examples_per_second,train_tokens_per_second,train_seconds,peak_memory_bytes,cell_peak_memory_bytes,compile_seconds,"
-    "inference_flops,hardware,error"
+    "calibration_tokens_seen,inference_flops,hardware,calibration,calibration_order,error"
 )
 NUMBERS = SUMMARY.split(",")[13:17] + SUMMARY.split(",")[18:48] + ["actual_sparsity"]
 """Columns that only a finished run can fill."""
