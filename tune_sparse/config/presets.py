@@ -13,21 +13,20 @@ DEFAULT_PRESET = "toy"
 
 
 def preset_settings(names: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of the preset that `names` name, `preset` among them; or of `toy`, where they name none and no model
-    but toy ones; else none.
+    """The settings of the preset that `names` name, its name among them; or those of `toy`, where they name no preset
+    and no model but toy ones; or else none.
 
     A model that is not a toy never takes generated examples from a preset. Raises `InputError` for an unknown preset.
     """
-    models = listed(names["models"]) if "models" in names else []
-    preset = names.get("preset")
-    if preset is None and ("models" not in names or (models and all(model in TOY_MODELS for model in models))):
-        preset = DEFAULT_PRESET
+    models = listed(names["models"]) if "models" in names else TOY_MODELS
+    are_toys = bool(models) and all(model in TOY_MODELS for model in models)
+    preset = names.get("preset") or (DEFAULT_PRESET if are_toys else None)
     if preset is None:
         return {}
     if preset not in PRESETS:
-        raise unknown_name("preset", str(preset), PRESETS)
+        raise unknown_name("preset", preset, PRESETS)
     settings = PRESETS[preset] | {"preset": preset}
-    if is_toy_preset(preset) and not all(model in TOY_MODELS for model in models):
+    if is_toy_preset(preset) and not are_toys:
         del settings["data_dir"]
     return settings
 
