@@ -13,6 +13,7 @@ from typing import Any
 from factories import make_sweep
 
 from tune_sparse.config import Cell, Protocol
+from tune_sparse.config.protocol import SCORING
 from tune_sparse.data.splits import Splits, fingerprint_splits, load_splits
 from tune_sparse.data.task_types import PromptTask
 from tune_sparse.data.tasks import TASKS
@@ -65,9 +66,10 @@ def make_cells(
     return [Cell(method=m, sparsity=s, mode=mode, **base) for m in methods for s in sparsities for mode in MODES]
 
 
-def name_stream(run: Run) -> str:
+def name_stream(run: Run, settings: Iterable[str] = tuple(vars(PROTOCOL))) -> str:
     """Names a run's random numbers by values alone: renaming a setting changes identities, and not these."""
-    changed = [str(value) for name, value in vars(run.protocol).items() if value != getattr(PROTOCOL, name)]
+    values = {name: getattr(run.protocol, name) for name in settings}
+    changed = [str(value) for name, value in values.items() if value != getattr(PROTOCOL, name)]
     return "-".join([str(SEED), *map(str, asdict(run.cell).values()), run.model_fingerprint, *changed])
 
 
@@ -94,12 +96,12 @@ def write_sound(
     **metrics: Any,
 ) -> Path:
     """A whole finished run. kept: the share of each matrix that its mask keeps; 1 - sparsity if not given."""
-    cell, name = run.cell, "-".join(map(str, asdict(run.cell).values()))
+    cell, name = run.cell, name_stream(run)
     outcomes = make_outcomes(run, 0.95 - 0.3 * cell.sparsity if accuracy is None else accuracy, answers=answers)
     pruned_baseline = make_outcomes(
         run,
         0.8 - 0.3 * cell.sparsity,
-        f"untuned-{name_stream(replace(run, cell=replace(run.cell, mode=MODES[0])))}",
+        f"untuned-{name_stream(replace(run, cell=replace(run.cell, mode=MODES[0])), SCORING)}",
     )
     chance, shares = 0.5, kept or dict.fromkeys(MATRICES, 1 - cell.sparsity)
     kept_by_matrix = {matrix: [round(1000 * share), 1000] for matrix, share in shares.items()}
