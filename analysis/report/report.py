@@ -12,15 +12,15 @@ from analysis.audit.audit import audit
 from analysis.baselines.published import load_published
 from analysis.read.load import cells_table
 from analysis.read.results import read_results
+from analysis.read.seeds import over_seeds, repeated_settings
 from analysis.report.latex import main_results
 from analysis.report.page import Content, render_claim, summarise_audit
 from analysis.report.presentation import present
+from analysis.report.result_table import MOST_LINES, result_lines
 from analysis.report.runs import find_runs
 from analysis.report.tables import (
-    SETTING,
     grouped_summary,
     highest_passing_sparsity,
-    sparsity_vs_performance,
     with_imported,
     with_intervals,
     with_warnings,
@@ -67,7 +67,7 @@ def write_report(
     summary = with_warnings(with_intervals(with_imported(cells, results.imported)), found)
     points = Points(cells, {run_id: e.predictions for run_id, e in results.by_run.items() if e.predictions})
     claims, tests = make_claims(points, results.imported)
-    performance = sparsity_vs_performance(cells)
+    performance = over_seeds(cells)
     tables = {"summary": summary, "sparsity_vs_performance": performance, "tests": tests}
     for name, table in (tables | {"grouped_summary": grouped_summary(points)}).items():
         write_text(folder / f"{name}.csv", table.to_csv(index=False))
@@ -86,13 +86,13 @@ def write_report(
     )
     page = present(folder, content, find_runs(results_dirs, points.predictions), published)
     said_first = [*found.lines(severities=["error"]), *counts(cells), found.summary()]
-    lines = [*said_first, *headlines(claims), *highest_lines(performance)]
+    lines = [*said_first, *result_lines(cells, found, MOST_LINES), *headlines(claims), *highest_lines(performance)]
     lines += [f"Tables, figures, findings and audit: {folder}", f"To read: {page}"]
     return Report(lines, len(found.errors), int((cells["status"] == "done").sum()))
 
 
 def _check_one_protocol(cells: pd.DataFrame) -> None:
-    repeated = cells[cells.duplicated([*SETTING, "seed"], keep=False)]
+    repeated = repeated_settings(cells)
     if not repeated.empty:
         raise InputError(
             "a report must not mix sweeps that differ in protocol, weights or examples, got one setting twice: "
@@ -117,7 +117,7 @@ def highest_lines(performance: pd.DataFrame) -> list[str]:
     passing = highest_passing_sparsity(performance)
     if passing.empty:
         return []
-    lines = [f"Highest sparsity with accuracy, or perplexity, within {PASS_MARK:.0%} of the dense baseline:"]
+    lines = [f"Highest sparsity with accuracy, or perplexity, within {PASS_MARK:.0%} of the dense baseline, untested:"]
     several = passing["backend"].nunique() > 1
     for (backend, model, task), rows in passing.groupby(["backend", "model", "task"], sort=False):
         first, on = rows.iloc[0], f" on {backend}" if several else ""
