@@ -23,7 +23,7 @@ from tune_sparse.files import read_json, write_json, write_lines
 from tune_sparse.ledger.ledger import Ledger
 from tune_sparse.ledger.prunings import DESCRIPTION, FORMAT_VERSION, MASKS
 from tune_sparse.ledger.record import Record
-from tune_sparse.ledger.run import Run, write_config
+from tune_sparse.ledger.run import Run, readable_id, write_config
 
 PROTOCOL = Protocol(
     steps=12,
@@ -161,17 +161,19 @@ def sound_ledger(
     cells: Iterable[Cell] | None = None,
     protocol: Protocol = PROTOCOL,
     accuracy: Callable[[Cell], float | None] = lambda cell: None,
+    started: float = 1_000.0,
 ) -> Ledger:
-    """A sweep of `cells`, every run of it finished; `accuracy` as in `write_sound`."""
+    """A sweep of `cells`, all runs finished, in a folder that may hold other sweeps; `accuracy` as in `write_sound`."""
     ledger, requested = Ledger(folder), list(cells or make_cells())
     runs = {cell: sound_run(cell.trained, protocol) for cell in requested}
-    sweep = make_sweep(requested)
+    names = {cell: readable_id(cell, sound_run(cell, protocol).identity) for cell in requested}
+    sweep = make_sweep(requested, started)
     owners: dict[str, str] = {}
     rows = []
     for cell, row in zip(requested, sweep.cells, strict=True):
-        owner = owners.setdefault(runs[cell].run_id, row["cell_id"])
-        shared = None if owner == row["cell_id"] else owner
-        ids = {"run_id": runs[cell].run_id, "pruning_id": runs[cell].pruning_id}
+        owner = owners.setdefault(runs[cell].run_id, names[cell])
+        shared = None if owner == names[cell] else owner
+        ids = {"cell_id": names[cell], "run_id": runs[cell].run_id, "pruning_id": runs[cell].pruning_id}
         rows.append(row | ids | {"shared_with": shared})
     ledger.write_sweep(replace(sweep, cells=tuple(rows)))
     for run in {run.run_id: run for run in runs.values()}.values():

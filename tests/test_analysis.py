@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 from factories import done_record, failed_record, make_cell, make_run, make_sweep, write_run
 from PIL import Image
-from sound import edit, make_cells, sound_ledger
+from sound import PROTOCOL, edit, make_cells, sound_ledger
 
 from analysis.audit.audit import audit_folders
 from analysis.read.load import COLUMNS, cells_table
@@ -191,6 +191,14 @@ def test_runs_of_different_protocols_are_never_averaged(ledger: Ledger) -> None:
     for sweep_id, accuracy in ((first, 0.6), (second, 0.8)):
         write_report([ledger.folder], [sweep_id])
         assert pd.read_csv(ledger.folder / "analysis" / "summary.csv")["accuracy"].tolist() == [accuracy]
+
+
+def test_a_report_that_is_refused_names_sweeps_and_the_setting_that_differs(tmp_path: Path) -> None:
+    for n_test, started in ((400, 1000.0), (390, 2000.0)):
+        sound_ledger(tmp_path, make_cells(sparsities=(0.3,)), replace(PROTOCOL, n_test=n_test), started=started)
+    with pytest.raises(InputError, match=r"in sweep1000 and sweep2000, n_test 400 and 390, data_fingerprint"):
+        write_report([tmp_path])
+    assert not (tmp_path / "analysis").exists()
 
 
 def performance(accuracies: dict[float, float], **setting: Any) -> pd.DataFrame:

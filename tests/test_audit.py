@@ -509,15 +509,10 @@ def test_methods_calibrated_on_different_examples_are_not_compared(tmp_path: Pat
 
 def test_two_whole_sweeps_of_one_folder_are_two_comparisons(ledger: Ledger) -> None:
     """The second has the dense baseline and some points of the first under a protocol of its own."""
-    cells = make_cells(sparsities=(0.0, 0.3))
-    other = sound_ledger(ledger.folder.parent / "once", cells, replace(PROTOCOL, learning_rate=0.001))
-    for name in ("runs", "pruned_baselines", "prunings"):
-        shutil.copytree(other.folder / name, ledger.folder / name, dirs_exist_ok=True)
-    [path] = (other.folder / "sweeps").glob("*.json")
-    shutil.copy(path, ledger.folder / "sweeps" / "later.json")
-    edit(ledger.folder / "sweeps" / "later.json", sweep_id="later", started=2000.0)
+    other = replace(PROTOCOL, learning_rate=0.001)
+    sound_ledger(ledger.folder, make_cells(sparsities=(0.0, 0.3)), other, started=2000.0)
     assert audited(ledger).errors == []
-    assert audit_folders([ledger.folder], ["later"]).runs == 5
+    assert audit_folders([ledger.folder], ["sweep2000"]).runs == 5
 
 
 def test_only_the_named_sweeps_are_audited(ledger: Ledger, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,6 +16,7 @@ from tune_sparse.ledger.run import Run
 
 SAME_NUMBERS = ("eval_every", "threads", "masked_lora_impl")
 """Settings that change no number, or like budgets the order of additions alone."""
+INPUTS = ("model_fingerprint", "data_fingerprint", "prompt_version")
 Settings = tuple[tuple[str, Any], ...]
 
 
@@ -44,6 +45,12 @@ def compared_settings(run: Run) -> dict[str, Any]:
     """The settings of a run's protocol that change its numbers; those of a calibration where its method has one."""
     unread = {*SAME_NUMBERS, *(() if run.is_calibrated else CALIBRATION_SETTINGS)}
     return {name: value for name, value in asdict(run.protocol).items() if name not in unread}
+
+
+def differing_settings(first: Run, second: Run) -> dict[str, tuple[Any, Any]]:
+    """{setting: its two values} of the compared settings that both runs have, and of what they were made from."""
+    one, other = (compared_settings(run) | {name: getattr(run, name) for name in INPUTS} for run in (first, second))
+    return {name: (one[name], other[name]) for name in one if name in other and one[name] != other[name]}
 
 
 def _is_mixed(runs: Iterable[RunFiles]) -> bool:

@@ -9,10 +9,11 @@ from pathlib import Path
 import pandas as pd
 
 from analysis.audit.audit import audit
+from analysis.audit.protocol import differing_settings
 from analysis.baselines.published import load_published
 from analysis.read.load import cells_table
-from analysis.read.results import read_results
-from analysis.read.seeds import over_seeds, repeated_settings
+from analysis.read.results import Results, read_results
+from analysis.read.seeds import SETTING, over_seeds, repeated_settings
 from analysis.report.latex import main_results
 from analysis.report.page import Content, render_claim, summarise_audit
 from analysis.report.presentation import present
@@ -57,11 +58,11 @@ def write_report(
         raise NotReadyError(
             f"a report needs a sweep, {', '.join(map(str, results_dirs))} has none. Run `tune-sparse sweep` first."
         )
-    _check_one_protocol(cells)
+    results = read_results(results_dirs, sweep_ids)
+    _check_one_protocol(cells, results)
     published = load_published(baselines, set(cells["model"]))
     folder = results_dirs[0] / "analysis"
     folder.mkdir(exist_ok=True)
-    results = read_results(results_dirs, sweep_ids)
     found = audit(results)
     cells = with_intervals(cells)
     summary = with_warnings(with_intervals(with_imported(cells, results.imported)), found)
@@ -91,13 +92,20 @@ def write_report(
     return Report(lines, len(found.errors), int((cells["status"] == "done").sum()))
 
 
-def _check_one_protocol(cells: pd.DataFrame) -> None:
+def _check_one_protocol(cells: pd.DataFrame, results: Results) -> None:
     repeated = repeated_settings(cells)
-    if not repeated.empty:
-        raise InputError(
-            "a report must not mix sweeps that differ in protocol, weights or examples, got one setting twice: "
-            f"{', '.join(repeated['cell_id'].iloc[:2])}. Name sweeps with --sweep; they are the files under sweeps/."
-        )
+    if repeated.empty:
+        return
+    first = repeated.iloc[0]
+    same = repeated[(repeated[[*SETTING, "seed"]] == first[[*SETTING, "seed"]]).all(axis=1)]
+    names = [s.sweep_id for s in results.sweeps if {cell["cell_id"] for cell in s.cells} & set(same["cell_id"])]
+    runs = [results.by_run[run_id].run for run_id in same["run_id"] if run_id in results.by_run]
+    differing = differing_settings(*runs[:2]) if len(runs) > 1 else {}
+    values = "".join(f", {name} {str(a)[:12]} and {str(b)[:12]}" for name, (a, b) in differing.items())
+    raise InputError(
+        "a report must not mix sweeps that differ in protocol, weights or examples, got one setting twice: "
+        f"{first['cell_id']} in {' and '.join(dict.fromkeys(names))}{values}. Name one with --sweep."
+    )
 
 
 def counts(cells: pd.DataFrame) -> list[str]:
