@@ -31,7 +31,7 @@ def cells_of(folder: Path, accuracies: dict[Cell, float], **metrics: Any) -> pd.
     for cell, accuracy in accuracies.items():
         run = make_run(cell.trained)
         write_run(ledger, run, done_record(run, accuracy, **metrics))
-    return cells_table([folder])
+    return cells_table([folder]).assign(primary_metric="acc")
 
 
 def found_of(rule: str, severity: Any, *run_ids: str) -> AuditFinding:
@@ -42,9 +42,9 @@ def test_a_line_has_accuracy_before_and_after_its_spread_and_its_difference_to_d
     cells = cells_of(tmp_path, {make_cell(sparsity=0.0): 0.9, make_cell(): 0.75})
     assert result_lines(cells, NOTHING_FOUND) == [
         "Results: after tuning, with the standard error over examples (one seed):",
-        "model task  method       sparsity mode             seeds metric   before after    +- - dense",
-        "tiny  boolq none         0        dense                1 accuracy  0.500 0.900 0.030  +0.000",
-        "tiny  boolq unstructured 0.5      sparse-to-dense      1 accuracy  0.500 0.750 0.030  -0.150",
+        "model task  method       sparsity mode             seeds metric before after    +- - dense",
+        "tiny  boolq none         0        dense                1 acc     0.500 0.900 0.030  +0.000",
+        "tiny  boolq unstructured 0.5      sparse-to-dense      1 acc     0.500 0.750 0.030  -0.150",
         "- dense: minus the dense baseline; the findings of the report say what a test shows.",
     ]
 
@@ -63,7 +63,7 @@ def test_seeds_are_averaged_and_their_deviation_is_told(tmp_path: Path) -> None:
     cells = cells_of(tmp_path, {make_cell(seed=seed): value for seed, value in enumerate((0.79, 0.55, 0.55))})
     heading, _, line, *_ = result_lines(cells, NOTHING_FOUND)
     assert heading == "Results: after tuning, with the standard deviation between 3 seeds:"
-    assert line.split()[4:] == ["sparse-to-dense", "3", "accuracy", "0.500", "0.630", "0.139", "–"]
+    assert line.split()[4:] == ["sparse-to-dense", "3", "acc", "0.500", "0.630", "0.139", "–"]
 
 
 def test_the_other_metric_stands_beside_the_primary_one(tmp_path: Path) -> None:
@@ -118,10 +118,10 @@ def test_a_long_table_has_a_line_a_curve_and_points_to_the_command(tmp_path: Pat
     lines = result_lines(cells, NOTHING_FOUND, most=3)
     assert lines == [
         "Results: after tuning:",
-        "model task  method       mode             metric       0   0.3   0.5",
-        "tiny  boolq none         dense            accuracy 0.800     –     –",
-        "tiny  boolq unstructured sparse-to-dense  accuracy     – 0.800 0.800",
-        "tiny  boolq unstructured sparse-to-sparse accuracy     – 0.800 0.800",
+        "model task  method       mode             metric     0   0.3   0.5",
+        "tiny  boolq none         dense            acc    0.800     –     –",
+        "tiny  boolq unstructured sparse-to-dense  acc        – 0.800 0.800",
+        "tiny  boolq unstructured sparse-to-sparse acc        – 0.800 0.800",
         "`tune-sparse results` has every cell with its spread, before tuning, and against dense.",
     ]
     assert "and 1 more" in result_lines(cells, NOTHING_FOUND, most=2)

@@ -39,7 +39,8 @@ def over_seeds(cells: pd.DataFrame) -> pd.DataFrame:
             table.insert(list(table.columns).index(name), f"{measured}_sd", grouped[measured].std())
     for name in ("warnings", *CALIBRATION[1::-1], "primary_metric"):
         if name in cells and name not in numbers:
-            table.insert(0, name, grouped[name].agg(_listed))
+            listed = _rules if name == "warnings" else _listed
+            table.insert(0, name, grouped[name].agg(list).map(listed))
     table.insert(0, "seeds_done", grouped["done"].sum())
     table.insert(0, "seeds", grouped["seed"].nunique())
     return table.reset_index()
@@ -97,9 +98,11 @@ def _range(values: pd.Series[Any]) -> str:
     return f"{' to '.join(f'{end:,}' for end in ends)} tokens"
 
 
-def _listed(values: pd.Series[Any]) -> str:
-    """Distinct texts; of warnings, which are lists of rules, distinct rules."""
-    texts = list(dict.fromkeys(str(value) for value in values.dropna()))
-    if values.name == "warnings":
-        return " ".join(dict.fromkeys(" ".join(texts).split()))
-    return " / ".join(texts)
+def _listed(values: Iterable[Any]) -> str:
+    """Distinct texts, without those that are missing."""
+    return " / ".join(dict.fromkeys(str(value) for value in values if not pd.isna(value)))
+
+
+def _rules(warnings: Iterable[str]) -> str:
+    """The distinct rules of several lists of them."""
+    return " ".join(dict.fromkeys(" ".join(warnings).split()))

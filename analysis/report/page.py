@@ -135,7 +135,7 @@ class Content:
 
 def render_page(content: Content, path: Path) -> str:
     """The page that will be written at `path`; its links to files are relative to that."""
-    traces = Traces(content.cells)
+    traces, averaged = Traces(content.cells), over_seeds(content.cells)
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
@@ -150,8 +150,8 @@ def render_page(content: Content, path: Path) -> str:
         passing=rows,
         passing_columns=columns,
         pass_mark=f"{PASS_MARK:.0%}",
-        captions=_captions(content.cells),
-        spread=spread_words(over_seeds(content.cells)["seeds_done"]),
+        captions=_captions(averaged),
+        spread=spread_words(averaged["seeds_done"]),
         published=_published(content.comparisons),
         hardware=content.hardware,
         published_rates=content.published_rates,
@@ -241,9 +241,8 @@ def _passing(content: Content) -> tuple[list[str], list[dict[str, Any]]]:
     return [f"{method}, {mode}" for method, mode in names], lines
 
 
-def _captions(cells: pd.DataFrame) -> str:
-    """What holds of every curve and table: the primary metrics, one learning rate, the calibration."""
-    table = over_seeds(cells)
+def _captions(table: pd.DataFrame) -> str:
+    """Say what holds of every curve and table: the primary metrics, one learning rate, the calibration."""
     primary, calibrated = primary_words(table), calibration_words(table)
     sentences = [f"Primary metrics: {primary}." if primary else "", "All at one shared learning rate."]
     return " ".join(filter(None, [*sentences, f"Calibrated on: {calibrated}." if calibrated else ""]))

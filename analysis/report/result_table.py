@@ -74,7 +74,7 @@ def result_lines(
     marks = _marks(table)
     is_long = most is not None and len(table) > most
     shown = _curves(table, marks) if is_long else _cells(table, marks)
-    lines = shown.to_string(index=False).splitlines()
+    lines = [line.rstrip() for line in shown.to_string(index=False).splitlines()]
     heading = f"Results: after tuning{'' if is_long else ', with the ' + spread_words(table['seeds_done'])}:"
     if is_long and len(lines) - 1 > (most or 0):
         lines = [*lines[: (most or 0) + 1], f"and {len(shown) - (most or 0)} more"]
