@@ -11,11 +11,9 @@ from typing import Any
 from analysis.audit.errors import Detections, grouped
 from analysis.read.results import Results, RunFiles
 from tune_sparse.config import Cell
-from tune_sparse.config.protocol import CALIBRATION_SETTINGS
+from tune_sparse.config.protocol import CALIBRATION_SETTINGS, UNCOMPARED_SETTINGS
 from tune_sparse.ledger.run import Run
 
-SAME_NUMBERS = ("eval_every", "threads", "masked_lora_impl")
-"""Settings that change no number, or like budgets the order of additions alone."""
 INPUTS = ("model_fingerprint", "data_fingerprint", "prompt_version")
 Settings = tuple[tuple[str, Any], ...]
 
@@ -43,7 +41,7 @@ def protocol(results: Results) -> Detections:
 
 def compared_settings(run: Run) -> dict[str, Any]:
     """The settings of a run's protocol that change its numbers; those of a calibration where its method has one."""
-    unread = {*SAME_NUMBERS, *(() if run.is_calibrated else CALIBRATION_SETTINGS)}
+    unread = {*UNCOMPARED_SETTINGS, *(() if run.is_calibrated else CALIBRATION_SETTINGS)}
     return {name: value for name, value in asdict(run.protocol).items() if name not in unread}
 
 
