@@ -13,6 +13,7 @@ from typing import Any
 from factories import make_sweep
 
 from tune_sparse.config import Cell, Protocol
+from tune_sparse.config.protocol import SCORING
 from tune_sparse.data.splits import Splits, fingerprint_splits, load_splits
 from tune_sparse.data.task_types import PromptTask
 from tune_sparse.data.tasks import TASKS
@@ -22,7 +23,7 @@ from tune_sparse.files import read_json, write_json, write_lines
 from tune_sparse.ledger.ledger import Ledger
 from tune_sparse.ledger.prunings import DESCRIPTION, FORMAT_VERSION, MASKS
 from tune_sparse.ledger.record import Record
-from tune_sparse.ledger.run import Run, write_config
+from tune_sparse.ledger.run import Run, readable_id, write_config
 
 PROTOCOL = Protocol(
     steps=12,
@@ -65,9 +66,10 @@ def make_cells(
     return [Cell(method=m, sparsity=s, mode=mode, **base) for m in methods for s in sparsities for mode in MODES]
 
 
-def name_stream(run: Run) -> str:
+def name_stream(run: Run, settings: Iterable[str] = tuple(vars(PROTOCOL))) -> str:
     """Names a run's random numbers by values alone: renaming a setting changes identities, and not these."""
-    changed = [str(value) for name, value in vars(run.protocol).items() if value != getattr(PROTOCOL, name)]
+    values = {name: getattr(run.protocol, name) for name in settings}
+    changed = [str(value) for name, value in values.items() if value != getattr(PROTOCOL, name)]
     return "-".join([str(SEED), *map(str, asdict(run.cell).values()), run.model_fingerprint, *changed])
 
 
@@ -95,12 +97,12 @@ def write_sound(
     **metrics: Any,
 ) -> Path:
     """A whole finished run. kept: the share of each matrix that its mask keeps; 1 - sparsity if not given."""
-    cell, name = run.cell, "-".join(map(str, asdict(run.cell).values()))
+    cell, name = run.cell, name_stream(run)
     outcomes = make_outcomes(run, 0.95 - 0.3 * cell.sparsity if accuracy is None else accuracy, answers=answers)
     pruned_baseline = make_outcomes(
         run,
         0.8 - 0.3 * cell.sparsity,
-        f"untuned-{name_stream(replace(run, cell=replace(run.cell, mode=MODES[0])))}",
+        f"untuned-{name_stream(replace(run, cell=replace(run.cell, mode=MODES[0])), SCORING)}",
     )
     shares, task = kept or dict.fromkeys(MATRICES, 1 - cell.sparsity), TASKS[cell.task]
     kept_by_matrix = {matrix: [round(1000 * share), 1000] for matrix, share in shares.items()}
@@ -159,17 +161,19 @@ def sound_ledger(
     cells: Iterable[Cell] | None = None,
     protocol: Protocol = PROTOCOL,
     accuracy: Callable[[Cell], float | None] = lambda cell: None,
+    started: float = 1_000.0,
 ) -> Ledger:
-    """A sweep of `cells`, every run of it finished; `accuracy` as in `write_sound`."""
+    """A sweep of `cells`, all runs finished, in a folder that may hold other sweeps; `accuracy` as in `write_sound`."""
     ledger, requested = Ledger(folder), list(cells or make_cells())
     runs = {cell: sound_run(cell.trained, protocol) for cell in requested}
-    sweep = make_sweep(requested)
+    names = {cell: readable_id(cell, sound_run(cell, protocol).identity) for cell in requested}
+    sweep = make_sweep(requested, started)
     owners: dict[str, str] = {}
     rows = []
     for cell, row in zip(requested, sweep.cells, strict=True):
-        owner = owners.setdefault(runs[cell].run_id, row["cell_id"])
-        shared = None if owner == row["cell_id"] else owner
-        ids = {"run_id": runs[cell].run_id, "pruning_id": runs[cell].pruning_id}
+        owner = owners.setdefault(runs[cell].run_id, names[cell])
+        shared = None if owner == names[cell] else owner
+        ids = {"cell_id": names[cell], "run_id": runs[cell].run_id, "pruning_id": runs[cell].pruning_id}
         rows.append(row | ids | {"shared_with": shared})
     ledger.write_sweep(replace(sweep, cells=tuple(rows)))
     for run in {run.run_id: run for run in runs.values()}.values():

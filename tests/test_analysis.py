@@ -12,12 +12,14 @@ import pandas as pd
 import pytest
 from factories import done_record, failed_record, make_cell, make_run, make_sweep, write_run
 from PIL import Image
-from sound import edit, make_cells, sound_ledger
+from sound import PROTOCOL, edit, make_cells, sound_ledger
 
+from analysis.audit.audit import audit_folders
 from analysis.read.load import COLUMNS, cells_table
 from analysis.report.figures import FIGURES
 from analysis.report.report import counts, write_report
-from analysis.report.tables import highest_passing_sparsity, sparsity_vs_performance
+from analysis.report.result_table import result_lines
+from analysis.report.tables import highest_passing_sparsity
 from tune_sparse.cli import main
 from tune_sparse.cli.command import FAULT
 from tune_sparse.config import Cell, Protocol
@@ -180,15 +182,6 @@ def test_an_empty_folder_has_an_empty_table(tmp_path: Path) -> None:
     assert tuple(table.columns) == COLUMNS
 
 
-def test_performance_is_the_mean_over_seeds(ledger: Ledger) -> None:
-    cells = [make_cell(seed=seed) for seed in (0, 1, 2)]
-    ledger.write_sweep(make_sweep(cells))
-    for cell, accuracy in zip(cells[:2], (0.6, 0.8), strict=True):
-        write_run(ledger, make_run(cell), done_record(make_run(cell), accuracy))
-    [row] = sparsity_vs_performance(cells_table([ledger.folder])).to_dict("records")
-    assert (row["seeds"], row["seeds_done"], row["accuracy"]) == (3, 2, pytest.approx(0.7))
-
-
 def test_runs_of_different_protocols_are_never_averaged(ledger: Ledger) -> None:
     cell = make_cell()
     for steps, accuracy in ((100, 0.6), (200, 0.8)):
@@ -202,6 +195,14 @@ def test_runs_of_different_protocols_are_never_averaged(ledger: Ledger) -> None:
     for sweep_id, accuracy in ((first, 0.6), (second, 0.8)):
         write_report([ledger.folder], [sweep_id])
         assert pd.read_csv(ledger.folder / "analysis" / "summary.csv")["accuracy"].tolist() == [accuracy]
+
+
+def test_a_report_that_is_refused_names_sweeps_and_the_setting_that_differs(tmp_path: Path) -> None:
+    for n_test, started in ((400, 1000.0), (390, 2000.0)):
+        sound_ledger(tmp_path, make_cells(sparsities=(0.3,)), replace(PROTOCOL, n_test=n_test), started=started)
+    with pytest.raises(InputError, match=r"in sweep1000 and sweep2000, n_test 400 and 390, data_fingerprint"):
+        write_report([tmp_path])
+    assert not (tmp_path / "analysis").exists()
 
 
 def performance(accuracies: dict[float, float], **setting: Any) -> pd.DataFrame:
@@ -287,12 +288,14 @@ def test_a_report_has_tables_figures_and_lines(tmp_path: Path) -> None:
     ledger.write_sweep(replace(sweep, cells=(*sweep.cells, *({**sweep.cells[0], **row} for row in rows))))
     ledger.write_record(make_run(lost[0]), failed_record(make_run(lost[0])))
     report, folder = write_report([tmp_path]), tmp_path / "analysis"
-    lines = [line for line in report.lines if not line.startswith("RQ")]
-    assert len(report.lines) - len(lines) == 4
+    start, end = (next(i for i, line in enumerate(report.lines) if line.startswith(t)) for t in ("Results:", "RQ"))
+    printed = report.lines[start:end]
+    assert printed == result_lines(cells_table([tmp_path]), audit_folders([tmp_path]))
+    lines = [line for line in report.lines[:start] + report.lines[end:] if not line.startswith("RQ")]
     assert lines == [
         "6 cells: 4 done, 1 failed, 1 missing; 3 distinct runs, 1 cells point to the run they share.",
         "Audit of 3 runs: no error; warnings: 2 missing.",
-        "Highest sparsity with accuracy, or perplexity, within 10% of the dense baseline:",
+        "Highest sparsity with accuracy, or perplexity, within 10% of the dense baseline, untested:",
         f"  tiny, boolq (dense accuracy {dense_accuracy(folder):.3f}):",
         "    unstructured   sparse-to-dense 0, sparse-to-sparse 0.3",
         f"Tables, figures, findings and audit: {folder}",
@@ -327,7 +330,7 @@ def test_a_report_says_errors_first_and_keeps_what_is_faulty(tmp_path: Path) -> 
     assert report.lines[1].startswith(f"  {run_id}: the recorded accuracy is 0.99")
     summary = pd.read_csv(tmp_path / "analysis" / "summary.csv").set_index("run_id")
     assert (summary.loc[run_id, "accuracy"], summary.loc[run_id, "warnings"]) == (0.99, "UNPROVEN-NUMBER")
-    assert re.search(r"99\.0\\,\(1\.\d\)\\textdaggerdbl", (tmp_path / "analysis" / "main_results.tex").read_text())
+    assert re.search(r"99\.0\\,\(\d\.\d\)\\textdaggerdbl", (tmp_path / "analysis" / "main_results.tex").read_text())
     assert main(["report", "--results-dir", str(tmp_path)]) == FAULT
 
 

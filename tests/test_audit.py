@@ -23,11 +23,13 @@ from tune_sparse.data.tasks import TASKS
 from tune_sparse.evaluation.outcomes import write_outcomes
 from tune_sparse.files import write_json
 from tune_sparse.ledger.ledger import Ledger
+from tune_sparse.ledger.run import Run
 from tune_sparse.training.budgets import CPU_BUDGETS
 
 A_CELL = Cell("tiny", "boolq", "unstructured", 0.3, "sparse-to-dense", 0, "torch")
 A_RUN = sound_run(A_CELL)
 ANOTHER = sound_run(replace(A_CELL, mode="sparse-to-sparse"))
+DENSE = Cell("tiny", "boolq", "none", 0.0, "dense", 0, "torch")
 DOCS = Path(__file__).parents[1] / "docs" / "audit.md"
 
 
@@ -100,6 +102,23 @@ def zeros_lost(ledger: Ledger) -> None:
 
 def mixed_versions(ledger: Ledger) -> None:
     edit(run_folder_in(ledger) / "result.json", environment={"git_sha": "d" * 40})
+
+
+def trained_with(ledger: Ledger, cell: Cell, **settings: object) -> Run:
+    """The run of a cell, made anew under another protocol: an earlier sweep of the folder had it."""
+    run = sound_run(cell, replace(PROTOCOL, **settings))  # type: ignore[arg-type]
+    [path] = (ledger.folder / "sweeps").glob("*.json")
+    cells = json.loads(path.read_text())["cells"]
+    ids = {"run_id": run.run_id, "pruning_id": run.pruning_id}
+    own = [c for c in cells if Cell(**{name: c[name] for name in vars(cell)}).trained == cell]
+    shutil.rmtree(ledger.run_folder(own[0]["run_id"]))
+    edit(path, cells=[c | ids if c in own else c for c in cells])
+    write_sound(ledger, run)
+    return run
+
+
+def protocol(ledger: Ledger) -> None:
+    trained_with(ledger, DENSE, steps=10)
 
 
 def overlap(ledger: Ledger) -> None:
@@ -221,6 +240,7 @@ PLANTED: dict[str, Callable[[Ledger], None]] = {
     "off-target": off_target,
     "zeros-lost": zeros_lost,
     "mixed-versions": mixed_versions,
+    "protocol": protocol,
     "overlap": overlap,
     "counted-twice": counted_twice,
     "unproven-number": unproven_number,
@@ -348,8 +368,8 @@ def test_a_training_that_changed_no_score_had_no_effect(ledger: Ledger) -> None:
 
 
 def test_a_mask_that_changed_no_score_had_no_effect(ledger: Ledger) -> None:
-    dense = sound_run(A_CELL.trained.__class__("tiny", "boolq", "none", 0.0, "dense", 0, "torch"))
-    files = [ledger.folder / "pruned_baselines" / f"{run.pruned_baseline_id}.parquet" for run in (dense, A_RUN)]
+    runs = (sound_run(DENSE), A_RUN)
+    files = [ledger.folder / "pruned_baselines" / f"{run.pruned_baseline_id}.parquet" for run in runs]
     shutil.copy(*files)
     assert "before tuning every score is the unpruned model's" in findings_text(ledger)
 
@@ -463,6 +483,59 @@ def test_budgets_that_change_no_bit_are_no_finding(ledger: Ledger) -> None:
     other = replace(CPU_BUDGETS, activation_checkpointing=True, keeps_effective_weights=True)
     edit(run_folder_in(ledger) / "result.json", measured={"budgets": other.as_record()})
     assert audited(ledger).findings == ()
+
+
+def test_a_short_dense_baseline_beside_long_pruned_runs_is_named_with_setting_values_and_runs(ledger: Ledger) -> None:
+    short = trained_with(ledger, DENSE, steps=2, eval_every=2)
+    [finding] = audited(ledger).errors
+    assert finding.run_ids == (short.run_id,)
+    assert (
+        f"tiny, boolq: runs that are compared have several values of steps: 12 in {RANDOM_RUN.run_id}" in finding.text
+    )
+    assert f"and 7 more; 2 in {short.run_id}. Report sweeps of one protocol" in finding.text
+
+
+@pytest.mark.parametrize(
+    ("cell", "settings"),
+    [
+        (A_CELL, {"learning_rate": 0.001}),
+        (replace(A_CELL, sparsity=0.6), {"n_test": 390}),
+        (replace(A_CELL, mode="sparse-to-sparse"), {"lora_rank": 8}),
+        (replace(A_CELL, method="random"), {"max_tokens": 1024}),
+    ],
+)
+def test_no_point_of_a_curve_and_no_mode_of_a_pair_has_a_protocol_of_its_own(
+    cell: Cell, settings: dict[str, object], ledger: Ledger
+) -> None:
+    run = trained_with(ledger, cell, **settings)
+    [finding] = [f for f in audited(ledger).findings if f.rule == "protocol"]
+    assert finding.run_ids == (run.run_id,)
+    assert f"several values of {next(iter(settings))}: " in finding.text
+
+
+@pytest.mark.parametrize("settings", [{"threads": 2}, {"eval_every": 6}, {"calibration": "wikitext2"}])
+def test_settings_that_change_no_number_of_these_runs_are_no_other_protocol(
+    settings: dict[str, object], ledger: Ledger
+) -> None:
+    """No method of this ledger is calibrated."""
+    trained_with(ledger, A_CELL, **settings)
+    assert audited(ledger).errors == []
+
+
+def test_methods_calibrated_on_different_examples_are_not_compared(tmp_path: Path) -> None:
+    ledger = sound_ledger(tmp_path, make_cells(methods=("wanda", "sparsegpt"), sparsities=(0.0, 0.3)))
+    assert audited(ledger).errors == []
+    trained_with(ledger, replace(A_CELL, method="wanda"), calibration="wikitext2")
+    [finding] = audited(ledger).errors
+    assert "several values of calibration: " in finding.text
+
+
+def test_two_whole_sweeps_of_one_folder_are_two_comparisons(ledger: Ledger) -> None:
+    """The second has the dense baseline and some points of the first under a protocol of its own."""
+    other = replace(PROTOCOL, learning_rate=0.001)
+    sound_ledger(ledger.folder, make_cells(sparsities=(0.0, 0.3)), other, started=2000.0)
+    assert audited(ledger).errors == []
+    assert audit_folders([ledger.folder], ["sweep2000"]).runs == 5
 
 
 def test_only_the_named_sweeps_are_audited(ledger: Ledger, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -11,11 +12,11 @@ import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 from PIL import Image
-from sound import make_cells, sound_ledger
+from sound import MATRICES, edit, make_cells, sound_ledger
 
 from analysis.read.load import COLUMNS, cells_table
 from analysis.read.results import read_results
-from analysis.report.figures import FIGURES
+from analysis.report.figures import FIGURES, GIGA
 from analysis.report.runs import Runs, find_runs
 from analysis.report.style import LABELS, save
 from tune_sparse.files import write_json
@@ -107,7 +108,7 @@ def test_accuracy_is_drawn_with_the_dense_baseline_chance_and_before_tuning(cell
     assert cells.loc[cells["sparsity"] == 0, "accuracy"].iloc[0] in levels
     names = [text.get_text() for text in figure.legends[0].get_texts()]
     assert names[:2] == ["unstructured", "random"]
-    assert {"before tuning", "dense baseline", "chance", "± 1 standard error"} <= set(names)
+    assert {"before tuning", "dense baseline", "chance", "± standard error over examples (one seed)"} <= set(names)
     assert len(axis.collections) == 4, "a band for each method and mode"
 
 
@@ -119,6 +120,53 @@ def test_the_heatmap_shows_each_cell_once(cells: pd.DataFrame, runs: Runs) -> No
     [shown] = [t.get_text() for t in axis.texts if t.get_position() == (2, 3)]
     assert [t.get_text() for t in axis.get_yticklabels()][3] == "random, sparse-to-sparse"
     assert float(shown) == pytest.approx(rows["random", "sparse-to-sparse", 0.6], abs=0.005 + 1e-9)
+
+
+@pytest.fixture(scope="module")
+def seeded(tmp_path_factory: pytest.TempPathFactory) -> Ledger:
+    """One method at two sparsities, with three seeds."""
+    seeds = [make_cells(methods=("random",), sparsities=(0.0, 0.3), seed=seed) for seed in (0, 1, 2)]
+    return sound_ledger(tmp_path_factory.mktemp("seeds"), [cell for cells in seeds for cell in cells])
+
+
+def test_several_seeds_have_a_band_of_their_deviation_around_their_mean(seeded: Ledger) -> None:
+    cells, runs = cells_table([seeded.folder]), find_runs([seeded.folder])
+    figure = drawn("sparsity_vs_accuracy", cells, runs)
+    [axis] = figure.axes
+    of = cells[(cells["sparsity"] == 0.3) & (cells["mode"] == "sparse-to-dense")]["accuracy"]
+    assert axis.lines[0].get_ydata()[1] == pytest.approx(of.mean())  # type: ignore[index]
+    ends = axis.collections[0].get_paths()[0].vertices[:, 1]
+    assert any(end == pytest.approx(of.mean() + of.std()) for end in ends)
+    assert "± standard deviation between 3 seeds" in [text.get_text() for text in figure.legends[0].get_texts()]
+
+
+def test_the_mode_difference_of_several_seeds_is_their_mean_and_deviation(seeded: Ledger) -> None:
+    """All seeds, and not the interval of one of them."""
+    cells, runs = cells_table([seeded.folder]), find_runs([seeded.folder])
+    figure = drawn("mode_difference", cells, runs)
+    [axis] = figure.axes
+    rows = cells[cells["sparsity"] == 0.3].pivot(index="seed", columns="mode", values="accuracy")
+    differences = rows["sparse-to-sparse"] - rows["sparse-to-dense"]
+    assert axis.lines[1].get_ydata()[0] == pytest.approx(differences.mean())  # type: ignore[index]
+    ends = axis.collections[0].get_paths()[0].vertices[:, 1]
+    assert (min(ends), max(ends)) == pytest.approx(
+        (differences.mean() - differences.std(), differences.mean() + differences.std())
+    )
+    assert "± standard deviation between 3 seeds" in [text.get_text() for text in figure.legends[0].get_texts()]
+
+
+def test_layers_and_operations_are_those_of_all_seeds(seeded: Ledger, tmp_path: Path) -> None:
+    shutil.copytree(seeded.folder, tmp_path, dirs_exist_ok=True)
+    cells = cells_table([tmp_path])
+    last = cells[(cells["seed"] == 2) & (cells["sparsity"] == 0.3)]
+    for run_id in last["run_id"]:
+        path = tmp_path / "runs" / run_id
+        edit(path / "sparse_config.json", kept_by_matrix={matrix: [400, 1000] for matrix in MATRICES})
+        edit(path / "result.json", metrics={"inference_flops": {"2048": 5_000}})
+    runs = find_runs([tmp_path])
+    assert {text.get_text() for text in drawn("per_layer_sparsity", cells, runs).axes[0].texts} == {"0.40"}
+    [axis] = drawn("flops_vs_sequence_length", cells_table([tmp_path]), runs).axes
+    assert axis.lines[1].get_ydata()[0] == pytest.approx(3_000 / GIGA)  # type: ignore[index]
 
 
 def test_the_mode_difference_is_of_pairs_at_the_same_sparsity(cells: pd.DataFrame, runs: Runs) -> None:

@@ -57,6 +57,13 @@ def test_the_audit_comes_first_and_then_the_findings(page: str) -> None:
     assert places == sorted(places)
 
 
+def test_captions_name_the_spread_the_metric_and_the_shared_learning_rate(page: str) -> None:
+    assert page.count("All at one shared learning rate.") == 2
+    assert page.count("standard error over examples (one seed)") == 2
+    assert re.search(r"Primary metrics: acc\w* of boolq\.", page)
+    assert "no test stands behind it" in page
+
+
 def test_every_trace_leads_to_cells(page: str) -> None:
     data = read_data(page)
     used = {int(n) for n in re.findall(r'href="#trace=(\d+)"', page)}

@@ -96,6 +96,7 @@ def finished(smoke: list[str], tmp_path_factory: pytest.TempPathFactory) -> Driv
     driver = Driver(smoke, tmp_path_factory.mktemp("finished") / "results")
     status, printed = driver.run()
     assert status == 0, printed
+    assert re.search(r"Results: after tuning.*\nmodel +task .* before after ", printed), "and without a report, too"
     return driver
 
 
@@ -190,6 +191,7 @@ def test_the_same_sweep_again_runs_nothing_and_writes_the_report_that_was_not_wa
     assert status == 0, printed
     assert (finished.results / "analysis" / "findings.md").is_file()
     assert "0 trainings in" in printed
+    assert re.search(r"^(a|every cell): \w", printed, re.MULTILINE), "warnings, once the audit has run"
     assert before == {run_id: finished.ledger.record(run_id) for run_id in finished.done()}
 
 

@@ -15,6 +15,7 @@ from typing import Literal
 
 from analysis.audit import errors, warnings
 from analysis.audit.errors import Detections
+from analysis.audit.protocol import protocol
 from analysis.read.results import Results, read_results
 
 Severity = Literal["error", "warning"]
@@ -43,6 +44,7 @@ RULES: dict[str, Rule] = {
     "mixed-versions": Rule(
         "error", "code, data, prompts or models differ between compared runs", errors.mixed_versions
     ),
+    "protocol": Rule("error", "one comparison mixes protocols", protocol),
     "overlap": Rule("error", "scored questions were trained on", errors.overlap),
     "counted-twice": Rule("error", "one run is counted more than once", errors.counted_twice),
     "unproven-number": Rule("error", "a number that no run stands behind", errors.unproven_number),

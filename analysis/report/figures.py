@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,7 +12,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from analysis.report.plots import method_handles, method_lines, plot_over_sparsity
+from analysis.read.seeds import SETTING, over_seeds, spread
+from analysis.report.plots import band_handles, method_handles, method_lines, plot_over_sparsity
 from analysis.report.rounding import rounded
 from analysis.report.runs import Runs
 from analysis.report.style import (
@@ -44,17 +45,18 @@ class ReportFigure:
 
 
 def method_comparison_heatmap(cells: pd.DataFrame, runs: Runs) -> Figure | None:
-    """Accuracy by method and mode (rows) and sparsity (columns), to the digits that its error leaves."""
+    """Accuracy by method and mode (rows) and sparsity (columns), to the digits that its spread leaves."""
     done = cells[cells["accuracy"].notna()]
     if done.empty:
         return None
     models, tasks = sorted(done["model"].unique()), list(dict.fromkeys(done["task"]))
-    table = done.pivot_table(
-        index=["model", "task", "method", "mode"], columns="sparsity", values=["accuracy", "accuracy_stderr"]
+    means = over_seeds(done)
+    table = means.assign(around=spread(means, "accuracy")).pivot_table(
+        index=["model", "task", "method", "mode", "backend"], columns="sparsity", values=["accuracy", "around"]
     )
-    settings = list(dict.fromkeys(zip(done["method"], done["mode"], strict=True)))
+    settings = list(dict.fromkeys(zip(done["method"], done["mode"], done["backend"], strict=True)))
     levels = sorted(done["sparsity"].unique())
-    names = [", ".join(setting) for setting in settings]
+    names = [", ".join(setting).removesuffix(", torch") for setting in settings]
     size = (max(2.4, 0.36 * len(levels) + 0.4), max(1.2, 0.24 * len(settings) + 0.5))
     figure, axes = panels(len(models), len(tasks), size, names, sharex=True, sharey=True)
     for i, model in enumerate(models):
@@ -62,7 +64,7 @@ def method_comparison_heatmap(cells: pd.DataFrame, runs: Runs) -> Figure | None:
             rows = pd.MultiIndex.from_tuples([(model, task, *setting) for setting in settings], names=table.index.names)
             panel = table.reindex(index=rows)
             values, errors = (
-                pd.DataFrame(panel[name]).reindex(columns=levels).to_numpy() for name in ("accuracy", "accuracy_stderr")
+                pd.DataFrame(panel[name]).reindex(columns=levels).to_numpy() for name in ("accuracy", "around")
             )
             image = axes[i][j].imshow(values, vmin=0, vmax=1, cmap="cividis", aspect="auto")
             largest = float(np.nanmax(errors)) if np.isfinite(errors).any() else None
@@ -96,13 +98,13 @@ def accuracy_vs_flops(cells: pd.DataFrame, runs: Runs) -> Figure | None:
             axes[i][j].tick_params(labelbottom=True)
             axes[i][j].set_xlabel(f"inference GFLOPs at {FLOPS_TOKENS:,} tokens")
         axes[i][0].set_ylabel(LABELS["accuracy"])
-    legend_below(figure, method_handles(colours, done))
+    legend_below(figure, [*method_handles(colours, done), *band_handles(done, "accuracy")])
     return figure
 
 
 def flops_vs_sequence_length(cells: pd.DataFrame, runs: Runs) -> Figure | None:
     """Operations of one forward pass over its tokens, dense and at the middle and highest sparsity of each method."""
-    done = cells[cells["inference_flops"].notna()].drop_duplicates(["model", "method", "sparsity"])
+    done = cells[cells["inference_flops"].notna()].drop_duplicates(["model", "method", "sparsity", "seed"])
     if done.empty:
         return None
     levels = sorted(done["sparsity"].unique())
@@ -112,11 +114,9 @@ def flops_vs_sequence_length(cells: pd.DataFrame, runs: Runs) -> Figure | None:
     for axis, model in zip(axes[0], models, strict=True):
         for colour, level in zip(COLOURS, levels, strict=False):
             curves: dict[tuple[tuple[int, float], ...], list[str]] = {}
-            for row in done[(done["model"] == model) & (done["sparsity"] == level)].itertuples():
-                record = runs.record(str(row.run_id))
-                found = record.metrics.get("inference_flops", {}) if record else {}
-                curve = tuple(sorted((int(tokens), flops / GIGA) for tokens, flops in found.items()))
-                curves.setdefault(curve, []).append(str(row.method))
+            level_runs = done[(done["model"] == model) & (done["sparsity"] == level)]
+            for method, run_ids in level_runs.groupby("method", sort=False)["run_id"]:
+                curves.setdefault(_mean_flops(run_ids, runs), []).append(str(method))
             for style, (curve, methods) in zip(("-", "--", ":", "-."), curves.items(), strict=False):
                 named = "dense" if level == 0 else f"{level:g} zeros: {', '.join(methods)}"
                 axis.plot(*zip(*curve, strict=True), style, marker="o", ms=3, color=colour, label=named)
@@ -132,17 +132,19 @@ def flops_vs_sequence_length(cells: pd.DataFrame, runs: Runs) -> Figure | None:
     return figure
 
 
+def _mean_flops(run_ids: Iterable[str], runs: Runs) -> tuple[tuple[int, float], ...]:
+    """(tokens, GFLOPs of a forward pass), the mean of these runs."""
+    records = [record for run_id in run_ids if (record := runs.record(run_id))]
+    means = pd.DataFrame([record.metrics.get("inference_flops", {}) for record in records]).mean() / GIGA
+    return tuple(sorted((int(str(tokens)), float(flops)) for tokens, flops in means.items()))
+
+
 def mode_difference(cells: pd.DataFrame, runs: Runs) -> Figure | None:
     """Accuracy trained under the mask minus accuracy masked after training, over sparsity."""
     done = cells[cells["accuracy"].notna() & (cells["sparsity"] > 0)]
-    keys = ["backend", "model", "task", "method", "sparsity", "seed"]
-    after, under = (done.loc[done["mode"] == mode, [*keys, "run_id", "accuracy"]] for mode in SPARSE_ADAPTER_MODES)
-    pairs = pd.merge(after, under, on=keys, suffixes=("_after", "_under"))
+    pairs = _mode_pairs(done, runs)
     if pairs.empty:
         return None
-    found = [runs.difference(a, b) for a, b in zip(pairs["run_id_after"], pairs["run_id_under"], strict=True)]
-    pairs["difference"] = pairs["accuracy_under"] - pairs["accuracy_after"]
-    pairs["low"], pairs["high"] = ([getattr(e, end) if e else np.nan for e in found] for end in ("low", "high"))
     models, tasks = sorted(pairs["model"].unique()), list(dict.fromkeys(pairs["task"]))
     colours = assign_colours(done["method"])
     figure, axes = panels(len(models), len(tasks), sharex=True, sharey=True)
@@ -151,30 +153,53 @@ def mode_difference(cells: pd.DataFrame, runs: Runs) -> Figure | None:
             axis = axes[i][j]
             axis.axhline(0, color="black", lw=0.8)
             panel = pairs[(pairs["model"] == model) & (pairs["task"] == task)]
-            for method, curve in panel.groupby("method", sort=False):
-                means = curve.groupby("sparsity")[["difference", "low", "high"]].mean()
-                axis.plot(means.index, means["difference"], marker="o", ms=3, lw=1.2, color=colours[method])
-                axis.fill_between(means.index, means["low"], means["high"], color=colours[method], alpha=0.13, lw=0)
+            for (method, _), curve in panel.groupby(["method", "backend"], sort=False):
+                axis.plot(curve["sparsity"], curve["difference"], marker="o", ms=3, lw=1.2, color=colours[method])
+                ends = (curve["low"], curve["high"])
+                axis.fill_between(curve["sparsity"], *ends, color=colours[method], alpha=0.13, lw=0)
             axis.set_title(f"{model}, {task}")
             axis.grid(alpha=0.2)
         axes[i][0].set_ylabel("sparse-to-sparse accuracy\nminus sparse-to-dense")
     for axis in axes[-1]:
         axis.set_xlabel(SPARSITY)
     handles = [Line2D([], [], color=colour, lw=3, label=str(method)) for method, colour in colours.items()]
-    legend_below(
-        figure, [*handles, Line2D([], [], color="0.4", alpha=0.3, lw=6, label="95% interval, paired examples")]
-    )
+    counts = sorted(set(pairs["seeds"]))
+    bands = ["95% interval, paired examples (one seed)"] if 1 in counts else []
+    bands += [f"± standard deviation between {count} seeds" for count in counts if count > 1]
+    band = Line2D([], [], color="0.4", alpha=0.3, lw=6, label=", or ".join(bands))
+    legend_below(figure, [*handles, band])
     return figure
 
 
+def _mode_pairs(done: pd.DataFrame, runs: Runs) -> pd.DataFrame:
+    """The difference of the modes over seeds, by backend, model, task, method, sparsity.
+
+    low, high: of one seed the interval over paired examples; of several the mean less and more the standard deviation.
+    """
+    keys = [name for name in (*SETTING, "seed", "protocol_id") if name in done and name != "mode"]
+    after, under = (done.loc[done["mode"] == mode, [*keys, "run_id", "accuracy"]] for mode in SPARSE_ADAPTER_MODES)
+    pairs = pd.merge(after, under, on=keys, suffixes=("_after", "_under"))
+    found = [runs.difference(a, b) for a, b in zip(pairs["run_id_after"], pairs["run_id_under"], strict=True)]
+    pairs["difference"] = pairs["accuracy_under"] - pairs["accuracy_after"]
+    pairs["low"], pairs["high"] = ([getattr(e, end) if e else np.nan for e in found] for end in ("low", "high"))
+    grouped = pairs.groupby([name for name in keys if name != "seed"], sort=False)
+    means, deviation = grouped[["difference", "low", "high"]].mean(), grouped["difference"].std()
+    is_single = deviation.isna()
+    means["low"] = means["low"].where(is_single, means["difference"] - deviation)
+    means["high"] = means["high"].where(is_single, means["difference"] + deviation)
+    return means.assign(seeds=grouped["seed"].nunique()).reset_index().sort_values("sparsity", kind="stable")
+
+
 def per_layer_sparsity(cells: pd.DataFrame, runs: Runs) -> Figure | None:
-    """Actual sparsity of every matrix of every layer, at the sparsity nearest to one half, a panel each method."""
+    """Actual sparsity of every matrix of every layer at the sparsity nearest to one half, mean over seeds and tasks."""
     done = cells[(cells["status"] == "done") & (cells["sparsity"] > 0)]
     if done.empty:
         return None
     level = min(done["sparsity"].unique(), key=lambda sparsity: (abs(sparsity - 0.5), sparsity))
-    chosen = done[done["sparsity"] == level].drop_duplicates(["model", "method"])
-    grids = {(row.model, row.method): _layer_grid(runs.kept_by_matrix(str(row.run_id))) for row in chosen.itertuples()}
+    chosen = done[done["sparsity"] == level].drop_duplicates(["model", "method", "task", "seed"])
+    grids = {
+        key: _mean_grid(run_ids, runs) for key, run_ids in chosen.groupby(["model", "method"], sort=False)["run_id"]
+    }
     grids = {key: grid for key, grid in grids.items() if not grid.empty}
     if not grids:
         return None
@@ -201,6 +226,11 @@ def per_layer_sparsity(cells: pd.DataFrame, runs: Runs) -> Figure | None:
         axis.set_xlabel("layer")
     figure.colorbar(image, ax=axes, label=f"{SPARSITY}, target {level:g}", shrink=0.8, pad=0.01)
     return figure
+
+
+def _mean_grid(run_ids: Iterable[str], runs: Runs) -> pd.DataFrame:
+    grids = [_layer_grid(runs.kept_by_matrix(run_id)) for run_id in run_ids]
+    return sum(grids[1:], grids[0]) / len(grids)
 
 
 def _layer_grid(kept: dict[str, tuple[int, int]]) -> pd.DataFrame:
@@ -279,9 +309,11 @@ def _over_sparsity(column: str) -> Draw:
 
 
 FIGURES: dict[str, ReportFigure] = {
-    "sparsity_vs_accuracy": ReportFigure("Accuracy over sparsity, by method and mode.", _over_sparsity("accuracy")),
+    "sparsity_vs_accuracy": ReportFigure(
+        "Accuracy over sparsity, by method and mode, at one shared learning rate.", _over_sparsity("accuracy")
+    ),
     "sparsity_vs_perplexity": ReportFigure(
-        "Perplexity over sparsity, by method and mode.", _over_sparsity("perplexity")
+        "Perplexity over sparsity, by method and mode, at one shared learning rate.", _over_sparsity("perplexity")
     ),
     "sparsity_vs_loss": ReportFigure(
         "Loss on held-out examples after training, over sparsity.", _over_sparsity("eval_loss")
@@ -290,11 +322,11 @@ FIGURES: dict[str, ReportFigure] = {
         "Examples that training took in a second, over sparsity.", _over_sparsity("train_examples_per_second")
     ),
     "method_comparison_heatmap": ReportFigure(
-        "Accuracy by method, mode and sparsity, to the digits that the largest standard error of a panel leaves.",
+        "Accuracy by method, mode and sparsity, to the digits that the largest spread of a panel leaves.",
         method_comparison_heatmap,
     ),
     "mode_difference": ReportFigure(
-        "Accuracy trained under the mask minus accuracy masked after training; above 0 the first is better.",
+        "Accuracy trained under the mask minus accuracy masked after training, at one shared learning rate.",
         mode_difference,
     ),
     "accuracy_vs_flops": ReportFigure(
@@ -303,7 +335,9 @@ FIGURES: dict[str, ReportFigure] = {
     "flops_vs_sequence_length": ReportFigure(
         "Operations of one forward pass over its tokens, counted from non-zeros.", flops_vs_sequence_length
     ),
-    "per_layer_sparsity": ReportFigure("Actual sparsity of every matrix of every layer.", per_layer_sparsity),
+    "per_layer_sparsity": ReportFigure(
+        "Actual sparsity of every matrix of every layer, mean over seeds and tasks.", per_layer_sparsity
+    ),
     "throughput_vs_batch_size": ReportFigure("Training rate over batch size.", throughput_vs_batch_size),
     "sub_adapter_fronts": ReportFigure(
         "The fronts of the sub-adapter searches, on selection examples.", sub_adapter_fronts

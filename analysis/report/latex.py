@@ -1,17 +1,21 @@
-"""The main table of a paper: accuracy over sparsity by model, task, method and mode, in LaTeX (booktabs)."""
+"""The main table of a paper: accuracy over sparsity by model, task, metric, method and mode, in LaTeX (booktabs)."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from typing import Any
 
 import pandas as pd
 
+from analysis.read.seeds import calibration_words, over_seeds, primary_words, shown_metrics, spread, spread_words
+
 MISSING = "--"
 NOTE = (
-    "Accuracy in percent, half of its 95\\% interval (Wilson) in parentheses. "
+    "All at one shared learning rate. "
     f"{MISSING}: no finished run. \\textdagger: the audit has a warning about the run; \\textdaggerdbl: an error."
 )
-NAMES = ["task", "method", "mode"]
+NAMES = ["task", "metric", "method", "mode"]
 LIGHT_WARNINGS = {
     *("few-examples", "unchecked", "uncommitted", "modes-coincide", "same-answers"),
     *("hardware", "budgets", "few-steps", "pruning-gone"),
@@ -20,27 +24,41 @@ LIGHT_WARNINGS = {
 
 
 def main_results(cells: pd.DataFrame) -> str:
-    """One `table` a model. Needs \\usepackage{booktabs}.
-
-    cells: as in summary.csv, with accuracy_low, accuracy_high and warnings. Seeds are averaged, their intervals too.
-    """
-    tables = [_latex_table(str(model), _entries(rows)) for model, rows in cells.groupby("model", sort=True)]
+    """One `table` a model. Needs \\usepackage{booktabs}. cells: as in summary.csv, with warnings."""
+    tables = [_latex_table(str(model), rows) for model, rows in over_seeds(cells).groupby("model", sort=True)]
     return "% \\usepackage{booktabs}\n" + "\n".join(tables)
 
 
-def _entries(cells: pd.DataFrame) -> pd.DataFrame:
-    """A line each task, method, mode and backend: `NAMES`, and an entry for each sparsity."""
-    sparsities = sorted(cells["sparsity"].unique())
-    lines = []
-    for _, of_task in cells.groupby("task", sort=False):
-        for (task, method, mode, backend), curve in of_task.groupby([*NAMES, "backend"], sort=True):
-            by_sparsity = {s: _entry(same) for s, same in curve.groupby("sparsity")}
-            where = "" if backend == "torch" else f" ({backend})"
-            lines.append([task, method, f"{mode}{where}", *(by_sparsity.get(s, MISSING) for s in sparsities)])
-    return pd.DataFrame(lines, columns=[*NAMES, *(f"{s:g}" for s in sparsities)])
+def _lines(table: pd.DataFrame) -> Iterator[list[str]]:
+    """A line each task, metric (the primary one first), method, mode and backend: `NAMES`, an entry a sparsity."""
+    sparsities = sorted(table["sparsity"].unique())
+    for task, of_task in table.groupby("task", sort=False):
+        for metric, column in shown_metrics(of_task).items():
+            entries = _entries(of_task, column)
+            for (method, mode, backend), curve in of_task.groupby(["method", "mode", "backend"], sort=True):
+                by_sparsity = dict(zip(curve["sparsity"], entries[curve.index], strict=True))
+                where = "" if backend == "torch" else f" ({backend})"
+                found = (by_sparsity.get(s, MISSING) for s in sparsities)
+                yield [str(task), metric, str(method), f"{mode}{where}", *found]
 
 
-def _latex_table(model: str, entries: pd.DataFrame) -> str:
+def _entries(table: pd.DataFrame, column: str) -> pd.Series[Any]:
+    """Each value with its spread and its mark; shares in percent."""
+    unit = 1 if column == "perplexity" else 100
+    values, around = unit * table[column], unit * spread(table, column)
+    texts = [_entry(*entry) for entry in zip(values, around, table["warnings"], strict=True)]
+    return pd.Series(texts, table.index)
+
+
+def _entry(value: float, around: float, warnings: str) -> str:
+    if math.isnan(value):
+        return MISSING
+    spread_text = "" if math.isnan(around) else f"\\,({around:.1f})"
+    return f"{value:.1f}{spread_text}{_mark(warnings)}"
+
+
+def _latex_table(model: str, table: pd.DataFrame) -> str:
+    entries = pd.DataFrame(_lines(table), columns=[*NAMES, *(f"{s:g}" for s in sorted(table["sparsity"].unique()))])
     style = entries.style.hide(axis="index").format(escape="latex", subset=pd.IndexSlice[:, NAMES])
     next_tasks = entries.index[~entries["task"].duplicated()][1:]
     style = style.format("\\midrule\n{}", escape="latex", subset=(next_tasks, "task"))
@@ -48,17 +66,19 @@ def _latex_table(model: str, entries: pd.DataFrame) -> str:
         [{"selector": "scriptsize", "props": ":;"}, {"selector": "setlength", "props": r":{\tabcolsep}{3pt};"}]
     )
     columns = "l" * len(NAMES) + "r" * (len(entries.columns) - len(NAMES))
-    caption = f"{escape(model)}. {NOTE}"
+    caption = _caption(model, table)
     return style.to_latex(hrules=True, column_format=columns, caption=caption, position_float="centering")
 
 
-def _entry(seeds: pd.DataFrame) -> str:
-    known = seeds[seeds["accuracy"].notna()]
-    if known.empty:
-        return MISSING
-    half = (known["accuracy_high"] - known["accuracy_low"]).mean() / 2
-    around = "" if math.isnan(half) else f"\\,({100 * half:.1f})"
-    return f"{100 * known['accuracy'].mean():.1f}{around}{_mark(' '.join(known['warnings']))}"
+def _caption(model: str, table: pd.DataFrame) -> str:
+    primary, calibrated = primary_words(table), calibration_words(table)
+    sentences = [
+        f"{model}.",
+        f"Primary metrics: {primary}." if primary else "",
+        f"Perplexities as they are, all else in percent; in parentheses the {spread_words(table['seeds_done'])}.",
+        f"Calibrated on: {calibrated}." if calibrated else "",
+    ]
+    return " ".join(escape(sentence) for sentence in sentences if sentence) + f" {NOTE}"
 
 
 def _mark(warnings: str) -> str:

@@ -21,6 +21,7 @@ from markupsafe import Markup
 from analysis.audit.audit import RULES, Audit, AuditFinding
 from analysis.baselines.comparison import PublishedComparison, summary_sentence
 from analysis.baselines.published import our_metric
+from analysis.read.seeds import calibration_words, over_seeds, primary_words, spread_words
 from analysis.report.rounding import UNKNOWN, rounded, with_interval
 from analysis.report.runs import relative_link
 from analysis.stats.claims import QUESTIONS, Claim
@@ -135,7 +136,7 @@ class Content:
 
 def render_page(content: Content, path: Path) -> str:
     """The page that will be written at `path`; its links to files are relative to that."""
-    traces = Traces(content.cells)
+    traces, averaged = Traces(content.cells), over_seeds(content.cells)
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
@@ -150,6 +151,8 @@ def render_page(content: Content, path: Path) -> str:
         passing=rows,
         passing_columns=columns,
         pass_mark=f"{PASS_MARK:.0%}",
+        captions=_captions(averaged),
+        spread=spread_words(averaged["seeds_done"]),
         published=_published(content.comparisons),
         hardware=content.hardware,
         published_rates=content.published_rates,
@@ -226,18 +229,24 @@ def _passing(content: Content) -> tuple[list[str], list[dict[str, Any]]]:
         first = rows.iloc[0]
         dense = done[(done["backend"] == backend) & (done["model"] == model) & (done["task"] == task)]
         dense = dense[dense["sparsity"] == 0]
-        error = "accuracy_stderr" if first["metric"] == "accuracy" else "perplexity_stderr"
         lines.append(
             {
                 "model": f"{model}, {backend}" if several else model,
                 "task": task,
                 "metric": first["metric"],
-                "dense": rounded(first["dense"], dense[error].mean()),
+                "dense": rounded(first["dense"], first["dense_spread"]),
                 "dense_runs": tuple(dict.fromkeys(dense["run_id"])),
                 "cells": cells,
             }
         )
     return [f"{method}, {mode}" for method, mode in names], lines
+
+
+def _captions(table: pd.DataFrame) -> str:
+    """Say what holds of every curve and table: the primary metrics, one learning rate, the calibration."""
+    primary, calibrated = primary_words(table), calibration_words(table)
+    sentences = [f"Primary metrics: {primary}." if primary else "", "All at one shared learning rate."]
+    return " ".join(filter(None, [*sentences, f"Calibrated on: {calibrated}." if calibrated else ""]))
 
 
 def _published(comparisons: Sequence[PublishedComparison]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from analysis.read.load import COLUMNS
+from analysis.read.seeds import over_seeds, spread, spread_words
 from analysis.report.style import LABELS, MARKERS, SPARSITY, STYLES, assign_colours, legend_below, panels
 
 DENSE: dict[str, Any] = {"color": "black", "lw": 0.9, "ls": (0, (6, 2, 1, 2))}
@@ -20,8 +20,9 @@ PRUNED_BASELINE: dict[str, Any] = {"ls": ":", "lw": 1.1}
 def plot_over_sparsity(cells: pd.DataFrame, column: str) -> Figure | None:
     """`column` over sparsity, of the cells that have it; None if none has.
 
-    Points are means over seeds. Bands are one standard error of a cell's examples, dotted lines the pruned models
-    before tuning, the black line the dense baseline, grey lines the chance level, for what has them.
+    Points are means over seeds. Bands are the standard deviation between seeds, or of one seed the standard error over
+    examples, dotted lines the pruned models before tuning, the black line the dense baseline, grey lines the chance
+    level, for what has them. Marks of another backend than torch are hollow.
     """
     done = cells[cells[column].notna()]
     if done.empty:
@@ -43,16 +44,13 @@ def plot_over_sparsity(cells: pd.DataFrame, column: str) -> Figure | None:
 
 
 def method_lines(axis: Axes, panel: pd.DataFrame, colours: dict[Any, str], x: str, y: str) -> None:
-    """A line with marks for each method and mode, through the means over seeds, with a band where errors are known."""
-    errors = _stderr(y)
-    for (method, mode), curve in panel.groupby(["method", "mode"], sort=False):
-        means = curve.groupby("sparsity")[list(dict.fromkeys([x, y, *errors]))].mean()
-        means = means if x == "sparsity" else means.sort_values(x)
-        along = means.get(x, means.index)
-        style, colour = str(mode), colours[method]
-        axis.plot(along, means[y], STYLES[style], marker=MARKERS[style], ms=3, lw=1.2, color=colour)
-        for name in errors:
-            axis.fill_between(along, means[y] - means[name], means[y] + means[name], color=colour, alpha=0.13, lw=0)
+    """A line with marks for each method, mode and backend, through the means over seeds, in a band of their spread."""
+    for (method, mode, backend), curve in over_seeds(panel).groupby(["method", "mode", "backend"], sort=False):
+        curve, colour, style = curve.sort_values(x), colours[method], str(mode)
+        fill = colour if backend == "torch" else "white"
+        axis.plot(curve[x], curve[y], STYLES[style], marker=MARKERS[style], ms=3, lw=1.2, color=colour, mfc=fill)
+        around = spread(curve, y)
+        axis.fill_between(curve[x], curve[y] - around, curve[y] + around, color=colour, alpha=0.13, lw=0)
 
 
 def _draw_panel(axis: Axes, panel: pd.DataFrame, column: str, colours: dict[Any, str]) -> None:
@@ -75,11 +73,6 @@ def _draw_panel(axis: Axes, panel: pd.DataFrame, column: str, colours: dict[Any,
     axis.grid(alpha=0.2)
 
 
-def _stderr(column: str) -> list[str]:
-    """The column with the standard error of `column`, if there is one."""
-    return [name for name in COLUMNS if name == f"{column}_stderr"]
-
-
 def method_handles(colours: dict[Any, str], done: pd.DataFrame) -> list[Line2D]:
     """Legend entries of methods by colour and modes by style."""
     handles = [Line2D([], [], color=colour, lw=3, label=str(method)) for method, colour in colours.items()]
@@ -97,6 +90,12 @@ def _legend(colours: dict[Any, str], done: pd.DataFrame, column: str) -> list[Li
         handles.append(Line2D([], [], label="dense baseline", **DENSE))
     if column == "accuracy":
         handles.append(Line2D([], [], label="chance", **CHANCE))
-    if _stderr(column):
-        handles.append(Line2D([], [], color="0.4", alpha=0.3, lw=6, label="± 1 standard error"))
-    return handles
+    return [*handles, *band_handles(done, column)]
+
+
+def band_handles(done: pd.DataFrame, column: str) -> list[Line2D]:
+    """The legend entry of the bands, where there are any."""
+    table = over_seeds(done)
+    if spread(table, column).isna().all():
+        return []
+    return [Line2D([], [], color="0.4", alpha=0.3, lw=6, label=f"± {spread_words(table['seeds_done'])}")]

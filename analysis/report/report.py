@@ -10,18 +10,19 @@ from types import MappingProxyType
 import pandas as pd
 
 from analysis.audit.audit import audit
+from analysis.audit.protocol import differing_settings
 from analysis.baselines.published import load_published
 from analysis.read.load import cells_table
-from analysis.read.results import read_results
+from analysis.read.results import Results, read_results
+from analysis.read.seeds import SETTING, over_seeds, repeated_settings
 from analysis.report.latex import main_results
 from analysis.report.page import Content, render_claim, summarise_audit
 from analysis.report.presentation import present
+from analysis.report.result_table import MOST_LINES, result_lines
 from analysis.report.runs import find_runs
 from analysis.report.tables import (
-    SETTING,
     grouped_summary,
     highest_passing_sparsity,
-    sparsity_vs_performance,
     with_imported,
     with_intervals,
     with_warnings,
@@ -62,17 +63,17 @@ def write_report(
         raise NotReadyError(
             f"a report needs a sweep, {', '.join(map(str, results_dirs))} has none. Run `tune-sparse sweep` first."
         )
-    _check_one_protocol(cells)
+    results = read_results(results_dirs, sweep_ids, primary_metrics)
+    _check_one_protocol(cells, results)
     published = load_published(baselines, set(cells["model"]))
     folder = results_dirs[0] / "analysis"
     folder.mkdir(exist_ok=True)
-    results = read_results(results_dirs, sweep_ids, primary_metrics)
     found = audit(results)
     cells = with_intervals(cells)
     summary = with_warnings(with_intervals(with_imported(cells, results.imported)), found)
     points = Points(cells, {run_id: e.predictions for run_id, e in results.by_run.items() if e.predictions})
     claims, tests = make_claims(points, results.imported)
-    performance = sparsity_vs_performance(cells)
+    performance = over_seeds(cells)
     tables = {"summary": summary, "sparsity_vs_performance": performance, "tests": tests}
     for name, table in (tables | {"grouped_summary": grouped_summary(points)}).items():
         write_text(folder / f"{name}.csv", table.to_csv(index=False))
@@ -91,18 +92,25 @@ def write_report(
     )
     page = present(folder, content, find_runs(results_dirs, points.predictions), published)
     said_first = [*found.lines(severities=["error"]), *counts(cells), found.summary()]
-    lines = [*said_first, *headlines(claims), *highest_lines(performance)]
+    lines = [*said_first, *result_lines(cells, found, MOST_LINES), *headlines(claims), *highest_lines(performance)]
     lines += [f"Tables, figures, findings and audit: {folder}", f"To read: {page}"]
     return Report(lines, len(found.errors), int((cells["status"] == "done").sum()))
 
 
-def _check_one_protocol(cells: pd.DataFrame) -> None:
-    repeated = cells[cells.duplicated([*SETTING, "seed"], keep=False)]
-    if not repeated.empty:
-        raise InputError(
-            "a report must not mix sweeps that differ in protocol, weights or examples, got one setting twice: "
-            f"{', '.join(repeated['cell_id'].iloc[:2])}. Name sweeps with --sweep; they are the files under sweeps/."
-        )
+def _check_one_protocol(cells: pd.DataFrame, results: Results) -> None:
+    repeated = repeated_settings(cells)
+    if repeated.empty:
+        return
+    first = repeated.iloc[0]
+    same = repeated[(repeated[[*SETTING, "seed"]] == first[[*SETTING, "seed"]]).all(axis=1)]
+    names = [s.sweep_id for s in results.sweeps if {cell["cell_id"] for cell in s.cells} & set(same["cell_id"])]
+    runs = [results.by_run[run_id].run for run_id in same["run_id"] if run_id in results.by_run]
+    differing = differing_settings(*runs[:2]) if len(runs) > 1 else {}
+    values = "".join(f", {name} {str(a)[:12]} and {str(b)[:12]}" for name, (a, b) in differing.items())
+    raise InputError(
+        "a report must not mix sweeps that differ in protocol, weights or examples, got one setting twice: "
+        f"{first['cell_id']} in {' and '.join(dict.fromkeys(names))}{values}. Name one with --sweep."
+    )
 
 
 def counts(cells: pd.DataFrame) -> list[str]:
@@ -122,7 +130,7 @@ def highest_lines(performance: pd.DataFrame) -> list[str]:
     passing = highest_passing_sparsity(performance)
     if passing.empty:
         return []
-    lines = [f"Highest sparsity with accuracy, or perplexity, within {PASS_MARK:.0%} of the dense baseline:"]
+    lines = [f"Highest sparsity with accuracy, or perplexity, within {PASS_MARK:.0%} of the dense baseline, untested:"]
     several = passing["backend"].nunique() > 1
     for (backend, model, task), rows in passing.groupby(["backend", "model", "task"], sort=False):
         first, on = rows.iloc[0], f" on {backend}" if several else ""

@@ -1,4 +1,4 @@
-"""Tables over the cells: means over seeds, and how far each method and mode can be pruned."""
+"""Tables over the cells: how far each method and mode can be pruned, and means over many cells."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from analysis.read.load import SCORES
+from analysis.read.seeds import SETTING, spread
 from analysis.stats.paired import Z
 from analysis.stats.sparsity_claims import PASS_MARK
 
@@ -18,32 +18,7 @@ if TYPE_CHECKING:
     from analysis.read.imported import Imported
     from analysis.stats.comparisons import Points
 
-SETTING = ["backend", "model", "task", "method", "mode", "sparsity"]
-PERFORMANCE = [
-    "chance_accuracy",
-    "actual_sparsity",
-    "accuracy",
-    "accuracy_stderr",
-    "accuracy_low",
-    "accuracy_high",
-    *SCORES[2:],
-    "cut_fraction",
-    "train_loss",
-    "eval_loss",
-    "eval_loss_before_mask",
-    "train_examples_per_second",
-    "inference_flops",
-]
 COSTS = ("train_examples_per_second", "train_seconds", "peak_memory_bytes", "inference_flops")
-
-
-def sparsity_vs_performance(cells: pd.DataFrame) -> pd.DataFrame:
-    """One row per setting: means over the seeds that are done, and how many of the requested seeds they are."""
-    grouped = cells.assign(done=cells["status"] == "done").groupby(SETTING, sort=True)
-    table = grouped[[name for name in PERFORMANCE if name in cells]].mean()
-    table.insert(0, "seeds_done", grouped["done"].sum())
-    table.insert(0, "seeds", grouped["seed"].nunique())
-    return table.reset_index()
 
 
 def with_intervals(cells: pd.DataFrame) -> pd.DataFrame:
@@ -76,27 +51,40 @@ def with_warnings(cells: pd.DataFrame, found: Audit) -> pd.DataFrame:
 
 
 def grouped_summary(points: Points) -> pd.DataFrame:
-    """One row per base, method and mode: the mean over its pruned cells, its interval (over examples), and costs."""
+    """One row per base, method and mode: the mean over its pruned cells and seeds, its spread, and costs.
+
+    sd: between the means of the seeds, where there are several. low, high: the interval over examples, where there is
+    one seed.
+    """
     rows = []
     for key, cells in points.pruned.groupby([*SETTING[:3], "method", "mode"], sort=True):
-        of_cells = [points.predictions[run] for run in cells["run_id"]]
-        scores, weights = np.mean([a.scores for a in of_cells], axis=0), of_cells[0].weights
-        mean = float(np.dot(weights, scores))
-        stderr = float(np.sqrt(np.dot(weights**2, (scores - mean) ** 2)))
-        costs = {f"median_{name}": cells[name].median() for name in COSTS}
-        spread = {f"{name}_sparsity": getattr(cells["sparsity"], name)() for name in ("min", "max")}
-        low, high = mean - Z * stderr, mean + Z * stderr
-        rows.append([*key, len(cells), *spread.values(), mean, low, high, *costs.values()])
-    names = [*SETTING[:3], "method", "mode", "cells", "min_sparsity", "max_sparsity", "mean_score", "low", "high"]
-    return pd.DataFrame(rows, columns=[*names, *(f"median_{name}" for name in COSTS)])
+        by_seed = cells.groupby("seed")["run_id"].agg(lambda runs: _over_examples(points, list(runs))[0])
+        mean, low, high = _over_examples(points, list(cells["run_id"]))
+        if len(by_seed) > 1:
+            low = high = float("nan")
+        costs = [cells[name].median() for name in COSTS]
+        ends = (cells["sparsity"].min(), cells["sparsity"].max())
+        rows.append([*key, len(cells), len(by_seed), *ends, mean, by_seed.std(), low, high, *costs])
+    names = [*SETTING[:3], "method", "mode", "cells", "seeds", "min_sparsity", "max_sparsity"]
+    names += ["mean_score", "sd", "low", "high", *(f"median_{name}" for name in COSTS)]
+    return pd.DataFrame(rows, columns=names)
+
+
+def _over_examples(points: Points, run_ids: Sequence[str]) -> tuple[float, float, float]:
+    """The mean score of these runs, and its interval over their common examples."""
+    answered = [points.predictions[run_id] for run_id in run_ids]
+    scores, weights = np.mean([a.scores for a in answered], axis=0), answered[0].weights
+    mean = float(np.dot(weights, scores))
+    stderr = float(np.sqrt(np.dot(weights**2, (scores - mean) ** 2)))
+    return mean, mean - Z * stderr, mean + Z * stderr
 
 
 def highest_passing_sparsity(performance: pd.DataFrame) -> pd.DataFrame:
     """The highest sparsity up to which accuracy, or perplexity, stays within `PASS_MARK` of the dense baseline.
 
-    One row per backend, model, task, method and mode that has a dense baseline: metric, dense (its value), and
-    highest_sparsity, which is missing where the dense accuracy itself is not two standard errors above chance. A
-    sparsity with a cell that is not done ends the search: nothing is said beyond a gap.
+    performance: as `over_seeds`. One row per backend, model, task, method and mode that has a dense baseline: metric,
+    dense (its value), dense_spread, and highest_sparsity, which is missing where the dense accuracy itself is not two
+    of its spread above chance. A sparsity with a cell that is not done ends the search: nothing is said beyond a gap.
     """
     rows = []
     for key, curve in performance.groupby(SETTING[:-1], sort=True):
@@ -104,13 +92,13 @@ def highest_passing_sparsity(performance: pd.DataFrame) -> pd.DataFrame:
         if curve["sparsity"].iloc[0] != 0:
             continue
         metric = "accuracy" if curve["perplexity"].isna().all() else "perplexity"
-        dense = curve[metric].iloc[0]
+        dense, dense_spread = curve[metric].iloc[0], spread(curve, metric).iloc[0]
         if metric == "accuracy":
             passed = curve[metric] >= (1 - PASS_MARK) * dense - 1e-9
-            means_something = dense > curve["chance_accuracy"].iloc[0] + 2 * curve["accuracy_stderr"].iloc[0]
+            means_something = dense > curve["chance_accuracy"].iloc[0] + 2 * dense_spread
         else:
             passed, means_something = curve[metric] <= (1 + PASS_MARK) * dense + 1e-9, True
         passed = (passed & (curve["seeds_done"] == curve["seeds"])).cummin()
         highest = curve.loc[passed, "sparsity"].max() if passed.iloc[0] and means_something else None
-        rows.append((*key, metric, dense, highest))
-    return pd.DataFrame(rows, columns=[*SETTING[:-1], "metric", "dense", "highest_sparsity"])
+        rows.append((*key, metric, dense, dense_spread, highest))
+    return pd.DataFrame(rows, columns=[*SETTING[:-1], "metric", "dense", "dense_spread", "highest_sparsity"])

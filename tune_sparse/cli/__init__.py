@@ -3,6 +3,7 @@
 tune-sparse sweep smoke                     # a first try: prune and train a toy model
 tune-sparse sweep                           # the study with toy models, on a laptop
 tune-sparse status                          # what is finished, and what failed
+tune-sparse results                         # the accuracy of what is finished
 tune-sparse report                          # tables and figures
 tune-sparse prepare matrix --data-dir hub   # download the models and examples of the next line
 tune-sparse sweep matrix --data-dir hub     # the study with two models of 7B, on GPUs
@@ -29,6 +30,7 @@ from tune_sparse.cli import (
     prune,
     report,
     rerun,
+    results,
     search,
     status,
     sweep,
@@ -43,7 +45,7 @@ from tune_sparse.errors import DISK_FULL, InputError, unknown_name
 
 COMMANDS = {
     "commands for experiments, in the order of their use": (doctor, prepare, throughput, sweep, search),
-    "commands for its results": (status, report, audit, rerun, discard, import_, track, ui),
+    "commands for its results": (status, results, report, audit, rerun, discard, import_, track, ui),
     "commands for single models": (prune, evaluate, merge, validate),
 }
 

@@ -9,7 +9,6 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tune_sparse.cli.command import FAULT, OK, add_command, add_json
@@ -86,7 +85,8 @@ def declare(commands: Any) -> None:
     groups["results and tracking"].add_argument(
         "--no-report",
         action="store_true",
-        help="end without the audit and the report; the command `report` writes them later",
+        help="end without the audit and the report, with a table of results that no audit has marked; the command "
+        "`report` writes them later",
     )
     add_json(groups["results and tracking"], "how many runs are finished, failed and left, or with --dry-run, the plan")
 
@@ -138,9 +138,7 @@ def _sweep(chosen: argparse.Namespace) -> int:
     from tune_sparse.sweep.protocol_in_use import protocol_in_use
 
     result = run_sweep(prepare(config), chosen.retry_failed)
-    # Skip the report of an interrupted sweep: the user is waiting, or the disk is full.
-    unwanted = result.stopped or chosen.no_report
-    errors, lines = (None, []) if unwanted else _write_report(config.results_dir, result.plan.record.sweep_id)
+    errors, lines = _conclude(result, chosen.no_report)
     if chosen.json:
         names = ("ran", "done", "failed", "left", "stopped", "seconds", "utilisation")
         used = {"errors": errors, "protocol": asdict(protocol_in_use(config, result.plan.examples))}
@@ -151,11 +149,19 @@ def _sweep(chosen: argparse.Namespace) -> int:
     return OK if result.is_complete and not errors else FAULT
 
 
-def _write_report(results_dir: Path, sweep_id: str) -> tuple[int, list[str]]:
-    """Write the report; returns the errors that its audit found, and the lines to print."""
+def _conclude(result: SweepResult, no_report: bool) -> tuple[int | None, list[str]]:
+    """Write the report; returns how many errors its audit found, None without an audit, and the lines to print."""
+    from analysis.audit.audit import Audit
+    from analysis.read.load import cells_table
     from analysis.report.report import write_report
+    from analysis.report.result_table import MOST_LINES, result_lines
 
-    report = write_report([results_dir], [sweep_id])
+    if result.stopped:  # the user is waiting, or the disk is full
+        return None, []
+    folders, sweep_ids = [result.plan.config.results_dir], [result.plan.record.sweep_id]
+    if no_report:
+        return None, result_lines(cells_table(folders, sweep_ids), Audit((), 0), MOST_LINES)
+    report = write_report(folders, sweep_ids)
     return report.errors, list(report.lines)
 
 

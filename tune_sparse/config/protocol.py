@@ -193,4 +193,6 @@ def without_published(names: Mapping[str, Any]) -> Mapping[str, Any]:
 
 SCORING = ("precision", "max_tokens", "max_new_tokens", "num_fewshot", "n_test", "threads")
 """The settings of a `Protocol` that scoring reads."""
+UNCOMPARED_SETTINGS = ("eval_every", "threads", "masked_lora_impl")
+"""Those that change no number, or like budgets the order of additions alone: runs that differ in them are compared."""
 CALIBRATION_SETTINGS = tuple(f.name for f in fields(Protocol) if f.name.startswith("calibration"))

@@ -14,11 +14,15 @@ const cells = Array.from({ length: data.count }, (_, i) => {
 const place = new Map(cells.map((cell, i) => [cell, i]));
 const FILTERS = ["backend", "model", "task", "method", "mode", "status"].filter((name) => data.columns[name]);
 const CONSTANT = new Set(names.filter((name) => new Set(cells.map((c) => c[name])).size < 2));
+// Metrics by their own names; accuracy has the values of a task's primary one.
+const OTHERS = ["acc", "acc_norm", "exact_match_strict", "exact_match_flexible", "f1"]
+  .filter((name) => cells.some((c) => c[name] != null && c.primary_metric !== name));
 const SHOWN = ["run_id", ...[...FILTERS, "seed"].filter((name) => !CONSTANT.has(name)), "sparsity", "accuracy", "perplexity",
-  "warnings", "accuracy_before_tuning", "eval_loss", "train_examples_per_second", "error"]
+  "warnings", "accuracy_before_tuning", "primary_metric", ...OTHERS, "calibration", "calibration_order",
+  "calibration_tokens_seen", "eval_loss", "train_examples_per_second", "error"]
   .filter((name) => data.columns[name] && cells.some((c) => c[name] != null));
 const METRICS = [["accuracy", "accuracy (fraction right)"], ["perplexity", "perplexity (per token)"],
-  ["eval_loss", "eval loss (nats per token)"], ["train_examples_per_second", "training rate (examples/s)"],
+  ...OTHERS.map((name) => [name, name]), ["eval_loss", "eval loss (nats per token)"], ["train_examples_per_second", "training rate (examples/s)"],
   ["inference_flops", "inference FLOPs at 2,048 tokens"]].filter(([name]) => cells.some((c) => c[name] != null));
 const COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"];
 const DASHES = { "sparse-to-sparse": "6 4", "dense": "2 3", "masked-finetuning": "8 3 2 3" };
@@ -47,9 +51,16 @@ function number(value, error) {
 }
 // The binomial error is 0 where all or no answers are right; one example more or less is then the least doubt.
 function errorOf(cell, name) {
+  if (cell[`${name}_stderr`] != null && !name.startsWith("accuracy")) return cell[`${name}_stderr`];
   if (!name.startsWith("accuracy") && !name.startsWith("perplexity")) return null;
   const error = cell[name.split("_")[0] + "_stderr"];
   return error || (cell.n_examples && name.startsWith("accuracy") ? 1 / cell.n_examples : null);
+}
+// Of several seeds the standard deviation between them, of one the standard error over its examples.
+function spreadOf(of, name) {
+  if (of.length < 2) return errorOf(of[0], name) ?? 0;
+  const middle = mean(of.map((c) => c[name]));
+  return Math.sqrt(of.reduce((sum, c) => sum + (c[name] - middle) ** 2, 0) / (of.length - 1));
 }
 function traced(of) { return `#cells=${of.map((c) => place.get(c)).join(",")}`; }
 function choice(label, values, changed, any) {
@@ -80,7 +91,7 @@ function curvesOf(panel, metric) {
   }
   return [...groups.values()].map((group) => ({ ...group,
     points: [...group.points].sort((a, b) => a[0] - b[0]).map(([sparsity, of]) => ({ sparsity, of,
-      value: mean(of.map((c) => c[metric])), error: mean(of.map((c) => errorOf(c, metric) ?? 0)),
+      value: mean(of.map((c) => c[metric])), error: spreadOf(of, metric),
       beforeTuning: mean(of.map((c) => c[`${metric}_before_tuning`] ?? NaN)) })) }));
 }
 
@@ -141,7 +152,8 @@ function draw() {
       "stroke-dasharray": DASHES[curve.mode] ?? "" }));
   }
   for (const curve of seen) for (const p of curve.points) {
-    const shown = `${number(p.value, p.error)}${p.error ? ` ± ${number(p.error, p.error)}` : ""}`;
+    const seeds = p.of.length > 1 ? `, ${p.of.length} seeds` : "";
+    const shown = `${number(p.value, p.error)}${p.error ? ` ± ${number(p.error, p.error)}` : ""}${seeds}`;
     svg.append(element("a", { svg: true, href: traced(p.of) },
       element("circle", { cx: x(p.sparsity), cy: y(p.value), r: 4, fill: colour(curve) },
         element("title", {}, `${curve.key}, sparsity ${p.sparsity}: ${shown}`))));
@@ -178,7 +190,7 @@ function drawHeat() {
       for (const level of levels) {
         const of = row.get(level);
         if (!of) { line.append(element("td", {}, "–")); continue; }
-        const value = mean(of.map((c) => c[metric])), error = mean(of.map((c) => errorOf(c, metric) ?? 0));
+        const value = mean(of.map((c) => c[metric])), error = spreadOf(of, metric);
         const [back, ink] = metric === "accuracy" ? shade(value) : ["none", "inherit"];
         line.append(element("td", { style: `background:${back};color:${ink}` },
           element("a", { href: traced(of) }, number(value, error))));

@@ -1,0 +1,108 @@
+"""Cells over their seeds: one row a cell without its seed, and how far its means can be relied on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import pandas as pd
+
+SETTING = ["backend", "model", "task", "method", "mode", "sparsity"]
+"""What makes a cell, but for its seed."""
+METRICS = ("acc", "acc_norm", "exact_match_strict", "exact_match_flexible", "f1", "perplexity")
+"""Columns with a metric by its own name; `accuracy` has the values of the task's primary one."""
+CALIBRATION = ("calibration", "calibration_order", "calibration_tokens_seen")
+SINGLE_RUN = ("_stderr", "_low", "_high")
+"""Ends of columns that speak of one run's examples, and say nothing of several trainings."""
+
+
+def repeated_settings(cells: pd.DataFrame) -> pd.DataFrame:
+    """Cells that differ in nothing but protocol, weights or examples: two studies, never one average."""
+    return cells[cells.duplicated([*SETTING, "seed"], keep=False)]
+
+
+def over_seeds(cells: pd.DataFrame) -> pd.DataFrame:
+    """Return one row a cell without its seed, sorted by `SETTING`.
+
+    `seeds` were requested and `seeds_done` are done. Numbers are means over those that are done. Where a column NAME
+    has a NAME_stderr, NAME_sd is the standard deviation between seeds (over n - 1) where there are several, and
+    NAME_stderr the standard error over examples where there is one; the other of both is missing. Texts that differ
+    between seeds are listed.
+    """
+    grouped = cells.assign(done=cells["status"] == "done").groupby(SETTING, sort=True)
+    numbers = [str(name) for name in cells.select_dtypes("number") if name not in (*SETTING, "seed")]
+    table = grouped[numbers].mean()
+    for name in (name for name in numbers if name.endswith(SINGLE_RUN)):
+        measured = name.rpartition("_")[0]
+        table[name] = table[name].where(grouped[measured].count() == 1)
+        if name.endswith("_stderr"):
+            table.insert(list(table.columns).index(name), f"{measured}_sd", grouped[measured].std())
+    for name in ("warnings", *CALIBRATION[1::-1], "primary_metric"):
+        if name in cells and name not in numbers:
+            listed = _rules if name == "warnings" else _listed
+            table.insert(0, name, grouped[name].agg(list).map(listed))
+    table.insert(0, "seeds_done", grouped["done"].sum())
+    table.insert(0, "seeds", grouped["seed"].nunique())
+    return table.reset_index()
+
+
+def spread(table: pd.DataFrame, name: str) -> pd.Series[Any]:
+    """What `over_seeds` knows of the spread of a column: between seeds, or else over examples; missing if neither."""
+    missing = pd.Series(float("nan"), table.index)
+    known = [table[f"{name}_{kind}"].astype(float) for kind in ("sd", "stderr") if f"{name}_{kind}" in table]
+    for values in known:
+        missing = missing.fillna(values)
+    return missing
+
+
+def spread_words(seeds: Iterable[int]) -> str:
+    """Say what `spread` is, where cells have these numbers of finished seeds."""
+    counts = sorted({int(count) for count in seeds if count})
+    several = " or ".join(str(count) for count in counts if count > 1)
+    if not several:
+        return "standard error over examples (one seed)"
+    between = f"standard deviation between {several} seeds"
+    return f"{between}, or where there is one seed the standard error over examples" if 1 in counts else between
+
+
+def shown_metrics(table: pd.DataFrame) -> dict[str, str]:
+    """{name of a metric: its column} of those that some row has, the primary one of these rows first."""
+    primary = "accuracy"
+    if "primary_metric" in table:
+        primary = _listed(table["primary_metric"]) or primary
+    first = {primary: "accuracy"} if table["accuracy"].notna().any() else {}
+    others = {name: name for name in METRICS if name in table and name not in first}
+    return first | {name: column for name, column in others.items() if table[column].notna().any()}
+
+
+def primary_words(table: pd.DataFrame) -> str:
+    """Name the primary metric of each task."""
+    first = {str(task): next(iter(shown_metrics(rows)), "") for task, rows in table.groupby("task", sort=False)}
+    return ", ".join(f"{metric} of {task}" for task, metric in first.items() if metric)
+
+
+def calibration_words(table: pd.DataFrame) -> str:
+    """What each calibrated method of some rows was calibrated on: source, order, tokens seen; empty where none was."""
+    known = [name for name in CALIBRATION if name in table]
+    calibrated = table[table[known].notna().all(axis=1) & bool(known)] if known else table.iloc[:0]
+    return "; ".join(
+        f"{method}: {', '.join(_range(rows[name]) for name in known)}"
+        for method, rows in calibrated.groupby("method", sort=True)
+    )
+
+
+def _range(values: pd.Series[Any]) -> str:
+    if not pd.api.types.is_numeric_dtype(values):
+        return _listed(values)
+    ends = sorted({round(values.min()), round(values.max())})
+    return f"{' to '.join(f'{end:,}' for end in ends)} tokens"
+
+
+def _listed(values: Iterable[Any]) -> str:
+    """Distinct texts, without those that are missing."""
+    return " / ".join(dict.fromkeys(str(value) for value in values if not pd.isna(value)))
+
+
+def _rules(warnings: Iterable[str]) -> str:
+    """The distinct rules of several lists of them."""
+    return " ".join(dict.fromkeys(" ".join(warnings).split()))

@@ -1,0 +1,96 @@
+"""results: the accuracy of every finished cell."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tune_sparse.cli.command import (
+    FAULT,
+    OK,
+    add_command,
+    add_json,
+    add_results_dirs,
+    add_sweep_filter,
+    existing_folders,
+)
+from tune_sparse.cli.words import RUN_WORDS, paragraph, words
+from tune_sparse.errors import unknown_name
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from analysis.audit.audit import Audit
+
+FILTERS = ("model", "task", "method", "mode")
+
+
+def declare(commands: Any) -> None:
+    results = add_command(
+        commands,
+        "results",
+        _results,
+        "print the accuracy of every finished cell (combination of model, task, method, sparsity and mode)",
+        examples=("results", "results --task boolq --method wanda sparsegpt", "results --json"),
+        ok="a cell is finished, and the audit found no error",
+        fault="no cell is finished, or the audit found an error",
+        notes=[
+            words("cell", *RUN_WORDS, "audit", "results folder"),
+            paragraph(
+                "A line has the primary metric of its task before and after tuning, its spread, and its difference to "
+                "the unpruned, tuned model; then the other metrics. Letters are warnings of the audit, explained below "
+                "the table. Where sweeps had the same cells under different settings, each sweep has its own table."
+            ),
+        ],
+    )
+    add_results_dirs(results)
+    add_sweep_filter(results)
+    for name in FILTERS:
+        results.add_argument(
+            f"--{name}", nargs="+", metavar=name.upper(), help=f"print only cells of these {name}s (default: all)"
+        )
+    add_json(results, "all columns of the table, and more")
+
+
+def _results(chosen: argparse.Namespace) -> int:
+    from analysis.report.result_table import as_json, result_lines
+
+    only = {name: values for name in FILTERS if (values := getattr(chosen, name))}
+    tables = list(_tables(existing_folders(chosen.results_dir), chosen.sweep))
+    _check_names(only, [cells for _, cells, _ in tables])
+    if chosen.json:
+        rows = [row | {"sweep": name} for name, cells, found in tables for row in as_json(cells, found, only)]
+        print(json.dumps(rows))
+    else:
+        for name, cells, found in tables:
+            print("\n".join([*([f"Sweep {name}"] if name else []), *result_lines(cells, found, only=only)]))
+    is_finished = any((cells["status"] == "done").any() for _, cells, _ in tables)
+    return OK if is_finished and not any(found.errors for *_, found in tables) else FAULT
+
+
+def _tables(
+    folders: Sequence[Path], sweep_ids: Sequence[str] | None
+) -> Iterator[tuple[str | None, pd.DataFrame, Audit]]:
+    """Yield the cells and their audit; of several sweeps that are several studies, those of each with its name."""
+    from analysis.audit.audit import audit_folders
+    from analysis.read.load import cells_table
+    from analysis.read.seeds import repeated_settings
+    from tune_sparse.ledger.reader import MergedLedger
+
+    cells = cells_table(folders, sweep_ids)
+    if repeated_settings(cells).empty:
+        yield None, cells, audit_folders(folders, sweep_ids)
+        return
+    for name in sweep_ids or [sweep.sweep_id for sweep in MergedLedger(folders).sweeps()]:
+        yield name, cells_table(folders, [name]), audit_folders(folders, [name])
+
+
+def _check_names(only: Mapping[str, Sequence[str]], tables: Sequence[pd.DataFrame]) -> None:
+    for name, values in only.items():
+        known = {str(value) for cells in tables for value in cells[name]}
+        for value in values:
+            if value not in known:
+                raise unknown_name(name, value, known)
