@@ -15,7 +15,7 @@ const place = new Map(cells.map((cell, i) => [cell, i]));
 const FILTERS = ["backend", "model", "task", "method", "mode", "status"].filter((name) => data.columns[name]);
 const CONSTANT = new Set(names.filter((name) => new Set(cells.map((c) => c[name])).size < 2));
 const SHOWN = ["run_id", ...[...FILTERS, "seed"].filter((name) => !CONSTANT.has(name)), "sparsity", "accuracy", "perplexity",
-  "warnings", "accuracy_before_tuning", "eval_loss", "train_examples_per_second", "error"]
+  "primary_metric", "warnings", "accuracy_before_tuning", "eval_loss", "train_examples_per_second", "error"]
   .filter((name) => data.columns[name] && cells.some((c) => c[name] != null));
 const METRICS = [["accuracy", "accuracy (fraction right)"], ["perplexity", "perplexity (per token)"],
   ["eval_loss", "eval loss (nats per token)"], ["train_examples_per_second", "training rate (examples/s)"],
