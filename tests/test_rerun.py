@@ -132,7 +132,7 @@ def test_elsewhere_numbers_agree_within_the_tolerance() -> None:
 
 
 def test_other_outcomes_are_counted_and_are_a_difference_where_bits_count() -> None:
-    turned = [replace(OUTCOMES[0], predicted="1", correct=False), *OUTCOMES[1:]]
+    turned = [replace(OUTCOMES[0], predicted="1", acc=False), *OUTCOMES[1:]]
     assert differences(True, turned) == ["outcomes"]
     assert differences(False, turned) == []
     record = done_record(make_run())

@@ -113,6 +113,8 @@ def test_a_child_has_its_curves_with_their_steps(store: Store) -> None:
 def test_a_child_has_its_final_numbers_and_no_invented_ones(store: Store) -> None:
     metrics = store.find(DONE).data.metrics
     assert (metrics["accuracy"], metrics["eval_loss"], metrics["train_seconds"]) == (0.8, 0.5, 2.0)
+    assert (metrics["acc"], metrics["acc_stderr"], metrics["acc_before_tuning"]) == (0.8, 0.03, 0.5)
+    assert store.find(DONE).data.tags["primary_metric"] == "acc"
     assert (metrics["inference_flops_1024"], metrics["inference_flops_8192"]) == (1_000, 8_000)
     assert "compile_seconds" not in metrics
     assert "mask_sha256" not in metrics

@@ -28,9 +28,11 @@ def hardware_pairs(cells: pd.DataFrame, runs: Runs) -> pd.DataFrame:
     one, other = (done[done["backend"] == backend] for backend in BACKENDS)
     pairs = pd.merge(one, other, on=KEYS, suffixes=("_torch", "_cerebras"))
     found = [runs.difference(a, b) for a, b in zip(pairs["run_id_torch"], pairs["run_id_cerebras"], strict=True)]
-    for name, part in (("difference", "value"), ("low", "low"), ("high", "high")):
-        pairs[name] = [getattr(estimate, part) if estimate else float("nan") for estimate in found]
-    return pairs
+    estimates = {
+        name: [getattr(estimate, part) if estimate else float("nan") for estimate in found]
+        for name, part in (("difference", "value"), ("low", "low"), ("high", "high"))
+    }
+    return pd.concat([pairs, pd.DataFrame(estimates, index=pairs.index, dtype=float)], axis=1)
 
 
 def hardware_rows(pairs: pd.DataFrame) -> list[dict[str, Any]]:

@@ -65,9 +65,9 @@ def run_entry(ledger: LedgerReader, record: Record) -> Entry:
     ended = (folder / "result.json").stat().st_mtime
     return Entry(
         name=record.run_id,
-        tags=_environment_tags(record) | {RUN_TAG: record.run_id, RECORD_TAG: record_hash(record)},
+        tags=_described_by(record) | {RUN_TAG: record.run_id, RECORD_TAG: record_hash(record)},
         started=ended - record.measured.get("trial_seconds", 0.0),
-        params=asdict(run.cell) | asdict(run.protocol) | _judges(record),
+        params=asdict(run.cell) | asdict(run.protocol),
         points=(*_curves(folder), *_numbers(record.metrics | record.measured)),
         files=tuple(folder / name for name in ARTIFACTS if (folder / name).exists()),
         status=MLFLOW_STATUS[record.status],
@@ -104,10 +104,6 @@ def candidate_entries(folder: Path) -> Iterator[Entry]:
         )
 
 
-def _judges(record: Record) -> dict[str, str]:
-    return {name: record.metrics[name] for name in ("primary_metric",) if name in record.metrics}
-
-
 def _curves(folder: Path) -> Iterator[Point]:
     """Yield every point that training logged."""
     path = folder / "metrics.jsonl"
@@ -125,9 +121,12 @@ def _numbers(values: Mapping[str, Any]) -> Iterator[Point]:
             yield name, float(value), 0
 
 
-def _environment_tags(record: Record) -> dict[str, str]:
+def _described_by(record: Record) -> dict[str, str]:
+    """The texts of a record: its environment, what `accuracy` is, and its error."""
     flat = {k: v for k, v in record.environment.items() if isinstance(v, str)}
     flat |= {f"version_{name}": v for name, v in record.environment.get("packages", {}).items()}
+    if "primary_metric" in record.metrics:
+        flat["primary_metric"] = record.metrics["primary_metric"]
     if record.error:
         flat["error"] = f"{record.error['class']}: {record.error['message']}"[:TAG_CHARACTERS]
     return flat
