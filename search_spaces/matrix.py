@@ -45,6 +45,8 @@ TOY = {
     "n_selection": 64,
     "n_test": 200,
     "eval_every": 35,
+    "calibration_tokens": 4096,
+    "calibration_window": 256,
 }
 
 PRESETS: dict[str, dict[str, Any]] = {

@@ -57,5 +57,5 @@ ABOUT = {
 
 PROTOCOL = {"lora_rank": 32, "lora_alpha": 64.0}
 """Settings of a super-adapter: s = 2 at every active rank."""
-TOY_PROTOCOL = {"n_selection": 400, "calibration_examples": 32}
+TOY_PROTOCOL = {"n_selection": 400}
 """Accuracies of candidates differ by points: so many examples tell them apart."""

@@ -45,7 +45,8 @@ TINY_PROTOCOL = Protocol(
     n_selection=4,
     n_test=8,
     eval_every=2,
-    calibration_examples=6,
+    calibration_tokens=144,
+    calibration_window=24,
 )
 
 

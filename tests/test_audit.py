@@ -168,6 +168,12 @@ def few_steps(ledger: Ledger) -> None:
     sound_ledger(ledger.folder, protocol=replace(PROTOCOL, steps=6, eval_every=6))
 
 
+def few_calibration_tokens(ledger: Ledger) -> None:
+    few = {"calibration_tokens_seen": 2400, "calibration_tokens_per_input": 0.22}
+    for mode in ("sparse-to-dense", "sparse-to-sparse"):
+        write_sound(ledger, sound_run(replace(A_CELL, method="sparsegpt", mode=mode)), **few)
+
+
 def missing(ledger: Ledger) -> None:
     shutil.rmtree(run_folder_in(ledger))
 
@@ -222,6 +228,7 @@ PLANTED: dict[str, Callable[[Ledger], None]] = {
     "modes-coincide": modes_coincide,
     "few-examples": few_examples,
     "few-steps": few_steps,
+    "few-calibration-tokens": few_calibration_tokens,
     "missing": missing,
     "pruning-gone": pruning_gone,
     "hardware": hardware,

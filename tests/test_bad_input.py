@@ -83,10 +83,6 @@ FLAGS = [
         r".+: the sparsity of random-2:4 is 0\.5, got 0\.6",
     ),
     (
-        ["--methods", "wanda"],
-        r"calibration needs 128 examples, boolq has 16 training examples\. Lower calibration_examples, or raise",
-    ),
-    (
         ["--methods", "wanda", "--set", "calibration=wikitext"],
         r"unknown calibration 'wikitext'\. Did you mean 'wikitext2'",
     ),
@@ -94,8 +90,9 @@ FLAGS = [
         ["--methods", "wanda", "--set", "calibration=wikitext2"],
         r"wikitext2 needs the file .*/data/wikitext2/train\.txt, which is missing\. Add it, or fix --data-dir\.",
     ),
+    (["--methods", "wanda", "--set", "calibration=published"], r"wikitext2 needs the file .*, which is missing"),
     (["--methods", "taylor", "--set", "calibration_order=sequential"], r"taylor needs gradients of the whole dense"),
-    (["--set", "calibration_examples=0"], r"calibration_examples must be at least 1, got 0\."),
+    (["--set", "calibration_tokens=1"], r"calibration_tokens must be at least 2, got 1\."),
     (["--modes", "sparse-to-dence"], r"unknown mode 'sparse-to-dence'\. Did you mean 'sparse-to-dense'"),
     (
         ["--backend", "pytorch"],

@@ -5,20 +5,27 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from tune_sparse.data.splits import Encoded
 from tune_sparse.errors import InputError
 from tune_sparse.models.architectures import ARCHITECTURES, read_weights
 from tune_sparse.models.checkpoints import load_model, load_tokenizer
+from tune_sparse.models.dims import ModelDims
 from tune_sparse.pruning.calibration import (
     InputStats,
     ModelBlocks,
     calibrate_blockwise,
-    checked_examples,
+    calibration_line,
+    count_tokens,
     example_loss,
+    example_windows,
     gradient_sums,
-    text_examples,
+    text_windows,
+    tokens_per_input,
+    windows,
 )
 from tune_sparse.pruning.streaming import StreamedBlocks, open_checkpoint
 
@@ -36,7 +43,14 @@ def test_sums_by_hand() -> None:
     inputs.add(torch.tensor([[[4.0, 0.0]]]))
     assert inputs.norms.tolist() == [5.0, 1.0]
     torch.testing.assert_close(inputs.take_hessian(), torch.tensor([[25.0, 0.0], [0.0, 1.0]]) * 2 / 3)
+    assert inputs.dead.tolist() == [False, False]
     assert inputs.products is None, "a Hessian lives as long as the caller wants it"
+
+
+def test_an_input_that_is_always_zero_is_dead() -> None:
+    inputs = InputStats(wants_hessian=False)
+    inputs.add(torch.tensor([[3.0, 0.0, 0.0], [0.0, 0.0, 1.0]]))
+    assert inputs.dead.tolist() == [False, True, False]
 
 
 @pytest.mark.parametrize("name", ["LlamaForCausalLM", "GPT2LMHeadModel", "OPTForCausalLM"])
@@ -138,19 +152,44 @@ def test_the_loss_is_that_of_transformers(architecture_folders: dict[str, Path])
     torch.testing.assert_close(example_loss(model, answered), model(ids, labels=labels).loss)
 
 
-def test_text_is_cut_into_examples(llama: Path) -> None:
+def test_a_text_is_cut_into_windows(llama: Path) -> None:
     tokenizer = load_tokenizer(llama)
     text = "one two three four five six seven eight nine ten. " * 40
     ids = tokenizer(text)["input_ids"]
-    examples = text_examples(tokenizer, text, examples=3, tokens=7)
-    assert [example.continuation for example in examples] == [tuple(ids[i : i + 7]) for i in (0, 7, 14)]
-    with pytest.raises(InputError, match=r"must have examples x tokens = 300 x 700 tokens, got \d+\. Give more text"):
-        text_examples(tokenizer, text, examples=300, tokens=700)
+    found = text_windows(tokenizer, text, tokens=21, window=7)
+    assert [example.continuation for example in found] == [tuple(ids[i : i + 7]) for i in (0, 7, 14)]
+    assert count_tokens(text_windows(tokenizer, text, tokens=10**6, window=700)) == len(ids), "all there are"
 
 
-def test_too_few_or_too_short_examples_are_refused() -> None:
-    assert checked_examples(EXAMPLES, 2) == EXAMPLES[:2]
-    with pytest.raises(InputError, match="calibration needs 6 examples, got 5"):
-        checked_examples(EXAMPLES, 6)
-    with pytest.raises(InputError, match="must have at least 2 tokens, example 2 has fewer"):
-        checked_examples([EXAMPLES[0], Encoded((), (1,))], 2)
+@given(st.lists(st.lists(st.integers(0, 9), max_size=9), max_size=9), st.integers(2, 40), st.integers(2, 12))
+def test_windows_hold_the_first_tokens_in_order(texts: list[list[int]], tokens: int, window: int) -> None:
+    wanted = [token for text in texts for token in text][:tokens]
+    if len(wanted) < 2:
+        with pytest.raises(InputError, match=rf"calibration needs at least 2 tokens, got {len(wanted)}"):
+            windows(texts, tokens, window)
+        return
+    found = windows(texts, tokens, window)
+    ids = [token for example in found for token in example.continuation]
+    assert ids == wanted[: len(ids)]
+    assert len(wanted) - len(ids) == (len(wanted) % window == 1), "nothing follows a token alone"
+    assert all(len(example.continuation) == window for example in found[:-1])
+
+
+def test_examples_are_joined_from_all_of_the_training_split() -> None:
+    """A mixture has the examples of one task behind those of the other."""
+    examples = [Encoded((task, number), (7,)) for task in (0, 1) for number in range(50)]
+    found = example_windows(examples, tokens=60, window=30)
+    assert [len(window.continuation) for window in found] == [30, 30]
+    assert {window.continuation[i] for window in found for i in (0, 3, 6, 9)} == {0, 1}
+
+
+def test_tokens_for_each_input_of_the_widest_layer(architecture_folders: dict[str, Path]) -> None:
+    llama, mixtral = (
+        ModelDims.from_config(load_module(architecture_folders[name]).config)
+        for name in ("LlamaForCausalLM", "MixtralForCausalLM")
+    )
+    assert tokens_per_input(llama, 1000) == 1000 / llama.intermediate_size
+    assert tokens_per_input(mixtral, 1000) == 1000 * 2 / 4 / mixtral.hidden_size
+    few, enough = (round(tokens * llama.intermediate_size) for tokens in (1.9, 2))
+    assert "a warning" in calibration_line("sparsegpt", llama, few)
+    assert "a warning" not in calibration_line("sparsegpt", llama, enough) + calibration_line("wanda", llama, few)

@@ -35,7 +35,7 @@ FEW: dict[str, Any] = {
     "n_train": 2,
     "n_selection": 1,
     "n_test": 1,
-    "calibration_examples": 1,
+    "calibration_tokens": TEXT_TOKENS,
 }
 
 

@@ -12,6 +12,14 @@ from tune_sparse.config import BudgetOptions, Cell, Cerebras, Protocol, SweepCon
 from tune_sparse.errors import InputError
 from tune_sparse.modes import MODES
 
+
+def test_as_published_stands_for_what_the_papers_did() -> None:
+    names = {"models": "tiny-llama", "calibration": "published", "calibration_tokens": 8, "steps": 20}
+    found = SweepConfig.from_names(names).protocol
+    assert found == Protocol(steps=20, calibration="wikitext2", calibration_order="sequential")
+    assert (found.calibration_tokens, found.calibration_window) == (128 * 2048, 2048)
+
+
 AT_LEAST_ONE = (
     "steps",
     "global_batch_size",
@@ -20,10 +28,14 @@ AT_LEAST_ONE = (
     "eval_every",
     "threads",
 )
+AT_LEAST_TWO = ("max_tokens", "calibration_tokens", "calibration_window")
 
 BROKEN_PROTOCOLS: list[tuple[dict[str, Any], str]] = [
     *(({name: 0}, rf"{name} must be at least 1, got 0\.") for name in AT_LEAST_ONE),
-    *(({name: 1}, rf"{name} must be at least 2, got 1\.") for name in ("max_tokens", "calibration_tokens")),
+    *(
+        ({name: 1}, rf"{name} must be at least 2, got 1\.")
+        for name in ("max_tokens", "calibration_tokens", "calibration_window")
+    ),
     *(
         (
             {"max_tokens": limit},

@@ -133,7 +133,7 @@ def test_calibration_keeps_one_activation_of_each_example(sequential: bool) -> N
         before = live.bytes
         for _ in calibrate_blockwise(ModelBlocks(model), examples, sequential=sequential):
             pass
-    protocol = Protocol(max_tokens=50, max_new_tokens=4, calibration_examples=len(examples))
+    protocol = Protocol(calibration_tokens=50 * len(examples), calibration_window=50)
     forecast = CellMemory(dims, "sparse-to-dense", "wanda", protocol).calibrated_activations
     assert live.peak - before == pytest.approx(forecast, rel=0.15)
 
@@ -232,7 +232,7 @@ def test_a_share_of_a_card_has_a_share_of_its_memory() -> None:
             {"precision": "float32"},
             r"it has 25\.8 GB\. Set precision=bfloat16",
         ),
-        ("sparse-to-sparse", "taylor", 1.0, {}, r"\(stage prune\), .*Set max_tokens=1024, or set max_tokens=512"),
+        ("sparse-to-sparse", "taylor", 1.0, {}, r"\(stage prune\), .*Set calibration_window=512\."),
         ("masked-finetuning", "unstructured", 1.0, {}, r"needs 12\d\.\d GB .* Leave out the mode masked-finetuning"),
     ],
 )

@@ -16,6 +16,7 @@ import pytest
 import torch
 from factories import TINY_PROTOCOL, finished, tiny_run, write_boolq
 from plain_masks import make_masks, masked
+from safetensors.torch import load_file
 from torch import Tensor
 
 from trainables import loaded, pipeline, pruning_stage, training
@@ -394,12 +395,20 @@ def test_every_kind_of_method_trains(method: str, order: str, make_run: MakeRun,
     described = json.loads((ledger.run_folder(run.run_id) / "sparse_config.json").read_text())
     calibration = {
         "calibration": "task",
-        "calibration_examples": 6,
-        "calibration_tokens": 2048,
+        "calibration_tokens": 144,
+        "calibration_window": 24,
         "calibration_order": order,
+        "calibration_tokens_seen": 144,
     }
     assert described["calibration"] == (calibration if run.is_calibrated else None)
     assert described["mask_sha256"] == record.metrics["mask_sha256"]
+    shown = {"calibration": "task", "calibration_order": order, "calibration_tokens_seen": 144}
+    recorded = {name: value for name, value in record.metrics.items() if name in shown}
+    assert recorded == (shown if run.is_calibrated else {})
+    if run.is_calibrated:
+        assert record.metrics["calibration_tokens_per_input"] == 144 / 192, "of the feed-forward channels"
+    log = (ledger.run_folder(run.run_id) / "train.log").read_text()
+    assert ("calibrated on 144 tokens, a warning: that is 0.75 for each input" in log) == (method == "sparsegpt")
 
 
 def test_sparsegpt_freezes_the_weights_that_it_updated(
@@ -424,6 +433,25 @@ def test_sparsegpt_freezes_the_weights_that_it_updated(
     deployed, _ = deployed_by(run, ledger, worker)
     for name, merged in prunable_weights(deployed.model).items():
         torch.testing.assert_close(merged, frozen[name], atol=1e-6, rtol=0)
+
+
+def test_the_modes_of_a_pair_begin_alike_and_another_cell_of_the_seed_does_not(
+    make_run: MakeRun, ledger: Ledger
+) -> None:
+    """A step so small that the adapter that is saved is the one that it began with."""
+    one_step = {"steps": 1, "learning_rate": 1e-30, "final_learning_rate": 1e-30}
+    cells = [{"mode": "sparse-to-dense"}, {"mode": "sparse-to-sparse"}, {"sparsity": 0.5001}]
+    runs = [make_run(**one_step, **cell) for cell in cells]
+    losses = [finished(run, ledger).metrics["train_loss"] for run in runs]
+    first, second, other = (first_factors(ledger, run) for run in runs)
+    assert all(torch.equal(A, second[name]) for name, A in first.items())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6), "on the same examples"
+    assert not any(torch.equal(A, other[name]) for name, A in first.items())
+
+
+def first_factors(ledger: Ledger, run: Run) -> dict[str, Tensor]:
+    saved = load_file(ledger.run_folder(run.run_id) / "adapter" / "adapter_model.safetensors")
+    return {name: tensor for name, tensor in saved.items() if "lora_A" in name}
 
 
 def test_a_worker_measures_a_model_on_a_task_once(
@@ -462,7 +490,7 @@ def test_scores_can_be_calibrated_on_text(llama: Path, ledger: Ledger, tmp_path:
         "n_selection": 4,
         "precision": "float32",
     }
-    calibration = {"calibration": "wikitext2", "calibration_examples": 4, "calibration_tokens": 64}
+    calibration = {"calibration": "wikitext2", "calibration_tokens": 256, "calibration_window": 64}
     names = {"models": str(llama), "tasks": "boolq", "data_dir": data_dir, "methods": "wanda", "sparsities": "0.5"}
     plan = make_plan(SweepConfig.from_names(names | few | calibration))
     first, second = plan.runs.values()
@@ -470,3 +498,5 @@ def test_scores_can_be_calibrated_on_text(llama: Path, ledger: Ledger, tmp_path:
     assert finished(first, ledger, WorkerCache()).status == "done"
     described = json.loads((ledger.run_folder(first.run_id) / "sparse_config.json").read_text())
     assert described["calibration"] | calibration == described["calibration"]
+    assert described["calibration"]["calibration_tokens_seen"] == 256
+    assert finished(second, ledger).metrics["calibration_tokens_seen"] == 256, "read from the stored pruning"

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from tune_sparse.cli import main
 from tune_sparse.cli.command import BAD_INPUT, FAULT, OK
+from tune_sparse.config.protocol import PUBLISHED_CALIBRATION
 from tune_sparse.models.architectures import ARCHITECTURES, read_weights
 from tune_sparse.models.safetensors_io import TensorWriter, weight_files
 from tune_sparse.pruning.mask_io import MaskFile, stem
@@ -27,7 +28,7 @@ from tune_sparse.pruning.masks import count_sparsity, mask_sha256
 from tune_sparse.pruning.streaming import open_checkpoint
 
 METHODS = ("unstructured", "structured", "wanda", "sparsegpt", "random-2:4")
-CALIBRATION = ("--calibration", "boolq", "--data-dir", "synthetic", "--calibration-examples", "8")
+CALIBRATION = ("--calibration", "boolq", "--data-dir", "synthetic", "--calibration-tokens", "512")
 
 
 @pytest.fixture(params=ARCHITECTURES)
@@ -147,17 +148,38 @@ def test_sequential_pruning_gives_other_masks_than_the_dense_model(llama_folder:
             json.loads((tmp_path / way / "llama" / f"stats_sparsity50_{method}.json").read_text())
             for way in ("dense", "sequential")
         ]
-        assert [s["calibration"]["sequential"] for s in stats] == [False, True]
+        assert [s["calibration"]["calibration_order"] for s in stats] == ["dense", "sequential"]
         assert stats[0]["mask_sha256"] != stats[1]["mask_sha256"]
 
 
 def test_a_text_file_calibrates_too(llama_folder: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("the cat is red and the dog is blue. " * 300)
-    size = ("--calibration-examples", "4", "--calibration-tokens", "32")
+    size = ("--calibration-tokens", "128", "--calibration-window", "32")
     assert prune(llama_folder, tmp_path, "--methods", "taylor", "--calibration", str(text), *size) == OK
     stats = json.loads((tmp_path / "llama" / "stats_sparsity50_taylor.json").read_text())
-    assert stats["calibration"] == {"source": str(text), "examples": 4, "tokens": 32, "sequential": False}
+    assert stats["calibration"] == {
+        "calibration": str(text),
+        "calibration_tokens": 128,
+        "calibration_window": 32,
+        "calibration_order": "dense",
+        "calibration_tokens_seen": 128,
+    }
+
+
+def test_as_published_is_wikitext2_in_sequence(
+    llama_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "data" / "wikitext2" / "train.txt"
+    text.parent.mkdir(parents=True)
+    text.write_text("the cat is red and the dog is blue. " * 30)
+    published = ("--calibration", "published", "--data-dir", str(tmp_path / "data"), "--calibration-tokens", "8")
+    assert prune(llama_folder, tmp_path, "--methods", "sparsegpt", *published) == OK
+    found = json.loads((tmp_path / "llama" / "stats_sparsity50_sparsegpt.json").read_text())["calibration"]
+    seen = found.pop("calibration_tokens_seen")
+    assert found == PUBLISHED_CALIBRATION
+    assert 2 < seen < 128 * 2048
+    assert f"sparsegpt calibrated on {seen} tokens" in capsys.readouterr().out
 
 
 def test_a_calibration_file_that_is_not_text_is_refused(
@@ -172,7 +194,7 @@ def test_a_calibration_file_that_is_not_text_is_refused(
 def test_examples_are_no_longer_than_the_models_context(architecture_folders: dict[str, Path], tmp_path: Path) -> None:
     """OPT's positions are a table of 128: a longer example would fall off it."""
     (tmp_path / "text.txt").write_text("the cat is red and the dog is blue. " * 300)
-    text = ("--calibration", str(tmp_path / "text.txt"), "--calibration-examples", "3")
+    text = ("--calibration", str(tmp_path / "text.txt"), "--calibration-tokens", "300")
     assert prune(architecture_folders["OPTForCausalLM"], tmp_path, "--methods", "wanda", *text) == OK
 
 
@@ -252,14 +274,7 @@ def test_a_broken_checkpoint_leaves_no_file(
         (("--compact",), "only structured masks make a model smaller, got unstructured"),
         (("--methods", "wanda", "--calibration", "bolq"), "unknown task or text file 'bolq'. Did you mean 'boolq'?"),
         (("--methods", "wanda", "--calibration", "boolq"), "examples of the tasks are needed, got no data_dir"),
-        (
-            ("--methods", "wanda", *CALIBRATION, "--calibration-examples", "99999"),
-            "calibration needs 99999 examples, got",
-        ),
-        (
-            ("--methods", "wanda", *CALIBRATION, "--calibration-tokens", "1"),
-            "at least 2 tokens, got 8 examples of 1",
-        ),
+        (("--methods", "wanda", *CALIBRATION, "--calibration-tokens", "1"), "calibration_tokens must be at least 2"),
         (("--methods", "magnitude-global", "--sparsities", "0.99999"), "no layer may be 100% sparse"),
     ],
 )
@@ -274,9 +289,9 @@ def test_a_wrong_request_is_refused(
 def test_a_text_that_is_too_short_is_refused(
     llama_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "text.txt").write_text("too short")
+    (tmp_path / "text.txt").write_text("")
     assert prune(llama_folder, tmp_path, "--methods", "wanda", "--calibration", str(tmp_path / "text.txt")) == BAD_INPUT
-    assert "must have examples x tokens = 128 x 2048 tokens" in capsys.readouterr().err
+    assert "calibration needs at least 2 tokens, got 0" in capsys.readouterr().err
 
 
 def test_too_little_room_is_refused(

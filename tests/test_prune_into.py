@@ -110,7 +110,7 @@ def test_sums_of_gradients_stay_for_one_calibration_set_at_a_time(llama: Path) -
     worker = WorkerCache()
     measure = worker.pruner._measured
     runs = [
-        tiny_run(llama, method=method, calibration_examples=count) for method in ("wanda", "taylor") for count in (4, 6)
+        tiny_run(llama, method=method, calibration_tokens=count) for method in ("wanda", "taylor") for count in (40, 60)
     ]
     loaded = worker.model(runs[0])
     found = [weakref.ref(measure(run, loaded, EXAMPLES)) for run in runs]

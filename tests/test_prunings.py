@@ -234,7 +234,8 @@ class TestIdentity:
                     {"max_tokens": 512},
                     {"n_train": 5},
                     {"precision": "float32"},
-                    {"calibration_examples": 3},
+                    {"calibration_tokens": 300},
+                    {"calibration_window": 3},
                     {"calibration_order": "sequential"},
                 )
             ),

@@ -43,8 +43,8 @@ OTHER_PROTOCOL: dict[str, Any] = {
 }
 OTHER_CALIBRATION: dict[str, Any] = {
     "calibration": "wikitext2",
-    "calibration_examples": 64,
-    "calibration_tokens": 512,
+    "calibration_tokens": 4096,
+    "calibration_window": 512,
     "calibration_order": "sequential",
 }
 OTHER_CELL: dict[str, Any] = {
@@ -115,6 +115,19 @@ def test_the_identity_does_not_change_with_places_on_disk() -> None:
     moved = make_run(model_path="/elsewhere/tiny", data_dir="/data")
     assert moved.identity == make_run().identity
     assert moved.pruned_baseline_id == make_run().pruned_baseline_id
+
+
+@pytest.mark.parametrize("name", OTHER_CELL)
+def test_cells_of_one_seed_do_not_share_their_luck_but_modes_and_backends_do(name: str) -> None:
+    other = make_run(make_cell(**{name: OTHER_CELL[name]}))
+    assert (other.draw_seed == make_run().draw_seed) == (name in ("mode", "backend", "model"))
+    assert 0 <= other.draw_seed < 2**32
+
+
+def test_what_a_training_draws_is_of_its_weights_and_no_path_or_setting() -> None:
+    moved = make_run(make_cell(model="renamed"), model_path="/elsewhere/tiny", protocol=Protocol(learning_rate=1e-3))
+    assert moved.draw_seed == make_run().draw_seed
+    assert make_run(model_fingerprint="x").draw_seed != make_run().draw_seed
 
 
 OTHER_BUDGETS = BudgetOptions(4096, 1024, 1024, "always")

@@ -70,7 +70,8 @@ def test_a_text_is_windows_of_the_longest_examples(tokenizer: PreTrainedTokenize
     examples = eval_set(tokenizer, TEXT, 20, max_tokens=64).examples
     assert [example.id for example in examples] == [f"window {i}" for i in range(len(ids) // 64)]
     assert [len(e.context + e.continuation) for example in examples for e in example.encoded] == [64] * len(examples)
-    assert eval_set(tokenizer, TEXT, 20, max_tokens=64, n_test=2).examples == examples[:2]
+    few = eval_set(tokenizer, TEXT, 20, max_tokens=64, n_test=2).examples
+    assert few == tuple(example for example in examples if example in few) != examples[:2]
 
 
 @pytest.mark.parametrize("text", ["a", "<|endoftext|>"])

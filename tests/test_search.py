@@ -40,7 +40,7 @@ SETTINGS = [
         "lora_alpha=8",
         "n_train=16",
     ),
-    *("n_selection=12", "n_test=6", "eval_every=3", "calibration_examples=4", "max_tokens=128", "max_new_tokens=4"),
+    *("n_selection=12", "n_test=6", "eval_every=3", "calibration_tokens=96", "max_tokens=128", "max_new_tokens=4"),
 ]
 
 

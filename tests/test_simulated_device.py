@@ -66,7 +66,7 @@ def run_both(model: Path, data_dir: Path, folder: Path, changes: dict[str, Any])
     checkpointing = ALWAYS if own.pop("checkpoints", False) else NEVER
     data = {"data_dir": data_dir} if own.get("task") == "wikitext2" else {}
     steps = {"steps": STEPS, "eval_every": STEPS, "global_batch_size": 8, "max_tokens": TOKENS}
-    run = tiny_run(model, **data | steps | {"max_new_tokens": NEW_TOKENS, "calibration_examples": CALIBRATION} | own)
+    run = tiny_run(model, **data | steps | {"max_new_tokens": NEW_TOKENS, "calibration_tokens": CALIBRATION * 24} | own)
     run = replace(run, budgets=BudgetOptions(TOKENS, activation_checkpointing=checkpointing))
     with sdpa_kernel(SDPBackend.MATH):
         on_cpu = finished(run, Ledger(folder / "cpu"))

@@ -36,6 +36,9 @@ def write_arc(data_dir: Path, **splits: int) -> Path:
     return data_dir
 
 
+HELLASWAG_EXAMPLE = {"activity_label": "A", "ctx_a": "B.", "ctx_b": "he", "endings": list("abcd"), "label": "0"}
+
+
 def prompts(examples: Any) -> list[str]:
     return [example.get("passage") or example["question"] for example in examples]
 
@@ -50,7 +53,7 @@ def test_selection_is_carved_from_train_where_validation_is_the_test(tmp_path: P
 def test_validation_is_the_selection_where_the_test_is_labelled(tmp_path: Path) -> None:
     splits = load_splits(TASKS["arc_easy"], write_arc(tmp_path, train=9, validation=6, test=5), SMALL)
     assert (len(splits.train), len(splits.selection), len(splits.test)) == (9, 4, 5)
-    assert prompts(splits.selection) == [f"validation {i}?" for i in range(4)]
+    assert len({*prompts(splits.selection)} & {f"validation {i}?" for i in range(6)}) == 4
     assert prompts(splits.test) == [f"test {i}?" for i in range(5)]
 
 
@@ -69,7 +72,31 @@ def test_no_example_is_in_two_splits(tmp_path: Path) -> None:
 def test_limits_shorten_each_split(tmp_path: Path) -> None:
     whole = load_splits(BOOLQ, write_boolq(tmp_path), SMALL)
     limited = load_splits(BOOLQ, tmp_path, replace(SMALL, n_train=7, n_test=2))
-    assert limited == Splits(whole.train[:7], whole.selection, whole.test[:2])
+    assert limited == Splits(whole.train[:7], whole.selection, limited.test)
+    assert len(limited.test) == 2
+
+
+def test_a_sample_of_the_test_examples_is_not_their_beginning_and_the_same_for_every_cell(tmp_path: Path) -> None:
+    whole = load_splits(BOOLQ, write_boolq(tmp_path, validation=40), SMALL)
+    few, more = (load_splits(BOOLQ, tmp_path, replace(SMALL, n_test=n)).test for n in (10, 20))
+    assert few != whole.test[:10]
+    assert [example for example in more if example in few] == list(few)
+    assert [example for example in whole.test if example in more] == list(more)
+    assert load_test(BOOLQ, tmp_path, Protocol(n_test=10, n_train=3)).test == few
+
+
+def test_a_sample_has_each_source_of_hellaswag_in_proportion(tmp_path: Path) -> None:
+    """The first tenth of the validation split is ActivityNet for the most part, the whole one third."""
+    sources = ["activitynet~v_1"] * 36 + ["wikihow~2"] * 64
+    examples = [{**HELLASWAG_EXAMPLE, "ctx_a": f"Scene {i}.", "source_id": s} for i, s in enumerate(sources)]
+    write_jsonl(tmp_path / "hellaswag" / "validation.jsonl", examples)
+    sample = load_test(TASKS["hellaswag"], tmp_path, Protocol(n_test=25)).test
+    assert sum(example["source_id"].startswith("activitynet") for example in sample) == 9
+
+
+@pytest.mark.parametrize("fields", [{}, {"source_id": "wikihow~2", "split_type": "zeroshot"}, {"source_id": 7}])
+def test_the_source_of_an_example_need_not_be_known(fields: dict[str, Any]) -> None:
+    assert isinstance(TASKS["hellaswag"].source({**HELLASWAG_EXAMPLE, **fields}), str)
 
 
 def test_a_tenth_of_train_is_the_selection_if_no_number_is_given(tmp_path: Path) -> None:
@@ -246,7 +273,8 @@ def test_no_worked_example_is_a_test_example_whatever_the_limit_of_train(tmp_pat
     write_boolq(tmp_path)
     leaked = boolq_examples(6, "validation")[2] | {"answer": True}
     write_jsonl(tmp_path / "boolq" / "train.jsonl", [*boolq_examples(20, "train"), leaked])
-    unseen = next(n for n in range(1, 17) if leaked not in load_splits(BOOLQ, tmp_path, limited(n, 1)).train)
+    train = load_splits(BOOLQ, tmp_path, limited(16, 1)).train
+    unseen = train.index(leaked) if leaked in train else 16
     load_splits(BOOLQ, tmp_path, limited(unseen, 6))
     with pytest.raises(InputError, match="no example of boolq may be in two splits"):
         load_splits(BOOLQ, tmp_path, replace(limited(unseen, 6), num_fewshot=2))

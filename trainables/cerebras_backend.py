@@ -138,7 +138,7 @@ class CerebrasTraining:
         log: RunLog,
     ) -> Generator[Step | None, None, Training]:
         """Yield None while it waits. Raises `RunError` for what would come again, `ApplianceError` for the rest."""
-        folder, seed = job_folder(ledger, run.run_id), run.cell.seed
+        folder, seed = job_folder(ledger, run.run_id), run.draw_seed
         restart = prepare_try(folder)
         labels = job_labels(ledger.folder, run) if self.is_csx else []
         start = starting_weights(run, trainable, pruned)
@@ -245,7 +245,7 @@ def stream_steps(
 ) -> Generator[Step | None, None, Training]:
     """Yield each step as it is reported, and None between, until the training has ended well."""
     training, protocol = Training(), run.protocol
-    upcoming = batches(examples.train, protocol, run.cell.seed)
+    upcoming = batches(examples.train, protocol, run.draw_seed)
     before, read = math.nan, 0
     while True:
         ended = handle.ended()  # asked first: what it wrote until then is read below

@@ -85,14 +85,14 @@ def _write(
     examples = worker.examples(run, loaded)
     masks = worker.pruner.make_into(run, loaded, examples.train)
     pruned = Pruned(masks, masks.sha256, prunable_weights(loaded.model))
-    trainable = setup(run.cell.mode, loaded.model, run.protocol, update_masks(run, pruned), run.cell.seed)
+    trainable = setup(run.cell.mode, loaded.model, run.protocol, update_masks(run, pruned), run.draw_seed)
     labels = job_labels(results, run) if settings.cerebras_target == "csx" else []
     write_job(
         folder,
-        examples_in_order(examples.train, run.protocol, run.cell.seed, settings.bucket_tokens),
+        examples_in_order(examples.train, run.protocol, run.draw_seed, settings.bucket_tokens),
         starting_weights(run, trainable, pruned),
         run.protocol,
-        run.cell.seed,
+        run.draw_seed,
         settings,
         labels,
         compile_only=compile_only,

@@ -41,6 +41,7 @@ from tune_sparse.ledger.record import Record
 from tune_sparse.ledger.run import Run, write_config
 from tune_sparse.lora.merging import mask_weights_into
 from tune_sparse.models.checkpoints import prunable_weights
+from tune_sparse.pruning.calibration import calibration_line
 from tune_sparse.training.budgets import Budgets
 from tune_sparse.training.loop import Step, mean_loss
 
@@ -177,6 +178,8 @@ def _stages(
 def _prune(work: Work, pruner: Pruner) -> Pruned:
     pruned = pruner.prune_into(work.run, work.loaded, work.examples.train, work.ledger)
     write_json(work.folder / "sparse_config.json", pruned.sparse_config(work.run))
+    if pruned.calibration_tokens is not None:
+        work.log(calibration_line(work.run.cell.method, work.loaded.dims, pruned.calibration_tokens))
     return pruned
 
 
@@ -213,7 +216,7 @@ def _train_into(
     masks = cerebras_backend.update_masks(run, pruned) if run.cerebras else pruned.masks
     protocol = replace(run.protocol, masked_lora_impl="effective-weight") if run.cerebras else run.protocol
     modules = {"modules": run.super_adapter.space.modules} if run.super_adapter else {}
-    trainable = setup(run.cell.mode, model, protocol, masks, run.cell.seed, **modules)
+    trainable = setup(run.cell.mode, model, protocol, masks, run.draw_seed, **modules)
     with trainable.shrunk():
         work.memory.end("set up")
         log(trainable.summary())
@@ -300,7 +303,7 @@ def _pruning_metrics(work: Work, pruned: Pruned, scores: Scores, actual_sparsity
         "mask_sha256": pruned.checksum,
         "weights_sha256": scores.weights_sha256,
         "inference_flops": {str(tokens): inference_flops(pruned.masks, shape, tokens) for tokens in SEQUENCE_LENGTHS},
-    }
+    } | pruned.calibration_metrics(work.run, shape)
 
 
 def _training_metrics(work: Work, trained: Trained, merge: MergeReport) -> dict[str, Any]:

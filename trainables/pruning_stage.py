@@ -21,12 +21,22 @@ from tune_sparse.ledger.prunings import StoredPruning
 from tune_sparse.ledger.run import Run
 from tune_sparse.lora.merging import mask_weights_into
 from tune_sparse.models.checkpoints import prunable_weights, write_weights_into
+from tune_sparse.models.dims import ModelDims
 from tune_sparse.pruning.bit_masks import BitMasks
-from tune_sparse.pruning.calibration import CalibrationStats, ModelBlocks, checked_examples, text_examples
+from tune_sparse.pruning.calibration import (
+    CalibrationStats,
+    ModelBlocks,
+    count_tokens,
+    example_windows,
+    text_windows,
+    tokens_per_input,
+)
 from tune_sparse.pruning.masks import MaskedWeights
 from tune_sparse.pruning.methods import method_named
 from tune_sparse.pruning.prune_into import Calibration, prune_into
 from tune_sparse.pruning.prune_model import Prunable, measured
+
+TOKENS_SEEN, TOKENS_PER_INPUT = "calibration_tokens_seen", "calibration_tokens_per_input"
 
 
 @dataclass(frozen=True)
@@ -36,6 +46,8 @@ class Pruned:
     masks: BitMasks
     checksum: str
     weights: Mapping[str, Tensor]
+    calibration_tokens: int | None = None
+    """that were seen; None for a method that is not calibrated"""
 
     @classmethod
     def from_masks(cls, masks: BitMasks, loaded: LoadedModel) -> Pruned:
@@ -52,9 +64,20 @@ class Pruned:
             "mask_sha256": self.checksum,
             "actual_sparsity": self.masks.sparsity,
             "kept_by_matrix": {name: [kept[name], prod(shapes[name])] for name in self.masks},
-            "calibration": run.protocol.calibrated_by if run.is_calibrated else None,
+            "calibration": run.protocol.calibrated_by | self.tokens_seen() if run.is_calibrated else None,
             "pruning_id": run.pruning_id,
         }
+
+    def tokens_seen(self) -> dict[str, int]:
+        return {} if self.calibration_tokens is None else {TOKENS_SEEN: self.calibration_tokens}
+
+    def calibration_metrics(self, run: Run, dims: ModelDims) -> dict[str, Any]:
+        """What a table says of the calibration; nothing for a method that is not calibrated."""
+        if self.calibration_tokens is None:
+            return {}
+        protocol = run.protocol
+        chosen = {"calibration": protocol.calibration, "calibration_order": protocol.calibration_order}
+        return chosen | self.tokens_seen() | {TOKENS_PER_INPUT: tokens_per_input(dims, self.calibration_tokens)}
 
 
 def read_into(stored: StoredPruning, loaded: LoadedModel) -> Pruned:
@@ -62,13 +85,13 @@ def read_into(stored: StoredPruning, loaded: LoadedModel) -> Pruned:
 
     Raises `NotReadyError` for bits that are not those stored.
     """
-    masks = read_masks(stored, loaded.model.device)
+    masks, tokens = read_masks(stored, loaded.model.device), stored.environment.get(TOKENS_SEEN)
     if not stored.has_weights:
         mask_weights_into(loaded.model, masks)
-        return Pruned(masks, stored.mask_sha256, MaskedWeights(loaded.dense_weights, masks))
+        return Pruned(masks, stored.mask_sha256, MaskedWeights(loaded.dense_weights, masks), tokens)
     weights = read_weights(stored, masks)
     write_weights_into(loaded.model, weights)
-    return Pruned(masks, stored.mask_sha256, weights)
+    return Pruned(masks, stored.mask_sha256, weights, tokens)
 
 
 class Pruner:
@@ -88,8 +111,9 @@ class Pruner:
         stored = store.pruning(run)
         if stored is None:
             masks = self.make_into(run, loaded, train)
+            seen = {TOKENS_SEEN: count_tokens(calibration_windows(run, loaded, train))} if run.is_calibrated else {}
             updated = prunable_weights(loaded.model) if method_named(run.cell.method).updates_weights else None
-            store.write_pruning(run, masks, updated, environment())
+            store.write_pruning(run, masks, updated, environment() | seen)
             stored = store.pruning(run)
             assert stored is not None
             if stored.mask_sha256 != masks.sha256:  # another worker was faster
@@ -107,7 +131,7 @@ class Pruner:
         return masks
 
     def _calibration(self, run: Run, loaded: LoadedModel, train: Sequence[Encoded]) -> Calibration:
-        examples = calibration_examples(run, loaded, train)
+        examples = calibration_windows(run, loaded, train)
         statistics = self._measured(run, loaded, examples)
         return Calibration(examples, statistics, run.protocol.calibration_order == "sequential")
 
@@ -128,10 +152,10 @@ class Pruner:
         return self._statistics[key]
 
 
-def calibration_examples(run: Run, loaded: LoadedModel, train: Sequence[Encoded]) -> list[Encoded]:
-    """Return what scores are calibrated on: training examples of the task, or pieces of a text."""
+def calibration_windows(run: Run, loaded: LoadedModel, train: Sequence[Encoded]) -> list[Encoded]:
+    """Return what scores are calibrated on: training examples of the task, or a text."""
     protocol = run.protocol
+    tokens, window = protocol.calibration_tokens, min(protocol.calibration_window, loaded.dims.max_positions)
     if protocol.calibration == "task":
-        return checked_examples(train, protocol.calibration_examples)
-    tokens = min(protocol.calibration_tokens, loaded.dims.max_positions)
-    return text_examples(loaded.tokenizer, load_planned_calibration_text(run), protocol.calibration_examples, tokens)
+        return example_windows(train, tokens, window)
+    return text_windows(loaded.tokenizer, load_planned_calibration_text(run), tokens, window)

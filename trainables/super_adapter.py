@@ -26,7 +26,7 @@ class SampledSlices:
         if run.super_adapter is None:
             return None
         assert isinstance(trainable, LoraFinetuning), "a mode without adapters trains no super-adapter"
-        return cls(trainable, run.super_adapter, run.cell.seed, count_layers(trainable.adapted))
+        return cls(trainable, run.super_adapter, run.draw_seed, count_layers(trainable.adapted))
 
     def activate_sampled(self, step: int) -> None:
         """Once before each step, in place: a rank sampled in the forward would be sampled again where activation

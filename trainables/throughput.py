@@ -62,13 +62,13 @@ def measure(run: Run, worker: WorkerCache, batch_size: int) -> Throughput:
         return Throughput(batch_size, None, None, None, problem=str(error))
     examples = worker.examples(run, loaded)
     masks = worker.pruner.make_into(run, loaded, examples.train)
-    trainable = setup(run.cell.mode, loaded.model, protocol, masks, run.cell.seed)
+    trainable = setup(run.cell.mode, loaded.model, protocol, masks, run.draw_seed)
     together = replace(budgets, micro_batch_tokens=batch_size * max(map(example_tokens, examples.train)))
     accelerator, totals = accelerator_for(trainable.mixed_precision), Training()
     gc.collect()
     try:
         with trainable.shrunk(), closing(PeakMemory()) as memory:
-            optimizer, seed = trainable.optimizer(protocol), run.cell.seed
+            optimizer, seed = trainable.optimizer(protocol), run.draw_seed
             if together.keeps_effective_weights:
                 keep_for_steps(trainable.model, optimizer)
             for step in fit(

@@ -100,7 +100,7 @@ def train(
     slices = SampledSlices.from_run(run, trainable)
     saved, first = time.monotonic(), training.steps
     accelerator = accelerator_for(trainable.mixed_precision)
-    seed, activate_sampled = run.cell.seed, slices.activate_sampled if slices else None
+    seed, activate_sampled = run.draw_seed, slices.activate_sampled if slices else None
     for step in fit(
         trainable.model, optimizer, examples.train, protocol, seed, first, accelerator, activate_sampled, budgets
     ):

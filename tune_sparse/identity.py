@@ -6,7 +6,7 @@ import hashlib
 import json
 from typing import Any
 
-NUMERICS_VERSION = 3
+NUMERICS_VERSION = 4
 """Raised by hand when trained numbers would change; each raise has a line in CHANGELOG.md."""
 
 

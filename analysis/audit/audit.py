@@ -54,6 +54,9 @@ RULES: dict[str, Rule] = {
     "modes-coincide": Rule("warning", "both modes are one training here", warnings.modes_alike),
     "few-examples": Rule("warning", "too few examples for small differences", warnings.few_examples),
     "few-steps": Rule("warning", "throughput from too few steps", warnings.few_steps),
+    "few-calibration-tokens": Rule(
+        "warning", "SparseGPT was calibrated on too few tokens", warnings.few_calibration_tokens
+    ),
     "missing": Rule("warning", "a cell without a finished run", warnings.missing),
     "pruning-gone": Rule("warning", "a run that cannot be merged any more", warnings.pruning_gone),
     "hardware": Rule("warning", "hardware changed within what is compared", warnings.hardware),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from itertools import combinations
 from typing import Any
@@ -10,6 +11,7 @@ from analysis.audit.errors import Detections, compared, examples_key, grouped, h
 from analysis.read.results import Results, RunFiles
 from analysis.stats.statistics import smallest_shown
 from tune_sparse.config.budgets import TOKEN_BUDGETS
+from tune_sparse.pruning.methods import ENOUGH_TOKENS_PER_INPUT, METHODS
 
 ALMOST_ALWAYS = 0.95
 """A share of all predictions that one answer has."""
@@ -85,6 +87,29 @@ def few_steps(results: Results) -> Detections:
     short = [e for e in results.done if e.run.protocol.steps < FEW_STEPS]
     if short:
         yield f"{len(short)} runs have a throughput of fewer than {FEW_STEPS} steps", _ids(short)
+
+
+def few_calibration_tokens(results: Results) -> Detections:
+    """Of SparseGPT: no other score inverts what it measures."""
+    for (model, task, _), runs in compared(results).items():
+        few = [e for e in runs if _lacks_calibration_tokens(e)]
+        if few:
+            least = min(few, key=_tokens_per_input)
+            yield (
+                f"{model}, {task}: {len(few)} runs of sparsegpt were calibrated on too little, {least.run_id} on "
+                f"{least.record.metrics['calibration_tokens_seen']} tokens, {_tokens_per_input(least):.2g} for each "
+                "input of the widest layer",
+                _ids(few),
+            )
+
+
+def _lacks_calibration_tokens(e: RunFiles) -> bool:
+    method = METHODS.get(e.run.cell.method)
+    return method is not None and method.updates_weights and _tokens_per_input(e) < ENOUGH_TOKENS_PER_INPUT
+
+
+def _tokens_per_input(e: RunFiles) -> float:
+    return float(e.record.metrics.get("calibration_tokens_per_input", math.inf))
 
 
 def missing(results: Results) -> Detections:

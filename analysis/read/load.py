@@ -51,8 +51,11 @@ COLUMNS = (
     "peak_memory_bytes",
     "cell_peak_memory_bytes",
     "compile_seconds",
+    "calibration_tokens_seen",
     "inference_flops",
     "hardware",
+    "calibration",
+    "calibration_order",
     "error",
 )
 NUMBERS = ["sparsity", "actual_sparsity", *COLUMNS[COLUMNS.index("accuracy") : COLUMNS.index("hardware")]]

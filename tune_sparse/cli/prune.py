@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,8 @@ from tune_sparse.cli.command import OK, add_command
 from tune_sparse.cli.settings import DATA_DIR
 from tune_sparse.cli.words import files, methods, models, paragraph, table, tasks, words
 from tune_sparse.config import Protocol
+from tune_sparse.config.options import rule
+from tune_sparse.config.protocol import PUBLISHED, PUBLISHED_MEANING, without_published
 from tune_sparse.data.task_types import TextTask
 from tune_sparse.data.tasks import TASKS
 from tune_sparse.errors import DISK_FULL, InputError, unknown_name
@@ -79,28 +81,30 @@ def _add_calibration_into(group: Any) -> None:
         "--calibration",
         metavar="SOURCE",
         help="calibration examples: a task of those listed below, whose training examples are taken from --data-dir; "
-        "or the path of a text file (default: none, which suits the methods that need no calibration)",
+        f"or the path of a text file; or `{PUBLISHED}`: {PUBLISHED_MEANING} in --data-dir (default: none, which suits "
+        "the methods that need no calibration)",
     )
     group.add_argument(
         "--data-dir",
         type=Path,
         metavar="DATA",
-        help=f"where --calibration names a task: {DATA_DIR} (default: none, so it must be given)",
-    )
-    group.add_argument(
-        "--calibration-examples",
-        type=int,
-        default=Protocol.calibration_examples,
-        metavar="N",
-        help=f"number of calibration examples (default: {Protocol.calibration_examples})",
+        help=f"where --calibration names a task or is `{PUBLISHED}`: {DATA_DIR} (default: none, so it must be given)",
     )
     group.add_argument(
         "--calibration-tokens",
         type=int,
         default=Protocol.calibration_tokens,
         metavar="N",
-        help=f"largest number of tokens of a calibration example; each piece of a text has exactly as many (default: "
-        f"{Protocol.calibration_tokens})",
+        help="number of tokens to calibrate on, or all there are if they are fewer; sparsegpt wants at least two for "
+        f"each input of a layer (default: {Protocol.calibration_tokens})",
+    )
+    group.add_argument(
+        "--calibration-window",
+        type=int,
+        default=Protocol.calibration_window,
+        metavar="N",
+        help="tokens that the model reads at once in calibration, or its context if that is less (default: "
+        f"{Protocol.calibration_window})",
     )
     group.add_argument(
         "--sequential",
@@ -149,8 +153,9 @@ def _prune(chosen: argparse.Namespace) -> int:
     from tune_sparse.pruning.methods import method_named
     from tune_sparse.pruning.prune_checkpoint import Request, run
 
-    calibrated = [name for name in chosen.methods if method_named(name).is_calibrated]
-    examples = calibration_examples(chosen) if calibrated and chosen.calibration else ()
+    is_calibrated = any(method_named(name).is_calibrated for name in chosen.methods)
+    by = calibration_settings(chosen)
+    examples = calibration_windows(chosen, by) if is_calibrated and chosen.calibration else ()
     request = Request(
         model=chosen.model,
         methods=chosen.methods,
@@ -160,9 +165,9 @@ def _prune(chosen: argparse.Namespace) -> int:
         format=chosen.format,
         checkpoints=chosen.checkpoints,
         compact=chosen.compact,
-        calibration={"source": chosen.calibration, "examples": len(examples), "tokens": chosen.calibration_tokens},
+        calibration=by,
         examples=examples,
-        sequential=chosen.sequential,
+        sequential=by["calibration_order"] == "sequential",
     )
     try:
         run(request)
@@ -176,30 +181,41 @@ def _prune(chosen: argparse.Namespace) -> int:
     return OK
 
 
-def calibration_examples(chosen: argparse.Namespace) -> Sequence[Encoded]:
-    """Read examples of a task's training split, or pieces of a text file, as the model's tokens."""
+def calibration_settings(chosen: argparse.Namespace) -> Mapping[str, Any]:
+    """Name the settings of a calibration as a sweep does. Raises `InputError` for a size that makes no sense."""
+    settings = without_published(
+        {
+            "calibration": chosen.calibration,
+            "calibration_tokens": chosen.calibration_tokens,
+            "calibration_window": chosen.calibration_window,
+            "calibration_order": "sequential" if chosen.sequential else "dense",
+        }
+    )
+    for name in ("calibration_tokens", "calibration_window"):
+        rule(settings[name] >= 2, f"{name} must be at least 2", settings[name], "Give a larger number.")
+    return settings
+
+
+def calibration_windows(chosen: argparse.Namespace, by: Mapping[str, Any]) -> Sequence[Encoded]:
+    """Read training examples of a task, or a text, as the model's tokens."""
     from tune_sparse.data.sources import examples_folder
     from tune_sparse.data.splits import calibration_text, encode_training, load_splits
     from tune_sparse.models.checkpoints import load_tokenizer
-    from tune_sparse.pruning.calibration import checked_examples, text_examples
+    from tune_sparse.pruning.calibration import example_windows, text_windows
     from tune_sparse.pruning.streaming import open_checkpoint
 
-    source, count, tokens = chosen.calibration, chosen.calibration_examples, chosen.calibration_tokens
-    if count < 1 or tokens < 2:
-        raise InputError(
-            f"calibration needs an example of at least 2 tokens, got {count} examples of {tokens}. Raise them."
-        )
+    source, tokens = by["calibration"], by["calibration_tokens"]
     checkpoint = open_checkpoint(chosen.model)
-    tokenizer, tokens = load_tokenizer(checkpoint.path), min(tokens, checkpoint.dims.max_positions)
+    tokenizer, window = load_tokenizer(checkpoint.path), min(by["calibration_window"], checkpoint.dims.max_positions)
     if Path(source).is_file():
-        return text_examples(tokenizer, _read_text(Path(source)), count, tokens)
+        return text_windows(tokenizer, _read_text(Path(source)), tokens, window)
     if source not in TASKS:
         raise unknown_name("task or text file", source, TASKS)
     task, folder = TASKS[source], examples_folder(chosen.data_dir, [source])
     if isinstance(task, TextTask):
-        return text_examples(tokenizer, calibration_text(source, folder), count, tokens)
-    train = load_splits(task, folder, Protocol()).train[:count]
-    return checked_examples(encode_training(tokenizer, task, train, tokens, None), count)
+        return text_windows(tokenizer, calibration_text(source, folder), tokens, window)
+    train = load_splits(task, folder, Protocol()).train
+    return example_windows(encode_training(tokenizer, task, train, window, None), tokens, window)
 
 
 def _read_text(path: Path) -> str:

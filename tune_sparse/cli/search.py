@@ -65,8 +65,8 @@ OUTCOME = paragraph(
 PRESET_NOTE = (
     "A search takes its model (the first), its task (the first, or with --all-tasks each), data_dir, gpus_per_trial "
     "and settings from the preset, while --method, --sparsity, --mode and --seed keep the defaults shown. It sets "
-    "lora_rank=32 and lora_alpha=64 itself, and with toy, smoke and their pilots n_selection=400 and "
-    "calibration_examples=32; --set changes these, too."
+    "lora_rank=32 and lora_alpha=64 itself, and with toy, smoke and their pilots n_selection=400; --set changes these, "
+    "too."
 )
 TEXTS = {
     "lora_rank": "rank of the super-adapter, at least the largest rank of the space (default: 32)",

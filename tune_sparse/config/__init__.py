@@ -17,6 +17,7 @@ from tune_sparse.config.cerebras import UNTRAINED_TARGETS
 from tune_sparse.config.cerebras import Cerebras as Cerebras
 from tune_sparse.config.options import converted, option, rule
 from tune_sparse.config.protocol import Protocol as Protocol
+from tune_sparse.config.protocol import without_published
 from tune_sparse.errors import unknown_name
 from tune_sparse.modes import DENSE, MODES, SPARSE_ADAPTER_MODES
 from tune_sparse.net import check_address
@@ -243,6 +244,7 @@ class SweepConfig:
         for name in names:
             if name not in known:
                 raise unknown_name("setting", name, known)
+        names = without_published(names)
         rule(bool(names.get("models")), "a sweep needs models", names.get("models"), "Give --models or a preset.")
         own, protocol, budgets, cerebras = (
             {f.name: converted(kind, f, names[f.name]) for f in fields(kind) if f.name in names} for kind in kinds

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -15,10 +16,22 @@ MASKED_LORA_IMPLS = {
     "without them",
 }
 CALIBRATIONS = {
-    "task": "training examples of the task",
-    "wikitext2": "pieces of the training text of that task in --data-dir, so not with synthetic; `tune-sparse prepare "
+    "task": "training examples of the task, one after the other",
+    "wikitext2": "the training text of that task in --data-dir, so not with synthetic; `tune-sparse prepare "
     "--tasks wikitext2 --data-dir hub` downloads it",
 }
+PUBLISHED = "published"
+PUBLISHED_CALIBRATION = {
+    "calibration": "wikitext2",
+    "calibration_tokens": 128 * 2048,
+    "calibration_window": 2048,
+    "calibration_order": "sequential",
+}
+"""As SparseGPT and Wanda were published, but for the text: theirs is of C4."""
+PUBLISHED_MEANING = (
+    "what the authors of sparsegpt and wanda did, whatever the other calibration settings say: 128 sequences of 2,048 "
+    "tokens of plain text, sequential; the text is that of wikitext2, theirs is of C4"
+)
 CALIBRATION_ORDERS = {
     "dense": "the unpruned model, once",
     "sequential": "layer after layer, with all earlier layers pruned already",
@@ -82,12 +95,16 @@ class Protocol:
     calibration: str = option(
         "examples on which the methods that need calibration measure the model",
         "task",
-        choices=CALIBRATIONS,
+        choices=CALIBRATIONS | {PUBLISHED: PUBLISHED_MEANING},
         heading="calibration, for the methods that need it",
     )
-    calibration_examples: int = option("number of calibration examples", 128)
     calibration_tokens: int = option(
-        "tokens of each piece of wikitext2; a task's examples are as long as in training", 2048
+        "number of tokens to calibrate on, or all there are if they are fewer; sparsegpt wants at least two for each "
+        "input of a layer",
+        128 * 2048,
+    )
+    calibration_window: int = option(
+        "tokens that the model reads at once in calibration, or its context if that is less", 2048
     )
     calibration_order: str = option(
         "the model whose activations are measured",
@@ -104,9 +121,9 @@ class Protocol:
             "eval_every",
             "threads",
         )
-        for name in (*counted, "calibration_examples"):
+        for name in counted:
             rule(getattr(self, name) >= 1, f"{name} must be at least 1", getattr(self, name), "Give a larger number.")
-        for name in ("max_tokens", "calibration_tokens"):
+        for name in ("max_tokens", "calibration_tokens", "calibration_window"):
             rule(getattr(self, name) >= 2, f"{name} must be at least 2", getattr(self, name), "Give a larger number.")
         rule(
             self.max_new_tokens < self.max_tokens,
@@ -167,6 +184,11 @@ class Protocol:
     def pack_to(self) -> int | None:
         """Tokens of a packed sequence; None without packing."""
         return self.max_tokens if self.packing else None
+
+
+def without_published(names: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Settings by name, `calibration=published` replaced by the settings that it stands for."""
+    return {**names, **PUBLISHED_CALIBRATION} if names.get("calibration") == PUBLISHED else names
 
 
 SCORING = ("precision", "max_tokens", "max_new_tokens", "num_fewshot", "n_test", "threads")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tune_sparse.config import Protocol
+from tune_sparse.data.draws import drawn
 from tune_sparse.data.task_types import Example, Pair, PromptTask, Task, TextTask
 from tune_sparse.data.tasks import task_named
 from tune_sparse.errors import InputError
@@ -54,8 +55,8 @@ def fingerprint_splits(splits: Sequence[Splits]) -> str:
 def load_splits(task: Task, data_dir: Path | None, protocol: Protocol) -> Splits:
     """The splits of a task by the rule of the study.
 
-    test: the labelled test split, or the official validation split where the test labels are not public (its
-    first `n_test` examples). selection: the validation split if it is not the test, else carved from train by a seed.
+    test: the labelled test split, or the official validation split where the test labels are not public, `n_test` of
+    it drawn. selection: drawn from the validation split if that is not the test, else carved from train by a seed.
     The only example of a text task has the whole split; its limits count windows, when it is encoded.
 
     Raises `InputError` for a missing file, a malformed example (file and line), or a prompt that two splits share.
@@ -77,8 +78,9 @@ def load_test(task: Task, data_dir: Path | None, protocol: Protocol) -> Splits:
 
 def _scored_splits(task: Task, data_dir: Path | None, protocol: Protocol, train: Sequence[Example]) -> Splits:
     """As `load_test`, with the training examples at hand."""
-    limit = protocol.n_test if isinstance(task, PromptTask) else None
-    test = read_split(task, task.test_split, data_dir)[:limit]
+    test = read_split(task, task.test_split, data_dir)
+    if isinstance(task, PromptTask):
+        test = draw_examples(task, "test", test, protocol.n_test)
     is_few_shot = protocol.num_fewshot and isinstance(task, PromptTask)
     shots = tuple(train) if is_few_shot else ()
     if is_few_shot and len(shots) <= protocol.num_fewshot:
@@ -95,7 +97,8 @@ def _prompt_splits(task: PromptTask, data_dir: Path | None, protocol: Protocol) 
     scored = _scored_splits(task, data_dir, protocol, train)
     random.Random(SPLIT_SEED).shuffle(train)
     if task.test_split == "test" and has_split(task, "validation", data_dir):
-        selection = read_split(task, "validation", data_dir)[: protocol.n_selection]
+        validation = read_split(task, "validation", data_dir)
+        selection = draw_examples(task, "selection", validation, protocol.n_selection)
     else:
         carved = protocol.n_selection or max(1, len(train) // 10)
         if carved >= len(train):
@@ -106,6 +109,11 @@ def _prompt_splits(task: PromptTask, data_dir: Path | None, protocol: Protocol) 
         selection, questions = train[:carved], {task.question(example) for example in train[:carved]}
         train = [example for example in train[carved:] if task.question(example) not in questions]
     return replace(scored, train=tuple(train[: protocol.n_train]), selection=tuple(selection))
+
+
+def draw_examples(task: Task, use: str, examples: Sequence[Example], count: int | None) -> list[Example]:
+    """Some of the examples in their own order, those of each source in proportion. use: of two draws from one split."""
+    return [examples[i] for i in drawn([task.source(example) for example in examples], count, f"{task.name}/{use}")]
 
 
 def split_path(task: Task, split: str, data_dir: Path) -> Path:
@@ -234,27 +242,31 @@ def encode_answers(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Pair], li
     return [replace(e, continuation=e.continuation + end) for e in encode_pairs(tokenizer, pairs, limit - 1)]
 
 
-def encode_windows(
-    tokenizer: PreTrainedTokenizerBase, text: str, window: int, count: int | None = None
-) -> list[Encoded]:
-    """The first `count` windows of a text, one after the other: every token follows those before it in its window.
+def encode_windows(tokenizer: PreTrainedTokenizerBase, text: str, window: int) -> list[Encoded]:
+    """The windows of a text, one after the other: every token follows those before it in its window.
 
     What is left after the last whole window is dropped, as in the pruning literature (GPTQ, SparseGPT, Wanda); a
     text shorter than a window is one window.
     """
     [ids] = _token_ids(tokenizer, [text])
     window = min(window, len(ids))
-    starts = range(0, len(ids) - window + 1, window)[:count]
+    starts = range(0, len(ids) - window + 1, window)
     return [Encoded((ids[start],), tuple(ids[start + 1 : start + window])) for start in starts]
+
+
+def draw_windows(task: Task, use: str, windows: Sequence[Encoded], count: int | None) -> dict[int, Encoded]:
+    """{its number in the text: window} of some of a text's windows, spread over it. use: as `draw_examples`."""
+    return {number: windows[number] for number in drawn([""] * len(windows), count, f"{task.name}/{use}")}
 
 
 def encode_training(
     tokenizer: PreTrainedTokenizerBase, task: Task, examples: Sequence[Example], max_tokens: int, count: int | None
 ) -> list[Encoded]:
-    """Examples to learn from: prompts with their answers, or the first `count` windows of a text."""
+    """Examples to learn from: prompts with their answers, or `count` windows of a text."""
     if isinstance(task, PromptTask):
         return encode_answers(tokenizer, [task.training_pair(example) for example in examples], max_tokens)
-    return [e for example in examples for e in encode_windows(tokenizer, example["text"], max_tokens, count)]
+    windows = [e for example in examples for e in encode_windows(tokenizer, example["text"], max_tokens)]
+    return list(draw_windows(task, "training", windows, count).values())
 
 
 def _token_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:

@@ -47,6 +47,8 @@ class Task(ABC):
     """Accuracy of guessing; None where accuracy is not the metric."""
     num_fewshot: int = 0
     """Worked examples in a test prompt of the harness."""
+    source: Callable[[Example], str] = lambda example: ""
+    """Names the source that an example comes from: where some of a split are drawn, each source has its share."""
     prompt_version: int = 1
     """Raised when a prompt or metric changes: part of a run's identity."""
 

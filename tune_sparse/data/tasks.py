@@ -45,6 +45,11 @@ def _hellaswag_pairs(example: Example) -> list[Pair]:
     return [(_hellaswag_text(context), " " + _hellaswag_text(ending)) for ending in example["endings"]]
 
 
+def _hellaswag_source(example: Example) -> str:
+    """ActivityNet or WikiHow, of activities that are in the training split or not; the two fields may be absent."""
+    return f"{str(example.get('source_id', '')).partition('~')[0]} {example.get('split_type', '')}"
+
+
 def _labelled_choices(context: str, example: Example) -> list[Pair]:
     return [(context, " " + text) for text in example["choices"]["text"]]
 
@@ -147,6 +152,7 @@ TASKS: dict[str, Task] = {
             test_split="validation",
             hub=Hub("Rowan/hellaswag"),
             chance=0.25,
+            source=_hellaswag_source,
             pairs=_hellaswag_pairs,
             gold=lambda example: int(example["label"]),
         ),

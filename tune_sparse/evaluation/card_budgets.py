@@ -120,10 +120,12 @@ def _refusal(cell: CellMemory, card_bytes: int, share: float, options: BudgetOpt
 def _fixes(cell: CellMemory, card_bytes: int, share: float, options: BudgetOptions) -> str:
     """The settings of which one alone would make the cell fit."""
     protocol, room = cell.protocol, usable(card_bytes, share)
+    tokens, window = protocol.calibration_tokens, cell.calibration_window
     changes = {
         "set precision=bfloat16": replace(protocol, precision="bfloat16"),
         **{f"set max_tokens={n}": replace(protocol, max_tokens=n) for n in (1024, 512) if n < cell.longest},
-        "set calibration_examples=32": replace(protocol, calibration_examples=32),
+        **{f"set calibration_tokens={n}": replace(protocol, calibration_tokens=n) for n in (65536,) if n < tokens},
+        **{f"set calibration_window={n}": replace(protocol, calibration_window=n) for n in (512,) if n < window},
     }
     found = ["leave the budgets to the program"] if options != NO_OPTIONS and _fits(cell, room) else []
     found += ["raise --gpus-per-trial"] if share < 1 and _fits(cell, usable(card_bytes)) else []

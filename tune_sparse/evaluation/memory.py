@@ -161,18 +161,21 @@ class CellMemory:
     @property
     def calibrated_activations(self) -> int:
         """What a block reads, or in its place what it wrote, and the sines and cosines of the positions, for every
-        calibration example; and one example within the block."""
+        calibration token; and one window within the block."""
+        kept = (self.dims.hidden_size + 2 * self.dims.head_dim) * self.element
+        return self.protocol.calibration_tokens * kept + self.calibration_window * self.pass_bytes
+
+    @property
+    def calibration_window(self) -> int:
+        """Tokens of the longest window that calibration reads."""
         protocol = self.protocol
-        tokens = self.longest if protocol.calibration == "task" else protocol.calibration_tokens
-        tokens = min(tokens, self.dims.max_positions)
-        kept = protocol.calibration_examples * (self.dims.hidden_size + 2 * self.dims.head_dim) * self.element
-        return tokens * (kept + self.pass_bytes)
+        return min(protocol.calibration_window, protocol.calibration_tokens, self.dims.max_positions)
 
     @property
     def gradients(self) -> int:
-        """One example through the whole model and back, and the gradient of one matrix on its way to the host."""
-        logits = self.dims.vocab_size * (self.element + FLOAT) * 2
-        return self.longest * (self.saved_bytes + self.backward_bytes + logits) + self.largest * (self.element + FLOAT)
+        """One window through the whole model and back, and the gradient of one matrix on its way to the host."""
+        logits, window = self.dims.vocab_size * (self.element + FLOAT) * 2, self.calibration_window
+        return window * (self.saved_bytes + self.backward_bytes + logits) + self.largest * (self.element + FLOAT)
 
     # Training
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tune_sparse.config import Protocol
 from tune_sparse.data.batching import batches_by_length
-from tune_sparse.data.splits import Encoded, encode_pairs, encode_prompts, encode_windows
+from tune_sparse.data.splits import Encoded, draw_windows, encode_pairs, encode_prompts, encode_windows
 from tune_sparse.data.task_types import AnswerTask, ChoiceTask, Example, Pair, PromptTask, Task
 from tune_sparse.errors import InputError, RunError
 from tune_sparse.evaluation.generation import generate
@@ -64,14 +64,11 @@ def encode_test(
         if isinstance(task, ChoiceTask):
             return EvalSet(task, tuple(_encode_choices(tokenizer, task, examples, prefixes, protocol)))
         return EvalSet(task, tuple(_encode_answers(tokenizer, task, examples, prefixes, protocol)))
-    windows = [
-        e
-        for example in examples
-        for e in encode_windows(tokenizer, example["text"], protocol.max_tokens, protocol.n_test)
-    ]
+    windows = [e for example in examples for e in encode_windows(tokenizer, example["text"], protocol.max_tokens)]
     if not all(e.continuation for e in windows):
         raise InputError(f"the text of {task.name} must have at least 2 tokens, it has fewer. Give a longer text.")
-    return EvalSet(task, tuple(EvalExample(f"window {i}", None, (e,)) for i, e in enumerate(windows)))
+    chosen = draw_windows(task, "test", windows, protocol.n_test)
+    return EvalSet(task, tuple(EvalExample(f"window {number}", None, (e,)) for number, e in chosen.items()))
 
 
 def few_shot_prefixes(task: PromptTask, examples: Sequence[Example], shots: Sequence[Example], count: int) -> list[str]:

@@ -105,7 +105,7 @@ class CellSeconds:
         scored = 16 * self.cell.prunable / self.card.bandwidth
         if not method.is_calibrated:
             return scored
-        tokens = protocol.calibration_examples * min(self.sizes.train_tokens, self.cell.longest)
+        tokens = protocol.calibration_tokens
         operations = 6 if method.needs.gradients else 2
         measured = tokens * operations * _active_weights(self.cell) / self.card.rate(protocol.precision)
         return scored + (measured + (self._updating if method.updates_weights else 0.0)) * SHARED_BEFORE_TUNING

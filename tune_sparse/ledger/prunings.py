@@ -44,7 +44,7 @@ class StoredPruning:
     sha256_by_file: dict[str, str]
     """equal for equal prunings"""
     environment: dict[str, Any]
-    """hardware and versions that made it"""
+    """hardware and versions that made it, and for a calibrated method the calibration tokens that it saw"""
 
     @property
     def has_weights(self) -> bool:

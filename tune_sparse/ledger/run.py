@@ -44,6 +44,15 @@ class Run:
         return self.cell.method in METHODS and METHODS[self.cell.method].is_calibrated
 
     @property
+    def draw_seed(self) -> int:
+        """Seed of what a training draws: A's start, the order of examples, dropout. Below 2**32.
+
+        Cells of one seed do not share their luck; the modes of a pair do, and so do backends and a super-adapter.
+        """
+        c = self.cell
+        return int(hash_json([self.model_fingerprint, c.task, c.method, c.sparsity, c.seed])[:8], 16)
+
+    @property
     def identity(self) -> str:
         """SHA-256 of the canonical run; places on disk and budgets are left out."""
         return hash_json(self._identified())

@@ -1,14 +1,15 @@
 """Statistics of a model on calibration examples: the inputs of its matrices block by block, and its gradients.
 
-An example is one of a task or a piece of a text, encoded as for training: a context, and the continuation whose loss
-counts.
+An example is a window of a text, or of a task's examples that lie behind one another; every token of it counts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain, islice
 from typing import Any
 from typing import Protocol as Interface
 
@@ -17,11 +18,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from tune_sparse.data.batching import example_tokens
 from tune_sparse.data.splits import Encoded
 from tune_sparse.errors import InputError
-from tune_sparse.models.architectures import Matrix, list_blocks, list_matrices, read_weights, unfused
+from tune_sparse.models.architectures import (
+    Matrix,
+    architecture_named,
+    list_blocks,
+    list_matrices,
+    read_weights,
+    unfused,
+)
+from tune_sparse.models.dims import ModelDims
 from tune_sparse.models.float_bits import is_finite
+from tune_sparse.pruning.methods import ENOUGH_TOKENS_PER_INPUT, method_named
 from tune_sparse.watchdog import heartbeat
+
+ORDER_SEED = 0
+"""Of the examples that scores are calibrated on. Not a cell's seed: cells of a task are calibrated on the same ones."""
 
 InputKey = tuple[int, int | None, str]
 """Names the input of a matrix, see `Matrix.input_key`."""
@@ -55,6 +69,12 @@ class InputStats:
         """L2 norm of each input over all tokens: (I,)."""
         assert self.squares is not None
         return self.squares.sqrt()
+
+    @property
+    def dead(self) -> Tensor:
+        """Which inputs are 0 for every token: (I,)."""
+        assert self.squares is not None
+        return self.squares == 0
 
     def take_hessian(self) -> Tensor:
         """2/n Σ x xᵀ of the output error: (I, I). It is given away: the sums of products are gone after that."""
@@ -281,27 +301,51 @@ def example_loss(model: Any, example: Encoded) -> Tensor:
     return F.cross_entropy(logits[first - 1 :].float(), text[0, first:])
 
 
-def text_examples(tokenizer: PreTrainedTokenizerBase, text: str, examples: int, tokens: int) -> list[Encoded]:
-    """The first `examples` pieces of `tokens` tokens of a text. Raises `InputError` for a text that is too short."""
-    # Enough characters for the pieces, most texts being far longer; all of them where that was too few.
-    wanted = examples * tokens
-    for characters in (8 * wanted, len(text)):
-        ids = tokenizer(text[:characters], add_special_tokens=False, verbose=False)["input_ids"]
-        if len(ids) >= wanted:
-            return [Encoded((), tuple(ids[i : i + tokens])) for i in range(0, wanted, tokens)]
-    raise InputError(
-        f"calibration text must have examples x tokens = {examples} x {tokens} tokens, got {len(ids)}. "
-        "Give more text, fewer examples or shorter ones."
+def text_windows(tokenizer: PreTrainedTokenizerBase, text: str, tokens: int, window: int) -> list[Encoded]:
+    """The beginning of a text as `windows`."""
+    ids: list[int] = []
+    # Enough characters for the tokens, most texts being far longer; all of them where that was too few.
+    for characters in (8 * tokens, len(text)):
+        if len(ids) < tokens:
+            ids = tokenizer(text[:characters], add_special_tokens=False, verbose=False)["input_ids"]
+    return windows([ids], tokens, window)
+
+
+def example_windows(examples: Sequence[Encoded], tokens: int, window: int) -> list[Encoded]:
+    """Examples as `windows`, shuffled by a fixed seed, so that every task of a mixture is among them."""
+    order = random.Random(ORDER_SEED).sample(examples, len(examples))
+    return windows((example.context + example.continuation for example in order), tokens, window)
+
+
+def windows(texts: Iterable[Sequence[int]], tokens: int, window: int) -> list[Encoded]:
+    """The first `tokens` tokens of texts that lie behind one another, or all if they are fewer, cut into windows.
+
+    Raises `InputError` where no token follows another.
+    """
+    ids = list(islice(chain.from_iterable(texts), tokens))
+    found = [Encoded((), tuple(ids[start : start + window])) for start in range(0, len(ids), window)]
+    if not found or len(found[0].continuation) < 2:
+        raise InputError(f"calibration needs at least 2 tokens, got {len(ids)}. Give longer examples, or more of them.")
+    return [example for example in found if len(example.continuation) > 1]
+
+
+def count_tokens(examples: Sequence[Encoded]) -> int:
+    return sum(map(example_tokens, examples))
+
+
+def calibration_line(method: str, dims: ModelDims, tokens: int) -> str:
+    """Say for a log how many tokens a method was calibrated on, and whether they are too few for its Hessians."""
+    line, found = f"{method} calibrated on {tokens} tokens", tokens_per_input(dims, tokens)
+    if not method_named(method).updates_weights or found >= ENOUGH_TOKENS_PER_INPUT:
+        return line
+    return (
+        f"{line}, a warning: that is {found:.2g} for each input of the widest layer, and fewer than "
+        f"{ENOUGH_TOKENS_PER_INPUT} leave its Hessian to damping. Raise calibration_tokens, or give more examples."
     )
 
 
-def checked_examples(examples: Sequence[Encoded], wanted: int) -> list[Encoded]:
-    """The first `wanted` examples. Raises `InputError` if they are too few, or one has nothing to learn."""
-    if len(examples) < wanted:
-        raise InputError(f"calibration needs {wanted} examples, got {len(examples)}. Give more or ask for fewer.")
-    for number, example in enumerate(examples[:wanted], start=1):
-        if len(example.context) + len(example.continuation) < 2:
-            raise InputError(
-                f"a calibration example must have at least 2 tokens, example {number} has fewer. Remove it."
-            )
-    return list(examples[:wanted])
+def tokens_per_input(dims: ModelDims, tokens: int) -> float:
+    """Calibration tokens for each input of the matrix that has fewest; experts share what there is evenly."""
+    routed = dims.experts_per_token / dims.num_experts
+    matrices = architecture_named(dims.architecture).expected(dims)
+    return min(tokens * (1 if m.expert is None else routed) / m.size(dims)[1] for m in matrices)

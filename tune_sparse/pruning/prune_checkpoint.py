@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -18,7 +18,7 @@ from tune_sparse.data.splits import Encoded
 from tune_sparse.errors import InputError, unknown_name
 from tune_sparse.files import check_room, write_json
 from tune_sparse.models.safetensors_io import TensorWriter
-from tune_sparse.pruning.calibration import CalibrationStats
+from tune_sparse.pruning.calibration import CalibrationStats, calibration_line, count_tokens
 from tune_sparse.pruning.compact import compact
 from tune_sparse.pruning.mask_io import FORMATS, MaskFile, PtWriter, levels_writer, masks_writer, stem
 from tune_sparse.pruning.mask_statistics import LevelStatistics, add_matrix
@@ -55,8 +55,8 @@ class Request:
     """Write each pruned checkpoint too."""
     compact: bool = False
     """Write each structured checkpoint in its smaller form too."""
-    calibration: dict[str, Any] = field(default_factory=dict)
-    """Describes `examples`: recorded, not read."""
+    calibration: Mapping[str, Any] = field(default_factory=dict)
+    """The settings that chose `examples`: recorded, not read."""
     examples: Sequence[Encoded] = ()
     sequential: bool = False
 
@@ -109,6 +109,8 @@ def run(request: Request, report: Callable[[str], None] = print) -> Path:
         passes = [[s] for s in request.sparsities] if _is_sequential(request, method) else [request.sparsities]
         for sparsities in passes:
             _write_method(request, method, sparsities, checkpoint, statistics, folder)
+        if method_named(method).is_calibrated:
+            report(calibration_line(method, checkpoint.dims, count_tokens(request.examples)))
         report(f"{method}: {len(request.sparsities)} levels in {folder}")
     return folder
 
@@ -215,7 +217,7 @@ def _write_level(
     stats = level.as_json() | {"seed": request.seed, "format": request.format}
     stats["mask_sha256"] = mask_sha256(MaskFile(path)) if path else None
     if method_named(level.method).is_calibrated:
-        stats["calibration"] = request.calibration | {"sequential": request.sequential}
+        stats["calibration"] = {**request.calibration, "calibration_tokens_seen": count_tokens(request.examples)}
     write_json(folder / f"{stem('stats', level.method, level.sparsity)}.json", stats)
     level.draw(folder / f"{stem('histogram', level.method, level.sparsity)}.png")
     if request.compact:

@@ -182,7 +182,8 @@ class Job:
         elif self.method.updates_weights:
             assert inputs is not None
             for source, together in groupby(matrices, key=lambda matrix: matrix.input_key):
-                yield from self._updated(together, inverse_factor(inputs[source].take_hessian()))
+                sums = inputs[source]
+                yield from self._updated(together, inverse_factor(sums.take_hessian()), sums.dead)
         else:
             yield from (self._elementwise(matrix, statistics) for matrix in matrices)
 
@@ -202,11 +203,11 @@ class Job:
             matrix.name, lambda: weight, lambda level: nested > level, lambda level: weight * (nested > level), nested
         )
 
-    def _updated(self, matrices: Iterable[Matrix], factor: Tensor) -> Iterator[PrunedMatrix]:
+    def _updated(self, matrices: Iterable[Matrix], factor: Tensor, dead: Tensor) -> Iterator[PrunedMatrix]:
         """Matrices with one input, which share its factor."""
-        return (self._updated_matrix(matrix, factor) for matrix in matrices)
+        return (self._updated_matrix(matrix, factor, dead) for matrix in matrices)
 
-    def _updated_matrix(self, matrix: Matrix, factor: Tensor) -> PrunedMatrix:
+    def _updated_matrix(self, matrix: Matrix, factor: Tensor, dead: Tensor) -> PrunedMatrix:
         weight = self.model.weights[matrix.name]
 
         @cache
@@ -218,6 +219,7 @@ class Job:
                 self.counts[matrix.name][level] if self.counts else 0,
                 GROUPS.get(self.method.pattern),
                 matrix.transposed,
+                dead,
             )
             return matrix.oriented(new).to(weight.dtype).contiguous(), matrix.oriented(keep).contiguous()
 

@@ -42,14 +42,22 @@ def inverse_factor(hessian: Tensor) -> Tensor:
 
 
 def sparsegpt(
-    weight: Tensor, factor: Tensor, pruned: int, group: tuple[int, int] | None = None, transposed: bool = False
+    weight: Tensor,
+    factor: Tensor,
+    pruned: int,
+    group: tuple[int, int] | None = None,
+    transposed: bool = False,
+    dead: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(weight with `pruned` zeros and the rest updated, in fp32; keep-mask): both (O, I).
 
     weight: (O, I), factor: (I, I) from `inverse_factor`. group: (kept, of so many neighbours in a row) decides
-    instead of `pruned`. `transposed`: positions count as in a stored (I, O).
+    instead of `pruned`. `transposed`: positions count as in a stored (I, O). dead: (I,) of bool, inputs that are always
+    0; what reads them becomes 0 first, as the authors' code has it, so that it goes before weights that do something.
     """
     columns = weight.T.to(torch.float32, copy=True).contiguous()
+    if dead is not None:
+        columns.masked_fill_(dead[:, None], 0)
     keep = torch.ones_like(columns, dtype=torch.bool)
     width = len(columns)
     for start in range(0, width, BLOCK):

@@ -12,7 +12,6 @@ from tune_sparse.data.sources import examples_folder
 from tune_sparse.data.splits import Splits, calibration_text, fingerprint_splits, load_splits
 from tune_sparse.data.task_types import AnswerTask, ChoiceTask, Example, PromptTask, Task, TextTask
 from tune_sparse.data.tasks import tasks_named
-from tune_sparse.errors import InputError
 from tune_sparse.evaluation.seconds import TaskSizes
 from tune_sparse.identity import hash_json
 from tune_sparse.pruning.methods import METHODS
@@ -50,8 +49,6 @@ def read_examples(config: SweepConfig) -> Examples:
     tasks = {task.name: task for name in config.tasks for task in tasks_named(name)}
     loaded = {name: load_splits(task, data_dir, config.protocol) for name, task in tasks.items()}
     splits = {name: [loaded[task.name] for task in tasks_named(name)] for name in config.tasks}
-    if config.protocol.calibration == "task" and _is_calibrated(config):
-        _check_calibration(config, splits)
     return Examples(
         data_dir,
         {name: fingerprint_splits(found) for name, found in splits.items()},
@@ -92,17 +89,6 @@ def _test_text(task: Task, example: Example) -> str:
 
 def _is_calibrated(config: SweepConfig) -> bool:
     return any(METHODS[method].is_calibrated for method in config.methods)
-
-
-def _check_calibration(config: SweepConfig, splits: Mapping[str, list[Splits]]) -> None:
-    needed = config.protocol.calibration_examples
-    for name, found in splits.items():
-        count = sum(len(split.train) for split in found)
-        if count < needed and not isinstance(tasks_named(name)[0], TextTask):
-            raise InputError(
-                f"calibration needs {needed} examples, {name} has {count} training examples. "
-                "Lower calibration_examples, or raise n_train."
-            )
 
 
 def _text(name: str, loaded: Mapping[str, Splits], data_dir: Path | None) -> str:

@@ -23,11 +23,10 @@ from tune_sparse.ledger.contracts import LedgerReader
 from tune_sparse.ledger.record import Record, SweepRecord
 from tune_sparse.ledger.run import Run, readable_id
 from tune_sparse.models.architectures import adapter_weights, pruned_weights
-from tune_sparse.models.checkpoints import Checkpoint, check_checkpoint, load_tokenizer, short_name
+from tune_sparse.models.checkpoints import Checkpoint, check_checkpoint, short_name
 from tune_sparse.models.dims import ModelDims
 from tune_sparse.models.toy_models import TOY_MODELS
 from tune_sparse.modes import MODES
-from tune_sparse.pruning.calibration import text_examples
 from tune_sparse.pruning.methods import method_named
 from tune_sparse.pruning.prune_model import check_method_sparsities
 from tune_sparse.sweep.cards import gpus_asked
@@ -160,7 +159,7 @@ def plan_cells(config: SweepConfig, examples: Examples) -> Plan:
     """Check every model, and name the run of every cell."""
     checkpoints = {short_name(model): check_checkpoint(model) for model in config.models}
     for checkpoint in checkpoints.values():
-        _check_model(config, checkpoint, examples.calibration_text)
+        _check_model(config, checkpoint)
     name_run = _run_namer(config, checkpoints, examples)
     runs: dict[str, Run] = {}
     owners: dict[str, str] = {}
@@ -205,15 +204,12 @@ def _run_namer(config: SweepConfig, checkpoints: Mapping[str, Checkpoint], examp
     return name_run
 
 
-def _check_model(config: SweepConfig, checkpoint: Checkpoint, calibration_text: str | None) -> None:
-    """Raise `InputError` for a model that no trial could prune, calibrate or convert as the matrix asks."""
-    protocol = config.protocol.within(checkpoint.dims.max_positions)
+def _check_model(config: SweepConfig, checkpoint: Checkpoint) -> None:
+    """Raise `InputError` for a model that no trial could prune, prompt or convert as the matrix asks."""
+    config.protocol.within(checkpoint.dims.max_positions)
     _check_reachable(config, checkpoint)
     if "cerebras" in config.backends:
         check_convertible(checkpoint.path)
-    if calibration_text is not None:
-        tokens = min(protocol.calibration_tokens, checkpoint.dims.max_positions)
-        text_examples(load_tokenizer(checkpoint.path), calibration_text, protocol.calibration_examples, tokens)
 
 
 def _check_reachable(config: SweepConfig, checkpoint: Checkpoint) -> None:
