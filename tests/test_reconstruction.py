@@ -19,7 +19,7 @@ from tune_sparse.models.dims import ModelDims
 from tune_sparse.pruning.bit_masks import BitMasks
 from tune_sparse.pruning.calibration import ModelBlocks
 from tune_sparse.pruning.prune_into import prune_into
-from tune_sparse.pruning.reconstruction import DAMPING, BlockRecovery, reconstruct_into, solve
+from tune_sparse.pruning.reconstruction import DAMPING, BlockRecovery, damp_into, reconstruct_into, solve
 
 RNG = random.Random(0)
 EXAMPLES = [Encoded((), tuple(RNG.randrange(700) for _ in range(24))) for _ in range(8)]
@@ -43,7 +43,7 @@ def objective(weight: Tensor, dense: Tensor, x: Tensor) -> float:
 
 def test_each_row_is_the_least_squares_solution_on_its_survivors() -> None:
     start, dense, mask, x = problem(rows=5, width=24, kept=0.5)
-    found = solve(start, dense, mask, x.T @ x, iterations=60)
+    found = solve(start, dense, mask, damp_into(x.T @ x), iterations=60)
     damping = np.sqrt(float(DAMPING * (x.T @ x).diagonal().mean()))
     for row, keep, wanted in zip(found.numpy(), mask.numpy(), dense.numpy(), strict=True):
         # Rows of the damped problem: every token, and a pull of each survivor towards its dense value.
@@ -58,7 +58,7 @@ def test_each_row_is_the_least_squares_solution_on_its_survivors() -> None:
 @given(st.integers(1, 6), st.integers(1, 32), st.floats(0, 1), st.integers(0, 9), st.integers(1, 20))
 def test_zeros_stay_and_the_objective_never_rises(rows: int, width: int, kept: float, seed: int, steps: int) -> None:
     start, dense, mask, x = problem(rows, width, kept, seed)
-    gram = x.T @ x
+    gram = damp_into(x.T @ x)
     losses = [objective(solve(start, dense, mask, gram, n), dense, x) for n in (0, steps, steps + 1)]
     assert losses[1] <= losses[0] * (1 + 1e-5) + 1e-4
     assert losses[2] <= losses[1] * (1 + 1e-5) + 1e-4
@@ -70,14 +70,14 @@ def test_zeros_stay_and_the_objective_never_rises(rows: int, width: int, kept: f
 def test_without_zeros_it_is_the_dense_weight() -> None:
     start, dense, _, x = problem(rows=4, width=16, kept=1)
     everything = torch.ones(4, 16, dtype=torch.bool)
-    assert torch.equal(solve(dense, dense, everything, x.T @ x), dense)
-    torch.testing.assert_close(solve(start, dense, everything, x.T @ x, 60), dense, atol=1e-4, rtol=1e-4)
+    assert torch.equal(solve(dense, dense, everything, damp_into(x.T @ x)), dense)
+    torch.testing.assert_close(solve(start, dense, everything, damp_into(x.T @ x), 60), dense, atol=1e-4, rtol=1e-4)
 
 
 def test_inputs_that_are_never_used_do_no_harm() -> None:
     start, dense, mask, x = problem(rows=4, width=16, kept=0.5)
     x[:, 3] = 0
-    assert solve(start, dense, mask, x.T @ x).isfinite().all()
+    assert solve(start, dense, mask, damp_into(x.T @ x)).isfinite().all()
     assert torch.equal(solve(start, dense, mask, torch.zeros(16, 16)), start * mask + 0.0)
 
 

@@ -21,19 +21,18 @@ from torch import Tensor, nn
 from tune_sparse.data.splits import Encoded
 from tune_sparse.errors import InputError
 from tune_sparse.models.architectures import INPUTS, Matrix
-from tune_sparse.pruning.calibration import BlockArgs, Blocks, InputKey, InputStats, first_inputs, recorded
+from tune_sparse.pruning.calibration import BlockArgs, Blocks, InputKey, first_inputs, recorded
+from tune_sparse.pruning.methods import method_named
 from tune_sparse.watchdog import heartbeat
 
-RECOVERIES = {
-    "none": "nothing",
-    "reconstruct": "weights that are kept, solved layer by layer for what the unpruned layer computes",
-}
 DAMPING = 0.01
 """Fraction of the mean of the Gram matrix's diagonal that pulls each weight towards its dense value."""
 ITERATIONS = 15
 """Steps of conjugate gradients. More change the error on other examples in its third digit."""
 HELD_OUT_EVERY = 4
 """One example of so many is kept from the solver, and judges what it solved."""
+SOLVED_AT_ONCE = 1 << 23
+"""Weights of the rows of one matrix that are solved together, each of which takes 28 bytes for that time."""
 TINY = 1e-30
 """Keeps quotients of rows that are solved already finite."""
 
@@ -65,17 +64,28 @@ class BlockRecovery:
     is_accepted: bool
 
 
-def solve(start: Tensor, dense: Tensor, mask: Tensor, gram: Tensor, iterations: int = ITERATIONS) -> Tensor:
+def damp_into(gram: Tensor) -> Tensor:
+    """Add to X Xᵀ, (I, I), in place what pulls the solution towards the dense weight."""
+    gram.diagonal().add_(DAMPING * gram.diagonal().mean())
+    return gram
+
+
+def solve(start: Tensor, dense: Tensor, mask: Tensor, damped: Tensor, iterations: int = ITERATIONS) -> Tensor:
     """The weight W, zero outside the mask, that minimises ‖(W - dense) X‖² + λ ‖W - dense‖²: (O, I) in float32.
 
-    start, dense: (O, I). mask: (O, I), bool. gram: X Xᵀ over the tokens of the inputs, (I, I) in float32. λ is
-    `DAMPING` of the mean of its diagonal. Conjugate gradients with the diagonal as their preconditioner start from
-    `start`; their objective rises in no step.
+    start, dense: (O, I). mask: (O, I), bool. damped: X Xᵀ + λ over the tokens of the inputs, (I, I) in float32.
+    Conjugate gradients with the diagonal as their preconditioner start from `start`; the objective rises in no step.
     """
-    keep = mask.float()
-    damped = gram.clone()
-    damped.diagonal().add_(DAMPING * gram.diagonal().mean())
-    scale = 1 / damped.diagonal().clamp_min(TINY)
+    rows = max(1, SOLVED_AT_ONCE // len(damped))
+    solution = torch.empty_like(start, dtype=torch.float32)
+    for first in range(0, len(start), rows):
+        at = slice(first, first + rows)
+        solution[at] = _solve_rows(start[at], dense[at], mask[at], damped, iterations)
+    return solution
+
+
+def _solve_rows(start: Tensor, dense: Tensor, mask: Tensor, damped: Tensor, iterations: int) -> Tensor:
+    keep, scale = mask.float(), 1 / damped.diagonal().clamp_min(TINY)
     weight = start.float() * keep
     residual = ((dense.float() - weight) @ damped).mul_(keep)
     direction = residual * scale
@@ -87,9 +97,18 @@ def solve(start: Tensor, dense: Tensor, mask: Tensor, gram: Tensor, iterations: 
         residual.addcmul_(step, change, value=-1)
         preconditioned = residual * scale
         steeper = (residual * preconditioned).sum(dim=1, keepdim=True)
-        direction = direction.mul_(steeper / slope.clamp_min(TINY)).add_(preconditioned)
+        direction.mul_(steeper / slope.clamp_min(TINY)).add_(preconditioned)
         slope = steeper
     return weight.masked_fill_(~mask, 0)
+
+
+def check_recoverable(method: str, recover: str) -> None:
+    """Raise `InputError` for a recovery that would change no weight."""
+    if recover != "none" and method_named(method).pattern == "structured":
+        raise InputError(
+            f"recover={recover} solves for what a layer computes of its inputs, got {method}: without whole heads and "
+            "channels the layers that are left compute that already. Set recover=none, or leave the method out."
+        )
 
 
 def reconstruct_into(
@@ -183,9 +202,10 @@ def _recover_into(number: int, block: PrunedBlock, stream: Stream) -> BlockRecov
     block.write(pruned)
     before = _closeness(block.module, stream, targets)
     for stage in block.stages():
-        inputs = _stage_inputs(block.module, stage, stream)
+        grams = _grams(block.module, stage, stream)
         for matrix in stage:
-            _solve_into(block, matrix, inputs[matrix.input_key])
+            if matrix.input_key in grams:
+                _solve_into(block, matrix, grams[matrix.input_key])
     after = _closeness(block.module, stream, targets)
     is_accepted = after.is_within(before)
     if not is_accepted:
@@ -193,14 +213,11 @@ def _recover_into(number: int, block: PrunedBlock, stream: Stream) -> BlockRecov
     return BlockRecovery(number, before, after, is_accepted)
 
 
-def _solve_into(block: PrunedBlock, matrix: Matrix, inputs: InputStats) -> None:
-    """Write the solution of one matrix, unless it is of an expert that no example reached."""
-    if inputs.products is None:
-        return
+def _solve_into(block: PrunedBlock, matrix: Matrix, damped: Tensor) -> None:
     heartbeat()
     own = block.weights[matrix.name]
     dense, mask = (tensors[matrix.name].to(own.device) for tensors in (block.dense, block.masks))
-    solved = solve(matrix.oriented(own), matrix.oriented(dense), matrix.oriented(mask), inputs.products)
+    solved = solve(matrix.oriented(own), matrix.oriented(dense), matrix.oriented(mask), damped)
     own.copy_(matrix.oriented(solved))
 
 
@@ -208,15 +225,18 @@ class _ReachedError(Exception):
     """The matrices of a stage were given their inputs."""
 
 
-def _stage_inputs(block: nn.Module, stage: Sequence[Matrix], stream: Stream) -> dict[InputKey, InputStats]:
-    """Sums over what the matrices of a stage read; what the block computes after them is left out."""
+def _grams(block: nn.Module, stage: Sequence[Matrix], stream: Stream) -> dict[InputKey, Tensor]:
+    """{input: X Xᵀ + λ} of what the matrices of a stage read, without the experts that no example reaches.
+
+    What the block computes after the stage is left out.
+    """
     with recorded(block, stage, wants_hessians=True) as inputs, _ended_before(block, stage[0]):
         for example in stream.solved_on:
             try:
                 stream.output(block, example)
             except _ReachedError:
                 continue
-    return inputs
+    return {source: damp_into(sums.products) for source, sums in inputs.items() if sums.products is not None}
 
 
 @contextmanager
@@ -235,8 +255,12 @@ def _ended_before(block: nn.Module, matrix: Matrix) -> Iterator[None]:
 def _closeness(block: nn.Module, stream: Stream, targets: Mapping[int, Tensor]) -> Closeness:
     errors, moves = [], []
     for example, target in targets.items():
-        dense = target.double()
-        errors.append((stream.output(block, example) - dense).square().sum(dim=-1).flatten())
-        moves.append((dense - stream.input(example)).square().sum(dim=-1).flatten())
-    error, moved = torch.cat(errors), torch.cat(moves).clamp_min(TINY)
+        errors.append(_squared_distances(stream.output(block, example), target))
+        moves.append(_squared_distances(stream.input(example), target))
+    error, moved = torch.cat(errors).double(), torch.cat(moves).double().clamp_min(TINY)
     return Closeness(float(error.sum() / moved.sum()), float((error / moved).mean()))
+
+
+def _squared_distances(computed: Tensor, target: Tensor) -> Tensor:
+    """‖x - y‖² of each token, in float32: (tokens,)."""
+    return (computed.float() - target).square().sum(dim=-1).flatten()
