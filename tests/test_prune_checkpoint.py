@@ -18,13 +18,16 @@ from plain_masks import make_masks
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from tune_sparse.cli import main
+from tune_sparse.cli import main, parser
 from tune_sparse.cli.command import BAD_INPUT, FAULT, OK
+from tune_sparse.cli.prune import calibration_settings, calibration_windows
 from tune_sparse.config.protocol import PUBLISHED_CALIBRATION
 from tune_sparse.models.architectures import ARCHITECTURES, read_weights
 from tune_sparse.models.safetensors_io import TensorWriter, weight_files
+from tune_sparse.pruning.calibration import ModelBlocks
 from tune_sparse.pruning.mask_io import MaskFile, stem
 from tune_sparse.pruning.masks import count_sparsity, mask_sha256
+from tune_sparse.pruning.reconstruction import reconstruct_into
 from tune_sparse.pruning.streaming import open_checkpoint
 
 METHODS = ("unstructured", "structured", "wanda", "sparsegpt", "random-2:4")
@@ -393,3 +396,50 @@ def test_a_file_without_masks_is_refused(
     path.write_bytes(content)
     assert validate(pruned[0], path) == BAD_INPUT
     assert f"masks.{suffix} must be" in capsys.readouterr().err
+
+
+RECOVER = ("--checkpoints", "--recover", "reconstruct", *CALIBRATION)
+
+
+@pytest.mark.parametrize("name", ["MixtralForCausalLM", "GPT2LMHeadModel"])
+def test_a_checkpoint_is_recovered_as_a_model_in_memory_is(
+    name: str, architecture_folders: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = architecture_folders[name]
+    assert prune(folder, tmp_path, "--methods", "random", "--calibration-window", "32", *RECOVER) == OK
+    written = tmp_path / folder.name
+    masks_file = written / f"{stem('masks', 'random', 0.5)}.safetensors"
+    masks = MaskFile(masks_file)
+    dense, model, recovered = (
+        AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32).requires_grad_(False).eval()
+        for place in (folder, written / stem("checkpoint", "random", 0.5), written / stem("recovered", "random", 0.5))
+    )
+    chosen = parser().parse_args(["prune", str(folder), *CALIBRATION, "--calibration-window", "32"])
+    windows = calibration_windows(chosen, calibration_settings(chosen))
+    found = list(reconstruct_into(ModelBlocks(model), read_weights(dense), masks, windows))
+    for matrix, weight in read_weights(recovered).items():
+        torch.testing.assert_close(weight, read_weights(model)[matrix], atol=1e-4, rtol=1e-3)
+        assert not weight[~masks[matrix]].any()
+    stats = json.loads((written / f"{stem('stats', 'random', 0.5)}.json").read_text())
+    assert [block["is_accepted"] for block in stats["recovery"]] == [block.is_accepted for block in found]
+    assert any(block.is_accepted for block in found)
+    assert stats["calibration"]["calibration_tokens_seen"] == 512
+    assert validate(written / stem("recovered", "random", 0.5), masks_file) == OK
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--recover", "reconstruct", *CALIBRATION), "changes weights, and masks alone have none. Add --checkpoints"),
+        (("--recover", "reconstruct", "--checkpoints"), "reconstruct needs calibration examples, got none"),
+        ((*RECOVER, "--format", "levels"), "recovery reads a file a level, got --format levels"),
+        ((*RECOVER, "--methods", "structured"), "recover=reconstruct solves .* got structured"),
+        ((*RECOVER, "--recover", "reconstrct"), "reconstrct"),
+    ],
+)
+def test_a_recovery_that_cannot_be_is_refused(
+    arguments: tuple[str, ...], message: str, llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert prune(llama, tmp_path, *arguments) == BAD_INPUT
+    assert re.search(message, capsys.readouterr().err)
+    assert not list(tmp_path.iterdir())

@@ -60,7 +60,7 @@ OTHER_INPUT: dict[str, Any] = {"model_fingerprint": "x", "data_fingerprint": "x"
 
 
 def test_every_field_of_the_protocol_is_varied() -> None:
-    assert {f.name for f in fields(Protocol)} == OTHER_PROTOCOL.keys() | OTHER_CALIBRATION.keys()
+    assert {f.name for f in fields(Protocol)} == OTHER_PROTOCOL.keys() | OTHER_CALIBRATION.keys() | {"recover"}
 
 
 @pytest.mark.parametrize("name", OTHER_CALIBRATION)
@@ -70,6 +70,22 @@ def test_calibration_is_part_of_calibrated_runs_alone(name: str) -> None:
         before, after = (make_run(make_cell(method=method), protocol=protocol) for protocol in (Protocol(), other))
         assert (before.identity != after.identity) == matters
         assert (before.pruned_baseline_id != after.pruned_baseline_id) == matters
+
+
+def test_recovery_makes_every_pruned_run_a_calibrated_one() -> None:
+    recovered = replace(Protocol(), recover="reconstruct")
+    for method in ("unstructured", "wanda"):
+        before, after = (make_run(make_cell(method=method), protocol=protocol) for protocol in (Protocol(), recovered))
+        assert before.identity != after.identity
+        assert before.pruned_baseline_id != after.pruned_baseline_id
+        assert after.is_calibrated
+        assert after.updates_weights
+        assert after.pruning_id not in (None, before.pruning_id)
+        other = replace(after, protocol=replace(recovered, calibration_tokens=4096))
+        assert other.pruning_id != after.pruning_id
+    dense = make_cell(method="none", sparsity=0.0, mode="dense")
+    assert make_run(dense).identity == make_run(dense, protocol=recovered).identity
+    assert make_run(dense, protocol=recovered).pruning_id is None
 
 
 def test_a_calibration_text_is_part_of_calibrated_runs_alone() -> None:

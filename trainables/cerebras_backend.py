@@ -55,7 +55,6 @@ from tune_sparse.models.model_zoo import cerebras_name
 from tune_sparse.modes import MODES
 from tune_sparse.pruning.bit_masks import BitMasks
 from tune_sparse.pruning.masks import Masks
-from tune_sparse.pruning.methods import method_named
 from tune_sparse.training.budgets import Budgets
 from tune_sparse.training.loop import Step, accelerator_for, batches, learning_rate_at, mean_loss
 
@@ -227,8 +226,7 @@ def update_masks(run: Run, pruned: Pruned) -> Masks:
 
 def starting_weights(run: Run, trainable: TrainableModel, pruned: Pruned) -> Start:
     """Return the state that a cell's training begins with."""
-    is_updated = run.cell.sparsity > 0 and method_named(run.cell.method).updates_weights
-    updated = pruned.weights if is_updated else {}
+    updated = pruned.weights if run.updates_weights else {}
     masks_update = MODES[run.cell.mode].masks_update
     return Start(pruned.masks, updated, _adapters(trainable), masks_update, _head_dim(trainable), run.cell.sparsity)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from math import prod
 from typing import Any
 
@@ -35,8 +35,10 @@ from tune_sparse.pruning.masks import MaskedWeights
 from tune_sparse.pruning.methods import method_named
 from tune_sparse.pruning.prune_into import Calibration, prune_into
 from tune_sparse.pruning.prune_model import Prunable, measured
+from tune_sparse.pruning.reconstruction import reconstruct_into
 
 TOKENS_SEEN, TOKENS_PER_INPUT = "calibration_tokens_seen", "calibration_tokens_per_input"
+RECOVERY = "recovery"
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,8 @@ class Pruned:
     weights: Mapping[str, Tensor]
     calibration_tokens: int | None = None
     """that were seen; None for a method that is not calibrated"""
+    recovery: Sequence[Mapping[str, Any]] = ()
+    """`BlockRecovery` of each block of a recovered model"""
 
     @classmethod
     def from_masks(cls, masks: BitMasks, loaded: LoadedModel) -> Pruned:
@@ -65,6 +69,8 @@ class Pruned:
             "actual_sparsity": self.masks.sparsity,
             "kept_by_matrix": {name: [kept[name], prod(shapes[name])] for name in self.masks},
             "calibration": run.protocol.calibrated_by | self.tokens_seen() if run.is_calibrated else None,
+            "recover": run.protocol.recover if run.is_recovered else None,
+            "recovery": list(self.recovery),
             "pruning_id": run.pruning_id,
         }
 
@@ -91,7 +97,7 @@ def read_into(stored: StoredPruning, loaded: LoadedModel) -> Pruned:
         return Pruned(masks, stored.mask_sha256, MaskedWeights(loaded.dense_weights, masks), tokens)
     weights = read_weights(stored, masks)
     write_weights_into(loaded.model, weights)
-    return Pruned(masks, stored.mask_sha256, weights, tokens)
+    return Pruned(masks, stored.mask_sha256, weights, tokens, stored.environment.get(RECOVERY, ()))
 
 
 class Pruner:
@@ -111,8 +117,12 @@ class Pruner:
         stored = store.pruning(run)
         if stored is None:
             masks = self.make_into(run, loaded, train)
-            seen = {TOKENS_SEEN: count_tokens(calibration_windows(run, loaded, train))} if run.is_calibrated else {}
-            updated = prunable_weights(loaded.model) if method_named(run.cell.method).updates_weights else None
+            seen: dict[str, Any] = {}
+            if run.is_calibrated:
+                seen |= {TOKENS_SEEN: count_tokens(calibration_windows(run, loaded, train))}
+            if run.is_recovered:
+                seen |= {RECOVERY: recover_into(run, loaded, masks, train)}
+            updated = prunable_weights(loaded.model) if run.updates_weights else None
             store.write_pruning(run, masks, updated, environment() | seen)
             stored = store.pruning(run)
             assert stored is not None
@@ -150,6 +160,13 @@ class Pruner:
             model = Prunable.from_weights(prunable_weights(loaded.model), loaded.dims)
             self._statistics[key] = measured([method], model, ModelBlocks(loaded.model), examples)
         return self._statistics[key]
+
+
+def recover_into(run: Run, loaded: LoadedModel, masks: BitMasks, train: Sequence[Encoded]) -> list[dict[str, Any]]:
+    """Recover the pruned model in place; returns the `BlockRecovery` of each block. Raises as `reconstruct_into`."""
+    examples = calibration_windows(run, loaded, train)
+    blocks = ModelBlocks(loaded.model)
+    return [asdict(found) for found in reconstruct_into(blocks, loaded.dense_weights, masks, examples)]
 
 
 def calibration_windows(run: Run, loaded: LoadedModel, train: Sequence[Encoded]) -> list[Encoded]:

@@ -338,6 +338,8 @@ def differing(first: Run, second: Run) -> list[str]:
     harmless = set(HARMLESS)
     if not (first.is_calibrated or second.is_calibrated):
         harmless |= set(CALIBRATION_SETTINGS)
+    if not (first.is_recovered or second.is_recovered):
+        harmless |= {"recover"}
     names = [name for name in left if left[name] != right[name]]
     if any(name in TEST_EXAMPLES for name in names):  # the fingerprint is of test examples too
         harmless |= {"data_fingerprint"}

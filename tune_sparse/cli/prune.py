@@ -12,7 +12,7 @@ from tune_sparse.cli.settings import DATA_DIR
 from tune_sparse.cli.words import files, methods, models, paragraph, table, tasks, words
 from tune_sparse.config import Protocol
 from tune_sparse.config.options import rule
-from tune_sparse.config.protocol import PUBLISHED, PUBLISHED_MEANING, without_published
+from tune_sparse.config.protocol import PUBLISHED, PUBLISHED_MEANING, RECOVERIES, without_published
 from tune_sparse.data.task_types import TextTask
 from tune_sparse.data.tasks import TASKS
 from tune_sparse.errors import DISK_FULL, InputError, unknown_name
@@ -32,6 +32,7 @@ def declare(commands: Any) -> None:
         examples=(
             "prune tiny-llama --methods unstructured structured random",
             "prune ./my-llama --methods wanda sparsegpt --sparsities 0.5 --calibration text.txt",
+            "prune ./my-llama --calibration text.txt --checkpoints --recover reconstruct",
         ),
         ok="all files are written",
         fault="the disk is full",
@@ -47,6 +48,7 @@ def declare(commands: Any) -> None:
     prune.add_argument("model", metavar="MODEL", help="model to prune, see below")
     _add_what_into(prune.add_argument_group("what to prune"))
     _add_calibration_into(prune.add_argument_group("calibration, for the methods that need it"))
+    _add_recovery_into(prune.add_argument_group("recovery after pruning"))
     _add_files_into(prune.add_argument_group("what to write"))
 
 
@@ -114,6 +116,17 @@ def _add_calibration_into(group: Any) -> None:
     )
 
 
+def _add_recovery_into(group: Any) -> None:
+    meant = "; ".join(f"{name}: {meaning}" for name, meaning in RECOVERIES.items())
+    group.add_argument(
+        "--recover",
+        default=Protocol.recover,
+        metavar="NAME",
+        help=f"recovery of each pruned model, on the calibration examples ({meant}); with --checkpoints (default: "
+        f"{Protocol.recover})",
+    )
+
+
 def _add_files_into(group: Any) -> None:
     group.add_argument(
         "--output", type=Path, default=Path("masks"), metavar="OUTPUT", help="folder for all files (default: masks)"
@@ -146,6 +159,8 @@ def _written() -> str:
         "stats_sparsityNN_METHOD.json": "statistics of the masks, for each layer",
         "histogram_sparsityNN_METHOD.png": "histogram of the absolute values of pruned and kept weights",
         "checkpoint_sparsityNN_METHOD": "folder of the pruned model, with --checkpoints",
+        "recovered_sparsityNN_METHOD": "folder of the recovered model, with --recover reconstruct; its recovery is in "
+        "the statistics, for each layer",
         "compact_sparsityNN_METHOD": "folder of the smaller model, with --compact",
     }
     return f"{table('files in OUTPUT/MODEL', written)}\n\n" + paragraph(
@@ -158,7 +173,7 @@ def _prune(chosen: argparse.Namespace) -> int:
     from tune_sparse.pruning.methods import method_named
     from tune_sparse.pruning.prune_checkpoint import Request, run
 
-    is_calibrated = any(method_named(name).is_calibrated for name in chosen.methods)
+    is_calibrated = chosen.recover != "none" or any(method_named(name).is_calibrated for name in chosen.methods)
     by = calibration_settings(chosen)
     examples = calibration_windows(chosen, by) if is_calibrated and chosen.calibration else ()
     request = Request(
@@ -174,6 +189,7 @@ def _prune(chosen: argparse.Namespace) -> int:
         calibration=by,
         examples=examples,
         sequential=by["calibration_order"] == "sequential",
+        recover=chosen.recover,
     )
     try:
         run(request)

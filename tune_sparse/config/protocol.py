@@ -37,6 +37,12 @@ CALIBRATION_ORDERS = {
     "sequential": "layer after layer, with all earlier layers pruned already",
 }
 
+RECOVERIES = {
+    "none": "no recovery",
+    "reconstruct": "layer after layer, the weights that are kept are solved for what the unpruned layer computes; not "
+    "for structured methods",
+}
+
 
 @dataclass(frozen=True)
 class Protocol:
@@ -111,6 +117,12 @@ class Protocol:
         "dense",
         choices=CALIBRATION_ORDERS,
     )
+    recover: str = option(
+        "recovery of a pruned model before it is trained, on the calibration examples",
+        "none",
+        choices=RECOVERIES,
+        heading="recovery after pruning",
+    )
 
     def __post_init__(self) -> None:
         counted = (
@@ -160,6 +172,8 @@ class Protocol:
             raise unknown_name("calibration", self.calibration, CALIBRATIONS)
         if self.calibration_order not in CALIBRATION_ORDERS:
             raise unknown_name("calibration_order", self.calibration_order, CALIBRATION_ORDERS)
+        if self.recover not in RECOVERIES:
+            raise unknown_name("recover", self.recover, RECOVERIES)
 
     @property
     def calibrated_by(self) -> dict[str, Any]:

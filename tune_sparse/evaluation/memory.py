@@ -16,7 +16,8 @@ from tune_sparse.models.architectures import pruned_weights as prunable_weights
 from tune_sparse.models.dims import ModelDims
 from tune_sparse.modes import MODES
 from tune_sparse.pruning.masks import structured_counts
-from tune_sparse.pruning.methods import METHODS
+from tune_sparse.pruning.methods import METHODS, Method
+from tune_sparse.pruning.reconstruction import HELD_OUT_EVERY, SOLVED_AT_ONCE
 from tune_sparse.pruning.scores import SCORES
 from tune_sparse.training.budgets import Budgets
 from tune_sparse.training.cross_entropy import CHUNK_LOGITS
@@ -36,6 +37,8 @@ SCORE_BYTES, ROW_SCORE_BYTES = 12, 16
 """A weight being scored and cut takes so much besides itself: counted; scores compared by row are sorted."""
 UPDATED_BYTES = 14
 """A weight that SparseGPT updates takes so much besides itself: counted."""
+SOLUTION_BYTES, SOLVING_BYTES = 5, 28
+"""A weight's place in a mask and in a solution; and what it takes while its row is solved: counted."""
 FACTOR_COPIES = 3
 """Of a Hessian while it is factorised, besides its sums: counted."""
 MASK_BYTES = 2
@@ -133,6 +136,9 @@ class CellMemory:
         method = METHODS.get(self.method)
         if method is None:  # the dense baseline
             return 0
+        return max(self._masking(method), self.recovering if self.protocol.recover != "none" else 0)
+
+    def _masking(self, method: Method) -> int:
         scoring = self.largest * (ROW_SCORE_BYTES if SCORES[method.score].by_row else SCORE_BYTES)
         calibrating = self.calibrated_activations if method.is_calibrated else 0
         if method.needs.gradients:
@@ -140,6 +146,14 @@ class CellMemory:
         if method.updates_weights:
             return calibrating + self.hessians + max(self.largest_hessian * FACTOR_COPIES, self.updating)
         return calibrating + scoring
+
+    @property
+    def recovering(self) -> int:
+        """A block's pruned weights; sums of its inputs; one matrix with its dense weight, mask and solution, and the
+        rows that are solved together; and what passes through the blocks, a part of it twice."""
+        block = self.prunable // self.dims.num_layers * self.element
+        solving = self.largest * (self.element + SOLUTION_BYTES) + min(self.largest, SOLVED_AT_ONCE) * SOLVING_BYTES
+        return block + self.hessians + solving + self.calibrated_activations * (HELD_OUT_EVERY + 1) // HELD_OUT_EVERY
 
     @property
     def updating(self) -> int:

@@ -9,10 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tune_sparse.evaluation.cards import Card
-from tune_sparse.evaluation.memory import CellMemory
+from tune_sparse.evaluation.memory import FLOAT, CellMemory
 from tune_sparse.models.architectures import matrix_sizes
 from tune_sparse.modes import MODES
 from tune_sparse.pruning.methods import METHODS
+from tune_sparse.pruning.reconstruction import ITERATIONS
 from tune_sparse.training.budgets import Budgets
 
 PADDED_OVER_TRUE = 1.07
@@ -31,6 +32,8 @@ STREAMED_BYTES_A_SECOND = 1e9
 STREAMED_TIMES = 2
 COLUMN_SECONDS = 4e-5
 """SparseGPT launches so long for each column."""
+RECOVERY_PASSES = 4
+"""Passes of the examples through a block, many of them in part, while it is recovered."""
 SHARED_BEFORE_TUNING = 0.5
 """The accuracy before tuning is computed once for both modes."""
 
@@ -103,12 +106,22 @@ class CellSeconds:
         if method is None:
             return 0.0
         scored = 16 * self.cell.prunable / self.card.bandwidth
-        if not method.is_calibrated:
+        is_recovered = protocol.recover != "none"
+        if not (method.is_calibrated or is_recovered):
             return scored
         tokens = protocol.calibration_tokens
         operations = 6 if method.needs.gradients else 2
+        operations += 2 * RECOVERY_PASSES * is_recovered
         measured = tokens * operations * _active_weights(self.cell) / self.card.rate(protocol.precision)
-        return scored + (measured + (self._updating if method.updates_weights else 0.0)) * SHARED_BEFORE_TUNING
+        measured += self._updating if method.updates_weights else 0.0
+        measured += self._solving(tokens) if is_recovered else 0.0
+        return scored + measured * SHARED_BEFORE_TUNING
+
+    def _solving(self, tokens: int) -> float:
+        """Sums of the inputs, and the steps of conjugate gradients."""
+        sums = tokens * self.cell.dims.num_layers * self.cell.hessians / FLOAT
+        steps = (ITERATIONS + 1) * sum(rows * width**2 for rows, width in matrix_sizes(self.cell.dims).values())
+        return 2 * (sums + steps) / self.card.float32_flops
 
     @property
     def _updating(self) -> float:

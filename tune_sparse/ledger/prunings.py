@@ -23,7 +23,6 @@ from tune_sparse.errors import NotReadyError
 from tune_sparse.files import flush, read_json
 from tune_sparse.models.architectures import pruned_weights
 from tune_sparse.models.dims import ModelDims
-from tune_sparse.pruning.methods import METHODS
 
 FORMAT_VERSION = 1
 DESCRIPTION, MASKS, WEIGHTS = "pruning.json", "masks.safetensors", "weights.safetensors"
@@ -48,7 +47,7 @@ class StoredPruning:
 
     @property
     def has_weights(self) -> bool:
-        """The method updates the weights that it keeps, so they are stored too."""
+        """The weights that it keeps are not the dense ones, so they are stored too."""
         return WEIGHTS in self.bytes_by_file
 
     @property
@@ -121,13 +120,10 @@ def take_free_name(partial: Path, folder: Path) -> None:
     flush(folder.parent)
 
 
-def pruning_bytes(dims: ModelDims, method: str, sparsity: float, weight_bytes: int) -> int:
-    """Bytes that a stored pruning takes: a bit a weight, and the kept weights where the method updates them.
+def pruning_bytes(dims: ModelDims, sparsity: float, weight_bytes: int, has_weights: bool) -> int:
+    """Bytes that a stored pruning takes: a bit a weight, and the kept weights where they are not the dense ones.
 
-    weight_bytes: of a weight in the precision of the run. 0 for a method whose prunings are not stored.
+    weight_bytes: of a weight in the precision of the run.
     """
-    chosen, weights = METHODS.get(method), pruned_weights(dims)
-    if chosen is None or not chosen.is_stored or not sparsity:
-        return 0
-    kept = round((1 - sparsity) * weights) if chosen.updates_weights else 0
-    return weights // 8 + kept * weight_bytes
+    weights = pruned_weights(dims)
+    return weights // 8 + (round((1 - sparsity) * weights) * weight_bytes if has_weights else 0)

@@ -40,8 +40,21 @@ class Run:
     """What its user set of the budgets. Only with dropout a micro-batch changes more than the order of additions."""
 
     @property
+    def is_recovered(self) -> bool:
+        """Its pruned weights are recovered before they are trained or scored."""
+        is_pruned = self.cell.method in METHODS and self.cell.sparsity > 0
+        return is_pruned and self.protocol.recover != "none"
+
+    @property
     def is_calibrated(self) -> bool:
-        return self.cell.method in METHODS and METHODS[self.cell.method].is_calibrated
+        is_scored = self.cell.method in METHODS and METHODS[self.cell.method].is_calibrated
+        return is_scored or self.is_recovered
+
+    @property
+    def updates_weights(self) -> bool:
+        """Weights that its mask keeps are not the dense ones."""
+        is_updated = self.cell.method in METHODS and METHODS[self.cell.method].updates_weights
+        return self.cell.sparsity > 0 and (is_updated or self.is_recovered)
 
     @property
     def draw_seed(self) -> int:
@@ -69,8 +82,9 @@ class Run:
         seed = c.seed if c.method in METHODS and METHODS[c.method].needs.seed else 0
         scored = [getattr(p, name) for name in SCORING]
         inputs = (NUMERICS_VERSION, self.model_fingerprint, self.data_fingerprint, self.prompt_version)
-        calibrated = (p.calibrated_by, self.calibration_fingerprint) if self.is_calibrated else ()
-        identity = hash_json([c.model, c.task, c.method, c.sparsity, c.backend, seed, *scored, *inputs, *calibrated])
+        pruned = [p.calibrated_by, self.calibration_fingerprint] if self.is_calibrated else []
+        pruned += [p.recover] if self.is_recovered else []
+        identity = hash_json([c.model, c.task, c.method, c.sparsity, c.backend, seed, *scored, *inputs, *pruned])
         return readable_id(Cell(c.model, c.task, c.method, c.sparsity, "pruned-baseline", seed, c.backend), identity)
 
     @property
@@ -78,12 +92,13 @@ class Run:
         """Everything that decides a stored pruning: neither mode, nor training, nor budgets. None where a method's
         prunings are not stored."""
         c, method = self.cell, METHODS.get(self.cell.method)
-        if method is None or not method.is_stored or not c.sparsity:
+        if method is None or not c.sparsity or not (method.is_stored or self.is_recovered):
             return None
         settings = {"model": c.model, "method": c.method, "sparsity": c.sparsity, "precision": self.protocol.precision}
         settings |= {"model_fingerprint": self.model_fingerprint, "numerics_version": NUMERICS_VERSION}
         settings |= {"seed": c.seed} if method.needs.seed else {}
-        return settings | (self._calibration if method.is_calibrated else {})
+        settings |= {"recover": self.protocol.recover} if self.is_recovered else {}
+        return settings | (self._calibration if self.is_calibrated else {})
 
     @property
     def _calibration(self) -> dict[str, Any]:
@@ -113,6 +128,8 @@ class Run:
         known = {name: value for name, value in asdict(self).items() if name not in places}
         if not self.is_calibrated:
             known["protocol"] = {k: v for k, v in known["protocol"].items() if k not in CALIBRATION_SETTINGS}
+        if not self.is_recovered:
+            del known["protocol"]["recover"]
         if tokens := fixed_micro_batch_tokens(self.protocol, self.budgets):
             known["micro_batch_tokens"] = tokens
         return known | {"numerics_version": NUMERICS_VERSION}

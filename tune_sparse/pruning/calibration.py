@@ -247,8 +247,10 @@ def _expert_adder(inputs: Mapping[InputKey, InputStats]) -> Callable[..., None]:
             tokens = hidden[(chosen == number).any(dim=-1)]
             if len(tokens):
                 gate, up = F.linear(tokens, experts.gate_up_proj[number]).chunk(2, dim=-1)
-                sums["feed-forward"].add(tokens)
-                sums["channels"].add(experts.act_fn(gate) * up)
+                if "feed-forward" in sums:
+                    sums["feed-forward"].add(tokens)
+                if "channels" in sums:
+                    sums["channels"].add(experts.act_fn(gate) * up)
 
     return add
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from tune_sparse.config import check_sparsities
+from tune_sparse.config.protocol import RECOVERIES
 from tune_sparse.data.splits import Encoded
 from tune_sparse.errors import InputError, unknown_name
 from tune_sparse.files import check_room, write_json
@@ -33,6 +33,8 @@ from tune_sparse.pruning.prune_model import (
     prune,
     prune_blockwise,
 )
+from tune_sparse.pruning.reconstruction import check_recoverable
+from tune_sparse.pruning.recover_checkpoint import recover_checkpoint
 from tune_sparse.pruning.streaming import OpenCheckpoint, PrunedCheckpoint, StreamedBlocks, open_checkpoint
 from tune_sparse.pruning.survival_map import MAX_LEVELS, pack
 
@@ -62,6 +64,8 @@ class Request:
     """The settings that chose `examples`: recorded, not read."""
     examples: Sequence[Encoded] = ()
     sequential: bool = False
+    recover: str = "none"
+    """Write each pruned checkpoint with its kept weights recovered, too."""
 
     def __post_init__(self) -> None:
         check_sparsities(self.sparsities)
@@ -73,15 +77,23 @@ class Request:
             raise InputError("--mdl says how pruned models are written, got no --checkpoints. Add it.")
         if len(self.sparsities) > MAX_LEVELS:
             raise InputError(f"one pass makes {MAX_LEVELS} levels, got {len(self.sparsities)}. Ask for fewer.")
+        if self.recover not in RECOVERIES:
+            raise unknown_name("recover", self.recover, RECOVERIES)
+        if self.recovers and not self.checkpoints:
+            raise InputError(f"--recover {self.recover} changes weights, and masks alone have none. Add --checkpoints.")
         for name in self.methods:
             method = method_named(name)
-            if method.is_calibrated and not self.examples:
-                raise InputError(f"{name} needs calibration examples, got none. Give --calibration.")
+            check_recoverable(name, self.recover)
+            if (method.is_calibrated or self.recovers) and not self.examples:
+                needing = name if method.is_calibrated else f"--recover {self.recover}"
+                raise InputError(f"{needing} needs calibration examples, got none. Give --calibration.")
             if self.sequential and method.is_calibrated and (method.needs.gradients or self.format == "levels"):
                 raise InputError(
                     f"--sequential prunes block after block by their inputs, got {name} as {self.format}. "
                     "Leave it out, or choose wanda or sparsegpt with a file a level."
                 )
+            if self.recovers and self.format == "levels":
+                raise InputError("recovery reads a file a level, got --format levels. Choose safetensors.")
             if self.format == "levels" and method.updates_weights:
                 raise InputError(f"a survival map needs nested masks, those of {name} are not. Choose safetensors.")
             if self.compact and self.format == "levels":
@@ -90,6 +102,10 @@ class Request:
                 )
             if self.compact and method.pattern != "structured":
                 raise InputError(f"only structured masks make a model smaller, got {name}. Leave --compact out.")
+
+    @property
+    def recovers(self) -> bool:
+        return self.recover != "none"
 
 
 def run(request: Request, report: Callable[[str], None] = print) -> Path:
@@ -109,7 +125,7 @@ def run(request: Request, report: Callable[[str], None] = print) -> Path:
     statistics = CalibrationStats()
     methods = [method_named(name) for name in request.methods]
     if any(method.needs.input_norms or method.needs.gradients for method in methods):
-        blocks = StreamedBlocks(checkpoint, _dtype(checkpoint))
+        blocks = StreamedBlocks(checkpoint, checkpoint.dtype)
         statistics = measured(methods, checkpoint.prunable, blocks, request.examples)
     for method in request.methods:
         # The inputs of a block depend on what was pruned before it: each level is calibrated for itself.
@@ -131,13 +147,8 @@ def _check_disk(request: Request, checkpoint: OpenCheckpoint, folder: Path) -> N
     files = len(request.methods) * len(request.sparsities)
     needed = len(request.methods) * weights // 2 if request.format == "levels" else files * weights
     whole = sum(path.stat().st_size for path in set(checkpoint.tensors.paths.values()))
-    needed += files * whole * (request.checkpoints + request.compact)
+    needed += files * whole * (request.checkpoints + request.compact + request.recovers)
     check_room(folder, needed, "pruning", "Free some, ask for fewer levels, or --format levels.")
-
-
-def _dtype(checkpoint: OpenCheckpoint) -> torch.dtype:
-    """The dtype of calibration: that of the stored weights."""
-    return checkpoint.tensors.dtypes[checkpoint.prunable.matrices[0].name]
 
 
 def _pruned_matrices(
@@ -148,7 +159,7 @@ def _pruned_matrices(
         found = prune(name, checkpoint.prunable, sparsities, request.seed, statistics)
         is_small = _largest_bytes(checkpoint) <= AHEAD_BYTES and method_named(name).pattern != "structured"
         return ahead(found) if is_small else found
-    blocks = StreamedBlocks(checkpoint, _dtype(checkpoint))
+    blocks = StreamedBlocks(checkpoint, checkpoint.dtype)
     return prune_blockwise(
         name, checkpoint.prunable, blocks, request.examples, sparsities, request.seed, statistics, sequential
     )
@@ -217,14 +228,24 @@ def _nested(method: str, pruned: PrunedMatrix) -> Tensor:
     return pruned.levels
 
 
+def _recover(
+    request: Request, checkpoint: OpenCheckpoint, level: LevelStatistics, masks: Path, folder: Path
+) -> list[dict[str, Any]]:
+    pruned, recovered = (folder / stem(kind, level.method, level.sparsity) for kind in ("checkpoint", "recovered"))
+    return [asdict(found) for found in recover_checkpoint(checkpoint, pruned, masks, request.examples, recovered)]
+
+
 def _write_level(
     request: Request, checkpoint: OpenCheckpoint, level: LevelStatistics, path: Path | None, folder: Path
 ) -> None:
     """Statistics, histogram and, where asked for, the smaller checkpoint of one level."""
     stats = level.as_json() | {"seed": request.seed, "format": request.format}
     stats["mask_sha256"] = mask_sha256(MaskFile(path)) if path else None
-    if method_named(level.method).is_calibrated:
+    if method_named(level.method).is_calibrated or request.recovers:
         stats["calibration"] = {**request.calibration, "calibration_tokens_seen": count_tokens(request.examples)}
+    if request.recovers:
+        assert path is not None
+        stats["recovery"] = _recover(request, checkpoint, level, path, folder)
     write_json(folder / f"{stem('stats', level.method, level.sparsity)}.json", stats)
     level.draw(folder / f"{stem('histogram', level.method, level.sparsity)}.png")
     if request.compact:

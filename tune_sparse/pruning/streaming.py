@@ -39,6 +39,11 @@ class OpenCheckpoint:
     def architecture(self) -> Architecture:
         return architecture_named(self.dims.architecture)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the stored weights, and so of calibration."""
+        return self.tensors.dtypes[self.prunable.matrices[0].name]
+
 
 def open_checkpoint(reference: str) -> OpenCheckpoint:
     """Open a model of any class in `ARCHITECTURES`; no weight is read yet.

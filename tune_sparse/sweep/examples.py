@@ -105,7 +105,7 @@ def _test_text(task: Task, example: Example) -> str:
 
 
 def _is_calibrated(config: SweepConfig) -> bool:
-    return any(METHODS[method].is_calibrated for method in config.methods)
+    return config.protocol.recover != "none" or any(METHODS[method].is_calibrated for method in config.methods)
 
 
 def _text(name: str, loaded: Mapping[str, Splits], data_dir: Path | None) -> str:

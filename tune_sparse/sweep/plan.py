@@ -29,6 +29,7 @@ from tune_sparse.models.toy_models import TOY_MODELS
 from tune_sparse.modes import MODES
 from tune_sparse.pruning.methods import method_named
 from tune_sparse.pruning.prune_model import check_method_sparsities
+from tune_sparse.pruning.reconstruction import check_recoverable
 from tune_sparse.sweep.cards import gpus_asked
 from tune_sparse.sweep.examples import Examples, read_examples
 from tune_sparse.sweep.retries import has_more_memory_now, is_missing, lacked_memory
@@ -91,8 +92,8 @@ def pruning_bytes(plan: Plan, ledger: LedgerReader, runs: Iterable[Run]) -> int:
     by_id = {run.pruning_id: run for run in runs if run.pruning_id}
     missing = [run for run in by_id.values() if ledger.pruning(run) is None]
     return sum(
-        prunings.pruning_bytes(plan.dims[run.cell.model], run.cell.method, run.cell.sparsity, run.protocol.weight_bytes)
-        for run in missing
+        prunings.pruning_bytes(plan.dims[r.cell.model], r.cell.sparsity, r.protocol.weight_bytes, r.updates_weights)
+        for r in missing
     )
 
 
@@ -241,6 +242,7 @@ def check_names(config: SweepConfig) -> None:
     for task in config.tasks:
         tasks_named(task)
     for method in config.methods:
+        check_recoverable(method, config.protocol.recover)
         if method_named(method).needs.gradients and config.protocol.calibration_order == "sequential":
             raise InputError(
                 f"{method} needs gradients of the whole dense model, got calibration_order sequential. "
