@@ -14,7 +14,7 @@ from tune_sparse.modes import MODES
 
 
 def test_as_published_stands_for_what_the_papers_did() -> None:
-    names = {"models": "tiny-llama", "calibration": "published", "calibration_tokens": 8, "steps": 20}
+    names = {"models": "my-llama", "calibration": "published", "calibration_tokens": 8, "steps": 20}
     found = SweepConfig.from_names(names).protocol
     assert found == Protocol(steps=20, calibration="wikitext2", calibration_order="sequential")
     assert (found.calibration_tokens, found.calibration_window) == (128 * 2048, 2048)

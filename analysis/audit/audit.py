@@ -7,10 +7,11 @@ wherever a number of that run is shown. docs/audit.md says for each rule what to
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal
 
 from analysis.audit import errors, warnings
@@ -136,5 +137,9 @@ def audit(results: Results) -> Audit:
     return Audit(tuple(findings), len(results.done))
 
 
-def audit_folders(folders: Sequence[Path], sweep_ids: Sequence[str] | None = None) -> Audit:
-    return audit(read_results(folders, sweep_ids))
+def audit_folders(
+    folders: Sequence[Path],
+    sweep_ids: Sequence[str] | None = None,
+    primary_metrics: Mapping[str, str] = MappingProxyType({}),
+) -> Audit:
+    return audit(read_results(folders, sweep_ids, primary_metrics))

@@ -13,11 +13,13 @@ from tune_sparse.cli.command import (
     OK,
     add_command,
     add_json,
+    add_primary_metrics,
     add_results_dirs,
     add_sweep_filter,
     existing_folders,
 )
-from tune_sparse.cli.words import RUN_WORDS, paragraph, words
+from tune_sparse.cli.words import RUN_WORDS, metrics, paragraph, words
+from tune_sparse.data.tasks import chosen_metrics
 from tune_sparse.errors import unknown_name
 
 if TYPE_CHECKING:
@@ -44,10 +46,12 @@ def declare(commands: Any) -> None:
                 "the unpruned, tuned model; then the other metrics. Letters are warnings of the audit, explained below "
                 "the table. Where sweeps had the same cells under different settings, each sweep has its own table."
             ),
+            metrics(),
         ],
     )
     add_results_dirs(results)
     add_sweep_filter(results)
+    add_primary_metrics(results)
     for name in FILTERS:
         results.add_argument(
             f"--{name}", nargs="+", metavar=name.upper(), help=f"print only cells of these {name}s (default: all)"
@@ -59,7 +63,7 @@ def _results(chosen: argparse.Namespace) -> int:
     from analysis.report.result_table import as_json, result_lines
 
     only = {name: values for name in FILTERS if (values := getattr(chosen, name))}
-    tables = list(_tables(existing_folders(chosen.results_dir), chosen.sweep))
+    tables = list(_tables(existing_folders(chosen.results_dir), chosen.sweep, chosen_metrics(chosen.primary_metric)))
     _check_names(only, [cells for _, cells, _ in tables])
     if chosen.json:
         rows = [row | {"sweep": name} for name, cells, found in tables for row in as_json(cells, found, only)]
@@ -72,7 +76,7 @@ def _results(chosen: argparse.Namespace) -> int:
 
 
 def _tables(
-    folders: Sequence[Path], sweep_ids: Sequence[str] | None
+    folders: Sequence[Path], sweep_ids: Sequence[str] | None, primary: Mapping[str, str]
 ) -> Iterator[tuple[str | None, pd.DataFrame, Audit]]:
     """Yield the cells and their audit; of several sweeps that are several studies, those of each with its name."""
     from analysis.audit.audit import audit_folders
@@ -80,12 +84,12 @@ def _tables(
     from analysis.read.seeds import repeated_settings
     from tune_sparse.ledger.reader import MergedLedger
 
-    cells = cells_table(folders, sweep_ids)
+    cells = cells_table(folders, sweep_ids, primary)
     if repeated_settings(cells).empty:
-        yield None, cells, audit_folders(folders, sweep_ids)
+        yield None, cells, audit_folders(folders, sweep_ids, primary)
         return
     for name in sweep_ids or [sweep.sweep_id for sweep in MergedLedger(folders).sweeps()]:
-        yield name, cells_table(folders, [name]), audit_folders(folders, [name])
+        yield name, cells_table(folders, [name], primary), audit_folders(folders, [name], primary)
 
 
 def _check_names(only: Mapping[str, Sequence[str]], tables: Sequence[pd.DataFrame]) -> None:
