@@ -26,7 +26,7 @@ from tune_sparse.ledger.ledger import Ledger
 
 MODES = ("sparse-to-dense", "sparse-to-sparse")
 SUMMARY = (
-    "cell_id,run_id,shared_with,backend,model,task,method,sparsity,actual_sparsity,mode,seed,status,accuracy,"
+    "cell_id,run_id,shared_with,backend,model,task,method,sparsity,actual_sparsity,mode,seed,protocol_id,status,accuracy,"
     "accuracy_stderr,accuracy_before_tuning,accuracy_before_merge,chance_accuracy,n_examples,majority_fraction,most_frequent_fraction,"
     "truncated_fraction,accuracy_norm,accuracy_flexible,f1,perplexity,perplexity_stderr,perplexity_before_tuning,"
     "perplexity_before_merge,train_loss,eval_loss,"
