@@ -87,6 +87,7 @@ def test_the_larger_p_of_models_and_of_tasks_is_too_small_where_both_vary() -> N
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The MLE may be on the boundary")
 def test_its_p_is_that_of_a_mixed_model_and_of_sign_flips() -> None:
     """8 models and 8 tasks. The mixed model takes z for t, and so its p is smaller; signs are flipped by model, which
     takes the tasks as they are, and by task, which takes the models as they are: the larger of the two is near."""
