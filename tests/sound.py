@@ -99,15 +99,12 @@ def write_sound(
     """A whole finished run. kept: the share of each matrix that its mask keeps; 1 - sparsity if not given."""
     cell, name = run.cell, name_stream(run)
     outcomes = make_outcomes(run, 0.95 - 0.3 * cell.sparsity if accuracy is None else accuracy, answers=answers)
-    pruned_baseline = make_outcomes(
-        run,
-        0.8 - 0.3 * cell.sparsity,
-        f"untuned-{name_stream(replace(run, cell=replace(run.cell, mode=MODES[0])), SCORING)}",
-    )
+    seed = cell.seed if cell.method == "random" else None
+    untuned = replace(run, cell=replace(cell, mode=MODES[0], seed=seed or 0))
+    pruned_baseline = make_outcomes(run, 0.8 - 0.3 * cell.sparsity, f"untuned-{name_stream(untuned, SCORING)}")
     shares, task = kept or dict.fromkeys(MATRICES, 1 - cell.sparsity), TASKS[cell.task]
     kept_by_matrix = {matrix: [round(1000 * share), 1000] for matrix, share in shares.items()}
     counted = 1 - sum(k for k, _ in kept_by_matrix.values()) / (1000 * len(kept_by_matrix))
-    seed = cell.seed if cell.method == "random" else None
     mask = hashlib.sha256(f"{cell.method} {cell.sparsity} {seed}".encode()).hexdigest()
     losses = [hashlib.sha256(f"{name}{step}".encode()).digest()[0] / 256 + 0.01 for step in range(run.protocol.steps)]
     recorded = {

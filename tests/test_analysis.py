@@ -28,7 +28,8 @@ from tune_sparse.ledger.ledger import Ledger
 
 MODES = ("sparse-to-dense", "sparse-to-sparse")
 SUMMARY = (
-    "cell_id,run_id,shared_with,backend,model,task,method,sparsity,actual_sparsity,mode,seed,status,primary_metric,accuracy,"
+    "cell_id,run_id,shared_with,backend,model,task,method,sparsity,actual_sparsity,mode,seed,protocol_id,status,primary_metric,"
+    "accuracy,"
     "accuracy_stderr,accuracy_before_tuning,accuracy_before_merge,chance_accuracy,n_examples,majority_fraction,most_frequent_fraction,"
     "truncated_fraction,cut_fraction,acc,acc_stderr,acc_before_tuning,acc_before_merge,"
     "acc_norm,acc_norm_stderr,acc_norm_before_tuning,acc_norm_before_merge,"
@@ -39,7 +40,7 @@ SUMMARY = (
     "train_examples_per_second,train_tokens_per_second,train_seconds,peak_memory_bytes,cell_peak_memory_bytes,compile_seconds,"
     "calibration_tokens_seen,inference_flops,hardware,calibration,calibration_order,error"
 )
-NUMBERS = SUMMARY.split(",")[13:17] + SUMMARY.split(",")[18:48] + ["actual_sparsity"]
+NUMBERS = SUMMARY.split(",")[14:18] + SUMMARY.split(",")[19:49] + ["actual_sparsity"]
 """Columns that only a finished run can fill."""
 
 
@@ -288,11 +289,10 @@ def test_a_report_has_tables_figures_and_lines(tmp_path: Path) -> None:
     ledger.write_sweep(replace(sweep, cells=(*sweep.cells, *({**sweep.cells[0], **row} for row in rows))))
     ledger.write_record(make_run(lost[0]), failed_record(make_run(lost[0])))
     report, folder = write_report([tmp_path]), tmp_path / "analysis"
-    start, end = (next(i for i, line in enumerate(report.lines) if line.startswith(t)) for t in ("Results:", "RQ"))
+    start, end = (next(i for i, line in enumerate(report.lines) if line.startswith(t)) for t in ("Results:", "Highest"))
     printed = report.lines[start:end]
     assert printed == result_lines(cells_table([tmp_path]), audit_folders([tmp_path]))
-    lines = [line for line in report.lines[:start] + report.lines[end:] if not line.startswith("RQ")]
-    assert lines == [
+    assert report.lines[:start] + report.lines[end:] == [
         "6 cells: 4 done, 1 failed, 1 missing; 3 distinct runs, 1 cells point to the run they share.",
         "Audit of 3 runs: no error; warnings: 2 missing.",
         "Highest sparsity with accuracy, or perplexity, within 10% of the dense baseline, untested:",

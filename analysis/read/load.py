@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import pandas as pd
 
+from analysis.read.results import READING_ERRORS
 from tune_sparse.config import FLOPS_TOKENS
+from tune_sparse.config.protocol import CALIBRATION_SETTINGS, UNCOMPARED_SETTINGS
 from tune_sparse.data.task_types import METRICS
 from tune_sparse.errors import unknown_name
 from tune_sparse.evaluation.metrics import SUFFIXES, judged_again
+from tune_sparse.identity import hash_json
 from tune_sparse.ledger.contracts import LedgerReader
 from tune_sparse.ledger.reader import MergedLedger
 from tune_sparse.ledger.record import Record
@@ -31,6 +35,7 @@ COLUMNS = (
     "actual_sparsity",
     "mode",
     "seed",
+    "protocol_id",
     "status",
     "primary_metric",
     *SCORES[:4],
@@ -69,15 +74,20 @@ def cells_table(
 ) -> pd.DataFrame:
     """Return the columns of `COLUMNS`, one row a cell of every sweep in the folders, or of those named.
 
-    A cell without a done run has a status (failed, interrupted, missing), a reason, and no numbers. A cell that
-    several folders have is taken from the one where its run came furthest. `primary_metrics`, {task: metric}, chooses
-    again what `accuracy` is by; a task that it does not name keeps its own.
+    protocol_id names every setting of the protocol that changes numbers, but for calibration, which runs without it do
+    not have. A cell without a done run has a status (failed, interrupted, missing), a reason, and no numbers. A cell
+    that several folders have is taken from the one where its run came furthest. `primary_metrics`, {task: metric},
+    chooses again what `accuracy` is by; a task that it does not name keeps its own.
     Raises `InputError` for an unknown sweep.
     """
     ledger = MergedLedger(results_dirs)
     cells = _requested_cells(ledger, sweep_ids)
     records = {run_id: ledger.record(run_id) for run_id in dict.fromkeys(cell["run_id"] for cell in cells)}
-    rows = [_row(cell, records[cell["run_id"]], primary_metrics) for cell in cells]
+    protocols = {run: _protocol_id(ledger, run) for run, r in records.items() if r and r.status == "done"}
+    rows = [
+        _row(cell, records[cell["run_id"]], primary_metrics) | {"protocol_id": protocols.get(cell["run_id"])}
+        for cell in cells
+    ]
     owners: dict[str, str] = {}
     for row in rows:
         owner = owners.setdefault(row["run_id"], row["cell_id"])
@@ -97,6 +107,16 @@ def _requested_cells(ledger: LedgerReader, sweep_ids: Sequence[str] | None) -> l
         for cell in sweep.cells if sweep_ids is None or sweep.sweep_id in sweep_ids else ():
             cells.setdefault(cell["cell_id"], cell)
     return list(cells.values())
+
+
+def _protocol_id(ledger: LedgerReader, run_id: str) -> str | None:
+    """A short hash of a run's protocol; None where its config cannot be read, which the audit lists."""
+    try:
+        settings = asdict(ledger.run(run_id).protocol)
+    except READING_ERRORS:
+        return None
+    left_out = (*CALIBRATION_SETTINGS, *UNCOMPARED_SETTINGS)
+    return hash_json({name: value for name, value in settings.items() if name not in left_out})[:8]
 
 
 def _row(cell: dict[str, Any], record: Record | None, primary_metrics: Mapping[str, str]) -> dict[str, Any]:

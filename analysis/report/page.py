@@ -36,12 +36,12 @@ FINDINGS_A_RULE = 12
 
 @dataclass(frozen=True)
 class RenderedClaim:
-    """A finding: what it is about, its words and numbers in order, each number with its runs, and what carries it."""
+    """A finding: what it is about, its words and numbers in order, each number with its runs, and what it rests on."""
 
     question: str
     about: str
     parts: Sequence[tuple[str, tuple[str, ...]]]
-    test: str | None = None
+    basis: str = ""
 
 
 def render_claim(claim: Claim) -> RenderedClaim:
@@ -51,7 +51,7 @@ def render_claim(claim: Claim) -> RenderedClaim:
         parts.append((words, ()))
         if name is not None:
             parts.append((claim.numbers[name].shown, claim.numbers[name].run_ids))
-    return RenderedClaim(claim.question, claim.about, parts, claim.test)
+    return RenderedClaim(claim.question, claim.about, parts, claim.basis)
 
 
 class Traces:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
@@ -11,22 +12,18 @@ import numpy as np
 import pandas as pd
 
 from analysis.read.results import Predictions
-from analysis.stats.statistics import (
-    Estimate,
-    Floats,
-    clustered_mean,
-    holm,
-    naive_paired_t,
-    paired_bootstrap,
-    paired_difference,
-)
+from analysis.stats.crossed import Floats, over_columns
+from analysis.stats.paired import LEVEL
+from analysis.stats.scopes import Differences, Scope, Scoped, find_scopes, t_estimate
+from analysis.stats.statistics import Estimate, holm, paired_difference
 from tune_sparse.modes import ADAPTER_MODES
+from tune_sparse.pruning.methods import METHODS
 
 BASE = ["backend", "model", "task"]
 """A base model on a task, from which cells grow."""
-AXES = ["method", "mode", "sparsity", "seed"]
+SETTING = ["method", "mode", "sparsity"]
+AXES = [*SETTING, "seed", "protocol_id"]
 ALL_BASES = "all base models and tasks"
-NAIVE_WARNING = "not behind any claim: cells share examples and base models"
 
 
 @dataclass(frozen=True)
@@ -37,21 +34,31 @@ class PairedTest:
     left: str
     right: str
     cells: int
+    scoped: Scoped
     estimate: Estimate
     p_corrected: float
-    """by Holm, over the comparisons that answer the same question"""
+    """by Holm, over the comparisons of one scope that answer the same question"""
     run_ids: tuple[str, ...]
-    warning: str = ""
+
+    @property
+    def scope(self) -> Scope:
+        return self.scoped.scope
+
+    @property
+    def differs(self) -> bool:
+        return self.p_corrected < 1 - LEVEL
 
     @property
     def is_shown(self) -> bool:
-        return not self.warning and self.p_corrected < 0.05
+        """Whether one side may be called the better one."""
+        return self.scope.has_verdict and self.differs
 
     def row(self, question: str) -> dict[str, Any]:
         e = self.estimate
         return {
             "question": question,
             "about": self.about,
+            "scope": self.scope.value,
             "left": self.left,
             "right": self.right,
             "cells": self.cells,
@@ -61,7 +68,6 @@ class PairedTest:
             "p": e.p,
             "p_corrected": self.p_corrected,
             "test": e.test,
-            "warning": self.warning,
             "run_ids": " ".join(self.run_ids),
         }
 
@@ -94,38 +100,66 @@ class Points:
         """Cells that differ in `axis` alone: columns of `within` and the other axes, run_id_left, run_id_right."""
         on = [*within, *(name for name in AXES if name != axis)]
         first, second = (self.pruned[self.pruned[axis] == value][[*on, "run_id"]] for value in (left, right))
-        return pd.merge(first, second, on=on, suffixes=("_left", "_right"))
+        found = pd.merge(first, second, on=on, suffixes=("_left", "_right"))
+        drawn = _has_random_masks(left, right) if axis == "method" else found["method"].map(_has_random_masks)
+        return found.assign(shares_masks=drawn)
 
     def to_dense(self, sparsity: float) -> pd.DataFrame:
-        """Cells of one sparsity, each with the dense run of its base and seed on the left."""
-        dense = self.dense[[*BASE, "seed", "run_id"]]
-        some = self.pruned[self.pruned["sparsity"] == sparsity]
-        return pd.merge(dense, some, on=[*BASE, "seed"], suffixes=("_left", "_right"))
+        """Cells of one sparsity, each with the dense run of its base, seed and protocol on the left."""
+        on = [*BASE, "seed", "protocol_id"]
+        some = self.pruned.loc[self.pruned["sparsity"] == sparsity, [*on, "method", "mode", "run_id"]]
+        found = pd.merge(self.dense[[*on, "run_id"]], some, on=on, suffixes=("_left", "_right"))
+        return found.assign(shares_masks=found["method"].map(_has_random_masks))
 
-    def differences(self, pairs: pd.DataFrame) -> Floats:
-        """(cells, examples) of right minus left, for pairs of one base."""
+    def differences(self, pairs: pd.DataFrame) -> list[Differences]:
+        """Those of each base, over the settings that have all of its seeds."""
+        return [self._of_base(same) for _, same in pairs.groupby(BASE, sort=True)]
+
+    def _of_base(self, pairs: pd.DataFrame) -> Differences:
+        settings = pairs.groupby([name for name in SETTING if name in pairs])["seed"].transform("nunique")
+        complete = pairs[settings == settings.max()]
+        by_seed = {seed: self._means(same) for seed, same in complete.groupby("seed", sort=True)}
+        runs = (*complete["run_id_left"], *complete["run_id_right"])
+        found = self._of_setting(complete, by_seed, runs)
+        return replace(found, pairs=len(complete), shares_masks=bool(complete["shares_masks"].any()))
+
+    def _means(self, pairs: pd.DataFrame) -> Floats:
+        """(examples,) mean of right minus left."""
         both = zip(pairs["run_id_left"], pairs["run_id_right"], strict=True)
-        return np.stack([self.predictions[right].scores - self.predictions[left].scores for left, right in both])
+        return np.mean([self.predictions[right].scores - self.predictions[left].scores for left, right in both], axis=0)
 
-    def over_base(self, pairs: pd.DataFrame) -> Estimate:
-        """The mean difference of one base: its cells and its examples stand for all that could have been drawn."""
-        values, predictions = self.differences(pairs), self.predictions[pairs["run_id_left"].iloc[0]]
-        cells, count = values.shape
-        if cells == 1:
-            return difference_between_runs(self.predictions, *pairs[["run_id_left", "run_id_right"]].iloc[0])
-        by_cell, by_example = np.repeat(np.arange(cells), count), np.tile(np.arange(count), cells)
-        return clustered_mean(values.ravel(), np.tile(predictions.weights, cells), by_cell, by_example, "cell")
+    def scores(self, runs: pd.DataFrame) -> Differences:
+        """The scores themselves of one setting's runs, one a seed."""
+        by_seed = {seed: self.predictions[run].scores for seed, run in zip(runs["seed"], runs["run_id"], strict=True)}
+        return self._of_setting(runs, by_seed, tuple(runs["run_id"]))
 
-    def over_bases(self, pairs: pd.DataFrame) -> Estimate:
-        """The mean difference of several bases, each counting alike: they stand for all that could have been taken."""
-        values, weights, bases, examples = [], [], [], []
-        for base, same in pairs.groupby(BASE, sort=True):
-            predictions = self.predictions[same["run_id_left"].iloc[0]]
-            values.append(self.differences(same).mean(axis=0))
-            weights.append(predictions.weights)
-            bases += [base[1:]] * len(predictions.ids)  # two backends do not make two base models
-            examples += list(zip(predictions.tasks, predictions.ids, strict=True))
-        return clustered_mean(np.concatenate(values), np.concatenate(weights), bases, examples, "base model and task")
+    def difference(self, left: pd.DataFrame, right: pd.DataFrame, level: float = LEVEL) -> PairedTest | None:
+        """The difference of two settings of one base, over their common seeds; None if they have none."""
+        before, after = _run_by_seed(left), _run_by_seed(right)
+        common = [key for key in before if key in after]
+        if not common:
+            return None
+        scores = {
+            seed: self.predictions[after[seed, protocol]].scores - self.predictions[before[seed, protocol]].scores
+            for seed, protocol in common
+        }
+        runs = (*(before[key] for key in common), *(after[key] for key in common))
+        found = self._of_setting(left, scores, runs)
+        [scoped] = find_scopes([found])
+        e = self.estimate(scoped, level)
+        return PairedTest("", "", "", len(common), scoped, e, e.p, runs)
+
+    def _of_setting(self, rows: pd.DataFrame, by_seed: Mapping[int, Floats], runs: tuple[str, ...]) -> Differences:
+        backend, model, task = (str(rows[name].iloc[0]) for name in BASE)
+        values, known = np.array(list(by_seed.values())), self.predictions[runs[0]]
+        return Differences(backend, model, task, tuple(by_seed), values, known, len(by_seed), runs)
+
+    def estimate(self, scoped: Scoped, level: float = LEVEL) -> Estimate:
+        """The mean difference at a scope; of one pair of runs the interval is theirs, and these trainings have no p."""
+        if scoped.pairs > 1:
+            return scoped.estimate(level)
+        left, right = scoped.run_ids
+        return replace(difference_between_runs(self.predictions, left, right, level), p=math.nan)
 
     def accuracies(self, pairs: pd.DataFrame) -> pd.DataFrame:
         """The pairs without texts, whose scores are likelihoods, which do not average with accuracies."""
@@ -136,62 +170,74 @@ class Points:
         return bool(np.isin(self.predictions[run_id].scores, (0.0, 1.0)).all())
 
 
-def count_bases(pairs: pd.DataFrame) -> int:
-    """How many base models and tasks; backends do not multiply them."""
-    return len(pairs[["model", "task"]].drop_duplicates())
+def _run_by_seed(runs: pd.DataFrame) -> dict[tuple[int, str], str]:
+    """{(seed, protocol): run} of one setting"""
+    columns = (runs[name] for name in ("seed", "protocol_id", "run_id"))
+    return {(seed, protocol): run for seed, protocol, run in zip(*columns, strict=True)}
 
 
-def difference_between_runs(predictions: Mapping[str, Predictions], left: str, right: str) -> Estimate:
-    """Two runs on the same examples."""
+def _has_random_masks(*methods: str) -> bool:
+    """Whether the mask of a method is drawn from the seed: it is then the same for every task of a model."""
+    return any(name in METHODS and METHODS[name].needs.seed for name in methods)
+
+
+def difference_between_runs(
+    predictions: Mapping[str, Predictions], left: str, right: str, level: float = LEVEL
+) -> Estimate:
+    """Two runs on the same examples: do these two models differ?"""
     a, b = predictions[left], predictions[right]
     is_accuracy = set(np.unique(a.scores)) | set(np.unique(b.scores)) <= {0.0, 1.0}
     if is_accuracy and len(set(a.tasks)) == 1:
-        return paired_difference(a.scores == 1, b.scores == 1)
-    return paired_bootstrap((b.scores - a.scores) * a.weights * len(a.weights))
+        return paired_difference(a.scores == 1, b.scores == 1, level)
+    both = Differences("", "", "", (0,), (b.scores - a.scores)[None], a, 1)
+    return t_estimate(over_columns(both.blocks(1.0)), "over examples", level, len(a.ids))
 
 
-def compare_values(points: Points, axis: str) -> list[PairedTest]:
-    """Every pair of values of `axis` ("method" or "mode"): in each base, over all bases, and, with its warning, by
-    the plain paired t. Corrected over the pairs and bases of each of the three."""
-    values = list(dict.fromkeys(points.pruned[axis]))
-    couples = [(a, b, points.pairs(axis, a, b)) for a, b in combinations(values, 2)]
-    couples = [couple for couple in couples if len(couple[2])]
+def compare_values(points: Points, axis: str, simultaneous: bool = False) -> list[PairedTest]:
+    """Every pair of values of `axis` ("method" or "mode"): over all bases, and in each where there are several."""
+    couples = [(a, b, points.pairs(axis, a, b)) for a, b in combinations(dict.fromkeys(points.pruned[axis]), 2)]
+    everywhere = [(ALL_BASES, a, b, points.accuracies(pairs)) for a, b, pairs in couples]
     in_bases = [
         (", ".join(map(str, base)), a, b, same) for a, b, pairs in couples for base, same in pairs.groupby(BASE)
     ]
-    everywhere = [(ALL_BASES, a, b, points.accuracies(pairs)) for a, b, pairs in couples]
-    everywhere = [pair for pair in everywhere if count_bases(pair[3]) > 1]
-    return [
-        *corrected_tests(everywhere, points.over_bases),
-        *corrected_tests(in_bases, points.over_base),
-        *corrected_tests(everywhere, lambda pairs: _naive(points, pairs), NAIVE_WARNING),
-    ]
+    several = len({about for about, *_ in in_bases}) > 1
+    alone = in_bases if several or not any(len(pairs) for *_, pairs in everywhere) else []
+    return [test for compared in (everywhere, alone) for test in corrected_tests(compared, points, simultaneous)]
 
 
 def compare_cells(points: Points, axis: str, left: Any, right: Any, within: Sequence[str] = BASE) -> list[PairedTest]:
     """Each pair of cells by itself: which of these very models differ."""
     pairs = points.pairs(axis, left, right, within)
-    compared = [
-        (", ".join(f"{row[name]}" for name in [*within, *AXES] if name != axis), left, right, pairs.loc[[index]])
-        for index, row in pairs.iterrows()
+    names = [name for name in [*within, *AXES] if name not in (axis, "protocol_id")]
+    runs = list(zip(pairs["run_id_left"], pairs["run_id_right"], strict=True))
+    found = [difference_between_runs(points.predictions, *both) for both in runs]
+    return [
+        PairedTest(", ".join(map(str, about)), str(left), str(right), 1, Scoped(Scope.TRAININGS, ()), e, p, both)
+        for about, e, p, both in zip(pairs[names].to_numpy(), found, holm([e.p for e in found]), runs, strict=True)
     ]
-    return corrected_tests(compared, points.over_base)
 
 
 def corrected_tests(
-    compared: Sequence[tuple[str, Any, Any, pd.DataFrame]],
-    estimate: Callable[[pd.DataFrame], Estimate],
-    warning: str = "",
+    compared: Sequence[tuple[str, Any, Any, pd.DataFrame]], points: Points, simultaneous: bool = False
 ) -> list[PairedTest]:
-    """A test of each (about, left, right, pairs), corrected by Holm over all of them."""
-    found = [estimate(pairs) for *_, pairs in compared]
-    corrected = holm([e.p for e in found])
-    return [
-        PairedTest(about, str(a), str(b), len(pairs), e, p, (*pairs["run_id_left"], *pairs["run_id_right"]), warning)
-        for (about, a, b, pairs), e, p in zip(compared, found, corrected, strict=True)
+    """The tests of each (about, left, right, pairs) at each scope that they have, the most general first.
+
+    p are corrected by Holm over those of one scope. simultaneous: the intervals hold together (Bonferroni), as those
+    must that are shown because of what came out, such as the best of several.
+    """
+    found = [
+        (scoped, str(a), str(b), about)
+        for about, a, b, pairs in compared
+        for scoped in find_scopes(points.differences(pairs))
     ]
+    by_scope = [[f for f in found if f[0].scope is scope] for scope in reversed(Scope)]
+    return [test for same in by_scope for test in _corrected_of_scope(same, points, simultaneous)]
 
 
-def _naive(points: Points, pairs: pd.DataFrame) -> Estimate:
-    both = zip(pairs["run_id_left"], pairs["run_id_right"], strict=True)
-    return naive_paired_t([points.predictions[b].mean() - points.predictions[a].mean() for a, b in both])
+def _corrected_of_scope(
+    found: Sequence[tuple[Scoped, str, str, str]], points: Points, simultaneous: bool
+) -> Iterator[PairedTest]:
+    level = 1 - (1 - LEVEL) / len(found) if simultaneous and found else LEVEL
+    estimates = [points.estimate(scoped, level) for scoped, *_ in found]
+    for (scoped, a, b, about), e, p in zip(found, estimates, holm([e.p for e in estimates]), strict=True):
+        yield PairedTest(about, a, b, scoped.pairs, scoped, e, p, scoped.run_ids)

@@ -7,18 +7,30 @@ from collections.abc import Iterator, Sequence
 import pandas as pd
 
 from analysis.read.imported import Imported
-from analysis.stats.claims import Claim, Number, escaped, interval, number
+from analysis.stats.claims import (
+    FEWEST_PAIRS,
+    Claim,
+    Number,
+    claim_of_tests,
+    escaped,
+    group_by_scope,
+    holds_for,
+    measured,
+    number,
+)
 from analysis.stats.comparisons import ALL_BASES, BASE, PairedTest, Points, compare_cells, compare_values, swap_sides
+from analysis.stats.scopes import Scope
 from analysis.stats.sparsity_claims import sparsity_claims
-from analysis.stats.statistics import anova, repeated_measures, seeds_sentence
+from analysis.stats.statistics import anova, seeds_sentence
 from tune_sparse.modes import SPARSE_ADAPTER_MODES
 
-MEASURED = "{{difference}} {unit} ({{low}} to {{high}}, {{p}}, {{cells}} pairs of cells)"
+ONE_RATE = "at one shared learning rate"
+"""What every comparison of methods or modes says while the rate is no axis: each may have another that suits it."""
 
 
 def make_claims(points: Points, imported: Sequence[Imported] = ()) -> tuple[list[Claim], pd.DataFrame]:
     """The claims, and a table of every test behind them."""
-    methods, modes = compare_values(points, "method"), compare_values(points, "mode")
+    methods, modes = compare_values(points, "method", simultaneous=True), compare_values(points, "mode")
     single = compare_cells(points, "mode", *SPARSE_ADAPTER_MODES)
     backends = _backend_tests(points)
     claims = [
@@ -42,37 +54,44 @@ def describe_seeds(cells: pd.DataFrame) -> str:
 def _method_claims(points: Points, tests: Sequence[PairedTest]) -> Iterator[Claim]:
     pruned = points.pruned[points.pruned["accuracy"].notna()]
     if pruned["method"].nunique() < 2:
-        yield Claim("RQ2", ALL_BASES, "One method only: there is nothing to compare.")
         return
-    yield _best_claim(ALL_BASES, pruned, [t for t in tests if t.about == ALL_BASES and not t.warning])
+    overall = list(_best_claims(ALL_BASES, pruned, tests))
+    yield from overall or [Claim("RQ2", ALL_BASES, "No setting is finished with two methods.")]
     yield from _variance_claim(pruned)
     for base, rows in pruned.groupby(BASE, sort=True):
-        about = ", ".join(map(str, base))
-        yield _best_claim(about, rows, [t for t in tests if t.about == about])
+        yield from _best_claims(", ".join(map(str, base)), rows, tests)
 
 
-def _best_claim(about: str, rows: pd.DataFrame, tests: Sequence[PairedTest]) -> Claim:
-    """The method of the highest mean, and which of the others it is shown to be better than."""
+def _best_claims(about: str, rows: pd.DataFrame, tests: Sequence[PairedTest]) -> Iterator[Claim]:
+    """The method of the highest mean against each of the others, one claim for what the same models and tasks show."""
     settings = rows.groupby([*BASE, "mode", "sparsity", "seed"])["method"]
     rows = rows[settings.transform("nunique") == rows["method"].nunique()]
     if rows.empty:
-        return Claim("RQ2", about, "No setting is finished with every method: there is nothing to compare.")
+        return
     means = rows.groupby("method")["accuracy"].mean().sort_values(ascending=False)
     best, numbers, parts = str(means.index[0]), dict[str, Number](), list[str]()
     for i, method in enumerate(map(str, means.index)):
         numbers[f"mean{i}"] = number(means[method], rows.loc[rows["method"] == method, "run_id"])
         parts.append(f"{method} {{mean{i}}}")
-    beaten, others = list[str](), list[str]()
-    for i, test in enumerate(swap_sides(t, best) for t in tests if best in (t.left, t.right)):
-        numbers |= {f"{name}{i}": value for name, value in interval(test).items()}
-        words = f"{test.left}: {{difference{i}}} ({{low{i}}} to {{high{i}}}, {{p{i}}})"
-        (beaten if test.is_shown and test.estimate.value > 0 else others).append(words)
-    template = f"Mean accuracy over the settings that all have: {', '.join(parts)}."
-    if beaten:
-        template += f" {best} is better than {' and '.join(beaten)}."
-    if others:
-        template += f" No difference can be shown between {best} and {' and '.join(others)}."
-    return Claim("RQ2", about, template, numbers, f"{tests[0].estimate.test}, Holm" if tests else None)
+    for same in group_by_scope(t for t in tests if t.about == about and best in (t.left, t.right)):
+        words, found = _best_words(best, same)
+        template = f"Mean accuracy over the settings that all have: {', '.join(parts)}. {words}."
+        test = f"{same[0].estimate.test}; Holm, intervals by Bonferroni over all pairs of methods"
+        yield claim_of_tests("RQ2", about, template, numbers | found, same, test)
+
+
+def _best_words(best: str, tests: Sequence[PairedTest]) -> tuple[str, dict[str, Number]]:
+    """Which of the others the best method is shown to be better than; of these trainings, by how much it was."""
+    beaten, others, (where, numbers) = list[str](), list[str](), holds_for(tests[0])
+    for i, test in enumerate(swap_sides(t, best) for t in tests):
+        words, found = measured(test, suffix=i)
+        numbers |= found
+        (beaten if test.is_shown and test.estimate.value > 0 else others).append(f"{test.left}: {words}")
+    if not tests[0].scope.has_verdict:
+        return f"In these trainings, {ONE_RATE}, {best} minus {' and '.join(others)} {where}", numbers
+    parts = [f"{best} is better than {' and '.join(beaten)}"] if beaten else []
+    parts += [f"no difference can be shown between {best} and {' and '.join(others)}"] if others else []
+    return f"{ONE_RATE.capitalize()}, {', and '.join(parts)}, {where}", numbers
 
 
 def _variance_claim(pruned: pd.DataFrame) -> Iterator[Claim]:
@@ -87,13 +106,7 @@ def _variance_claim(pruned: pd.DataFrame) -> Iterator[Claim]:
     shares = {f"{kind}_{name}": number(float(found[kind][name]), runs) for name in factors for kind in EFFECT_SIZES}
     listed = ", ".join(f"{name} {{eta_squared_{name}}} ({{omega_squared_{name}}})" for name in factors)
     template = f"Shares of the variance, η² (ω²): {listed}."
-    test = "ANOVA, type II, of the cells; its own p would take cells for independent"
-    if table["base"].nunique() > 1:
-        f, df, df_error, p = repeated_measures(table, "accuracy", "base", "method")
-        values = {"f": (f, ".1f"), "df": (df, "g"), "df_error": (df_error, "g"), "p": (p, ".2g")}
-        shares |= {name: number(value, runs, form) for name, (value, form) in values.items()}
-        template += " Method against its variation between bases: F({df}, {df_error}) = {f}, p = {p}."
-        test += "; F by repeated measures, optimistic where bases share examples: no claim rests on it"
+    test = "ANOVA, type II, of the cells, which describes these runs"
     yield Claim("RQ2", ALL_BASES, template, shares, test)
 
 
@@ -104,30 +117,46 @@ EFFECT_SIZES = ("eta_squared", "omega_squared")
 
 
 def _mode_claims(points: Points, tests: Sequence[PairedTest], single: Sequence[PairedTest]) -> Iterator[Claim]:
-    between_modes = [t for t in tests if {t.left, t.right} == set(SPARSE_ADAPTER_MODES) and not t.warning]
-    if not between_modes:
-        yield Claim("RQ3", ALL_BASES, "No two cells differ in these modes alone: there is nothing to compare.")
-    for test in (swap_sides(t, SPARSE_ADAPTER_MODES[1]) for t in between_modes):
-        unit = "accuracy" if points.is_accuracy(test.run_ids[0]) else "log-likelihood a token"
-        measured = MEASURED.format(unit=unit)
-        if test.is_shown:
+    if not single:
+        return
+    first, second = SPARSE_ADAPTER_MODES
+    for test in (swap_sides(t, second) for t in tests if {t.left, t.right} == {first, second}):
+        unit = " accuracy" if points.is_accuracy(test.run_ids[0]) else " log-likelihood a token"
+        (words, numbers), (where, counts) = measured(test, unit), holds_for(test)
+        if not test.scope.has_verdict:
+            template = f"In these trainings, {ONE_RATE}, {second} minus {first}: {words} {where}."
+        elif test.is_shown:
             better = "better" if test.estimate.value > 0 else "worse"
-            template = f"Sparse-to-sparse is {better} than sparse-to-dense by {measured}."
+            template = f"{second.capitalize()} is {better} than {first} {ONE_RATE} by {words}, {where}."
         else:
-            template = f"No difference can be shown between the modes: {measured}."
-        yield Claim("RQ3", test.about, template, interval(test), f"{test.estimate.test}, Holm")
-    if single:
-        runs = [run for t in single for run in t.run_ids]
-        won = [t for t in single if t.is_shown and t.estimate.value > 0]
-        lost = [t for t in single if t.is_shown and t.estimate.value < 0]
-        counts = {"won": len(won), "lost": len(lost), "all": len(single), "open": len(single) - len(won) - len(lost)}
-        template = (
-            "Cell by cell, of {all} pairs of models sparse-to-sparse is better in {won} and worse in {lost}; in {open} "
-            "no difference can be shown."
-        )
-        numbers = {name: number(count, runs, ".0f") for name, count in counts.items()}
-        yield Claim("RQ3", ALL_BASES, template, numbers, f"{single[0].estimate.test}, Holm")
+            template = f"No difference can be shown between {second} and {first} {ONE_RATE}: {words}, {where}."
+        yield claim_of_tests("RQ3", test.about, template, numbers | counts, [test], f"{test.estimate.test}, Holm")
+    yield from _pair_claims(single) if len(single) < FEWEST_PAIRS else [_pairs_claim(single)]
     yield from _cost_claim(points)
+
+
+def _pair_claims(single: Sequence[PairedTest]) -> Iterator[Claim]:
+    """A sentence for each of a few pairs: which of these very models differ."""
+    for test in single:
+        words, numbers = measured(test)
+        differ = "these two models differ" if test.differs else "these two models cannot be told apart"
+        template = f"{escaped(test.about)}, {ONE_RATE}: {differ}, {test.right} minus {test.left} {words}."
+        yield Claim("RQ3", ALL_BASES, template, numbers, f"{test.estimate.test}, Holm", Scope.TRAININGS)
+
+
+def _pairs_claim(single: Sequence[PairedTest]) -> Claim:
+    """How many pairs of models differ, each by itself."""
+    first, second = SPARSE_ADAPTER_MODES
+    turned = [swap_sides(t, second) for t in single]
+    won, lost = (sum(t.differs and t.estimate.value * sign > 0 for t in turned) for sign in (1, -1))
+    counts = {"won": won, "lost": lost, "all": len(turned), "open": len(turned) - won - lost}
+    runs = [run for t in turned for run in t.run_ids]
+    template = (
+        f"Pair by pair, {ONE_RATE}: of {{all}} pairs of models {{won}} differ in favour of {second} and {{lost}} of "
+        f"{first}; in {{open}} no difference can be shown."
+    )
+    numbers = {name: number(count, runs, ".0f") for name, count in counts.items()}
+    return Claim("RQ3", ALL_BASES, template, numbers, f"{turned[0].estimate.test}, Holm", Scope.TRAININGS)
 
 
 def _cost_claim(points: Points) -> Iterator[Claim]:
@@ -156,19 +185,18 @@ def _backend_tests(points: Points) -> list[PairedTest]:
 def _backend_claims(points: Points, tests: Sequence[PairedTest]) -> Iterator[Claim]:
     backends = list(dict.fromkeys(points.pruned["backend"]))
     if len(backends) < 2:
-        name = backends[0] if backends else "none"
-        hardware = ", ".join(sorted(map(str, points.pruned["hardware"].dropna().unique()))) or "no hardware"
-        text = f"One backend only ({name}, on {hardware}): nothing can be said of the CS-3 against GPUs."
-        yield Claim("RQ4", ALL_BASES, escaped(text))
         return
     if not tests:
         yield Claim("RQ4", ALL_BASES, "No cell ran on two backends: their accuracies cannot be compared pair by pair.")
     else:
         runs = [run for t in tests for run in t.run_ids]
-        counts = {"differ": sum(t.is_shown for t in tests), "all": len(tests)}
+        counts = {"differ": sum(t.differs for t in tests), "all": len(tests)}
         numbers = {name: number(count, runs, ".0f") for name, count in counts.items()}
-        template = "Of {all} cells that ran on two backends, {differ} are shown to differ in accuracy."
-        yield Claim("RQ4", ALL_BASES, template, numbers, f"{tests[0].estimate.test}, Holm")
+        template = (
+            "Of {all} cells that ran on two backends, the two models are shown to differ in accuracy in {differ}."
+        )
+        test = f"{tests[0].estimate.test}, Holm"
+        yield Claim("RQ4", ALL_BASES, template, numbers, test, Scope.TRAININGS, len(tests) >= FEWEST_PAIRS)
     parts, rates = [], dict[str, Number]()
     for i, (backend, rows) in enumerate(points.pruned.groupby("backend", sort=True)):
         rates[f"rate{i}"] = number(rows["train_examples_per_second"].median(), rows["run_id"], ".0f")

@@ -19,9 +19,9 @@ def mcnemar_p(won: int, lost: int, alternative: Literal["two-sided", "greater"] 
     return float(stats.binomtest(won, won + lost, alternative=alternative).pvalue) if won + lost else 1.0
 
 
-def difference_interval(won: int, lost: int, count: int) -> tuple[float, float]:
+def difference_interval(won: int, lost: int, count: int, level: float = LEVEL) -> tuple[float, float]:
     """The interval of the difference of two accuracies on `count` examples (Bonett & Price 2012), which is not empty
     where no example is answered otherwise."""
     p_won, p_lost = (won + 1) / (count + 2), (lost + 1) / (count + 2)
-    half = Z * math.sqrt((p_won + p_lost - (p_won - p_lost) ** 2) / (count + 2))
+    half = float(stats.norm.ppf(0.5 + level / 2)) * math.sqrt((p_won + p_lost - (p_won - p_lost) ** 2) / (count + 2))
     return p_won - p_lost - half, p_won - p_lost + half

@@ -1,18 +1,33 @@
-"""Claims about sparsity and accuracy: pass marks, how far each curve holds, and where it breaks."""
+"""Claims about sparsity and accuracy: pass marks, how far each curve holds, and where it breaks.
+
+Accuracies are means over seeds; their intervals are over seeds and examples, or over examples for fewer than three
+seeds.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
-from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from analysis.read.imported import Imported
-from analysis.stats.claims import Claim, Number, escaped, estimate_numbers, interval, number
-from analysis.stats.comparisons import ALL_BASES, BASE, Points, corrected_tests, count_bases, difference_between_runs
-from analysis.stats.statistics import against_published, holm, wilson
+from analysis.stats.claims import (
+    Claim,
+    Number,
+    claim_of_tests,
+    escaped,
+    estimate_numbers,
+    group_by_scope,
+    holds_for,
+    measured,
+    number,
+)
+from analysis.stats.comparisons import ALL_BASES, BASE, Points, corrected_tests
+from analysis.stats.paired import LEVEL
+from analysis.stats.scopes import FEWEST_SEEDS, Scope, Scoped
+from analysis.stats.statistics import wilson
 
 PASS_MARKS = (0.02, 0.05, 0.10)
 PASS_MARK = PASS_MARKS[-1]
@@ -24,118 +39,156 @@ def sparsity_claims(points: Points, imported: Sequence[Imported]) -> Iterator[Cl
     for base, dense in points.dense.groupby(BASE, sort=True):
         if dense["accuracy"].isna().all():
             continue
-        about, row = ", ".join(map(str, base)), dense.iloc[0]
+        about = ", ".join(map(str, base))
         pruned = points.pruned[(points.pruned[BASE] == list(base)).all(axis=1)]
-        pruned = pruned[pruned["seed"] == row["seed"]]
-        yield from _dense_claims(about, row, [i for i in imported if (i.model, i.task) == base[1:]])
-        yield from _half_claim(about, row, pruned[pruned["sparsity"] == 0.5])
-        yield from _most_claim(about, pruned[pruned["sparsity"] == 0.9])
+        pruned = pruned.merge(dense[["seed", "protocol_id"]], on=["seed", "protocol_id"])
+        yield from _dense_claims(about, dense, points, [i for i in imported if (i.model, i.task) == base[1:]])
+        yield from _half_claim(about, dense, pruned[pruned["sparsity"] == 0.5])
+        yield from _most_claim(about, pruned[pruned["sparsity"] == 0.9], points)
         for (method, mode), curve in pruned.groupby(["method", "mode"], sort=True):
-            curve = curve.sort_values("sparsity")
-            yield _reach_claim(about, f"{method}, {mode}", row, curve, points)
-            yield _break_claim(about, f"{method}, {mode}", row, curve, points)
+            levels = [level for _, level in curve.groupby("sparsity", sort=True)]
+            yield _reach_claim(about, f"{method}, {mode}", dense, levels, points)
+            yield _break_claim(about, f"{method}, {mode}", dense, levels, points)
 
 
 def _loss_claims(points: Points, sparsity: float) -> Iterator[Claim]:
     """The accuracy that one sparsity costs over all bases, by method."""
     pairs = points.accuracies(points.to_dense(sparsity))
     compared = [(ALL_BASES, "dense", method, same) for method, same in pairs.groupby("method", sort=True)]
-    tests = corrected_tests([c for c in compared if count_bases(c[3]) > 1], points.over_bases)
-    if not tests:
-        return
-    parts, numbers = [], {"sparsity": number(sparsity, pairs["run_id_right"], "g")}
-    for i, test in enumerate(tests):
-        numbers |= {f"{name}{i}": value for name, value in interval(test).items()}
-        words = "" if test.is_shown else ", no difference can be shown"
-        parts.append(f"{test.right} {{difference{i}}} ({{low{i}}} to {{high{i}}}, {{p{i}}}{words})")
-    template = f"At a sparsity of {{sparsity}}, accuracy against dense: {'; '.join(parts)}."
-    yield Claim("RQ1", ALL_BASES, template, numbers, f"{tests[0].estimate.test}, Holm")
+    for tests in group_by_scope(corrected_tests(compared, points)):
+        parts, (where, numbers) = list[str](), holds_for(tests[0])
+        for i, test in enumerate(tests):
+            words, found = measured(test, suffix=i)
+            numbers |= found
+            undecided = test.scope.has_verdict and not test.is_shown
+            parts.append(f"{test.right} {words}{': no difference can be shown' if undecided else ''}")
+        numbers["sparsity"] = number(sparsity, tests[0].run_ids, "g")
+        start = "At" if tests[0].scope.has_verdict else "In these trainings, at"
+        template = f"{start} a sparsity of {{sparsity}}, accuracy against dense: {'; '.join(parts)}; {where}."
+        yield claim_of_tests("RQ1", ALL_BASES, template, numbers, tests, f"{tests[0].estimate.test}, Holm")
 
 
-def _dense_claims(about: str, dense: pd.Series[Any], known: Sequence[Imported]) -> Iterator[Claim]:
-    """The mark of the dense run: within 2% of a dense baseline that was measured before."""
-    numbers = {"accuracy": number(dense["accuracy"], [dense["run_id"]])}
+def _dense_claims(about: str, dense: pd.DataFrame, points: Points, known: Sequence[Imported]) -> Iterator[Claim]:
+    """The mark of the dense runs: within 2% of a dense baseline that was measured before."""
+    accuracy, scope = float(dense["accuracy"].mean()), _scope_of(dense)
+    numbers = {"accuracy": number(accuracy, dense["run_id"])}
     if not known:
         template = (
             "Dense: {accuracy}. No earlier dense result was imported, so the mark of 2% within the dense baseline has "
             "nothing to be measured against (`tune-sparse import`)."
         )
-        yield Claim("RQ1", about, template, numbers)
+        yield Claim("RQ1", about, template, numbers, None, scope)
     for baseline in known:
-        e = against_published(dense["accuracy"], int(dense["n_examples"]), baseline.accuracy, baseline.n_examples)
-        passed = "passes" if dense["accuracy"] >= 0.98 * baseline.accuracy else "misses"
-        carried = "differs from it" if e.is_shown else "cannot be told from it"
-        runs = [dense["run_id"], baseline.record_id]
+        difference, low, high = _against_imported(accuracy, mean_interval(points, dense), baseline)
+        passed = "passes" if accuracy >= 0.98 * baseline.accuracy else "misses"
+        carried = "differs from it" if low > 0 or high < 0 else "cannot be told from it"
         known_as = {"imported": number(baseline.accuracy, [baseline.record_id])}
         template = (
             f"Dense: {{accuracy}} {passed} the mark of 2% within the imported baseline {{imported}} "
             f"({escaped(baseline.source)}) and {carried}: {{difference}} ({{low}} to {{high}})."
         )
-        against = estimate_numbers(e.value, e.low, e.high, runs)
-        yield Claim("RQ1", about, template, numbers | known_as | against, e.test)
+        against = estimate_numbers(difference, low, high, [*dense["run_id"], baseline.record_id])
+        yield Claim("RQ1", about, template, numbers | known_as | against, "interval of Newcombe (1998)", scope)
 
 
-def _half_claim(about: str, dense: pd.Series[Any], half: pd.DataFrame) -> Iterator[Claim]:
+def _against_imported(accuracy: float, ours: tuple[float, float], baseline: Imported) -> tuple[float, float, float]:
+    """Ours minus theirs from the intervals of both, squared and added (Newcombe 1998, method 10); theirs is taken as
+    exact where its number of examples is unknown."""
+    theirs, count, (low, high) = baseline.accuracy, baseline.n_examples, ours
+    known_low, known_high = wilson(theirs * count, count) if count else (theirs, theirs)
+    value = accuracy - theirs
+    below, above = math.hypot(accuracy - low, known_high - theirs), math.hypot(high - accuracy, theirs - known_low)
+    return value, value - below, value + above
+
+
+def mean_interval(points: Points, runs: pd.DataFrame) -> tuple[float, float]:
+    """The interval of the mean accuracy of one setting's seeds: over seeds and examples, or for few seeds Wilson's."""
+    if len(runs) < FEWEST_SEEDS:
+        examples = int(runs["n_examples"].iloc[0])
+        return wilson(runs["accuracy"].mean() * examples, examples)
+    e = Scoped(Scope.LISTED, (points.scores(runs),)).estimate()
+    return e.low, e.high
+
+
+def _scope_of(runs: pd.DataFrame) -> Scope:
+    return Scope.LISTED if runs["seed"].nunique() >= FEWEST_SEEDS else Scope.TRAININGS
+
+
+def _half_claim(about: str, dense: pd.DataFrame, half: pd.DataFrame) -> Iterator[Claim]:
     if half.empty:
         return
-    runs = [dense["run_id"], *half["run_id"]]
-    passes = {name: (half["accuracy"] >= (1 - mark) * dense["accuracy"] - 1e-9).sum() for name, mark in HALF.items()}
-    numbers = {name: number(count, runs, ".0f") for name, count in (passes | {"all": len(half)}).items()}
-    template = "Half of the weights gone: {ten} of {all} runs are within 10% of dense, {five} within 5%."
-    yield Claim("RQ1", about, template, numbers)
+    runs, means = [*dense["run_id"], *half["run_id"]], half.groupby(["method", "mode"])["accuracy"].mean()
+    limits = {name: (1 - mark) * dense["accuracy"].mean() - 1e-9 for name, mark in HALF.items()}
+    passes = {name: int((means >= limit).sum()) for name, limit in limits.items()}
+    numbers = {name: number(count, runs, ".0f") for name, count in (passes | {"all": len(means)}).items()}
+    template = "Half of the weights gone: {ten} of {all} settings are within 10% of dense, {five} within 5%."
+    yield Claim("RQ1", about, template, numbers, "means over seeds", _scope_of(half))
 
 
 HALF = {"five": 0.05, "ten": 0.10}
 
 
-def _most_claim(about: str, most: pd.DataFrame) -> Iterator[Claim]:
+def _most_claim(about: str, most: pd.DataFrame, points: Points) -> Iterator[Claim]:
     if most.empty:
         return
-    level = most[["chance_accuracy", "majority_fraction"]].max(axis=1)
-    correct = most["accuracy"] * most["n_examples"]
-    lows = [wilson(k, int(n))[0] for k, n in zip(correct, most["n_examples"], strict=True)]
-    above = int((np.array(lows) > level).sum())
-    counts = {"above": number(above, most["run_id"], ".0f"), "all": number(len(most), most["run_id"], ".0f")}
+    level = most[["chance_accuracy", "majority_fraction"]].max(axis=1).max()
+    settings = [runs for _, runs in most.groupby(["method", "mode"])]
+    above = sum(mean_interval(points, runs)[0] > level for runs in settings)
+    counts = {"above": number(above, most["run_id"], ".0f"), "all": number(len(settings), most["run_id"], ".0f")}
     template = (
-        "Nine tenths gone: {above} of {all} runs are above chance and the largest class ({level}), with their whole "
-        "interval."
+        "Nine tenths gone: {above} of {all} settings are above chance and the largest class ({level}), with their "
+        "whole interval."
     )
-    yield Claim("RQ1", about, template, counts | {"level": number(level.max(), most["run_id"])}, "Wilson intervals")
+    scope = _scope_of(most)
+    test = "over seeds and examples" if scope is Scope.LISTED else "Wilson"
+    yield Claim("RQ1", about, template, counts | {"level": number(level, most["run_id"])}, f"intervals: {test}", scope)
 
 
-def _reach_claim(about: str, curve_name: str, dense: pd.Series[Any], curve: pd.DataFrame, points: Points) -> Claim:
-    """The largest sparsity within each mark of dense: by the accuracies, and as far as the examples show it."""
-    lows = [difference_between_runs(points.predictions, dense["run_id"], run).low for run in curve["run_id"]]
-    parts, numbers = [], dict[str, Number]()
+def _reach_claim(
+    about: str, curve_name: str, dense: pd.DataFrame, levels: Sequence[pd.DataFrame], points: Points
+) -> Claim:
+    """The largest sparsity within each mark of dense: by the mean accuracies, and as far as the intervals show it."""
+    runs = [*dense["run_id"], *(run for level in levels for run in level["run_id"])]
+    falls = [fall.estimate for level in levels if (fall := points.difference(dense, level))]
+    reference = dense["accuracy"].mean()
+    parts, numbers = list[str](), dict[str, Number]()
     for mark in PASS_MARKS:
-        limit, name = (1 - mark) * dense["accuracy"] - 1e-9, f"{mark:.0%}"[:-1]
-        within = (curve["accuracy"] >= limit).cummin()
-        shown = (within & (pd.Series(lows, index=curve.index) >= -mark * dense["accuracy"])).cummin()
+        name, allowed = f"{mark:.0%}"[:-1], -mark * reference - 1e-9
+        within = [e.value >= allowed for e in falls]
+        shown = [e.value >= allowed and e.low >= allowed for e in falls]
         for kind, passed in (("reach", within), ("shown", shown)):
-            last = curve[passed]["sparsity"].max() if passed.any() else 0.0
-            numbers[f"{kind}{name}"] = number(last, [dense["run_id"], *curve["run_id"]], "g")
+            first_miss = passed.index(False) if False in passed else len(levels)
+            last = levels[first_miss - 1]["sparsity"].iloc[0] if first_miss else 0.0
+            numbers[f"{kind}{name}"] = number(last, runs, "g")
         parts.append(f"{mark:.0%} up to {{reach{name}}} (shown up to {{shown{name}}})")
-    template = f"{curve_name}: within {', '.join(parts)} of dense."
-    return Claim("RQ1", about, template, numbers, "shown: paired intervals against dense, in the order of sparsity")
+    template = f"{escaped(curve_name)}: within {', '.join(parts)} of dense."
+    test = "shown: paired intervals against dense, in the order of sparsity"
+    return Claim("RQ1", about, template, numbers, test, _least_scope([dense, *levels]))
 
 
-def _break_claim(about: str, curve_name: str, dense: pd.Series[Any], curve: pd.DataFrame, points: Points) -> Claim:
-    """The step of sparsity that costs most, if that fall is more than noise."""
-    steps = list(pairwise([dense, *(row for _, row in curve.iterrows())]))
-    if not steps:
-        return Claim("RQ1", about, f"{curve_name}: no finished run above sparsity zero.")
-    found = [difference_between_runs(points.predictions, a["run_id"], b["run_id"]) for a, b in steps]
-    corrected = holm([e.p for e in found])
-    worst = min(range(len(steps)), key=lambda i: found[i].value)
-    (before, after), e = steps[worst], found[worst]
-    runs = [before["run_id"], after["run_id"]]
-    if corrected[worst] >= 0.05 or e.value >= 0:
-        return Claim("RQ1", about, f"{curve_name}: no single step of sparsity shows a fall.", {}, e.test)
-    numbers = estimate_numbers(e.value, e.low, e.high, runs)
-    numbers["from"], numbers["to"] = (number(row["sparsity"], [row["run_id"]], "g") for row in (before, after))
-    numbers["before"], numbers["after"] = (number(row["accuracy"], [row["run_id"]]) for row in (before, after))
+def _break_claim(
+    about: str, curve_name: str, dense: pd.DataFrame, levels: Sequence[pd.DataFrame], points: Points
+) -> Claim:
+    """The step of sparsity that costs most, if that fall is more than noise: the intervals of all steps hold together,
+    so that the one of the largest fall does."""
+    steps, scope = list(pairwise([dense, *levels])), _least_scope([dense, *levels])
+    level = 1 - (1 - LEVEL) / len(steps)
+    found = [(fall, step) for step in steps if (fall := points.difference(*step, level))]
+    fall, (before, after) = min(found, key=lambda pair: pair[0].estimate.value)
+    e, test = fall.estimate, f"{fall.estimate.test}; intervals of all {len(steps)} steps hold together (Bonferroni)"
+    if e.high >= 0:
+        return Claim("RQ1", about, f"{escaped(curve_name)}: no single step of sparsity shows a fall.", {}, test, scope)
+    numbers = estimate_numbers(e.value, e.low, e.high, fall.run_ids)
+    numbers["from"], numbers["to"] = (number(s["sparsity"].iloc[0], s["run_id"], "g") for s in (before, after))
+    numbers["before"], numbers["after"] = (number(s["accuracy"].mean(), s["run_id"]) for s in (before, after))
+    breaks = "breaks" if scope.has_verdict else "in these trainings breaks"
     template = (
-        f"{curve_name}: breaks between {{from}} and {{to}}, where accuracy falls most, from {{before}} to {{after}} "
-        "({difference}, {low} to {high})."
+        f"{escaped(curve_name)}: {breaks} between {{from}} and {{to}}, where accuracy falls most, from {{before}} to "
+        "{after} ({difference}, {low} to {high})."
     )
-    return Claim("RQ1", about, template, numbers, f"{e.test}, corrected over the steps of the curve")
+    return Claim("RQ1", about, template, numbers, test, scope)
+
+
+def _least_scope(levels: Sequence[pd.DataFrame]) -> Scope:
+    """What all of these levels can speak for."""
+    return Scope.LISTED if all(_scope_of(level) is Scope.LISTED for level in levels) else Scope.TRAININGS

@@ -1,14 +1,12 @@
 """Tests and intervals of differences: pure functions of arrays and frames, computed by scipy and statsmodels.
 
-Cells of a sweep are no independent draws: they answer the same examples and grow from the same base models. What that
-does to a test, and which test therefore stands behind which claim, is in docs/statistics.md; tests/test_simulation.py
-measures it on simulated sweeps.
+Means over many cells, which share examples, models and seeds, are in `crossed` and `scopes`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,12 +16,10 @@ from scipy import stats
 
 from analysis.stats.paired import LEVEL, Z, difference_interval, mcnemar_p
 
-Floats = NDArray[np.float64]
-
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean or a difference with its interval at `LEVEL`, and the p of its being 0."""
+    """A mean or a difference with its interval, and the p of its being 0; nan where no verdict is given."""
 
     value: float
     low: float
@@ -45,7 +41,7 @@ def wilson(correct: float, count: int) -> tuple[float, float]:
 
 
 def paired_difference(
-    before: Sequence[bool] | NDArray[np.bool_], after: Sequence[bool] | NDArray[np.bool_]
+    before: Sequence[bool] | NDArray[np.bool_], after: Sequence[bool] | NDArray[np.bool_], level: float = LEVEL
 ) -> Estimate:
     """Accuracy of `after` minus that of `before` on the same examples: do these two models differ?
 
@@ -53,57 +49,8 @@ def paired_difference(
     """
     a, b = np.asarray(before, bool), np.asarray(after, bool)
     won, lost, count = int((b & ~a).sum()), int((a & ~b).sum()), len(a)
-    interval = difference_interval(won, lost, count)
+    interval = difference_interval(won, lost, count, level)
     return Estimate((won - lost) / count, *interval, mcnemar_p(won, lost), "McNemar, exact")
-
-
-def paired_bootstrap(differences: Sequence[float] | Floats, resamples: int = 2000) -> Estimate:
-    """The mean of paired differences, for scores that are no yes or no: one value an example."""
-    values = np.asarray(differences, float)
-    if not np.ptp(values):
-        value = float(values[0])
-        return Estimate(value, value, value, 1.0 if value == 0 else 0.0, "paired bootstrap")
-    drawn = stats.bootstrap(
-        (values,), np.mean, n_resamples=resamples, confidence_level=LEVEL, method="percentile", batch=100, rng=0
-    )
-    at_or_below = np.mean(drawn.bootstrap_distribution <= 0), np.mean(drawn.bootstrap_distribution >= 0)
-    p = min(1.0, max(2 * float(min(at_or_below)), 1 / resamples))
-    low, high = drawn.confidence_interval
-    return Estimate(float(values.mean()), float(low), float(high), p, "paired bootstrap")
-
-
-def clustered_mean(
-    values: Floats, weights: Floats, units: Iterable[object], examples: Iterable[object], named: str
-) -> Estimate:
-    """The weighted mean of `values`, where those of the same unit hang together and those of the same example too.
-
-    units: what the claim is to hold for besides these: base models, or cells of one base. The variance is that of
-    two-way clusters (Cameron, Gelbach & Miller 2011, eq. 2.8), to which the common examples may only add; t has one
-    degree of freedom less than there are units. Of a single unit nothing is shown.
-    """
-    import statsmodels.api as sm
-    from statsmodels.stats.sandwich_covariance import cov_cluster_2groups
-
-    by_unit, by_example = (pd.factorize(pd.Series(list(names)))[0] for names in (units, examples))
-    df, mean = int(by_unit.max()), float(np.average(values, weights=weights))
-    test = f"two-way clustered by {named} and example, t with {df} df"
-    if df < 1:
-        return Estimate(mean, -math.inf, math.inf, 1.0, test)
-    fit = sm.WLS(values, np.ones(len(values)), weights=weights).fit()
-    both, alone, _ = (float(np.squeeze(v)) for v in cov_cluster_2groups(fit, by_unit, by_example))
-    stderr = math.sqrt(max(both, alone, 0.0))
-    half = float(stats.t.ppf(0.5 + LEVEL / 2, df)) * stderr
-    p = 2 * float(stats.t.sf(abs(mean) / stderr, df)) if stderr > 1e-12 else float(abs(mean) < 1e-12)
-    return Estimate(mean, mean - half, mean + half, p, test)
-
-
-def naive_paired_t(differences: Sequence[float]) -> Estimate:
-    """The plain paired t over cells, which takes them for independent: shown for comparison, never behind a claim."""
-    values = np.asarray(differences, float)
-    found = stats.ttest_1samp(values, 0.0) if np.ptp(values) else None
-    p = float(found.pvalue) if found else float(values[0] == 0)
-    low, high = found.confidence_interval(LEVEL) if found else (values[0], values[0])
-    return Estimate(float(values.mean()), float(low), float(high), p, "paired t over cells, taken for independent")
 
 
 def against_published(accuracy: float, count: int, published: float, published_count: int | None = None) -> Estimate:
@@ -121,17 +68,20 @@ def against_published(accuracy: float, count: int, published: float, published_c
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """p corrected for how many are tested at once (Holm 1979)."""
+    """p corrected for how many are tested at once (Holm 1979); one that is nan is no test, and stays so."""
     from statsmodels.stats.multitest import multipletests
 
-    return [float(p) for p in multipletests(p_values, method="holm")[1]] if len(p_values) else []
+    corrected, known = np.array(p_values, float), ~np.isnan(np.array(p_values, float))
+    if known.sum() > 1:
+        corrected[known] = multipletests(corrected[known], method="holm")[1]
+    return [float(p) for p in corrected]
 
 
 def anova(table: pd.DataFrame, value: str, factors: Sequence[str]) -> pd.DataFrame:
     """How much of the variance of `value` each factor explains: type II sums of squares of the main effects.
 
     One row a factor and one of the residual: sum_sq, df, F, p, eta_squared (of the total), omega_squared (the same
-    without its bias; Hays 1963). The p takes rows for independent: for cells, use `repeated_measures`.
+    without its bias; Hays 1963). The p takes rows for independent, which cells are not: it is behind no claim.
     """
     from statsmodels.formula.api import ols
     from statsmodels.stats.anova import anova_lm
@@ -147,18 +97,6 @@ def anova(table: pd.DataFrame, value: str, factors: Sequence[str]) -> pd.DataFra
     return found.reset_index()
 
 
-def repeated_measures(table: pd.DataFrame, value: str, subject: str, factor: str) -> tuple[float, float, float, float]:
-    """(F, numerator df, denominator df, p) of `factor` against how its effect varies between subjects.
-
-    table: one or more rows of each subject and level, averaged. Subjects are what is independent: base models.
-    """
-    from statsmodels.stats.anova import AnovaRM
-
-    found = AnovaRM(table, value, subject, within=[factor], aggregate_func="mean").fit().anova_table
-    f, df, df_error, p = (float(found.iloc[0][name]) for name in ("F Value", "Num DF", "Den DF", "Pr > F"))
-    return f, df, df_error, p
-
-
 def smallest_shown(count: int, disagreement: float = 0.1) -> float:
     """The smallest difference of two accuracies that `count` examples show with a power of 0.8, where the models
     answer a share `disagreement` of the examples otherwise (McNemar's normal approximation, Connor 1987)."""
@@ -167,15 +105,16 @@ def smallest_shown(count: int, disagreement: float = 0.1) -> float:
 
 def seeds_sentence(seeds: int) -> str:
     """Say what this number of seeds can and cannot show."""
-    if seeds == 1:
+    if seeds < 3:
+        named = "one seed" if seeds == 1 else f"{seeds} seeds"
         return (
-            "With one seed, a difference between two single runs may be the luck of their trainings: tests of one "
-            "pair say that these two models differ, not that their settings do. Differences over many cells count "
-            "each training's luck as noise and do speak of settings; nothing is known of other seeds' spread."
+            f"With {named}, differences are described for these trainings: their intervals are over test examples, and "
+            "say nothing of other trainings. A verdict for these models and tasks takes at least three seeds "
+            "(`--seeds 0 1 2`), one for models or for tasks in general at least five of them."
         )
     return (
         f"With {seeds} seeds, the spread between trainings of the same setting is measured, by {seeds - 1} degrees of "
-        f"freedom a setting; a difference between two settings below about "
+        f"freedom a model and task; a difference between two settings below about "
         f"{float(stats.t.ppf(0.5 + LEVEL / 2, 2 * (seeds - 1))) * math.sqrt(2 / seeds):.1f} of its standard "
         "deviations cannot be told from luck."
     )
