@@ -95,7 +95,7 @@ def holds_for(test: PairedTest) -> tuple[str, dict[str, Number]]:
     scoped, runs = test.scoped, test.run_ids
     models, tasks = (escaped(", ".join(names)) for names in (scoped.models, scoped.tasks))
     template = {
-        Scope.TRAININGS: f"over {{pairs}}; {SEEDS_SHOW.get(scoped.seeds, '')}",
+        Scope.TRAININGS: f"over {{pairs}}; {SEEDS_SHOW.get(scoped.seeds)}",
         Scope.LISTED: f"for these models and tasks: {escaped(_listed(scoped.used))}; {{seeds}} seeds, {{pairs}}",
         Scope.TASKS: f"for tasks in general ({{tasks}} of them), with these models: {models}",
         Scope.MODELS: f"for models in general ({{models}} of them), on these tasks: {tasks}",

@@ -45,6 +45,11 @@ class PairedTest:
         return self.scoped.scope
 
     @property
+    def named(self) -> str:
+        """The test, and how its p is corrected where it has one."""
+        return self.estimate.test if math.isnan(self.p_corrected) else f"{self.estimate.test}, Holm"
+
+    @property
     def differs(self) -> bool:
         return self.p_corrected < 1 - LEVEL
 

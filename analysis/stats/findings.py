@@ -76,7 +76,7 @@ def _best_claims(about: str, rows: pd.DataFrame, tests: Sequence[PairedTest]) ->
     for same in group_by_scope(t for t in tests if t.about == about and best in (t.left, t.right)):
         words, found = _best_words(best, same)
         template = f"Mean accuracy over the settings that all have: {', '.join(parts)}. {words}."
-        test = f"{same[0].estimate.test}; Holm, intervals by Bonferroni over all pairs of methods"
+        test = f"{same[0].named}; intervals hold together over all pairs of methods (Bonferroni)"
         yield claim_of_tests("RQ2", about, template, numbers | found, same, test)
 
 
@@ -130,7 +130,7 @@ def _mode_claims(points: Points, tests: Sequence[PairedTest], single: Sequence[P
             template = f"{second.capitalize()} is {better} than {first} {ONE_RATE} by {words}, {where}."
         else:
             template = f"No difference can be shown between {second} and {first} {ONE_RATE}: {words}, {where}."
-        yield claim_of_tests("RQ3", test.about, template, numbers | counts, [test], f"{test.estimate.test}, Holm")
+        yield claim_of_tests("RQ3", test.about, template, numbers | counts, [test], test.named)
     yield from _pair_claims(single) if len(single) < FEWEST_PAIRS else [_pairs_claim(single)]
     yield from _cost_claim(points)
 
@@ -141,7 +141,7 @@ def _pair_claims(single: Sequence[PairedTest]) -> Iterator[Claim]:
         words, numbers = measured(test)
         differ = "these two models differ" if test.differs else "these two models cannot be told apart"
         template = f"{escaped(test.about)}, {ONE_RATE}: {differ}, {test.right} minus {test.left} {words}."
-        yield Claim("RQ3", ALL_BASES, template, numbers, f"{test.estimate.test}, Holm", Scope.TRAININGS)
+        yield Claim("RQ3", ALL_BASES, template, numbers, test.named, Scope.TRAININGS)
 
 
 def _pairs_claim(single: Sequence[PairedTest]) -> Claim:
@@ -156,7 +156,7 @@ def _pairs_claim(single: Sequence[PairedTest]) -> Claim:
         f"{first}; in {{open}} no difference can be shown."
     )
     numbers = {name: number(count, runs, ".0f") for name, count in counts.items()}
-    return Claim("RQ3", ALL_BASES, template, numbers, f"{turned[0].estimate.test}, Holm", Scope.TRAININGS)
+    return Claim("RQ3", ALL_BASES, template, numbers, turned[0].named, Scope.TRAININGS)
 
 
 def _cost_claim(points: Points) -> Iterator[Claim]:
@@ -195,7 +195,7 @@ def _backend_claims(points: Points, tests: Sequence[PairedTest]) -> Iterator[Cla
         template = (
             "Of {all} cells that ran on two backends, the two models are shown to differ in accuracy in {differ}."
         )
-        test = f"{tests[0].estimate.test}, Holm"
+        test = tests[0].named
         yield Claim("RQ4", ALL_BASES, template, numbers, test, Scope.TRAININGS, len(tests) >= FEWEST_PAIRS)
     parts, rates = [], dict[str, Number]()
     for i, (backend, rows) in enumerate(points.pruned.groupby("backend", sort=True)):

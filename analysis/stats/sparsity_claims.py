@@ -65,7 +65,7 @@ def _loss_claims(points: Points, sparsity: float) -> Iterator[Claim]:
         numbers["sparsity"] = number(sparsity, tests[0].run_ids, "g")
         start = "At" if tests[0].scope.has_verdict else "In these trainings, at"
         template = f"{start} a sparsity of {{sparsity}}, accuracy against dense: {'; '.join(parts)}; {where}."
-        yield claim_of_tests("RQ1", ALL_BASES, template, numbers, tests, f"{tests[0].estimate.test}, Holm")
+        yield claim_of_tests("RQ1", ALL_BASES, template, numbers, tests, tests[0].named)
 
 
 def _dense_claims(about: str, dense: pd.DataFrame, points: Points, known: Sequence[Imported]) -> Iterator[Claim]:

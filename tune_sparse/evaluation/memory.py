@@ -44,9 +44,9 @@ FACTOR_COPIES = 3
 MASK_BYTES = 2
 """A weight's place in a mask, and in a comparison."""
 VALIDATE_BYTES = 6
-CPU_CHILD_COPIES, CHILD_COPIES = 3, 2
-"""Of the weights in float32, in a child of Cerebras that trains on the CPU, and in another. Seen of a 135M model: 2.1
-to 2.3 GB where it trains, 1.4 where it lowers."""
+CHILD_PROCESS_BYTES, CPU_CHILD_COPIES, CHILD_COPIES = GIB, 3, 2
+"""A child of Cerebras, and copies of the weights in float32 in one that trains on the CPU, and in another. Seen of a
+135M model: 2.1 to 2.3 GB where it trains, 1.7 where it lowers; of a toy model 0.8, which is the process."""
 PROBE_TOKENS = 2048
 """Tokens whose logits are compared before and after a merge that is exact: both, each once more while it is made."""
 
@@ -329,7 +329,7 @@ class CellMemory:
         child = CHILD_COPIES * weights
         if target == "cpu":
             child = CPU_CHILD_COPIES * weights + FLOAT * (ADAMW_STATES - 1) * self.trainable
-        return child + CPU_PROCESS_BYTES + (GPU_PROCESS_BYTES if on_gpu else CPU_PROCESS_BYTES + device)
+        return child + CHILD_PROCESS_BYTES + (GPU_PROCESS_BYTES if on_gpu else CPU_PROCESS_BYTES + device)
 
     @property
     def checkpoint_bytes(self) -> int:
