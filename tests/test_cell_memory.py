@@ -110,8 +110,5 @@ def test_recovery_takes_what_the_formula_says(
     run = tiny_run(wide_llama, **settings)
     peaks, budgets = peaks_of_a_cell(run, tmp_path, monkeypatch)
     cell = formula(run, wide_llama)
-    print(
-        f"recovery {peaks['prune'] / cell.weights:.3f} of the weights, {peaks['prune'] / cell.stages(budgets)['prune']:.3f}"
-    )
-    assert peaks["prune"] <= 1.05 * cell.stages(budgets)["prune"]
+    assert peaks["prune"] == pytest.approx(cell.stages(budgets)["prune"], rel=0.1)
     assert peaks["prune"] <= MOST * cell.weights
