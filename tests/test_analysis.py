@@ -31,7 +31,7 @@ SUMMARY = (
     "truncated_fraction,accuracy_norm,accuracy_flexible,f1,perplexity,perplexity_stderr,perplexity_before_tuning,"
     "perplexity_before_merge,train_loss,eval_loss,"
     "train_examples_per_second,train_tokens_per_second,train_seconds,peak_memory_bytes,cell_peak_memory_bytes,compile_seconds,"
-    "inference_flops,hardware,error"
+    "calibration_tokens_seen,inference_flops,hardware,calibration,calibration_order,error"
 )
 NUMBERS = SUMMARY.split(",")[12:16] + SUMMARY.split(",")[17:26] + ["actual_sparsity"]
 """Columns that only a finished run can fill."""

@@ -442,7 +442,8 @@ def test_the_modes_of_a_pair_begin_alike_and_another_cell_of_the_seed_does_not(
     one_step = {"steps": 1, "learning_rate": 1e-30, "final_learning_rate": 1e-30}
     cells = [{"mode": "sparse-to-dense"}, {"mode": "sparse-to-sparse"}, {"sparsity": 0.5001}]
     runs = [make_run(**one_step, **cell) for cell in cells]
-    losses = [finished(run, ledger).metrics["train_loss"] for run in runs]
+    records = [finished(run, ledger) for run in runs]
+    losses = [record.metrics["train_loss"] for record in records]
     first, second, other = (first_factors(ledger, run) for run in runs)
     assert all(torch.equal(A, second[name]) for name, A in first.items())
     assert losses[0] == pytest.approx(losses[1], rel=1e-6), "on the same examples"
@@ -452,6 +453,13 @@ def test_the_modes_of_a_pair_begin_alike_and_another_cell_of_the_seed_does_not(
 def first_factors(ledger: Ledger, run: Run) -> dict[str, Tensor]:
     saved = load_file(ledger.run_folder(run.run_id) / "adapter" / "adapter_model.safetensors")
     return {name: tensor for name, tensor in saved.items() if "lora_A" in name}
+
+
+def test_a_record_names_what_else_decides_its_last_bits(make_run: MakeRun, ledger: Ledger) -> None:
+    record = finished(make_run(steps=1), ledger)
+    assert {"accelerate", "torch", "transformers"} <= record.environment["packages"].keys()
+    assert record.measured["attention_implementation"] == "sdpa"
+    assert "math" in record.environment["attention"].split()
 
 
 def test_a_worker_measures_a_model_on_a_task_once(

@@ -75,7 +75,7 @@ def test_a_dry_run_with_pilots_reads_each_file_of_examples_once(
     assert reads == BOOLQ_ONCE
 
 
-@pytest.mark.parametrize("more", [{"num_fewshot": 2}, {"methods": "wanda", "calibration_examples": 2}])
+@pytest.mark.parametrize("more", [{"num_fewshot": 2}, {"methods": "wanda", "calibration_tokens": 64}])
 def test_few_shot_examples_and_calibration_read_nothing_more(
     llama: Path, tmp_path: Path, reads: Counter[str], more: dict[str, Any]
 ) -> None:

@@ -18,7 +18,7 @@ from tune_sparse.pruning.calibration import (
     ModelBlocks,
     calibrate_blockwise,
     example_loss,
-    text_examples,
+    text_windows,
 )
 from tune_sparse.pruning.prune_model import Prunable, prune, prune_blockwise
 
@@ -85,7 +85,9 @@ def test_the_order_holds_on_fully_trained_models_and_real_text(name: str, own_ca
     assert_ordered(calibrated_on_boolq(folder))
     tokenizer = load_tokenizer(folder)
     for text in ("wikitext2/train.txt", "tinyshakespeare/input.txt"):
-        examples = text_examples(tokenizer, (real_examples / text).read_text(encoding="utf-8"), examples=96, tokens=128)
+        examples = text_windows(
+            tokenizer, (real_examples / text).read_text(encoding="utf-8"), tokens=96 * 128, window=128
+        )
         calibrated = Calibrated(folder, examples[:64])
         assert_ordered(calibrated)
         found = {

@@ -329,5 +329,6 @@ def _measured(work: Work, training: Training, scores: Scores) -> dict[str, Any]:
         "cell_peak_reserved_bytes": work.memory.reserved_bytes,
         "peak_memory_bytes_by_stage": work.memory.by_stage,
         "gpu_memory_bytes": gpu_memory_bytes(),
+        "attention_implementation": work.loaded.model.config._attn_implementation,
         "budgets": (training.budgets or work.budgets).as_record(),
     }
