@@ -92,7 +92,8 @@ def write_report(
     )
     page = present(folder, content, find_runs(results_dirs, points.predictions), published)
     said_first = [*found.lines(severities=["error"]), *counts(cells), found.summary()]
-    lines = [*said_first, *result_lines(cells, found, MOST_LINES), *headlines(claims), *highest_lines(performance)]
+    lines = [*said_first, *result_lines(cells, found, MOST_LINES)]
+    lines += [*(headlines(claims) or [describe_seeds(cells)]), *highest_lines(performance)]
     lines += [f"Tables, figures, findings and audit: {folder}", f"To read: {page}"]
     return Report(lines, len(found.errors), int((cells["status"] == "done").sum()))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
@@ -11,6 +12,7 @@ import pandas as pd
 
 from analysis.read.seeds import SETTING, spread
 from analysis.stats.paired import Z
+from analysis.stats.scopes import Scope, Scoped
 from analysis.stats.sparsity_claims import PASS_MARK
 
 if TYPE_CHECKING:
@@ -58,33 +60,26 @@ def grouped_summary(points: Points) -> pd.DataFrame:
     """
     rows = []
     for key, cells in points.pruned.groupby([*SETTING[:3], "method", "mode"], sort=True):
-        by_seed = cells.groupby("seed")["run_id"].agg(lambda runs: _over_examples(points, list(runs))[0])
-        mean, low, high = _over_examples(points, list(cells["run_id"]))
-        if len(by_seed) > 1:
-            low = high = float("nan")
+        found = points.scores(cells)
+        by_seed, low, high = pd.Series(found.by_seed), float("nan"), float("nan")
+        if len(by_seed) == 1:
+            e = Scoped(Scope.TRAININGS, (found,)).estimate()
+            low, high = e.low, e.high
         costs = [cells[name].median() for name in COSTS]
         ends = (cells["sparsity"].min(), cells["sparsity"].max())
-        rows.append([*key, len(cells), len(by_seed), *ends, mean, by_seed.std(), low, high, *costs])
+        rows.append([*key, len(cells), len(by_seed), *ends, found.mean, by_seed.std(), low, high, *costs])
     names = [*SETTING[:3], "method", "mode", "cells", "seeds", "min_sparsity", "max_sparsity"]
     names += ["mean_score", "sd", "low", "high", *(f"median_{name}" for name in COSTS)]
     return pd.DataFrame(rows, columns=names)
-
-
-def _over_examples(points: Points, run_ids: Sequence[str]) -> tuple[float, float, float]:
-    """The mean score of these runs, and its interval over their common examples."""
-    answered = [points.predictions[run_id] for run_id in run_ids]
-    scores, weights = np.mean([a.scores for a in answered], axis=0), answered[0].weights
-    mean = float(np.dot(weights, scores))
-    stderr = float(np.sqrt(np.dot(weights**2, (scores - mean) ** 2)))
-    return mean, mean - Z * stderr, mean + Z * stderr
 
 
 def highest_passing_sparsity(performance: pd.DataFrame) -> pd.DataFrame:
     """The highest sparsity up to which accuracy, or perplexity, stays within `PASS_MARK` of the dense baseline.
 
     performance: as `over_seeds`. One row per backend, model, task, method and mode that has a dense baseline: metric,
-    dense (its value), dense_spread, and highest_sparsity, which is missing where the dense accuracy itself is not two
-    of its spread above chance. A sparsity with a cell that is not done ends the search: nothing is said beyond a gap.
+    dense (its value), dense_spread, and highest_sparsity, which is missing where the dense accuracy itself is not above
+    chance, by two of its spread and by two standard errors over its examples. A sparsity with a cell that is not done
+    ends the search: nothing is said beyond a gap.
     """
     rows = []
     for key, curve in performance.groupby(SETTING[:-1], sort=True):
@@ -95,7 +90,9 @@ def highest_passing_sparsity(performance: pd.DataFrame) -> pd.DataFrame:
         dense, dense_spread = curve[metric].iloc[0], spread(curve, metric).iloc[0]
         if metric == "accuracy":
             passed = curve[metric] >= (1 - PASS_MARK) * dense - 1e-9
-            means_something = dense > curve["chance_accuracy"].iloc[0] + 2 * dense_spread
+            over_examples = math.sqrt(dense * (1 - dense) / curve["n_examples"].iloc[0])
+            around = max(over_examples, dense_spread)  # of several seeds the spread alone forgets the examples
+            means_something = dense > curve["chance_accuracy"].iloc[0] + 2 * around
         else:
             passed, means_something = curve[metric] <= (1 + PASS_MARK) * dense + 1e-9, True
         passed = (passed & (curve["seeds_done"] == curve["seeds"])).cummin()

@@ -23,7 +23,7 @@ class Number:
     """A number as it is shown, and the runs that it was computed from."""
 
     value: float | None
-    """None where it was not measured, such as a rate of too few steps"""
+    """None where it is not known, such as a rate of too few steps"""
     shown: str
     run_ids: tuple[str, ...]
 
@@ -67,7 +67,7 @@ class Claim:
 
 def number(value: float, run_ids: Iterable[str], form: str = ".3f") -> Number:
     runs = tuple(dict.fromkeys(run_ids))
-    return Number(None, "unknown", runs) if math.isnan(value) else Number(float(value), format(value, form), runs)
+    return Number(float(value), format(value, form), runs) if math.isfinite(value) else Number(None, "unknown", runs)
 
 
 def measured(test: PairedTest, unit: str = "", suffix: object = "") -> tuple[str, dict[str, Number]]:
@@ -110,9 +110,9 @@ def holds_for(test: PairedTest) -> tuple[str, dict[str, Number]]:
 def claim_of_tests(
     question: str, about: str, template: str, numbers: Mapping[str, Number], tests: Sequence[PairedTest], named: str
 ) -> Claim:
-    """The claim of tests of one scope. Over all bases it is the headline of its question, but of few pairs never."""
-    is_headline = about == ALL_BASES and min(t.cells for t in tests) >= FEWEST_PAIRS
-    return Claim(question, about, template, numbers, named, tests[0].scope, is_headline)
+    """The claim of tests of one scope. A verdict over all bases is a headline, unless it is of few pairs."""
+    scope, enough = tests[0].scope, min(t.cells for t in tests) >= FEWEST_PAIRS
+    return Claim(question, about, template, numbers, named, scope, about == ALL_BASES and scope.has_verdict and enough)
 
 
 def group_by_scope(tests: Iterable[PairedTest]) -> list[list[PairedTest]]:
@@ -126,6 +126,8 @@ def group_by_scope(tests: Iterable[PairedTest]) -> list[list[PairedTest]]:
 
 FEWEST_PAIRS = 5
 """Of fewer nothing is said in a headline, and each pair is spoken of by itself."""
+ONE_RATE = "at one shared learning rate"
+"""What every comparison of methods or modes says while the rate is no axis: each may have another that suits it."""
 SEEDS_SHOW = {1: "one seed shows nothing of other trainings", 2: "two seeds show too little of other trainings"}
 
 

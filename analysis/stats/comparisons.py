@@ -14,7 +14,7 @@ import pandas as pd
 from analysis.read.results import Predictions
 from analysis.stats.crossed import Floats, over_columns
 from analysis.stats.paired import LEVEL
-from analysis.stats.scopes import Differences, Scope, Scoped, find_scopes, t_estimate
+from analysis.stats.scopes import FEWEST_SEEDS, Differences, Scope, Scoped, find_scopes, t_estimate
 from analysis.stats.statistics import Estimate, holm, paired_difference
 from tune_sparse.modes import ADAPTER_MODES
 from tune_sparse.pruning.methods import METHODS
@@ -23,7 +23,7 @@ BASE = ["backend", "model", "task"]
 """A base model on a task, from which cells grow."""
 SETTING = ["method", "mode", "sparsity"]
 AXES = [*SETTING, "seed", "protocol_id"]
-ALL_BASES = "all base models and tasks"
+ALL_BASES = "all models and tasks of these results"
 
 
 @dataclass(frozen=True)
@@ -117,12 +117,11 @@ class Points:
         return found.assign(shares_masks=found["method"].map(_has_random_masks))
 
     def differences(self, pairs: pd.DataFrame) -> list[Differences]:
-        """Those of each base, over the settings that have all of its seeds."""
+        """Those of each base, over settings that have the same seeds."""
         return [self._of_base(same) for _, same in pairs.groupby(BASE, sort=True)]
 
     def _of_base(self, pairs: pd.DataFrame) -> Differences:
-        settings = pairs.groupby([name for name in SETTING if name in pairs])["seed"].transform("nunique")
-        complete = pairs[settings == settings.max()]
+        complete = _with_common_seeds(pairs)
         by_seed = {seed: self._means(same) for seed, same in complete.groupby("seed", sort=True)}
         runs = (*complete["run_id_left"], *complete["run_id_right"])
         found = self._of_setting(complete, by_seed, runs)
@@ -134,8 +133,11 @@ class Points:
         return np.mean([self.predictions[right].scores - self.predictions[left].scores for left, right in both], axis=0)
 
     def scores(self, runs: pd.DataFrame) -> Differences:
-        """The scores themselves of one setting's runs, one a seed."""
-        by_seed = {seed: self.predictions[run].scores for seed, run in zip(runs["seed"], runs["run_id"], strict=True)}
+        """The scores themselves of runs of one base; where a seed has several, their mean."""
+        by_seed = {
+            seed: np.mean([self.predictions[run].scores for run in same], axis=0)
+            for seed, same in runs.groupby("seed", sort=True)["run_id"]
+        }
         return self._of_setting(runs, by_seed, tuple(runs["run_id"]))
 
     def difference(self, left: pd.DataFrame, right: pd.DataFrame, level: float = LEVEL) -> PairedTest | None:
@@ -154,7 +156,7 @@ class Points:
         e = self.estimate(scoped, level)
         return PairedTest("", "", "", len(common), scoped, e, e.p, runs)
 
-    def _of_setting(self, rows: pd.DataFrame, by_seed: Mapping[int, Floats], runs: tuple[str, ...]) -> Differences:
+    def _of_setting(self, rows: pd.DataFrame, by_seed: Mapping[Any, Floats], runs: tuple[str, ...]) -> Differences:
         backend, model, task = (str(rows[name].iloc[0]) for name in BASE)
         values, known = np.array(list(by_seed.values())), self.predictions[runs[0]]
         return Differences(backend, model, task, tuple(by_seed), values, known, len(by_seed), runs)
@@ -179,6 +181,22 @@ def _run_by_seed(runs: pd.DataFrame) -> dict[tuple[int, str], str]:
     """{(seed, protocol): run} of one setting"""
     columns = (runs[name] for name in ("seed", "protocol_id", "run_id"))
     return {(seed, protocol): run for seed, protocol, run in zip(*columns, strict=True)}
+
+
+def _with_common_seeds(pairs: pd.DataFrame) -> pd.DataFrame:
+    """The pairs of settings that share seeds, so that every seed averages the same settings.
+
+    Of the sets of seeds that settings have, the one with the most pairs; enough seeds for a verdict before fewer.
+    """
+    settings = pairs.groupby([name for name in SETTING if name in pairs])["seed"].agg(frozenset)
+
+    def worth(seeds: frozenset[int]) -> tuple[bool, int, int]:
+        return len(seeds) >= FEWEST_SEEDS, len(seeds) * sum(seeds <= has for has in settings), len(seeds)
+
+    common = max(dict.fromkeys(settings), key=worth)
+    whole = settings[[common <= has for has in settings]].index
+    chosen = pairs.set_index(settings.index.names).index.isin(whole)
+    return pairs[chosen & pairs["seed"].isin(common)]
 
 
 def _has_random_masks(*methods: str) -> bool:

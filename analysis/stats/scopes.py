@@ -61,8 +61,13 @@ class Differences:
     """whether a random mask is in it, which is that of every task of a model and seed"""
 
     @property
+    def by_seed(self) -> Floats:
+        """(seeds,) means over the examples."""
+        return self.values @ self.predictions.weights
+
+    @property
     def mean(self) -> float:
-        return float(self.values.mean(axis=0) @ self.predictions.weights)
+        return float(self.by_seed.mean())
 
     @cached_property
     def questions(self) -> int:

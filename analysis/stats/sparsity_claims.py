@@ -14,6 +14,7 @@ import pandas as pd
 
 from analysis.read.imported import Imported
 from analysis.stats.claims import (
+    ONE_RATE,
     Claim,
     Number,
     claim_of_tests,
@@ -64,7 +65,8 @@ def _loss_claims(points: Points, sparsity: float) -> Iterator[Claim]:
             parts.append(f"{test.right} {words}{': no difference can be shown' if undecided else ''}")
         numbers["sparsity"] = number(sparsity, tests[0].run_ids, "g")
         start = "At" if tests[0].scope.has_verdict else "In these trainings, at"
-        template = f"{start} a sparsity of {{sparsity}}, accuracy against dense: {'; '.join(parts)}; {where}."
+        differences = f"accuracy against dense {ONE_RATE}: {'; '.join(parts)}"
+        template = f"{start} a sparsity of {{sparsity}}, {differences}; {where}."
         yield claim_of_tests("RQ1", ALL_BASES, template, numbers, tests, tests[0].named)
 
 
@@ -122,7 +124,7 @@ def _half_claim(about: str, dense: pd.DataFrame, half: pd.DataFrame) -> Iterator
     passes = {name: int((means >= limit).sum()) for name, limit in limits.items()}
     numbers = {name: number(count, runs, ".0f") for name, count in (passes | {"all": len(means)}).items()}
     template = "Half of the weights gone: {ten} of {all} settings are within 10% of dense, {five} within 5%."
-    yield Claim("RQ1", about, template, numbers, "means over seeds", _scope_of(half))
+    yield Claim("RQ1", about, template, numbers, "means over seeds, untested", Scope.TRAININGS)
 
 
 HALF = {"five": 0.05, "ten": 0.10}
@@ -139,7 +141,7 @@ def _most_claim(about: str, most: pd.DataFrame, points: Points) -> Iterator[Clai
         "Nine tenths gone: {above} of {all} settings are above chance and the largest class ({level}), with their "
         "whole interval."
     )
-    scope = _scope_of(most)
+    scope = _least_scope(settings)
     test = "over seeds and examples" if scope is Scope.LISTED else "Wilson"
     yield Claim("RQ1", about, template, counts | {"level": number(level, most["run_id"])}, f"intervals: {test}", scope)
 
@@ -169,22 +171,23 @@ def _reach_claim(
 def _break_claim(
     about: str, curve_name: str, dense: pd.DataFrame, levels: Sequence[pd.DataFrame], points: Points
 ) -> Claim:
-    """The step of sparsity that costs most, if that fall is more than noise: the intervals of all steps hold together,
-    so that the one of the largest fall does."""
+    """The largest fall from one sparsity to the next among those that are more than noise. The intervals of all steps
+    hold together, so that the one that is picked for its fall does."""
     steps, scope = list(pairwise([dense, *levels])), _least_scope([dense, *levels])
     level = 1 - (1 - LEVEL) / len(steps)
     found = [(fall, step) for step in steps if (fall := points.difference(*step, level))]
-    fall, (before, after) = min(found, key=lambda pair: pair[0].estimate.value)
+    shown = [pair for pair in found if pair[0].estimate.high < 0]
+    fall, (before, after) = min(shown or found, key=lambda pair: pair[0].estimate.value)
     e, test = fall.estimate, f"{fall.estimate.test}; intervals of all {len(steps)} steps hold together (Bonferroni)"
-    if e.high >= 0:
+    if not shown:
         return Claim("RQ1", about, f"{escaped(curve_name)}: no single step of sparsity shows a fall.", {}, test, scope)
     numbers = estimate_numbers(e.value, e.low, e.high, fall.run_ids)
     numbers["from"], numbers["to"] = (number(s["sparsity"].iloc[0], s["run_id"], "g") for s in (before, after))
     numbers["before"], numbers["after"] = (number(s["accuracy"].mean(), s["run_id"]) for s in (before, after))
     breaks = "breaks" if scope.has_verdict else "in these trainings breaks"
     template = (
-        f"{escaped(curve_name)}: {breaks} between {{from}} and {{to}}, where accuracy falls most, from {{before}} to "
-        "{after} ({difference}, {low} to {high})."
+        f"{escaped(curve_name)}: {breaks} between {{from}} and {{to}}, the largest fall that is shown, from "
+        "{before} to {after} ({difference}, {low} to {high})."
     )
     return Claim("RQ1", about, template, numbers, test, scope)
 
