@@ -43,7 +43,7 @@ def test_what_differs_from_the_defaults_is_said_and_nothing_else() -> None:
 
 def test_the_examples_of_a_task_and_of_a_mixture_are_counted() -> None:
     assert used().examples == {"boolq": ExampleCounts(10, 4, 3), "boolq+gsm8k": ExampleCounts(20, 8, 6)}
-    assert "boolq: 10 training, 4 selection and 3 test examples, scored by " in " ".join(used().lines())
+    assert "boolq: 10 training, 4 selection and 3 test examples, judged by " in " ".join(used().lines())
 
 
 def test_calibration_is_said_where_a_method_is_calibrated() -> None:
@@ -51,7 +51,7 @@ def test_calibration_is_said_where_a_method_is_calibrated() -> None:
     found = protocol_in_use(config, None)
     assert found.calibration == config.protocol.calibrated_by
     assert "calibration_order sequential" in " ".join(found.lines())
-    assert "boolq: not read, scored by " in " ".join(found.lines())
+    assert "boolq: not read, judged by " in " ".join(found.lines())
 
 
 @pytest.mark.parametrize("preset", ["toy", "smoke", "matrix"])

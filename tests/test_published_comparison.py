@@ -19,7 +19,7 @@ from analysis.baselines.comparison import (
 from analysis.baselines.published import load_published
 from analysis.read.load import cells_table
 from analysis.report.phoenix import phoenix_table
-from analysis.stats.many_settings import Spread, difference_interval, pooled_spread
+from analysis.stats.many_settings import Spread, interval_among, pooled_spread
 from tune_sparse.config import Protocol
 from tune_sparse.data.task_types import PromptTask
 from tune_sparse.data.tasks import TASKS
@@ -57,7 +57,7 @@ def test_the_setting_with_their_method_and_mode_stands_alone_beside(cells: Cells
     assert found.reason is None
     assert found.value == pytest.approx(0.71)
     assert found.difference == pytest.approx(0.11)
-    assert (found.low, found.high) == pytest.approx(difference_interval(0.71, 0.6, ALL, 3, Spread(0.0001, 2), 1))
+    assert (found.low, found.high) == pytest.approx(interval_among(0.71, 0.6, ALL, 3, Spread(0.0001, 2), 1))
     assert (found.our_setting, len(found.run_ids)) == ("random, sparse-to-dense", 3)
     assert (found.described, found.verdict) == ("random, sparse-to-dense, mean of 3 seeds", "higher")
 
@@ -70,7 +70,7 @@ def test_without_their_method_every_setting_stands_beside_and_none_is_chosen(cel
         "wanda, sparse-to-dense, mean of 2 seeds, one of 2 settings, interval corrected for all"
     )
     assert (found[1].low, found[1].high) == pytest.approx(
-        difference_interval(0.82, 0.6, ALL, 2, Spread((2 * 0.0001 + 0.0008) / 3, 3), 2)
+        interval_among(0.82, 0.6, ALL, 2, Spread((2 * 0.0001 + 0.0008) / 3, 3), 2)
     )
     assert found[1].verdict == "", "two seeds do not tell how far trainings spread"
 
@@ -172,10 +172,10 @@ def test_a_source_that_contradicts_itself_is_not_compared(cells: Cells) -> None:
 
 
 def test_an_interval_is_never_empty_and_grows_with_the_spread_between_seeds() -> None:
-    low, high = difference_interval(1.0, 1.0, 100, 1, Spread(0.0, 0), 1)
+    low, high = interval_among(1.0, 1.0, 100, 1, Spread(0.0, 0), 1)
     assert low < 0 < high
     spreads = [pooled_spread([[0.7 - s, 0.7, 0.7 + s]]) for s in (0.0, 0.01, 0.05)]
-    widths = [np.diff(difference_interval(0.7, 0.6, 1000, 3, spread, 1))[0] for spread in spreads]
+    widths = [np.diff(interval_among(0.7, 0.6, 1000, 3, spread, 1))[0] for spread in spreads]
     assert sorted(widths) == widths
     assert widths[2] > 2 * widths[0]
 
@@ -196,7 +196,7 @@ def shown_better(settings: int, seeds: int, luck: float, sweeps: int, among: int
         scored = rng.binomial(count, 1 / (1 + np.exp(-logits))) / count
         ours, theirs = scored[1:].reshape(settings, seeds), float(scored[0])
         spread, best = pooled_spread(ours.tolist()), float(ours.mean(axis=1).max())
-        found += difference_interval(best, theirs, count, seeds, spread, among or settings)[0] > 0
+        found += interval_among(best, theirs, count, seeds, spread, among or settings)[0] > 0
     return found / sweeps
 
 

@@ -9,14 +9,13 @@ from typing import Any
 import pandas as pd
 
 from analysis.baselines.published import METRICS, TRAININGS, Published, find_conflicts, our_metric
-from analysis.stats.many_settings import Spread, difference_interval, pooled_spread
+from analysis.stats.many_settings import Spread, interval_among, pooled_spread
+from analysis.stats.scopes import FEWEST_SEEDS
 from tune_sparse.config import SYNTHETIC
 from tune_sparse.data.tasks import TASKS
 from tune_sparse.ledger.contracts import LedgerReader
 
 SAME_SPARSITY = 0.005
-SEEDS_OF_A_VERDICT = 3
-"""With fewer the spread between trainings is not known: a difference is described, and nobody is called better."""
 NOT_AVAILABLE = "not available"
 
 
@@ -24,7 +23,7 @@ NOT_AVAILABLE = "not available"
 class PublishedComparison:
     """A published number and a setting of ours that stands beside it, or why none does.
 
-    `difference` is ours minus theirs, `low` and `high` the ends of `difference_interval`; a perplexity has none.
+    `difference` is ours minus theirs, `low` and `high` the ends of `interval_among`; a perplexity has none.
     """
 
     published: Published
@@ -52,7 +51,7 @@ class PublishedComparison:
     @property
     def verdict(self) -> str:
         """Whether ours is higher or lower than theirs; empty where the seeds are too few to say."""
-        if self.low is None or self.high is None or self.seeds < SEEDS_OF_A_VERDICT:
+        if self.low is None or self.high is None or self.seeds < FEWEST_SEEDS:
             return ""
         return "higher" if self.low > 0 else "lower" if self.high < 0 else "not told apart"
 
@@ -189,7 +188,7 @@ def _beside(
     assert theirs is not None
     if comparison.published.metric != "perplexity":
         count = int(runs["n_examples"].iloc[0])
-        low, high = difference_interval(ours, theirs, count, len(by_seed), spread, comparison.settings)
+        low, high = interval_among(ours, theirs, count, len(by_seed), spread, comparison.settings)
     return replace(
         comparison,
         value=ours,

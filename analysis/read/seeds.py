@@ -7,9 +7,11 @@ from typing import Any
 
 import pandas as pd
 
+from tune_sparse.data import task_types
+
 SETTING = ["backend", "model", "task", "method", "mode", "sparsity"]
 """What makes a cell, but for its seed."""
-METRICS = ("acc", "acc_norm", "exact_match_strict", "exact_match_flexible", "f1", "perplexity")
+METRICS = (*task_types.METRICS, "f1")
 """Columns with a metric by its own name; `accuracy` has the values of the task's primary one."""
 CALIBRATION = ("calibration", "calibration_order", "calibration_tokens_seen")
 SINGLE_RUN = ("_stderr", "_low", "_high")

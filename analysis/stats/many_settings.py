@@ -28,7 +28,7 @@ def pooled_spread(settings: Iterable[Sequence[float]]) -> Spread:
     return Spread(sum(variance(by_seed) * (len(by_seed) - 1) for by_seed in several) / df if df else 0.0, df)
 
 
-def difference_interval(
+def interval_among(
     ours: float, theirs: float, count: int, seeds: int, spread: Spread, settings: int
 ) -> tuple[float, float]:
     """The interval of our accuracy, a mean over `seeds`, minus a published one, simultaneous for `settings` of ours

@@ -23,6 +23,7 @@ from analysis.stats.paired import LEVEL, difference_interval, mcnemar_p
 from analysis.stats.statistics import Estimate
 
 FEWEST_SEEDS = 3
+"""of a setting, from which on the spread between its trainings is known well enough for a verdict"""
 FEWEST_UNITS = 5
 """of models, or of tasks, that speak for models or tasks in general"""
 

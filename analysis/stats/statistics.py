@@ -27,10 +27,6 @@ class Estimate:
     p: float
     test: str
 
-    @property
-    def is_shown(self) -> bool:
-        return self.p < 1 - LEVEL
-
 
 def wilson(correct: float, count: int) -> tuple[float, float]:
     """Interval of an accuracy (Wilson 1927): inside [0, 1], and not empty at 0 or 1."""
@@ -51,20 +47,6 @@ def paired_difference(
     won, lost, count = int((b & ~a).sum()), int((a & ~b).sum()), len(a)
     interval = difference_interval(won, lost, count, level)
     return Estimate((won - lost) / count, *interval, mcnemar_p(won, lost), "McNemar, exact")
-
-
-def against_published(accuracy: float, count: int, published: float, published_count: int | None = None) -> Estimate:
-    """An accuracy minus a published one, by their binomial standard errors; the published one is taken as exact
-    where its number of examples is unknown."""
-    variance = accuracy * (1 - accuracy) / count
-    if published_count:
-        variance += published * (1 - published) / published_count
-    else:
-        variance += published * (1 - published) / count  # the null: both have the published accuracy
-        variance /= 2
-    stderr, value = math.sqrt(variance), accuracy - published
-    p = 2 * float(stats.norm.sf(abs(value) / stderr)) if stderr else float(value == 0)
-    return Estimate(value, value - Z * stderr, value + Z * stderr, p, "z, binomial standard error")
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -45,7 +45,7 @@ class ProtocolInUse:
         return [
             *textwrap.wrap(first, COLUMNS, subsequent_indent="    ", break_on_hyphens=False),
             f"  {'; '.join([f'precision {self.precision}', *calibration, f'examples: {self._source()}'])}",
-            *(f"  {task}: {self._count(task)}, scored by {metric}" for task, metric in self.metrics.items()),
+            *(f"  {task}: {self._count(task)}, judged by {metric}" for task, metric in self.metrics.items()),
         ]
 
     def _source(self) -> str:
@@ -84,5 +84,6 @@ def _changed_text(changed: Changed) -> str:
     return ", ".join(f"{name} {text}" for name, text in texts.items()) or "none"
 
 
-def _metric(task: str) -> str:
-    return "perplexity" if isinstance(tasks_named(task)[0], TextTask) else "accuracy"
+def _metric(names: str) -> str:
+    tasks = tasks_named(names)
+    return tasks[0].primary_metric if len(tasks) == 1 else "the mean of its tasks"

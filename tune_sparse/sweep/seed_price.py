@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from analysis.stats.scopes import FEWEST_SEEDS
 from tune_sparse.config import SweepConfig
 from tune_sparse.evaluation.cards import Card
 from tune_sparse.ledger.contracts import LedgerReader
@@ -12,9 +13,6 @@ from tune_sparse.sweep.estimate import KindEstimate, Sizes, estimate, trained_ce
 from tune_sparse.sweep.forecast import forecast
 from tune_sparse.sweep.plan import Plan
 from tune_sparse.sweep.progress import duration
-
-FEWEST_SEEDS = 3
-"""From so many on, the spread between seeds is known well enough for a verdict on the models and tasks of a sweep."""
 
 
 @dataclass(frozen=True)
