@@ -102,7 +102,8 @@ def test_a_checkpoint_goes_to_a_mdl_and_back_to_the_bit(
     own = {name: tensor.to(dtype) for name, tensor in load_file(llama / "model.safetensors").items()}
     if is_tied:
         del own["lm_head.weight"]
-    save_file(own, tmp_path / "model.safetensors")
+    of_old_llamas = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+    save_file(own | of_old_llamas, tmp_path / "model.safetensors")
     replace_by_mdl(tmp_path)
     assert not list(tmp_path.glob("*.safetensors"))
     assert_equal(load_file(find_folder(str(tmp_path / "model.mdl")) / "model.safetensors"), own)
