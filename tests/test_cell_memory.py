@@ -100,3 +100,15 @@ def test_the_formula_is_what_lives_but_for_a_tenth(
     assert {stage: peaks[stage] / forecast[stage] for stage in forecast if stage in peaks} == {
         stage: pytest.approx(1, abs=0.1) for stage in ("load", "prune", "train", "merge", "score")
     }
+
+
+@pytest.mark.slow
+def test_recovery_takes_what_the_formula_says(
+    wide_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = FEW | {"n_train": 64, "calibration_window": TEXT_TOKENS // 4, "recover": "reconstruct"}
+    run = tiny_run(wide_llama, **settings)
+    peaks, budgets = peaks_of_a_cell(run, tmp_path, monkeypatch)
+    cell = formula(run, wide_llama)
+    assert peaks["prune"] == pytest.approx(cell.stages(budgets)["prune"], rel=0.1)
+    assert peaks["prune"] <= MOST * cell.weights

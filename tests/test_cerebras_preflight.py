@@ -90,7 +90,8 @@ def test_what_is_lowered_or_compiled_ahead_is_the_text_of_the_training(
     llama: Path, environment: SiteEnvironment, mode: str, tmp_path: Path
 ) -> None:
     """A training as it is written, and the graph that stands for it, hand the same text to the compiler."""
-    config = small_config(llama, tasks="boolq", methods="random", sparsities="0.5", modes=mode)
+    rank = 16 if mode == "masked-finetuning" else 4
+    config = small_config(llama, tasks="boolq", methods="random", sparsities="0.5", modes=mode, lora_rank=rank)
     plan, ledger = make_plan(config), Ledger(tmp_path)
     [run], worker = plan.runs.values(), WorkerCache()
     graph = plan_graphs(plan).by_run[run.run_id]

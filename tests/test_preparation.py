@@ -80,7 +80,7 @@ def test_few_shot_examples_and_calibration_read_nothing_more(
     llama: Path, tmp_path: Path, reads: Counter[str], more: dict[str, Any]
 ) -> None:
     found = read_examples(SweepConfig.from_names(settings(llama, tmp_path, **more)))
-    assert found.selection == {"boolq": 4}
+    assert found.counts["boolq"].selection == 4
     assert reads == BOOLQ_ONCE
 
 

@@ -46,7 +46,7 @@ def test_a_process_is_prepared_before_torch_is_imported(
 def test_what_can_change_the_last_bits_is_recorded() -> None:
     here = environment()
     assert here["packages"]["accelerate"]
-    assert here["attention"] == "CPU"
+    assert "math" in here["attention"].split()
     assert here["card"] is None
     assert here["deterministic"] is torch.are_deterministic_algorithms_enabled() is False
 

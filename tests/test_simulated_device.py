@@ -39,6 +39,7 @@ CELLS: dict[str, dict[str, Any]] = {
 }
 """A covering set: every mode, a method and a task of each kind, both precisions."""
 RARER: dict[str, dict[str, Any]] = {
+    "recovered": {"method": "wanda", "recover": "reconstruct", "calibration_window": 32, "precision": "bfloat16"},
     "sequential": {"method": "sparsegpt", "calibration_order": "sequential", "task": "gsm8k"},
     "2:4": {"mode": "sparse-to-dense", "method": "wanda-2:4", "precision": "bfloat16", "packing": True},
     "global": {"mode": "masked-finetuning", "method": "magnitude-global", "task": "hellaswag"},

@@ -56,7 +56,7 @@ def _judged(done: pd.DataFrame) -> pd.DataFrame:
     """Cells of one model and task, which have one primary metric."""
     table = over_seeds(done)
     metric, column = next(iter(shown_metrics(table).items()), ("accuracy", "accuracy"))
-    dense = table.loc[table["mode"] == "dense", column].mean()
+    dense = table.loc[table["method"] == "none", column].mean()
     values = {"value": table[column], "spread": spread(table, column), "before": table[f"{column}_before_tuning"]}
     return table.assign(metric=metric, **values, difference=table[column] - dense)
 

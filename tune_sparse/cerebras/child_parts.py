@@ -88,7 +88,8 @@ class StaticSparsity(Callback):
     def __init__(self, job):
         self.annotated = job["annotated"]
         self.is_trained = job["trains"] == "weights"
-        self.names = job["pruned"] if self.is_trained else list(self.annotated)
+        # In one order, however masks were read: the text of a graph lists its inputs.
+        self.names = sorted(job["pruned"] if self.is_trained else self.annotated)
 
     def setup(self, trainer):
         if not self.names:

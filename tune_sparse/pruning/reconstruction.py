@@ -117,12 +117,12 @@ def reconstruct_into(
     """Recover pruned blocks in place, one after the other; what each one came to is yielded once it is written.
 
     dense, masks: {matrix: its dense weight, its keep-mask}, in the checkpoint's layout. Raises `InputError` for fewer
-    than four examples.
+    than four windows.
     """
     if len(examples) < HELD_OUT_EVERY:
         raise InputError(
-            f"recovery needs {HELD_OUT_EVERY} calibration examples, one of which judges it, got {len(examples)}. "
-            "Give more examples."
+            f"recovery needs {HELD_OUT_EVERY} calibration windows, one of which judges it, got {len(examples)}. "
+            "Give more text, or lower calibration_window."
         )
     stream = Stream(*first_inputs(blocks, examples))
     for number in range(blocks.count):
