@@ -297,12 +297,11 @@ def test_a_report_has_tables_figures_and_lines(tmp_path: Path) -> None:
     ledger.write_sweep(replace(sweep, cells=(*sweep.cells, *({**sweep.cells[0], **row} for row in rows))))
     ledger.write_record(make_run(lost[0]), failed_record(make_run(lost[0])))
     report, folder = write_report([tmp_path]), tmp_path / "analysis"
-    start, end = (
-        next(i for i, line in enumerate(report.lines) if line.startswith(t)) for t in ("Results:", "With one seed")
-    )
+    bounds = ("Results:", "With one seed, differences are described")
+    start, end = (next(i for i, line in enumerate(report.lines) if line.startswith(text)) for text in bounds)
     printed = report.lines[start:end]
     assert printed == result_lines(cells_table([tmp_path]), audit_folders([tmp_path]))
-    assert report.lines[:start] + report.lines[end:] == [
+    assert report.lines[:start] + report.lines[end + 1 :] == [
         "6 cells: 4 done, 1 failed, 1 missing; 3 distinct runs, 1 cells point to the run they share.",
         "Audit of 3 runs: no error; warnings: 2 missing.",
         "Highest sparsity with accuracy, or perplexity, within 10% of the dense baseline, untested:",

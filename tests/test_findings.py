@@ -350,6 +350,7 @@ def test_the_report_writes_what_it_claims(apart: Ledger) -> None:
     page, data = (folder / "findings.md").read_text(), json.loads((folder / "findings.json").read_text())
     assert all(claim["text"] in page for claim in data)
     assert describe_seeds(cells_table([apart.folder])) in page
+    assert "Accuracy is by the primary metric of its task: acc of boolq." in page
     tests = pd.read_csv(folder / "tests.csv")
     assert {"RQ2", "RQ3"} == set(tests["question"])
     assert (tests["p_corrected"] >= tests["p"] - 1e-12)[tests["p"].notna()].all()

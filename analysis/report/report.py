@@ -14,7 +14,7 @@ from analysis.audit.protocol import differing_settings
 from analysis.baselines.published import load_published
 from analysis.read.load import cells_table
 from analysis.read.results import Results, read_results
-from analysis.read.seeds import SETTING, over_seeds, repeated_settings
+from analysis.read.seeds import SETTING, over_seeds, primary_words, repeated_settings
 from analysis.report.latex import main_results
 from analysis.report.page import Content, render_claim, summarise_audit
 from analysis.report.presentation import present
@@ -74,11 +74,12 @@ def write_report(
     points = Points(cells, {run_id: e.predictions for run_id, e in results.by_run.items() if e.predictions})
     claims, tests = make_claims(points, results.imported)
     performance = over_seeds(cells)
+    metrics = f"Accuracy is by the primary metric of its task: {primary_words(performance) or 'unknown'}."
     tables = {"summary": summary, "sparsity_vs_performance": performance, "tests": tests}
     for name, table in (tables | {"grouped_summary": grouped_summary(points)}).items():
         write_text(folder / f"{name}.csv", table.to_csv(index=False))
     write_text(folder / "main_results.tex", main_results(summary))
-    write_text(folder / "findings.md", as_markdown(claims, describe_seeds(cells), found.summary()))
+    write_text(folder / "findings.md", as_markdown(claims, found.summary(), describe_seeds(cells), metrics))
     write_json(folder / "findings.json", [claim.as_json() for claim in claims])
     write_json(folder / "audit.json", [asdict(finding) for finding in found.findings])
     content = Content(

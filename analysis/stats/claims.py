@@ -165,11 +165,11 @@ def headlines(claims: Iterable[Claim]) -> list[str]:
     return [first[question] for question in QUESTIONS if question in first]
 
 
-def as_markdown(claims: Iterable[Claim], seeds: str, audit_summary: str) -> str:
-    """The findings as a page: for each question that was touched what holds everywhere, then each base, with what it
-    rests on."""
+def as_markdown(claims: Iterable[Claim], *notes: str) -> str:
+    """The findings as a page: notes on all of them, then for each question that was touched what holds everywhere, and
+    each base, with what it rests on."""
     listed = list(claims)
-    lines = ["# Findings", "", audit_summary, "", seeds]
+    lines = ["# Findings", *(line for note in notes for line in ("", note))]
     for question, words in QUESTIONS.items():
         same_question = [claim for claim in listed if claim.question == question]
         if same_question:
