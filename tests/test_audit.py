@@ -15,6 +15,7 @@ from sound import PROTOCOL, edit, make_cells, make_outcomes, sound_ledger, sound
 
 from analysis.audit.audit import RULES, Audit, audit_folders
 from analysis.read.imported import Imported
+from analysis.read.load import cells_table
 from tune_sparse.cli import main
 from tune_sparse.cli.command import BAD_INPUT, FAULT, OK
 from tune_sparse.config import Cell
@@ -502,6 +503,7 @@ def test_a_short_dense_baseline_beside_long_pruned_runs_is_named_with_setting_va
         (replace(A_CELL, sparsity=0.6), {"n_test": 390}),
         (replace(A_CELL, mode="sparse-to-sparse"), {"lora_rank": 8}),
         (replace(A_CELL, method="random"), {"max_tokens": 1024}),
+        (A_CELL, {"recover": "reconstruct"}),
     ],
 )
 def test_no_point_of_a_curve_and_no_mode_of_a_pair_has_a_protocol_of_its_own(
@@ -520,6 +522,14 @@ def test_settings_that_change_no_number_of_these_runs_are_no_other_protocol(
     """No method of this ledger is calibrated."""
     trained_with(ledger, A_CELL, **settings)
     assert audited(ledger).errors == []
+
+
+def test_a_recovered_model_has_the_dense_baseline_of_any_sweep(tmp_path: Path) -> None:
+    """The run of the dense baseline is the same, whatever its sweep asked of pruned models."""
+    ledger = sound_ledger(tmp_path, make_cells(sparsities=(0.0, 0.3)), replace(PROTOCOL, recover="reconstruct"))
+    assert trained_with(ledger, DENSE).run_id in {cell["run_id"] for s in ledger.sweeps() for cell in s.cells}
+    assert audited(ledger).errors == []
+    assert cells_table([ledger.folder])["protocol_id"].nunique() == 1
 
 
 def test_methods_calibrated_on_different_examples_are_not_compared(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ from tune_sparse.cerebras.job import (
 )
 from tune_sparse.cerebras.preflight import working_bytes
 from tune_sparse.cli import main
-from tune_sparse.config import Cerebras, SweepConfig
+from tune_sparse.config import Cerebras, Protocol, SweepConfig
 from tune_sparse.data.splits import Encoded
 from tune_sparse.doctor.cerebras import examine
 from tune_sparse.errors import InputError, NotReadyError, RunError
@@ -300,21 +300,26 @@ def test_a_folder_for_the_appliance_that_is_not_there_is_refused(
 
 
 @pytest.mark.parametrize(
-    ("mode", "method", "steps", "bytes_a_weight"),
+    ("mode", "method", "recover", "steps", "bytes_a_weight"),
     [
-        ("sparse-to-dense", "random", None, 4),
-        ("sparse-to-dense", "sparsegpt", None, 8),
-        ("sparse-to-dense", "random", 10, 8),
-        ("masked-finetuning", "random", None, 20),
-        ("masked-finetuning", "random", 10, 60),
+        ("sparse-to-dense", "random", "none", None, 4),
+        ("sparse-to-dense", "sparsegpt", "none", None, 8),
+        ("sparse-to-dense", "random", "reconstruct", None, 8),
+        ("sparse-to-dense", "random", "none", 10, 8),
+        ("masked-finetuning", "random", "none", None, 20),
+        ("masked-finetuning", "random", "none", 10, 60),
     ],
 )
 def test_the_disk_of_trainings_holds_what_may_stand_there_at_once(
-    mode: str, method: str, steps: int | None, bytes_a_weight: int
+    mode: str, method: str, recover: str, steps: int | None, bytes_a_weight: int
 ) -> None:
     """Start, updated weights, checkpoint, what was trained; with checkpoints the one before, and where it goes on."""
     dims = ModelDims(8, 1, 4, 4, 2, 16, 32, None, 64)
     config = SweepConfig(
-        models=("m",), modes=(mode,), methods=(method,), cerebras=Cerebras(cs3=2, checkpoint_steps=steps)
+        models=("m",),
+        modes=(mode,),
+        methods=(method,),
+        protocol=Protocol(recover=recover),
+        cerebras=Cerebras(cs3=2, checkpoint_steps=steps),
     )
     assert working_bytes(config, [dims]) == 2 * bytes_a_weight * (pruned_weights(dims) + 2 * 32 * 8)

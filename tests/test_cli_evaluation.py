@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,10 @@ from factories import finished, tiny_run, write_boolq, write_jsonl
 from trainables.worker import WorkerCache
 from tune_sparse.cli import main
 from tune_sparse.cli.command import BAD_INPUT, FAULT, OK
+from tune_sparse.config import Protocol
 from tune_sparse.data.tasks import TASKS
 from tune_sparse.evaluation.outcomes import read_outcomes, write_outcomes
+from tune_sparse.evaluation.scored_as import scoring_settings
 from tune_sparse.export.merge import merge_run
 from tune_sparse.ledger.ledger import Ledger
 
@@ -189,6 +193,30 @@ def test_what_differs_from_the_run_of_a_merged_model_is_said(
     assert others.startswith("gsm8k: the test examples are not those of run ")
     assert boolq["notes"][0].startswith("boolq is no task of run ")
     assert (boolq["settings"]["precision"], boolq["settings"]["max_new_tokens"]) == ("float32", 256)
+
+
+SOUND = {"origin": "run R", "settings": scoring_settings(Protocol()), "data_dir": "synthetic", "tasks": ["boolq"]}
+
+
+@pytest.mark.parametrize(
+    "mark",
+    [
+        "run R",
+        {"origin": "run R"},
+        SOUND | {"judge": "x"},
+        SOUND | {"tasks": 1},
+        SOUND | {"settings": {"num_fewshot": 1}},
+        SOUND | {"settings": scoring_settings(Protocol()) | {"precision": "float64"}},
+    ],
+)
+def test_a_mark_of_another_version_is_refused_by_its_file(
+    mark: Any, llama: Path, tmp_path: Path, evaluate: Evaluate
+) -> None:
+    folder = shutil.copytree(llama, tmp_path / "merged")
+    (folder / "tune_sparse_merge.json").write_text(json.dumps({"scored_as": mark}))
+    status, error = evaluate("--model", str(folder))
+    assert status == BAD_INPUT
+    assert re.search(r"tune_sparse_merge\.json must say how .*Merge the run again, or remove the file", error)
 
 
 def test_a_toy_model_is_scored_as_toy_models_are(

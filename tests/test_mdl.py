@@ -73,6 +73,19 @@ def test_a_mdl_is_pruned_and_its_checkpoint_validated(llama: Path, tmp_path: Pat
     assert_equal(load_file(find_folder(str(pruned / "model.mdl")) / "model.safetensors"), weights)
 
 
+def test_a_recovered_model_is_written_as_a_mdl_too(llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog " * 40)
+    prune = ["prune", str(llama), "--sparsities", "0.5", "--checkpoints", "--recover", "reconstruct"]
+    prune += ["--calibration", str(tmp_path / "text.txt"), "--calibration-window", "32", "--output"]
+    assert main([*prune, str(tmp_path / "folders")]) == 0
+    assert main([*prune, str(tmp_path / "files"), "--mdl"]) == 0
+    for kind in ("checkpoint", "recovered"):
+        [folder], [file] = (list((tmp_path / place).rglob(f"{kind}_*")) for place in ("folders", "files"))
+        assert not list(file.glob("*.safetensors"))
+        found = find_folder(str(file / "model.mdl"))
+        assert_equal(load_file(found / "model.safetensors"), load_file(folder / "model.safetensors"))
+
+
 def assert_equal(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
     assert found.keys() == wanted.keys()
     assert all(found[name].dtype == t.dtype and torch.equal(found[name], t) for name, t in wanted.items())
@@ -89,7 +102,8 @@ def test_a_checkpoint_goes_to_a_mdl_and_back_to_the_bit(
     own = {name: tensor.to(dtype) for name, tensor in load_file(llama / "model.safetensors").items()}
     if is_tied:
         del own["lm_head.weight"]
-    save_file(own, tmp_path / "model.safetensors")
+    of_old_llamas = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+    save_file(own | of_old_llamas, tmp_path / "model.safetensors")
     replace_by_mdl(tmp_path)
     assert not list(tmp_path.glob("*.safetensors"))
     assert_equal(load_file(find_folder(str(tmp_path / "model.mdl")) / "model.safetensors"), own)

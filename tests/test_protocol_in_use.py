@@ -54,6 +54,11 @@ def test_calibration_is_said_where_a_method_is_calibrated() -> None:
     assert "boolq: not read, judged by " in " ".join(found.lines())
 
 
+def test_calibration_is_said_where_a_model_is_recovered() -> None:
+    config = SweepConfig.from_names({"models": "m", "methods": "random", "recover": "reconstruct"})
+    assert protocol_in_use(config, None).calibration == config.protocol.calibrated_by
+
+
 @pytest.mark.parametrize("preset", ["toy", "smoke", "matrix"])
 def test_the_preset_is_named(preset: str) -> None:
     [first, *_] = protocol_in_use(SweepConfig.from_names({"preset": preset}), None).lines()

@@ -435,6 +435,10 @@ def test_a_checkpoint_is_recovered_as_a_model_in_memory_is(
         ((*RECOVER, "--format", "levels"), "recovery reads a file a level, got --format levels"),
         ((*RECOVER, "--methods", "structured"), "recover=reconstruct solves .* got structured"),
         ((*RECOVER, "--recover", "reconstrct"), "reconstrct"),
+        (
+            (*RECOVER, "--calibration-tokens", "96", "--calibration-window", "32"),
+            "needs 4 calibration windows, .* got 3",
+        ),
     ],
 )
 def test_a_recovery_that_cannot_be_is_refused(

@@ -15,11 +15,13 @@ from trainables.loaded import LoadedModel
 from trainables.pruning_stage import Pruner
 from trainables.rebuild import deployed_by
 from trainables.worker import WorkerCache
+from tune_sparse.config import SweepConfig
 from tune_sparse.data.splits import Encoded
 from tune_sparse.errors import InputError
 from tune_sparse.files import read_json
 from tune_sparse.ledger.ledger import Ledger
 from tune_sparse.models.checkpoints import prunable_weights
+from tune_sparse.sweep.plan import make_plan
 
 CALIBRATED = {"calibration_tokens": 1536, "calibration_window": 64, "n_train": 32}
 
@@ -86,6 +88,21 @@ def test_every_mode_reads_the_recovery_that_is_stored(
     assert all(not merged[name][~masks[name]].any() for name in merged)
     described = read_json(ledger.run_folder(runs[1].run_id) / "sparse_config.json")
     assert described["recovery"] == stored.environment["recovery"]
+
+
+def test_too_few_windows_are_refused_before_anything_is_pruned(
+    llama: Path, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = WorkerCache()
+    run = tiny_run(llama, method="sparsegpt", recover="reconstruct", **CALIBRATED | {"calibration_tokens": 192})
+    loaded = worker.model(run)
+    monkeypatch.setattr(Pruner, "make_into", None)
+    with pytest.raises(InputError, match=r"recovery needs 4 calibration windows, .* got 3"):
+        worker.pruner.prune_into(run, loaded, worker.examples(run, loaded).train, ledger)
+    names = {"models": str(llama), "tasks": "boolq", "data_dir": "synthetic", "methods": "random"}
+    settings = {"recover": "reconstruct", "calibration_tokens": 193, "calibration_window": 64}
+    with pytest.raises(InputError, match=r"recovery needs 4 calibration windows, .* got 3"):
+        make_plan(SweepConfig.from_names(names | settings))
 
 
 def test_structured_pruning_has_nothing_to_recover() -> None:

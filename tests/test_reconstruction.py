@@ -128,5 +128,5 @@ def test_a_block_that_would_be_further_away_keeps_its_pruned_weights(
 
 def test_few_examples_are_refused(llama: Path) -> None:
     model = load(llama)
-    with pytest.raises(InputError, match=r"recovery needs 4 calibration windows, .* got 3\. Give more text, or lower"):
+    with pytest.raises(InputError, match=r"recovery needs 4 calibration windows, .* got 3\. Give more text, raise"):
         next(reconstruct_into(ModelBlocks(model), read_weights(model), {}, EXAMPLES[:3]))

@@ -35,7 +35,7 @@ from tune_sparse.pruning.masks import MaskedWeights
 from tune_sparse.pruning.methods import method_named
 from tune_sparse.pruning.prune_into import Calibration, prune_into
 from tune_sparse.pruning.prune_model import Prunable, measured
-from tune_sparse.pruning.reconstruction import reconstruct_into
+from tune_sparse.pruning.reconstruction import check_windows, reconstruct_into
 
 TOKENS_SEEN, TOKENS_PER_INPUT = "calibration_tokens_seen", "calibration_tokens_per_input"
 RECOVERY = "recovery"
@@ -116,10 +116,13 @@ class Pruner:
             return Pruned.from_masks(self.make_into(run, loaded, train), loaded)
         stored = store.pruning(run)
         if stored is None:
-            masks = self.make_into(run, loaded, train)
             seen: dict[str, Any] = {}
             if run.is_calibrated:
-                seen |= {TOKENS_SEEN: count_tokens(calibration_windows(run, loaded, train))}
+                examples = calibration_windows(run, loaded, train)
+                seen |= {TOKENS_SEEN: count_tokens(examples)}
+                if run.is_recovered:
+                    check_windows(len(examples))
+            masks = self.make_into(run, loaded, train)
             if run.is_recovered:
                 seen |= {RECOVERY: recover_into(run, loaded, masks, train)}
             updated = prunable_weights(loaded.model) if run.updates_weights else None

@@ -40,8 +40,10 @@ def protocol(results: Results) -> Detections:
 
 
 def compared_settings(run: Run) -> dict[str, Any]:
-    """The settings of a run's protocol that change its numbers; those of a calibration where its method has one."""
+    """The settings of a run's protocol that change its numbers; those of a calibration where it has one, and the
+    recovery of a pruned model."""
     unread = {*UNCOMPARED_SETTINGS, *(() if run.is_calibrated else CALIBRATION_SETTINGS)}
+    unread |= set() if run.is_pruned else {"recover"}
     return {name: value for name, value in asdict(run.protocol).items() if name not in unread}
 
 

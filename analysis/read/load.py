@@ -74,10 +74,10 @@ def cells_table(
 ) -> pd.DataFrame:
     """Return the columns of `COLUMNS`, one row a cell of every sweep in the folders, or of those named.
 
-    protocol_id names every setting of the protocol that changes numbers, but for calibration, which runs without it do
-    not have. A cell without a done run has a status (failed, interrupted, missing), a reason, and no numbers. A cell
-    that several folders have is taken from the one where its run came furthest. `primary_metrics`, {task: metric},
-    chooses again what `accuracy` is by; a task that it does not name keeps its own.
+    protocol_id names every setting of the protocol that changes numbers, but for calibration and recovery, which a
+    dense baseline does not have. A cell without a done run has a status (failed, interrupted, missing), a reason, and
+    no numbers. A cell that several folders have is taken from the one where its run came furthest. `primary_metrics`,
+    {task: metric}, chooses again what `accuracy` is by; a task that it does not name keeps its own.
     Raises `InputError` for an unknown sweep.
     """
     ledger = MergedLedger(results_dirs)
@@ -115,7 +115,7 @@ def _protocol_id(ledger: LedgerReader, run_id: str) -> str | None:
         settings = asdict(ledger.run(run_id).protocol)
     except READING_ERRORS:
         return None
-    left_out = (*CALIBRATION_SETTINGS, *UNCOMPARED_SETTINGS)
+    left_out = (*CALIBRATION_SETTINGS, "recover", *UNCOMPARED_SETTINGS)
     return hash_json({name: value for name, value in settings.items() if name not in left_out})[:8]
 
 

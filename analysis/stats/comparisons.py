@@ -23,7 +23,7 @@ BASE = ["backend", "model", "task"]
 """A base model on a task, from which cells grow."""
 SETTING = ["method", "mode", "sparsity"]
 AXES = [*SETTING, "seed", "protocol_id"]
-ALL_BASES = "all base models and tasks"
+ALL_BASES = "all models and tasks of these results"
 
 
 @dataclass(frozen=True)

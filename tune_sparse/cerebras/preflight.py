@@ -242,12 +242,15 @@ def run_child(folder: Path, threads: int, label: str | None = None) -> dict[str,
 def working_bytes(config: SweepConfig, models: Iterable[ModelDims]) -> int:
     """Bound what the trainings at one time write while they run, those of the largest model. Adapters are small.
 
-    Each has what it begins with, the weights that its method updated, and what it trained, once more when that is read
-    back. With checkpoints the last stands beside the new one, and one that was lost has where it goes on beside them.
+    Each has what it begins with, the weights that its method or recovery updated, and what it trained, once more when
+    that is read back. With checkpoints the last stands beside the new one, and one that was lost has where it goes on
+    beside them.
     """
     trains_weights = not all(MODES[mode].has_adapter for mode in config.modes)
     saved = SAVED_BYTES if trains_weights else 0
-    updated = FLOAT_BYTES if any(method_named(name).updates_weights for name in config.methods) else 0
+    is_recovered = config.protocol.recover != "none"
+    updates = is_recovered or any(method_named(name).updates_weights for name in config.methods)
+    updated = FLOAT_BYTES if updates else 0
     working = FLOAT_BYTES + updated + saved + (FLOAT_BYTES if trains_weights else 0)
     if config.cerebras.checkpoint_steps is not None:
         kept, resumed = saved, FLOAT_BYTES + saved

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from tune_sparse.config.options import value_text
 from tune_sparse.config.presets import DEFAULT_PRESET
 from tune_sparse.config.protocol import SCORING
 from tune_sparse.data.task_types import Task
+from tune_sparse.errors import InputError
 from tune_sparse.files import read_json
 from tune_sparse.identity import hash_json
 
@@ -73,11 +74,29 @@ def scoring_settings(protocol: Protocol) -> dict[str, Any]:
 def read_scored_as(model: str, folder: Path) -> ScoredAs | None:
     """What a model says of its scoring: a toy model, or one that was merged; None for any other.
 
-    model: as the user names it. folder: where its checkpoint is.
+    model: as the user names it. folder: where its checkpoint is. Raises `InputError` for a mark that another version
+    wrote, or somebody else.
     """
     if model in TOY_MODELS:
         toy = SweepConfig.from_names({"preset": DEFAULT_PRESET})
         return ScoredAs(f"the preset {DEFAULT_PRESET}", scoring_settings(toy.protocol), str(toy.data_dir))
     path = folder / MERGED_FILE
-    scored = read_json(path).get("scored_as") if path.is_file() else None
-    return None if scored is None else ScoredAs(**scored | {"tasks": tuple(scored["tasks"])})
+    return _checked(path) if path.is_file() else None
+
+
+def _checked(path: Path) -> ScoredAs | None:
+    """Read the mark of a merged model; None where it does not say how the model was scored."""
+    try:
+        known = read_json(path)
+        if known.get("scored_as") is None:
+            return None
+        found = ScoredAs(**known["scored_as"])
+        if found.settings.keys() != set(SCORING):
+            raise ValueError(f"its settings are {', '.join(sorted(found.settings))}")
+        Protocol(**found.settings)
+        return replace(found, tasks=tuple(found.tasks), data_dir=str(found.data_dir))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"{path} must say how its model was scored as this version does: {error}. Merge the run again, or remove "
+            "the file, and give the settings."
+        ) from error

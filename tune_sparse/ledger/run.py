@@ -40,10 +40,13 @@ class Run:
     """What its user set of the budgets. Only with dropout a micro-batch changes more than the order of additions."""
 
     @property
+    def is_pruned(self) -> bool:
+        return self.cell.method in METHODS and self.cell.sparsity > 0
+
+    @property
     def is_recovered(self) -> bool:
         """Its pruned weights are recovered before they are trained or scored."""
-        is_pruned = self.cell.method in METHODS and self.cell.sparsity > 0
-        return is_pruned and self.protocol.recover != "none"
+        return self.is_pruned and self.protocol.recover != "none"
 
     @property
     def is_calibrated(self) -> bool:

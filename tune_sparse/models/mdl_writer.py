@@ -26,18 +26,24 @@ RTFX = {torch.float16: 10, torch.float32: 11, torch.bfloat16: 15}
 """Cerebras' own numbers of dtypes."""
 LINKS = {TIED_NORM: "transformer_decoder.norm.weight", "lm_head.weight": "embedding_layer.word_embeddings.weight"}
 """{a tensor: the one that it shares its weights with, where a checkpoint does not store it}"""
+COMPUTED = ".rotary_emb.inv_freq"
+"""What old checkpoints of Llama store of the positions: every reader computes it."""
 LEAF: dict[str, Any] = {"type": None, "context": None, "children_spec": []}
 
 
 def check_writable(weights: Iterable[str]) -> None:
     """Raise `InputError` where h5py is missing, or for a weight that a Llama or Mistral of Model Zoo does not have."""
     hdf5()
-    for name in weights:
+    for name in _written(weights):
         if zoo_tensor_name(name) is None:
             raise InputError(
                 f"a .mdl holds a Llama or Mistral without biases, it has no place for {name}. Write a Hugging Face "
                 "folder."
             )
+
+
+def _written(weights: Iterable[str]) -> list[str]:
+    return [name for name in weights if not name.endswith(COMPUTED)]
 
 
 def replace_by_mdl(folder: Path) -> None:
@@ -54,7 +60,7 @@ def write_mdl(folder: Path, path: Path) -> None:
     head_dim = head_size(read_json(folder / "config.json"))
     h5py, _ = hdf5()
     with atomic_file(path) as partial, h5py.File(partial, "w") as file:
-        keys = {f"{PREFIX}{zoo_tensor_name(name)}": name for name in tensors}
+        keys = {f"{PREFIX}{zoo_tensor_name(name)}": name for name in _written(tensors)}
         for key, name in keys.items():
             _write_tensor(file, key, interleaved(name, tensors[name], head_dim))
         for name, other in LINKS.items():

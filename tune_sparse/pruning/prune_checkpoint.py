@@ -17,7 +17,7 @@ from tune_sparse.config.protocol import RECOVERIES
 from tune_sparse.data.splits import Encoded
 from tune_sparse.errors import InputError, unknown_name
 from tune_sparse.files import check_room, write_json
-from tune_sparse.models.mdl_writer import check_writable
+from tune_sparse.models.mdl_writer import check_writable, replace_by_mdl
 from tune_sparse.models.safetensors_io import TensorWriter
 from tune_sparse.pruning.calibration import CalibrationStats, calibration_line, count_tokens
 from tune_sparse.pruning.compact import compact
@@ -33,7 +33,7 @@ from tune_sparse.pruning.prune_model import (
     prune,
     prune_blockwise,
 )
-from tune_sparse.pruning.reconstruction import check_recoverable
+from tune_sparse.pruning.reconstruction import check_recoverable, check_windows
 from tune_sparse.pruning.recover_checkpoint import recover_checkpoint
 from tune_sparse.pruning.streaming import OpenCheckpoint, PrunedCheckpoint, StreamedBlocks, open_checkpoint
 from tune_sparse.pruning.survival_map import MAX_LEVELS, pack
@@ -102,6 +102,8 @@ class Request:
                 )
             if self.compact and method.pattern != "structured":
                 raise InputError(f"only structured masks make a model smaller, got {name}. Leave --compact out.")
+        if self.recovers:
+            check_windows(len(self.examples))
 
     @property
     def recovers(self) -> bool:
@@ -191,6 +193,7 @@ def _write_method(
     metadata = {"tune_sparse.method": method, "tune_sparse.model": checkpoint.name}
     levels = [LevelStatistics(method, sparsity) for sparsity in sparsities]
     paths = [folder / f"{stem('masks', method, s)}.{request.format}" for s in sparsities]
+    is_mdl = request.mdl and not request.recovers  # recovery reads what was pruned
     with contextlib.ExitStack() as stack:
         packed: TensorWriter | None = None
         masks: list[TensorWriter | PtWriter] = []
@@ -202,7 +205,7 @@ def _write_method(
             for mask in masks:
                 stack.enter_context(mask)
         weights = [
-            stack.enter_context(PrunedCheckpoint(checkpoint, folder / stem("checkpoint", method, s), request.mdl))
+            stack.enter_context(PrunedCheckpoint(checkpoint, folder / stem("checkpoint", method, s), is_mdl))
             for s in sparsities
             if request.checkpoints
         ]
@@ -232,7 +235,10 @@ def _recover(
     request: Request, checkpoint: OpenCheckpoint, level: LevelStatistics, masks: Path, folder: Path
 ) -> list[dict[str, Any]]:
     pruned, recovered = (folder / stem(kind, level.method, level.sparsity) for kind in ("checkpoint", "recovered"))
-    return [asdict(found) for found in recover_checkpoint(checkpoint, pruned, masks, request.examples, recovered)]
+    found = recover_checkpoint(checkpoint, pruned, masks, request.examples, recovered, request.mdl)
+    if request.mdl:
+        replace_by_mdl(pruned)
+    return [asdict(block) for block in found]
 
 
 def _write_level(

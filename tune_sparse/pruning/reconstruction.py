@@ -111,6 +111,15 @@ def check_recoverable(method: str, recover: str) -> None:
         )
 
 
+def check_windows(count: int) -> None:
+    """Raise `InputError` for too few calibration windows."""
+    if count < HELD_OUT_EVERY:
+        raise InputError(
+            f"recovery needs {HELD_OUT_EVERY} calibration windows, one of which judges it, got {count}. "
+            "Give more text, raise calibration_tokens, or lower calibration_window."
+        )
+
+
 def reconstruct_into(
     blocks: Blocks, dense: Mapping[str, Tensor], masks: Mapping[str, Tensor], examples: Sequence[Encoded]
 ) -> Iterator[BlockRecovery]:
@@ -119,11 +128,7 @@ def reconstruct_into(
     dense, masks: {matrix: its dense weight, its keep-mask}, in the checkpoint's layout. Raises `InputError` for fewer
     than four windows.
     """
-    if len(examples) < HELD_OUT_EVERY:
-        raise InputError(
-            f"recovery needs {HELD_OUT_EVERY} calibration windows, one of which judges it, got {len(examples)}. "
-            "Give more text, or lower calibration_window."
-        )
+    check_windows(len(examples))
     stream = Stream(*first_inputs(blocks, examples))
     for number in range(blocks.count):
         block = PrunedBlock(

@@ -12,15 +12,15 @@ from tune_sparse.pruning.streaming import OpenCheckpoint, PrunedCheckpoint, Stre
 
 
 def recover_checkpoint(
-    dense: OpenCheckpoint, pruned: Path, masks: Path, examples: Sequence[Encoded], folder: Path
+    dense: OpenCheckpoint, pruned: Path, masks: Path, examples: Sequence[Encoded], folder: Path, is_mdl: bool = False
 ) -> list[BlockRecovery]:
-    """Write `folder`, the pruned checkpoint with the weights that its masks keep recovered.
+    """Write `folder`, the pruned checkpoint with the weights that its masks keep recovered. is_mdl: as a `model.mdl`.
 
     Raises as `reconstruct_into`; then no folder is left.
     """
     recovery = []
     blocks = StreamedBlocks(open_checkpoint(str(pruned)), dense.dtype)
-    with PrunedCheckpoint(dense, folder) as recovered:
+    with PrunedCheckpoint(dense, folder, is_mdl) as recovered:
         for found in reconstruct_into(blocks, dense.prunable.weights, MaskFile(masks), examples):
             for name, weight in blocks.weights(found.block).items():
                 recovered.write(name, weight)

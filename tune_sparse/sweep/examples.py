@@ -61,7 +61,7 @@ class Examples:
 
 def read_examples(config: SweepConfig) -> Examples:
     """Read every example of a sweep once. Raises `InputError` for one that is wrong, or where there are too few."""
-    text = config.protocol.calibration if _is_calibrated(config) and config.protocol.calibration != "task" else None
+    text = config.protocol.calibration if is_calibrated(config) and config.protocol.calibration != "task" else None
     data_dir = examples_folder(config.data_dir, [*config.tasks, *([text] if text else [])])
     tasks = {task.name: task for name in config.tasks for task in tasks_named(name)}
     loaded = {name: load_splits(task, data_dir, config.protocol) for name, task in tasks.items()}
@@ -104,7 +104,8 @@ def _test_text(task: Task, example: Example) -> str:
     return task.training_pair(example)[0] if isinstance(task, PromptTask) else str(example["text"])
 
 
-def _is_calibrated(config: SweepConfig) -> bool:
+def is_calibrated(config: SweepConfig) -> bool:
+    """Whether some of its cells read calibration examples, for their scores or for recovery."""
     return config.protocol.recover != "none" or any(METHODS[method].is_calibrated for method in config.methods)
 
 

@@ -29,7 +29,7 @@ from tune_sparse.models.toy_models import TOY_MODELS
 from tune_sparse.modes import MODES
 from tune_sparse.pruning.methods import method_named
 from tune_sparse.pruning.prune_model import check_method_sparsities
-from tune_sparse.pruning.reconstruction import check_recoverable
+from tune_sparse.pruning.reconstruction import check_recoverable, check_windows
 from tune_sparse.sweep.cards import gpus_asked
 from tune_sparse.sweep.examples import Examples, read_examples
 from tune_sparse.sweep.retries import has_more_memory_now, is_missing, lacked_memory
@@ -211,7 +211,10 @@ def _run_namer(config: SweepConfig, checkpoints: Mapping[str, Checkpoint], examp
 
 def _check_model(config: SweepConfig, checkpoint: Checkpoint) -> None:
     """Raise `InputError` for a model that no trial could prune, prompt or convert as the matrix asks."""
-    config.protocol.within(checkpoint.dims.max_positions)
+    protocol = config.protocol.within(checkpoint.dims.max_positions)
+    if protocol.recover != "none":
+        window = min(protocol.calibration_window, checkpoint.dims.max_positions)
+        check_windows(-(-(protocol.calibration_tokens - 1) // window))  # a last token alone is no window
     _check_reachable(config, checkpoint)
     if "cerebras" in config.backends:
         check_convertible(checkpoint.path)

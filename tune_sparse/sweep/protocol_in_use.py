@@ -12,8 +12,7 @@ from tune_sparse.config.options import value_text
 from tune_sparse.config.presets import DEFAULT_PRESET
 from tune_sparse.data.task_types import TextTask
 from tune_sparse.data.tasks import tasks_named
-from tune_sparse.pruning.methods import METHODS
-from tune_sparse.sweep.examples import ExampleCounts, Examples
+from tune_sparse.sweep.examples import ExampleCounts, Examples, is_calibrated
 
 COLUMNS = 110
 Changed = Mapping[str, tuple[Any, Any]]
@@ -28,7 +27,7 @@ class ProtocolInUse:
     changed: Changed
     precision: str
     calibration: Mapping[str, Any] | None
-    """None where no method is calibrated"""
+    """None where nothing is calibrated or recovered"""
     data_dir: str | None
     metrics: Mapping[str, str]
     """{task or mixture: what its score is}"""
@@ -61,12 +60,11 @@ class ProtocolInUse:
 
 def protocol_in_use(config: SweepConfig, examples: Examples | None) -> ProtocolInUse:
     """examples: None where they are not there yet."""
-    is_calibrated = any(METHODS[method].is_calibrated for method in config.methods)
     return ProtocolInUse(
         config.preset,
         changed_settings(config.protocol),
         config.protocol.precision,
-        config.protocol.calibrated_by if is_calibrated else None,
+        config.protocol.calibrated_by if is_calibrated(config) else None,
         None if config.data_dir is None else str(config.data_dir),
         {task: _metric(task) for task in config.tasks},
         None if examples is None else examples.counts,
