@@ -79,7 +79,7 @@ def _dense_claims(about: str, dense: pd.DataFrame, points: Points, known: Sequen
             "Dense: {accuracy}. No earlier dense result was imported, so the mark of 2% within the dense baseline has "
             "nothing to be measured against (`tune-sparse import`)."
         )
-        yield Claim("RQ1", about, template, numbers, None, scope)
+        yield Claim("RQ1", about, template, numbers)
     for baseline in known:
         difference, low, high = _against_imported(accuracy, mean_interval(points, dense), baseline)
         passed = "passes" if accuracy >= 0.98 * baseline.accuracy else "misses"
