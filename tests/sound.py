@@ -149,7 +149,7 @@ def _write_pruning(ledger: Ledger, run: Run, mask: str) -> None:
     described = {"format_version": FORMAT_VERSION, "settings": run.pruning_settings, "mask_sha256": mask}
     sizes, checksums = {MASKS: len(content)}, {MASKS: hashlib.sha256(content).hexdigest()}
     write_json(
-        folder / DESCRIPTION, described | {"bytes_by_file": sizes, "sha256_by_file": checksums, "environment": {}}
+        folder / DESCRIPTION, described | {"bytes_by_file": sizes, "sha256_by_file": checksums, "provenance": {}}
     )
 
 

@@ -87,7 +87,7 @@ def test_every_mode_reads_the_recovery_that_is_stored(
     merged: dict[str, Tensor] = prunable_weights(deployed.model)
     assert all(not merged[name][~masks[name]].any() for name in merged)
     described = read_json(ledger.run_folder(runs[1].run_id) / "sparse_config.json")
-    assert described["recovery"] == stored.environment["recovery"]
+    assert described["recovery"] == stored.provenance["recovery"]
 
 
 def test_too_few_windows_are_refused_before_anything_is_pruned(

@@ -85,7 +85,7 @@ def test_its_description_says_what_it_is(ledger: Ledger) -> None:
     described = read_json(found.folder / "pruning.json")
     assert described["settings"] == SPARSEGPT.pruning_settings
     assert described["mask_sha256"] == drawn()[0].sha256
-    assert described["environment"] == {"hardware": "abacus"}
+    assert described["provenance"] == {"hardware": "abacus"}
     assert found.bytes == sum((found.folder / name).stat().st_size for name in described["bytes_by_file"])
 
 
@@ -123,7 +123,7 @@ def test_of_two_writers_at_once_one_wins_whole(tmp_path: Path) -> None:
         assert writer.exitcode == 0
     found = read_pruning(folder)
     assert found is not None
-    assert read_masks(found, CPU).sha256 == drawn(found.environment["seed"])[0].sha256
+    assert read_masks(found, CPU).sha256 == drawn(found.provenance["seed"])[0].sha256
     assert list(folder.parent.iterdir()) == [folder]
 
 
@@ -168,7 +168,7 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a lost file": (lambda f: (f / "weights.safetensors").unlink(), "weights.safetensors must have .+ bytes, got 0"),
     "a lost description": (lambda f: (f / "pruning.json").unlink(), "pruning.json cannot be read"),
     "a cut description": (lambda f: os.truncate(f / "pruning.json", 30), "pruning.json cannot be read"),
-    "another format": (lambda f: rewrite(f, format_version=7), "reads format 1, pruning.json is of format 7"),
+    "another format": (lambda f: rewrite(f, format_version=7), "reads format 2, pruning.json is of format 7"),
     "no format": (lambda f: write_json(f / "pruning.json", []), "pruning.json cannot be read"),
     "another pruning": (lambda f: rewrite(f, settings={}), "it is of another pruning, calibration, .+ differ"),
 }
@@ -274,7 +274,7 @@ def test_bytes_are_those_that_are_written(ledger: Ledger) -> None:
     headers = sum(8 + int.from_bytes((found.folder / file).read_bytes()[:8], "little") for file in found.bytes_by_file)
     masks, _ = drawn()
     assert found.bytes - headers == sum(map(len, masks.bits.values())) + 2 * sum(masks.kept.values())
-    assert json.loads((found.folder / "pruning.json").read_text())["format_version"] == 1
+    assert json.loads((found.folder / "pruning.json").read_text())["format_version"] == 2
 
 
 class TestDiscard:

@@ -91,13 +91,13 @@ def read_into(stored: StoredPruning, loaded: LoadedModel) -> Pruned:
 
     Raises `NotReadyError` for bits that are not those stored.
     """
-    masks, tokens = read_masks(stored, loaded.model.device), stored.environment.get(TOKENS_SEEN)
+    masks, tokens = read_masks(stored, loaded.model.device), stored.provenance.get(TOKENS_SEEN)
     if not stored.has_weights:
         mask_weights_into(loaded.model, masks)
         return Pruned(masks, stored.mask_sha256, MaskedWeights(loaded.dense_weights, masks), tokens)
     weights = read_weights(stored, masks)
     write_weights_into(loaded.model, weights)
-    return Pruned(masks, stored.mask_sha256, weights, tokens, stored.environment.get(RECOVERY, ()))
+    return Pruned(masks, stored.mask_sha256, weights, tokens, stored.provenance.get(RECOVERY, ()))
 
 
 class Pruner:

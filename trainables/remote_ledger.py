@@ -250,9 +250,9 @@ class RemoteLedger:
         return kept
 
     def write_pruning(
-        self, run: Run, masks: BitMasks, weights: Mapping[str, Tensor] | None, environment: Mapping[str, Any]
+        self, run: Run, masks: BitMasks, weights: Mapping[str, Tensor] | None, provenance: Mapping[str, Any]
     ) -> None:
-        self._local.write_pruning(run, masks, weights, environment)
+        self._local.write_pruning(run, masks, weights, provenance)
         own = self._local.pruning(run)
         assert own is not None
         name = self._ask(self._server.begin_pruning, run.pruning_id)

@@ -50,11 +50,12 @@ class RunStore(Protocol):
         """
 
     def write_pruning(
-        self, run: Run, masks: BitMasks, weights: Mapping[str, Tensor] | None, environment: Mapping[str, Any]
+        self, run: Run, masks: BitMasks, weights: Mapping[str, Tensor] | None, provenance: Mapping[str, Any]
     ) -> None:
         """Keep the pruning that a run trains on, unless another worker did: `pruning` then returns that one.
 
-        weights: {matrix: its pruned weight} of a method that updates weights, else None. environment: of this machine.
+        weights: {matrix: its pruned weight} of a method that updates weights, else None. provenance: see
+        `StoredPruning`.
         """
 
 

@@ -158,13 +158,13 @@ class Ledger:
         return read_pruning(self.pruning_folder(run.pruning_id), run.pruning_settings) if run.pruning_id else None
 
     def write_pruning(
-        self, run: Run, masks: BitMasks, weights: Mapping[str, Tensor] | None, environment: Mapping[str, Any]
+        self, run: Run, masks: BitMasks, weights: Mapping[str, Tensor] | None, provenance: Mapping[str, Any]
     ) -> None:
         from tune_sparse.ledger.pruning_io import write_pruning
 
         assert run.pruning_id is not None
         assert run.pruning_settings is not None
-        write_pruning(self.pruning_folder(run.pruning_id), run.pruning_settings, masks, weights, environment)
+        write_pruning(self.pruning_folder(run.pruning_id), run.pruning_settings, masks, weights, provenance)
 
     def pruning_folder(self, pruning_id: str) -> Path:
         return self.folder / "prunings" / pruning_id

@@ -82,7 +82,7 @@ def write_pruning(
     settings: Mapping[str, Any],
     masks: BitMasks,
     weights: Mapping[str, Tensor] | None,
-    environment: Mapping[str, Any],
+    provenance: Mapping[str, Any],
 ) -> None:
     """Write a pruning into a folder that appears when it is whole; one that is there already stays.
 
@@ -98,7 +98,7 @@ def write_pruning(
             files.append(_write_kept(partial / WEIGHTS, masks, weights))
         sizes = {path.name: path.stat().st_size for path in files}
         checksums = {path.name: file_sha256(path) for path in files}
-        stored = StoredPruning(partial, dict(settings), masks.sha256, sizes, checksums, dict(environment))
+        stored = StoredPruning(partial, dict(settings), masks.sha256, sizes, checksums, dict(provenance))
         described = {name: value for name, value in asdict(stored).items() if name != "folder"}
         write_json(partial / DESCRIPTION, {"format_version": FORMAT_VERSION} | described)
         take_free_name(partial, folder)

@@ -24,7 +24,7 @@ from tune_sparse.files import flush, read_json
 from tune_sparse.models.architectures import pruned_weights
 from tune_sparse.models.dims import ModelDims
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 DESCRIPTION, MASKS, WEIGHTS = "pruning.json", "masks.safetensors", "weights.safetensors"
 
 _verified: set[tuple[Path, int, str]] = set()  # a process hashes a file once, until the file changes
@@ -42,8 +42,8 @@ class StoredPruning:
     bytes_by_file: dict[str, int]
     sha256_by_file: dict[str, str]
     """equal for equal prunings"""
-    environment: dict[str, Any]
-    """hardware and versions that made it, and for a calibrated method the calibration tokens that it saw"""
+    provenance: dict[str, Any]
+    """hardware and versions that made it; the calibration tokens that it saw, and what a recovery brought each block"""
 
     @property
     def has_weights(self) -> bool:
