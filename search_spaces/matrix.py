@@ -16,6 +16,8 @@ MISTRAL_7B_V01 = "mistralai/Mistral-7B-v0.1@27d67f1b5f57dc0953326b2601d68371d40e
 MIXTRAL_8X7B = "mistralai/Mixtral-8x7B-v0.1@fc7ac94680e38d7348cfa806e51218e6273104b0"
 LLAMA_3_8B = "meta-llama/Meta-Llama-3-8B@8cde5ca8380496c9a6cc7ef3a8b46a0372a1d920"
 MISTRAL_7B_V03 = "mistralai/Mistral-7B-v0.3@caa1feb0e54d415e2df31207e5f4e273e33509b1"
+SMOLLM2_135M = "HuggingFaceTB/SmolLM2-135M@93efa2f097d58c2a74874c7e644dbc9b0cee75a2"
+SMOLLM2_360M = "HuggingFaceTB/SmolLM2-360M@f8027fd0eaeea54caa13c31d31b9fdc459c38b49"
 
 PHOENIX_TASKS = (
     "gsm8k",
@@ -54,6 +56,17 @@ PRESETS: dict[str, dict[str, Any]] = {
     "toy": TOY,
     "smoke": TOY | {"models": ("tiny-llama",), "tasks": ("boolq", "gsm8k"), "sparsities": (0.0, 0.5)},
     "toy-seeds": TOY | {"methods": ("unstructured",), "sparsities": (0.0, 0.5, 0.7), "seeds": (0, 1, 2)},
+    # Real models that a laptop trains; at this size boolq and gsm8k stay at chance.
+    "smollm": {
+        "models": (SMOLLM2_135M, SMOLLM2_360M),
+        "tasks": ("arc_easy", "piqa", "hellaswag"),
+        "methods": ("unstructured", "structured", "random", "wanda"),
+        "sparsities": (0.0, 0.3, 0.5, 0.7),
+        "steps": 100,
+        "global_batch_size": 16,
+        "max_tokens": 512,
+        "n_test": 500,
+    },
     "matrix": {"models": (LLAMA_7B, MISTRAL_7B_V01), "gpus_per_trial": None},
     "mixtral": {"models": (MIXTRAL_8X7B,), "gpus_per_trial": None},
     "phoenix": {"models": (LLAMA_3_8B, MISTRAL_7B_V03), "tasks": PHOENIX_TASKS, "gpus_per_trial": None},
@@ -62,6 +75,7 @@ ABOUT = {
     "toy": "2 toy models and generated examples; a sweep trains 330 times, minutes on a laptop",
     "smoke": "a first try; a sweep trains 14 times",
     "toy-seeds": "a part of toy with three seeds, the fewest by which modes are judged; a sweep trains 90 times",
+    "smollm": "SmolLM2-135M and -360M on arc_easy, piqa and hellaswag, for a laptop or a GPU; a sweep trains 150 times",
     "matrix": "LLaMA-7B and Mistral-7B, for GPUs; a sweep trains 330 times",
     "mixtral": "Mixtral 8x7B; only `sweep mixtral --dry-run` works, as Mixtral models cannot be trained yet",
     "phoenix": "Llama-3-8B and Mistral-7B on the 10 tasks of the paper Phoenix (doi 10.1145/3731599.3767395), for "

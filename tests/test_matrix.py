@@ -11,6 +11,7 @@ SIZES = {
     "matrix": (360, 330),
     "smoke": (24, 14),
     "toy-seeds": (108, 90),
+    "smollm": (192, 150),
     "mixtral": (180, 165),
     "phoenix": (1200, 1100),
 }
@@ -26,7 +27,7 @@ def test_every_preset_is_a_sound_configuration(name: str) -> None:
 
 
 def test_there_is_a_preset_and_a_pilot_for_each_study() -> None:
-    studies = ["toy", "smoke", "toy-seeds", "matrix", "mixtral", "phoenix"]
+    studies = ["toy", "smoke", "toy-seeds", "smollm", "matrix", "mixtral", "phoenix"]
     assert sorted(PRESETS) == sorted([*studies, *(f"{name}-pilot" for name in studies), "pilot"])
 
 
@@ -55,7 +56,7 @@ def test_a_pilot_is_its_study_at_three_sparsities(name: str) -> None:
     assert preset(name).sparsities == (0.0, 0.5, 0.9)
 
 
-@pytest.mark.parametrize("name", ["matrix", "mixtral", "phoenix"])
+@pytest.mark.parametrize("name", ["smollm", "matrix", "mixtral", "phoenix"])
 def test_models_of_the_hub_are_pinned_to_a_revision(name: str) -> None:
     for model in preset(name).models:
         _, _, revision = model.partition("@")
