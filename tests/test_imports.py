@@ -17,7 +17,7 @@ FILES = [path.relative_to(ROOT).as_posix() for folder in FOLDERS for path in sor
 LEVELS = (
     {"search_spaces", "tune_sparse.errors"},
     {"tune_sparse.files", "tune_sparse.identity", "tune_sparse.net", "tune_sparse.watchdog"},
-    {"tune_sparse.modes"},
+    {"tune_sparse.modes", "tune_sparse.schedules"},
     {"tune_sparse.config"},
     {"tune_sparse.data"},
     {"tune_sparse.training"},

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 
 GROUPS = {
-    "what to sweep": ("models", "tasks", "methods", "sparsities", "modes", "seeds"),
+    "what to sweep": ("models", "tasks", "methods", "sparsities", "modes", "schedules", "seeds"),
     "data and settings": ("data_dir",),
     "how it runs": ("backend", "workers", "gpus_per_trial", "deterministic", "max_retries", "hang_seconds"),
     "memory": BUDGETS,

@@ -13,7 +13,9 @@ from tune_sparse.config import BudgetOptions, Cerebras, SweepConfig
 from tune_sparse.config.options import describe_option
 from tune_sparse.errors import InputError
 
-SWEEP = tuple(f.name for f in fields(SweepConfig) if f.name not in ("protocol", "budgets", "cerebras"))
+SWEEP = tuple(
+    f.name for f in fields(SweepConfig) if f.name not in ("protocol", "budgets", "cerebras", "schedule_settings")
+)
 """The fields of `SweepConfig` that hold no settings of their own."""
 BUDGETS = tuple(f.name for f in fields(BudgetOptions))
 CEREBRAS = tuple(f.name for f in fields(Cerebras))

@@ -19,9 +19,11 @@ from tune_sparse.config.options import converted, option, rule
 from tune_sparse.config.presets import DEFAULT_PRESET, preset_settings
 from tune_sparse.config.protocol import Protocol as Protocol
 from tune_sparse.config.protocol import without_published
+from tune_sparse.config.schedule_settings import ScheduleSettings as ScheduleSettings
 from tune_sparse.errors import unknown_name
 from tune_sparse.modes import DENSE, MODES, SPARSE_ADAPTER_MODES
 from tune_sparse.net import check_address
+from tune_sparse.schedules import ONE_SHOT, SCHEDULES
 
 LORA_SETTINGS = ("lora_rank", "lora_alpha", "lora_dropout", "masked_lora_impl")
 BACKENDS = ("torch", "cerebras")
@@ -61,6 +63,7 @@ class Cell:
     mode: str
     seed: int
     backend: str
+    schedule: str = ONE_SHOT
 
     @property
     def trained(self) -> Cell:
@@ -109,6 +112,7 @@ class SweepConfig:
         metavar="FRACTION",
     )
     modes: tuple[str, ...] = option("training modes, listed below", SPARSE_ADAPTER_MODES, metavar="MODE")
+    schedules: tuple[str, ...] = option("when masks change, listed below", (ONE_SHOT,), metavar="SCHEDULE")
     seeds: tuple[int, ...] = option(
         "random seeds: each has cells of its own, with another order of examples, other initial adapters and other "
         "masks of method random",
@@ -129,6 +133,7 @@ class SweepConfig:
     protocol: Protocol = field(default_factory=Protocol)
     budgets: BudgetOptions = field(default_factory=BudgetOptions)
     cerebras: Cerebras = field(default_factory=Cerebras)
+    schedule_settings: ScheduleSettings = field(default_factory=ScheduleSettings)
     data_dir: Path | None = option(
         "source of the examples: a folder with files as listed below; or `hub` for the Hugging Face Hub, from which "
         "they are downloaded when first used; or `synthetic` for generated ones",
@@ -168,7 +173,7 @@ class SweepConfig:
     )
 
     def __post_init__(self) -> None:
-        for axis in ("models", "tasks", "methods", "sparsities", "modes", "seeds", "backend"):
+        for axis in ("models", "tasks", "methods", "sparsities", "modes", "schedules", "seeds", "backend"):
             values = getattr(self, axis)
             rule(len(values) > 0, f"{axis} must name at least one", values, "Name one.")
             rule(len(set(values)) == len(values), f"{axis} must not repeat a value", values, "Remove the repeats.")
@@ -176,6 +181,9 @@ class SweepConfig:
         for mode in self.modes:
             if mode not in MODES:
                 raise unknown_name("mode", mode, MODES)
+        for schedule in self.schedules:
+            if schedule not in SCHEDULES:
+                raise unknown_name("schedule", schedule, SCHEDULES)
         rule(
             all(MODES[mode].is_pruned for mode in self.modes) or not any(self.sparsities),
             "the mode dense prunes nothing, so all sparsities must be 0 with it",
@@ -250,13 +258,18 @@ class SweepConfig:
 
         What the preset sets, named as `preset` or found by `preset_settings`, gives way to `names`.
         """
-        kinds = (cls, Protocol, BudgetOptions, Cerebras)
-        known = {f.name for kind in kinds for f in fields(kind)} - {"protocol", "budgets", "cerebras"}
+        kinds = (cls, Protocol, BudgetOptions, Cerebras, ScheduleSettings)
+        known = {f.name for kind in kinds for f in fields(kind)} - {
+            "protocol",
+            "budgets",
+            "cerebras",
+            "schedule_settings",
+        }
         for name in names:
             if name not in known:
                 raise unknown_name("setting", name, known)
         names = preset_settings(names) | dict(without_published(names))
-        own, protocol, budgets, cerebras = (
+        own, protocol, budgets, cerebras, schedule_settings = (
             {f.name: converted(kind, f, names[f.name]) for f in fields(kind) if f.name in names} for kind in kinds
         )
         if own.get("backend") == (BOTH,):
@@ -266,4 +279,5 @@ class SweepConfig:
             protocol=Protocol(**protocol),
             budgets=BudgetOptions(**budgets),
             cerebras=Cerebras(**cerebras),
+            schedule_settings=ScheduleSettings(**schedule_settings),
         )

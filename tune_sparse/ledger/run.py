@@ -9,12 +9,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tune_sparse.config import BudgetOptions, Cell, Protocol
+from tune_sparse.config import BudgetOptions, Cell, Protocol, ScheduleSettings
 from tune_sparse.config.protocol import CALIBRATION_SETTINGS, SCORING
 from tune_sparse.files import write_text
 from tune_sparse.identity import NUMERICS_VERSION, hash_json
 from tune_sparse.lora.rank_space import SuperAdapter
 from tune_sparse.pruning.methods import METHODS
+from tune_sparse.schedules import ONE_SHOT, SCHEDULES
 from tune_sparse.training.budgets import fixed_micro_batch_tokens
 
 
@@ -38,6 +39,7 @@ class Run:
     """The space that its adapters are sampled from in training; None for a cell of the matrix."""
     budgets: BudgetOptions = BudgetOptions()
     """What its user set of the budgets. Only with dropout a micro-batch changes more than the order of additions."""
+    schedule_settings: ScheduleSettings = ScheduleSettings()
 
     @property
     def is_pruned(self) -> bool:
@@ -133,6 +135,10 @@ class Run:
             known["protocol"] = {k: v for k, v in known["protocol"].items() if k not in CALIBRATION_SETTINGS}
         if not self.is_recovered:
             del known["protocol"]["recover"]
+        read = SCHEDULES[self.cell.schedule].settings
+        known["schedule_settings"] = {name: getattr(self.schedule_settings, name) for name in read}
+        if self.cell.schedule == ONE_SHOT:
+            del known["schedule_settings"], known["cell"]["schedule"]
         if tokens := fixed_micro_batch_tokens(self.protocol, self.budgets):
             known["micro_batch_tokens"] = tokens
         return known | {"numerics_version": NUMERICS_VERSION}
@@ -146,6 +152,9 @@ class Run:
     def from_config(cls, config: Mapping[str, Any]) -> Run:
         own = {"cell": Cell(**config["cell"]), "protocol": Protocol(**config["protocol"])}
         own["budgets"] = BudgetOptions(**config.get("budgets", {}))
+        settings = dict(config["schedule_settings"])
+        settings["levels"] = None if settings["levels"] is None else tuple(settings["levels"])
+        own["schedule_settings"] = ScheduleSettings(**settings)
         if config.get("super_adapter"):
             own["super_adapter"] = SuperAdapter.from_config(config["super_adapter"])
         return cls(**{**config, **own})
@@ -153,7 +162,8 @@ class Run:
 
 def readable_id(cell: Cell, identity: str) -> str:
     """`<backend>_<model>_<task>_<method>_s<NN>_<mode>_<hash8>`, for people: settings are never read back from it."""
-    parts = (cell.backend, cell.model, cell.task, cell.method, f"s{cell.sparsity * 100:02g}", cell.mode, identity[:8])
+    trained = cell.mode if cell.schedule == ONE_SHOT else f"{cell.mode}-{cell.schedule}"
+    parts = (cell.backend, cell.model, cell.task, cell.method, f"s{cell.sparsity * 100:02g}", trained, identity[:8])
     return _readable(*parts)
 
 

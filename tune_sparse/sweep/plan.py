@@ -129,6 +129,7 @@ def requested_cells(config: SweepConfig) -> list[Cell]:
         "model": config.models,
         "task": config.tasks,
         "mode": config.modes,
+        "schedule": config.schedules,
         "method": config.methods,
         "sparsity": config.sparsities,
         "seed": config.seeds,
@@ -204,6 +205,7 @@ def _run_namer(config: SweepConfig, checkpoints: Mapping[str, Checkpoint], examp
             calibration_fingerprint=text,
             cerebras=cerebras if cell.backend == "cerebras" else None,
             budgets=config.budgets,
+            schedule_settings=config.schedule_settings,
         )
 
     return name_run
