@@ -135,6 +135,8 @@ class Run:
             known["protocol"] = {k: v for k, v in known["protocol"].items() if k not in CALIBRATION_SETTINGS}
         if not self.is_recovered:
             del known["protocol"]["recover"]
+        if also := known["protocol"].pop("train_also"):
+            known["protocol"]["train_also"] = sorted(also)
         read = SCHEDULES[self.cell.schedule].settings
         known["schedule_settings"] = {name: getattr(self.schedule_settings, name) for name in read}
         if self.cell.schedule == ONE_SHOT:
@@ -150,7 +152,9 @@ class Run:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Run:
-        own = {"cell": Cell(**config["cell"]), "protocol": Protocol(**config["protocol"])}
+        protocol = dict(config["protocol"])
+        protocol["train_also"] = tuple(protocol.get("train_also", ()))
+        own = {"cell": Cell(**config["cell"]), "protocol": Protocol(**protocol)}
         own["budgets"] = BudgetOptions(**config.get("budgets", {}))
         settings = dict(config["schedule_settings"])
         settings["levels"] = None if settings["levels"] is None else tuple(settings["levels"])
