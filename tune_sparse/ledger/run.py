@@ -170,8 +170,9 @@ class Run:
         protocol["train_also"] = tuple(protocol.get("train_also", ()))
         own = {"cell": Cell(**config["cell"]), "protocol": Protocol(**protocol)}
         own["budgets"] = BudgetOptions(**config.get("budgets", {}))
-        settings = config.get("schedule_settings", {}).items()
-        own["schedule_settings"] = ScheduleSettings(**{k: tuple(v) if isinstance(v, list) else v for k, v in settings})
+        given: Mapping[str, Any] = config.get("schedule_settings", {})
+        settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+        own["schedule_settings"] = ScheduleSettings(**settings)
         if config.get("super_adapter"):
             own["super_adapter"] = SuperAdapter.from_config(config["super_adapter"])
         return cls(**{**config, **own})
