@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tune_sparse.errors import RunError
 from tune_sparse.ledger.run import Run
-from tune_sparse.pruning.allocation import global_order
+from tune_sparse.pruning.allocation import erk, global_order
 from tune_sparse.pruning.bit_masks import BitMasks
 from tune_sparse.pruning.mask_updates import (
     Change,
@@ -77,19 +77,24 @@ class MaskSchedule:
 
     def _counts_of_all(self, update: Update, weights: Mapping[str, Tensor]) -> dict[str, int]:
         """{matrix: weights pruned}, chosen among all weights as at one shot."""
-        sizes = _sizes(weights)
-        if self.allocation == "uniform":
-            return uniform_counts(sizes, update.sparsity)
-        counts = global_order(sizes, [update.sparsity], lambda name: weights[name].detach())
+        if self.allocation != "global":
+            return self._counts_of_shapes(update.sparsity, weights)
+        counts = global_order(_sizes(weights), [update.sparsity], lambda name: weights[name].detach())
         return {name: pruned for name, (pruned,) in counts.items()}
 
     def _counts_of_kept(self, update: Update, weights: Mapping[str, Tensor], masks: BitMasks) -> dict[str, int]:
         """{matrix: weights pruned}, where those that are pruned already stay so."""
-        sizes = _sizes(weights)
-        if self.allocation == "uniform":
-            return uniform_counts(sizes, update.sparsity)
+        if self.allocation != "global":
+            return self._counts_of_shapes(update.sparsity, weights)
         kept_weights = lambda name: weights[name].detach()[masks[name]]  # noqa: E731
-        return global_counts(sizes, masks.kept, update.sparsity, kept_weights)
+        return global_counts(_sizes(weights), masks.kept, update.sparsity, kept_weights)
+
+    def _counts_of_shapes(self, sparsity: float, tensors: Mapping[str, Tensor]) -> dict[str, int]:
+        """{matrix: weights pruned}, as at one shot, by an allocation that knows the shapes alone."""
+        if self.allocation == "uniform":
+            return uniform_counts(_sizes(tensors), sparsity)
+        counts = erk({name: tensor.shape for name, tensor in tensors.items()}, [sparsity])
+        return {name: pruned for name, (pruned,) in counts.items()}
 
     def check_reached(self, began: BitMasks, ended: BitMasks, sparsity: float) -> None:
         """Raise `RunError` unless a training ended with exactly the zeros of its target.
