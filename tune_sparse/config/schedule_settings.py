@@ -50,6 +50,10 @@ class ScheduleSettings:
     rescore: bool = option("iterative: every level is scored on the weights as they are by then", True)
     restart_learning_rate: bool = option("iterative: warm-up and decay begin anew with each level", True)
     dynamics_every: int = option("steps between two records of the masks, besides one at each update", 100)
+    effective_rank_side: int = option(
+        "longest side of matrices whose effective rank is recorded at each update, by SVD; 0 for none",
+        0,
+    )
 
     def __post_init__(self) -> None:
         for name in ("update_from", "update_to"):
@@ -57,6 +61,8 @@ class ScheduleSettings:
             rule(value is None or 0 <= value <= 1, f"{name} must be a fraction of the steps", value, "Give one.")
         for name in ("gradual_updates", "update_every", "dynamics_every"):
             rule(getattr(self, name) >= 1, f"{name} must be at least 1", getattr(self, name), "Give a larger number.")
+        side = self.effective_rank_side
+        rule(side >= 0, "effective_rank_side must not be negative", side, "Give 0, or a number of rows or columns.")
         rule(0 < self.drop_fraction < 1, "drop_fraction must be in (0, 1)", self.drop_fraction, "Give a fraction.")
         for name, choices in (("gradual_curve", CURVES), ("drop_curve", DROP_CURVES), ("start_from", STARTS)):
             if getattr(self, name) not in choices:
