@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from factories import make_cell, make_run
+from factories import finished, make_cell, make_run, tiny_run
 from simulated_device import DEVICE, simulated_device
 from torch import Tensor
 
@@ -18,6 +18,8 @@ from trainables.run_log import RunLog
 from tune_sparse.config import ScheduleSettings
 from tune_sparse.errors import RunError
 from tune_sparse.ledger.dynamics import read_dynamics
+from tune_sparse.ledger.ledger import Ledger
+from tune_sparse.ledger.run import Run
 from tune_sparse.pruning.masks import Masks, packed
 from tune_sparse.schedules import Update
 
@@ -184,3 +186,35 @@ def test_a_record_on_a_device_says_the_same_and_takes_only_bits_from_it() -> Non
                 tracker.record(step, update, masks, {})
         assert activity.downloaded_bytes - before < 2 * 32 / 8 * len(masks) + 100
     assert lines == here
+
+
+def scheduled(llama: Path, schedule: str, **settings: Any) -> Run:
+    run = tiny_run(llama, mode="masked-finetuning", steps=8, eval_every=8)
+    own = ScheduleSettings(dynamics_every=4, update_every=2, gradual_updates=3, **settings)
+    return replace(run, cell=replace(run.cell, schedule=schedule), schedule_settings=own)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "steps"), [("one-shot", [0, 8]), ("gradual", [0, 3, 4, 6, 8]), ("rigl", [0, 2, 4, 8])]
+)
+def test_a_run_whose_weights_are_trained_records_its_masks(
+    schedule: str, steps: list[int], llama: Path, tmp_path: Path
+) -> None:
+    run, ledger = scheduled(llama, schedule), Ledger(tmp_path)
+    record = finished(run, ledger)
+    assert record.error is None
+    lines = read_dynamics(ledger.run_folder(run.run_id))
+    assert [line["step"] for line in lines] == steps
+    assert all("zero_grad_norm/rms" in line for line in lines[1:])
+    assert [line["pruning/target"] for line in lines] == sorted(line["pruning/target"] for line in lines)
+    last, found = lines[-1], record.metrics["dynamics"]
+    assert last["sparsity/overall"] == pytest.approx(record.metrics["actual_sparsity"], abs=1e-3)
+    assert found == {name: last[name] for name in found}
+    assert (found["weight_revival/total"] > 0) == (schedule == "rigl")
+    assert lines[0]["sparsity/overall"] == (0 if schedule == "gradual" else last["sparsity/overall"])
+
+
+def test_a_run_with_adapters_records_none(llama: Path, tmp_path: Path) -> None:
+    run, ledger = tiny_run(llama), Ledger(tmp_path)
+    assert "dynamics" not in finished(run, ledger).metrics
+    assert read_dynamics(ledger.run_folder(run.run_id)) == []

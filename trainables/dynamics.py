@@ -10,8 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trainables.mode import TrainableModel
 from tune_sparse.errors import RunError
 from tune_sparse.ledger.run import Run
+from tune_sparse.models.architectures import list_matrices
+from tune_sparse.modes import MODES
 from tune_sparse.pruning.bit_masks import BitMasks
 from tune_sparse.pruning.mask_dynamics import (
     History,
@@ -26,7 +29,8 @@ from tune_sparse.pruning.mask_dynamics import (
     zero_gradient_norms,
 )
 from tune_sparse.pruning.masks import Masks, packed
-from tune_sparse.schedules import SCHEDULES, Update
+from tune_sparse.schedules import Update
+from tune_sparse.training.loop import StepHooks
 
 TREND_RECORDS, GROWTH_RECORDS = 10, 5
 DEAD_SHARES = {"error": 0.7, "warning": 0.5, "notice": 0.3}
@@ -43,13 +47,14 @@ class Dynamics:
     """The records of one training: one before its first step, one after each update of the masks, one every
     `dynamics_every` steps where masks change at all, and one after the last step.
 
-    Between records nothing is computed. On the device it keeps three bits a weight.
+    Between records nothing is computed. On the device it keeps two bits a weight: its masks of the last record, and
+    which weights ever revived.
     """
 
     def __init__(self, run: Run, updates: Sequence[Update], parameters: int, write: Callable[[Line], None]) -> None:
         """parameters: of the whole model, tied ones once. write: gets each record, also those of a restored state."""
         self._settings, self._steps = run.schedule_settings, run.protocol.steps
-        self._first_target = 0.0 if SCHEDULES[run.cell.schedule].starts_dense else run.cell.sparsity
+        self._first_target = run.starting_sparsity
         self._at = {update.step for update in updates}
         self._parameters, self._write = parameters, write
         self._lines: list[Line] = []
@@ -193,6 +198,53 @@ class Dynamics:
                 f"an update must not prune more than its sparsity, {update.sparsity:g} of {size} weights, "
                 f"got {_zeros(masks)} zeros after step {update.step}. Report it: the masks of this run are wrong."
             )
+
+
+class RecordedSteps(StepHooks):
+    """The steps of a training, of which dynamics record the masks."""
+
+    def __init__(self, steps: StepHooks, trainable: TrainableModel, dynamics: Dynamics, updates: Sequence[Update]):
+        model = trainable.model
+        self._steps, self._trainable, self._dynamics = steps, trainable, dynamics
+        self._weights = {matrix.name: model.get_parameter(matrix.name) for matrix in list_matrices(model)}
+        self._updates = {update.step: update for update in updates}
+
+    def before(self, step: int) -> None:
+        self._steps.before(step)
+        if step == 1:
+            self._record(0)
+
+    def clip(self, step: int, parameters: list[Tensor], max_norm: float) -> None:
+        if self._dynamics.is_due(step):
+            self._dynamics.see_gradients(self._weights, self._trainable.masks)
+        self._steps.clip(step, parameters, max_norm)
+
+    def after(self, step: int) -> None:
+        self._steps.after(step)
+        if self._dynamics.is_due(step):
+            self._record(step)
+
+    def _record(self, step: int) -> None:
+        self._dynamics.record(step, self._updates.get(step), self._trainable.masks, self._weights)
+
+    def state(self) -> dict[str, Any]:
+        return {"steps": self._steps.state(), "dynamics": self._dynamics.state()}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        if state["steps"]:
+            self._steps.restore(state["steps"])
+        self._dynamics.restore(state["dynamics"])
+
+    def summary(self) -> dict[str, float]:
+        return self._dynamics.summary()
+
+
+def recorded(steps: StepHooks, run: Run, trainable: TrainableModel, write: Callable[[Line], None]) -> StepHooks:
+    """The steps of a run, their masks recorded where the masked weights themselves are trained."""
+    if MODES[run.cell.mode].has_adapter:
+        return steps
+    parameters = sum(parameter.numel() for parameter in trainable.model.parameters())
+    return RecordedSteps(steps, trainable, Dynamics(run, run.updates, parameters, write), run.updates)
 
 
 def _zeros(masks: BitMasks) -> int:

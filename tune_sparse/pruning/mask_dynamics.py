@@ -27,7 +27,7 @@ def popcount(bits: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class History:
-    """The past of the mask of one matrix, in packed bits in which padding is 0."""
+    """The past of the mask of one matrix, in packed bits in which padding is 0, and which nobody changes in place."""
 
     kept: Tensor
     """where the mask kept at the last record"""
@@ -39,7 +39,7 @@ class History:
 
 def begin_history(kept: Tensor) -> History:
     """The history before the first step of a training, in which every zero is one since step 0."""
-    return History(kept.clone(), torch.zeros_like(kept))
+    return History(kept, torch.zeros_like(kept))
 
 
 def continue_history(history: History, kept: Tensor, step: int) -> tuple[History, Tensor]:
@@ -54,7 +54,7 @@ def continue_history(history: History, kept: Tensor, step: int) -> tuple[History
     ever = ever | back
     counts = [popcount(back), popcount(kept | before), popcount(kept | ever)]
     gone = (before & ~kept).cpu()
-    return History(kept.clone(), ever, _stamped(history.zero_since, gone, step)), torch.stack(counts)
+    return History(kept, ever, _stamped(history.zero_since, gone, step)), torch.stack(counts)
 
 
 def _stamped(digits: tuple[Tensor, ...], chosen: Tensor, step: int) -> tuple[Tensor, ...]:
