@@ -102,6 +102,8 @@ class Bars:
         figure, placed = _panels(shown, width=max(3.4, 0.22 * max(len(self._heights(d)) for d in shown)))
         for axis, own in placed:
             self._draw(axis, own, colours)
+        for axis in figure.axes:
+            axis.set_ylim(0, self.highest)  # once all are drawn: it ends the search for the top of their row
         legend_below(figure, _level_handles(colours))
         return figure
 
@@ -125,7 +127,6 @@ class Bars:
             axis.bar(places, heights, 0.8 / len(levels), color=colours[level])
         axis.set_xticks(range(len(heights)), list(heights.index), rotation=90, fontsize=6.5)
         axis.set_xlabel("block and matrix" if " " in heights.index[0] else "block")
-        axis.set_ylim(0, self.highest)
         axis.set_ylabel(self.label)
         axis.grid(alpha=0.2, axis="y")
 
