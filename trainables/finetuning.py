@@ -10,15 +10,20 @@ from transformers import PreTrainedModel
 from trainables import lora_finetuning, masked_finetuning
 from trainables.mode import TrainableModel
 from tune_sparse.config import Protocol
-from tune_sparse.models.architectures import PRUNED
 from tune_sparse.modes import MODES
 from tune_sparse.pruning.masks import Masks
 
 
 def setup(
-    mode: str, model: PreTrainedModel, protocol: Protocol, masks: Masks, seed: int, modules: Sequence[str] = PRUNED
+    mode: str,
+    model: PreTrainedModel,
+    protocol: Protocol,
+    masks: Masks,
+    seed: int,
+    modules: Sequence[str] | None = None,
 ) -> TrainableModel:
-    """Make a pruned model trainable, in place. modules: those that get adapters, where the mode has any."""
+    """Make a pruned model trainable, in place. modules: those that get adapters, where the mode has any, by default all
+    that are pruned."""
     if MODES[mode].has_adapter:
         return lora_finetuning.setup(mode, model, protocol, masks, seed, modules)
     return masked_finetuning.setup(mode, model, protocol, masks)

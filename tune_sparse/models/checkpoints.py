@@ -11,23 +11,20 @@ from typing import TYPE_CHECKING, Any
 
 from tune_sparse.errors import InputError, NotReadyError
 from tune_sparse.files import cache_dir, read_json, write_json
-from tune_sparse.models.architectures import read_weights, unfused
+from tune_sparse.models.architectures import TRAINED, architecture_named, read_weights, unfused
 from tune_sparse.models.dims import ModelDims
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from tune_sparse.models.safetensors_io import TensorFiles
 
-SWEPT = ("LlamaForCausalLM", "MistralForCausalLM")
-"""Classes that a sweep trains; more can be pruned, see `tune_sparse.models.architectures`."""
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 TOKENIZER_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 SIDE_FILES = (*TOKENIZERS, *TOKENIZER_SETTINGS, "vocab.json", "merges.txt", "generation_config.json")
 """Files that a copy of a checkpoint takes along."""
-REQUIRED_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
 
 
 @dataclass(frozen=True)
@@ -177,12 +174,13 @@ def read_config(folder: Path) -> dict[str, Any]:
 def _check_config(folder: Path) -> None:
     path, config = folder / "config.json", read_config(folder)
     found = config.get("architectures") or ["no class at all"]
-    if found[0] not in SWEPT:
-        raise InputError(f"the class of a model must be {' or '.join(SWEPT)}, {path} says {found[0]}.")
-    kind = found[0].removesuffix("ForCausalLM").lower()
+    if found[0] not in TRAINED:
+        raise InputError(f"the class of a model must be {' or '.join(TRAINED)}, {path} says {found[0]}.")
+    architecture = architecture_named(found[0])
+    kind = architecture.model_type
     if config.get("model_type") != kind:  # transformers would look for code that the folder brings
         raise InputError(f"the model_type of a {found[0]} must be {kind!r}, {path} says {config.get('model_type')!r}.")
-    for name in REQUIRED_SIZES:
+    for name in architecture.sizes:
         if not isinstance(config.get(name), int):
             raise InputError(f"{path} must have the sizes of its model, {name!r} is missing. Add it.")
 
@@ -211,12 +209,13 @@ def _check_weights(folder: Path, files: Sequence[Path]) -> None:
     """Every tensor of the model's class is there, once, in its shape, and finite: nothing is filled in at random."""
     from safetensors import SafetensorError, safe_open
 
-    missing = _wanted_shapes(folder)
+    missing, prefix = _wanted_shapes(folder)
     for path in files:
         try:
             with safe_open(path, framework="pt") as tensors:
                 for name in tensors.keys():  # noqa: SIM118  (a safe_open is not a mapping)
-                    tensor, wanted = tensors.get_tensor(name), missing.pop(name, None)
+                    tensor = tensors.get_tensor(name)
+                    wanted = missing.pop(name if name in missing else f"{prefix}.{name}", None)
                     if wanted is not None and tuple(tensor.shape) != wanted:
                         raise InputError(
                             f"{name} in {path} must be {wanted}, got {tuple(tensor.shape)}. Fetch it again."
@@ -229,8 +228,9 @@ def _check_weights(folder: Path, files: Sequence[Path]) -> None:
         raise InputError(f"a checkpoint needs all its weights, {folder} lacks {', '.join(missing)}. Fetch it again.")
 
 
-def _wanted_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """{tensor name: shape} of the model's class; tied heads are not stored."""
+def _wanted_shapes(folder: Path) -> tuple[dict[str, tuple[int, ...]], str]:
+    """{tensor name: shape} of the model's class, of which tied heads are not stored; and the first part of the names,
+    which a checkpoint of the bare decoder lacks."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -239,7 +239,7 @@ def _wanted_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if model.config.tie_word_embeddings:
         shapes.pop("lm_head.weight", None)
-    return shapes
+    return shapes, model.base_model_prefix
 
 
 def fingerprint_of_files(files: Sequence[Path]) -> str:
@@ -264,7 +264,7 @@ def load_model(
 
     from tune_sparse.models.safetensors_io import TensorFiles, weight_files
 
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    config = without_dropout(AutoConfig.from_pretrained(folder, local_files_only=True))
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
     model.tie_weights()
@@ -275,6 +275,14 @@ def load_model(
     return loaded
 
 
+def without_dropout(config: PretrainedConfig) -> PretrainedConfig:
+    """The config with every dropout set to 0, in place: a protocol has none but that of its adapters' inputs."""
+    for name, value in config.to_dict().items():
+        if name.endswith(("dropout", "pdrop", "layerdrop")) and value:
+            setattr(config, name, 0.0)
+    return config
+
+
 def _read_weights_into(model: PreTrainedModel, tensors: TensorFiles, device: torch.device) -> None:
     """Give a model without data its weights, one at a time. Raises `InputError` for a tensor that is missing."""
     import torch
@@ -282,11 +290,9 @@ def _read_weights_into(model: PreTrainedModel, tensors: TensorFiles, device: tor
     for name, empty in list(model.named_parameters()):
         filled = torch.empty(empty.shape, dtype=empty.dtype, device=device)
         for part, own in unfused(name, filled).items():
-            # A checkpoint of the bare decoder lacks the first part of the names.
-            stored = part if part in tensors else part.removeprefix(f"{model.base_model_prefix}.")
-            if stored not in tensors:
+            if tensors.stored_name(part) not in tensors:
                 raise InputError(f"a checkpoint needs all its weights, {part} is missing. Fetch it again.")
-            tensors.read_into(own, stored)
+            tensors.read_into(own, part)
         layer, _, leaf = name.rpartition(".")
         model.get_submodule(layer).register_parameter(leaf, torch.nn.Parameter(filled, requires_grad=False))
 
