@@ -13,6 +13,13 @@ from tune_sparse.errors import InputError, NotReadyError
 from tune_sparse.files import cache_dir, read_json, write_json
 from tune_sparse.models.architectures import TRAINED, architecture_named, read_weights, unfused
 from tune_sparse.models.dims import ModelDims
+from tune_sparse.models.from_scratch import (
+    FROM_SCRATCH,
+    draw_from_scratch,
+    from_scratch_folder,
+    is_from_scratch,
+    source_folder,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -40,12 +47,14 @@ class Checkpoint:
 
 def short_name(reference: str) -> str:
     """The last part of a path or hub id, without its revision: what names a model in tables."""
+    if (source := source_folder(reference)) is not None:
+        return f"{short_name(str(source))}-random"
     folder = Path(reference).expanduser()
     return folder.resolve().name if folder.is_dir() else reference.split("@", 1)[0].rsplit("/", 1)[-1]
 
 
 def find_folder(reference: str) -> Path:
-    """The folder of a toy model that was trained, a path, a `.mdl` of Cerebras, or a hub id that was fetched.
+    """The folder of a model that was trained or drawn here, a path, a `.mdl` of Cerebras, or a hub id that was fetched.
 
     Raises `InputError` where `prepare_models` has something to do first.
     """
@@ -59,6 +68,14 @@ def find_folder(reference: str) -> Path:
                 f"Run `tune-sparse prepare --models {reference}`."
             )
         return folder
+    if is_from_scratch(reference):
+        folder = from_scratch_folder(reference)
+        if not folder.is_dir():
+            raise NotReadyError(
+                f"random weights must be drawn before they are used, those of {reference!r} are not. "
+                f"Run `tune-sparse prepare --models {reference}`."
+            )
+        return folder
     if Path(reference).expanduser().is_dir():
         return Path(reference).expanduser()
     if _is_mdl(reference):
@@ -69,7 +86,7 @@ def find_folder(reference: str) -> Path:
 
 
 def prepare_models(references: Sequence[str], report: Callable[[str], None]) -> dict[str, Path]:
-    """Train the toy models and fetch the hub ids among `references`; returns the folder of each.
+    """Train the toy models, draw random weights and fetch the hub ids among `references`; returns the folder of each.
 
     Afterwards `find_folder` needs no network.
     """
@@ -78,7 +95,9 @@ def prepare_models(references: Sequence[str], report: Callable[[str], None]) -> 
     toy = [reference for reference in references if reference in TOY_MODELS]
     folders = dict(zip(toy, train_toy_models(toy, report), strict=True))
     for reference in references:
-        if reference not in toy:
+        if is_from_scratch(reference):
+            folders[reference] = draw_from_scratch(reference, report)
+        elif reference not in toy:
             is_folder = Path(reference).expanduser().is_dir() or _is_mdl(reference)
             folders[reference] = find_folder(reference) if is_folder else _hub_folder(reference, local_files_only=False)
     return folders
@@ -122,9 +141,10 @@ def _check_hub_id(hub_id: str) -> None:
     except HFValidationError:
         is_valid = False
     if not is_valid:
-        close = get_close_matches(hub_id, TOY_MODELS, n=1)
+        known = (*TOY_MODELS, *FROM_SCRATCH)
+        close = get_close_matches(hub_id, known, n=1)
         raise InputError(
-            f"a model is {', '.join(TOY_MODELS)}, a folder, or a hub id such as org/name@revision, "
+            f"a model is {', '.join(known)}, a folder, or a hub id such as org/name@revision, "
             f"got {hub_id!r}, which is none of them. "
             + (f"Did you mean {close[0]!r}?" if close else "Fix the name or the path.")
         )
@@ -271,6 +291,7 @@ def load_model(
     _read_weights_into(model, tensors or TensorFiles(weight_files(folder)), device)
     model.tie_weights()
     model.generation_config = GenerationConfig()
+    model.base_model.warn_if_padding_and_no_attention_mask = lambda *_: None  # GPT-2's waits for the device to look
     loaded: PreTrainedModel = model.to(device).requires_grad_(False).eval()
     return loaded
 
