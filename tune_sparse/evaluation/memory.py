@@ -116,6 +116,7 @@ class CellMemory:
         """Training is without masked heads and channels, as plain LoRA."""
         method, protocol = METHODS.get(self.method), self.protocol
         is_structured = method is not None and method.pattern == "structured"
+        is_structured = is_structured and architecture_named(self.dims.architecture).heads_shrink
         return is_structured and MODES[self.mode].masks_update and protocol.may_train_smaller
 
     @property
