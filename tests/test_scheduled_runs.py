@@ -132,6 +132,21 @@ def test_a_training_closed_at_and_beside_updates_goes_on_to_the_same_bits(
     assert finished(run, ledger).metrics == expected.metrics
 
 
+@pytest.mark.parametrize("name", ["GPT2LMHeadModel", pytest.param("OPTForCausalLM", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("schedule", ["gradual", pytest.param("rigl", marks=pytest.mark.slow)])
+def test_other_classes_follow_schedules(
+    name: str, schedule: str, architecture_folders: dict[str, Path], tmp_path: Path
+) -> None:
+    short = {"max_tokens": 96, "n_train": 8, "n_test": 4, "precision": "bfloat16"}
+    run, ledger = scheduled_run(architecture_folders[name], schedule, revivable=True, **short), Ledger(tmp_path)
+    record = finished(run, ledger)
+    assert (record.status, record.error) == ("done", None)
+    loaded, masks = deployed_by(run, ledger, WorkerCache())
+    assert masks.sparsity == 0.5
+    weights = prunable_weights(loaded.model)
+    assert not any(weight[~masks[matrix]].any() for matrix, weight in weights.items())  # a grown one may have stayed 0
+
+
 def test_without_updates_a_schedule_is_the_one_shot_run(llama: Path, tmp_path: Path) -> None:
     one_shot = scheduled_run(llama, "one-shot", steps=2)
     rigl = scheduled_run(llama, "rigl", steps=2)
