@@ -74,6 +74,7 @@ OTHER_SCHEDULE: dict[str, Any] = {
     "rescore": False,
     "restart_learning_rate": False,
     "dynamics_every": 10,
+    "effective_rank_side": 64,
 }
 OTHER_INPUT: dict[str, Any] = {"model_fingerprint": "x", "data_fingerprint": "x", "prompt_version": "2"}
 
