@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
+from dataclasses import asdict
 
-import pytest
-
-from tune_sparse.cli import main
 from tune_sparse.config import SweepConfig
 from tune_sparse.sweep.planned_updates import planned_lines, planned_updates
 
@@ -29,8 +26,8 @@ def test_nothing_is_said_where_masks_stay() -> None:
     assert planned_lines(planned_updates(SweepConfig(models=("tiny-llama",)))) == []
 
 
-def test_a_dry_run_has_every_update_for_a_program(capsys: pytest.CaptureFixture[str]) -> None:
-    main(["sweep", "dst", "--dry-run", "--json", "--schedules", "gradual", "--sparsities", "0.5"])
-    [planned] = json.loads(capsys.readouterr().out)["updates"]
-    assert (planned["schedule"], planned["sparsity"], len(planned["updates"])) == ("gradual", 0.5, 10)
-    assert planned["updates"][-1] == {"step": 59, "sparsity": 0.5, "drop_fraction": 0.0}
+def test_a_dry_run_has_every_update_for_a_program() -> None:
+    config = SweepConfig.from_names({"preset": "dst", "schedules": "one-shot gradual", "sparsities": "0.5"})
+    [planned] = planned_updates(config)
+    assert (planned.schedule, planned.sparsity, len(planned.updates)) == ("gradual", 0.5, 10)
+    assert asdict(planned)["updates"][-1] == {"step": 59, "sparsity": 0.5, "drop_fraction": 0.0}

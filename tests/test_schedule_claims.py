@@ -23,6 +23,7 @@ from analysis.stats.comparisons import ALL_BASES, Points
 from analysis.stats.findings import make_claims
 from tune_sparse.config import Cell
 from tune_sparse.ledger.ledger import Ledger
+from tune_sparse.tracking.entries import run_entry
 
 GAIN = {"one-shot": 0.0, "set": 0.0, "rigl": 0.25}
 
@@ -109,6 +110,14 @@ def test_where_masks_are_made_once_no_table_speaks_of_schedules(ledger: Ledger, 
     assert "one-shot" not in shown
 
 
+def test_mlflow_has_the_settings_that_a_schedule_reads(ledger: Ledger) -> None:
+    records = {record.run_id: record for record in map(ledger.record, ledger.run_ids()) if record}
+    by_schedule = {entry.params["schedule"]: entry.params for entry in (run_entry(ledger, r) for r in records.values())}
+    assert by_schedule["rigl"]["update_to"] == 0.75
+    assert "update_to" not in by_schedule["one-shot"]
+
+
+@pytest.mark.slow
 def test_a_report_of_schedules_is_written_whole(ledger: Ledger) -> None:
     report = write_report([ledger.folder])
     assert report.errors == 0
