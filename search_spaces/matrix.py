@@ -32,9 +32,9 @@ PHOENIX_TASKS = (
     "openbookqa",
 )
 
-TOY_MODELS = ("tiny-llama", "tiny-mistral")
+TOY_MODELS = ("tiny-llama", "tiny-mistral", "tiny-gpt2", "tiny-opt")
 TOY = {
-    "models": TOY_MODELS,
+    "models": TOY_MODELS[:2],
     "data_dir": "synthetic",
     "steps": 70,
     "learning_rate": 3e-3,

@@ -35,7 +35,7 @@ from tune_sparse.config import Protocol
 from tune_sparse.lora.compact_training import find_cuts, shrink_into
 from tune_sparse.lora.layer import SparseLora, adapt_model
 from tune_sparse.lora.masked_linear import Workspace, choose_impl
-from tune_sparse.models.architectures import PRUNED
+from tune_sparse.models.architectures import ARCHITECTURES
 from tune_sparse.models.checkpoints import prunable_weights
 from tune_sparse.models.dims import ModelDims
 from tune_sparse.pruning.bit_masks import BitMasks
@@ -266,7 +266,9 @@ def check_layers(name: str, adapted: nn.Module, masks: BitMasks) -> None:
 
 
 def peft_model(model: LlamaForCausalLM, kind: type[PeftLinear], fp32_adapters: bool) -> nn.Module:
-    config = LoraConfig(r=RANK, lora_alpha=32, target_modules=list(PRUNED), task_type="CAUSAL_LM")
+    config = LoraConfig(
+        r=RANK, lora_alpha=32, target_modules=list(ARCHITECTURES["LlamaForCausalLM"].modules), task_type="CAUSAL_LM"
+    )
     config._register_custom_module({nn.Linear: kind})
     return get_peft_model(model, config, autocast_adapter_dtype=fp32_adapters)
 

@@ -19,7 +19,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM, LlamaConfig, 
 from tune_sparse.config import Protocol
 from tune_sparse.lora.layer import inject, sparse_lora_layers
 from tune_sparse.lora.masked_linear import EffectiveWeight, Plain, Workspace
-from tune_sparse.models.architectures import PRUNED
+from tune_sparse.models.architectures import ARCHITECTURES
 from tune_sparse.training.cross_entropy import summed_cross_entropy
 from tune_sparse.training.loop import adamw, in_training
 
@@ -78,7 +78,9 @@ def _on_meta(config: PretrainedConfig) -> PeftModel:
     AttentionInterface.register("fused", _fused_attention)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="fused")
-        lora = LoraConfig(r=16, lora_alpha=32, target_modules=list(PRUNED), task_type="CAUSAL_LM")
+        lora = LoraConfig(
+            r=16, lora_alpha=32, target_modules=list(ARCHITECTURES["LlamaForCausalLM"].modules), task_type="CAUSAL_LM"
+        )
         return inject(model.requires_grad_(False), lora)
 
 

@@ -174,6 +174,11 @@ def few_steps(ledger: Ledger) -> None:
     sound_ledger(ledger.folder, protocol=replace(PROTOCOL, steps=6, eval_every=6))
 
 
+def dead_neurons(ledger: Ledger) -> None:
+    dead = {"dead_neurons/average.out": 0.1, "dead_neurons/average.in": 0.6}
+    edit(run_folder_in(ledger) / "result.json", metrics={"dynamics": dead})
+
+
 def few_calibration_tokens(ledger: Ledger) -> None:
     few = {"calibration_tokens_seen": 2400, "calibration_tokens_per_input": 0.22}
     for mode in ("sparse-to-dense", "sparse-to-sparse"):
@@ -236,6 +241,7 @@ PLANTED: dict[str, Callable[[Ledger], None]] = {
     "answers-cut": answers_cut,
     "few-examples": few_examples,
     "few-steps": few_steps,
+    "dead-neurons": dead_neurons,
     "few-calibration-tokens": few_calibration_tokens,
     "missing": missing,
     "pruning-gone": pruning_gone,

@@ -20,7 +20,7 @@ from tune_sparse.config import Protocol
 from tune_sparse.errors import InputError
 from tune_sparse.lora.adapter_io import MARKER, WEIGHTS, load_adapter, read_marker, save_adapter
 from tune_sparse.lora.layer import adapt_model, count_impls, sparse_lora_layers
-from tune_sparse.models.architectures import PRUNED
+from tune_sparse.models.architectures import ARCHITECTURES
 from tune_sparse.models.checkpoints import check_checkpoint, load_model, prunable_weights, write_weights_into
 from tune_sparse.pruning.masks import Masks, mask_sha256
 
@@ -221,4 +221,6 @@ def test_an_adapter_of_another_model_is_refused(saved: Path) -> None:
 
 
 def test_the_targets_are_the_prunable_layers(saved: Path) -> None:
-    assert set(json.loads((saved / "adapter_config.json").read_text())["target_modules"]) == set(PRUNED)
+    assert set(json.loads((saved / "adapter_config.json").read_text())["target_modules"]) == set(
+        ARCHITECTURES["LlamaForCausalLM"].modules
+    )

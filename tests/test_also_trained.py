@@ -21,6 +21,7 @@ from tune_sparse.errors import InputError
 from tune_sparse.evaluation.validation import weights_sha256
 from tune_sparse.ledger.ledger import Ledger
 from tune_sparse.ledger.run import Run
+from tune_sparse.models.architectures import TRAINED
 from tune_sparse.models.checkpoints import load_model, prunable_weights
 from tune_sparse.models.dims import ModelDims
 from tune_sparse.models.other_weights import all_weights, count_other_weights, other_parameters
@@ -29,10 +30,9 @@ from tune_sparse.training.loop import accelerator_for, fit
 
 EXAMPLES = [Encoded(tuple(range(i, i + 10)), (i, i + 1)) for i in range(8)]
 ALL = tuple(OTHER_WEIGHTS)
-CLASSES = ("LlamaForCausalLM", "MistralForCausalLM", "GPT2LMHeadModel", "OPTForCausalLM")
 
 
-@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("name", TRAINED)
 def test_every_weight_is_pruned_or_of_another_kind(name: str, architecture_folders: dict[str, Path]) -> None:
     model = load_model(architecture_folders[name], torch.float32, torch.device("cpu"))
     dims, others = ModelDims.from_config(model.config), other_parameters(model, ALL)
@@ -82,7 +82,7 @@ def test_biases_and_norms_have_no_weight_decay() -> None:
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", ["LlamaForCausalLM", "MistralForCausalLM"])
+@pytest.mark.parametrize("name", ["LlamaForCausalLM", "GPT2LMHeadModel", "OPTForCausalLM"])
 def test_what_is_named_is_trained_and_nothing_else(
     name: str, mode: str, precision: str, architecture_folders: dict[str, Path]
 ) -> None:

@@ -16,7 +16,7 @@ from tune_sparse.config import Protocol
 from tune_sparse.errors import InputError
 from tune_sparse.lora.layer import adapt_model
 from tune_sparse.models import checkpoints
-from tune_sparse.models.architectures import PRUNED, adapter_weights, pruned_weights
+from tune_sparse.models.architectures import ARCHITECTURES, adapter_weights, pruned_weights
 from tune_sparse.models.checkpoints import (
     check_checkpoint,
     find_folder,
@@ -295,7 +295,8 @@ def test_every_shard_is_checked(sharded: Path) -> None:
 def test_seven_layers_of_each_block_are_prunable(llama: Path) -> None:
     model = load_model(llama, torch.float32, CPU)
     names = list(prunable_weights(model))
-    parts = dict.fromkeys(PRUNED[:4], "self_attn") | dict.fromkeys(PRUNED[4:], "mlp")
+    modules = ARCHITECTURES["LlamaForCausalLM"].modules
+    parts = dict.fromkeys(modules[:4], "self_attn") | dict.fromkeys(modules[4:], "mlp")
     assert names == [f"model.layers.{i}.{part}.{layer}.weight" for i in range(3) for layer, part in parts.items()]
     saved = load_file(llama / "model.safetensors")
     assert all(torch.equal(weight, saved[name]) for name, weight in prunable_weights(model).items())

@@ -13,8 +13,11 @@ from factories import finished, make_cell, make_run, tiny_run
 from simulated_device import DEVICE, simulated_device
 from torch import Tensor
 
+from trainables import training
 from trainables.dynamics import Dynamics
+from trainables.pipeline import run_cell
 from trainables.run_log import RunLog
+from trainables.worker import WorkerCache
 from tune_sparse.config import ScheduleSettings
 from tune_sparse.errors import RunError
 from tune_sparse.ledger.dynamics import read_dynamics
@@ -212,6 +215,22 @@ def test_a_run_whose_weights_are_trained_records_its_masks(
     assert found == {name: last[name] for name in found}
     assert (found["weight_revival/total"] > 0) == (schedule == "rigl")
     assert lines[0]["sparsity/overall"] == (0 if schedule == "gradual" else last["sparsity/overall"])
+
+
+def test_a_run_that_was_cut_short_ends_with_the_same_records(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, whole, cut = scheduled(llama, "rigl"), Ledger(tmp_path / "whole"), Ledger(tmp_path / "cut")
+    expected = finished(run, whole)
+    with monkeypatch.context() as patched:
+        patched.setattr(training, "CHECKPOINT_SECONDS", 0.0)
+        steps = run_cell(run, cut, WorkerCache())
+        assert [next(steps).step for _ in range(5)] == [1, 2, 3, 4, 5]  # type: ignore[union-attr]
+        steps.close()
+    assert finished(run, cut).metrics == expected.metrics
+    there, here = (read_dynamics(ledger.run_folder(run.run_id)) for ledger in (whole, cut))
+    assert there == here
+    assert "goes on after step 5" in (cut.run_folder(run.run_id) / "train.log").read_text()
 
 
 def test_a_run_with_adapters_records_none(llama: Path, tmp_path: Path) -> None:

@@ -76,6 +76,13 @@ def test_revival_is_drawn_at_updates_and_said_to_be_impossible(
     assert list(panels["rigl"].lines[0].get_ydata()) == [line["weight_revival/rate"] for line in updates]
 
 
+def test_no_bar_leaves_its_panel(cells: pd.DataFrame, runs: Runs) -> None:
+    panels = panels_of("dead_outputs", cells, runs).values()
+    highest = max(bar.get_height() for axis in panels for bar in axis.patches)
+    assert highest > 0
+    assert all(axis.get_ylim()[0] == 0 and axis.get_ylim()[1] > highest for axis in panels)
+
+
 def test_bars_are_a_matrix_each_and_the_mean_of_seeds(tmp_path: Path) -> None:
     folder = ledger_of_changing_masks(tmp_path, ("set",), (0.9,), seeds=(0, 1)).folder
     cells, runs = cells_table([folder]), find_runs([folder])

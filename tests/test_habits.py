@@ -13,6 +13,7 @@ from test_imports import FILES, FOLDERS
 from tune_sparse.data.synthetic import GENERATOR_VERSION
 from tune_sparse.data.tasks import TASKS
 from tune_sparse.identity import NUMERICS_VERSION
+from tune_sparse.modes import MODES
 
 ROOT = Path(__file__).parents[1]
 CHANGELOG = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
@@ -21,7 +22,7 @@ SETUPTOOLS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8")
 
 def raises(name: str, task: str | None = None) -> list[int]:
     """Read the versions of `name`, or of one task's `name`, that have a line in the changelog, the newest first."""
-    found = re.findall(rf"^- `{name}` (\d+)(?: of ([\w,\s]+?))?:", CHANGELOG, re.MULTILINE)
+    found = re.findall(rf"^- `{name}` (\d+)(?: of ([\w,\s-]+?))?:", CHANGELOG, re.MULTILINE)
     return [int(version) for version, tasks in found if task is None or task in re.split(r",\s+", tasks)]
 
 
@@ -30,6 +31,11 @@ def raises(name: str, task: str | None = None) -> list[int]:
 )
 def test_every_raise_of_a_version_has_its_line_in_the_changelog(name: str, version: int) -> None:
     assert raises(name) == list(range(version, 0, -1))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_raise_of_a_mode_has_its_line_in_the_changelog(mode: str) -> None:
+    assert raises("numerics", mode) == list(range(MODES[mode].numerics, 0, -1))
 
 
 @pytest.mark.parametrize("task", TASKS)

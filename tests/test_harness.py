@@ -28,6 +28,7 @@ from tune_sparse.evaluation import harness, scoring
 from tune_sparse.evaluation.harness import TASK_FILES, check_harness, harness_outcomes, harness_samples
 from tune_sparse.evaluation.outcomes import Outcome
 from tune_sparse.evaluation.scoring import EvalSet, encode_test, few_shot_prefixes, score
+from tune_sparse.models.architectures import TRAINED
 from tune_sparse.models.checkpoints import load_model, load_tokenizer
 
 lm_eval = pytest.importorskip("lm_eval")
@@ -131,6 +132,16 @@ def test_synthetic_examples_are_prompted_and_judged_alike(
 ) -> None:
     protocol = replace(PROTOCOL, num_fewshot=num_fewshot, n_test=8)
     assert_agreement(request.getfixturevalue(model), name, None, protocol, monkeypatch)
+
+
+@pytest.mark.parametrize("name", ["boolq", "hellaswag", "gsm8k"])
+@pytest.mark.parametrize("architecture", TRAINED)
+def test_every_class_is_scored_alike(
+    architecture: str, name: str, architecture_folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Synthetic examples are short: the positions of GPT-2 and OPT end at 128."""
+    protocol = replace(PROTOCOL, max_tokens=128)
+    assert_agreement(loaded(architecture_folders[architecture]), name, None, protocol, monkeypatch)
 
 
 @pytest.mark.parametrize(("name", "max_tokens"), [("boolq", 16), ("hellaswag", 14), ("gsm8k", 40)])

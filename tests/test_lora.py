@@ -25,7 +25,7 @@ from tune_sparse.lora.layer import (
     sparse_lora_layers,
 )
 from tune_sparse.lora.masked_linear import Workspace, choose_impl
-from tune_sparse.models.architectures import PRUNED
+from tune_sparse.models.architectures import ARCHITECTURES
 from tune_sparse.models.checkpoints import check_checkpoint, load_model, prunable_weights, write_weights_into
 from tune_sparse.pruning.masks import Masks
 from tune_sparse.training.loop import adamw, fit
@@ -130,7 +130,9 @@ def test_the_dropout_draws_again_in_every_forward() -> None:
 def test_without_a_mask_the_outputs_are_those_of_stock_peft(adapt: Adapt) -> None:
     adapted, _ = adapt(confined=False)
     base = copy.deepcopy(adapted).unload()
-    config = LoraConfig(r=4, lora_alpha=8, target_modules=list(PRUNED), task_type="CAUSAL_LM")
+    config = LoraConfig(
+        r=4, lora_alpha=8, target_modules=list(ARCHITECTURES["LlamaForCausalLM"].modules), task_type="CAUSAL_LM"
+    )
     stock = get_peft_model(base, config).eval()
     assert not any(isinstance(module, SparseLora) for module in stock.modules())
     set_peft_model_state_dict(stock, get_peft_model_state_dict(adapted))

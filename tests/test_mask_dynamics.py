@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -36,6 +36,7 @@ def test_by_hand_one_of_two_zeros_revives() -> None:
     assert revived / (revived + 4 - at_either) == 0.5
 
 
+@settings(deadline=None, max_examples=50)
 @given(st.lists(st.booleans(), max_size=70))
 def test_popcount_counts_ones(ones: list[bool]) -> None:
     assert popcount(pack_bits(torch.tensor(ones, dtype=torch.bool))) == sum(ones)
@@ -50,6 +51,7 @@ def recorded_masks(draw: st.DrawFn) -> list[tuple[int, list[bool]]]:
     return [(step, draw(st.lists(st.booleans(), min_size=size, max_size=size))) for step in steps]
 
 
+@settings(deadline=None, max_examples=50)
 @given(recorded_masks())
 def test_counts_and_durations_are_those_of_a_look_at_each_weight(records: list[tuple[int, list[bool]]]) -> None:
     (_, before), *later = records
@@ -91,6 +93,7 @@ def test_effective_ranks_of_no_direction_and_of_all() -> None:
     assert effective_ranks(torch.eye(4)) == (1.0, pytest.approx(4.0))
 
 
+@settings(deadline=None, max_examples=50)
 @given(st.lists(st.floats(-10, 10), min_size=2, max_size=10))
 def test_slope_is_that_of_numpy(values: list[float]) -> None:
     assert slope(values) == pytest.approx(np.polyfit(np.arange(len(values)), values, 1)[0], abs=1e-9)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from torch.optim import Optimizer
 from trainables import masked_finetuning
 from trainables.finetuning import setup
 from trainables.masked_finetuning import MaskedFinetuning
+from trainables.masked_steps import MaskedSteps
 from trainables.worker import WorkerCache
 from tune_sparse.config import Protocol, SweepConfig
 from tune_sparse.data.splits import Encoded
@@ -23,6 +25,7 @@ from tune_sparse.models.architectures import adapter_weights, pruned_weights
 from tune_sparse.models.checkpoints import check_checkpoint, load_model, prunable_weights, write_weights_into
 from tune_sparse.pruning.masks import Masks
 from tune_sparse.sweep.plan import make_plan
+from tune_sparse.training.budgets import CPU_BUDGETS
 from tune_sparse.training.loop import Step, accelerator_for, fit
 
 EXAMPLES = [Encoded(tuple(range(i, i + 10)), (i, i + 1)) for i in range(8)]
@@ -70,6 +73,30 @@ def test_nothing_but_the_pruned_layers_is_trained(llama: Path) -> None:
     list(steps_of(trained, trained.optimizer(TINY_PROTOCOL), TINY_PROTOCOL))
     moved = {name for name, parameter in trained.model.named_parameters() if not torch.equal(parameter, before[name])}
     assert moved == set(trained.masks)
+
+
+class DenseGradients(MaskedSteps):
+    """Notes the gradients of a step before they are masked."""
+
+    def clip(self, step: int, parameters: list[Tensor], max_norm: float) -> None:
+        self.seen = {name: weight.grad.clone() for name, weight in self._weights.items() if weight.grad is not None}
+        super().clip(step, parameters, max_norm)
+
+
+def test_the_dense_gradient_of_micro_batches_is_that_of_the_whole_batch(llama: Path) -> None:
+    """Also of masked weights, by which RigL grows."""
+    seen = []
+    for tokens in (4096, 16):
+        trained, _ = pruned_and_set_up(llama, TINY_PROTOCOL)
+        optimizer = trained.optimizer(TINY_PROTOCOL)
+        weights = {name: trained.model.get_parameter(name) for name in trained.masks}
+        hooks = DenseGradients(weights, trained.current, optimizer, trained.schedule)
+        budgets = replace(CPU_BUDGETS, micro_batch_tokens=tokens)
+        next(fit(trained.model, optimizer, EXAMPLES, TINY_PROTOCOL, 0, hooks=hooks, budgets=budgets))
+        seen.append(hooks.seen)
+    for name, gradient in seen[0].items():
+        assert gradient[~trained.masks[name]].any()
+        torch.testing.assert_close(seen[1][name], gradient, rtol=1e-4, atol=1e-6)
 
 
 def test_a_filled_zero_is_found(llama: Path) -> None:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from tune_sparse.data.splits import Encoded
 from tune_sparse.errors import InputError
-from tune_sparse.models.architectures import ARCHITECTURES, PRUNED, pruned_weights
+from tune_sparse.models.architectures import ARCHITECTURES, pruned_weights
 from tune_sparse.models.checkpoints import check_checkpoint, load_model, prunable_weights, write_weights_into
 from tune_sparse.models.dims import ModelDims
 from tune_sparse.pruning.calibration import CalibrationStats, ModelBlocks
@@ -241,7 +241,7 @@ def select_block(masks: Masks, block: int) -> dict[str, Tensor]:
     return {
         layer: mask
         for name, mask in masks.items()
-        for layer in PRUNED
+        for layer in ARCHITECTURES["LlamaForCausalLM"].modules
         if f".{block}." in name and name.endswith(f"{layer}.weight")
     }
 

@@ -11,7 +11,6 @@ from trainables import lora_finetuning, masked_finetuning
 from trainables.mask_schedule import FIXED_MASKS, MaskSchedule
 from trainables.mode import TrainableModel
 from tune_sparse.config import Protocol
-from tune_sparse.models.architectures import PRUNED
 from tune_sparse.modes import MODES
 from tune_sparse.pruning.masks import Masks
 
@@ -22,11 +21,11 @@ def setup(
     protocol: Protocol,
     masks: Masks,
     seed: int,
-    modules: Sequence[str] = PRUNED,
+    modules: Sequence[str] | None = None,
     schedule: MaskSchedule = FIXED_MASKS,
 ) -> TrainableModel:
-    """Make a pruned model trainable, in place. modules: those that get adapters, where the mode has any; schedule: of
-    masks that may change, where it has none."""
+    """Make a pruned model trainable, in place. modules: those that get adapters, where the mode has any, by default all
+    that are pruned; schedule: of masks that may change, where it has none."""
     if MODES[mode].has_adapter:
         return lora_finetuning.setup(mode, model, protocol, masks, seed, modules)
     return masked_finetuning.setup(mode, model, protocol, masks, schedule)

@@ -28,7 +28,6 @@ from tune_sparse.lora.adapter_io import merge_adapter_into, save_adapter
 from tune_sparse.lora.compact_training import Cuts, find_cuts, shrunk
 from tune_sparse.lora.layer import adapt_model, count_impls, sparse_lora_layers
 from tune_sparse.lora.merging import merge_adapters_into
-from tune_sparse.models.architectures import PRUNED
 from tune_sparse.models.dims import ModelDims
 from tune_sparse.modes import MODES
 from tune_sparse.pruning.masks import Masks
@@ -36,9 +35,14 @@ from tune_sparse.training.loop import NO_HOOKS, StepHooks
 
 
 def setup(
-    mode: str, model: PreTrainedModel, protocol: Protocol, masks: Masks, seed: int, modules: Sequence[str] = PRUNED
+    mode: str,
+    model: PreTrainedModel,
+    protocol: Protocol,
+    masks: Masks,
+    seed: int,
+    modules: Sequence[str] | None = None,
 ) -> LoraFinetuning:
-    """Put adapters into `modules` of `model`, in place."""
+    """Put adapters into `modules` of `model`, in place, by default into all that are pruned."""
     update_masks = masks if MODES[mode].masks_update else None
     may_shrink = update_masks is not None and protocol.may_train_smaller
     cuts = find_cuts(ModelDims.from_config(model.config), masks) if may_shrink else None

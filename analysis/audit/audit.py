@@ -58,6 +58,7 @@ RULES: dict[str, Rule] = {
     "answers-cut": Rule("warning", "answers were cut at max_new_tokens", warnings.answers_cut),
     "few-examples": Rule("warning", "too few examples for small differences", warnings.few_examples),
     "few-steps": Rule("warning", "throughput from too few steps", warnings.few_steps),
+    "dead-neurons": Rule("warning", "most outputs or inputs have no weight left", warnings.dead_neurons),
     "few-calibration-tokens": Rule(
         "warning", "SparseGPT was calibrated on too few tokens", warnings.few_calibration_tokens
     ),

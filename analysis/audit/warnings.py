@@ -19,6 +19,8 @@ SMALLEST_CLAIM = 0.05
 """The difference that reports claim or deny most often, and that examples must therefore be able to show."""
 MANY_CUT = 0.05
 """A share of all answers that the limit ended: more may be what keeps a model from a right answer."""
+MANY_DEAD = 0.5
+"""A share of outputs, or inputs, of which no weight is left: the model is a narrower one."""
 FEW_STEPS = 10
 """A rate of fewer timed steps is of the warm-up as much as of the work."""
 
@@ -102,6 +104,19 @@ def few_steps(results: Results) -> Detections:
     short = [e for e in results.done if e.run.protocol.steps < FEW_STEPS]
     if short:
         yield f"{len(short)} runs have a throughput of fewer than {FEW_STEPS} steps", _ids(short)
+
+
+def dead_neurons(results: Results) -> Detections:
+    """Of runs that record their masks, which those do that train the masked weights themselves."""
+    dead = {e.run_id: share for e in results.done if (share := _dead_share(e)) > MANY_DEAD}
+    if dead:
+        worst = max(dead.values())
+        yield f"{len(dead)} runs ended with up to {worst:.0%} of the outputs or inputs of matrices dead", list(dead)
+
+
+def _dead_share(e: RunFiles) -> float:
+    ended = e.record.metrics.get("dynamics", {})
+    return max((share for name, share in ended.items() if name.startswith("dead_neurons/")), default=0.0)
 
 
 def few_calibration_tokens(results: Results) -> Detections:

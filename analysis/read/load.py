@@ -50,6 +50,7 @@ COLUMNS = (
     *SCORES[4:],
     "f1",
     "f1_stderr",
+    "bits_per_byte",
     "train_loss",
     "eval_loss",
     "eval_loss_before_mask",

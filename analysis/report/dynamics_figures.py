@@ -91,6 +91,8 @@ class Bars:
     label: str
     prefix: str
     suffix: str = ""
+    highest: float | None = None
+    """of the axis; by default that of the bars"""
 
     def __call__(self, cells: pd.DataFrame, runs: Runs) -> Figure | None:
         shown = _shown(cells, runs)
@@ -100,6 +102,8 @@ class Bars:
         figure, placed = _panels(shown, width=max(3.4, 0.22 * max(len(self._heights(d)) for d in shown)))
         for axis, own in placed:
             self._draw(axis, own, colours)
+        for axis in figure.axes:
+            axis.set_ylim(0, self.highest)  # once all are drawn: it ends the search for the top of their row
         legend_below(figure, _level_handles(colours))
         return figure
 
@@ -123,7 +127,6 @@ class Bars:
             axis.bar(places, heights, 0.8 / len(levels), color=colours[level])
         axis.set_xticks(range(len(heights)), list(heights.index), rotation=90, fontsize=6.5)
         axis.set_xlabel("block and matrix" if " " in heights.index[0] else "block")
-        axis.set_ylim(0, 1)
         axis.set_ylabel(self.label)
         axis.grid(alpha=0.2, axis="y")
 
@@ -219,7 +222,7 @@ DYNAMICS_FIGURES: dict[str, tuple[str, Draw]] = {
     "final_layer_sparsity": (
         "Counted sparsity of each matrix after training, where weights themselves are trained; of a large model of "
         "each block.",
-        Bars(SPARSITY, "layer_sparsity/"),
+        Bars(SPARSITY, "layer_sparsity/", highest=1),
     ),
     "dead_outputs": (
         "Outputs of each matrix of which no weight is left after training, where weights themselves are trained.",

@@ -22,5 +22,5 @@ def dynamics_rows(table: pd.DataFrame) -> list[dict[str, Any]]:
 
 def _row(row: dict[Any, Any]) -> dict[str, Any]:
     texts = {name: rounded(row[name]) if pd.notna(row[name]) else UNKNOWN for name in ROUNDED}
-    revived = IMPOSSIBLE if pd.isna(row["revived"]) else f"{row['revived']:,.0f}"
+    revived = IMPOSSIBLE if row["revival"] == IMPOSSIBLE else f"{row['revived']:,}"
     return row | texts | {"sparsity": f"{row['sparsity']:g}", "revived": revived}

@@ -295,7 +295,9 @@ def _result_lines(evaluation: Evaluation, differing: int) -> str:
     """A line each metric with its standard error, the primary one first, and one of what one needs to judge them."""
     key, values = evaluation.key, {name: v for name, v in evaluation.metrics.items() if v is not None}
     primary = values["primary_metric"]
-    scores = sorted((name for name in (*METRICS, "f1") if name in values), key=lambda name: name != primary)
+    scores = sorted(
+        (name for name in (*METRICS, "f1", "bits_per_byte") if name in values), key=lambda name: name != primary
+    )
     lines = [f"{key.model}, {key.task}, {key.settings['num_fewshot']}-shot, by {key.evaluator}:"]
     for name in scores:
         around = f" +- {values[f'{name}_stderr']:.4f}" if f"{name}_stderr" in values else ""

@@ -15,6 +15,7 @@ from tune_sparse.config.options import describe_option, value_text
 from tune_sparse.config.presets import DEFAULT_PRESET
 from tune_sparse.data.task_types import AnswerTask, ChoiceTask, Task, TextTask
 from tune_sparse.data.tasks import TASKS
+from tune_sparse.models.from_scratch import FROM_SCRATCH
 from tune_sparse.modes import MODES
 from tune_sparse.pruning.methods import ALLOCATIONS, METHODS, PATTERNS
 from tune_sparse.pruning.scores import SCORES
@@ -110,7 +111,7 @@ def words(*names: str) -> str:
     return table("words", {name: WORDS[name] for name in names})
 
 
-def models(*, trains: bool, downloads: bool, classes: str = "Llama or Mistral") -> str:
+def models(*, trains: bool, downloads: bool, classes: str = "Llama, Mistral, GPT-2 or OPT") -> str:
     """The kinds of models.
 
     trains, downloads: the command itself makes a toy model, or fetches one of the Hub, where it is missing.
@@ -119,6 +120,8 @@ def models(*, trains: bool, downloads: bool, classes: str = "Llama or Mistral") 
     fetched = "is downloaded if missing" if downloads else "must have been downloaded by `tune-sparse prepare`"
     kinds = {
         "toy models": f"{' and '.join(TOY_MODELS)}: very small; each {trained}, which takes about a minute",
+        "models from scratch": f"{' and '.join(FROM_SCRATCH)}: a GPT-2 of random weights that reads bytes, to be trained "
+        "whole by masked-finetuning with train_also; or random:FOLDER for one of the config and tokenizer of a folder",
         "folders": f"a checkpoint of class {classes} in Hugging Face format with safetensors weights, such as "
         "./my-llama",
         "Cerebras checkpoints": "a file such as ./run/checkpoint_100.mdl, with the model's config.json of Hugging Face "

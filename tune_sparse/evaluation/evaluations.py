@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 from tune_sparse.config import Protocol
 from tune_sparse.config.protocol import SCORING
 from tune_sparse.data.splits import Splits
-from tune_sparse.data.task_types import Task
+from tune_sparse.data.task_types import Task, TextTask
 from tune_sparse.errors import InputError, unknown_name
 from tune_sparse.evaluation.metrics import Metrics, compute_metrics
 from tune_sparse.evaluation.outcomes import Outcome, read_outcomes, write_outcomes
@@ -130,6 +130,8 @@ def _evaluate_into(
     import yaml
 
     write_text(folder / "config.yaml", yaml.safe_dump(asdict(key), sort_keys=False))
+    from tune_sparse.evaluation.scoring import text_bytes_per_token
+
     model, tokenizer = load_model()
     started = time.perf_counter()
     if key.evaluator == "lm-eval":
@@ -139,7 +141,8 @@ def _evaluate_into(
     else:
         outcomes, resumed = _score_on(folder, model, tokenizer, task, splits, protocol, budgets)
     seconds = time.perf_counter() - started
-    metrics = compute_metrics(task, outcomes)
+    ratio = text_bytes_per_token(tokenizer, splits.test) if isinstance(task, TextTask) else None
+    metrics = compute_metrics(task, outcomes, ratio)
     write_outcomes(folder / "examples.parquet", outcomes)
     measured = {
         "examples_per_second": (len(outcomes) - resumed) / seconds,

@@ -24,10 +24,10 @@ MEANS = ("accuracy", "accuracy_before_tuning", "accuracy_before_merge")
 MEANS_WHERE_KNOWN = ("chance_accuracy", "truncated_fraction", "cut_fraction")
 
 
-def compute_metrics(task: Task, outcomes: Sequence[Outcome]) -> Metrics:
-    """The metrics of one task, with what one needs to judge them."""
+def compute_metrics(task: Task, outcomes: Sequence[Outcome], bytes_per_token: float | None = None) -> Metrics:
+    """The metrics of one task, with what one needs to judge them. bytes_per_token: of a text, where it is known."""
     if isinstance(task, TextTask):
-        return judged(_perplexity(outcomes), task.primary_metric)
+        return judged(_perplexity(outcomes, bytes_per_token), task.primary_metric)
     golds, predictions = Counter(o.gold for o in outcomes), Counter(o.predicted for o in outcomes)
     found: Metrics = {
         "chance_accuracy": task.chance,
@@ -108,16 +108,17 @@ def _f1(outcomes: Sequence[Outcome], yes: str) -> Metrics:
     return {"f1": f1, "f1_stderr": stderr}
 
 
-def _perplexity(windows: Sequence[Outcome]) -> Metrics:
+def _perplexity(windows: Sequence[Outcome], bytes_per_token: float | None) -> Metrics:
     """exp of the mean negative log-likelihood of a token, windows having equal lengths; its standard error is that of
-    the mean by the delta method."""
+    the mean by the delta method. Bits per byte are the same number whatever the tokenizer's tokens are."""
     losses = [-window.log_likelihoods[0] for window in windows]
     try:
         perplexity = math.exp(math.fsum(losses) / len(losses))
     except OverflowError as error:
         raise RunError(f"a perplexity must be finite, got a mean loss of {mean_known(losses):.0f}.") from error
     stderr = standard_error(losses)
-    return {
+    bits = {} if bytes_per_token is None else {"bits_per_byte": math.log2(perplexity) / bytes_per_token}
+    return bits | {
         "perplexity": perplexity,
         "perplexity_stderr": None if stderr is None else perplexity * stderr,
         "n_examples": len(losses),

@@ -46,6 +46,8 @@ class EvalSet:
 
     task: Task
     examples: tuple[EvalExample, ...]
+    bytes_per_token: float | None = None
+    """of a text, under the model's tokenizer"""
 
 
 def encode_test(
@@ -64,11 +66,18 @@ def encode_test(
         if isinstance(task, ChoiceTask):
             return EvalSet(task, tuple(_encode_choices(tokenizer, task, examples, prefixes, protocol)))
         return EvalSet(task, tuple(_encode_answers(tokenizer, task, examples, prefixes, protocol)))
-    windows = [e for example in examples for e in encode_windows(tokenizer, example["text"], protocol.max_tokens)]
-    if not all(e.continuation for e in windows):
+    pieces = [e for example in examples for e in encode_windows(tokenizer, example["text"], protocol.max_tokens)]
+    if not all(e.continuation for e in pieces):
         raise InputError(f"the text of {task.name} must have at least 2 tokens, it has fewer. Give a longer text.")
-    chosen = draw_windows(task, "test", windows, protocol.n_test)
-    return EvalSet(task, tuple(EvalExample(f"window {number}", None, (e,)) for number, e in chosen.items()))
+    chosen = draw_windows(task, "test", pieces, protocol.n_test)
+    windows = [EvalExample(f"window {number}", None, (e,)) for number, e in chosen.items()]
+    return EvalSet(task, tuple(windows), text_bytes_per_token(tokenizer, examples))
+
+
+def text_bytes_per_token(tokenizer: PreTrainedTokenizerBase, texts: Sequence[Example]) -> float:
+    """Bytes of UTF-8 that a token stands for, over whole texts."""
+    tokens = tokenizer([text["text"] for text in texts], verbose=False)["input_ids"]
+    return sum(len(text["text"].encode()) for text in texts) / sum(map(len, tokens))
 
 
 def few_shot_prefixes(task: PromptTask, examples: Sequence[Example], shots: Sequence[Example], count: int) -> list[str]:
@@ -152,7 +161,7 @@ def score(
     for test in tests:
         batches = compute_outcomes(model, tokenizer, test, protocol, budgets=budgets)
         outcomes = [outcome for _, outcome in sorted(pair for batch in batches for pair in batch.items())]
-        by_task[test.task.name] = compute_metrics(test.task, outcomes)
+        by_task[test.task.name] = compute_metrics(test.task, outcomes, test.bytes_per_token)
         found += outcomes
     return Scored(tuple(found), by_task)
 

@@ -101,7 +101,7 @@ def merge_adapter_into(model: PreTrainedModel, folder: Path, last_mask: Masks | 
     adapted = load_adapter(model, folder)
     for name, layer in sparse_lora_layers(adapted):
         merged, kept = layer.merged_weight(), last_mask.get(name) if last_mask else None
-        layer.base_layer.weight.data.copy_(merged if kept is None else merged.mul_(kept))
+        layer.frozen.data.copy_(merged if kept is None else merged.mul_(layer.oriented(kept)))
     adapted.unload()
 
 

@@ -52,12 +52,16 @@ Cuts = Mapping[str, Cut]
 
 
 def find_cuts(dims: ModelDims, masks: Masks) -> Cuts | None:
-    """Find what `masks` leave of every matrix; None where they mask a part of a key/value group or channel.
+    """Find what `masks` leave of every matrix; None where they mask a part of a key/value group or channel, and for a
+    class that computes nothing without its heads.
 
     The masks alone decide, so that a run trains alike on every device. No block is without a group or a channel:
     `mask_violations` refuses masks that leave a layer nothing.
     """
-    matrices = architecture_named(dims.architecture).matrices(masks)
+    architecture = architecture_named(dims.architecture)
+    if not architecture.heads_shrink:
+        return None
+    matrices = architecture.matrices(masks)
     try:
         structure = find_structure(dims, matrices, masks)
     except KeptInPartError:

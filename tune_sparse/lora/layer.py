@@ -1,6 +1,7 @@
 """LoRA on pruned weights inside PEFT: the layer, its injection, and the merge.
 
-W: (O, I) frozen and already pruned, A: (R, I), B: (O, R), M: (O, I) keep-mask, s = alpha / R.
+W: (O, I) frozen and already pruned, A: (R, I), B: (O, R), M: (O, I) keep-mask, s = alpha / R. GPT-2 stores W and M
+transposed, as (I, O): a layer orients what it is given, as views.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from tune_sparse.config import Protocol
 from tune_sparse.lora.masked_linear import EffectiveWeight, LoraImpl, Plain, Workspace, choose_impl
-from tune_sparse.models.architectures import PRUNED
+from tune_sparse.models.architectures import find_architecture
 from tune_sparse.pruning.masks import Masks
 from tune_sparse.pruning.seeded import seeded_uniform
 
@@ -39,10 +41,19 @@ class SparseLora(PeftLinear):
         self.active_rank: int | None = None
         """Only so many rows of A and columns of B compute, s unchanged: a slice. None for all."""
 
+    def oriented(self, stored: Tensor) -> Tensor:
+        """(O, I) from the layout of the checkpoint, or back: a view."""
+        return stored.T if isinstance(self.base_layer, Conv1D) else stored
+
+    @property
+    def frozen(self) -> Tensor:
+        """W, to be read and written: (O, I)."""
+        return self.oriented(self.base_layer.weight)
+
     @property
     def keep_mask(self) -> Tensor | None:
         """M, or None where the update is not masked."""
-        return self.impl.mask(self.base_layer.weight)
+        return self.impl.mask(self.frozen)
 
     def factors(self) -> tuple[Tensor, Tensor, float]:
         """A, B and s, of the active slice."""
@@ -53,7 +64,7 @@ class SparseLora(PeftLinear):
     @torch.no_grad()
     def merged_weight(self) -> Tensor:
         """The weight that this layer computes with, in its workspace until that is used again: (O, I)."""
-        weight, impl = self.base_layer.weight, self.impl
+        weight, impl = self.frozen, self.impl
         if not isinstance(impl, EffectiveWeight):
             impl = EffectiveWeight(weight, self.keep_mask, Workspace())
         return impl.effective(weight, *self.factors())
@@ -64,7 +75,7 @@ class SparseLora(PeftLinear):
         dropout = self.lora_dropout[ADAPTER]
         if self.training and not isinstance(dropout, nn.Identity):
             return self.base_layer(x) + self._low_rank_update(dropout(x))
-        return self.impl(x, self.base_layer.weight, self.base_layer.bias, *self.factors())
+        return self.impl(x, self.frozen, self.base_layer.bias, *self.factors())
 
     def _low_rank_update(self, x: Tensor) -> Tensor:
         A, B, scaling = self.factors()
@@ -93,19 +104,21 @@ def adapt_model(
     protocol: Protocol,
     update_masks: Masks | None,
     seed: int,
-    modules: Sequence[str] = PRUNED,
+    modules: Sequence[str] | None = None,
 ) -> PeftModel:
-    """Put adapters into `modules` of `model`, in place, by default all that are pruned; `update_masks` mask
-    their update.
+    """Put adapters into `modules` of `model`, in place, by default all that are pruned; `update_masks`, in the layout
+    of the checkpoint, mask their update.
 
     B starts at zero and A uniform in ±1/sqrt(I) (Hu et al. 2021, arXiv:2106.09685, and PEFT), from `seed` and the
     layer's name alone. PEFT's own initialisation depends on the layers that came before.
     """
+    architecture = find_architecture(model)
     config = LoraConfig(
         r=protocol.lora_rank,
         lora_alpha=protocol.lora_alpha,
         lora_dropout=protocol.lora_dropout,
-        target_modules=list(modules),
+        target_modules=list(architecture.modules if modules is None else modules),
+        fan_in_fan_out=architecture.transposed,
         task_type="CAUSAL_LM",
     )
     adapted = inject(model, config)
@@ -119,7 +132,7 @@ def adapt_model(
 
 def inject(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
     """Put `SparseLora` layers into `model` where the config says, in place; none is masked yet."""
-    config._register_custom_module({nn.Linear: SparseLora})
+    config._register_custom_module({nn.Linear: SparseLora, Conv1D: SparseLora})
     adapted = get_peft_model(model, config)
     assert isinstance(adapted, PeftModel)
     return adapted
@@ -129,8 +142,8 @@ def apply_update_masks(adapted: PeftModel, masks: Masks | None, requested: str =
     """Choose the implementation of every adapted layer, in place: its update masked by `masks`, or not without them."""
     workspace = Workspace()
     for name, layer in sparse_lora_layers(adapted):
-        rank, mask = layer.r[ADAPTER], masks[name] if masks else None
-        layer.impl = choose_impl(layer.base_layer.weight, mask, rank, workspace, requested)
+        rank, mask = layer.r[ADAPTER], layer.oriented(masks[name]) if masks else None
+        layer.impl = choose_impl(layer.frozen, mask, rank, workspace, requested)
 
 
 def count_impls(adapted: PeftModel) -> Counter[str]:

@@ -31,17 +31,20 @@ class Workspace:
 
     def __init__(self) -> None:
         self._buffers: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
-        self._views: dict[tuple[str, torch.dtype, torch.device, torch.Size], Tensor] = {}
+        self._views: dict[tuple[str, torch.dtype, torch.device, torch.Size, bool], Tensor] = {}
 
     def get(self, use: str, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """Return a matrix of the shape and kind of `like`, holding anything, until the next call for the same use."""
-        key, shape = (use, dtype or like.dtype, like.device), like.shape
-        if (*key, shape) not in self._views:
+        """Return a matrix of the shape, kind and order (by rows or columns) of `like`, holding anything, until the next
+        call for the same use."""
+        key, by_row = (use, dtype or like.dtype, like.device), like.stride(-1) == 1
+        place = (*key, like.shape, by_row)
+        if place not in self._views:
             if key not in self._buffers or self._buffers[key].numel() < like.numel():
                 self._buffers[key] = like.new_empty(like.numel(), dtype=dtype)
                 self._views = {of: view for of, view in self._views.items() if of[:3] != key}
-            self._views[(*key, shape)] = self._buffers[key][: like.numel()].view(shape)
-        return self._views[(*key, shape)]
+            flat = self._buffers[key][: like.numel()]
+            self._views[place] = flat.view(like.shape) if by_row else flat.view(like.shape[::-1]).T
+        return self._views[place]
 
     def product_into(self, out: Tensor, a: Tensor, b: Tensor) -> Tensor:
         """a b, rounded once to the dtype of `out`; through float32 where a CPU is faster in it."""
@@ -162,7 +165,7 @@ class EffectiveWeight(nn.Module):
         keep = torch.ne(chunk, 0, out=self.workspace.get("mask", chunk))
         if self._cuts and self._cuts[i] < self._cuts[i + 1]:
             places = self.kept_zeros[self._cuts[i] : self._cuts[i + 1]] - i * self._rows * chunk.shape[1]
-            keep.view(-1)[places] = 1
+            keep[places // chunk.shape[1], places % chunk.shape[1]] = 1
         return keep
 
 

@@ -119,12 +119,13 @@ def merge_adapters_into(
     """
     sums, is_changed, is_strayed = [], {}, {}
     for name, layer in sparse_lora_layers(adapted):
-        weight, before = layer.base_layer.weight, pruned[name]
+        weight, before = layer.frozen, layer.oriented(pruned[name])
         is_changed[name] = differs(weight, before)
         merged = layer.merged_weight()
         if isinstance(layer.impl, Plain):
             is_strayed[name] = strays(layer, merged)
-        sums.append(squared_sums(layer.update_rows(), before, merged, last_masks[name] if last_masks else None))
+        last = layer.oriented(last_masks[name]) if last_masks else None
+        sums.append(squared_sums(layer.update_rows(), before, merged, last))
         weight.copy_(merged)
     return AdapterMerge(UpdateSums.read(sums), read_flags(is_changed), read_flags(is_strayed))
 

@@ -46,11 +46,17 @@ class Layer:
     scaling: float
     impl: EffectiveWeight
     """It masks the update where the mode does."""
+    transposed: bool
+    """Its weight is stored as (I, O)."""
 
     @property
     def size(self) -> tuple[int, int]:
         """(O, I)"""
         return len(self.B), self.A.shape[1]
+
+    def oriented(self, stored: Tensor) -> Tensor:
+        """(O, I) from the layout of the checkpoint, or back: a view."""
+        return stored.T if self.transposed else stored
 
 
 @dataclass
@@ -86,8 +92,8 @@ class Slices:
         layers = {}
         for name, layer in sparse_lora_layers(adapted):
             A, B, scaling = layer.factors()
-            impl = EffectiveWeight(layer.base_layer.weight, layer.keep_mask, workspace)
-            layers[name] = Layer(A.detach(), B.detach(), scaling, impl)
+            impl = EffectiveWeight(layer.frozen, layer.keep_mask, workspace)
+            layers[name] = Layer(A.detach(), B.detach(), scaling, impl, layer.frozen is not layer.base_layer.weight)
         last_masks = masks if marker.facts.masks_at_merge else None
         return cls(adapted.unload(), space, marker, pruned, last_masks, layers, dict.fromkeys(layers, 0))
 
@@ -109,12 +115,13 @@ class Slices:
         self.active = dict.fromkeys(self.layers, 0)
 
     def _deployed(self, name: str, rank: int) -> Tensor:
-        """The weight that the mode deploys with a slice, in a workspace: (O, I). The same bits as a merge of the slice
-        as an adapter of its own."""
+        """The weight that the mode deploys with a slice, in a workspace, as the checkpoint has it. The same bits as a
+        merge of the slice as an adapter of its own."""
         layer, weight = self.layers[name], self.pruned[name]
         if not rank:
             return weight
-        built = layer.impl.effective(weight, layer.A[:rank], layer.B[:, :rank], layer.scaling)
+        built = layer.impl.effective(layer.oriented(weight), layer.A[:rank], layer.B[:, :rank], layer.scaling)
+        built = layer.oriented(built)
         return built if self.last_masks is None else built.mul_(self.last_masks[name])
 
     def save(self, ranks: Ranks, folder: Path) -> None:
@@ -136,6 +143,7 @@ class Slices:
             r=max(rank for rank, _ in sliced.values()),
             target_modules=sorted(sliced),
             task_type="CAUSAL_LM",
+            fan_in_fan_out=any(layer.transposed for layer in self.layers.values()),
             # PEFT reads the names as regular expressions.
             rank_pattern={re.escape(module): rank for module, (rank, _) in sliced.items()},
             alpha_pattern={re.escape(module): alpha for module, (_, alpha) in sliced.items()},

@@ -103,6 +103,23 @@ class Architecture:
     """Its norms have a scale, or a scale and a shift."""
     position_offset: int | None = None
     """Its positions are learned: rows before the first one. None where they are computed."""
+    model_type: str = ""
+    """transformers' word for it"""
+    sizes: tuple[str, ...] = (
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "intermediate_size",
+        "vocab_size",
+    )
+    """What a config of it must say."""
+    is_trained: bool = True
+    """Its matrices are parameters of their own in memory, so that they can be trained and adapted."""
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """The last parts of the names of its pruned layers, which LoRA adapts: each once."""
+        return tuple(dict.fromkeys(layer.rsplit(".", 1)[-1] for layer in self.layers))
 
     def matrices(self, names: Iterable[str]) -> list[Matrix]:
         """The pruned matrices among the tensors of a checkpoint: block by block, in the order of `layers`."""
@@ -175,9 +192,9 @@ OPT: dict[str, Role] = {
 }
 
 ARCHITECTURES = {
-    "LlamaForCausalLM": Architecture("model.layers", ATTENTION | GATED, heads_divide=True),
-    "MistralForCausalLM": Architecture("model.layers", ATTENTION | GATED),
-    "MixtralForCausalLM": Architecture("model.layers", ATTENTION | EXPERT),
+    "LlamaForCausalLM": Architecture("model.layers", ATTENTION | GATED, heads_divide=True, model_type="llama"),
+    "MistralForCausalLM": Architecture("model.layers", ATTENTION | GATED, model_type="mistral"),
+    "MixtralForCausalLM": Architecture("model.layers", ATTENTION | EXPERT, model_type="mixtral", is_trained=False),
     "GPT2LMHeadModel": Architecture(
         "transformer.h",
         GPT2,
@@ -187,6 +204,8 @@ ARCHITECTURES = {
         has_biases=True,
         vectors_of_norm=2,
         position_offset=0,
+        model_type="gpt2",
+        sizes=("n_embd", "n_layer", "n_head", "n_positions", "vocab_size"),
     ),
     "OPTForCausalLM": Architecture(
         "model.decoder.layers",
@@ -196,11 +215,12 @@ ARCHITECTURES = {
         has_biases=True,
         vectors_of_norm=2,
         position_offset=2,
+        model_type="opt",
+        sizes=("hidden_size", "num_hidden_layers", "num_attention_heads", "ffn_dim", "vocab_size"),
     ),
 }
-
-PRUNED = tuple(layer.rsplit(".", 1)[-1] for layer in ATTENTION | GATED)
-"""Linear layers that a sweep adapts; it trains Llama and Mistral models."""
+TRAINED = tuple(name for name, entry in ARCHITECTURES.items() if entry.is_trained)
+"""Classes that a sweep trains; the others are pruned and scored."""
 
 
 def architecture_named(name: str) -> Architecture:

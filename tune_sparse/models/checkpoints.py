@@ -11,23 +11,27 @@ from typing import TYPE_CHECKING, Any
 
 from tune_sparse.errors import InputError, NotReadyError
 from tune_sparse.files import cache_dir, read_json, write_json
-from tune_sparse.models.architectures import read_weights, unfused
+from tune_sparse.models.architectures import TRAINED, architecture_named, read_weights, unfused
 from tune_sparse.models.dims import ModelDims
+from tune_sparse.models.from_scratch import (
+    FROM_SCRATCH,
+    draw_from_scratch,
+    from_scratch_folder,
+    is_from_scratch,
+    source_folder,
+)
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from tune_sparse.models.safetensors_io import TensorFiles
 
-SWEPT = ("LlamaForCausalLM", "MistralForCausalLM")
-"""Classes that a sweep trains; more can be pruned, see `tune_sparse.models.architectures`."""
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 TOKENIZER_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 SIDE_FILES = (*TOKENIZERS, *TOKENIZER_SETTINGS, "vocab.json", "merges.txt", "generation_config.json")
 """Files that a copy of a checkpoint takes along."""
-REQUIRED_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
 
 
 @dataclass(frozen=True)
@@ -43,12 +47,14 @@ class Checkpoint:
 
 def short_name(reference: str) -> str:
     """The last part of a path or hub id, without its revision: what names a model in tables."""
+    if (source := source_folder(reference)) is not None:
+        return f"{short_name(str(source))}-random"
     folder = Path(reference).expanduser()
     return folder.resolve().name if folder.is_dir() else reference.split("@", 1)[0].rsplit("/", 1)[-1]
 
 
 def find_folder(reference: str) -> Path:
-    """The folder of a toy model that was trained, a path, a `.mdl` of Cerebras, or a hub id that was fetched.
+    """The folder of a model that was trained or drawn here, a path, a `.mdl` of Cerebras, or a hub id that was fetched.
 
     Raises `InputError` where `prepare_models` has something to do first.
     """
@@ -62,6 +68,14 @@ def find_folder(reference: str) -> Path:
                 f"Run `tune-sparse prepare --models {reference}`."
             )
         return folder
+    if is_from_scratch(reference):
+        folder = from_scratch_folder(reference)
+        if not folder.is_dir():
+            raise NotReadyError(
+                f"random weights must be drawn before they are used, those of {reference!r} are not. "
+                f"Run `tune-sparse prepare --models {reference}`."
+            )
+        return folder
     if Path(reference).expanduser().is_dir():
         return Path(reference).expanduser()
     if _is_mdl(reference):
@@ -72,7 +86,7 @@ def find_folder(reference: str) -> Path:
 
 
 def prepare_models(references: Sequence[str], report: Callable[[str], None]) -> dict[str, Path]:
-    """Train the toy models and fetch the hub ids among `references`; returns the folder of each.
+    """Train the toy models, draw random weights and fetch the hub ids among `references`; returns the folder of each.
 
     Afterwards `find_folder` needs no network.
     """
@@ -81,7 +95,9 @@ def prepare_models(references: Sequence[str], report: Callable[[str], None]) -> 
     toy = [reference for reference in references if reference in TOY_MODELS]
     folders = dict(zip(toy, train_toy_models(toy, report), strict=True))
     for reference in references:
-        if reference not in toy:
+        if is_from_scratch(reference):
+            folders[reference] = draw_from_scratch(reference, report)
+        elif reference not in toy:
             is_folder = Path(reference).expanduser().is_dir() or _is_mdl(reference)
             folders[reference] = find_folder(reference) if is_folder else _hub_folder(reference, local_files_only=False)
     return folders
@@ -125,9 +141,10 @@ def _check_hub_id(hub_id: str) -> None:
     except HFValidationError:
         is_valid = False
     if not is_valid:
-        close = get_close_matches(hub_id, TOY_MODELS, n=1)
+        known = (*TOY_MODELS, *FROM_SCRATCH)
+        close = get_close_matches(hub_id, known, n=1)
         raise InputError(
-            f"a model is {', '.join(TOY_MODELS)}, a folder, or a hub id such as org/name@revision, "
+            f"a model is {', '.join(known)}, a folder, or a hub id such as org/name@revision, "
             f"got {hub_id!r}, which is none of them. "
             + (f"Did you mean {close[0]!r}?" if close else "Fix the name or the path.")
         )
@@ -177,12 +194,13 @@ def read_config(folder: Path) -> dict[str, Any]:
 def _check_config(folder: Path) -> None:
     path, config = folder / "config.json", read_config(folder)
     found = config.get("architectures") or ["no class at all"]
-    if found[0] not in SWEPT:
-        raise InputError(f"the class of a model must be {' or '.join(SWEPT)}, {path} says {found[0]}.")
-    kind = found[0].removesuffix("ForCausalLM").lower()
+    if found[0] not in TRAINED:
+        raise InputError(f"the class of a model must be {' or '.join(TRAINED)}, {path} says {found[0]}.")
+    architecture = architecture_named(found[0])
+    kind = architecture.model_type
     if config.get("model_type") != kind:  # transformers would look for code that the folder brings
         raise InputError(f"the model_type of a {found[0]} must be {kind!r}, {path} says {config.get('model_type')!r}.")
-    for name in REQUIRED_SIZES:
+    for name in architecture.sizes:
         if not isinstance(config.get(name), int):
             raise InputError(f"{path} must have the sizes of its model, {name!r} is missing. Add it.")
 
@@ -211,12 +229,13 @@ def _check_weights(folder: Path, files: Sequence[Path]) -> None:
     """Every tensor of the model's class is there, once, in its shape, and finite: nothing is filled in at random."""
     from safetensors import SafetensorError, safe_open
 
-    missing = _wanted_shapes(folder)
+    missing, prefix = _wanted_shapes(folder)
     for path in files:
         try:
             with safe_open(path, framework="pt") as tensors:
                 for name in tensors.keys():  # noqa: SIM118  (a safe_open is not a mapping)
-                    tensor, wanted = tensors.get_tensor(name), missing.pop(name, None)
+                    tensor = tensors.get_tensor(name)
+                    wanted = missing.pop(name if name in missing else f"{prefix}.{name}", None)
                     if wanted is not None and tuple(tensor.shape) != wanted:
                         raise InputError(
                             f"{name} in {path} must be {wanted}, got {tuple(tensor.shape)}. Fetch it again."
@@ -229,8 +248,9 @@ def _check_weights(folder: Path, files: Sequence[Path]) -> None:
         raise InputError(f"a checkpoint needs all its weights, {folder} lacks {', '.join(missing)}. Fetch it again.")
 
 
-def _wanted_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """{tensor name: shape} of the model's class; tied heads are not stored."""
+def _wanted_shapes(folder: Path) -> tuple[dict[str, tuple[int, ...]], str]:
+    """{tensor name: shape} of the model's class, of which tied heads are not stored; and the first part of the names,
+    which a checkpoint of the bare decoder lacks."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -239,7 +259,7 @@ def _wanted_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if model.config.tie_word_embeddings:
         shapes.pop("lm_head.weight", None)
-    return shapes
+    return shapes, model.base_model_prefix
 
 
 def fingerprint_of_files(files: Sequence[Path]) -> str:
@@ -264,15 +284,24 @@ def load_model(
 
     from tune_sparse.models.safetensors_io import TensorFiles, weight_files
 
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    config = without_dropout(AutoConfig.from_pretrained(folder, local_files_only=True))
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
     model.tie_weights()
     _read_weights_into(model, tensors or TensorFiles(weight_files(folder)), device)
     model.tie_weights()
     model.generation_config = GenerationConfig()
+    model.base_model.warn_if_padding_and_no_attention_mask = lambda *_: None  # GPT-2's waits for the device to look
     loaded: PreTrainedModel = model.to(device).requires_grad_(False).eval()
     return loaded
+
+
+def without_dropout(config: PretrainedConfig) -> PretrainedConfig:
+    """The config with every dropout set to 0, in place: a protocol has none but that of its adapters' inputs."""
+    for name, value in config.to_dict().items():
+        if name.endswith(("dropout", "pdrop", "layerdrop")) and value:
+            setattr(config, name, 0.0)
+    return config
 
 
 def _read_weights_into(model: PreTrainedModel, tensors: TensorFiles, device: torch.device) -> None:
@@ -282,11 +311,9 @@ def _read_weights_into(model: PreTrainedModel, tensors: TensorFiles, device: tor
     for name, empty in list(model.named_parameters()):
         filled = torch.empty(empty.shape, dtype=empty.dtype, device=device)
         for part, own in unfused(name, filled).items():
-            # A checkpoint of the bare decoder lacks the first part of the names.
-            stored = part if part in tensors else part.removeprefix(f"{model.base_model_prefix}.")
-            if stored not in tensors:
+            if tensors.stored_name(part) not in tensors:
                 raise InputError(f"a checkpoint needs all its weights, {part} is missing. Fetch it again.")
-            tensors.read_into(own, stored)
+            tensors.read_into(own, part)
         layer, _, leaf = name.rpartition(".")
         model.get_submodule(layer).register_parameter(leaf, torch.nn.Parameter(filled, requires_grad=False))
 

@@ -28,12 +28,12 @@ class DenseWeights(Mapping[str, Tensor]):
     @property
     def folder(self) -> Path:
         """Where they are read from: the checkpoint's own, or that of its copy on this machine."""
-        return self.tensors.paths[self.names[0]].parent
+        return self.tensors.paths[self.tensors.stored_name(self.names[0])].parent
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self.names:
             raise KeyError(name)
-        own = torch.empty(self.tensors.shapes[name], dtype=self.dtype, device=self.device)
+        own = torch.empty(self.tensors.shapes[self.tensors.stored_name(name)], dtype=self.dtype, device=self.device)
         self.tensors.read_into(own, name)
         return own
 

@@ -83,8 +83,13 @@ class TensorFiles(Mapping[str, Tensor]):
     def read_into(self, own: Tensor, name: str) -> None:
         """Copy a tensor into one of any dtype and device, with no copy between."""
         heartbeat()
-        own.copy_(self[name])
-        self._check_unchanged(self.paths[name])
+        stored = self.stored_name(name)
+        own.copy_(self[stored])
+        self._check_unchanged(self.paths[stored])
+
+    def stored_name(self, name: str) -> str:
+        """The name of a model's tensor here: a checkpoint of the bare decoder lacks its first part."""
+        return name if name in self.paths else name.partition(".")[2]
 
     def _check_unchanged(self, path: Path) -> None:
         if _stamp(path) != self._stamps[path]:

@@ -21,7 +21,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import save
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from tune_sparse.data.batching import as_batch
 from tune_sparse.data.splits import Encoded, encode_answers
@@ -30,15 +40,17 @@ from tune_sparse.data.task_types import PromptTask
 from tune_sparse.data.tasks import TASKS
 from tune_sparse.errors import unknown_name
 from tune_sparse.files import atomic_folder, cache_dir
+from tune_sparse.models.from_scratch import END_OF_TEXT
 from tune_sparse.training.loop import answer_loss, cosine
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-END_OF_TEXT = "<|endoftext|>"
 CLASSES: dict[str, tuple[type, type]] = {
     "llama": (LlamaConfig, LlamaForCausalLM),
     "mistral": (MistralConfig, MistralForCausalLM),
+    "gpt2": (GPT2Config, GPT2LMHeadModel),
+    "opt": (OPTConfig, OPTForCausalLM),
 }
 MAX_TOKENS = 2048
 SHAPE: dict[str, Any] = {
@@ -51,6 +63,27 @@ SHAPE: dict[str, Any] = {
     "tie_word_embeddings": False,
     # The default of 0.02 is made for wide layers: at width 64, yes-or-no questions stay at 0.8 with it.
     "initializer_range": 0.08,
+}
+POSITIONS = 512
+"""Where they are learned, all must have been seen."""
+GPT2_SHAPE: dict[str, Any] = {
+    "n_embd": 64,
+    "n_layer": 3,
+    "n_head": 8,
+    "n_inner": 256,
+    "n_positions": POSITIONS,
+    "initializer_range": 0.08,
+    **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
+}
+OPT_SHAPE: dict[str, Any] = {
+    "hidden_size": 64,
+    "word_embed_proj_dim": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 8,
+    "ffn_dim": 256,
+    "max_position_embeddings": POSITIONS,
+    "init_std": 0.08,
+    "dropout": 0.0,
 }
 
 
@@ -91,6 +124,8 @@ class Recipe:
 RECIPES = {
     "tiny-llama": Recipe("llama", SHAPE),
     "tiny-mistral": Recipe("mistral", SHAPE | {"sliding_window": 32}),
+    "tiny-gpt2": Recipe("gpt2", GPT2_SHAPE),
+    "tiny-opt": Recipe("opt", OPT_SHAPE),
 }
 TOY_MODELS: tuple[str, ...] = tuple(RECIPES)
 
@@ -155,7 +190,8 @@ def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pa
         with atomic_folder(folder) as partial:
             model.config.save_pretrained(partial)
             # model.save_pretrained draws a progress bar, and save_file hides the file from other users.
-            (partial / "model.safetensors").write_bytes(save(model.state_dict(), metadata={"format": "pt"}))
+            tensors = {name: parameter.data for name, parameter in model.named_parameters()}  # a tied one once
+            (partial / "model.safetensors").write_bytes(save(tensors, metadata={"format": "pt"}))
             tokenizer.save_pretrained(partial)
     except OSError:
         if not folder.is_dir():

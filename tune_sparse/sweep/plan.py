@@ -25,6 +25,7 @@ from tune_sparse.ledger.run import Run, readable_id
 from tune_sparse.models.architectures import adapter_weights, pruned_weights
 from tune_sparse.models.checkpoints import Checkpoint, check_checkpoint, short_name
 from tune_sparse.models.dims import ModelDims
+from tune_sparse.models.from_scratch import PREFIX, is_from_scratch, source_folder
 from tune_sparse.models.other_weights import count_other_weights
 from tune_sparse.models.toy_models import TOY_MODELS
 from tune_sparse.modes import MODES
@@ -235,8 +236,11 @@ def _check_reachable(config: SweepConfig, checkpoint: Checkpoint) -> None:
 
 def _model_path(reference: str) -> str:
     """Return a reference that finds the same model from another working directory."""
+    if (source := source_folder(reference)) is not None:
+        return f"{PREFIX}{source.resolve()}"
     folder = Path(reference).expanduser()
-    return reference if reference in TOY_MODELS or not folder.exists() else str(folder.resolve())
+    is_named = reference in TOY_MODELS or is_from_scratch(reference)
+    return reference if is_named or not folder.exists() else str(folder.resolve())
 
 
 def _plain(value: Any) -> Any:

@@ -19,6 +19,7 @@ from tune_sparse.ledger.lease import check_not_locked
 from tune_sparse.ledger.ledger import Ledger
 from tune_sparse.ledger.run import Run
 from tune_sparse.models.checkpoints import prepare_models
+from tune_sparse.models.from_scratch import is_from_scratch
 from tune_sparse.models.toy_models import TOY_MODELS
 from tune_sparse.sweep.cards import check_devices, local_devices
 from tune_sparse.sweep.examples import read_examples
@@ -40,7 +41,8 @@ def prepare(config: SweepConfig, report: Callable[[str], None] = logger.info) ->
     tracking_uri(config)  # raises for an address that holds a password
     examples = read_examples(config)
     check_folder(config.results_dir)
-    prepare_models([model for model in config.models if model in TOY_MODELS], report=report)
+    made = [model for model in config.models if model in TOY_MODELS or is_from_scratch(model)]
+    prepare_models(made, report=report)
     return plan_cells(config, examples)
 
 

@@ -100,8 +100,9 @@ def answer_loss(model: PreTrainedModel, batch: Batch) -> Tensor:
     Logits are computed only where a token is a target, a chunk at a time.
     """
     ids, places, targets = (sent(t, model.device) for t in (batch.ids, batch.places, batch.targets))
-    hidden = model.model(input_ids=ids, use_cache=False, **_attention(model, batch)).last_hidden_state
-    return summed_cross_entropy(hidden.flatten(0, 1).index_select(0, places), model.lm_head, targets)
+    hidden = model.base_model(input_ids=ids, use_cache=False, **_attention(model, batch)).last_hidden_state
+    head = model.get_output_embeddings()
+    return summed_cross_entropy(hidden.flatten(0, 1).index_select(0, places), head, targets)
 
 
 def _attention(model: PreTrainedModel, batch: Batch) -> dict[str, Any]:
