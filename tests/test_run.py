@@ -120,11 +120,10 @@ def test_the_identity_changes_with_the_model_the_data_and_the_prompt(name: str) 
 
 
 def test_the_identity_changes_with_the_numerics_version(monkeypatch: pytest.MonkeyPatch) -> None:
-    run = make_run()
-    before = run.identity, run.pruned_baseline_id
+    before = make_run().identity, make_run().pruned_baseline_id
     monkeypatch.setattr(run_module, "NUMERICS_VERSION", NUMERICS_VERSION + 1)
-    assert run.identity != before[0]
-    assert run.pruned_baseline_id != before[1]
+    assert make_run().identity != before[0]
+    assert make_run().pruned_baseline_id != before[1]
 
 
 def test_the_identity_does_not_change_with_places_on_disk() -> None:

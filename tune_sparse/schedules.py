@@ -32,6 +32,8 @@ class Settings(Interface):
     update_every: int
     drop_fraction: float
     drop_curve: str
+    levels: tuple[float, ...] | None
+    steps_per_level: int | None
 
 
 Plan = Callable[[Settings, float, int], list[Update]]
@@ -68,6 +70,32 @@ def regrowing_updates(settings: Settings, target: float, steps: int) -> list[Upd
     return [Update(step, target, settings.drop_fraction * drop(step)) for step in at]
 
 
+LEVELS = (0.1, 0.3, 0.5, 0.7, 0.8)
+
+
+@dataclass(frozen=True)
+class Level:
+    """One level of a chain: the weights are pruned to it, then tuned."""
+
+    sparsity: float
+    steps: int
+    """of its own tuning"""
+
+
+def planned_levels(settings: Settings, target: float, steps: int) -> list[Level]:
+    """The levels below `target`, closed by it, each with its steps: `steps_per_level`, or its part of `steps`.
+
+    What cannot be divided goes to the first levels, one step each, so that every level but the last is also the last
+    of the chain that ends with it.
+    """
+    on_the_way = LEVELS if settings.levels is None else settings.levels
+    sparsities = (*(level for level in on_the_way if level < target), target)
+    if settings.steps_per_level is not None:
+        return [Level(sparsity, settings.steps_per_level) for sparsity in sparsities]
+    share, more = divmod(steps, len(sparsities))
+    return [Level(sparsity, share + (number < more)) for number, sparsity in enumerate(sparsities)]
+
+
 def _or(value: float | None, default: float) -> float:
     return default if value is None else value
 
@@ -84,6 +112,8 @@ class Schedule:
     """Those of `tune_sparse.config.ScheduleSettings` that it reads: part of the identity of its runs."""
     starts_dense: bool = False
     """Its training begins with every weight."""
+    in_levels: bool = False
+    """A training of it is a chain of levels, each of them a run that begins from the one before."""
     grows: str | None = None
     """By what dropped weights are replaced: "random", or the dense "gradient"; None if they are not."""
 
@@ -99,7 +129,8 @@ SCHEDULES = {
     ),
     ITERATIVE: Schedule(
         about="level after level: the weights as they are by then are pruned further, then tuned",
-        settings=("levels", "steps_per_level", "rescore", "restart_learning_rate"),
+        settings=("levels", "rescore"),
+        in_levels=True,
     ),
     "set": Schedule(
         about="at one sparsity, the smallest weights are dropped and others grown at random (SET)",

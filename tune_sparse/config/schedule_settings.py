@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 from tune_sparse.config.options import option, rule
 from tune_sparse.errors import unknown_name
+from tune_sparse.schedules import LEVELS
 
 CURVES = {"linear": "by the same amount each time", "cubic": "fast at first (Zhu & Gupta 2017)"}
 DROP_CURVES = {"cosine": "falls to 0 at the last update", "constant": "stays"}
@@ -42,16 +44,23 @@ class ScheduleSettings:
     levels: tuple[float, ...] | None = option(
         "iterative: sparsities on the way, of which a cell takes those below its own",
         None,
-        unset="0.1 0.3 0.5 0.7 0.8",
+        unset="so " + " ".join(f"{level:g}" for level in LEVELS),
     )
     steps_per_level: int | None = option(
-        "iterative: optimizer steps after each level", None, unset="so `steps` are divided among the levels"
+        "iterative: optimizer steps of each level", None, unset="so `steps` are divided among the levels of a cell"
     )
     rescore: bool = option("iterative: every level is scored on the weights as they are by then", True)
-    restart_learning_rate: bool = option("iterative: warm-up and decay begin anew with each level", True)
+    restart_learning_rate: bool = option(
+        "iterative: warm-up and decay of the learning rate begin anew with each level, instead of once for all", True
+    )
     dynamics_every: int = option("steps between two records of the masks, besides one at each update", 100)
 
     def __post_init__(self) -> None:
+        levels = self.levels or ()
+        is_rising = all(0 < low < high for low, high in pairwise((*levels, 1.0)))
+        rule(is_rising, "levels must rise, each in (0, 1)", levels, "Sort them.")
+        steps = self.steps_per_level
+        rule(steps is None or steps >= 1, "steps_per_level must be at least 1 or none", steps, "Give steps.")
         for name in ("update_from", "update_to"):
             value = getattr(self, name)
             rule(value is None or 0 <= value <= 1, f"{name} must be a fraction of the steps", value, "Give one.")

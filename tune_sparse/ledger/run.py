@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,42 @@ class Run:
     budgets: BudgetOptions = BudgetOptions()
     """What its user set of the budgets. Only with dropout a micro-batch changes more than the order of additions."""
     schedule_settings: ScheduleSettings = ScheduleSettings()
+    """Of a level of a chain, `levels` are all up to its own, and the steps of its protocol are those of all of them."""
+    chain_steps: int | None = None
+    """Steps of the whole chain of which it is a level, if one learning-rate schedule goes over all of it."""
+
+    @property
+    def is_level(self) -> bool:
+        return SCHEDULES[self.cell.schedule].in_levels
+
+    @property
+    def level_before(self) -> Run | None:
+        """The run that it begins from: the level before it in its chain. None for a first level, or without levels."""
+        settings, protocol = self.schedule_settings, self.protocol
+        if not self.is_level or len(settings.levels or ()) < 2:
+            return None
+        levels = (settings.levels or ())[:-1]
+        return replace(
+            self,
+            cell=replace(self.cell, sparsity=levels[-1]),
+            protocol=replace(protocol, steps=protocol.steps - self.own_steps),
+            schedule_settings=replace(settings, levels=levels),
+        )
+
+    @property
+    def own_steps(self) -> int:
+        """Optimizer steps of its own training: of a level, those after its pruning alone."""
+        return (
+            self.protocol.steps // len(self.schedule_settings.levels or (0,)) if self.is_level else self.protocol.steps
+        )
+
+    @property
+    def own_protocol(self) -> Protocol:
+        """The protocol of its own training: of a level, with its own steps alone."""
+        if not self.is_level:
+            return self.protocol
+        no_warmup = {} if self.chain_steps is None else {"warmup_steps": 0}
+        return replace(self.protocol, steps=self.own_steps, **no_warmup)
 
     @property
     def is_pruned(self) -> bool:
@@ -70,7 +107,7 @@ class Run:
         c = self.cell
         return int(hash_json([self.model_fingerprint, c.task, c.method, c.sparsity, c.seed])[:8], 16)
 
-    @property
+    @cached_property
     def identity(self) -> str:
         """SHA-256 of the canonical run; places on disk and budgets are left out."""
         return hash_json(self._identified())
@@ -82,13 +119,15 @@ class Run:
 
     @property
     def pruned_baseline_id(self) -> str:
-        """Names the accuracy before tuning, which neither the mode nor the training changes."""
+        """Names the accuracy before tuning, which neither the mode nor the training changes; but for a level of a
+        chain, which was tuned before it was pruned."""
         c, p = self.cell, self.protocol
         seed = c.seed if c.method in METHODS and METHODS[c.method].needs.seed else 0
         scored = [getattr(p, name) for name in SCORING]
         inputs = (NUMERICS_VERSION, self.model_fingerprint, self.data_fingerprint, self.prompt_version)
         pruned = [p.calibrated_by, self.calibration_fingerprint] if self.is_calibrated else []
         pruned += [p.recover] if self.is_recovered else []
+        pruned += [self.identity] if self.level_before else []
         identity = hash_json([c.model, c.task, c.method, c.sparsity, c.backend, seed, *scored, *inputs, *pruned])
         return readable_id(Cell(c.model, c.task, c.method, c.sparsity, "pruned-baseline", seed, c.backend), identity)
 
@@ -97,13 +136,19 @@ class Run:
         """Everything that decides a stored pruning: neither mode, nor training, nor budgets. None where a method's
         prunings are not stored."""
         c, method = self.cell, METHODS.get(self.cell.method)
-        if method is None or not c.sparsity or not (method.is_stored or self.is_recovered):
+        if method is None or not c.sparsity or not (method.is_stored or self.is_recovered or self._rescored):
             return None
         settings = {"model": c.model, "method": c.method, "sparsity": c.sparsity, "precision": self.protocol.precision}
         settings |= {"model_fingerprint": self.model_fingerprint, "numerics_version": NUMERICS_VERSION}
         settings |= {"seed": c.seed} if method.needs.seed else {}
         settings |= {"recover": self.protocol.recover} if self.is_recovered else {}
+        settings |= {"level_before": rescored.identity} if (rescored := self._rescored) else {}
         return settings | (self._calibration if self.is_calibrated else {})
+
+    @property
+    def _rescored(self) -> Run | None:
+        """The level before it, if its weights and not the dense ones are scored."""
+        return self.level_before if self.schedule_settings.rescore else None
 
     @property
     def _calibration(self) -> dict[str, Any]:
@@ -129,7 +174,7 @@ class Run:
         places = {"model_path", "data_dir", "budgets"}
         if not self.is_calibrated:
             places |= {"calibration_fingerprint"}
-        places |= {name for name in ("cerebras", "super_adapter") if getattr(self, name) is None}
+        places |= {name for name in ("cerebras", "super_adapter", "chain_steps") if getattr(self, name) is None}
         known = {name: value for name, value in asdict(self).items() if name not in places}
         if not self.is_calibrated:
             known["protocol"] = {k: v for k, v in known["protocol"].items() if k not in CALIBRATION_SETTINGS}

@@ -164,7 +164,8 @@ def _missing_graphs(plan: Plan, ledger: LedgerReader, missing: Sequence[Run]) ->
 
 
 def longest_first(plan: Plan, ledger: LedgerReader, runs: Sequence[Run]) -> list[Run]:
-    """`runs` by the time that each is expected to take, so that no long one is left to run alone at the end.
+    """`runs` by the time that each is expected to take, with those that wait for it, so that no long one, and no chain
+    of levels, is left to run alone at the end.
 
     Runs of one backend, model, task and mode stay together, and rarely let a worker change its model. Where some of
     these have no measured run to go by, the larger model counts as the longer.
@@ -182,7 +183,15 @@ def longest_first(plan: Plan, ledger: LedgerReader, runs: Sequence[Run]) -> list
             return statistics.median(seconds[_values(run.cell, kind)])
         return pruned_weights(plan.checkpoints[run.cell.model].dims)
 
-    return sorted(runs, key=expected, reverse=True)
+    followers: dict[str, list[Run]] = {}
+    for run in runs:
+        if before := run.level_before:
+            followers.setdefault(before.run_id, []).append(run)
+
+    def through(run: Run) -> float:
+        return expected(run) + max(map(through, followers.get(run.run_id, ())), default=0.0)
+
+    return sorted(runs, key=through, reverse=True)
 
 
 class Medians:
