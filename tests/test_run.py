@@ -27,6 +27,7 @@ OTHER_PROTOCOL: dict[str, Any] = {
     "beta1": 0.8,
     "beta2": 0.99,
     "max_grad_norm": 2.0,
+    "train_also": ("bias",),
     "lora_rank": 8,
     "lora_alpha": 16.0,
     "lora_dropout": 0.05,

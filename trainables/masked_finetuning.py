@@ -17,15 +17,16 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
+from trainables.also_trained import AlsoTrained, also_in
 from trainables.mode import MergeReport
 from tune_sparse.config import Protocol
 from tune_sparse.files import write_json
+from tune_sparse.lora.also_io import read_also_into
 from tune_sparse.lora.merging import UpdateSums, any_nonzero, read_flags, squared_sums
 from tune_sparse.models.architectures import list_matrices
 from tune_sparse.models.checkpoints import write_weights_into
 from tune_sparse.models.safetensors_io import TensorFiles, TensorWriter
 from tune_sparse.pruning.masks import Masks, mask_sha256
-from tune_sparse.training.loop import adamw
 
 SAVED = Path("weights") / "weights.safetensors"
 
@@ -35,12 +36,14 @@ def setup(mode: str, model: PreTrainedModel, protocol: Protocol, masks: Masks) -
     for weight in _matrices(model).values():
         weight.data = weight.data.float()
         weight.requires_grad_(True)
-    return MaskedFinetuning(model, masks, getattr(torch, protocol.precision), mode)
+    also = AlsoTrained.begin(also_in(model, protocol))
+    return MaskedFinetuning(model, masks, getattr(torch, protocol.precision), mode, also)
 
 
 def restore_into(model: PreTrainedModel, folder: Path) -> None:
-    """Write the matrices that a run saved in its folder into the model."""
+    """Write the weights that a run saved in its folder into the model."""
     write_weights_into(model, TensorFiles([folder / SAVED]))
+    read_also_into(model, (folder / SAVED).parent)
 
 
 def _matrices(model: PreTrainedModel) -> dict[str, nn.Parameter]:
@@ -74,6 +77,7 @@ class MaskedFinetuning:
     masks: Masks
     precision: torch.dtype
     mode: str
+    also: AlsoTrained
     factor_weights: int = 0
     last_masks: Masks | None = None
 
@@ -90,14 +94,16 @@ class MaskedFinetuning:
         return nullcontext()
 
     def summary(self) -> str:
-        return f"{len(self.masks)} matrices trained in float32, masked after every step"
+        also = f", and {len(self.also.own)} other weights" if self.also.own else ""
+        return f"{len(self.masks)} matrices trained in float32, masked after every step{also}"
 
     def parameters(self) -> list[Tensor]:
-        return list(_matrices(self.model).values())
+        return [*_matrices(self.model).values(), *self.also.parameters()]
 
     def optimizer(self, protocol: Protocol) -> Optimizer:
-        optimizer = adamw(self.parameters(), protocol)
-        enforce_masks_after_steps(optimizer, _matrices(self.model), self.masks)
+        matrices = _matrices(self.model)
+        optimizer = self.also.optimizer(list(matrices.values()), protocol)
+        enforce_masks_after_steps(optimizer, matrices, self.masks)
         return optimizer
 
     def save(self, folder: Path) -> None:
@@ -108,6 +114,7 @@ class MaskedFinetuning:
             for name, weight in matrices.items():
                 writer.write(name, weight.detach().to(self.precision))
             writer.done()
+        self.also.save(path.parent)
         write_json(path.with_name("tune_sparse.json"), {"mode": self.mode, "mask_sha256": mask_sha256(self.masks)})
 
     @torch.no_grad()
@@ -121,11 +128,12 @@ class MaskedFinetuning:
             weight.data = rounded
         filled = read_flags(is_filled)
         self.unwrap()
-        violations = [f"{name}: masked weights must stay 0 in training" for name in filled]
+        violations = [f"{name}: masked weights must stay 0 in training" for name in filled] + self.also.violations()
         return MergeReport(UpdateSums.read(sums).rounded_away_fraction, violations)
 
     def unwrap(self) -> PreTrainedModel:
         for weight in _matrices(self.model).values():
             weight.requires_grad_(False)
             weight.data = weight.data.to(self.precision)
+        self.also.end()
         return self.model

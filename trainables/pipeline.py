@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from trainables import cerebras_backend, torch_backend
+from trainables.also_trained import scored_weights
 from trainables.budgets import check_budgets, run_budgets
 from trainables.failures import describe_error, may_pass
 from trainables.finetuning import setup
@@ -284,7 +285,7 @@ def _score(work: Work, before_mask: BeforeMask | None) -> Scores:
     if before_mask is not None:
         write_outcomes(work.folder / "examples_before_merge.parquet", before_mask.scored.outcomes)
     started = time.perf_counter()
-    with hashing(prunable_weights(work.loaded.model)) as checksum:
+    with hashing(scored_weights(work.loaded.model, work.run.protocol)) as checksum:
         scored = work.score()
         seconds = time.perf_counter() - started
     write_outcomes(work.folder / "examples.parquet", scored.outcomes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from transformers import PreTrainedModel
 
+from trainables.also_trained import scored_weights
 from trainables.finetuning import restore_into
 from trainables.loaded import LoadedModel
 from trainables.pruning_stage import Pruned, read_into
@@ -13,7 +14,6 @@ from tune_sparse.evaluation.validation import weights_sha256
 from tune_sparse.ledger.contracts import LedgerReader
 from tune_sparse.ledger.prunings import StoredPruning
 from tune_sparse.ledger.run import Run
-from tune_sparse.models.checkpoints import prunable_weights
 from tune_sparse.pruning.masks import Masks
 
 
@@ -67,7 +67,7 @@ def check_merged(run: Run, ledger: LedgerReader, model: PreTrainedModel) -> None
     """Raise `InputError` unless the weights of a merged model are those that a finished run scored."""
     record = ledger.record(run.run_id)
     assert record is not None
-    recorded, found = record.metrics["weights_sha256"], weights_sha256(prunable_weights(model))
+    recorded, found = record.metrics["weights_sha256"], weights_sha256(scored_weights(model, run.protocol))
     if found != recorded:
         hardware = record.environment.get("hardware", "unknown")
         raise InputError(

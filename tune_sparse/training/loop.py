@@ -120,10 +120,13 @@ def mean_loss(
     return mean
 
 
-def adamw(parameters: Sequence[Tensor], protocol: Protocol) -> torch.optim.AdamW:
+def adamw(parameters: Sequence[Tensor], protocol: Protocol, without_decay: Sequence[Tensor] = ()) -> torch.optim.AdamW:
     """The protocol's optimizer (Loshchilov & Hutter 2019, arXiv:1711.05101)."""
+    groups: list[dict[str, Any]] = [{"params": list(parameters)}]
+    if without_decay:
+        groups.append({"params": list(without_decay), "weight_decay": 0.0})
     return torch.optim.AdamW(
-        parameters,
+        groups,
         lr=protocol.learning_rate,
         betas=(protocol.beta1, protocol.beta2),
         weight_decay=protocol.weight_decay,
