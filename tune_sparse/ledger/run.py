@@ -210,7 +210,7 @@ class Run:
     def from_config(cls, config: Mapping[str, Any]) -> Run:
         protocol = dict(config["protocol"])
         protocol["train_also"] = tuple(protocol.get("train_also", ()))
-        own = {"cell": Cell(**config["cell"]), "protocol": Protocol(**protocol)}
+        own: dict[str, Any] = {"cell": Cell(**config["cell"]), "protocol": Protocol(**protocol)}
         own["budgets"] = BudgetOptions(**config.get("budgets", {}))
         settings: dict[str, Any] = dict(config.get("schedule_settings", {}))
         settings |= {name: tuple(value) for name, value in settings.items() if isinstance(value, list)}
@@ -221,9 +221,10 @@ class Run:
 
 
 def readable_id(cell: Cell, identity: str) -> str:
-    """`<backend>_<model>_<task>_<method>_s<NN>_<mode>_<hash8>`, for people: settings are never read back from it."""
-    trained = cell.mode if cell.schedule == ONE_SHOT else f"{cell.mode}-{cell.schedule}"
-    parts = (cell.backend, cell.model, cell.task, cell.method, f"s{cell.sparsity * 100:02g}", trained, identity[:8])
+    """`<backend>_<model>_<task>_<method>_s<NN>_<mode>[-<schedule>]_<hash8>`, for people: settings are never read back
+    from it."""
+    sparsity = f"s{cell.sparsity * 100:02g}"
+    parts = (cell.backend, cell.model, cell.task, cell.method, sparsity, cell.trained_by, identity[:8])
     return _readable(*parts)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from tune_sparse.config import SYNTHETIC, Protocol, SweepConfig
+from tune_sparse.config import SYNTHETIC, Protocol, ScheduleSettings, SweepConfig
 from tune_sparse.config.options import value_text
 from tune_sparse.config.presets import DEFAULT_PRESET
 from tune_sparse.data.task_types import TextTask
@@ -62,7 +62,7 @@ def protocol_in_use(config: SweepConfig, examples: Examples | None) -> ProtocolI
     """examples: None where they are not there yet."""
     return ProtocolInUse(
         config.preset,
-        changed_settings(config.protocol),
+        changed_settings(config.protocol) | changed_settings(config.schedule_settings),
         config.protocol.precision,
         config.protocol.calibrated_by if is_calibrated(config) else None,
         None if config.data_dir is None else str(config.data_dir),
@@ -71,9 +71,9 @@ def protocol_in_use(config: SweepConfig, examples: Examples | None) -> ProtocolI
     )
 
 
-def changed_settings(protocol: Protocol) -> dict[str, tuple[Any, Any]]:
+def changed_settings(settings: Protocol | ScheduleSettings) -> dict[str, tuple[Any, Any]]:
     """{setting that has not its default: (its value, its default)}"""
-    values = ((f.name, getattr(protocol, f.name), f.default) for f in fields(protocol))
+    values = ((f.name, getattr(settings, f.name), f.default) for f in fields(settings))
     return {name: (value, default) for name, value, default in values if value != default}
 
 
