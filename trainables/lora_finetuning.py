@@ -32,6 +32,7 @@ from tune_sparse.models.architectures import PRUNED
 from tune_sparse.models.dims import ModelDims
 from tune_sparse.modes import MODES
 from tune_sparse.pruning.masks import Masks
+from tune_sparse.training.loop import NO_HOOKS, StepHooks
 
 
 def setup(
@@ -99,6 +100,9 @@ class LoraFinetuning:
 
     def optimizer(self, protocol: Protocol) -> Optimizer:
         return self.also.optimizer(self._factors(), protocol)
+
+    def hooks(self, optimizer: Optimizer) -> StepHooks:
+        return NO_HOOKS
 
     def save(self, folder: Path) -> None:
         save_adapter(self.adapted, folder / "adapter", self.mode, self.masks, trained_compact=self.cuts is not None)

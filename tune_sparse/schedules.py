@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from types import MappingProxyType
 from typing import Any
 
@@ -117,6 +118,13 @@ class Schedule:
             return [Level(sparsity, read["steps_per_level"]) for sparsity in sparsities]
         share, more = divmod(steps, len(sparsities))
         return [Level(sparsity, share + (number < more)) for number, sparsity in enumerate(sparsities)]
+
+
+def mean_sparsity(first: float, updates: Sequence[Update], steps: int) -> float:
+    """Over the steps of a training, of masks that begin at one sparsity: an update counts from the step after it."""
+    edges = [0, *(update.step for update in updates), steps]
+    levels = [first, *(update.sparsity for update in updates)]
+    return sum(level * (end - start) for level, (start, end) in zip(levels, pairwise(edges), strict=True)) / steps
 
 
 REGROWING = ("update_from", "update_to", "update_every", "drop_fraction", "drop_curve")

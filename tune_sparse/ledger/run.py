@@ -197,6 +197,8 @@ class Run:
         known["schedule_settings"] = SCHEDULES[self.cell.schedule].read(self.schedule_settings)
         if self.cell.schedule == ONE_SHOT:
             del known["schedule_settings"], known["cell"]["schedule"]
+        if numerics := MODES[self.cell.mode].numerics:
+            known["mode_numerics"] = numerics
         if tokens := fixed_micro_batch_tokens(self.protocol, self.budgets):
             known["micro_batch_tokens"] = tokens
         return known | {"numerics_version": NUMERICS_VERSION}
@@ -212,8 +214,8 @@ class Run:
         protocol["train_also"] = tuple(protocol.get("train_also", ()))
         own: dict[str, Any] = {"cell": Cell(**config["cell"]), "protocol": Protocol(**protocol)}
         own["budgets"] = BudgetOptions(**config.get("budgets", {}))
-        settings: dict[str, Any] = dict(config.get("schedule_settings", {}))
-        settings |= {name: tuple(value) for name, value in settings.items() if isinstance(value, list)}
+        given: Mapping[str, Any] = config.get("schedule_settings", {})
+        settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
         own["schedule_settings"] = ScheduleSettings(**settings)
         if config.get("super_adapter"):
             own["super_adapter"] = SuperAdapter.from_config(config["super_adapter"])

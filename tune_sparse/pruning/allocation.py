@@ -27,12 +27,24 @@ def uniform(sizes: Mapping[str, int], sparsities: Sequence[float]) -> Counts:
 
 
 def global_order(sizes: Mapping[str, int], sparsities: Sequence[float], scores: Callable[[str], Tensor]) -> Counts:
-    """The lowest scores of the whole model, in the strict order (score, matrix in the order of `sizes`, position).
+    """The lowest scores of the whole model. scores: as `lowest_of_all`.
 
-    scores(name) is called three times for each matrix, so that no two need be in memory. Raises `InputError` where
-    a matrix would lose everything.
+    Raises `InputError` where a matrix would lose everything.
     """
     totals = [pruned_count(sum(sizes.values()), sparsity) for sparsity in sparsities]
+    counts = lowest_of_all(sizes, totals, scores)
+    for name, size in sizes.items():
+        for sparsity, pruned in zip(sparsities, counts[name], strict=True):
+            check_not_empty(name, size, pruned, sparsity)
+    return counts
+
+
+def lowest_of_all(sizes: Mapping[str, int], totals: Sequence[int], scores: Callable[[str], Tensor]) -> Counts:
+    """How many of the `totals` lowest scores are in each matrix, in the strict order (score, matrix in the order of
+    `sizes`, position).
+
+    scores(name) is called three times for each matrix, so that no two need be in memory.
+    """
     upper = sum((bin_counts(scores(name)) for name in sizes), start=torch.zeros(()))
     bins = [_bin_of_rank(upper, total) for total in totals]
     lower: dict[int, Tensor] = {}
@@ -46,7 +58,7 @@ def global_order(sizes: Mapping[str, int], sparsities: Sequence[float], scores: 
         cuts.append((join_pattern(bin, value, values.dtype), ties))
     counts: Counts = {}
     left = [ties for _, ties in cuts]
-    for name, size in sizes.items():
+    for name in sizes:
         values = scores(name)
         counts[name] = []
         for level, (pattern, _) in enumerate(cuts):
@@ -54,7 +66,6 @@ def global_order(sizes: Mapping[str, int], sparsities: Sequence[float], scores: 
             taken = min(equal, left[level])
             left[level] -= taken
             counts[name].append(below + taken)
-            check_not_empty(name, size, below + taken, sparsities[level])
     return counts
 
 
