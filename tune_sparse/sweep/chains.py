@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import pairwise, product
 
@@ -28,6 +28,16 @@ def chains_of(config: SweepConfig) -> list[list[Level]]:
     settings, steps = config.schedule_settings, config.protocol.steps
     pairs = product(config.schedules, config.sparsities)
     return [levels for name, sparsity in pairs if (levels := SCHEDULES[name].levels(settings, sparsity, steps))]
+
+
+def chain_lines(chains: Iterable[Sequence[Level]]) -> list[str]:
+    """For people, a line for each chain; none where there is none."""
+    lines = [
+        f"  to {levels[-1].sparsity:g}: sparsities {' '.join(f'{level.sparsity:g}' for level in levels)}, tuned for "
+        f"{' '.join(f'{level.steps}' for level in levels)} steps"
+        for levels in chains
+    ]
+    return ["Levels, each a run that begins from the one before:", *lines] if lines else []
 
 
 def chain_cells(config: SweepConfig, cell: Cell) -> list[tuple[Cell, tuple[Level, ...]]]:
