@@ -14,9 +14,8 @@ from tune_sparse.evaluation.cards import CARDS, Card
 from tune_sparse.evaluation.memory import CellMemory
 from tune_sparse.evaluation.published import LLAMA_2_7B, TASKS, published_sizes
 from tune_sparse.evaluation.seconds import CellSeconds, TaskSizes
-from tune_sparse.sweep.estimate import Sizes, estimate, estimate_lines
+from tune_sparse.sweep.estimate import Sizes, estimate, estimate_lines, trained_cells
 from tune_sparse.sweep.examples import read_examples
-from tune_sparse.sweep.plan import requested_cells
 from tune_sparse.training.budgets import Budgets
 
 ROUND = Card("round", 80 << 30, 1e12, 1e12, 1e10)
