@@ -62,6 +62,8 @@ class Activity:
     """times that the host waited, by the line of our code"""
     launches: Counter[str] = field(default_factory=Counter)
     """operations that compute, by name"""
+    moved_bytes: int = 0
+    """that operations read and wrote, each tensor once an operation"""
     uploaded_bytes: int = 0
     downloaded_bytes: int = 0
 
@@ -197,6 +199,9 @@ def _compute(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         _activity.launches[str(op)] += 1
     there = _is_here(kwargs.get("device"))
     out = op(*tree_map(_value, args), **_on_cpu(kwargs))
+    if not op.is_view:
+        made = (leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor))
+        _activity.moved_bytes += sum(tensor.numel() * tensor.element_size() for tensor in (*given, *made))
     if not given and not there:
         return out
     wrapped = tree_map(_wrapped, out)

@@ -14,8 +14,8 @@ from live_bytes import LiveBytes
 
 from trainables import pipeline
 from trainables.worker import WorkerCache
-from tune_sparse.config import BudgetOptions
-from tune_sparse.evaluation.memory import CellMemory
+from tune_sparse.config import BudgetOptions, ScheduleSettings
+from tune_sparse.evaluation.memory import MASK_UPDATE_BYTES, CellMemory
 from tune_sparse.ledger.ledger import Ledger
 from tune_sparse.ledger.run import Run
 from tune_sparse.models.checkpoints import check_checkpoint
@@ -74,6 +74,25 @@ def test_every_stage_of_a_cell_has_one_copy_of_the_weights(
     peaks, _ = peaks_of_a_cell(run, tmp_path, monkeypatch)
     assert list(peaks) == STAGES
     assert max(peaks.values()) <= MOST * formula(run, narrow_llama).weights, peaks
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("schedule", "settings"), [("rigl", {}), ("set", {}), ("gradual", {}), ("gradual", {"revivable": True})]
+)
+def test_a_schedule_holds_no_second_copy_of_what_is_trained(
+    schedule: str, settings: dict[str, Any], narrow_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = FEW | {"steps": 4, "precision": "float32"}
+    run = tiny_run(narrow_llama, **few, mode="masked-finetuning", schedule=schedule)
+    run = replace(run, schedule_settings=ScheduleSettings(update_every=1, gradual_updates=2, **settings))
+    assert len(run.updates) >= 2
+    peaks, budgets = peaks_of_a_cell(run, tmp_path, monkeypatch)
+    cell = formula(run, narrow_llama)
+    assert peaks["train"] <= cell.stages(budgets)["train"]
+    largest = cell.largest * MASK_UPDATE_BYTES  # a tenth of so small a model
+    others = cell.weights - 4 * cell.prunable
+    assert peaks["train"] <= 1.05 * (16 * cell.prunable + cell.masks) + others + largest
 
 
 @pytest.mark.slow

@@ -10,7 +10,9 @@ from torch import Tensor
 from torch.nn.utils import prune
 
 from tune_sparse.errors import InputError
+from tune_sparse.pruning.allocation import erk
 from tune_sparse.pruning.mask_updates import (
+    counts_by_shape,
     cut,
     drop_count,
     global_counts,
@@ -19,7 +21,6 @@ from tune_sparse.pruning.mask_updates import (
     random_growth,
     regrow,
     select,
-    uniform_counts,
 )
 from tune_sparse.pruning.masks import keep_highest, pruned_count
 
@@ -137,6 +138,7 @@ def test_the_fraction_of_what_is_left_is_the_same_cut() -> None:
 @given(st.lists(masked_matrices(), min_size=1, max_size=3), st.data())
 def test_global_cuts_are_those_of_one_long_matrix(matrices: list[tuple[Tensor, Tensor]], data: st.DataObject) -> None:
     named = dict(zip("abc", matrices, strict=False))
+    shapes = {name: tuple(keep.shape) for name, (_, keep) in named.items()}
     sizes = {name: keep.numel() for name, (_, keep) in named.items()}
     kept = {name: int(keep.sum()) for name, (_, keep) in named.items()}
     long, keeps = (torch.cat([pair[part].flatten() for pair in named.values()]) for part in (0, 1))
@@ -145,7 +147,7 @@ def test_global_cuts_are_those_of_one_long_matrix(matrices: list[tuple[Tensor, T
     by_name = {name: int((~part).sum()) for name, part in zip(named, expected, strict=True)}
 
     def counts() -> dict[str, int]:
-        return global_counts(sizes, kept, pruned / len(long), lambda name: named[name][0][named[name][1]])
+        return global_counts(shapes, kept, pruned / len(long), lambda name: named[name][0][named[name][1]])
 
     if any(by_name[name] == sizes[name] for name in named):
         with pytest.raises(InputError, match="no layer may be 100% sparse"):
@@ -156,8 +158,11 @@ def test_global_cuts_are_those_of_one_long_matrix(matrices: list[tuple[Tensor, T
         assert torch.equal(cut(weight, keep, kept[name], by_name[name]).keep.flatten(), part)
 
 
-def test_uniform_counts_are_those_of_one_shot() -> None:
-    assert uniform_counts({"a": 10, "b": 7}, 0.3) == {"a": 3, "b": 2}
+def test_counts_are_those_of_one_shot() -> None:
+    shapes = {"a": (2, 5), "b": (1, 7), "c": (40, 30)}
+    sizes = {"a": 10, "b": 7, "c": 1200}
+    assert counts_by_shape("uniform", shapes, 0.3) == {name: pruned_count(size, 0.3) for name, size in sizes.items()}
+    assert counts_by_shape("erk", shapes, 0.9) == {name: lost for name, (lost,) in erk(shapes, [0.9]).items()}
 
 
 @pytest.mark.parametrize(("size", "kept", "fraction", "expected"), [(10, 5, 0.3, 2), (10, 10, 0.3, 0), (10, 5, 0, 0)])

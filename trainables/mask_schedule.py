@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import partial
+from math import prod
 
 from torch import Tensor
 
@@ -14,13 +14,13 @@ from tune_sparse.pruning.allocation import global_order
 from tune_sparse.pruning.bit_masks import BitMasks
 from tune_sparse.pruning.mask_updates import (
     Change,
+    counts_by_shape,
     cut,
     drop_count,
     global_counts,
     random_growth,
     regrow,
     select,
-    uniform_counts,
 )
 from tune_sparse.pruning.masks import pruned_count
 from tune_sparse.pruning.methods import METHODS
@@ -57,14 +57,14 @@ class MaskSchedule:
 
         Raises `InputError` where a matrix would lose everything.
         """
-        if self.grows is not None:
-            change = partial(self._regrown, update)
-        elif self.is_revivable:
-            change = partial(_selected, self._counts_of_all(update, weights))
-        else:
-            change = partial(_cut, self._counts_of_kept(update, weights, masks))
+        pruned = {} if self.grows is not None else self._counts(update, weights, masks)
         for name, weight in weights.items():
-            yield name, change(name, weight, masks)
+            if self.grows is not None:
+                yield name, self._regrown(update, name, weight, masks)
+            elif self.is_revivable:
+                yield name, select(weight.detach(), masks[name], pruned[name])
+            else:
+                yield name, cut(weight.detach(), masks[name], masks.kept[name], pruned[name])
 
     def _regrown(self, update: Update, name: str, weight: Tensor, masks: BitMasks) -> Change:
         kept = masks.kept[name]
@@ -75,21 +75,19 @@ class MaskSchedule:
             growth = weight.new_zeros(weight.shape) if weight.grad is None else weight.grad
         return regrow(weight.detach(), masks[name], kept, dropped, growth)
 
-    def _counts_of_all(self, update: Update, weights: Mapping[str, Tensor]) -> dict[str, int]:
-        """{matrix: weights pruned}, chosen among all weights as at one shot."""
-        sizes = _sizes(weights)
-        if self.allocation == "uniform":
-            return uniform_counts(sizes, update.sparsity)
-        counts = global_order(sizes, [update.sparsity], lambda name: weights[name].detach())
-        return {name: pruned for name, (pruned,) in counts.items()}
+    def _counts(self, update: Update, weights: Mapping[str, Tensor], masks: BitMasks) -> dict[str, int]:
+        """{matrix: weights pruned after an update}"""
+        if self.allocation != "global":
+            return counts_by_shape(self.allocation, masks.shapes, update.sparsity)
+        if self.is_revivable:
+            sizes = {name: weight.numel() for name, weight in weights.items()}
+            counts = global_order(sizes, [update.sparsity], lambda name: weights[name].detach())
+            return {name: pruned for name, (pruned,) in counts.items()}
 
-    def _counts_of_kept(self, update: Update, weights: Mapping[str, Tensor], masks: BitMasks) -> dict[str, int]:
-        """{matrix: weights pruned}, where those that are pruned already stay so."""
-        sizes = _sizes(weights)
-        if self.allocation == "uniform":
-            return uniform_counts(sizes, update.sparsity)
-        kept_weights = lambda name: weights[name].detach()[masks[name]]  # noqa: E731
-        return global_counts(sizes, masks.kept, update.sparsity, kept_weights)
+        def kept_weights(name: str) -> Tensor:
+            return weights[name].detach()[masks[name]]
+
+        return global_counts(masks.shapes, masks.kept, update.sparsity, kept_weights)
 
     def check_reached(self, began: BitMasks, ended: BitMasks, sparsity: float) -> None:
         """Raise `RunError` unless a training ended with exactly the zeros of its target.
@@ -98,24 +96,13 @@ class MaskSchedule:
         """
         planned = sum(began.kept.values())
         if self.updates and self.grows is None:
-            sizes = {name: mask.numel() for name, mask in ended.items()}
-            total = sum(sizes.values())
-            uniform = sum(uniform_counts(sizes, sparsity).values())
-            planned = total - (uniform if self.allocation == "uniform" else pruned_count(total, sparsity))
+            total = sum(map(prod, ended.shapes.values()))
+            if self.allocation == "global":
+                planned = total - pruned_count(total, sparsity)
+            else:
+                planned = total - sum(counts_by_shape(self.allocation, ended.shapes, sparsity).values())
         if (found := sum(ended.kept.values())) != planned:
             raise RunError(f"a schedule must end with {planned} kept weights, got {found}. Report it.")
 
 
 FIXED_MASKS = MaskSchedule()
-
-
-def _sizes(weights: Mapping[str, Tensor]) -> dict[str, int]:
-    return {name: weight.numel() for name, weight in weights.items()}
-
-
-def _selected(pruned: Mapping[str, int], name: str, weight: Tensor, masks: BitMasks) -> Change:
-    return select(weight.detach(), masks[name], pruned[name])
-
-
-def _cut(pruned: Mapping[str, int], name: str, weight: Tensor, masks: BitMasks) -> Change:
-    return cut(weight.detach(), masks[name], masks.kept[name], pruned[name])

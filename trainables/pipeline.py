@@ -376,6 +376,7 @@ def _training_metrics(
         "epochs": trained.training.examples / len(work.examples.train),
         "update_rounded_away_fraction": merge.rounded_away_fraction,
         "train_step_flops": trained.step_flops,
+        **({"dynamics": trained.training.summary} if trained.training.summary else {}),
     } | merge.metrics
 
 

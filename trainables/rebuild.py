@@ -38,7 +38,7 @@ def deployed_by(run: Run, ledger: LedgerReader, worker: WorkerCache) -> tuple[Lo
 
 
 def pruned_by(run: Run, ledger: LedgerReader, worker: WorkerCache) -> tuple[LoadedModel, Pruned]:
-    """Make the pruned model that a finished run with fixed masks trained on, and its pruning. Raises as `deployed_by`."""
+    """Make the pruned model on whose fixed masks a finished run trained, and its pruning. Raises as `deployed_by`."""
     stored, loaded = stored_pruning(run, ledger), worker.model(run)
     if stored is None:
         pruned = Pruned.from_masks(worker.pruner.make_into(run, loaded, ()), loaded)

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
+from trainables.dynamics import recorded
 from trainables.loaded import Examples
 from trainables.mode import TrainableModel
 from trainables.run_log import RunLog
@@ -42,6 +43,8 @@ class Training:
     cold_tokens: int = 0
     """of the first `WARM_UP_STEPS` of this process"""
     last_loss: float = math.nan
+    summary: dict[str, float] = field(default_factory=dict)
+    """of what its steps did besides"""
     best_eval_loss: float = math.inf
     seconds_to_best_eval_loss: float | None = None
     budgets: Budgets | None = None
@@ -89,7 +92,8 @@ def train(
     in the log, and the training begins anew. Micro-batches stay as they began, unless `budgets` has no room for them.
     """
     protocol, optimizer = run.own_protocol, trainable.optimizer(run.protocol)
-    hooks = SampledSlices.from_run(run, trainable) or trainable.hooks(optimizer)
+    steps = SampledSlices.from_run(run, trainable) or trainable.hooks(optimizer)
+    hooks = recorded(steps, run, trainable, log.dynamics)
     training, lines = _resume_into(run, trainable, optimizer, hooks, budgets, checkpoint, log)
     budgets = training.budgets or budgets
     if budgets.keeps_effective_weights:
@@ -117,6 +121,7 @@ def train(
             save_training(checkpoint, run.identity, trainable.parameters(), optimizer, so_far)
             saved = time.monotonic()
         yield step
+    training.summary = hooks.summary()
     return training
 
 

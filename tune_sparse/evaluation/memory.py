@@ -42,6 +42,11 @@ SOLUTION_BYTES, SOLVING_BYTES = 5, 28
 """A weight's place in a mask and in a solution; and what it takes while its row is solved: counted."""
 FACTOR_COPIES = 3
 """Of a Hessian while it is factorised, besides its sums: counted."""
+MASK_UPDATE_BYTES = 20
+"""A weight that is dropped and grown takes so much besides itself and its moments: counted."""
+MASK_HISTORIES = 3
+"""Bits of a weight that is trained itself, beside its mask: the mask that it began with, that of the last record, and
+whether it ever revived."""
 MASK_BYTES = 2
 """A weight's place in a mask, and in a comparison."""
 VALIDATE_BYTES = 6
@@ -198,8 +203,15 @@ class CellMemory:
     # Training
 
     def training(self, budgets: Budgets) -> int:
-        """Everything beside the masks: a step, or the loss on the selection examples between two steps."""
-        return max(self.step(budgets), self.selection_loss(budgets))
+        """Everything beside the masks: a step, or what comes between two steps."""
+        return max(self.step(budgets), self.selection_loss(budgets), self.mask_update)
+
+    @property
+    def mask_update(self) -> int:
+        """What is trained, its new masks beside the old ones, and a matrix that is dropped and grown."""
+        if MODES[self.mode].has_adapter:
+            return 0
+        return self.weights + self.trained + self.masks + self.largest * MASK_UPDATE_BYTES
 
     def step(self, budgets: Budgets) -> int:
         """The model, what is trained with its AdamW states, W_eff, activations, logits."""
@@ -242,7 +254,8 @@ class CellMemory:
             return FLOAT * ADAMW_STATES * self.trainable + also
         widened = FLOAT * ADAMW_STATES - self.element
         cast = self.element if self.element != FLOAT else 0
-        return (widened + cast) * self.trainable + self.largest * (self.element + 1) + also
+        beside = self.largest * (self.element + 1) + MASK_HISTORIES * self.masks
+        return (widened + cast) * self.trainable + beside + also
 
     @property
     def _shared_with_copies(self) -> int:

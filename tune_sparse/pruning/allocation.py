@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
@@ -107,6 +108,44 @@ def owl(
 
 def _spread(sparsity: float) -> float:
     return min(OWL_SPREAD, sparsity / 2, (1 - sparsity) / 2)
+
+
+def erk(shapes: Mapping[str, Sequence[int]], sparsities: Sequence[float]) -> Counts:
+    """Each matrix keeps epsilon (n_in + n_out) weights, or all that it has (Evci et al. 2020, arXiv:1911.11134, section
+    3), epsilon such that the total is exact.
+
+    shapes: {matrix: (rows, columns)}. Counts are rounded as by Webster's method, so that they never fall with rising
+    sparsity. Raises `InputError` where a matrix would lose everything.
+    """
+    sizes = {name: rows * columns for name, (rows, columns) in shapes.items()}
+    counts: Counts = {name: [] for name in shapes}
+    for sparsity in sparsities:
+        total = sum(sizes.values())
+        kept = _kept_by_sides(shapes, total - pruned_count(total, sparsity))
+        for name, size in sizes.items():
+            counts[name].append(size - kept[name])
+            check_not_empty(name, size, size - kept[name], sparsity)
+    return counts
+
+
+def _kept_by_sides(shapes: Mapping[str, Sequence[int]], total: int) -> dict[str, int]:
+    """Weights that each matrix keeps of `total`, in proportion to its rows and columns together; where the last ones
+    tie, the earlier matrix keeps one."""
+
+    def kept(epsilon: float) -> dict[str, int]:
+        return {
+            name: min(rows * columns, math.floor(epsilon * (rows + columns) + 0.5))
+            for name, (rows, columns) in shapes.items()
+        }
+
+    low, high = 0.0, 1.0 + max(min(shape) for shape in shapes.values())
+    while low < (middle := (low + high) / 2) < high:
+        low, high = (middle, high) if sum(kept(middle).values()) <= total else (low, middle)
+    found, above = kept(low), kept(high)
+    for name in found:
+        if found[name] < above[name] and sum(found.values()) < total:
+            found[name] += 1
+    return found
 
 
 def outlier_fraction(scores: Callable[[], Iterable[Tensor]]) -> float:

@@ -7,13 +7,14 @@ values.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor
 
-from tune_sparse.pruning.allocation import check_not_empty, lowest_of_all
+from tune_sparse.pruning.allocation import check_not_empty, erk, lowest_of_all, uniform
 from tune_sparse.pruning.masks import pruned_count
 from tune_sparse.pruning.seeded import seeded_uniform
 from tune_sparse.pruning.survival_map import survival_map
@@ -83,19 +84,21 @@ def random_growth(weight: Tensor, seed: int, step: int, name: str) -> Tensor:
     return seeded_uniform(weight.shape, f"{seed}/{step}/{name}").to(weight.device)
 
 
-def uniform_counts(sizes: Mapping[str, int], sparsity: float) -> dict[str, int]:
-    """{matrix: weights pruned}, the same fraction of each, as at one shot."""
-    return {name: pruned_count(size, sparsity) for name, size in sizes.items()}
+def counts_by_shape(allocation: str, shapes: Mapping[str, Sequence[int]], sparsity: float) -> dict[str, int]:
+    """{matrix: weights pruned} as at one shot, by an allocation that knows shapes alone: uniform or erk."""
+    counts = erk(shapes, [sparsity]) if allocation == "erk" else uniform(_sizes(shapes), [sparsity])
+    return {name: pruned for name, (pruned,) in counts.items()}
 
 
 def global_counts(
-    sizes: Mapping[str, int], kept: Mapping[str, int], sparsity: float, kept_scores: Callable[[str], Tensor]
+    shapes: Mapping[str, Sequence[int]], kept: Mapping[str, int], sparsity: float, kept_scores: Callable[[str], Tensor]
 ) -> dict[str, int]:
     """{matrix: weights pruned}, where the lowest scores of the whole model go, of those that are kept by now.
 
     kept_scores(name): of the kept weights, in the order of their positions; asked for three times. Raises `InputError`
     where a matrix would lose everything.
     """
+    sizes = _sizes(shapes)
     total = pruned_count(sum(sizes.values()), sparsity)
     already = {name: size - kept[name] for name, size in sizes.items()}
     more = lowest_of_all(kept, [total - sum(already.values())], kept_scores)
@@ -103,3 +106,7 @@ def global_counts(
     for name, pruned in counts.items():
         check_not_empty(name, sizes[name], pruned, sparsity)
     return counts
+
+
+def _sizes(shapes: Mapping[str, Sequence[int]]) -> dict[str, int]:
+    return {name: prod(shape) for name, shape in shapes.items()}

@@ -62,6 +62,10 @@ class StepHooks:
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from a checkpoint's state."""
 
+    def summary(self) -> dict[str, float]:
+        """Return what a result keeps of it, which must not depend on the machine."""
+        return {}
+
 
 NO_HOOKS = StepHooks()
 
