@@ -11,6 +11,7 @@ from factories import done_record, failed_record, make_cell, make_run
 from hypothesis import given
 from hypothesis import strategies as st
 
+from analysis.read.load import cells_table
 from tune_sparse.config import ScheduleSettings, SweepConfig
 from tune_sparse.errors import InputError
 from tune_sparse.ledger.ledger import Ledger
@@ -76,6 +77,8 @@ def test_levels_on_the_way_are_runs_and_rows_of_the_plan(plan_of: PlanOf) -> Non
     rows = [(row["sparsity"], row["run_id"]) for row in plan.record.cells if row["schedule"] == "iterative"]
     assert rows == [(run.cell.sparsity, run.run_id) for run in plan.runs.values() if run.is_level]
     assert distinct_trainings(plan.config) == len(plan.runs) == 7
+    ways = [row.get("chain_to") for row in plan.record.cells if row["schedule"] == "iterative"]
+    assert ways == [0.3, None, 0.5, 0.5, None]
     assert {row["cell_id"] for row in plan.record.cells} == plan.runs.keys()
 
 
@@ -150,3 +153,15 @@ def test_a_level_is_ready_once_the_one_before_it_is_done(plan_of: PlanOf, tmp_pa
     assert chains.lines() == [f"left: {third.run_id}: its level before, {second.run_id}, is not done"]
     ledger.write_record(first, done_record(first))
     assert Chains(ledger, [second]).is_ready(second)
+
+
+def test_a_table_has_one_level_of_a_sparsity_that_of_the_longest_chain(plan_of: PlanOf, tmp_path: Path) -> None:
+    plan, ledger = plan_of(), Ledger(tmp_path)
+    ledger.write_sweep(plan.record)
+    cells = cells_table([tmp_path])
+    shown = cells[cells["schedule"] == "iterative"]["run_id"]
+    assert [(plan.runs[run_id].cell.sparsity, plan.runs[run_id].protocol.steps) for run_id in shown] == [
+        (0.3, 32),
+        (0.1, 11),
+        (0.5, 32),
+    ]

@@ -210,9 +210,10 @@ class Run:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Run:
+        own: dict[str, Any] = {"cell": Cell(**config["cell"])}
         protocol = dict(config["protocol"])
         protocol["train_also"] = tuple(protocol.get("train_also", ()))
-        own: dict[str, Any] = {"cell": Cell(**config["cell"]), "protocol": Protocol(**protocol)}
+        own["protocol"] = Protocol(**protocol)
         own["budgets"] = BudgetOptions(**config.get("budgets", {}))
         given: Mapping[str, Any] = config.get("schedule_settings", {})
         settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}

@@ -180,11 +180,14 @@ def plan_cells(config: SweepConfig, examples: Examples) -> Plan:
         for own, served_by in (*zip(on_the_way, on_the_way, strict=True), (requested, run)):
             cell_id = readable_id(own.cell, own.identity)
             runs.setdefault(served_by.run_id, served_by)
+            if own is not requested and cell_id in rows:
+                continue
             owner = owners.setdefault(served_by.run_id, cell_id)
             rows[cell_id] = (
                 {"cell_id": cell_id, "run_id": served_by.run_id, "shared_with": None if owner == cell_id else owner}
                 | {"pruning_id": served_by.pruning_id}
                 | asdict(own.cell)
+                | ({} if own is requested else {"chain_to": cell.sparsity})
                 | {"chance": mean_chance(tasks_named(cell.task))}
             )
     described = {name: _plain(value) for name, value in asdict(config).items()}
