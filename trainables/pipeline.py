@@ -359,8 +359,9 @@ def _level_metrics(run: Run, pruned: Pruned) -> dict[str, Any]:
     """What a level of a chain was before its tuning; `_validate` found the same zeros after it."""
     if not run.is_level:
         return {}
+    weights = sum(map(prod, pruned.masks.shapes.values()))
     return {
-        "sparsity_before_tuning": pruned.masks.sparsity,
+        "sparsity_before_tuning": (weights - sum(pruned.masks.kept.values())) / weights,
         "level_steps": run.own_steps,
         "chain_steps_so_far": run.protocol.steps,
     }
