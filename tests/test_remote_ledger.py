@@ -446,3 +446,19 @@ class TestCluster:
         assert record.error is not None
         assert (record.error["class"], record.error["retryable"]) == ("NotReadyError", True)
         assert message in record.error["message"]
+
+
+def test_a_run_that_another_begins_from_is_fetched_once_a_node(
+    remote: RemoteLedger, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(make_cell(mode="masked-finetuning"))
+    with pytest.raises(NotReadyError, match=f"must be done, {run.run_id} is not"):
+        remote.finished(run.run_id)
+    there = write_run(ledger, run, done_record(run))
+    here = remote.finished(run.run_id)
+    assert here != there
+    names = [{path.relative_to(folder) for path in folder.rglob("*")} for folder in (here, there)]
+    assert names[0] == names[1]
+    assert all((here / name).read_bytes() == (there / name).read_bytes() for name in names[0])
+    monkeypatch.setattr(RemoteLedger, "_fetch", None)
+    assert remote.finished(run.run_id) == here

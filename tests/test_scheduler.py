@@ -91,6 +91,28 @@ def test_a_stop_ends_it_whatever_is_left() -> None:
     assert handed_out(source, "a") == [ResourceQueue.FINISHED]
 
 
+def test_what_waits_blocks_nothing_and_has_its_turn_before_what_lies_behind_it() -> None:
+    done: set[str] = set()
+    queue = [{"name": name, "resources": {"CPU": 1}} for name in ("first", "after first", "other", "another")]
+    source = ResourceQueue(
+        {"torch": queue}, dict, lambda: {"CPU": 2}, ready=lambda item: item["name"] != "after first" or "first" in done
+    )
+    assert handed_out(source, "abc") == ["first", "other", None]
+    done.add("first")
+    source.on_trial_complete("a")
+    assert handed_out(source, "d") == ["after first"]
+    source.on_trial_complete("b")
+    assert handed_out(source, "e") == ["another"]
+
+
+def test_what_never_may_begin_is_never_waited_for() -> None:
+    queue = [{"name": name, "resources": {"CPU": 1}} for name in ("first", "after first")]
+    source = ResourceQueue({"torch": queue}, dict, lambda: {"CPU": 2}, ready=lambda item: item["name"] == "first")
+    assert handed_out(source, "ab") == ["first", None], "it may still have to be tried again"
+    source.on_trial_complete("a", error=True)
+    assert handed_out(source, "c") == [ResourceQueue.FINISHED]
+
+
 def test_a_node_that_joins_is_used_and_one_that_left_is_waited_for(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

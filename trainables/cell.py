@@ -53,7 +53,7 @@ class CellTrainable(tune.Trainable):
         ledger = connect_ledger(Path(trial["results_dir"]), trial["token"])
         self._steps = run_cell(run, ledger, self._worker, train_stage, trial["resources"])
         self._watchdog = partial(watchdog, ledger.hang_report(run.run_id), trial["hang_seconds"])
-        self._result: dict[str, Any] = {"run_id": run.run_id, "steps": run.protocol.steps, "step": 0}
+        self._result: dict[str, Any] = {"run_id": run.run_id, "steps": run.own_steps, "step": 0}
 
     def step(self) -> dict[str, Any]:
         until = time.monotonic() + REPORT_SECONDS

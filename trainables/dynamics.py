@@ -53,7 +53,7 @@ class Dynamics:
 
     def __init__(self, run: Run, updates: Sequence[Update], parameters: int, write: Callable[[Line], None]) -> None:
         """parameters: of the whole model, tied ones once. write: gets each record, also those of a restored state."""
-        self._settings, self._steps = run.schedule_settings, run.protocol.steps
+        self._settings, self._steps = run.schedule_settings, run.own_steps
         self._first_target = run.starting_sparsity
         self._at = {update.step for update in updates}
         self._parameters, self._write = parameters, write

@@ -341,12 +341,30 @@ def _score_metrics(scores: Scores, before_tuning: Metrics) -> dict[str, Any]:
 
 def _pruning_metrics(work: Work, pruned: Pruned, scores: Scores, actual_sparsity: float) -> dict[str, Any]:
     shape = work.loaded.dims
+    return (
+        {
+            "actual_sparsity": actual_sparsity,
+            "mask_sha256": pruned.checksum,
+            "weights_sha256": scores.weights_sha256,
+            "inference_flops": {
+                str(tokens): inference_flops(pruned.masks, shape, tokens) for tokens in SEQUENCE_LENGTHS
+            },
+        }
+        | pruned.calibration_metrics(work.run, shape)
+        | _level_metrics(work.run, pruned)
+    )
+
+
+def _level_metrics(run: Run, pruned: Pruned) -> dict[str, Any]:
+    """What a level of a chain was before its tuning; `_validate` found the same zeros after it."""
+    if not run.is_level:
+        return {}
+    weights = sum(map(prod, pruned.masks.shapes.values()))
     return {
-        "actual_sparsity": actual_sparsity,
-        "mask_sha256": pruned.checksum,
-        "weights_sha256": scores.weights_sha256,
-        "inference_flops": {str(tokens): inference_flops(pruned.masks, shape, tokens) for tokens in SEQUENCE_LENGTHS},
-    } | pruned.calibration_metrics(work.run, shape)
+        "sparsity_before_tuning": (weights - sum(pruned.masks.kept.values())) / weights,
+        "level_steps": run.own_steps,
+        "chain_steps_so_far": run.protocol.steps,
+    }
 
 
 def _training_metrics(

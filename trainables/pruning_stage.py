@@ -11,6 +11,7 @@ from torch import Tensor
 
 from trainables.hardware import environment
 from trainables.inputs import load_planned_calibration_text
+from trainables.levels import check_only_loses, restore_level_into
 from trainables.loaded import LoadedModel
 from tune_sparse.data.splits import Encoded
 from tune_sparse.errors import RunError
@@ -78,7 +79,7 @@ class Pruned:
             "recover": run.protocol.recover if run.is_recovered else None,
             "recovery": list(self.recovery),
             "pruning_id": run.pruning_id,
-        }
+        } | ({"level_before": before.run_id} if (before := run.level_before) else {})
 
     def tokens_seen(self) -> dict[str, int]:
         return {} if self.calibration_tokens is None else {TOKENS_SEEN: self.calibration_tokens}
@@ -113,11 +114,46 @@ class Pruner:
         self._statistics: dict[tuple[Any, ...], CalibrationStats] = {}
 
     def prune_into(self, run: Run, loaded: LoadedModel, train: Sequence[Encoded], store: RunStore) -> Pruned:
-        """Prune the model, which has its dense weights, in place: as stored, or as it is stored now.
+        """Prune the model, which has its dense weights, in place: as stored, or as it is stored now. A level of a chain
+        begins with the weights of the level before it.
 
         train: the task's training examples. Raises `RunError` for masks that break a rule, `NotReadyError` for a
-        stored pruning that is not whole.
+        stored pruning that is not whole, and as `restore_level_into`.
         """
+        before = run.level_before
+        if before is None:
+            return self._stored_into(run, loaded, train, store)
+        kept = self._masks(before, loaded, store)
+        if run.schedule_settings.rescore:
+            level = restore_level_into(before, kept, loaded, store)
+            pruned = self._stored_into(run, level, train, store, kept)
+        else:
+            masks = self._stored_into(run, loaded, train, store).masks
+            level = restore_level_into(before, kept, loaded, store)
+            mask_weights_into(level.model, masks)
+            pruned = Pruned.from_masks(masks, level)
+        check_only_loses(kept, pruned.masks)
+        return pruned
+
+    def _masks(self, run: Run, loaded: LoadedModel, store: RunStore) -> BitMasks:
+        """The masks of a finished run. The model has its dense weights, before and after."""
+        if stored := store.pruning(run):
+            return read_masks(stored, loaded.model.device)
+        if run.pruning_id is not None:
+            raise RunError(f"a level needs the masks of the level before it, {run.pruning_id} is gone. Copy it there.")
+        masks = self.make_into(run, loaded, ())
+        loaded.dense_weights.restore_into(loaded.model)
+        return masks
+
+    def _stored_into(
+        self,
+        run: Run,
+        loaded: LoadedModel,
+        train: Sequence[Encoded],
+        store: RunStore,
+        kept: BitMasks | None = None,
+    ) -> Pruned:
+        """kept: masks that the model has already. Raises as `prune_into`."""
         if run.pruning_id is None:
             return Pruned.from_masks(self.make_into(run, loaded, train), loaded)
         stored = store.pruning(run)
@@ -128,7 +164,7 @@ class Pruner:
                 seen |= {TOKENS_SEEN: count_tokens(examples)}
                 if run.is_recovered:
                     check_windows(len(examples))
-            masks = self.make_into(run, loaded, train)
+            masks = self.make_into(run, loaded, train, kept)
             if run.is_recovered:
                 seen |= {RECOVERY: recover_into(run, loaded, masks, train)}
             updated = prunable_weights(loaded.model) if run.updates_weights else None
@@ -139,19 +175,24 @@ class Pruner:
                 loaded.dense_weights.restore_into(loaded.model)
         return read_into(stored, loaded)
 
-    def make_into(self, run: Run, loaded: LoadedModel, train: Sequence[Encoded]) -> BitMasks:
-        """Prune the model in place by its run's method, whatever is stored. Raises as `prune_into`."""
+    def make_into(
+        self, run: Run, loaded: LoadedModel, train: Sequence[Encoded], kept: BitMasks | None = None
+    ) -> BitMasks:
+        """Prune the model in place by its run's method, whatever is stored. Raises as `prune_into`.
+
+        kept: masks that it has already; without them it has its dense weights.
+        """
         sparsity, seed = run.starting_sparsity, run.cell.seed
-        calibration = self._calibration(run, loaded, train) if run.is_calibrated else None
-        masks = prune_into(loaded.model, run.cell.method, loaded.dims, sparsity, seed, calibration)
+        calibration = self._calibration(run, loaded, train, kept is None) if run.is_calibrated else None
+        masks = prune_into(loaded.model, run.cell.method, loaded.dims, sparsity, seed, calibration, kept)
         violations = mask_violations(masks, sparsity)
         if violations:
             raise RunError("masks must be valid: " + "; ".join(violations))
         return masks
 
-    def _calibration(self, run: Run, loaded: LoadedModel, train: Sequence[Encoded]) -> Calibration:
+    def _calibration(self, run: Run, loaded: LoadedModel, train: Sequence[Encoded], is_dense: bool) -> Calibration:
         examples = calibration_windows(run, loaded, train)
-        statistics = self._measured(run, loaded, examples)
+        statistics = self._measured(run, loaded, examples) if is_dense else measure(run, loaded, examples)
         return Calibration(examples, statistics, run.protocol.calibration_order == "sequential")
 
     def _measured(self, run: Run, loaded: LoadedModel, examples: Sequence[Encoded]) -> CalibrationStats:
@@ -166,9 +207,14 @@ class Pruner:
         if key not in self._statistics:
             if method.needs.gradients:
                 self._statistics = {k: found for k, found in self._statistics.items() if not found.gradients}
-            model = Prunable.from_weights(prunable_weights(loaded.model), loaded.dims)
-            self._statistics[key] = measured([method], model, ModelBlocks(loaded.model), examples)
+            self._statistics[key] = measure(run, loaded, examples)
         return self._statistics[key]
+
+
+def measure(run: Run, loaded: LoadedModel, examples: Sequence[Encoded]) -> CalibrationStats:
+    """Measure what the run's method uses of its calibration examples, on the model as its weights are now."""
+    model = Prunable.from_weights(prunable_weights(loaded.model), loaded.dims)
+    return measured([method_named(run.cell.method)], model, ModelBlocks(loaded.model), examples)
 
 
 def recover_into(run: Run, loaded: LoadedModel, masks: BitMasks, train: Sequence[Encoded]) -> list[dict[str, Any]]:

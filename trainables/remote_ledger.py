@@ -27,7 +27,7 @@ from tune_sparse.identity import hash_json
 from tune_sparse.ledger.contracts import RunStore
 from tune_sparse.ledger.lease import is_locked_with
 from tune_sparse.ledger.ledger import Ledger
-from tune_sparse.ledger.prunings import DESCRIPTION, StoredPruning, read_pruning, take_free_name
+from tune_sparse.ledger.prunings import DESCRIPTION, StoredPruning, file_sha256, read_pruning, take_free_name
 from tune_sparse.ledger.run import Run
 from tune_sparse.pruning.bit_masks import BitMasks
 from tune_sparse.watchdog import heartbeat
@@ -35,7 +35,7 @@ from tune_sparse.watchdog import heartbeat
 PIECE_BYTES = 16 * 2**20
 """A file is sent in pieces of this size: neither end holds more of it in memory."""
 KEPT_SECONDS = 7 * 24 * 3600.0
-"""A node keeps a pruning that it fetched for so long after its last use: longer than any run that reads it."""
+"""A node keeps a pruning or a run that it fetched for so long after its last use: longer than any run that reads it."""
 
 
 @dataclass(frozen=True)
@@ -122,9 +122,15 @@ class LedgerServer:
             stored.verify()
         return stored
 
-    def piece(self, pruning_id: str, file: str, start: int) -> bytes:
-        """`PIECE_BYTES` of a file of a pruning, from byte `start` on; less at its end."""
-        with (self._ledger.pruning_folder(pruning_id) / file).open("rb") as stream:
+    def finished(self, run_id: str) -> dict[str, str]:
+        """{file: SHA-256} of a run that is done. Raises as the ledger's."""
+        folder = self._ledger.finished(run_id)
+        paths = sorted(path for path in folder.rglob("*") if path.is_file())
+        return {path.relative_to(folder).as_posix(): file_sha256(path) for path in paths}
+
+    def piece(self, file: str, start: int) -> bytes:
+        """`PIECE_BYTES` of a file of the results folder, from byte `start` on; less at its end."""
+        with (self._ledger.folder / file).open("rb") as stream:
             stream.seek(start)
             return stream.read(PIECE_BYTES)
 
@@ -187,7 +193,7 @@ class RemoteLedger:
     def __init__(self, server: Any) -> None:
         node = cache_dir() / "remote" / socket.gethostname()
         self._server, self._local = server, Ledger(own_folder(node))
-        self._checkpoints, self._prunings = node / "checkpoints", node / "prunings"
+        self._checkpoints, self._prunings, self._runs = node / "checkpoints", node / "prunings", node / "runs"
         kept = {path.stem: path for path in self._checkpoints.glob("*.pt")}
         for run_id in self._ask(server.done, list(kept)) if kept else ():
             kept[run_id].unlink(missing_ok=True)
@@ -240,7 +246,7 @@ class RemoteLedger:
         here = self._kept(there)
         if not here.exists():
             _remove_unused(self._prunings)
-            self._fetch(run.pruning_id, there, here)
+            self._fetch(there.folder.relative_to(there.folder.parents[1]), [*there.bytes_by_file, DESCRIPTION], here)
         try:
             kept = read_pruning(here, run.pruning_settings)
         except InputError:
@@ -269,13 +275,24 @@ class RemoteLedger:
         """The place of a pruning on this node: prunings of one identity that differ have two."""
         return self._prunings / f"{pruning.folder.name}_{hash_json(pruning.sha256_by_file)[:8]}"
 
-    def _fetch(self, pruning_id: str, there: StoredPruning, here: Path) -> None:
+    def finished(self, run_id: str) -> Path:
+        """Fetch a run from the driver, once a node."""
+        there: dict[str, str] = self._ask(self._server.finished, run_id)
+        here = self._runs / f"{run_id}_{hash_json(there)[:8]}"
+        if not here.exists():
+            _remove_unused(self._runs)
+            self._fetch(Path("runs", run_id), there, here)
+        os.utime(here)
+        return here
+
+    def _fetch(self, folder: Path, files: Iterable[str], here: Path) -> None:
+        """Fetch files of a folder, named within the results folder; `here` appears when all are there."""
         partial = aside(here)
-        partial.mkdir(parents=True)
         try:
-            for file in (*there.bytes_by_file, DESCRIPTION):
+            for file in files:
+                (partial / file).parent.mkdir(parents=True, exist_ok=True)
                 with (partial / file).open("wb") as stream:
-                    while piece := self._ask(self._server.piece, pruning_id, file, stream.tell()):
+                    while piece := self._ask(self._server.piece, str(folder / file), stream.tell()):
                         stream.write(piece)
                         heartbeat()
             take_free_name(partial, here)
@@ -306,9 +323,9 @@ def read_pieces(path: Path) -> Iterator[bytes]:
             yield piece
 
 
-def _remove_unused(prunings: Path) -> None:
-    """Make room on a node: prunings that no worker asked for in `KEPT_SECONDS` go."""
-    for path in prunings.glob("*"):
+def _remove_unused(fetched: Path) -> None:
+    """Make room on a node: prunings, or runs, that no worker asked for in `KEPT_SECONDS` go."""
+    for path in fetched.glob("*"):
         with suppress(FileNotFoundError):  # another worker was faster
             if time.time() - path.stat().st_mtime > KEPT_SECONDS:
                 shutil.rmtree(path, ignore_errors=True)

@@ -48,14 +48,11 @@ def rerun(run: Run, ledger: LedgerReader) -> Comparison:
     Raises `InputError` where the run cannot be repeated here: other weights or examples, a stored pruning that is gone,
     or a training that fails.
     """
-    recorded, stored = ledger.record(run.run_id), stored_pruning(run, ledger)
+    recorded = ledger.record(run.run_id)
     assert recorded is not None
     with tempfile.TemporaryDirectory(prefix="tune-sparse-rerun-") as scratch:
         again = Ledger(Path(scratch))
-        if stored is not None:
-            place = again.pruning_folder(stored.folder.name)
-            place.parent.mkdir()
-            place.symlink_to(stored.folder.resolve())
+        _lend(run, ledger, again)
         try:
             repeated = _finished(_as_recorded(run, recorded), again)
         except NotReadyError as error:
@@ -64,6 +61,21 @@ def rerun(run: Run, ledger: LedgerReader) -> Comparison:
             raise InputError(f"{run.run_id} cannot be repeated here: {repeated.error['message']}")
         before, after = (read_outcomes(place.run_folder(run.run_id) / "examples.parquet") for place in (ledger, again))
     return compared(recorded, repeated, before, after, same_bits(recorded.environment))
+
+
+def _lend(run: Run, ledger: LedgerReader, again: Ledger) -> None:
+    """Let the scratch folder have what `run` begins from: the stored pruning, and of a level the level before it."""
+    before = run.level_before
+    for own in (run, before) if before else (run,):
+        if stored := stored_pruning(own, ledger):
+            _link(again.pruning_folder(stored.folder.name), stored.folder)
+    if before:
+        _link(again.run_folder(before.run_id), ledger.run_folder(before.run_id))
+
+
+def _link(place: Path, target: Path) -> None:
+    place.parent.mkdir(exist_ok=True)
+    place.symlink_to(target.resolve())
 
 
 def _as_recorded(run: Run, recorded: Record) -> Run:

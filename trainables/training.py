@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Generator
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from tune_sparse.ledger.run import Run
 from tune_sparse.lora.masked_linear import keep_for_steps
 from tune_sparse.training.budgets import Budgets
 from tune_sparse.training.checkpoint import BrokenStateError, restore_into, save_training
-from tune_sparse.training.loop import Step, StepHooks, accelerator_for, fit, mean_loss
+from tune_sparse.training.loop import Step, StepHooks, accelerator_for, fit, learning_rate_at, mean_loss
 
 CHECKPOINT_SECONDS = 300.0
 """A killed training loses at most so much of its work, and one that is shorter never writes a checkpoint."""
@@ -90,7 +91,7 @@ def train(
     It goes on from `checkpoint` if that is one of this run; one that cannot be read whole is left alone, with a line
     in the log, and the training begins anew. Micro-batches stay as they began, unless `budgets` has no room for them.
     """
-    protocol, optimizer = run.protocol, trainable.optimizer(run.protocol)
+    protocol, optimizer = run.own_protocol, trainable.optimizer(run.protocol)
     steps = SampledSlices.from_run(run, trainable) or trainable.hooks(optimizer)
     hooks = recorded(steps, run, trainable, log.dynamics)
     training, lines = _resume_into(run, trainable, optimizer, hooks, budgets, checkpoint, log)
@@ -104,8 +105,9 @@ def train(
 
     saved, first = time.monotonic(), training.steps
     accelerator = accelerator_for(trainable.mixed_precision)
+    rate_at = partial(chain_rate_at, run=run) if run.chain_steps else None
     for step in fit(
-        trainable.model, optimizer, examples.train, protocol, run.draw_seed, first, accelerator, hooks, budgets
+        trainable.model, optimizer, examples.train, protocol, run.draw_seed, first, accelerator, hooks, budgets, rate_at
     ):
         training.add(step, cold=step.step - first <= WARM_UP_STEPS)
         note(step=step.step, train_loss=step.loss, learning_rate=step.learning_rate)
@@ -121,6 +123,13 @@ def train(
         yield step
     training.summary = hooks.summary()
     return training
+
+
+def chain_rate_at(step: int, run: Run) -> float:
+    """The learning rate of a level's step, from 0, by the one schedule of its whole chain."""
+    assert run.chain_steps is not None
+    before = run.protocol.steps - run.own_steps
+    return learning_rate_at(before + step, replace(run.protocol, steps=run.chain_steps))
 
 
 def _resume_into(

@@ -10,6 +10,8 @@ from types import MappingProxyType
 from typing import Any
 
 ONE_SHOT, ITERATIVE = "one-shot", "iterative"
+LEVELS = (0.1, 0.3, 0.5, 0.7, 0.8)
+"""Sparsities on the way of a chain, of which a cell takes those below its own."""
 MIN_UPDATES = 3
 """A training with fewer updates of its masks than that is refused: it hardly differs from a one-shot one."""
 
@@ -24,6 +26,15 @@ class Update:
     """of the masks after it"""
     drop_fraction: float = 0.0
     """of the kept weights, dropped and grown elsewhere"""
+
+
+@dataclass(frozen=True)
+class Level:
+    """One level of a chain: the weights are pruned to it, then tuned."""
+
+    sparsity: float
+    steps: int
+    """of its own tuning"""
 
 
 Planner = Callable[[Mapping[str, Any], float, int], list[Update]]
@@ -79,6 +90,8 @@ class Schedule:
     """Its values of settings that are unset."""
     starts_dense: bool = False
     """Its training begins with every weight."""
+    in_levels: bool = False
+    """A training of it is a chain of levels, each of them a run that begins from the one before."""
     grows: str | None = None
     """By what dropped weights are replaced: "random", or the dense "gradient"; None if they are not."""
 
@@ -90,6 +103,21 @@ class Schedule:
     def plan(self, settings: Any, target: float, steps: int) -> list[Update]:
         """The updates of masks in one training of so many steps, by a `ScheduleSettings`."""
         return self.planner(self.read(settings), target, steps) if self.planner else []
+
+    def levels(self, settings: Any, target: float, steps: int) -> list[Level]:
+        """The levels of a chain below `target`, closed by it, each with `steps_per_level` steps or its part of `steps`.
+
+        What cannot be divided goes to the first levels, one step each, so that each level but the last is also the
+        last one of a chain that ends with it.
+        """
+        if not self.in_levels or not target:
+            return []
+        read = self.read(settings)
+        sparsities = (*(level for level in read["levels"] if level < target), target)
+        if read["steps_per_level"] is not None:
+            return [Level(sparsity, read["steps_per_level"]) for sparsity in sparsities]
+        share, more = divmod(steps, len(sparsities))
+        return [Level(sparsity, share + (number < more)) for number, sparsity in enumerate(sparsities)]
 
 
 def mean_sparsity(first: float, updates: Sequence[Update], steps: int) -> float:
@@ -114,6 +142,8 @@ SCHEDULES = {
     ITERATIVE: Schedule(
         about="level after level: the weights as they are by then are pruned further, then tuned",
         settings=("levels", "steps_per_level", "rescore", "restart_learning_rate"),
+        defaults={"levels": LEVELS},
+        in_levels=True,
     ),
     "set": Schedule(
         about="at one sparsity, beginning with the masks of the method, the smallest weights are dropped and as many "

@@ -272,7 +272,7 @@ def unproven_number(results: Results) -> Detections:
 
 
 def _unproved(e: RunFiles) -> Iterator[str]:
-    metrics, steps = e.record.metrics, e.run.protocol.steps
+    metrics, steps = e.record.metrics, e.run.own_steps
     if len(e.losses) != steps:
         yield f"{steps} steps were requested, metrics.jsonl has the losses of {len(e.losses)}"
     elif e.losses[-1] != metrics["train_loss"]:

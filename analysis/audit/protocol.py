@@ -42,9 +42,10 @@ def protocol(results: Results) -> Detections:
 
 def compared_settings(run: Run) -> dict[str, Any]:
     """The settings of a run's protocol that change its numbers; those of a calibration where it has one, and the
-    recovery of a pruned model."""
+    recovery of a pruned model. Levels of one chain differ in their steps, and none is paired with a run of others."""
     unread = {*UNCOMPARED_SETTINGS, *(() if run.is_calibrated else CALIBRATION_SETTINGS)}
     unread |= set() if run.is_pruned else {"recover"}
+    unread |= {"steps"} if run.is_level else set()
     return {name: value for name, value in asdict(run.protocol).items() if name not in unread}
 
 

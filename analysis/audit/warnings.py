@@ -101,7 +101,7 @@ def answers_cut(results: Results) -> Detections:
 
 
 def few_steps(results: Results) -> Detections:
-    short = [e for e in results.done if e.run.protocol.steps < FEW_STEPS]
+    short = [e for e in results.done if e.run.own_steps < FEW_STEPS]
     if short:
         yield f"{len(short)} runs have a throughput of fewer than {FEW_STEPS} steps", _ids(short)
 

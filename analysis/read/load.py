@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import pandas as pd
 
 from analysis.read.results import READING_ERRORS
-from tune_sparse.config import FLOPS_TOKENS
+from tune_sparse.config import FLOPS_TOKENS, Cell
 from tune_sparse.config.protocol import CALIBRATION_SETTINGS, UNCOMPARED_SETTINGS
 from tune_sparse.data.task_types import METRICS
 from tune_sparse.errors import unknown_name
@@ -109,7 +110,20 @@ def _requested_cells(ledger: LedgerReader, sweep_ids: Sequence[str] | None) -> l
     for sweep in sweeps.values():
         for cell in sweep.cells if sweep_ids is None or sweep.sweep_id in sweep_ids else ():
             cells.setdefault(cell["cell_id"], cell)
-    return list(cells.values())
+    return _of_longest_chains(list(cells.values()))
+
+
+def _of_longest_chains(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Leave out levels on the way that have the sparsity of a cell that was asked for, or of a level on a longer way:
+    chains of different length have different steps at one sparsity, and a table shows one of them."""
+
+    def setting(cell: Mapping[str, Any]) -> tuple[Any, ...]:
+        return tuple(cell.get(name) for name in Cell.__dataclass_fields__)
+
+    longest: dict[tuple[Any, ...], float] = {}
+    for cell in cells:
+        longest[setting(cell)] = max(longest.get(setting(cell), 0.0), cell.get("chain_to", math.inf))
+    return [cell for cell in cells if cell.get("chain_to", math.inf) == longest[setting(cell)]]
 
 
 def _protocol_id(ledger: LedgerReader, run_id: str) -> str | None:

@@ -206,6 +206,7 @@ def _make_graphs(plan: Plan, chosen: argparse.Namespace) -> int:
 
 def _dry_run(config: SweepConfig, chosen: argparse.Namespace) -> int:
     from tune_sparse.ledger.ledger import Ledger
+    from tune_sparse.sweep.chains import chain_lines, chains_of
     from tune_sparse.sweep.estimate import estimate, known_sizes, plan_sizes, trained_cells
     from tune_sparse.sweep.examples import read_examples
     from tune_sparse.sweep.plan import check_names, distinct_trainings, plan_cells, requested_cells
@@ -228,13 +229,15 @@ def _dry_run(config: SweepConfig, chosen: argparse.Namespace) -> int:
         cells, sizes = trained_cells(config), known_sizes(config, examples)
     else:
         _add_forecast_into(values, lines, plan, chosen.retry_failed)
-        cells, sizes = [plan.runs[run_id].cell for run_id in values["missing"]], plan_sizes(plan)
+        missing = (plan.runs[run_id] for run_id in values["missing"])
+        cells, sizes = [(run.cell, run.own_steps) for run in missing], plan_sizes(plan)
     _add_estimate_into(values, lines, estimate(config, cells, sizes, cards), sizes)
     price = seed_price(config, sizes, cards, plan, Ledger(config.results_dir))
     protocol = protocol_in_use(config, plan.examples if plan else examples)
-    updates = planned_updates(config)
+    updates, chains = planned_updates(config), chains_of(config)
     values |= {"seeds": asdict(price), "protocol": asdict(protocol), "updates": [asdict(found) for found in updates]}
-    lines += [*price.lines(), *protocol.lines(), *planned_lines(updates)]
+    values["levels"] = [[asdict(level) for level in levels] for levels in chains]
+    lines += [*price.lines(), *protocol.lines(), *planned_lines(updates), *chain_lines(chains)]
     print(json.dumps(values) if chosen.json else "\n".join(lines))
     return FAULT if "not_ready" in values else OK
 

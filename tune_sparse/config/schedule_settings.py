@@ -10,7 +10,7 @@ from tune_sparse.config.options import option, rule
 from tune_sparse.config.protocol import Protocol
 from tune_sparse.errors import unknown_name
 from tune_sparse.modes import MODES
-from tune_sparse.schedules import MIN_UPDATES, ONE_SHOT, SCHEDULES
+from tune_sparse.schedules import LEVELS, MIN_UPDATES, ONE_SHOT, SCHEDULES
 
 CURVES = {
     "linear": "by the same amount each time",
@@ -48,13 +48,15 @@ class ScheduleSettings:
     levels: tuple[float, ...] | None = option(
         "iterative: rising sparsities on the way, of which a cell takes those below its own",
         None,
-        unset="so 0.1 0.3 0.5 0.7 0.8",
+        unset="so " + " ".join(f"{level:g}" for level in LEVELS),
     )
     steps_per_level: int | None = option(
-        "iterative: optimizer steps after each level", None, unset="so `steps` are divided among the levels"
+        "iterative: optimizer steps of each level", None, unset="so `steps` are divided among the levels of a cell"
     )
     rescore: bool = option("iterative: every level is scored on the weights as they are by then", True)
-    restart_learning_rate: bool = option("iterative: warm-up and decay begin anew with each level", True)
+    restart_learning_rate: bool = option(
+        "iterative: warm-up and decay of the learning rate begin anew with each level, instead of once for all", True
+    )
     dynamics_every: int = option(
         "masked-finetuning: steps between two records of the masks, besides one at each update", 100
     )

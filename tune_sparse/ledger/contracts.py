@@ -43,6 +43,9 @@ class RunStore(Protocol):
     def write_pruned_baseline(self, baseline_id: str, value: dict[str, Any], outcomes: Iterable[Outcome]) -> None:
         """Keep the metrics of a pruned model before tuning, unless another worker did."""
 
+    def finished(self, run_id: str) -> Path:
+        """Return a folder with all files of a run that is done, to be read. Raises `NotReadyError` for another run."""
+
     def pruning(self, run: Run) -> StoredPruning | None:
         """Return the stored pruning that a run trains on; None if nobody made it yet, or its method stores none.
 

@@ -26,6 +26,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tune_sparse.errors import NotReadyError
 from tune_sparse.evaluation.outcomes import Outcome, write_outcomes
 from tune_sparse.files import aside, flush, read_json, write_json
 from tune_sparse.ledger.prunings import DESCRIPTION, StoredPruning, read_pruning
@@ -69,6 +70,11 @@ class Ledger:
 
     def is_done(self, run_id: str) -> bool:
         return is_done(self.run_folder(run_id))
+
+    def finished(self, run_id: str) -> Path:
+        if not self.is_done(run_id):
+            raise NotReadyError(f"a run that others begin from must be done, {run_id} is not. Start its sweep again.")
+        return self.run_folder(run_id)
 
     @contextmanager
     def writing(self, run_id: str) -> Iterator[Path]:

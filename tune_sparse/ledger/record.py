@@ -37,7 +37,8 @@ class SweepRecord:
     config: dict[str, Any]
     cells: tuple[dict[str, Any], ...]
     """the fields of a `Cell`, with cell_id, run_id, pruning_id (None where the run's method stores none), shared_with
-    (the cell_id that owns the run, or None), chance"""
+    (the cell_id that owns the run, or None), chance; of a level on the way to a cell also chain_to, that cell's
+    sparsity"""
 
 
 def read_record(folder: Path) -> Record | None:

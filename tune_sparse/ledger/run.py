@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,41 @@ class Run:
     budgets: BudgetOptions = BudgetOptions()
     """What its user set of the budgets. Only with dropout a micro-batch changes more than the order of additions."""
     schedule_settings: ScheduleSettings = ScheduleSettings()
+    """Of a level of a chain, `levels` are all up to its own, among which the steps of its protocol are divided."""
+    chain_steps: int | None = None
+    """Steps of the whole chain of which it is a level, if one learning-rate schedule goes over all of it."""
+
+    @property
+    def is_level(self) -> bool:
+        return SCHEDULES[self.cell.schedule].in_levels
+
+    @property
+    def level_before(self) -> Run | None:
+        """The run that it begins from: the level before it in its chain. None for a first level, or without levels."""
+        settings, protocol = self.schedule_settings, self.protocol
+        if not self.is_level or len(settings.levels or ()) < 2:
+            return None
+        levels = (settings.levels or ())[:-1]
+        return replace(
+            self,
+            cell=replace(self.cell, sparsity=levels[-1]),
+            protocol=replace(protocol, steps=protocol.steps - self.own_steps),
+            schedule_settings=replace(settings, levels=levels),
+        )
+
+    @property
+    def own_steps(self) -> int:
+        """Optimizer steps of its own training: of a level, those after its pruning alone."""
+        levels = len(self.schedule_settings.levels or ()) if self.is_level else 1
+        return self.protocol.steps // max(1, levels)
+
+    @property
+    def own_protocol(self) -> Protocol:
+        """The protocol of its own training: of a level, with its own steps alone."""
+        if not self.is_level:
+            return self.protocol
+        warmup_steps = self.protocol.warmup_steps if self.chain_steps is None else 0
+        return replace(self.protocol, steps=self.own_steps, warmup_steps=warmup_steps)
 
     @property
     def is_pruned(self) -> bool:
@@ -81,7 +117,7 @@ class Run:
         c = self.cell
         return int(hash_json([self.model_fingerprint, c.task, c.method, c.sparsity, c.seed])[:8], 16)
 
-    @property
+    @cached_property
     def identity(self) -> str:
         """SHA-256 of the canonical run; places on disk and budgets are left out."""
         return hash_json(self._identified())
@@ -93,7 +129,8 @@ class Run:
 
     @property
     def pruned_baseline_id(self) -> str:
-        """Names the accuracy before tuning, which neither the mode nor the training changes."""
+        """Names the accuracy before tuning, which neither the mode nor the training changes; but for a level of a
+        chain, which was tuned before it was pruned."""
         c, p = self.cell, self.protocol
         if SCHEDULES[c.schedule].starts_dense:
             return replace(self, cell=replace(c, method="none", sparsity=0.0, schedule=ONE_SHOT)).pruned_baseline_id
@@ -102,6 +139,7 @@ class Run:
         inputs = (NUMERICS_VERSION, self.model_fingerprint, self.data_fingerprint, self.prompt_version)
         pruned = [p.calibrated_by, self.calibration_fingerprint] if self.is_calibrated else []
         pruned += [p.recover] if self.is_recovered else []
+        pruned += [self.identity] if self.level_before else []
         identity = hash_json([c.model, c.task, c.method, c.sparsity, c.backend, seed, *scored, *inputs, *pruned])
         return readable_id(Cell(c.model, c.task, c.method, c.sparsity, "pruned-baseline", seed, c.backend), identity)
 
@@ -110,13 +148,19 @@ class Run:
         """Everything that decides a stored pruning: neither mode, nor training, nor budgets. None where a method's
         prunings are not stored."""
         c, method = self.cell, METHODS.get(self.cell.method)
-        if method is None or not c.sparsity or not (method.is_stored or self.is_recovered):
+        if method is None or not c.sparsity or not (method.is_stored or self.is_recovered or self._rescored):
             return None
         settings = {"model": c.model, "method": c.method, "sparsity": c.sparsity, "precision": self.protocol.precision}
         settings |= {"model_fingerprint": self.model_fingerprint, "numerics_version": NUMERICS_VERSION}
         settings |= {"seed": c.seed} if method.needs.seed else {}
         settings |= {"recover": self.protocol.recover} if self.is_recovered else {}
+        settings |= {"level_before": rescored.identity} if (rescored := self._rescored) else {}
         return settings | (self._calibration if self.is_calibrated else {})
+
+    @property
+    def _rescored(self) -> Run | None:
+        """The level before it, if its weights and not the dense ones are scored."""
+        return self.level_before if self.schedule_settings.rescore else None
 
     @property
     def _calibration(self) -> dict[str, Any]:
@@ -142,7 +186,7 @@ class Run:
         places = {"model_path", "data_dir", "budgets"}
         if not self.is_calibrated:
             places |= {"calibration_fingerprint"}
-        places |= {name for name in ("cerebras", "super_adapter") if getattr(self, name) is None}
+        places |= {name for name in ("cerebras", "super_adapter", "chain_steps") if getattr(self, name) is None}
         known = {name: value for name, value in asdict(self).items() if name not in places}
         if not self.is_calibrated:
             known["protocol"] = {k: v for k, v in known["protocol"].items() if k not in CALIBRATION_SETTINGS}
@@ -166,9 +210,10 @@ class Run:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Run:
+        own: dict[str, Any] = {"cell": Cell(**config["cell"])}
         protocol = dict(config["protocol"])
         protocol["train_also"] = tuple(protocol.get("train_also", ()))
-        own: dict[str, Any] = {"cell": Cell(**config["cell"]), "protocol": Protocol(**protocol)}
+        own["protocol"] = Protocol(**protocol)
         own["budgets"] = BudgetOptions(**config.get("budgets", {}))
         given: Mapping[str, Any] = config.get("schedule_settings", {})
         settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}

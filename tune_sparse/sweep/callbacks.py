@@ -26,7 +26,7 @@ from tune_sparse.watchdog import HangReport, read_hang_report
 class LedgerCallback(Unsaved, tune.Callback):
     """Shows and tracks each run as it ends, and records the runs that a worker could not record itself.
 
-    requeue: is given a run whose infrastructure failed, at most `max_retries` times.
+    requeue: is given a run whose infrastructure failed, at most `max_retries` times. ended: is told how each run ended.
     """
 
     def __init__(
@@ -40,10 +40,12 @@ class LedgerCallback(Unsaved, tune.Callback):
         placement: Placement,
         requeue: Callable[[Run], None],
         max_retries: int,
+        ended: Callable[[Record], None] = lambda record: None,
     ) -> None:
         self._ledger, self._runs, self._progress = ledger, runs, progress
         self._tracker, self._lease, self._stop = tracker, lease, stop
         self._placement, self._requeue, self._max_retries = placement, requeue, max_retries
+        self._ended = ended
         self._started: set[str] = set()
         self._retries: Counter[str] = Counter()
 
@@ -97,6 +99,7 @@ class LedgerCallback(Unsaved, tune.Callback):
 
     def _end(self, record: Record) -> None:
         self._progress.ended(record)
+        self._ended(record)
         self._tracker.add(record.run_id)
 
     def record_unfinished(self) -> None:

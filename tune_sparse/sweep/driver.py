@@ -18,6 +18,7 @@ from tune_sparse.ledger.ledger import Ledger
 from tune_sparse.ledger.record import SweepRecord
 from tune_sparse.ledger.run import Run
 from tune_sparse.sweep.cards import block_kinds, check_devices, cluster_devices
+from tune_sparse.sweep.chains import Chains
 from tune_sparse.sweep.forecast import longest_first
 from tune_sparse.sweep.graphs import PlannedGraphs, plan_graphs
 from tune_sparse.sweep.plan import Plan
@@ -155,7 +156,8 @@ def _tune(
         waiting = longest_first(plan, ledger, missing)
         names = sorted(set(map(placement.queue, waiting)), key=lambda name: SCARCEST_FIRST.index(name.split()[0]))
         queues = {name: [run for run in waiting if placement.queue(run) == name] for name in names}
-        queue = ResourceQueue(queues, make_trial, capacity, _limit(config), stop)
+        chains = Chains(ledger, missing)
+        queue = ResourceQueue(queues, make_trial, capacity, _limit(config), stop, chains.is_ready)
         callback = LedgerCallback(
             ledger,
             {run.run_id: run for run in missing},
@@ -166,11 +168,14 @@ def _tune(
             placement,
             requeue=lambda run: queue.requeue(placement.queue(run), run),
             max_retries=config.max_retries,
+            ended=chains.ended,
         )
         with progress.shown(workers), stop_on_signals(stop):
             run_trials(CellTrainable, queue, callback, stop)
         if not lease.lost.is_set():
             callback.record_unfinished()
+        for line in chains.lines() if not stop.reason else ():
+            logger.info(line)
         return stop.reason, workers
 
 

@@ -16,6 +16,7 @@ from tune_sparse.evaluation.published import published_dims, published_sizes
 from tune_sparse.evaluation.seconds import CellSeconds, TaskSizes
 from tune_sparse.models.checkpoints import check_checkpoint, short_name
 from tune_sparse.models.dims import ModelDims
+from tune_sparse.sweep.chains import chain_cells
 from tune_sparse.sweep.examples import Examples
 from tune_sparse.sweep.plan import Plan, requested_cells
 from tune_sparse.sweep.progress import duration
@@ -86,28 +87,31 @@ def known_sizes(config: SweepConfig, examples: Examples | None) -> Sizes:
     )
 
 
-def trained_cells(config: SweepConfig) -> list[Cell]:
-    """The cells whose trainings serve all cells, models by their short names."""
-    return list(dict.fromkeys(cell.trained for cell in requested_cells(config)))
+def trained_cells(config: SweepConfig) -> list[tuple[Cell, int]]:
+    """The cells whose trainings serve all cells, levels among them, each with the steps of its training."""
+    trained = (found for cell in requested_cells(config) for found in chain_cells(config, cell.trained))
+    return [(cell, levels[-1].steps if levels else config.protocol.steps) for cell, levels in dict.fromkeys(trained)]
 
 
-def estimate(config: SweepConfig, cells: Sequence[Cell], sizes: Sizes, cards: Sequence[Card]) -> list[KindEstimate]:
-    """Estimate the cells of the backend torch whose sizes are known, by kind and card."""
-    kinds: dict[Kind, list[tuple[float, TaskSizes]]] = {}
-    for cell in cells:
+def estimate(
+    config: SweepConfig, cells: Sequence[tuple[Cell, int]], sizes: Sizes, cards: Sequence[Card]
+) -> list[KindEstimate]:
+    """Estimate the cells of the backend torch whose sizes are known, by kind and card. cells: with their steps."""
+    kinds: dict[Kind, list[tuple[float, int, TaskSizes]]] = {}
+    for cell, steps in cells:
         model = short_name(cell.model)
         if cell.backend == "torch" and model in sizes.dims and cell.task in sizes.tasks:
-            kinds.setdefault((model, cell.mode, cell.method), []).append((cell.sparsity, sizes.tasks[cell.task]))
+            kinds.setdefault((model, cell.mode, cell.method), []).append((cell.sparsity, steps, sizes.tasks[cell.task]))
     dims = sizes.dims
     return [_estimate(config, kind, runs, dims[kind[0]], card) for kind, runs in kinds.items() for card in cards]
 
 
 def _estimate(
-    config: SweepConfig, kind: Kind, runs: Sequence[tuple[float, TaskSizes]], dims: ModelDims, card: Card
+    config: SweepConfig, kind: Kind, runs: Sequence[tuple[float, int, TaskSizes]], dims: ModelDims, card: Card
 ) -> KindEstimate:
-    """runs: the sparsity of each and the sizes of its task. The least sparse takes the most memory."""
+    """runs: the sparsity and steps of each, and the sizes of its task. The least sparse takes the most memory."""
     _, mode, method = kind
-    cell = CellMemory(dims, mode, method, config.protocol, min(sparsity for sparsity, _ in runs))
+    cell = CellMemory(dims, mode, method, config.protocol, min(sparsity for sparsity, _, _ in runs))
     peak, seconds, why = None, None, None
     if config.protocol.precision == "bfloat16" and not card.has_bfloat16:
         why = "it does not compute in bfloat16"
@@ -118,7 +122,10 @@ def _estimate(
             why = str(error)
         else:
             peak = cell.peak(budgets)
-            own = ((replace(cell, sparsity=sparsity), task) for sparsity, task in runs)
+            own = (
+                (replace(cell, sparsity=sparsity, protocol=replace(config.protocol, steps=steps)), task)
+                for sparsity, steps, task in runs
+            )
             seconds = sum(CellSeconds(cell, card, budgets, task).total for cell, task in own)
     return KindEstimate(card.name, *kind, len(runs), least_card_bytes(cell, config.budgets), peak, seconds, why)
 

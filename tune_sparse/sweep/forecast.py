@@ -6,7 +6,7 @@ import os
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from tune_sparse.ledger.record import Record
 from tune_sparse.ledger.run import Run
 from tune_sparse.models.architectures import pruned_weights
 from tune_sparse.sweep.cards import gpus_asked
+from tune_sparse.sweep.chains import Chains
 from tune_sparse.sweep.graphs import plan_graphs
 from tune_sparse.sweep.plan import Plan, checkpoint_bytes, host_bytes, pruning_bytes
 from tune_sparse.sweep.progress import duration
@@ -43,6 +44,21 @@ class RunCost:
     scoring_seconds: float
     """in which a CPU prunes and scores what a CS-3 trains, because the trial holds no GPU"""
     disk_bytes: float
+    training_fraction: float = 0.0
+    """of the trial's seconds"""
+
+    def with_steps(self, ratio: float) -> RunCost:
+        """The same with so many times as many steps, beside which what does not train takes as long."""
+        if ratio == 1:
+            return self
+        longer = 1 + self.training_fraction * (ratio - 1)
+        return replace(
+            self,
+            trial_seconds=self.trial_seconds * longer,
+            cpu_seconds=self.cpu_seconds * longer,
+            gpu_seconds=self.gpu_seconds * longer,
+            training_fraction=self.training_fraction * ratio / longer,
+        )
 
 
 @dataclass(frozen=True)
@@ -119,14 +135,18 @@ class Forecast:
 
 def forecast(plan: Plan, ledger: LedgerReader, missing: Sequence[Run]) -> Forecast:
     """Medians of the done runs of a plan, which have its protocol, for its missing ones."""
+    steps = plan.config.protocol.steps
     measured = [
-        (run.cell, cost_of_run(run, record, ledger.run_folder(run.run_id), plan.config))
+        (
+            run.cell,
+            cost_of_run(run, record, ledger.run_folder(run.run_id), plan.config).with_steps(steps / run.own_steps),
+        )
         for run in plan.runs.values()
         if (record := ledger.record(run.run_id)) and record.status == "done"
     ]
     timed, written = Medians(measured, TIME_GROUPS), Medians(measured, DISK_GROUPS)
     like = [(run, timed.nearest(run.cell)) for run in missing]
-    known = [(run, cost) for run, (_, cost) in like if cost]
+    known = [(run, cost.with_steps(run.own_steps / steps)) for run, (_, cost) in like if cost]
     graphs = _missing_graphs(plan, ledger, missing)
     compiling = len(graphs) * max((cost.compile_seconds for _, cost in measured), default=0.0)
     held = 0.0 if plan.config.cerebras.compile_first else compiling
@@ -164,25 +184,35 @@ def _missing_graphs(plan: Plan, ledger: LedgerReader, missing: Sequence[Run]) ->
 
 
 def longest_first(plan: Plan, ledger: LedgerReader, runs: Sequence[Run]) -> list[Run]:
-    """`runs` by the time that each is expected to take, so that no long one is left to run alone at the end.
+    """`runs` by the time that each is expected to take, with those that wait for it, so that no long one, and no chain
+    of levels, is left to run alone at the end.
 
     Runs of one backend, model, task and mode stay together, and rarely let a worker change its model. Where some of
     these have no measured run to go by, the larger model counts as the longer.
     """
     kind, *_ = TIME_GROUPS
-    seconds: dict[tuple[Any, ...], list[float]] = {_values(run.cell, kind): [] for run in runs}
+    seconds: dict[tuple[Any, ...], list[tuple[float, float]]] = {_values(run.cell, kind): [] for run in runs}
     for run in plan.runs.values():
         record = ledger.record(run.run_id)
         if record and record.status == "done":
-            seconds.setdefault(_values(run.cell, kind), []).append(record.measured["trial_seconds"])
+            trial, training = (record.measured[f"{name}_seconds"] for name in ("trial", "train"))
+            seconds.setdefault(_values(run.cell, kind), []).append((trial - training, training / run.own_steps))
     is_measured = all(seconds.values())
 
     def expected(run: Run) -> float:
         if is_measured:
-            return statistics.median(seconds[_values(run.cell, kind)])
-        return pruned_weights(plan.checkpoints[run.cell.model].dims)
+            return statistics.median(rest + step * run.own_steps for rest, step in seconds[_values(run.cell, kind)])
+        return pruned_weights(plan.checkpoints[run.cell.model].dims) * run.own_steps
 
-    return sorted(runs, key=expected, reverse=True)
+    followers: dict[str, list[Run]] = {}
+    for run in runs:
+        if before := run.level_before:
+            followers.setdefault(before.run_id, []).append(run)
+
+    def through(run: Run) -> float:
+        return expected(run) + max(map(through, followers.get(run.run_id, ())), default=0.0)
+
+    return sorted(runs, key=through, reverse=True)
 
 
 class Medians:
@@ -219,10 +249,11 @@ def pilot_key(cell: Cell) -> tuple[str, ...]:
 
 
 def pilots(plan: Plan, ledger: LedgerReader, missing: Sequence[Run]) -> list[Run]:
-    """The middle one of the missing runs of each backend, model and task that has no measured run."""
+    """The middle one of the missing runs, of those that wait for none, of each backend, model and task that has no
+    measured run."""
     measured = {pilot_key(run.cell) for run in plan.runs.values() if ledger.is_done(run.run_id)}
     groups: dict[tuple[str, ...], list[Run]] = {}
-    for run in missing:
+    for run in filter(Chains(ledger, missing).is_ready, missing):
         groups.setdefault(pilot_key(run.cell), []).append(run)
     return [runs[len(runs) // 2] for key, runs in groups.items() if key not in measured]
 
@@ -240,6 +271,7 @@ def cost_of_run(run: Run, record: Record, folder: Path, config: SweepConfig) -> 
         compile_seconds=(measured["compile_seconds"] or 0.0) * systems if on_cs3 else 0.0,
         scoring_seconds=measured["trial_seconds"] - _cs3_seconds(measured) if on_cs3 and not held.get("GPU") else 0.0,
         disk_bytes=sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()),
+        training_fraction=measured["train_seconds"] / measured["trial_seconds"],
     )
 
 

@@ -33,6 +33,7 @@ from tune_sparse.pruning.methods import check_schedule, method_named
 from tune_sparse.pruning.prune_model import check_method_sparsities
 from tune_sparse.pruning.reconstruction import check_recoverable, check_windows
 from tune_sparse.sweep.cards import gpus_asked
+from tune_sparse.sweep.chains import chain, chain_cells, chains_of, check_chains, check_nested, last_of_chain, levels_of
 from tune_sparse.sweep.examples import Examples, read_examples
 from tune_sparse.sweep.retries import has_more_memory_now, is_missing, lacked_memory
 from tune_sparse.training.budgets import cpu_budgets
@@ -150,8 +151,9 @@ def split_blocks(config: SweepConfig) -> dict[tuple[str, str], str]:
 
 
 def distinct_trainings(config: SweepConfig) -> int:
-    """How many trainings serve all cells."""
-    return len({cell.trained for cell in requested_cells(config)})
+    """How many trainings serve all cells, levels on the way to a cell among them."""
+    cells = {cell.trained for cell in requested_cells(config)}
+    return len({training for cell in cells for training in chain_cells(config, cell)})
 
 
 def make_plan(config: SweepConfig) -> Plan:
@@ -172,21 +174,27 @@ def plan_cells(config: SweepConfig, examples: Examples) -> Plan:
     name_run = _run_namer(config, checkpoints, examples)
     runs: dict[str, Run] = {}
     owners: dict[str, str] = {}
-    rows = []
+    rows: dict[str, dict[str, Any]] = {}
     for cell in requested_cells(config):
         requested, run = name_run(cell), name_run(cell.trained)
-        cell_id = readable_id(requested.cell, requested.identity)
-        runs.setdefault(run.run_id, run)
-        owner = owners.setdefault(run.run_id, cell_id)
-        rows.append(
-            {"cell_id": cell_id, "run_id": run.run_id, "shared_with": None if owner == cell_id else owner}
-            | {"pruning_id": run.pruning_id}
-            | asdict(requested.cell)
-            | {"chance": mean_chance(tasks_named(cell.task))}
-        )
+        *on_the_way, _ = chain(run)
+        for own, served_by in (*zip(on_the_way, on_the_way, strict=True), (requested, run)):
+            cell_id = readable_id(own.cell, own.identity)
+            runs.setdefault(served_by.run_id, served_by)
+            if own is not requested and cell_id in rows:
+                continue
+            owner = owners.setdefault(served_by.run_id, cell_id)
+            rows[cell_id] = (
+                {"cell_id": cell_id, "run_id": served_by.run_id, "shared_with": None if owner == cell_id else owner}
+                | {"pruning_id": served_by.pruning_id}
+                | asdict(own.cell)
+                | ({} if own is requested else {"chain_to": cell.sparsity})
+                | {"chance": mean_chance(tasks_named(cell.task))}
+            )
     described = {name: _plain(value) for name, value in asdict(config).items()}
-    sweep_id = hash_json(sorted(row["cell_id"] for row in rows))[:12]
-    return Plan(config, SweepRecord(sweep_id, time.time(), described, tuple(rows)), runs, checkpoints, examples)
+    sweep_id = hash_json(sorted(rows))[:12]
+    record = SweepRecord(sweep_id, time.time(), described, tuple(rows.values()))
+    return Plan(config, record, runs, checkpoints, examples)
 
 
 def _run_namer(config: SweepConfig, checkpoints: Mapping[str, Checkpoint], examples: Examples) -> Callable[[Cell], Run]:
@@ -197,7 +205,7 @@ def _run_namer(config: SweepConfig, checkpoints: Mapping[str, Checkpoint], examp
 
     def name_run(cell: Cell) -> Run:
         checkpoint = checkpoints[short_name(cell.model)]
-        return Run(
+        run = Run(
             cell=replace(cell, model=checkpoint.name),
             protocol=config.protocol,
             model_path=model_paths[checkpoint.name],
@@ -210,6 +218,7 @@ def _run_namer(config: SweepConfig, checkpoints: Mapping[str, Checkpoint], examp
             budgets=config.budgets,
             schedule_settings=config.schedule_settings,
         )
+        return last_of_chain(run, levels_of(config, cell))
 
     return name_run
 
@@ -230,6 +239,9 @@ def _check_reachable(config: SweepConfig, checkpoint: Checkpoint) -> None:
     for method in config.methods:
         try:
             check_method_sparsities(method, checkpoint.dims, config.sparsities)
+            for levels in chains_of(config):
+                check_method_sparsities(method, checkpoint.dims, [level.sparsity for level in levels])
+                check_nested(method, checkpoint.dims, levels)
         except InputError as error:
             raise InputError(f"{checkpoint.name}: {error}") from error
 
@@ -250,6 +262,7 @@ def _plain(value: Any) -> Any:
 def check_names(config: SweepConfig) -> None:
     """Raise `InputError` for a task or method that no table has, or models that tables could not tell apart."""
     _check_distinct_names(config.models)
+    check_chains(config)
     for task in config.tasks:
         tasks_named(task)
     for method in config.methods:

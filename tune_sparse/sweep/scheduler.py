@@ -38,7 +38,8 @@ class ResourceQueue(Unsaved, Searcher):
 
     queues: the scarcest hardware first, which decides between queues that have as many trials. make_trial: makes the
     trial of an item, which has `resources`, when it is its turn. total: resources of the whole cluster. limit: trials
-    at once, of a single queue. stop: ends it.
+    at once, of a single queue. stop: ends it. ready: whether an item may have its turn; until then those behind it go
+    first, and one that never may is never handed out.
     """
 
     def __init__(
@@ -48,20 +49,23 @@ class ResourceQueue(Unsaved, Searcher):
         total: Callable[[], Mapping[str, float]],
         limit: int | None = None,
         stop: Stop | None = None,
+        ready: Callable[[Any], bool] = lambda item: True,
     ) -> None:
         super().__init__()
         self._queues = {name: deque(items) for name, items in queues.items()}
         self._make_trial, self._total, self._limit, self._stop = make_trial, total, limit, stop or Stop()
+        self._ready = ready
         self._running: dict[str, RunningTrial] = {}
         self._seen: Mapping[str, float] = {}
         self._looked, self._said = float("-inf"), False
 
     def suggest(self, trial_id: str) -> Any:
-        if self._stop.reason or not (self._running or any(self._queues.values())):
+        places = {name: place for name in self._queues if (place := self._first_ready(name)) is not None}
+        if self._stop.reason or not (self._running or places):
             return Searcher.FINISHED
         if len(self._running) == self._limit:
             return None
-        heads = {name: self._make_trial(queue[0]) for name, queue in self._queues.items() if queue}
+        heads = {name: self._make_trial(self._queues[name][place]) for name, place in places.items()}
         free, running = self._free(), Counter(trial.queue for trial in self._running.values())
         fitting = [name for name, trial in heads.items() if fits(trial["resources"], free)]
         has_room = bool(fitting)
@@ -69,9 +73,12 @@ class ResourceQueue(Unsaved, Searcher):
         if chosen is None:
             self._warn_if_stuck(heads.values())
             return None
-        self._queues[chosen].popleft()
+        del self._queues[chosen][places[chosen]]
         self._running[trial_id] = RunningTrial(chosen, heads[chosen]["resources"], waits=not has_room)
         return {"trial": heads[chosen]}
+
+    def _first_ready(self, name: str) -> int | None:
+        return next((place for place, item in enumerate(self._queues[name]) if self._ready(item)), None)
 
     def _may_wait(self, name: str) -> bool:
         own = [trial for trial in self._running.values() if trial.queue == name]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
@@ -183,9 +183,11 @@ def fit(
     accelerator: Accelerator | None = None,
     hooks: StepHooks = NO_HOOKS,
     budgets: Budgets = CPU_BUDGETS,
+    rate_at: Callable[[int], float] | None = None,
 ) -> Iterator[Step]:
     """Train the optimizer's parameters of `model` in place, one `Step` yielded after each optimizer step.
 
+    rate_at: the learning rate of a step, from 0; by default that of the protocol.
     `done` steps were taken before, and their optimizer and random state restored. The model is in training mode until
     the iterator ends. Raises `RunError` as soon as a loss is not finite.
     """
@@ -198,7 +200,7 @@ def fit(
         for step, batch in enumerate(islice(batches(examples, protocol, seed), done, protocol.steps), start=done):
             start = time.perf_counter()
             hooks.before(step + 1)
-            rate = learning_rate_at(step, protocol)
+            rate = rate_at(step) if rate_at else learning_rate_at(step, protocol)
             for group in optimizer.param_groups:
                 group["lr"] = rate
             loss = _accumulate_gradients(model, batch, protocol, accelerator, budgets.micro_batch_tokens)
