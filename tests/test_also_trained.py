@@ -40,7 +40,7 @@ def test_every_weight_is_pruned_or_of_another_kind(name: str, architecture_folde
     assert all_weights(dims) == sum(parameter.numel() for parameter in model.parameters())
     for kind in ALL:
         found = other_parameters(model, [kind])
-        assert count_other_weights(dims, [kind]) == sum(parameter.numel() for parameter in found.values()), kind
+        assert count_other_weights(dims, (kind,)) == sum(parameter.numel() for parameter in found.values()), kind
     assert not any(name.endswith("bias") for name in other_parameters(model, ["embeddings", "head"]))
 
 
@@ -49,7 +49,7 @@ def test_a_tied_head_is_one_tensor_with_the_embeddings(architecture_folders: dic
     assert list(other_parameters(model, ["head"])) == ["transformer.wte.weight"]
     assert list(other_parameters(model, ["embeddings"])) == ["transformer.wte.weight", "transformer.wpe.weight"]
     dims = ModelDims.from_config(model.config)
-    assert count_other_weights(dims, ["head", "embeddings"]) == count_other_weights(dims, ["embeddings"])
+    assert count_other_weights(dims, ("head", "embeddings")) == count_other_weights(dims, ("embeddings",))
 
 
 def test_gradients_of_micro_batches_are_added_in_float32_and_steps_reach_the_model() -> None:

@@ -120,8 +120,8 @@ def models(*, trains: bool, downloads: bool, classes: str = "Llama, Mistral, GPT
     fetched = "is downloaded if missing" if downloads else "must have been downloaded by `tune-sparse prepare`"
     kinds = {
         "toy models": f"{' and '.join(TOY_MODELS)}: very small; each {trained}, which takes about a minute",
-        "models from scratch": f"{' and '.join(FROM_SCRATCH)}: a GPT-2 of random weights that reads bytes, to be trained "
-        "whole by masked-finetuning with train_also; or random:FOLDER for one of the config and tokenizer of a folder",
+        "models from scratch": f"{' and '.join(FROM_SCRATCH)}: a GPT-2 of random weights that reads bytes, to be "
+        "trained whole by masked-finetuning with train_also; or random:FOLDER for the config and tokenizer of a folder",
         "folders": f"a checkpoint of class {classes} in Hugging Face format with safetensors weights, such as "
         "./my-llama",
         "Cerebras checkpoints": "a file such as ./run/checkpoint_100.mdl, with the model's config.json of Hugging Face "

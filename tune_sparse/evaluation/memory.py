@@ -2,7 +2,7 @@
 
 Bytes of live tensors on the device. One copy of the weights lies there from load to score (docs/scale.md); all else of
 the size of the model is streamed through it one matrix at a time. An allocator needs a margin above that.
-Factors that say "counted" are the tensors of this code, of transformers' Llama under SDPA attention and of autograd,
+Factors that say "counted" are the tensors of this code, of transformers' classes under SDPA attention and of autograd,
 counted over models of several widths (tests/test_memory.py counts them again).
 """
 
@@ -285,20 +285,26 @@ class CellMemory:
     def saved_bytes(self) -> int:
         """What autograd saves of a token in all blocks: counted.
 
-        In the precision of the weights: both normed inputs, queries, attention's output, keys, values, gate, up, its
-        activation, their product, and A x of each matrix; in float32: both inputs of the norms, and three numbers.
+        In the precision of the weights: both normed inputs, queries, attention's output, keys, values, what the
+        feed-forward part keeps of its channels, and A x of each matrix; both inputs of the norms, and their means and
+        scales, which RMS norms keep in float32; and a number of each head in float32.
         """
-        d = self.dims
-        channels = 4 * d.intermediate_size * d.experts_per_token
-        factors = 7 * self.protocol.lora_rank if MODES[self.mode].has_adapter and not self.masks_update else 0
+        d, entry = self.dims, architecture_named(self.dims.architecture)
+        channels = entry.saved_channels * d.intermediate_size * d.experts_per_token
+        adapted = MODES[self.mode].has_adapter and not self.masks_update
+        factors = len(entry.layers) * self.protocol.lora_rank if adapted else 0
         own = 2 * d.hidden_size + 2 * d.query_rows + 2 * d.key_rows + channels + factors
-        return d.num_layers * (own * self.element + FLOAT * (2 * d.hidden_size + d.num_heads + 2))
+        norms = (2 * d.hidden_size + 2 * entry.vectors_of_norm) * (
+            FLOAT if entry.vectors_of_norm == 1 else self.element
+        )
+        return d.num_layers * (own * self.element + norms + FLOAT * d.num_heads)
 
     @property
     def backward_bytes(self) -> int:
         """Gradients of a token within a block, beside what was saved: counted."""
         d = self.dims
-        return (3 * d.hidden_size + 3 * d.key_rows + 3 * d.intermediate_size * d.experts_per_token // 2) * self.element
+        channels = architecture_named(d.architecture).backward_channels * d.intermediate_size * d.experts_per_token
+        return (3 * d.hidden_size + 3 * d.key_rows + int(channels)) * self.element
 
     @property
     def norm_bytes(self) -> int:
@@ -332,7 +338,8 @@ class CellMemory:
     def pass_bytes(self) -> int:
         """Of a token within a block, without gradients: counted."""
         d = self.dims
-        return (4 * d.hidden_size + 3 * d.key_rows + 3 * d.intermediate_size * d.experts_per_token) * self.element
+        channels = architecture_named(d.architecture).passed_channels * d.intermediate_size * d.experts_per_token
+        return (4 * d.hidden_size + 3 * d.key_rows + channels) * self.element
 
     @property
     def generation_bytes(self) -> int:

@@ -103,6 +103,12 @@ class Architecture:
     """Its norms have a scale, or a scale and a shift."""
     position_offset: int | None = None
     """Its positions are learned: rows before the first one. None where they are computed."""
+    saved_channels: int = 4
+    """Numbers that autograd saves of each feed-forward channel: gate, up, the activation and their product. Of GPT-2
+    its input and what its activation, written out in tanh, goes through; of OPT what is not below 0."""
+    backward_channels: float = 1.5
+    passed_channels: int = 3
+    """Numbers of each feed-forward channel in the backward beside those, and in a pass without gradients: counted."""
     model_type: str = ""
     """transformers' word for it"""
     sizes: tuple[str, ...] = (
@@ -204,6 +210,9 @@ ARCHITECTURES = {
         has_biases=True,
         vectors_of_norm=2,
         position_offset=0,
+        saved_channels=5,
+        backward_channels=2,
+        passed_channels=4,
         model_type="gpt2",
         sizes=("n_embd", "n_layer", "n_head", "n_positions", "vocab_size"),
     ),
@@ -215,6 +224,9 @@ ARCHITECTURES = {
         has_biases=True,
         vectors_of_norm=2,
         position_offset=2,
+        saved_channels=1,
+        backward_channels=3,
+        passed_channels=2,
         model_type="opt",
         sizes=("hidden_size", "num_hidden_layers", "num_attention_heads", "ffn_dim", "vocab_size"),
     ),
@@ -242,11 +254,13 @@ def matrix_sizes(dims: ModelDims) -> Mapping[str, tuple[int, int]]:
     return {matrix.name: matrix.size(dims) for matrix in architecture_named(dims.architecture).expected(dims)}
 
 
+@cache
 def pruned_weights(dims: ModelDims) -> int:
     """Weights of all prunable matrices."""
     return sum(rows * columns for rows, columns in matrix_sizes(dims).values())
 
 
+@cache
 def adapter_weights(dims: ModelDims, rank: int) -> int:
     """Weights of LoRA adapters of `rank` on every prunable matrix: R (I + O) each."""
     return rank * sum(rows + columns for rows, columns in matrix_sizes(dims).values())

@@ -6,6 +6,7 @@ A tied head is one tensor with the embeddings, which belongs to both kinds.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
+from functools import cache
 from typing import TYPE_CHECKING
 
 from tune_sparse.config.protocol import OTHER_WEIGHTS
@@ -49,13 +50,15 @@ def _is_embedding(layer: nn.Module) -> bool:
     return isinstance(layer, nn.Embedding)
 
 
+@cache
 def all_weights(dims: ModelDims) -> int:
     """Weights of the whole model: the prunable ones, routers, and every other kind."""
     routers = dims.num_layers * dims.num_experts * dims.hidden_size if dims.num_experts > 1 else 0
-    return pruned_weights(dims) + routers + count_other_weights(dims, OTHER_WEIGHTS)
+    return pruned_weights(dims) + routers + count_other_weights(dims, tuple(OTHER_WEIGHTS))
 
 
-def count_other_weights(dims: ModelDims, kinds: Iterable[str]) -> int:
+@cache
+def count_other_weights(dims: ModelDims, kinds: tuple[str, ...]) -> int:
     """Weights of some kinds, each counted once. Exact but for the optional biases of a Llama, which are left out, and
     for the last norm that OPT-350m does without."""
     return sum(_sizes(dims, kinds).values())
