@@ -60,8 +60,12 @@ def curve(ledger: Ledger, run: Run) -> str:
 
 @pytest.mark.parametrize(
     "changes",
-    [{"mode": "sparse-to-sparse", "lora_dropout": 0.2}, {"mode": "masked-finetuning"}],
-    ids=lambda changes: changes["mode"],
+    [
+        {"mode": "sparse-to-sparse", "lora_dropout": 0.2},
+        {"mode": "masked-finetuning"},
+        {"mode": "masked-finetuning", "schedule": "gradual"},  # updates after 2, 3, 4 and 5, killed after 3
+    ],
+    ids=lambda changes: changes.get("schedule", changes["mode"]),
 )
 def test_a_killed_training_goes_on_to_the_same_bits(changes: dict[str, Any], llama: Path, tmp_path: Path) -> None:
     run = tiny_run(llama, steps=6, **changes)
