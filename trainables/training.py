@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from trainables.loaded import Examples
 from trainables.mode import TrainableModel
 from trainables.run_log import RunLog
+from trainables.rungs import Reached, Rungs, rung_value
 from trainables.super_adapter import SampledSlices
 from tune_sparse.ledger.run import Run
 from tune_sparse.lora.masked_linear import keep_for_steps
@@ -81,17 +82,21 @@ def train(
     budgets: Budgets,
     checkpoint: Path,
     log: RunLog,
-) -> Generator[Step, None, Training]:
-    """Train in place, with an eval loss every `eval_every` steps and at the end.
+    rungs: Rungs | None = None,
+) -> Generator[Step | None, None, Training]:
+    """Train in place, with an eval loss every `eval_every` steps and at the end, and a checkpoint at each of `rungs`.
 
     It goes on from `checkpoint` if that is one of this run; one that cannot be read whole is left alone, with a line
     in the log, and the training begins anew. Micro-batches stay as they began, unless `budgets` has no room for them.
     """
     protocol, optimizer = run.protocol, trainable.optimizer(run.protocol)
-    training, lines = _resume_into(run, trainable, optimizer, budgets, checkpoint, log)
+    training, lines, reached = _resume_into(run, trainable, optimizer, budgets, checkpoint, log)
     budgets = training.budgets or budgets
     if budgets.keeps_effective_weights:
         keep_for_steps(trainable.model, optimizer)
+    rungs = rungs or Rungs((), "loss")
+    if rungs.reach_again(reached):
+        yield None
 
     def note(**values: float | int) -> None:
         lines.append(values)
@@ -113,8 +118,12 @@ def train(
             training.add_eval(loss)
             note(step=step.step, eval_loss=loss)
             log(f"step {step.step} of {protocol.steps}: train loss {step.loss:.4f}, eval loss {loss:.4f}")
-        if time.monotonic() - saved > CHECKPOINT_SECONDS and step.step < protocol.steps:
-            so_far = {"training": asdict(training), "lines": json.dumps(lines)}
+        is_rung = step.step in rungs.steps
+        if is_rung:
+            reached.append(rungs.reach(step.step, rung_value(run, rungs.by, trainable, examples, budgets, accelerator)))
+        is_due = is_rung or time.monotonic() - saved > CHECKPOINT_SECONDS
+        if is_due and step.step < protocol.steps:
+            so_far = {"training": asdict(training), "lines": json.dumps(lines), "rungs": reached}
             save_training(checkpoint, run.identity, trainable.parameters(), optimizer, so_far)
             saved = time.monotonic()
         yield step
@@ -123,22 +132,23 @@ def train(
 
 def _resume_into(
     run: Run, trainable: TrainableModel, optimizer: Optimizer, budgets: Budgets, checkpoint: Path, log: RunLog
-) -> tuple[Training, list[dict[str, Any]]]:
-    """Put a checkpoint of the run into its model and optimizer, and return its totals and lines; else empty ones."""
+) -> tuple[Training, list[dict[str, Any]], list[Reached]]:
+    """Put a checkpoint of the run into its model and optimizer, and return its totals, lines and rungs; else empty
+    ones."""
     try:
         so_far = restore_into(checkpoint, run.identity, trainable.parameters(), optimizer)
     except BrokenStateError as error:
         so_far = None
         log(f"begins anew: {error}")
     if so_far is None:
-        return Training(budgets=budgets), []
+        return Training(budgets=budgets), [], []
     begun_with = Budgets.from_record(so_far["training"].pop("budgets"))
     training, lines = Training(**so_far["training"]), json.loads(so_far["lines"])
     for line in lines:
         log.metrics(**line)
     log(f"goes on after step {training.steps} of a training that was cut short")
     training.budgets = _going_on(begun_with, budgets, log)
-    return training, lines
+    return training, lines, so_far.get("rungs", [])
 
 
 def _going_on(begun_with: Budgets, budgets: Budgets, log: RunLog) -> Budgets:

@@ -75,9 +75,9 @@ def cells_table(
     """Return the columns of `COLUMNS`, one row a cell of every sweep in the folders, or of those named.
 
     protocol_id names every setting of the protocol that changes numbers, but for calibration and recovery, which a
-    dense baseline does not have. A cell without a done run has a status (failed, interrupted, missing), a reason, and
-    no numbers. A cell that several folders have is taken from the one where its run came furthest. `primary_metrics`,
-    {task: metric}, chooses again what `accuracy` is by; a task that it does not name keeps its own.
+    dense baseline does not have. A cell without a done run has a status (failed, stopped, interrupted, missing), a
+    reason, and no numbers. A cell that several folders have is taken from the one where its run came furthest.
+    `primary_metrics`, {task: metric}, chooses again what `accuracy` is by; a task that it does not name keeps its own.
     Raises `InputError` for an unknown sweep.
     """
     ledger = MergedLedger(results_dirs)
@@ -126,6 +126,8 @@ def _row(cell: dict[str, Any], record: Record | None, primary_metrics: Mapping[s
         return row | {"error": "not run yet"}
     if record.status == "interrupted":
         row["error"] = "interrupted; the same sweep runs it again"
+    if record.stopped:
+        row["error"] = record.stopped_at
     if record.error:
         row["error"] = f"{record.error['class']}: {record.error['message']}"
     if record.status == "done":

@@ -12,7 +12,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from tune_sparse.cli.command import FAULT, OK, add_command, add_json
-from tune_sparse.cli.sweep_options import BUDGETS, CEREBRAS, add_sweep_options, sweep_config
+from tune_sparse.cli.sweep_options import BUDGETS, CEREBRAS, EARLY_STOPPING, add_sweep_options, sweep_config
 from tune_sparse.cli.words import (
     RUN_WORDS,
     SETTINGS_IN_USE,
@@ -41,6 +41,7 @@ GROUPS = {
     "what to sweep": ("models", "tasks", "methods", "sparsities", "modes", "schedules", "seeds"),
     "data and settings": ("data_dir",),
     "how it runs": ("backend", "workers", "gpus_per_trial", "deterministic", "max_retries", "hang_seconds"),
+    "early stopping": EARLY_STOPPING,
     "memory": BUDGETS,
     "results and tracking": ("results_dir", "tracking_uri"),
     "Cerebras CS-3, for --backend cerebras, both or split": CEREBRAS,
@@ -58,7 +59,7 @@ def declare(commands: Any) -> None:
             "sweep matrix --data-dir hub --dry-run",
             "sweep --models ./my-llama --tasks boolq --data-dir ./examples --set steps=100",
         ),
-        ok="every run is finished, and the audit found no error",
+        ok="every run is finished or was stopped early, and the audit found no error",
         fault="a run failed, the sweep was interrupted, or the audit found an error; with --dry-run, a model or "
         "examples are not there yet",
         notes=[
@@ -140,7 +141,7 @@ def _sweep(chosen: argparse.Namespace) -> int:
     result = run_sweep(prepare(config), chosen.retry_failed)
     errors, lines = _conclude(result, chosen.no_report)
     if chosen.json:
-        names = ("ran", "done", "failed", "left", "stopped", "seconds", "utilisation")
+        names = ("ran", "done", "failed", "stopped_early", "left", "stopped", "seconds", "utilisation")
         used = {"errors": errors, "protocol": asdict(protocol_in_use(config, result.plan.examples))}
         print(json.dumps({name: getattr(result, name) for name in names} | used))
     else:
@@ -169,7 +170,8 @@ def _print_result(result: SweepResult) -> None:
     from tune_sparse.sweep.progress import duration
 
     used = f", utilisation {result.utilisation:.2f}" if result.utilisation is not None else ""
-    print(f"{result.ran} trainings in {duration(result.seconds)}{used}.")
+    early = f", {result.stopped_early} stopped early" if result.stopped_early else ""
+    print(f"{result.ran} trainings in {duration(result.seconds)}{early}{used}.")
     print(f"Look at them with `tune-sparse ui --results-dir {result.plan.config.results_dir}`.")
     if not result.is_complete:
         why = result.stopped or "not every training succeeded"

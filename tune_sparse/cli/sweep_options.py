@@ -9,16 +9,20 @@ from pathlib import Path
 from typing import Any
 
 from tune_sparse.cli.settings import add_set, add_settings, given_flags, parse_settings, read_yaml
-from tune_sparse.config import BudgetOptions, Cerebras, SweepConfig
+from tune_sparse.config import BudgetOptions, Cerebras, EarlyStopping, SweepConfig
 from tune_sparse.config.options import describe_option
 from tune_sparse.errors import InputError
 
 SWEEP = tuple(
-    f.name for f in fields(SweepConfig) if f.name not in ("protocol", "budgets", "cerebras", "schedule_settings")
+    f.name
+    for f in fields(SweepConfig)
+    if f.name not in ("protocol", "budgets", "cerebras", "schedule_settings", "early_stopping")
 )
 """The fields of `SweepConfig` that hold no settings of their own."""
 BUDGETS = tuple(f.name for f in fields(BudgetOptions))
 CEREBRAS = tuple(f.name for f in fields(Cerebras))
+EARLY_STOPPING = tuple(f.name for f in fields(EarlyStopping))
+OWNERS = ((SweepConfig, SWEEP), (BudgetOptions, BUDGETS), (Cerebras, CEREBRAS), (EarlyStopping, EARLY_STOPPING))
 
 SETTINGS_GROUP = "data and settings"
 CONFIG_HELP = (
@@ -41,7 +45,7 @@ def add_sweep_options(
     add_preset(command)
     made = {heading: command.add_argument_group(heading) for heading in groups}
     for heading, names in groups.items():
-        for owner, own in ((SweepConfig, SWEEP), (BudgetOptions, BUDGETS), (Cerebras, CEREBRAS)):
+        for owner, own in OWNERS:
             add_settings(made[heading], owner, [name for name in names if name in own], texts)
     group = made.get(SETTINGS_GROUP, command)
     group.add_argument(
@@ -62,7 +66,7 @@ def add_preset(command: argparse.ArgumentParser) -> None:
 
 def sweep_config(chosen: argparse.Namespace) -> SweepConfig:
     """The preset, then the YAML file, then the flags, then --set: later ones win."""
-    names = _yaml(chosen.config) | given_flags(chosen, (*SWEEP, *BUDGETS, *CEREBRAS))
+    names = _yaml(chosen.config) | given_flags(chosen, (*SWEEP, *BUDGETS, *CEREBRAS, *EARLY_STOPPING))
     return SweepConfig.from_names(names | parse_settings(getattr(chosen, "set", ())))
 
 

@@ -15,6 +15,7 @@ from typing import Any
 from tune_sparse.config.budgets import BudgetOptions as BudgetOptions
 from tune_sparse.config.cerebras import UNTRAINED_TARGETS
 from tune_sparse.config.cerebras import Cerebras as Cerebras
+from tune_sparse.config.early_stopping import EarlyStopping as EarlyStopping
 from tune_sparse.config.options import converted, option, rule
 from tune_sparse.config.presets import DEFAULT_PRESET, preset_settings
 from tune_sparse.config.protocol import Protocol as Protocol
@@ -23,7 +24,7 @@ from tune_sparse.config.schedule_settings import ScheduleSettings as ScheduleSet
 from tune_sparse.errors import unknown_name
 from tune_sparse.modes import DENSE, MODES, SPARSE_ADAPTER_MODES
 from tune_sparse.net import check_address
-from tune_sparse.schedules import ONE_SHOT, SCHEDULES
+from tune_sparse.schedules import ITERATIVE, ONE_SHOT, SCHEDULES
 
 LORA_SETTINGS = ("lora_rank", "lora_alpha", "lora_dropout", "masked_lora_impl")
 BACKENDS = ("torch", "cerebras")
@@ -134,6 +135,7 @@ class SweepConfig:
     budgets: BudgetOptions = field(default_factory=BudgetOptions)
     cerebras: Cerebras = field(default_factory=Cerebras)
     schedule_settings: ScheduleSettings = field(default_factory=ScheduleSettings)
+    early_stopping: EarlyStopping = field(default_factory=EarlyStopping)
     data_dir: Path | None = option(
         "source of the examples: a folder with files as listed below; or `hub` for the Hugging Face Hub, from which "
         "they are downloaded when first used; or `synthetic` for generated ones",
@@ -205,6 +207,8 @@ class SweepConfig:
                 raise unknown_name("backend", backend, (*BACKENDS, BOTH, SPLIT))
         if "cerebras" in self.backends:
             self._check_cerebras()
+        if self.early_stopping.stop_early:
+            self._check_early_stopping()
         rule(self.workers is None or self.workers >= 1, "workers must be at least 1", self.workers, "Give 1 or more.")
         gpus = self.gpus_per_trial
         rule(gpus is None or 0 <= gpus <= 1, "gpus_per_trial must be in [0, 1] or none", gpus, "Give 1, or a fraction.")
@@ -252,24 +256,40 @@ class SweepConfig:
             "Give cerebras alone.",
         )
 
+    def _check_early_stopping(self) -> None:
+        rule(
+            "cerebras" not in self.backends,
+            "stop_early judges trainings at rungs, and those of the backend cerebras are measured only at their end",
+            self.backend,
+            "Leave stop_early out, or sweep the backend torch alone.",
+        )
+        rule(
+            ITERATIVE not in self.schedules,
+            f"a level of the schedule {ITERATIVE} needs the end of the one before it, which stop_early may never reach",
+            self.schedules,
+            "Leave stop_early out, or sweep the other schedules apart.",
+        )
+        self.early_stopping.rung_steps(self.protocol.steps)
+
     @classmethod
     def from_names(cls, names: Mapping[str, Any]) -> SweepConfig:
         """A checked configuration from flat {name: value}, values as Python, YAML or text has them.
 
         What the preset sets, named as `preset` or found by `preset_settings`, gives way to `names`.
         """
-        kinds = (cls, Protocol, BudgetOptions, Cerebras, ScheduleSettings)
+        kinds = (cls, Protocol, BudgetOptions, Cerebras, ScheduleSettings, EarlyStopping)
         known = {f.name for kind in kinds for f in fields(kind)} - {
             "protocol",
             "budgets",
             "cerebras",
             "schedule_settings",
+            "early_stopping",
         }
         for name in names:
             if name not in known:
                 raise unknown_name("setting", name, known)
         names = preset_settings(names) | dict(without_published(names))
-        own, protocol, budgets, cerebras, schedule_settings = (
+        own, protocol, budgets, cerebras, schedule_settings, early_stopping = (
             {f.name: converted(kind, f, names[f.name]) for f in fields(kind) if f.name in names} for kind in kinds
         )
         if own.get("backend") == (BOTH,):
@@ -280,4 +300,5 @@ class SweepConfig:
             budgets=BudgetOptions(**budgets),
             cerebras=Cerebras(**cerebras),
             schedule_settings=ScheduleSettings(**schedule_settings),
+            early_stopping=EarlyStopping(**early_stopping),
         )

@@ -15,6 +15,7 @@ from tune_sparse.ledger.lease import FolderLease
 from tune_sparse.ledger.ledger import Ledger
 from tune_sparse.ledger.record import Record
 from tune_sparse.ledger.run import Run
+from tune_sparse.sweep.early_stopping import EarlyStopper
 from tune_sparse.sweep.progress import Progress
 from tune_sparse.sweep.resources import Placement
 from tune_sparse.sweep.retries import describe_machine
@@ -26,7 +27,8 @@ from tune_sparse.watchdog import HangReport, read_hang_report
 class LedgerCallback(Unsaved, tune.Callback):
     """Shows and tracks each run as it ends, and records the runs that a worker could not record itself.
 
-    requeue: is given a run whose infrastructure failed, at most `max_retries` times.
+    requeue: is given a run whose infrastructure failed, at most `max_retries` times. stopper: says which runs are
+    stopped early.
     """
 
     def __init__(
@@ -40,7 +42,9 @@ class LedgerCallback(Unsaved, tune.Callback):
         placement: Placement,
         requeue: Callable[[Run], None],
         max_retries: int,
+        stopper: EarlyStopper | None = None,
     ) -> None:
+        self._stopper = stopper
         self._ledger, self._runs, self._progress = ledger, runs, progress
         self._tracker, self._lease, self._stop = tracker, lease, stop
         self._placement, self._requeue, self._max_retries = placement, requeue, max_retries
@@ -61,10 +65,20 @@ class LedgerCallback(Unsaved, tune.Callback):
         self._progress.reported(result["run_id"], result["step"], result["steps"])
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        record = self._ledger.record(_run_id(trial))
+        run_id = _run_id(trial)
+        record = self._ledger.record(run_id)
+        if self._stopper is not None and self._stopper.is_stopped(run_id):
+            record = self._write_stopped(self._stopper.record(self._runs[run_id]))
         if record is not None:
             self._placement.learn(self._runs[record.run_id], record)
             self._end(record)
+
+    def _write_stopped(self, record: Record) -> Record:
+        try:
+            self._ledger.write_record(self._runs[record.run_id], record)
+        except OSError as broken:  # its rungs are written: the next driver stops it again
+            self._stop.because(f"the results folder can no longer be written: {broken}")
+        return record
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Record what the worker could not: it was lost, or it could not write."""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from search_spaces.matrix import cells as combinations
 from tune_sparse.cerebras.conversion import check_convertible
@@ -22,6 +22,7 @@ from tune_sparse.ledger import prunings
 from tune_sparse.ledger.contracts import LedgerReader
 from tune_sparse.ledger.record import Record, SweepRecord
 from tune_sparse.ledger.run import Run, readable_id
+from tune_sparse.ledger.rungs import RungJournal
 from tune_sparse.models.architectures import adapter_weights, pruned_weights
 from tune_sparse.models.checkpoints import Checkpoint, check_checkpoint, short_name
 from tune_sparse.models.dims import ModelDims
@@ -31,9 +32,13 @@ from tune_sparse.pruning.methods import method_named
 from tune_sparse.pruning.prune_model import check_method_sparsities
 from tune_sparse.pruning.reconstruction import check_recoverable, check_windows
 from tune_sparse.sweep.cards import gpus_asked
+from tune_sparse.sweep.choices import check_choices
 from tune_sparse.sweep.examples import Examples, read_examples
 from tune_sparse.sweep.retries import has_more_memory_now, is_missing, lacked_memory
 from tune_sparse.training.budgets import cpu_budgets
+
+if TYPE_CHECKING:
+    from tune_sparse.sweep.early_stopping import EarlyStopper
 
 OUTCOME_BYTES = 400
 """A scored example takes so much besides a generated text: an outcome before and after the last mask."""
@@ -60,11 +65,21 @@ class Plan:
         return {name: checkpoint.dims for name, checkpoint in self.checkpoints.items()}
 
     def missing(self, ledger: LedgerReader, retry_failed: bool = False) -> list[Run]:
-        """Runs that no finished record serves. A run that failed for good is missing only if `retry_failed`, or if it
-        lacked memory that it may have now."""
+        """Runs that no finished record serves, and that this sweep does not stop early. A run that failed for good is
+        missing only if `retry_failed`, or if it lacked memory that it may have now."""
         again = {run.run_id for run, _, why in self.lacked_memory(ledger) if why}
         records = [(run, ledger.record(run_id)) for run_id, run in self.runs.items()]
-        return [run for run, record in records if run.run_id in again or is_missing(record, retry_failed)]
+        missing = [run for run, record in records if run.run_id in again or is_missing(record, retry_failed)]
+        stopper = self.stopper(ledger)
+        return [run for run in missing if stopper is None or not stopper.is_stopped(run.run_id)]
+
+    def stopper(self, ledger: LedgerReader) -> EarlyStopper | None:
+        """What stops runs early, as far as the ledger says already; None where every run goes to its end."""
+        if not self.config.early_stopping.stop_early:
+            return None
+        from tune_sparse.sweep.early_stopping import EarlyStopper
+
+        return EarlyStopper(self.config.early_stopping, self.runs, RungJournal(ledger.folders[0]))
 
     def lacked_memory(self, ledger: LedgerReader) -> list[tuple[Run, Record, str | None]]:
         """Runs that failed for too little memory on a whole device: (run, record, why it may have enough now)."""
@@ -181,6 +196,8 @@ def plan_cells(config: SweepConfig, examples: Examples) -> Plan:
             | asdict(requested.cell)
             | {"chance": mean_chance(tasks_named(cell.task))}
         )
+    if config.early_stopping.stop_early:
+        check_choices(config.early_stopping, runs.values())
     described = {name: _plain(value) for name, value in asdict(config).items()}
     sweep_id = hash_json(sorted(row["cell_id"] for row in rows))[:12]
     return Plan(config, SweepRecord(sweep_id, time.time(), described, tuple(rows)), runs, checkpoints, examples)

@@ -22,7 +22,7 @@ RECORD_TAG = "tune_sparse.record"
 ARTIFACTS = ("config.yaml", "sparse_config.json", "result.json", "validation_report.json", "train.log")
 TAG_CHARACTERS = 5000
 """The rest of a longer value is cut off: MLflow refuses it, or the database does."""
-MLFLOW_STATUS = {"done": "FINISHED", "failed": "FAILED", "interrupted": "KILLED"}
+MLFLOW_STATUS = {"done": "FINISHED", "failed": "FAILED", "stopped": "KILLED", "interrupted": "KILLED"}
 
 Point = tuple[str, float, int]
 """name, value, step"""
@@ -127,6 +127,8 @@ def _described_by(record: Record) -> dict[str, str]:
     flat |= {f"version_{name}": v for name, v in record.environment.get("packages", {}).items()}
     if "primary_metric" in record.metrics:
         flat["primary_metric"] = record.metrics["primary_metric"]
+    if record.stopped:
+        flat["stopped"] = record.stopped_at
     if record.error:
         flat["error"] = f"{record.error['class']}: {record.error['message']}"[:TAG_CHARACTERS]
     return flat
