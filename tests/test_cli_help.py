@@ -136,7 +136,7 @@ def test_prepare_and_throughput_show_only_what_they_use() -> None:
 def test_a_sweep_has_an_option_for_each_setting_in_one_group() -> None:
     grouped = [name for names in GROUPS.values() for name in names]
     declared = [f.name for kind in (SweepConfig, BudgetOptions, Cerebras, EarlyStopping) for f in fields(kind)]
-    kinds = {"protocol", "budgets", "cerebras", "schedule_settings", "early_stopping"}
+    kinds = {"protocol", "budgets", "cerebras", "schedule_settings", "early_stopping", "axes"}
     assert sorted(grouped) == sorted(set(declared) - {"preset"} - kinds)
     titles = {group.title for group in COMMANDS["sweep"]._action_groups}
     assert set(GROUPS) <= titles

@@ -12,7 +12,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from tune_sparse.cli.command import FAULT, OK, add_command, add_json
-from tune_sparse.cli.sweep_options import BUDGETS, CEREBRAS, EARLY_STOPPING, add_sweep_options, sweep_config
+from tune_sparse.cli.sweep_options import BUDGETS, CEREBRAS, EARLY_STOPPING, add_axes, add_sweep_options, sweep_config
 from tune_sparse.cli.words import (
     RUN_WORDS,
     SETTINGS_IN_USE,
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from tune_sparse.sweep.driver import SweepResult
     from tune_sparse.sweep.estimate import KindEstimate, Sizes
     from tune_sparse.sweep.plan import Plan
+    from tune_sparse.sweep.points import CellAtPoint
 
 
 GROUPS = {
@@ -58,6 +59,7 @@ def declare(commands: Any) -> None:
             "sweep smoke --set steps=20 --workers 2",
             "sweep matrix --data-dir hub --dry-run",
             "sweep --models ./my-llama --tasks boolq --data-dir ./examples --set steps=100",
+            "sweep toy-seeds --axis learning_rate=1e-3,3e-3,1e-2",
         ),
         ok="every run is finished or was stopped early, and the audit found no error",
         fault="a run failed, the sweep was interrupted, or the audit found an error; with --dry-run, a model or "
@@ -82,6 +84,7 @@ def declare(commands: Any) -> None:
         ],
     )
     groups = add_sweep_options(sweep, GROUPS, "settings of training and scoring, listed below")
+    add_axes(groups["what to sweep"])
     _add_steps_into(groups["how it runs"])
     groups["results and tracking"].add_argument(
         "--no-report",
@@ -204,16 +207,17 @@ def _make_graphs(plan: Plan, chosen: argparse.Namespace) -> int:
 
 def _dry_run(config: SweepConfig, chosen: argparse.Namespace) -> int:
     from tune_sparse.ledger.ledger import Ledger
-    from tune_sparse.sweep.estimate import estimate, known_sizes, plan_sizes, trained_cells
+    from tune_sparse.sweep.estimate import estimate, known_sizes, plan_sizes
     from tune_sparse.sweep.examples import read_examples
-    from tune_sparse.sweep.plan import check_names, distinct_trainings, plan_cells, requested_cells
+    from tune_sparse.sweep.plan import check_names, plan_cells, requested_points, trained_points
     from tune_sparse.sweep.protocol_in_use import protocol_in_use
     from tune_sparse.sweep.seed_price import seed_price
 
     check_names(config)
     cards = [card_named(name) for name in chosen.for_gpu]
     plan = _run_pilots(config, chosen.retry_failed) if chosen.pilot else None
-    values: dict[str, Any] = {"cells": len(requested_cells(config)), "trainings": distinct_trainings(config)}
+    trainings: Sequence[CellAtPoint | Run] = trained_points(config)
+    values: dict[str, Any] = {"cells": len(requested_points(config)), "trainings": len(trainings)}
     lines, examples = [f"{values['cells']} cells, {values['trainings']} distinct trainings."], None
     try:
         if plan is None:
@@ -222,11 +226,11 @@ def _dry_run(config: SweepConfig, chosen: argparse.Namespace) -> int:
     except NotReadyError as error:
         values["not_ready"] = str(error)
         lines.append(f"Not ready to run: {error}")
-        cells, sizes = trained_cells(config), known_sizes(config, examples)
+        sizes = known_sizes(config, examples)
     else:
         _add_forecast_into(values, lines, plan, chosen.retry_failed)
-        cells, sizes = [plan.runs[run_id].cell for run_id in values["missing"]], plan_sizes(plan)
-    _add_estimate_into(values, lines, estimate(config, cells, sizes, cards), sizes)
+        trainings, sizes = [plan.runs[run_id] for run_id in values["missing"]], plan_sizes(plan)
+    _add_estimate_into(values, lines, estimate(config, trainings, sizes, cards), sizes)
     price = seed_price(config, sizes, cards, plan, Ledger(config.results_dir))
     protocol = protocol_in_use(config, plan.examples if plan else examples)
     values |= {"seeds": asdict(price), "protocol": asdict(protocol)}

@@ -16,7 +16,7 @@ from tune_sparse.errors import InputError
 SWEEP = tuple(
     f.name
     for f in fields(SweepConfig)
-    if f.name not in ("protocol", "budgets", "cerebras", "schedule_settings", "early_stopping")
+    if f.name not in ("protocol", "budgets", "cerebras", "schedule_settings", "early_stopping", "axes")
 )
 """The fields of `SweepConfig` that hold no settings of their own."""
 BUDGETS = tuple(f.name for f in fields(BudgetOptions))
@@ -64,9 +64,25 @@ def add_preset(command: argparse.ArgumentParser) -> None:
     command.add_argument("preset", nargs="?", metavar=field.metadata["metavar"], help=describe_option(field))
 
 
+def add_axes(group: Any) -> None:
+    group.add_argument(
+        "--axis",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME=VALUE,VALUE",
+        help="settings of training, calibration, recovery or schedules (those of --set) with several values: every "
+        "cell that reads them is trained with each, or with each combination of several axes. Two settings that go "
+        "together are NAME:NAME=VALUE:VALUE,VALUE:VALUE. Of each cell the values with the lowest loss on the selection "
+        "examples are chosen, over all seeds, and reports compare these (default: every setting has one value)",
+    )
+
+
 def sweep_config(chosen: argparse.Namespace) -> SweepConfig:
-    """The preset, then the YAML file, then the flags, then --set: later ones win."""
+    """The preset, then the YAML file, then the flags, then --set and --axis: later ones win."""
     names = _yaml(chosen.config) | given_flags(chosen, (*SWEEP, *BUDGETS, *CEREBRAS, *EARLY_STOPPING))
+    axes = parse_settings(getattr(chosen, "axis", ()), "--axis", "learning_rate=1e-4,3e-4")
+    names |= {"axes": axes} if axes else {}
     return SweepConfig.from_names(names | parse_settings(getattr(chosen, "set", ())))
 
 

@@ -31,9 +31,10 @@ from tune_sparse.modes import MODES
 from tune_sparse.pruning.methods import method_named
 from tune_sparse.pruning.prune_model import check_method_sparsities
 from tune_sparse.pruning.reconstruction import check_recoverable, check_windows
-from tune_sparse.sweep.cards import gpus_asked
+from tune_sparse.sweep.cards import gpus_asked, memory_of_run
 from tune_sparse.sweep.choices import check_choices
 from tune_sparse.sweep.examples import Examples, read_examples
+from tune_sparse.sweep.points import CellAtPoint, at_points, check_axes_are_read
 from tune_sparse.sweep.retries import has_more_memory_now, is_missing, lacked_memory
 from tune_sparse.training.budgets import cpu_budgets
 
@@ -131,9 +132,7 @@ def host_bytes(plan: Plan, runs: Iterable[Run]) -> int:
 
 def memory_of(plan: Plan, runs: Iterable[Run]) -> list[CellMemory]:
     """The memory of each kind of run."""
-    dims = plan.dims
-    kinds = {(r.cell.model, r.cell.mode, r.cell.method, r.cell.sparsity): r.protocol for r in runs}
-    return [CellMemory(dims[model], mode, method, p, level) for (model, mode, method, level), p in kinds.items()]
+    return list(dict.fromkeys(memory_of_run(run, plan.dims) for run in runs))
 
 
 def requested_cells(config: SweepConfig) -> list[Cell]:
@@ -161,9 +160,19 @@ def split_blocks(config: SweepConfig) -> dict[tuple[str, str], str]:
     return {block: "cerebras" if int((n + 1) * share) > int(n * share) else "torch" for n, block in enumerate(blocks)}
 
 
+def requested_points(config: SweepConfig) -> list[CellAtPoint]:
+    """Every cell of the matrix at each point of the axes."""
+    return [point for cell in requested_cells(config) for point in at_points(config, cell)]
+
+
+def trained_points(config: SweepConfig) -> list[CellAtPoint]:
+    """Those whose trainings serve all cells at all points."""
+    return list(dict.fromkeys(point.trained for point in requested_points(config)))
+
+
 def distinct_trainings(config: SweepConfig) -> int:
     """How many trainings serve all cells."""
-    return len({cell.trained for cell in requested_cells(config)})
+    return len(trained_points(config))
 
 
 def make_plan(config: SweepConfig) -> Plan:
@@ -185,8 +194,8 @@ def plan_cells(config: SweepConfig, examples: Examples) -> Plan:
     runs: dict[str, Run] = {}
     owners: dict[str, str] = {}
     rows = []
-    for cell in requested_cells(config):
-        requested, run = name_run(cell), name_run(cell.trained)
+    for point in requested_points(config):
+        requested, run = name_run(point), name_run(point.trained)
         cell_id = readable_id(requested.cell, requested.identity)
         runs.setdefault(run.run_id, run)
         owner = owners.setdefault(run.run_id, cell_id)
@@ -194,7 +203,7 @@ def plan_cells(config: SweepConfig, examples: Examples) -> Plan:
             {"cell_id": cell_id, "run_id": run.run_id, "shared_with": None if owner == cell_id else owner}
             | {"pruning_id": run.pruning_id}
             | asdict(requested.cell)
-            | {"chance": mean_chance(tasks_named(cell.task))}
+            | {"axes": dict(point.point), "chance": mean_chance(tasks_named(point.cell.task))}
         )
     if config.early_stopping.stop_early:
         check_choices(config.early_stopping, runs.values())
@@ -203,26 +212,29 @@ def plan_cells(config: SweepConfig, examples: Examples) -> Plan:
     return Plan(config, SweepRecord(sweep_id, time.time(), described, tuple(rows)), runs, checkpoints, examples)
 
 
-def _run_namer(config: SweepConfig, checkpoints: Mapping[str, Checkpoint], examples: Examples) -> Callable[[Cell], Run]:
-    """A function that gives a cell its run."""
+def _run_namer(
+    config: SweepConfig, checkpoints: Mapping[str, Checkpoint], examples: Examples
+) -> Callable[[CellAtPoint], Run]:
+    """A function that gives a cell at a point its run."""
     cerebras = cerebras_identity(config.cerebras) if "cerebras" in config.backends else None
     model_paths = {short_name(model): _model_path(model) for model in config.models}
     text = examples.calibration_fingerprint
 
-    def name_run(cell: Cell) -> Run:
+    def name_run(point: CellAtPoint) -> Run:
+        cell, protocol = point.cell, point.protocol
         checkpoint = checkpoints[short_name(cell.model)]
         return Run(
             cell=replace(cell, model=checkpoint.name),
-            protocol=config.protocol,
+            protocol=protocol,
             model_path=model_paths[checkpoint.name],
             data_dir=str(examples.data_dir) if examples.data_dir else None,
             model_fingerprint=checkpoint.fingerprint,
             data_fingerprint=examples.fingerprints[cell.task],
             prompt_version="+".join(str(task.prompt_version) for task in tasks_named(cell.task)),
-            calibration_fingerprint=text,
+            calibration_fingerprint=None if protocol.calibration == "task" else text,
             cerebras=cerebras if cell.backend == "cerebras" else None,
             budgets=config.budgets,
-            schedule_settings=config.schedule_settings,
+            schedule_settings=point.schedule_settings,
         )
 
     return name_run
@@ -230,10 +242,11 @@ def _run_namer(config: SweepConfig, checkpoints: Mapping[str, Checkpoint], examp
 
 def _check_model(config: SweepConfig, checkpoint: Checkpoint) -> None:
     """Raise `InputError` for a model that no trial could prune, prompt or convert as the matrix asks."""
-    protocol = config.protocol.within(checkpoint.dims.max_positions)
-    if protocol.recover != "none":
-        window = min(protocol.calibration_window, checkpoint.dims.max_positions)
-        check_windows(-(-(protocol.calibration_tokens - 1) // window))  # a last token alone is no window
+    for protocol in config.protocols:
+        protocol.within(checkpoint.dims.max_positions)
+        if protocol.recover != "none":
+            window = min(protocol.calibration_window, checkpoint.dims.max_positions)
+            check_windows(-(-(protocol.calibration_tokens - 1) // window))  # a last token alone is no window
     _check_reachable(config, checkpoint)
     if "cerebras" in config.backends:
         check_convertible(checkpoint.path)
@@ -259,17 +272,19 @@ def _plain(value: Any) -> Any:
 
 
 def check_names(config: SweepConfig) -> None:
-    """Raise `InputError` for a task or method that no table has, or models that tables could not tell apart."""
+    """Raise `InputError` for a task or method that no table has, models that tables could not tell apart, or an axis
+    that changes nothing."""
     _check_distinct_names(config.models)
     for task in config.tasks:
         tasks_named(task)
-    for method in config.methods:
-        check_recoverable(method, config.protocol.recover)
-        if method_named(method).needs.gradients and config.protocol.calibration_order == "sequential":
+    for method, protocol in product(config.methods, config.protocols):
+        check_recoverable(method, protocol.recover)
+        if method_named(method).needs.gradients and protocol.calibration_order == "sequential":
             raise InputError(
                 f"{method} needs gradients of the whole dense model, got calibration_order sequential. "
                 "Set calibration_order=dense, or leave the method out."
             )
+    check_axes_are_read(config, requested_cells(config))
 
 
 def _check_distinct_names(references: Sequence[str]) -> None:
