@@ -278,7 +278,7 @@ def test_configurations_are_frozen(value: Any) -> None:
 
 def test_every_setting_says_what_it_is() -> None:
     kinds = (Protocol, SweepConfig, BudgetOptions, Cerebras, EarlyStopping)
-    nested = ("protocol", "budgets", "cerebras", "schedule_settings", "early_stopping")
+    nested = ("protocol", "budgets", "cerebras", "schedule_settings", "early_stopping", "axes")
     described = [f for kind in kinds for f in fields(kind) if f.name not in nested]
     assert all(f.metadata["help"] for f in described)
 
