@@ -59,7 +59,7 @@ def section(text: str, heading: str) -> list[str]:
 
 
 def test_there_are_helps_to_check() -> None:
-    assert len(COMMANDS) == 18
+    assert len(COMMANDS) == 19
     assert sum(len(options(command)) for command in COMMANDS.values()) >= 130
 
 

@@ -28,7 +28,7 @@ class LedgerCallback(Unsaved, tune.Callback):
     """Shows and tracks each run as it ends, and records the runs that a worker could not record itself.
 
     requeue: is given a run whose infrastructure failed, at most `max_retries` times. stopper: says which runs are
-    stopped early.
+    stopped early. tracker: None for runs of no sweep, which MLflow does not show.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class LedgerCallback(Unsaved, tune.Callback):
         ledger: Ledger,
         runs: Mapping[str, Run],
         progress: Progress,
-        tracker: BackgroundTracker,
+        tracker: BackgroundTracker | None,
         lease: FolderLease,
         stop: Stop,
         placement: Placement,
@@ -111,7 +111,8 @@ class LedgerCallback(Unsaved, tune.Callback):
 
     def _end(self, record: Record) -> None:
         self._progress.ended(record)
-        self._tracker.add(record.run_id)
+        if self._tracker is not None:
+            self._tracker.add(record.run_id)
 
     def record_unfinished(self) -> None:
         """Record as interrupted what was started and has no record."""

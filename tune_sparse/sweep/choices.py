@@ -37,3 +37,11 @@ def check_choices(config: EarlyStopping, runs: Iterable[Run]) -> None:
             "stop_early compares trainings of one cell that differ in their settings, got one training for each cell. "
             "Give several values of a setting with --axis, or leave stop_early out."
         )
+
+
+def rivals_of(run: Run, by_sparsity: bool) -> tuple[Any, ...]:
+    """Names the trainings that one is compared with where all cells compete: its mode's and schedule's, since a model
+    before its last mask, or before its masks grew, is not judged beside one after; with the sparsity as an aim of its
+    own, those of as many zeros."""
+    c, likewise = run.cell, tuple(getattr(run.protocol, name) for name in LIKE_WITH_LIKE)
+    return c.mode, c.schedule, *((c.sparsity,) if by_sparsity else ()), *likewise

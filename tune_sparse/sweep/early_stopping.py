@@ -8,7 +8,7 @@ may stop others.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,13 +25,20 @@ from tune_sparse.sweep.tune_parts import Unsaved
 class EarlyStopper(Unsaved, FIFOScheduler):
     """Says of each training, as it reaches a rung, whether it goes on; begins with the rungs that the ledger knows.
 
-    runs: those that may be judged, by id.
+    runs: those that may be judged, by id. rivals: equal for two runs that are compared.
     """
 
-    def __init__(self, config: EarlyStopping, runs: Mapping[str, Run], journal: RungJournal) -> None:
+    def __init__(
+        self,
+        config: EarlyStopping,
+        runs: Mapping[str, Run],
+        journal: RungJournal,
+        rivals: Callable[[Run], tuple[Any, ...]] = choice_of,
+    ) -> None:
         super().__init__()
         assert config.stop_early is not None
         self._config, self._by, self._runs, self._journal = config, config.stop_early, runs, journal
+        self._rivals = rivals
         self._choices: dict[tuple[Any, ...], ASHAScheduler] = defaultdict(self._asha)
         self._values: dict[str, dict[int, float]] = defaultdict(dict)
         self._stopped: dict[str, int] = {}
@@ -51,7 +58,7 @@ class EarlyStopper(Unsaved, FIFOScheduler):
         if run is None or rung.by != self._by or rung.step not in steps or rung.step in self._values[rung.run_id]:
             return
         self._values[rung.run_id][rung.step] = rung.value
-        asha, trial = self._choices[choice_of(run)], SimpleNamespace(trial_id=rung.run_id)
+        asha, trial = self._choices[self._rivals(run)], SimpleNamespace(trial_id=rung.run_id)
         asha.on_trial_add(None, trial)
         reached = {"rung": self._config.reduction ** steps.index(rung.step), "value": rung.value}
         if asha.on_trial_result(None, trial, reached) == TrialScheduler.STOP:

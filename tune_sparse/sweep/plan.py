@@ -78,6 +78,9 @@ class Plan:
         """What stops runs early, as far as the ledger says already; None where every run goes to its end."""
         if not self.config.early_stopping.stop_early:
             return None
+        from tune_sparse.sweep.ray_session import set_environment
+
+        set_environment()
         from tune_sparse.sweep.early_stopping import EarlyStopper
 
         return EarlyStopper(self.config.early_stopping, self.runs, RungJournal(ledger.folders[0]))
