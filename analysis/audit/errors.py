@@ -23,6 +23,7 @@ from tune_sparse.ledger.run import Run
 from tune_sparse.models.architectures import matrix_named
 from tune_sparse.modes import MODES, SPARSE_ADAPTER_MODES
 from tune_sparse.pruning.methods import METHODS, TOLERANCE
+from tune_sparse.schedules import SCHEDULES
 
 Detections = Iterator[tuple[str, list[str]]]
 
@@ -159,7 +160,8 @@ def no_effect(results: Results) -> Detections:
             yield f"{e.run_id}: the last mask removed nothing of the trained update", [e.run_id]
         if _same_scores(e.pruned_baseline, e.predictions):
             yield f"{e.run_id}: every score is the one before tuning, to the last bit", [e.run_id]
-        if cell.sparsity and _same_scores(e.pruned_baseline, dense.get(_scored(e.run))):
+        starts_pruned = cell.sparsity and not SCHEDULES[cell.schedule].starts_dense
+        if starts_pruned and _same_scores(e.pruned_baseline, dense.get(_scored(e.run))):
             yield f"{e.run_id}: before tuning every score is the unpruned model's, to the last bit", [e.run_id]
 
 
@@ -348,13 +350,15 @@ def differing(first: Run, second: Run) -> list[str]:
 
 def _settings(run: Run) -> dict[str, Any]:
     inputs = {name: getattr(run, name) for name in ("model_fingerprint", "data_fingerprint", "prompt_version")}
-    return asdict(run.cell) | asdict(run.protocol) | inputs
+    schedule = SCHEDULES[run.cell.schedule].read(run.schedule_settings)
+    return asdict(run.cell) | asdict(run.protocol) | inputs | {"schedule_settings": schedule}
 
 
 def _requested_mask(cell: Cell) -> tuple[Any, ...]:
     """The settings that must have a mask of their own."""
     is_seeded = cell.method in METHODS and METHODS[cell.method].needs.seed
-    return (cell.method, cell.sparsity, cell.seed if is_seeded else None)
+    changes = cell.schedule if SCHEDULES[cell.schedule].planner else None
+    return (cell.method, cell.sparsity, cell.seed if is_seeded else None, changes)
 
 
 def _scored(run: Run) -> tuple[Any, ...]:

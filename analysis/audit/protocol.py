@@ -13,6 +13,7 @@ from analysis.read.results import Results, RunFiles
 from tune_sparse.config import Cell
 from tune_sparse.config.protocol import CALIBRATION_SETTINGS, UNCOMPARED_SETTINGS
 from tune_sparse.ledger.run import Run
+from tune_sparse.schedules import SCHEDULES
 
 INPUTS = ("model_fingerprint", "data_fingerprint", "prompt_version")
 Settings = tuple[tuple[str, Any], ...]
@@ -48,8 +49,14 @@ def compared_settings(run: Run) -> dict[str, Any]:
 
 
 def differing_settings(first: Run, second: Run) -> dict[str, tuple[Any, Any]]:
-    """{setting: its two values} of the compared settings that both runs have, and of what they were made from."""
-    one, other = (compared_settings(run) | {name: getattr(run, name) for name in INPUTS} for run in (first, second))
+    """{setting: its two values} of the compared settings that both runs have, of their schedule, and of what they were
+    made from."""
+    one, other = (
+        compared_settings(run)
+        | SCHEDULES[run.cell.schedule].read(run.schedule_settings)
+        | {name: getattr(run, name) for name in INPUTS}
+        for run in (first, second)
+    )
     return {name: (one[name], other[name]) for name in one if name in other and one[name] != other[name]}
 
 

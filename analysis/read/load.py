@@ -20,6 +20,7 @@ from tune_sparse.identity import hash_json
 from tune_sparse.ledger.contracts import LedgerReader
 from tune_sparse.ledger.reader import MergedLedger
 from tune_sparse.ledger.record import Record
+from tune_sparse.schedules import ONE_SHOT
 
 SCORES = tuple(f"{name}{suffix}" for name in ("accuracy", *METRICS) for suffix in SUFFIXES)
 """Each metric with its standard error, and before tuning and the merge; the first four are of the primary metric."""
@@ -34,6 +35,7 @@ COLUMNS = (
     "sparsity",
     "actual_sparsity",
     "mode",
+    "schedule",
     "seed",
     "protocol_id",
     "status",
@@ -120,7 +122,7 @@ def _protocol_id(ledger: LedgerReader, run_id: str) -> str | None:
 
 
 def _row(cell: dict[str, Any], record: Record | None, primary_metrics: Mapping[str, str]) -> dict[str, Any]:
-    row = {name: cell[name] for name in COLUMNS if name in cell}
+    row: dict[str, Any] = {"schedule": ONE_SHOT} | {name: cell[name] for name in COLUMNS if name in cell}
     row |= {"chance_accuracy": cell["chance"], "status": record.status if record else "missing"}
     if record is None:
         return row | {"error": "not run yet"}

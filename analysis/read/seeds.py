@@ -8,8 +8,11 @@ from typing import Any
 import pandas as pd
 
 from tune_sparse.data import task_types
+from tune_sparse.schedules import ONE_SHOT
 
-SETTING = ["backend", "model", "task", "method", "mode", "sparsity"]
+CURVE = ["method", "mode", "schedule"]
+"""What makes a curve over sparsity, on one backend, model and task."""
+SETTING = ["backend", "model", "task", *CURVE, "sparsity"]
 """What makes a cell, but for its seed."""
 METRICS = (*task_types.METRICS, "f1")
 """Columns with a metric by its own name; `accuracy` has the values of the task's primary one."""
@@ -21,6 +24,17 @@ SINGLE_RUN = ("_stderr", "_low", "_high")
 def repeated_settings(cells: pd.DataFrame) -> pd.DataFrame:
     """Cells that differ in nothing but protocol, weights or examples: two studies, never one average."""
     return cells[cells.duplicated([*SETTING, "seed"], keep=False)]
+
+
+def shown_columns(names: Iterable[str], cells: pd.DataFrame) -> list[str]:
+    """Those columns that people are shown of these cells: no schedule where all masks are made once."""
+    changes = (cells["schedule"] != ONE_SHOT).any()
+    return [name for name in names if changes or name != "schedule"]
+
+
+def curve_names(cells: pd.DataFrame) -> pd.Series[Any]:
+    """The method of each row, with its schedule where masks change: for figures, whose colours are of one name."""
+    return cells["method"].where(cells["schedule"] == ONE_SHOT, cells["method"] + ", " + cells["schedule"])
 
 
 def over_seeds(cells: pd.DataFrame) -> pd.DataFrame:

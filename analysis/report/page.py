@@ -21,7 +21,7 @@ from markupsafe import Markup
 from analysis.audit.audit import RULES, Audit, AuditFinding
 from analysis.baselines.comparison import PublishedComparison, summary_sentence
 from analysis.baselines.published import our_metric
-from analysis.read.seeds import calibration_words, over_seeds, primary_words, spread_words
+from analysis.read.seeds import CURVE, calibration_words, over_seeds, primary_words, shown_columns, spread_words
 from analysis.report.rounding import UNKNOWN, rounded, with_interval
 from analysis.report.runs import relative_link
 from analysis.stats.claims import QUESTIONS, Claim
@@ -214,13 +214,13 @@ def _passing(content: Content) -> tuple[list[str], list[dict[str, Any]]]:
     if table.empty:
         return [], []
     several = table["backend"].nunique() > 1
-    names = list(dict.fromkeys(zip(table["method"], table["mode"], strict=True)))
+    names = list(table[shown_columns(CURVE, table)].drop_duplicates().itertuples(index=False, name=None))
     done = content.cells[content.cells["status"] == "done"]
-    keys = ["backend", "model", "task", "method", "mode", "sparsity"]
+    keys = ["backend", "model", "task", *shown_columns(CURVE, table), "sparsity"]
     runs = {key: tuple(dict.fromkeys(ids)) for key, ids in done.groupby(keys)["run_id"]}
     lines = []
     for (backend, model, task), rows in table.groupby(["backend", "model", "task"], sort=False):
-        known = rows.set_index(["method", "mode"])["highest_sparsity"].to_dict()
+        known = rows.set_index(shown_columns(CURVE, table))["highest_sparsity"].to_dict()
         cells = []
         for name in names:
             highest = known.get(name)
@@ -239,7 +239,7 @@ def _passing(content: Content) -> tuple[list[str], list[dict[str, Any]]]:
                 "cells": cells,
             }
         )
-    return [f"{method}, {mode}" for method, mode in names], lines
+    return [", ".join(name) for name in names], lines
 
 
 def _captions(table: pd.DataFrame) -> str:

@@ -33,6 +33,7 @@ from analysis.stats.findings import describe_seeds, make_claims
 from analysis.stats.sparsity_claims import PASS_MARK
 from tune_sparse.errors import InputError, NotReadyError
 from tune_sparse.files import write_json, write_text
+from tune_sparse.schedules import ONE_SHOT
 
 
 @dataclass(frozen=True)
@@ -127,8 +128,8 @@ def counts(cells: pd.DataFrame) -> list[str]:
 
 
 def highest_lines(performance: pd.DataFrame) -> list[str]:
-    """The highest sparsity that keeps each task within the pass mark of its dense baseline, by method and mode;
-    of each backend where there are several."""
+    """The highest sparsity that keeps each task within the pass mark of its dense baseline, by method, mode and
+    schedule; of each backend where there are several."""
     passing = highest_passing_sparsity(performance)
     if passing.empty:
         return []
@@ -137,8 +138,9 @@ def highest_lines(performance: pd.DataFrame) -> list[str]:
     for (backend, model, task), rows in passing.groupby(["backend", "model", "task"], sort=False):
         first, on = rows.iloc[0], f" on {backend}" if several else ""
         lines.append(f"  {model}, {task}{on} (dense {first['metric']} {first['dense']:.3f}):")
-        for method, by_mode in rows.groupby("method", sort=False):
-            reached = zip(by_mode["mode"], by_mode["highest_sparsity"], strict=True)
+        for method, same in rows.groupby("method", sort=False):
+            tuned = same["mode"].where(same["schedule"] == ONE_SHOT, same["mode"] + " " + same["schedule"])
+            reached = zip(tuned, same["highest_sparsity"], strict=True)
             modes = ", ".join(f"{mode} {_or_none(highest)}" for mode, highest in reached)
             lines.append(f"    {method:14} {modes}")
     return lines

@@ -12,10 +12,12 @@ import pandas as pd
 
 from analysis.audit.audit import RULES, Audit
 from analysis.read.seeds import (
+    CURVE,
     METRICS,
     SETTING,
     calibration_words,
     over_seeds,
+    shown_columns,
     shown_metrics,
     spread,
     spread_words,
@@ -27,7 +29,6 @@ from tune_sparse.modes import ADAPTER_MODES
 MOST_LINES = 45
 """of a table at the end of a sweep"""
 MOST_REASONS = 5
-AXES = ["model", "task", "method", "sparsity", "mode"]
 COMMAND = "tune-sparse results"
 EVERY: Mapping[str, Collection[str]] = MappingProxyType({})
 
@@ -84,7 +85,8 @@ def result_lines(
 
 def _cells(table: pd.DataFrame, marks: dict[str, str]) -> pd.DataFrame:
     """A line a cell, all columns text."""
-    names = [*(["backend"] if table["backend"].nunique() > 1 else []), *AXES]
+    method, *tuning = shown_columns(CURVE, table)
+    names = [*(["backend"] if table["backend"].nunique() > 1 else []), "model", "task", method, "sparsity", *tuning]
     shown = table[names].assign(sparsity=[f"{value:g}" for value in table["sparsity"]], seeds=table["seeds_done"])
     shown = shown.assign(metric=table["metric"])
     for name, column in (("before", "before"), ("after", "value"), ("+-", "spread"), ("- dense", "difference")):
@@ -100,7 +102,7 @@ def _cells(table: pd.DataFrame, marks: dict[str, str]) -> pd.DataFrame:
 
 def _curves(table: pd.DataFrame, marks: dict[str, str]) -> pd.DataFrame:
     """A line a curve, with a column for each sparsity."""
-    names = [*SETTING[:-1], "metric"]
+    names = [*SETTING[:3], *shown_columns(CURVE, table), "metric"]
     texts = [
         f"{_number(value)}{_marked(warnings, marks)}"
         for value, warnings in zip(table["value"], table["warnings"], strict=True)

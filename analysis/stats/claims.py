@@ -15,6 +15,7 @@ QUESTIONS = {
     "RQ2": "Which pruning method is best?",
     "RQ3": "Is sparse-to-sparse better than sparse-to-dense?",
     "RQ4": "How does the CS-3 compare with GPUs?",
+    "RQ5": "Do masks that change during the training help?",
 }
 
 

@@ -1,4 +1,4 @@
-"""The four questions of the study answered from the numbers, in words, with no claim that the tests do not carry."""
+"""The questions of the study answered from the numbers, in words, with no claim that the tests do not carry."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from analysis.stats.claims import (
     number,
 )
 from analysis.stats.comparisons import ALL_BASES, BASE, PairedTest, Points, compare_cells, compare_values, swap_sides
+from analysis.stats.schedule_claims import compare_schedules, schedule_claims
 from analysis.stats.scopes import Scope
 from analysis.stats.sparsity_claims import sparsity_claims
 from analysis.stats.statistics import anova, seeds_sentence
@@ -30,14 +31,15 @@ def make_claims(points: Points, imported: Sequence[Imported] = ()) -> tuple[list
     """The claims, and a table of every test behind them."""
     methods, modes = compare_values(points, "method", simultaneous=True), compare_values(points, "mode")
     single = compare_cells(points, "mode", *SPARSE_ADAPTER_MODES)
-    backends = _backend_tests(points)
+    backends, schedules = _backend_tests(points), compare_schedules(points)
     claims = [
         *sparsity_claims(points, imported),
         *_method_claims(points, methods),
         *_mode_claims(points, modes, single),
         *_backend_claims(points, backends),
+        *schedule_claims(points, schedules),
     ]
-    by_question = {"RQ2": methods, "RQ3": [*modes, *single], "RQ4": backends}
+    by_question = {"RQ2": methods, "RQ3": [*modes, *single], "RQ4": backends, "RQ5": schedules}
     rows = [test.row(question) for question, tests in by_question.items() for test in tests]
     return claims, pd.DataFrame(rows)
 
@@ -62,7 +64,7 @@ def _method_claims(points: Points, tests: Sequence[PairedTest]) -> Iterator[Clai
 
 def _best_claims(about: str, rows: pd.DataFrame, tests: Sequence[PairedTest]) -> Iterator[Claim]:
     """The method of the highest mean against each of the others, one claim for what the same models and tasks show."""
-    settings = rows.groupby([*BASE, "mode", "sparsity", "seed"])["method"]
+    settings = rows.groupby([*BASE, "mode", "schedule", "sparsity", "seed"])["method"]
     rows = rows[settings.transform("nunique") == rows["method"].nunique()]
     if rows.empty:
         return
@@ -101,9 +103,9 @@ def _best_words(best: str, tests: Sequence[PairedTest]) -> tuple[str, dict[str, 
 def _variance_claim(pruned: pd.DataFrame) -> Iterator[Claim]:
     """How much of the variance of accuracy the method explains, among all that was varied."""
     table = pruned.assign(base=pruned[BASE].agg(", ".join, axis=1))
-    complete = table.groupby(["base", "mode", "sparsity", "seed"])["method"].transform("nunique")
+    complete = table.groupby(["base", "mode", "schedule", "sparsity", "seed"])["method"].transform("nunique")
     table = table[complete == table["method"].nunique()]
-    factors = [name for name in ("method", "mode", "sparsity", "base") if table[name].nunique() > 1]
+    factors = [name for name in ("method", "mode", "schedule", "sparsity", "base") if table[name].nunique() > 1]
     if "method" not in factors or len(table) <= sum(table[name].nunique() for name in factors):
         return
     found, runs = anova(table, "accuracy", factors).set_index("factor"), list(table["run_id"])

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from analysis.audit.audit import Audit
 
-FILTERS = ("model", "task", "method", "mode")
+FILTERS = ("model", "task", "method", "mode", "schedule")
 
 
 def declare(commands: Any) -> None:

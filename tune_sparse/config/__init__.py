@@ -77,6 +77,11 @@ class Cell:
     schedule: str = ONE_SHOT
 
     @property
+    def trained_by(self) -> str:
+        """The mode, and the schedule where masks change."""
+        return self.mode if self.schedule == ONE_SHOT else f"{self.mode}-{self.schedule}"
+
+    @property
     def trained(self) -> Cell:
         """The cell whose training serves this one: without zeros, every method and LoRA mode is the dense baseline."""
         mode = MODES[self.mode]

@@ -151,19 +151,22 @@ class Run:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Run:
-        own = {"cell": Cell(**config["cell"]), "protocol": Protocol(**config["protocol"])}
+        own: dict[str, Any] = {"cell": Cell(**config["cell"]), "protocol": Protocol(**config["protocol"])}
         own["budgets"] = BudgetOptions(**config.get("budgets", {}))
-        settings = config.get("schedule_settings", {}).items()
-        own["schedule_settings"] = ScheduleSettings(**{k: tuple(v) if isinstance(v, list) else v for k, v in settings})
+        settings = dict(config.get("schedule_settings", {}))
+        if settings.get("levels") is not None:
+            settings["levels"] = tuple(settings["levels"])
+        own["schedule_settings"] = ScheduleSettings(**settings)
         if config.get("super_adapter"):
             own["super_adapter"] = SuperAdapter.from_config(config["super_adapter"])
         return cls(**{**config, **own})
 
 
 def readable_id(cell: Cell, identity: str) -> str:
-    """`<backend>_<model>_<task>_<method>_s<NN>_<mode>_<hash8>`, for people: settings are never read back from it."""
-    trained = cell.mode if cell.schedule == ONE_SHOT else f"{cell.mode}-{cell.schedule}"
-    parts = (cell.backend, cell.model, cell.task, cell.method, f"s{cell.sparsity * 100:02g}", trained, identity[:8])
+    """`<backend>_<model>_<task>_<method>_s<NN>_<mode>[-<schedule>]_<hash8>`, for people: settings are never read back
+    from it."""
+    sparsity = f"s{cell.sparsity * 100:02g}"
+    parts = (cell.backend, cell.model, cell.task, cell.method, sparsity, cell.trained_by, identity[:8])
     return _readable(*parts)
 
 

@@ -51,7 +51,7 @@ class LedgerCallback(Unsaved, tune.Callback):
         run_id = _run_id(trial)
         cell = self._runs[run_id].cell
         self._started.add(run_id)
-        self._progress.started(run_id, f"{cell.model} {cell.task} {cell.method} {cell.sparsity:g} {cell.mode}")
+        self._progress.started(run_id, f"{cell.model} {cell.task} {cell.method} {cell.sparsity:g} {cell.trained_by}")
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
