@@ -159,6 +159,7 @@ def _tune(
         callback = LedgerCallback(
             ledger,
             {run.run_id: run for run in missing},
+            {cell["run_id"]: point_text(tuple(cell["axes"].items())) for cell in plan.record.cells},
             progress,
             tracker,
             lease,

@@ -18,6 +18,8 @@ SWEEP_TAG = "tune_sparse.sweep_id"
 RUN_TAG = "tune_sparse.run_id"
 SEARCH_TAG = "tune_sparse.search_id"
 CANDIDATE_TAG = "tune_sparse.candidate"
+CHOSEN_TAG = "tune_sparse.chosen"
+"""Of the runs of a sweep with axes: "true" if some cell chose its setting on selection examples, or else "false"."""
 RECORD_TAG = "tune_sparse.record"
 """A hash of what the entry shows: when that changes, so must the entry."""
 ARTIFACTS = ("config.yaml", "sparse_config.json", "result.json", "validation_report.json", "train.log")
