@@ -28,7 +28,7 @@ from tune_sparse.ledger.ledger import Ledger
 
 MODES = ("sparse-to-dense", "sparse-to-sparse")
 SUMMARY = (
-    "cell_id,run_id,shared_with,backend,model,task,method,sparsity,actual_sparsity,mode,seed,protocol_id,status,primary_metric,"
+    "cell_id,run_id,shared_with,backend,model,task,method,sparsity,actual_sparsity,mode,schedule,seed,protocol_id,status,primary_metric,"
     "accuracy,"
     "accuracy_stderr,accuracy_before_tuning,accuracy_before_merge,chance_accuracy,n_examples,majority_fraction,most_frequent_fraction,"
     "truncated_fraction,cut_fraction,acc,acc_stderr,acc_before_tuning,acc_before_merge,"
@@ -37,10 +37,11 @@ SUMMARY = (
     "exact_match_flexible,exact_match_flexible_stderr,exact_match_flexible_before_tuning,exact_match_flexible_before_merge,"
     "perplexity,perplexity_stderr,perplexity_before_tuning,perplexity_before_merge,f1,f1_stderr,"
     "train_loss,eval_loss,eval_loss_before_mask,"
-    "train_examples_per_second,train_tokens_per_second,train_seconds,peak_memory_bytes,cell_peak_memory_bytes,compile_seconds,"
-    "calibration_tokens_seen,inference_flops,hardware,calibration,calibration_order,error"
+    "train_examples_per_second,train_tokens_per_second,train_seconds,trial_seconds,peak_memory_bytes,cell_peak_memory_bytes,compile_seconds,"
+    "calibration_tokens_seen,inference_flops,hardware,calibration,calibration_order,error,"
+    "candidates,chosen,choice"
 )
-NUMBERS = SUMMARY.split(",")[14:18] + SUMMARY.split(",")[19:49] + ["actual_sparsity"]
+NUMBERS = SUMMARY.split(",")[15:19] + SUMMARY.split(",")[20:51] + ["actual_sparsity"]
 """Columns that only a finished run can fill."""
 
 
@@ -207,7 +208,14 @@ def test_a_report_that_is_refused_names_sweeps_and_the_setting_that_differs(tmp_
 
 
 def performance(accuracies: dict[float, float], **setting: Any) -> pd.DataFrame:
-    names = {"backend": "torch", "model": "tiny", "task": "boolq", "method": "random", "mode": "sparse-to-dense"}
+    names = {
+        "backend": "torch",
+        "model": "tiny",
+        "task": "boolq",
+        "method": "random",
+        "mode": "sparse-to-dense",
+        "schedule": "one-shot",
+    }
     names |= {"chance_accuracy": 0.5, "accuracy_stderr": 0.03, "seeds": 1, "seeds_done": 1, "perplexity": None}
     names["n_examples"] = 200
     return pd.DataFrame([names | setting | {"sparsity": s, "accuracy": a} for s, a in accuracies.items()])

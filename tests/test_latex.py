@@ -16,7 +16,14 @@ TEX = shutil.which("pdflatex")
 
 
 def table(**changes: object) -> pd.DataFrame:
-    names = {"backend": "torch", "model": "my_llama & 50%", "task": "gsm8k", "mode": "sparse-to-dense", "seed": 0}
+    names = {
+        "backend": "torch",
+        "model": "my_llama & 50%",
+        "task": "gsm8k",
+        "mode": "sparse-to-dense",
+        "seed": 0,
+        "schedule": "one-shot",
+    }
     rows = [
         names | {"method": method, "sparsity": sparsity, "accuracy": accuracy, "warnings": warnings} | changes
         for method, sparsity, accuracy, warnings in (

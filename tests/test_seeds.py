@@ -10,7 +10,15 @@ import pytest
 
 from analysis.read.seeds import calibration_words, over_seeds, repeated_settings, shown_metrics, spread, spread_words
 
-ROW = {"backend": "torch", "model": "tiny", "task": "boolq", "method": "random", "mode": "dense", "sparsity": 0.5}
+ROW = {
+    "backend": "torch",
+    "model": "tiny",
+    "task": "boolq",
+    "method": "random",
+    "mode": "dense",
+    "sparsity": 0.5,
+    "schedule": "one-shot",
+}
 ROW |= {"status": "done", "accuracy_stderr": 0.03, "accuracy_low": 0.4, "primary_metric": "acc", "warnings": ""}
 
 

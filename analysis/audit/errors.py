@@ -8,7 +8,7 @@ from dataclasses import asdict
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from analysis.read.results import Predictions, Results, RunFiles, is_measured_elsewhere
 from tune_sparse.config import BACKENDS, Cell
@@ -23,7 +23,9 @@ from tune_sparse.ledger.run import Run
 from tune_sparse.models.architectures import matrix_named
 from tune_sparse.modes import MODES, SPARSE_ADAPTER_MODES
 from tune_sparse.pruning.methods import METHODS, TOLERANCE
+from tune_sparse.schedules import SCHEDULES
 
+T = TypeVar("T")
 Detections = Iterator[tuple[str, list[str]]]
 
 TEST_EXAMPLES = ("n_test", "num_fewshot")
@@ -159,7 +161,8 @@ def no_effect(results: Results) -> Detections:
             yield f"{e.run_id}: the last mask removed nothing of the trained update", [e.run_id]
         if _same_scores(e.pruned_baseline, e.predictions):
             yield f"{e.run_id}: every score is the one before tuning, to the last bit", [e.run_id]
-        if cell.sparsity and _same_scores(e.pruned_baseline, dense.get(_scored(e.run))):
+        starts_pruned = cell.sparsity and not SCHEDULES[cell.schedule].starts_dense
+        if starts_pruned and _same_scores(e.pruned_baseline, dense.get(_scored(e.run))):
             yield f"{e.run_id}: before tuning every score is the unpruned model's, to the last bit", [e.run_id]
 
 
@@ -316,10 +319,10 @@ def compared(results: Results) -> dict[Any, list[RunFiles]]:
     return grouped(results.done, lambda e: (e.run.cell.model, e.run.cell.task, e.run.protocol))
 
 
-def grouped(files: Iterable[RunFiles], key: Callable[[RunFiles], Any]) -> dict[Any, list[RunFiles]]:
+def grouped(runs: Iterable[T], key: Callable[[T], Any]) -> dict[Any, list[T]]:
     """Group runs by a key; those with the key None are left out."""
     found = defaultdict(list)
-    for e in files:
+    for e in runs:
         found[key(e)].append(e)
     found.pop(None, None)
     return dict(found)
@@ -348,13 +351,15 @@ def differing(first: Run, second: Run) -> list[str]:
 
 def _settings(run: Run) -> dict[str, Any]:
     inputs = {name: getattr(run, name) for name in ("model_fingerprint", "data_fingerprint", "prompt_version")}
-    return asdict(run.cell) | asdict(run.protocol) | inputs
+    schedule = SCHEDULES[run.cell.schedule].read(run.schedule_settings)
+    return asdict(run.cell) | asdict(run.protocol) | inputs | {"schedule_settings": schedule}
 
 
 def _requested_mask(cell: Cell) -> tuple[Any, ...]:
     """The settings that must have a mask of their own."""
     is_seeded = cell.method in METHODS and METHODS[cell.method].needs.seed
-    return (cell.method, cell.sparsity, cell.seed if is_seeded else None)
+    changes = cell.schedule if SCHEDULES[cell.schedule].planner else None
+    return (cell.method, cell.sparsity, cell.seed if is_seeded else None, changes)
 
 
 def _scored(run: Run) -> tuple[Any, ...]:

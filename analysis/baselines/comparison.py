@@ -9,11 +9,13 @@ from typing import Any
 import pandas as pd
 
 from analysis.baselines.published import METRICS, TRAININGS, Published, find_conflicts, our_metric
+from analysis.read.seeds import CURVE, shown_columns
 from analysis.stats.many_settings import Spread, interval_among, pooled_spread
 from analysis.stats.scopes import FEWEST_SEEDS
 from tune_sparse.config import SYNTHETIC
 from tune_sparse.data.tasks import TASKS
 from tune_sparse.ledger.contracts import LedgerReader
+from tune_sparse.schedules import SCHEDULES
 
 SAME_SPARSITY = 0.005
 NOT_AVAILABLE = "not available"
@@ -138,8 +140,11 @@ def _same_setting(row: Published, done: pd.DataFrame) -> tuple[pd.DataFrame, str
         ),
         (lambda d: d[our_metric(row)].notna(), f"our runs have no {our_metric(row)}"),
     ]
+    if row.training == "none" and row.sparsity:
+        starts = "our trainings began with every weight"
+        steps.append((lambda d: ~d["schedule"].map(lambda name: SCHEDULES[name].starts_dense).astype(bool), starts))
     if our_metric(row) not in done:
-        return done, steps[-1][1]
+        return done, f"our runs have no {our_metric(row)}"
     for agrees, reason in steps:
         before, done = done, done[agrees(done)]
         if done.empty:
@@ -172,8 +177,8 @@ def _test_examples(names: str) -> int | None:
 def _settings(row: Published, found: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
     """(what it is, its runs) of each setting to compare: theirs alone where we have it. What was not tuned has no
     mode, and at 0% there is no method."""
-    keys = [] if not row.sparsity else ["method"] if row.training == "none" else ["method", "mode"]
-    for key in keys:
+    keys = [] if not row.sparsity else ["method"] if row.training == "none" else shown_columns(CURVE, found)
+    for key in keys[:2]:
         same = found[found[key] == getattr(row, key)]
         found = found if same.empty else same
     end = ["before tuning"] if row.training == "none" else []
@@ -200,12 +205,13 @@ def _beside(
     )
 
 
-def summary_sentence(comparisons: Sequence[PublishedComparison]) -> str:
-    """Say how many numbers were compared."""
+def summary_sentence(comparisons: Sequence[PublishedComparison], rates: str) -> str:
+    """Say how many numbers were compared. rates: how the learning rate of ours was set."""
     numbers = {id(comparison.published): comparison for comparison in comparisons}.values()
     compared = sum(comparison.reason is None for comparison in numbers)
     missing = sum(comparison.published.value is None for comparison in numbers)
     return (
         f"{compared} of {len(numbers)} published numbers have a comparable run of ours; {missing} are not "
-        "available, the others are not comparable, each with its reason. Ours are at one shared learning rate."
+        "available, the others are not comparable, each with its reason. "
+        f"Ours are {rates}."
     )

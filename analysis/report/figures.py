@@ -12,7 +12,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from analysis.read.seeds import SETTING, over_seeds, spread
+from analysis.read.seeds import SETTING, curve_names, over_seeds, spread
 from analysis.report.plots import band_handles, method_handles, method_lines, plot_over_sparsity
 from analysis.report.rounding import rounded
 from analysis.report.runs import Runs
@@ -46,7 +46,7 @@ class ReportFigure:
 
 def method_comparison_heatmap(cells: pd.DataFrame, runs: Runs) -> Figure | None:
     """Accuracy by method and mode (rows) and sparsity (columns), to the digits that its spread leaves."""
-    done = cells[cells["accuracy"].notna()]
+    done = cells[cells["accuracy"].notna()].assign(method=curve_names)
     if done.empty:
         return None
     models, tasks = sorted(done["model"].unique()), list(dict.fromkeys(done["task"]))
@@ -84,7 +84,7 @@ def accuracy_vs_flops(cells: pd.DataFrame, runs: Runs) -> Figure | None:
     done = cells[cells["accuracy"].notna() & cells["inference_flops"].notna()]
     if done.empty:
         return None
-    done = done.assign(inference_flops=done["inference_flops"] / GIGA)
+    done = done.assign(method=curve_names, inference_flops=done["inference_flops"] / GIGA)
     models, tasks = sorted(done["model"].unique()), list(dict.fromkeys(done["task"]))
     colours = assign_colours(done["method"])
     figure, axes = panels(len(models), len(tasks), sharex="row", sharey=True)
@@ -104,7 +104,8 @@ def accuracy_vs_flops(cells: pd.DataFrame, runs: Runs) -> Figure | None:
 
 def flops_vs_sequence_length(cells: pd.DataFrame, runs: Runs) -> Figure | None:
     """Operations of one forward pass over its tokens, dense and at the middle and highest sparsity of each method."""
-    done = cells[cells["inference_flops"].notna()].drop_duplicates(["model", "method", "sparsity", "seed"])
+    done = cells[cells["inference_flops"].notna()].assign(method=curve_names)
+    done = done.drop_duplicates(["model", "method", "sparsity", "seed"])
     if done.empty:
         return None
     levels = sorted(done["sparsity"].unique())
@@ -192,7 +193,7 @@ def _mode_pairs(done: pd.DataFrame, runs: Runs) -> pd.DataFrame:
 
 def per_layer_sparsity(cells: pd.DataFrame, runs: Runs) -> Figure | None:
     """Actual sparsity of every matrix of every layer at the sparsity nearest to one half, mean over seeds and tasks."""
-    done = cells[(cells["status"] == "done") & (cells["sparsity"] > 0)]
+    done = cells[(cells["status"] == "done") & (cells["sparsity"] > 0)].assign(method=curve_names)
     if done.empty:
         return None
     level = min(done["sparsity"].unique(), key=lambda sparsity: (abs(sparsity - 0.5), sparsity))
@@ -310,10 +311,10 @@ def _over_sparsity(column: str) -> Draw:
 
 FIGURES: dict[str, ReportFigure] = {
     "sparsity_vs_accuracy": ReportFigure(
-        "Accuracy over sparsity, by method and mode, at one shared learning rate.", _over_sparsity("accuracy")
+        "Accuracy over sparsity, by method and mode, {rates}.", _over_sparsity("accuracy")
     ),
     "sparsity_vs_perplexity": ReportFigure(
-        "Perplexity over sparsity, by method and mode, at one shared learning rate.", _over_sparsity("perplexity")
+        "Perplexity over sparsity, by method and mode, {rates}.", _over_sparsity("perplexity")
     ),
     "sparsity_vs_loss": ReportFigure(
         "Loss on held-out examples after training, over sparsity.", _over_sparsity("eval_loss")
@@ -326,7 +327,7 @@ FIGURES: dict[str, ReportFigure] = {
         method_comparison_heatmap,
     ),
     "mode_difference": ReportFigure(
-        "Accuracy trained under the mask minus accuracy masked after training, at one shared learning rate.",
+        "Accuracy trained under the mask minus accuracy masked after training, {rates}.",
         mode_difference,
     ),
     "accuracy_vs_flops": ReportFigure(

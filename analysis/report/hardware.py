@@ -11,7 +11,7 @@ from analysis.baselines.published import RATE, Published
 from analysis.report.rounding import UNKNOWN, rounded, with_interval
 from analysis.report.runs import Runs
 
-KEYS = ["model", "task", "method", "sparsity", "mode", "seed"]
+KEYS = ["model", "task", "method", "sparsity", "mode", "schedule", "seed"]
 BACKENDS = ("torch", "cerebras")
 WEIGHTS = {"printed": "official", "restated": "restated", "user run": "user run", "digitised": "digitised"}
 WEIGHTS |= {"log": "a run's log", "unofficial": "unofficial"}

@@ -8,14 +8,20 @@ from typing import Any
 
 import pandas as pd
 
-from analysis.read.seeds import calibration_words, over_seeds, primary_words, shown_metrics, spread, spread_words
+from analysis.read.chosen import rates_words
+from analysis.read.seeds import (
+    CURVE,
+    calibration_words,
+    over_seeds,
+    primary_words,
+    shown_columns,
+    shown_metrics,
+    spread,
+    spread_words,
+)
 
 MISSING = "--"
-NOTE = (
-    "All at one shared learning rate. "
-    f"{MISSING}: no finished run. \\textdagger: the audit has a warning about the run; \\textdaggerdbl: an error."
-)
-NAMES = ["task", "metric", "method", "mode"]
+NOTE = f"{MISSING}: no finished run. \\textdagger: the audit has a warning about the run; \\textdaggerdbl: an error."
 LIGHT_WARNINGS = {
     *("few-examples", "unchecked", "uncommitted", "modes-coincide", "same-answers"),
     *("hardware", "budgets", "few-steps", "pruning-gone"),
@@ -25,21 +31,22 @@ LIGHT_WARNINGS = {
 
 def main_results(cells: pd.DataFrame) -> str:
     """One `table` a model. Needs \\usepackage{booktabs}. cells: as in summary.csv, with warnings."""
-    tables = [_latex_table(str(model), rows) for model, rows in over_seeds(cells).groupby("model", sort=True)]
+    rates, by_model = rates_words(cells), over_seeds(cells).groupby("model", sort=True)
+    tables = [_latex_table(str(model), rows, rates) for model, rows in by_model]
     return "% \\usepackage{booktabs}\n" + "\n".join(tables)
 
 
 def _lines(table: pd.DataFrame) -> Iterator[list[str]]:
-    """A line each task, metric (the primary one first), method, mode and backend: `NAMES`, an entry a sparsity."""
-    sparsities = sorted(table["sparsity"].unique())
+    """A line each task, metric (the primary one first), curve and backend, with an entry a sparsity."""
+    sparsities, names = sorted(table["sparsity"].unique()), shown_columns(CURVE, table)
     for task, of_task in table.groupby("task", sort=False):
         for metric, column in shown_metrics(of_task).items():
             entries = _entries(of_task, column)
-            for (method, mode, backend), curve in of_task.groupby(["method", "mode", "backend"], sort=True):
+            for (method, mode, *schedule, backend), curve in of_task.groupby([*names, "backend"], sort=True):
                 by_sparsity = dict(zip(curve["sparsity"], entries[curve.index], strict=True))
                 where = "" if backend == "torch" else f" ({backend})"
                 found = (by_sparsity.get(s, MISSING) for s in sparsities)
-                yield [str(task), metric, str(method), f"{mode}{where}", *found]
+                yield [*map(str, (task, metric, method, f"{mode}{where}", *schedule)), *found]
 
 
 def _entries(table: pd.DataFrame, column: str) -> pd.Series[Any]:
@@ -57,26 +64,28 @@ def _entry(value: float, around: float, warnings: str) -> str:
     return f"{value:.1f}{spread_text}{_mark(warnings)}"
 
 
-def _latex_table(model: str, table: pd.DataFrame) -> str:
-    entries = pd.DataFrame(_lines(table), columns=[*NAMES, *(f"{s:g}" for s in sorted(table["sparsity"].unique()))])
-    style = entries.style.hide(axis="index").format(escape="latex", subset=pd.IndexSlice[:, NAMES])
+def _latex_table(model: str, table: pd.DataFrame, rates: str) -> str:
+    names = ["task", "metric", *shown_columns(CURVE, table)]
+    entries = pd.DataFrame(_lines(table), columns=[*names, *(f"{s:g}" for s in sorted(table["sparsity"].unique()))])
+    style = entries.style.hide(axis="index").format(escape="latex", subset=pd.IndexSlice[:, names])
     next_tasks = entries.index[~entries["task"].duplicated()][1:]
     style = style.format("\\midrule\n{}", escape="latex", subset=(next_tasks, "task"))
     style = style.set_table_styles(
         [{"selector": "scriptsize", "props": ":;"}, {"selector": "setlength", "props": r":{\tabcolsep}{3pt};"}]
     )
-    columns = "l" * len(NAMES) + "r" * (len(entries.columns) - len(NAMES))
-    caption = _caption(model, table)
+    columns = "l" * len(names) + "r" * (len(entries.columns) - len(names))
+    caption = _caption(model, table, rates)
     return style.to_latex(hrules=True, column_format=columns, caption=caption, position_float="centering")
 
 
-def _caption(model: str, table: pd.DataFrame) -> str:
+def _caption(model: str, table: pd.DataFrame, rates: str) -> str:
     primary, calibrated = primary_words(table), calibration_words(table)
     sentences = [
         f"{model}.",
         f"Primary metrics: {primary}." if primary else "",
         f"Perplexities as they are, all else in percent; in parentheses the {spread_words(table['seeds_done'])}.",
         f"Calibrated on: {calibrated}." if calibrated else "",
+        f"All {rates}.",
     ]
     return " ".join(escape(sentence) for sentence in sentences if sentence) + f" {NOTE}"
 

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from analysis.read.seeds import over_seeds, spread, spread_words
+from analysis.read.seeds import curve_names, over_seeds, spread, spread_words
 from analysis.report.style import LABELS, MARKERS, SPARSITY, STYLES, assign_colours, legend_below, panels
 
 DENSE: dict[str, Any] = {"color": "black", "lw": 0.9, "ls": (0, (6, 2, 1, 2))}
@@ -24,7 +24,7 @@ def plot_over_sparsity(cells: pd.DataFrame, column: str) -> Figure | None:
     examples, dotted lines the pruned models before tuning, the black line the dense baseline, grey lines the chance
     level, for what has them. Marks of another backend than torch are hollow.
     """
-    done = cells[cells[column].notna()]
+    done = cells[cells[column].notna()].assign(method=curve_names)
     if done.empty:
         return None
     models, tasks = sorted(done["model"].unique()), list(dict.fromkeys(done["task"]))

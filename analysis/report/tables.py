@@ -14,6 +14,7 @@ from analysis.read.seeds import SETTING, spread
 from analysis.stats.paired import Z
 from analysis.stats.scopes import Scope, Scoped
 from analysis.stats.sparsity_claims import PASS_MARK
+from tune_sparse.schedules import ONE_SHOT
 
 if TYPE_CHECKING:
     from analysis.audit.audit import Audit
@@ -42,6 +43,7 @@ def with_imported(cells: pd.DataFrame, imported: Sequence[Imported]) -> pd.DataF
     if not imported:
         return cells
     kind = {"backend": "imported", "status": "imported", "method": "none", "mode": "dense", "sparsity": 0.0}
+    kind |= {"schedule": ONE_SHOT, "candidates": "", "chosen": True, "choice": ""}
     rows = [asdict(record) | kind | {"cell_id": record.record_id, "run_id": record.record_id} for record in imported]
     added = pd.DataFrame(rows).reindex(columns=cells.columns)
     return pd.concat([cells.astype({"seed": "Int64"}), added.astype({"seed": "Int64"})], ignore_index=True)
@@ -53,13 +55,13 @@ def with_warnings(cells: pd.DataFrame, found: Audit) -> pd.DataFrame:
 
 
 def grouped_summary(points: Points) -> pd.DataFrame:
-    """One row per base, method and mode: the mean over its pruned cells and seeds, its spread, and costs.
+    """One row per base, method, mode and schedule: the mean over its pruned cells and seeds, its spread, and costs.
 
     sd: between the means of the seeds, where there are several. low, high: the interval over examples, where there is
     one seed.
     """
     rows = []
-    for key, cells in points.pruned.groupby([*SETTING[:3], "method", "mode"], sort=True):
+    for key, cells in points.pruned.groupby(SETTING[:-1], sort=True):
         found = points.scores(cells)
         by_seed, low, high = pd.Series(found.by_seed), float("nan"), float("nan")
         if len(by_seed) == 1:
@@ -68,7 +70,7 @@ def grouped_summary(points: Points) -> pd.DataFrame:
         costs = [cells[name].median() for name in COSTS]
         ends = (cells["sparsity"].min(), cells["sparsity"].max())
         rows.append([*key, len(cells), len(by_seed), *ends, found.mean, by_seed.std(), low, high, *costs])
-    names = [*SETTING[:3], "method", "mode", "cells", "seeds", "min_sparsity", "max_sparsity"]
+    names = [*SETTING[:-1], "cells", "seeds", "min_sparsity", "max_sparsity"]
     names += ["mean_score", "sd", "low", "high", *(f"median_{name}" for name in COSTS)]
     return pd.DataFrame(rows, columns=names)
 
@@ -76,8 +78,8 @@ def grouped_summary(points: Points) -> pd.DataFrame:
 def highest_passing_sparsity(performance: pd.DataFrame) -> pd.DataFrame:
     """The highest sparsity up to which accuracy, or perplexity, stays within `PASS_MARK` of the dense baseline.
 
-    performance: as `over_seeds`. One row per backend, model, task, method and mode that has a dense baseline: metric,
-    dense (its value), dense_spread, and highest_sparsity, which is missing where the dense accuracy itself is not above
+    performance: as `over_seeds`. One row per backend, model, task and curve that has a dense baseline: metric, dense
+    (its value), dense_spread, and highest_sparsity, which is missing where the dense accuracy itself is not above
     chance, by two of its spread and by two standard errors over its examples. A sparsity with a cell that is not done
     ends the search: nothing is said beyond a gap.
     """

@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from analysis.read.chosen import rates_words
 from analysis.read.results import Predictions
+from analysis.read.seeds import shown_columns
 from analysis.stats.crossed import Floats, over_columns
 from analysis.stats.paired import LEVEL
 from analysis.stats.scopes import FEWEST_SEEDS, Differences, Scope, Scoped, find_scopes, t_estimate
@@ -21,7 +23,7 @@ from tune_sparse.pruning.methods import METHODS
 
 BASE = ["backend", "model", "task"]
 """A base model on a task, from which cells grow."""
-SETTING = ["method", "mode", "sparsity"]
+SETTING = ["method", "mode", "schedule", "sparsity"]
 AXES = [*SETTING, "seed", "protocol_id"]
 ALL_BASES = "all models and tasks of these results"
 
@@ -100,6 +102,7 @@ class Points:
         self.pruned = done[done["sparsity"] > 0].drop_duplicates("run_id")
         self.dense = done[(done["sparsity"] == 0) & done["mode"].isin(ADAPTER_MODES)].drop_duplicates("run_id")
         self.predictions = predictions
+        self.rates = rates_words(cells)
 
     def pairs(self, axis: str, left: Any, right: Any, within: Sequence[str] = BASE) -> pd.DataFrame:
         """Cells that differ in `axis` alone: columns of `within` and the other axes, run_id_left, run_id_right."""
@@ -112,7 +115,7 @@ class Points:
     def to_dense(self, sparsity: float) -> pd.DataFrame:
         """Cells of one sparsity, each with the dense run of its base, seed and protocol on the left."""
         on = [*BASE, "seed", "protocol_id"]
-        some = self.pruned.loc[self.pruned["sparsity"] == sparsity, [*on, "method", "mode", "run_id"]]
+        some = self.pruned.loc[self.pruned["sparsity"] == sparsity, [*on, "method", "mode", "schedule", "run_id"]]
         found = pd.merge(self.dense[[*on, "run_id"]], some, on=on, suffixes=("_left", "_right"))
         return found.assign(shares_masks=found["method"].map(_has_random_masks))
 
@@ -217,7 +220,7 @@ def difference_between_runs(
 
 
 def compare_values(points: Points, axis: str, simultaneous: bool = False) -> list[PairedTest]:
-    """Every pair of values of `axis` ("method" or "mode"): over all bases, and in each where there are several."""
+    """Every pair of values of one of `SETTING`: over all bases, and in each where there are several."""
     couples = [(a, b, points.pairs(axis, a, b)) for a, b in combinations(dict.fromkeys(points.pruned[axis]), 2)]
     everywhere = [(ALL_BASES, a, b, points.accuracies(pairs)) for a, b, pairs in couples]
     in_bases = [
@@ -231,7 +234,7 @@ def compare_values(points: Points, axis: str, simultaneous: bool = False) -> lis
 def compare_cells(points: Points, axis: str, left: Any, right: Any, within: Sequence[str] = BASE) -> list[PairedTest]:
     """Each pair of cells by itself: which of these very models differ."""
     pairs = points.pairs(axis, left, right, within)
-    names = [name for name in [*within, *AXES] if name not in (axis, "protocol_id")]
+    names = [name for name in shown_columns([*within, *AXES], pairs) if name not in (axis, "protocol_id")]
     runs = list(zip(pairs["run_id_left"], pairs["run_id_right"], strict=True))
     found = [difference_between_runs(points.predictions, *both) for both in runs]
     return [

@@ -13,8 +13,8 @@ from itertools import pairwise
 import pandas as pd
 
 from analysis.read.imported import Imported
+from analysis.read.seeds import CURVE, shown_columns
 from analysis.stats.claims import (
-    ONE_RATE,
     Claim,
     Number,
     claim_of_tests,
@@ -46,10 +46,10 @@ def sparsity_claims(points: Points, imported: Sequence[Imported]) -> Iterator[Cl
         yield from _dense_claims(about, dense, points, [i for i in imported if (i.model, i.task) == base[1:]])
         yield from _half_claim(about, dense, pruned[pruned["sparsity"] == 0.5])
         yield from _most_claim(about, pruned[pruned["sparsity"] == 0.9], points)
-        for (method, mode), curve in pruned.groupby(["method", "mode"], sort=True):
-            levels = [level for _, level in curve.groupby("sparsity", sort=True)]
-            yield _reach_claim(about, f"{method}, {mode}", dense, levels, points)
-            yield _break_claim(about, f"{method}, {mode}", dense, levels, points)
+        for names, curve in pruned.groupby(shown_columns(CURVE, pruned), sort=True):
+            levels, name = [level for _, level in curve.groupby("sparsity", sort=True)], ", ".join(map(str, names))
+            yield _reach_claim(about, name, dense, levels, points)
+            yield _break_claim(about, name, dense, levels, points)
 
 
 def _loss_claims(points: Points, sparsity: float) -> Iterator[Claim]:
@@ -65,7 +65,7 @@ def _loss_claims(points: Points, sparsity: float) -> Iterator[Claim]:
             parts.append(f"{test.right} {words}{': no difference can be shown' if undecided else ''}")
         numbers["sparsity"] = number(sparsity, tests[0].run_ids, "g")
         start = "At" if tests[0].scope.has_verdict else "In these trainings, at"
-        differences = f"accuracy against dense {ONE_RATE}: {'; '.join(parts)}"
+        differences = f"accuracy against dense {points.rates}: {'; '.join(parts)}"
         template = f"{start} a sparsity of {{sparsity}}, {differences}; {where}."
         yield claim_of_tests("RQ1", ALL_BASES, template, numbers, tests, tests[0].named)
 
@@ -119,7 +119,7 @@ def _scope_of(runs: pd.DataFrame) -> Scope:
 def _half_claim(about: str, dense: pd.DataFrame, half: pd.DataFrame) -> Iterator[Claim]:
     if half.empty:
         return
-    runs, means = [*dense["run_id"], *half["run_id"]], half.groupby(["method", "mode"])["accuracy"].mean()
+    runs, means = [*dense["run_id"], *half["run_id"]], half.groupby(CURVE)["accuracy"].mean()
     limits = {name: (1 - mark) * dense["accuracy"].mean() - 1e-9 for name, mark in HALF.items()}
     passes = {name: int((means >= limit).sum()) for name, limit in limits.items()}
     numbers = {name: number(count, runs, ".0f") for name, count in (passes | {"all": len(means)}).items()}
@@ -134,7 +134,7 @@ def _most_claim(about: str, most: pd.DataFrame, points: Points) -> Iterator[Clai
     if most.empty:
         return
     level = most[["chance_accuracy", "majority_fraction"]].max(axis=1).max()
-    settings = [runs for _, runs in most.groupby(["method", "mode"])]
+    settings = [runs for _, runs in most.groupby(CURVE)]
     above = sum(mean_interval(points, runs)[0] > level for runs in settings)
     counts = {"above": number(above, most["run_id"], ".0f"), "all": number(len(settings), most["run_id"], ".0f")}
     template = (

@@ -41,7 +41,7 @@ def _status(chosen: argparse.Namespace) -> int:
     from tune_sparse.sweep.progress import duration
 
     folders = existing_folders(chosen.results_dir)
-    cells = cells_table(folders)
+    cells = cells_table(folders).drop_duplicates("cell_id")
     ledgers = [Ledger(folder) for folder in folders]
     running = {run_id for ledger in ledgers if likely_owner(ledger.folder) for run_id in ledger.running()}
     cells.loc[cells["run_id"].isin(running) & (cells["status"] != "done"), "status"] = "running"

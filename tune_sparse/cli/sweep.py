@@ -156,6 +156,7 @@ def _sweep(chosen: argparse.Namespace) -> int:
 def _conclude(result: SweepResult, no_report: bool) -> tuple[int | None, list[str]]:
     """Write the report; returns how many errors its audit found, None without an audit, and the lines to print."""
     from analysis.audit.audit import Audit
+    from analysis.read.chosen import compared_cells
     from analysis.read.load import cells_table
     from analysis.report.report import write_report
     from analysis.report.result_table import MOST_LINES, result_lines
@@ -164,7 +165,7 @@ def _conclude(result: SweepResult, no_report: bool) -> tuple[int | None, list[st
         return None, []
     folders, sweep_ids = [result.plan.config.results_dir], [result.plan.record.sweep_id]
     if no_report:
-        return None, result_lines(cells_table(folders, sweep_ids), Audit((), 0), MOST_LINES)
+        return None, result_lines(compared_cells(cells_table(folders, sweep_ids)), Audit((), 0), MOST_LINES)
     report = write_report(folders, sweep_ids)
     return report.errors, list(report.lines)
 

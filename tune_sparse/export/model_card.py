@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from tune_sparse.config.options import value_text
 from tune_sparse.data.task_types import METRICS
 from tune_sparse.data.tasks import tasks_named
 from tune_sparse.ledger.record import Record
 from tune_sparse.ledger.run import Run
+from tune_sparse.schedules import ONE_SHOT, SCHEDULES
 
 TAGS = ("pruned", "sparse", "lora", "tune-sparse")
 CHECKED = "Every masked weight is exactly 0; stock transformers computes the function that was trained and scored."
@@ -40,6 +42,9 @@ def _rows_about_run(run: Run, record: Record) -> dict[str, Any]:
     cell, protocol, metrics = run.cell, run.protocol, record.metrics
     rows = {"pruning method": cell.method, "task": cell.task, "run": record.run_id, "seed": cell.seed}
     rows["data"] = f"{_describe_data(run)}; fingerprint {run.data_fingerprint[:16]}"
+    if cell.schedule != ONE_SHOT:
+        read = SCHEDULES[cell.schedule].read(run.schedule_settings).items()
+        rows["schedule"] = f"{cell.schedule}: {', '.join(f'{name} {value_text(value)}' for name, value in read)}"
     rows["training"] = (
         f"{protocol.steps} steps of {protocol.global_batch_size} examples, learning rate {protocol.learning_rate:g}, "
         f"precision {protocol.precision}"

@@ -84,6 +84,8 @@ class Run:
     def pruned_baseline_id(self) -> str:
         """Names the accuracy before tuning, which neither the mode nor the training changes."""
         c, p = self.cell, self.protocol
+        if SCHEDULES[c.schedule].starts_dense:
+            return replace(self, cell=replace(c, method="none", sparsity=0.0, schedule=ONE_SHOT)).pruned_baseline_id
         seed = c.seed if c.method in METHODS and METHODS[c.method].needs.seed else 0
         scored = [getattr(p, name) for name in SCORING]
         inputs = (NUMERICS_VERSION, self.model_fingerprint, self.data_fingerprint, self.prompt_version)
@@ -135,8 +137,7 @@ class Run:
             known["protocol"] = {k: v for k, v in known["protocol"].items() if k not in CALIBRATION_SETTINGS}
         if not self.is_recovered:
             del known["protocol"]["recover"]
-        read = SCHEDULES[self.cell.schedule].settings
-        known["schedule_settings"] = {name: getattr(self.schedule_settings, name) for name in read}
+        known["schedule_settings"] = SCHEDULES[self.cell.schedule].read(self.schedule_settings)
         if self.cell.schedule == ONE_SHOT:
             del known["schedule_settings"], known["cell"]["schedule"]
         if tokens := fixed_micro_batch_tokens(self.protocol, self.budgets):
@@ -150,10 +151,11 @@ class Run:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Run:
-        own = {"cell": Cell(**config["cell"]), "protocol": Protocol(**config["protocol"])}
+        own: dict[str, Any] = {"cell": Cell(**config["cell"]), "protocol": Protocol(**config["protocol"])}
         own["budgets"] = BudgetOptions(**config.get("budgets", {}))
-        settings = dict(config["schedule_settings"])
-        settings["levels"] = None if settings["levels"] is None else tuple(settings["levels"])
+        settings = dict(config.get("schedule_settings", {}))
+        if settings.get("levels") is not None:
+            settings["levels"] = tuple(settings["levels"])
         own["schedule_settings"] = ScheduleSettings(**settings)
         if config.get("super_adapter"):
             own["super_adapter"] = SuperAdapter.from_config(config["super_adapter"])
@@ -161,9 +163,10 @@ class Run:
 
 
 def readable_id(cell: Cell, identity: str) -> str:
-    """`<backend>_<model>_<task>_<method>_s<NN>_<mode>_<hash8>`, for people: settings are never read back from it."""
-    trained = cell.mode if cell.schedule == ONE_SHOT else f"{cell.mode}-{cell.schedule}"
-    parts = (cell.backend, cell.model, cell.task, cell.method, f"s{cell.sparsity * 100:02g}", trained, identity[:8])
+    """`<backend>_<model>_<task>_<method>_s<NN>_<mode>[-<schedule>]_<hash8>`, for people: settings are never read back
+    from it."""
+    sparsity = f"s{cell.sparsity * 100:02g}"
+    parts = (cell.backend, cell.model, cell.task, cell.method, sparsity, cell.trained_by, identity[:8])
     return _readable(*parts)
 
 

@@ -87,7 +87,7 @@ def _search(plan: TunePlan, ledger: Ledger, journal: Journal[Trial], lease: Fold
         )
         progress = Progress(plan.config.trials, journal.completed)
         callback = LedgerCallback(
-            *(ledger, runs, progress, None, lease, stop, placement, search.requeue, sweep.max_retries, stopper)
+            *(ledger, runs, {}, progress, None, lease, stop, placement, search.requeue, sweep.max_retries, stopper)
         )
         with progress.shown(workers), stop_on_signals(stop):
             run_trials(CellTrainable, search, callback, stop, stopper, workers)

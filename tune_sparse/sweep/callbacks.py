@@ -27,14 +27,16 @@ from tune_sparse.watchdog import HangReport, read_hang_report
 class LedgerCallback(Unsaved, tune.Callback):
     """Shows and tracks each run as it ends, and records the runs that a worker could not record itself.
 
-    requeue: is given a run whose infrastructure failed, at most `max_retries` times. stopper: says which runs are
-    stopped early. tracker: None for runs of no sweep, which MLflow does not show.
+    points: {run: its values of the sweep's axes} for the screen. requeue: is given a run whose infrastructure failed,
+    at most `max_retries` times. stopper: says which runs are stopped early. tracker: None for runs of no sweep, which
+    MLflow does not show.
     """
 
     def __init__(
         self,
         ledger: Ledger,
         runs: Mapping[str, Run],
+        points: Mapping[str, str],
         progress: Progress,
         tracker: BackgroundTracker | None,
         lease: FolderLease,
@@ -45,7 +47,7 @@ class LedgerCallback(Unsaved, tune.Callback):
         stopper: EarlyStopper | None = None,
     ) -> None:
         self._stopper = stopper
-        self._ledger, self._runs, self._progress = ledger, runs, progress
+        self._ledger, self._runs, self._points, self._progress = ledger, runs, points, progress
         self._tracker, self._lease, self._stop = tracker, lease, stop
         self._placement, self._requeue, self._max_retries = placement, requeue, max_retries
         self._started: set[str] = set()
@@ -55,7 +57,8 @@ class LedgerCallback(Unsaved, tune.Callback):
         run_id = _run_id(trial)
         cell = self._runs[run_id].cell
         self._started.add(run_id)
-        self._progress.started(run_id, f"{cell.model} {cell.task} {cell.method} {cell.sparsity:g} {cell.mode}")
+        label = f"{cell.model} {cell.task} {cell.method} {cell.sparsity:g} {cell.trained_by}"
+        self._progress.started(run_id, f"{label} {self._points.get(run_id, '')}".rstrip())
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any

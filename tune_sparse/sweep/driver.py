@@ -14,6 +14,7 @@ from typing import Any
 from tune_sparse.cerebras.graphs import Graph
 from tune_sparse.cerebras.preflight import prepare_cerebras
 from tune_sparse.config import CS3, CS3_TRIAL, SweepConfig
+from tune_sparse.config.axes import point_text
 from tune_sparse.ledger.lease import FolderLease
 from tune_sparse.ledger.ledger import Ledger
 from tune_sparse.ledger.record import SweepRecord
@@ -183,6 +184,7 @@ def _tune(
         callback = LedgerCallback(
             ledger,
             {run.run_id: run for run in missing},
+            {cell["run_id"]: point_text(tuple(cell["axes"].items())) for cell in plan.record.cells},
             progress,
             tracker,
             lease,

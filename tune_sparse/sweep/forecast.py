@@ -23,7 +23,7 @@ from tune_sparse.sweep.progress import duration
 from tune_sparse.sweep.resources import available_cores
 
 TASK = ("backend", "model", "task")
-TIME_GROUPS = ((*TASK, "mode"), TASK, ("backend", "model"))
+TIME_GROUPS = ((*TASK, "mode", "schedule"), (*TASK, "mode"), TASK, ("backend", "model"))
 """A run takes the median of the first of these that has a measured run; never of another backend or model."""
 DISK_GROUPS = ((*TASK, "mode"), ("backend", "model", "mode"))
 """The bytes of a run depend on its mode before all; without a measured run its bound is taken."""

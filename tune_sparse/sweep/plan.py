@@ -28,7 +28,7 @@ from tune_sparse.models.checkpoints import Checkpoint, check_checkpoint, short_n
 from tune_sparse.models.dims import ModelDims
 from tune_sparse.models.toy_models import TOY_MODELS
 from tune_sparse.modes import MODES
-from tune_sparse.pruning.methods import method_named
+from tune_sparse.pruning.methods import check_schedule, method_named
 from tune_sparse.pruning.prune_model import check_method_sparsities
 from tune_sparse.pruning.reconstruction import check_recoverable, check_windows
 from tune_sparse.sweep.cards import gpus_asked, memory_of_run
@@ -287,6 +287,8 @@ def check_names(config: SweepConfig) -> None:
                 f"{method} needs gradients of the whole dense model, got calibration_order sequential. "
                 "Set calibration_order=dense, or leave the method out."
             )
+    for method, schedule in product(config.methods, config.schedules):
+        check_schedule(method, schedule)
     check_axes_are_read(config, requested_cells(config))
 
 

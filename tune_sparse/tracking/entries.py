@@ -12,11 +12,14 @@ from tune_sparse.files import read_json
 from tune_sparse.identity import hash_json
 from tune_sparse.ledger.contracts import LedgerReader
 from tune_sparse.ledger.record import Record, SweepRecord
+from tune_sparse.schedules import SCHEDULES
 
 SWEEP_TAG = "tune_sparse.sweep_id"
 RUN_TAG = "tune_sparse.run_id"
 SEARCH_TAG = "tune_sparse.search_id"
 CANDIDATE_TAG = "tune_sparse.candidate"
+CHOSEN_TAG = "tune_sparse.chosen"
+"""Of the runs of a sweep with axes: "true" if some cell chose its setting on selection examples, or else "false"."""
 RECORD_TAG = "tune_sparse.record"
 """A hash of what the entry shows: when that changes, so must the entry."""
 ARTIFACTS = ("config.yaml", "sparse_config.json", "result.json", "validation_report.json", "train.log")
@@ -67,7 +70,7 @@ def run_entry(ledger: LedgerReader, record: Record) -> Entry:
         name=record.run_id,
         tags=_described_by(record) | {RUN_TAG: record.run_id, RECORD_TAG: record_hash(record)},
         started=ended - record.measured.get("trial_seconds", 0.0),
-        params=asdict(run.cell) | asdict(run.protocol),
+        params=asdict(run.cell) | asdict(run.protocol) | SCHEDULES[run.cell.schedule].read(run.schedule_settings),
         points=(*_curves(folder), *_numbers(record.metrics | record.measured)),
         files=tuple(folder / name for name in ARTIFACTS if (folder / name).exists()),
         status=MLFLOW_STATUS[record.status],

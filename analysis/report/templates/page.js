@@ -12,12 +12,15 @@ const cells = Array.from({ length: data.count }, (_, i) => {
   return cell;
 });
 const place = new Map(cells.map((cell, i) => [cell, i]));
-const FILTERS = ["backend", "model", "task", "method", "mode", "status"].filter((name) => data.columns[name]);
 const CONSTANT = new Set(names.filter((name) => new Set(cells.map((c) => c[name])).size < 2));
+const SCHEDULE = CONSTANT.has("schedule") ? [] : ["schedule"];
+const CURVE = ["method", "mode", ...SCHEDULE];
+const FILTERS = ["backend", "model", "task", ...CURVE, "status"].filter((name) => data.columns[name]);
 // Metrics by their own names; accuracy has the values of a task's primary one.
 const OTHERS = ["acc", "acc_norm", "exact_match_strict", "exact_match_flexible", "f1"]
   .filter((name) => cells.some((c) => c[name] != null && c.primary_metric !== name));
-const SHOWN = ["run_id", ...[...FILTERS, "seed"].filter((name) => !CONSTANT.has(name)), "sparsity", "accuracy", "perplexity",
+const SHOWN = ["run_id", ...[...FILTERS, "seed"].filter((name) => !CONSTANT.has(name)), "sparsity",
+  ...names.filter((name) => name.startsWith("axis/")), "accuracy", "perplexity",
   "warnings", "accuracy_before_tuning", "primary_metric", ...OTHERS, "calibration", "calibration_order",
   "calibration_tokens_seen", "eval_loss", "train_examples_per_second", "error"]
   .filter((name) => data.columns[name] && cells.some((c) => c[name] != null));
@@ -80,11 +83,15 @@ if (METRICS.length) {
 }
 function chosen(name) { return curveControls.querySelector(`[name=${name}]`)?.value; }
 
+// A colour for each method, or of each of its schedules where there are several; modes differ by their dashes.
+function hueOf(cell) { return [cell.method, ...SCHEDULE.map((name) => cell[name])].join(", "); }
+const HUES = [...new Set(cells.map(hueOf))];
+
 function curvesOf(panel, metric) {
   const groups = new Map();
   for (const cell of panel) {
-    const key = `${cell.method}, ${cell.mode}`;
-    if (!groups.has(key)) groups.set(key, { key, method: cell.method, mode: cell.mode, points: new Map() });
+    const key = CURVE.map((name) => cell[name]).join(", ");
+    if (!groups.has(key)) groups.set(key, { key, hue: hueOf(cell), mode: cell.mode, points: new Map() });
     const points = groups.get(key).points;
     if (!points.has(cell.sparsity)) points.set(cell.sparsity, []);
     points.get(cell.sparsity).push(cell);
@@ -102,8 +109,8 @@ function draw() {
   const metric = chosen("metric"), label = METRICS.find(([name]) => name === metric)[1];
   const panel = cells.filter((c) => c.model === chosen("model") && c.task === chosen("task") && c[metric] != null &&
     (!chosen("backend") || c.backend === chosen("backend")));
-  const curves = curvesOf(panel, metric), methods = distinct("method");
-  const colour = (curve) => COLOURS[methods.indexOf(curve.method) % COLOURS.length];
+  const curves = curvesOf(panel, metric);
+  const colour = (curve) => COLOURS[HUES.indexOf(curve.hue) % COLOURS.length];
   for (const curve of curves) {
     const sample = element("svg", { width: 34, height: 10 }, element("line", { x1: 0, y1: 5, x2: 34, y2: 5,
       stroke: colour(curve), "stroke-width": 2.5, "stroke-dasharray": DASHES[curve.mode] ?? "" }));
@@ -174,14 +181,14 @@ function drawHeat() {
     const levels = distinct("sparsity", done).sort((a, b) => a - b);
     const settings = new Map();
     for (const cell of done) {
-      const key = [cell.backend, cell.model, cell.task, cell.method, cell.mode].join("\u0000");
+      const key = [cell.backend, cell.model, cell.task, ...CURVE.map((name) => cell[name])].join("\u0000");
       if (!settings.has(key)) settings.set(key, new Map());
       const row = settings.get(key);
       if (!row.has(cell.sparsity)) row.set(cell.sparsity, []);
       row.get(cell.sparsity).push(cell);
     }
     if (!settings.size) continue;
-    const several = distinct("backend").length > 1, heads = ["model", "task", "method", "mode"];
+    const several = distinct("backend").length > 1, heads = ["model", "task", ...CURVE];
     const table = element("table", { class: "heat" }, element("thead", {}, element("tr", {},
       ...[...(several ? ["backend"] : []), ...heads, ...levels.map((level) => number(level))].map((h) => element("th", {}, h)))));
     const body = element("tbody");
