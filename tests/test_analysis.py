@@ -37,10 +37,11 @@ SUMMARY = (
     "exact_match_flexible,exact_match_flexible_stderr,exact_match_flexible_before_tuning,exact_match_flexible_before_merge,"
     "perplexity,perplexity_stderr,perplexity_before_tuning,perplexity_before_merge,f1,f1_stderr,"
     "train_loss,eval_loss,eval_loss_before_mask,"
-    "train_examples_per_second,train_tokens_per_second,train_seconds,peak_memory_bytes,cell_peak_memory_bytes,compile_seconds,"
-    "calibration_tokens_seen,inference_flops,hardware,calibration,calibration_order,error"
+    "train_examples_per_second,train_tokens_per_second,train_seconds,trial_seconds,peak_memory_bytes,cell_peak_memory_bytes,compile_seconds,"
+    "calibration_tokens_seen,inference_flops,hardware,calibration,calibration_order,error,"
+    "candidates,chosen,choice"
 )
-NUMBERS = SUMMARY.split(",")[15:19] + SUMMARY.split(",")[20:50] + ["actual_sparsity"]
+NUMBERS = SUMMARY.split(",")[15:19] + SUMMARY.split(",")[20:51] + ["actual_sparsity"]
 """Columns that only a finished run can fill."""
 
 

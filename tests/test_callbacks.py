@@ -98,6 +98,7 @@ def sweep(folder: Path, *endings: str, retries: int = 2) -> Ended:
         callback = LedgerCallback(
             ledger,
             {run.run_id: run for run in runs},
+            {},
             progress,
             BackgroundTracker(ledger, default_uri(folder), lambda tracker: None),
             lease,

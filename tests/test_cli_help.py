@@ -30,7 +30,7 @@ from tune_sparse.cli.words import (
     table,
     tasks,
 )
-from tune_sparse.config import BACKENDS, BudgetOptions, Cerebras, Protocol, ScheduleSettings, SweepConfig
+from tune_sparse.config import BACKENDS, BudgetOptions, Cerebras, EarlyStopping, Protocol, ScheduleSettings, SweepConfig
 from tune_sparse.config.options import describe_option, option, value_text
 from tune_sparse.data.tasks import TASKS
 from tune_sparse.models import toy_models
@@ -62,7 +62,7 @@ def section(text: str, heading: str) -> list[str]:
 
 
 def test_there_are_helps_to_check() -> None:
-    assert len(COMMANDS) == 18
+    assert len(COMMANDS) == 19
     assert sum(len(options(command)) for command in COMMANDS.values()) >= 130
 
 
@@ -138,8 +138,9 @@ def test_prepare_and_throughput_show_only_what_they_use() -> None:
 
 def test_a_sweep_has_an_option_for_each_setting_in_one_group() -> None:
     grouped = [name for names in GROUPS.values() for name in names]
-    declared = [f.name for kind in (SweepConfig, BudgetOptions, Cerebras) for f in fields(kind)]
-    assert sorted(grouped) == sorted(set(declared) - {"preset", "protocol", "budgets", "cerebras", "schedule_settings"})
+    declared = [f.name for kind in (SweepConfig, BudgetOptions, Cerebras, EarlyStopping) for f in fields(kind)]
+    kinds = {"protocol", "budgets", "cerebras", "schedule_settings", "early_stopping", "axes"}
+    assert sorted(grouped) == sorted(set(declared) - {"preset"} - kinds)
     titles = {group.title for group in COMMANDS["sweep"]._action_groups}
     assert set(GROUPS) <= titles
 

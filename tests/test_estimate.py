@@ -14,8 +14,9 @@ from tune_sparse.evaluation.cards import CARDS, Card
 from tune_sparse.evaluation.memory import CellMemory
 from tune_sparse.evaluation.published import LLAMA_2_7B, TASKS, published_sizes
 from tune_sparse.evaluation.seconds import CellSeconds, TaskSizes
-from tune_sparse.sweep.estimate import Sizes, estimate, estimate_lines, trained_cells
+from tune_sparse.sweep.estimate import Sizes, estimate, estimate_lines
 from tune_sparse.sweep.examples import read_examples
+from tune_sparse.sweep.plan import trained_points
 from tune_sparse.training.budgets import Budgets
 
 ROUND = Card("round", 80 << 30, 1e12, 1e12, 1e10)
@@ -55,8 +56,7 @@ def test_generation_takes_steps_of_at_least_one_reading_of_the_weights() -> None
 def test_the_matrix_at_7b_takes_at_most_65_hours_on_an_h100() -> None:
     config = SweepConfig(models=("a/Llama-2-7b-hf", "b/other"))
     sizes = Sizes({"Llama-2-7b-hf": LLAMA_2_7B, "other": LLAMA_2_7B}, TASKS)
-    cells = trained_cells(config)
-    found = estimate(config, cells, sizes, [CARDS["H100-80"], CARDS["T4"]])
+    found = estimate(config, trained_points(config), sizes, [CARDS["H100-80"], CARDS["T4"]])
     assert sum(kind.runs for kind in found) == 2 * 330
     assert 40 < sum(kind.seconds or 0 for kind in found) / 3600 <= 65
     assert {kind.too_small for kind in found if kind.card == "T4"} == {"it does not compute in bfloat16"}

@@ -16,12 +16,13 @@ import pytest
 from scipy import stats
 from sound import make_cells, make_outcomes, sound_ledger, sound_run, write_sound
 
+from analysis.read.chosen import ONE_RATE
 from analysis.read.imported import Imported
 from analysis.read.load import cells_table
 from analysis.read.results import read_results
 from analysis.report.report import write_report
 from analysis.report.tables import grouped_summary
-from analysis.stats.claims import ONE_RATE, QUESTIONS, Claim, as_markdown, headlines, number
+from analysis.stats.claims import QUESTIONS, Claim, as_markdown, headlines, number
 from analysis.stats.comparisons import ALL_BASES, Points, compare_values, swap_sides
 from analysis.stats.findings import _best_words, describe_seeds, make_claims
 from analysis.stats.scopes import Scope
@@ -421,7 +422,7 @@ def test_settings_count_that_share_their_seeds(apart: Ledger) -> None:
 def test_the_best_mean_may_be_shown_worse_where_each_model_and_task_counts_alike(apart: Ledger) -> None:
     """Once such a difference was listed under "no difference can be shown"."""
     test = next(t for t in compare_values(load_points(apart), "mode") if t.about == ALL_BASES)
-    words, _ = _best_words(test.left, [test])
+    words, _ = _best_words(test.left, [test], ONE_RATE)
     assert f"{test.left} is worse than {test.right}: " in words
     assert "no difference" not in words
 

@@ -17,6 +17,7 @@ from analysis.baselines.comparison import (
     summary_sentence,
 )
 from analysis.baselines.published import load_published
+from analysis.read.chosen import ONE_RATE
 from analysis.read.load import cells_table
 from analysis.report.phoenix import phoenix_table
 from analysis.stats.many_settings import Spread, interval_among, pooled_spread
@@ -226,7 +227,7 @@ def test_the_table_of_phoenix_says_what_is_missing(cells: Cells) -> None:
     assert lines[0].startswith("Tiny & boolq & 0.5 & 0.6 & random, sparse-to-dense, mean of 3 seeds & 0.710 & +0.1")
     assert lines[1].endswith(r"not available & -- & -- & not available \\")
     assert lines[2].endswith(r"-- & -- & not comparable: theirs is 0-shot, ours 5-shot \\")
-    summary = summary_sentence(comparisons)
+    summary = summary_sentence(comparisons, ONE_RATE)
     assert summary.startswith("2 of 4 published numbers have a comparable run of ours; 1 are not avail")
 
 

@@ -10,8 +10,8 @@ from tune_sparse.config import SweepConfig
 from tune_sparse.evaluation.cards import CARDS
 from tune_sparse.evaluation.published import LLAMA_2_7B, TASKS
 from tune_sparse.ledger.ledger import Ledger
-from tune_sparse.sweep.estimate import Sizes, estimate, trained_cells
-from tune_sparse.sweep.plan import distinct_trainings
+from tune_sparse.sweep.estimate import Sizes, estimate
+from tune_sparse.sweep.plan import distinct_trainings, trained_points
 from tune_sparse.sweep.seed_price import SeedPrice, seed_price
 
 SIZES = Sizes({"Llama-2-7b-hf": LLAMA_2_7B}, TASKS)
@@ -23,7 +23,7 @@ def test_a_seed_costs_what_the_sweep_of_one_seed_costs(seeds: tuple[int, ...], t
     config = SweepConfig(models=("a/Llama-2-7b-hf",), seeds=seeds)
     price = seed_price(config, SIZES, CARDS_ASKED, None, Ledger(tmp_path))
     assert (price.seeds, price.runs) == (len(seeds), distinct_trainings(config) / len(seeds)) == (len(seeds), 165)
-    found = estimate(config, trained_cells(config), SIZES, CARDS_ASKED[:1])
+    found = estimate(config, trained_points(config), SIZES, CARDS_ASKED[:1])
     assert price.card_seconds == {"H100-80": pytest.approx(sum(kind.seconds or 0 for kind in found) / len(seeds))}
 
 

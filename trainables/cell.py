@@ -22,10 +22,11 @@ REPORT_SECONDS = 5.0
 class CellTrainable(tune.Trainable):
     """Runs `config["trial"]`, which has a `run` (as a mapping), the `results_dir` of its ledger, the `token` with which
     the driver holds it, the `resources` that the trial holds, the `hang_seconds` after which a step without progress
-    ends the worker, whether only `deterministic` algorithms compute and, for the backend cerebras, the `cerebras`
-    settings.
+    ends the worker, whether only `deterministic` algorithms compute, for the backend cerebras the `cerebras` settings,
+    and, where it may be stopped early, its `rungs`.
 
-    A result reports step, steps and train_loss; the last one is `done` and has the run's status and accuracy.
+    A result reports step, steps, train_loss and the rungs that were reached since the last, and nothing is computed
+    after a rung before the next result is asked for; the last one is `done` and has the run's status and accuracy.
     """
 
     def setup(self, config: dict[str, Any]) -> None:
@@ -41,17 +42,20 @@ class CellTrainable(tune.Trainable):
         return True
 
     def _begin(self, config: Mapping[str, Any]) -> None:
+        from trainables import torch_backend
         from trainables.cs3 import on_cs3
         from trainables.hardware import keep_within
         from trainables.pipeline import run_cell
         from trainables.remote_ledger import connect_ledger
+        from trainables.rungs import Rungs
 
         trial = config["trial"]
         keep_within(trial["resources"].get("GPU", 0))
         run = Run.from_config(trial["run"])
-        train_stage = on_cs3(trial["cerebras"]) if run.cerebras else None
+        self._rungs = Rungs(**trial.get("rungs", {"steps": (), "by": "loss"}))
+        stage = on_cs3(trial["cerebras"]) if run.cerebras else partial(torch_backend.train_stage, rungs=self._rungs)
         ledger = connect_ledger(Path(trial["results_dir"]), trial["token"])
-        self._steps = run_cell(run, ledger, self._worker, train_stage, trial["resources"])
+        self._steps = run_cell(run, ledger, self._worker, stage, trial["resources"])
         self._watchdog = partial(watchdog, ledger.hang_report(run.run_id), trial["hang_seconds"])
         self._result: dict[str, Any] = {"run_id": run.run_id, "steps": run.own_steps, "step": 0}
 
@@ -59,7 +63,7 @@ class CellTrainable(tune.Trainable):
         until = time.monotonic() + REPORT_SECONDS
         try:
             with self._watchdog():
-                while time.monotonic() < until:
+                while time.monotonic() < until and not self._rungs.is_waiting:
                     step = next(self._steps)
                     heartbeat()
                     if step is not None:
@@ -68,12 +72,13 @@ class CellTrainable(tune.Trainable):
             record = stop.value
             return self._result | {
                 "done": True,
+                "rungs": [],
                 "status": record.status,
                 "accuracy": record.metrics.get("accuracy"),
                 "model_loads": self._worker.loads,
                 "pid": os.getpid(),
             }
-        return self._result | {"done": False}
+        return self._result | {"done": False, "rungs": self._rungs.told()}
 
     def cleanup(self) -> None:
         self._steps.close()

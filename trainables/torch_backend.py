@@ -8,6 +8,7 @@ from trainables.loaded import Examples
 from trainables.mode import TrainableModel
 from trainables.pruning_stage import Pruned
 from trainables.run_log import RunLog
+from trainables.rungs import Rungs
 from trainables.training import Training, train
 from tune_sparse.ledger.contracts import RunStore
 from tune_sparse.ledger.run import Run
@@ -23,6 +24,7 @@ def train_stage(
     budgets: Budgets,
     ledger: RunStore,
     log: RunLog,
+    rungs: Rungs | None = None,
 ) -> Generator[Step | None, None, Training]:
     checkpoint = ledger.checkpoint(run.run_id)
-    return (yield from train(run, trainable, examples, budgets, checkpoint, log))
+    return (yield from train(run, trainable, examples, budgets, checkpoint, log, rungs))

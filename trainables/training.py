@@ -17,6 +17,7 @@ from trainables.dynamics import recorded
 from trainables.loaded import Examples
 from trainables.mode import TrainableModel
 from trainables.run_log import RunLog
+from trainables.rungs import Reached, Rungs, rung_value
 from trainables.super_adapter import SampledSlices
 from tune_sparse.ledger.run import Run
 from tune_sparse.lora.masked_linear import keep_for_steps
@@ -85,8 +86,9 @@ def train(
     budgets: Budgets,
     checkpoint: Path,
     log: RunLog,
-) -> Generator[Step, None, Training]:
-    """Train in place, with an eval loss every `eval_every` steps and at the end.
+    rungs: Rungs | None = None,
+) -> Generator[Step | None, None, Training]:
+    """Train in place, with an eval loss every `eval_every` steps and at the end, and a checkpoint at each of `rungs`.
 
     It goes on from `checkpoint` if that is one of this run; one that cannot be read whole is left alone, with a line
     in the log, and the training begins anew. Micro-batches stay as they began, unless `budgets` has no room for them.
@@ -94,10 +96,13 @@ def train(
     protocol, optimizer = run.own_protocol, trainable.optimizer(run.protocol)
     steps = SampledSlices.from_run(run, trainable) or trainable.hooks(optimizer)
     hooks = recorded(steps, run, trainable, log.dynamics)
-    training, lines = _resume_into(run, trainable, optimizer, hooks, budgets, checkpoint, log)
+    training, lines, reached = _resume_into(run, trainable, optimizer, hooks, budgets, checkpoint, log)
     budgets = training.budgets or budgets
     if budgets.keeps_effective_weights:
         keep_for_steps(trainable.model, optimizer)
+    rungs = rungs or Rungs((), "loss")
+    if rungs.reach_again(reached):
+        yield None
 
     def note(**values: float | int) -> None:
         lines.append(values)
@@ -116,8 +121,13 @@ def train(
             training.add_eval(loss)
             note(step=step.step, eval_loss=loss)
             log(f"step {step.step} of {protocol.steps}: train loss {step.loss:.4f}, eval loss {loss:.4f}")
-        if time.monotonic() - saved > CHECKPOINT_SECONDS and step.step < protocol.steps:
-            so_far = {"training": asdict(training), "lines": json.dumps(lines), "hooks": hooks.state()}
+        is_rung = step.step in rungs.steps
+        if is_rung:
+            reached.append(rungs.reach(step.step, rung_value(run, rungs.by, trainable, examples, budgets, accelerator)))
+        is_due = is_rung or time.monotonic() - saved > CHECKPOINT_SECONDS
+        if is_due and step.step < protocol.steps:
+            so_far: dict[str, Any] = {"training": asdict(training), "lines": json.dumps(lines)}
+            so_far |= {"hooks": hooks.state(), "rungs": reached}
             save_training(checkpoint, run.identity, trainable.parameters(), optimizer, so_far)
             saved = time.monotonic()
         yield step
@@ -140,15 +150,16 @@ def _resume_into(
     budgets: Budgets,
     checkpoint: Path,
     log: RunLog,
-) -> tuple[Training, list[dict[str, Any]]]:
-    """Put a checkpoint of the run into its model and optimizer, and return its totals and lines; else empty ones."""
+) -> tuple[Training, list[dict[str, Any]], list[Reached]]:
+    """Put a checkpoint of the run into its model and optimizer, and return its totals, lines and rungs; else empty
+    ones."""
     try:
         so_far = restore_into(checkpoint, run.identity, trainable.parameters(), optimizer)
     except BrokenStateError as error:
         so_far = None
         log(f"begins anew: {error}")
     if so_far is None:
-        return Training(budgets=budgets), []
+        return Training(budgets=budgets), [], []
     begun_with = Budgets.from_record(so_far["training"].pop("budgets"))
     if state := so_far.get("hooks"):
         hooks.restore(state)
@@ -157,7 +168,7 @@ def _resume_into(
         log.metrics(**line)
     log(f"goes on after step {training.steps} of a training that was cut short")
     training.budgets = _going_on(begun_with, budgets, log)
-    return training, lines
+    return training, lines, so_far.get("rungs", [])
 
 
 def _going_on(begun_with: Budgets, budgets: Budgets, log: RunLog) -> Budgets:

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from analysis.read.results import Predictions, Results, RunFiles, is_measured_elsewhere
 from tune_sparse.config import BACKENDS, Cell
@@ -25,6 +25,7 @@ from tune_sparse.modes import MODES, SPARSE_ADAPTER_MODES
 from tune_sparse.pruning.methods import METHODS, TOLERANCE
 from tune_sparse.schedules import SCHEDULES
 
+T = TypeVar("T")
 Detections = Iterator[tuple[str, list[str]]]
 
 TEST_EXAMPLES = ("n_test", "num_fewshot")
@@ -318,10 +319,10 @@ def compared(results: Results) -> dict[Any, list[RunFiles]]:
     return grouped(results.done, lambda e: (e.run.cell.model, e.run.cell.task, e.run.protocol))
 
 
-def grouped(files: Iterable[RunFiles], key: Callable[[RunFiles], Any]) -> dict[Any, list[RunFiles]]:
+def grouped(runs: Iterable[T], key: Callable[[T], Any]) -> dict[Any, list[T]]:
     """Group runs by a key; those with the key None are left out."""
     found = defaultdict(list)
-    for e in files:
+    for e in runs:
         found[key(e)].append(e)
     found.pop(None, None)
     return dict(found)

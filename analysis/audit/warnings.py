@@ -145,8 +145,13 @@ def _tokens_per_input(e: RunFiles) -> float:
 def missing(results: Results) -> Detections:
     states = {e.run_id: e for e in results.run_files if not e.is_done}
     lost = [cell for cell in results.cells.values() if cell["run_id"] not in results.by_run]
+    stopped = [cell["run_id"] for cell in lost if cell["run_id"] in states and states[cell["run_id"]].record.stopped]
+    if stopped:
+        yield f"{len(stopped)} cells were stopped early, by the sweep's stop_early: they have no result", stopped
     for cell in lost:
         state = states.get(cell["run_id"])
+        if state and state.record.stopped:
+            continue
         why = state.record.status if state else "missing"
         error = (
             f": {state.record.error['class']}: {state.record.error['message']}" if state and state.record.error else ""

@@ -205,12 +205,13 @@ def _beside(
     )
 
 
-def summary_sentence(comparisons: Sequence[PublishedComparison]) -> str:
-    """Say how many numbers were compared."""
+def summary_sentence(comparisons: Sequence[PublishedComparison], rates: str) -> str:
+    """Say how many numbers were compared. rates: how the learning rate of ours was set."""
     numbers = {id(comparison.published): comparison for comparison in comparisons}.values()
     compared = sum(comparison.reason is None for comparison in numbers)
     missing = sum(comparison.published.value is None for comparison in numbers)
     return (
         f"{compared} of {len(numbers)} published numbers have a comparable run of ours; {missing} are not "
-        "available, the others are not comparable, each with its reason. Ours are at one shared learning rate."
+        "available, the others are not comparable, each with its reason. "
+        f"Ours are {rates}."
     )

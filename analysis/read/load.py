@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import MappingProxyType
@@ -12,15 +13,19 @@ from typing import Any
 import pandas as pd
 
 from analysis.read.results import READING_ERRORS
-from tune_sparse.config import FLOPS_TOKENS, Cell
+from analysis.read.seeds import AXIS
+from tune_sparse.config import FLOPS_TOKENS
+from tune_sparse.config.axes import PAIRED, settings_of
+from tune_sparse.config.options import value_text
 from tune_sparse.config.protocol import CALIBRATION_SETTINGS, UNCOMPARED_SETTINGS
 from tune_sparse.data.task_types import METRICS
 from tune_sparse.errors import unknown_name
 from tune_sparse.evaluation.metrics import SUFFIXES, judged_again
 from tune_sparse.identity import hash_json
+from tune_sparse.ledger.choice import Choice, RequestedCell, axes_key, choices, requested_cells
 from tune_sparse.ledger.contracts import LedgerReader
 from tune_sparse.ledger.reader import MergedLedger
-from tune_sparse.ledger.record import Record
+from tune_sparse.ledger.record import Record, SweepRecord
 from tune_sparse.schedules import ONE_SHOT
 
 SCORES = tuple(f"{name}{suffix}" for name in ("accuracy", *METRICS) for suffix in SUFFIXES)
@@ -58,6 +63,7 @@ COLUMNS = (
     "train_examples_per_second",
     "train_tokens_per_second",
     "train_seconds",
+    "trial_seconds",
     "peak_memory_bytes",
     "cell_peak_memory_bytes",
     "compile_seconds",
@@ -67,6 +73,9 @@ COLUMNS = (
     "calibration",
     "calibration_order",
     "error",
+    "candidates",
+    "chosen",
+    "choice",
 )
 NUMBERS = ["sparsity", "actual_sparsity", *COLUMNS[COLUMNS.index("accuracy") : COLUMNS.index("hardware")]]
 
@@ -79,70 +88,97 @@ def cells_table(
     """Return the columns of `COLUMNS`, one row a cell of every sweep in the folders, or of those named.
 
     protocol_id names every setting of the protocol that changes numbers, but for calibration and recovery, which a
-    dense baseline does not have. A cell without a done run has a status (failed, interrupted, missing), a reason, and
-    no numbers. A cell that several folders have is taken from the one where its run came furthest. `primary_metrics`,
-    {task: metric}, chooses again what `accuracy` is by; a task that it does not name keeps its own.
+    dense baseline does not have. A cell without a done run has a status (failed, stopped, interrupted, missing), a
+    reason, and no numbers. A cell that several folders have is taken from the one where its run came furthest.
+    `primary_metrics`, {task: metric}, chooses again what `accuracy` is by; a task that it does not name keeps its own.
+
+    Where sweeps had axes, every setting of a cell has its row, with the values in columns `axis/NAME`. candidates: the
+    settings that the sweep had, whose names protocol_id leaves out and has these instead. chosen: the one that counts,
+    which is all that `analysis.read.chosen.compared_cells` leaves. choice: why none does.
     Raises `InputError` for an unknown sweep.
     """
     ledger = MergedLedger(results_dirs)
-    cells = _requested_cells(ledger, sweep_ids)
-    records = {run_id: ledger.record(run_id) for run_id in dict.fromkeys(cell["run_id"] for cell in cells)}
-    protocols = {run: _protocol_id(ledger, run) for run, r in records.items() if r and r.status == "done"}
+    cells = _of_longest_chains(requested_cells(_named_sweeps(ledger, sweep_ids)))
+    records = {run_id: ledger.record(run_id) for run_id in dict.fromkeys(cell.run_id for cell in cells)}
+    found = choices(cells, records.get)
+    protocols = {key: _protocol_id(ledger, *key) for key in _done_protocols(cells, records)}
     rows = [
-        _row(cell, records[cell["run_id"]], primary_metrics) | {"protocol_id": protocols.get(cell["run_id"])}
+        _row(cell.row, records[cell.run_id], primary_metrics)
+        | _choice_columns(cell, found[cell.candidates_key])
+        | {"protocol_id": protocols.get((cell.run_id, axes_key(cell.axes)))}
         for cell in cells
     ]
     owners: dict[str, str] = {}
     for row in rows:
         owner = owners.setdefault(row["run_id"], row["cell_id"])
         row["shared_with"] = None if owner == row["cell_id"] else owner
-    table = pd.DataFrame(rows, columns=list(COLUMNS))
-    return table.astype(dict.fromkeys(NUMBERS, float)).copy()  # pandas warns of a table in many pieces
+    axes = dict.fromkeys(name for row in rows for name in row if name.startswith(AXIS))
+    table = pd.DataFrame(rows, columns=[*COLUMNS, *axes])
+    return table.astype(dict.fromkeys(NUMBERS, float) | {"chosen": bool}).copy()  # pandas warns of many pieces
 
 
-def _requested_cells(ledger: LedgerReader, sweep_ids: Sequence[str] | None) -> list[dict[str, Any]]:
-    """Return each cell of all sweeps, or of those named, as the oldest of them requested it."""
+def _named_sweeps(ledger: LedgerReader, sweep_ids: Sequence[str] | None) -> list[SweepRecord]:
+    """All sweeps, or those of these names."""
     sweeps = {sweep.sweep_id: sweep for sweep in ledger.sweeps()}
     for sweep_id in sweep_ids or ():
         if sweep_id not in sweeps:
             raise unknown_name("sweep", sweep_id, sweeps)
-    cells: dict[str, dict[str, Any]] = {}
-    for sweep in sweeps.values():
-        for cell in sweep.cells if sweep_ids is None or sweep.sweep_id in sweep_ids else ():
-            cells.setdefault(cell["cell_id"], cell)
-    return _of_longest_chains(list(cells.values()))
+    return [sweep for name, sweep in sweeps.items() if sweep_ids is None or name in sweep_ids]
 
 
-def _of_longest_chains(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def _of_longest_chains(cells: Sequence[RequestedCell]) -> list[RequestedCell]:
     """Leave out levels on the way that have the sparsity of a cell that was asked for, or of a level on a longer way:
     chains of different length have different steps at one sparsity, and a table shows one of them."""
 
-    def setting(cell: Mapping[str, Any]) -> tuple[Any, ...]:
-        return tuple(cell.get(name) for name in Cell.__dataclass_fields__)
+    def place(cell: RequestedCell) -> tuple[Any, ...]:
+        return *cell.candidates_key, cell.row.get("seed"), json.dumps(cell.setting)
+
+    def length(cell: RequestedCell) -> float:
+        return float(cell.row.get("chain_to", math.inf))
 
     longest: dict[tuple[Any, ...], float] = {}
     for cell in cells:
-        longest[setting(cell)] = max(longest.get(setting(cell), 0.0), cell.get("chain_to", math.inf))
-    return [cell for cell in cells if cell.get("chain_to", math.inf) == longest[setting(cell)]]
+        longest[place(cell)] = max(longest.get(place(cell), 0.0), length(cell))
+    return [cell for cell in cells if length(cell) == longest[place(cell)]]
 
 
-def _protocol_id(ledger: LedgerReader, run_id: str) -> str | None:
-    """A short hash of a run's protocol; None where its config cannot be read, which the audit lists."""
+def _choice_columns(cell: RequestedCell, choice: Choice) -> dict[str, Any]:
+    is_chosen = choice.chosen == cell.setting
+    texts = [PAIRED.join(map(value_text, setting.values())) for setting, _ in choice.losses]
+    columns = {"candidates": ", ".join(texts), "chosen": is_chosen, "choice": choice.why_not}
+    return columns | {f"{AXIS}{name}": value for name, value in cell.setting.items()}
+
+
+def _done_protocols(cells: Sequence[RequestedCell], records: Mapping[str, Record | None]) -> Iterator[tuple[str, str]]:
+    """(run that is done, key of the axes with which it was requested)"""
+    for cell in cells:
+        record = records[cell.run_id]
+        if record and record.status == "done":
+            yield cell.run_id, axes_key(cell.axes)
+
+
+def _protocol_id(ledger: LedgerReader, run_id: str, axes: str) -> str | None:
+    """A short hash of a run's protocol, with the values of axes in place of those that the run has; None where its
+    config cannot be read, which the audit lists."""
     try:
         settings = asdict(ledger.run(run_id).protocol)
     except READING_ERRORS:
         return None
-    left_out = (*CALIBRATION_SETTINGS, "recover", *UNCOMPARED_SETTINGS)
-    return hash_json({name: value for name, value in settings.items() if name not in left_out})[:8]
+    names = {name for axis in json.loads(axes or "{}") for name in settings_of(axis)}
+    left_out = {*CALIBRATION_SETTINGS, "recover", *UNCOMPARED_SETTINGS, *names}
+    compared = {name: value for name, value in settings.items() if name not in left_out}
+    return hash_json(compared | ({"axes": axes} if axes else {}))[:8]
 
 
-def _row(cell: dict[str, Any], record: Record | None, primary_metrics: Mapping[str, str]) -> dict[str, Any]:
+def _row(cell: Mapping[str, Any], record: Record | None, primary_metrics: Mapping[str, str]) -> dict[str, Any]:
     row: dict[str, Any] = {"schedule": ONE_SHOT} | {name: cell[name] for name in COLUMNS if name in cell}
     row |= {"chance_accuracy": cell["chance"], "status": record.status if record else "missing"}
     if record is None:
         return row | {"error": "not run yet"}
     if record.status == "interrupted":
         row["error"] = "interrupted; the same sweep runs it again"
+    if record.stopped:
+        row["error"] = record.stopped_at
     if record.error:
         row["error"] = f"{record.error['class']}: {record.error['message']}"
     if record.status == "done":

@@ -14,6 +14,8 @@ CURVE = ["method", "mode", "schedule"]
 """What makes a curve over sparsity, on one backend, model and task."""
 SETTING = ["backend", "model", "task", *CURVE, "sparsity"]
 """What makes a cell, but for its seed."""
+AXIS = "axis/"
+"""begins the name of a column with the values of an axis; a cell that ignores it has none"""
 METRICS = (*task_types.METRICS, "f1")
 """Columns with a metric by its own name; `accuracy` has the values of the task's primary one."""
 CALIBRATION = ("calibration", "calibration_order", "calibration_tokens_seen")
@@ -24,6 +26,10 @@ SINGLE_RUN = ("_stderr", "_low", "_high")
 def repeated_settings(cells: pd.DataFrame) -> pd.DataFrame:
     """Cells that differ in nothing but protocol, weights or examples: two studies, never one average."""
     return cells[cells.duplicated([*SETTING, "seed"], keep=False)]
+
+
+def axis_columns(cells: pd.DataFrame) -> list[str]:
+    return [str(name) for name in cells if str(name).startswith(AXIS)]
 
 
 def shown_columns(names: Iterable[str], cells: pd.DataFrame) -> list[str]:
@@ -38,15 +44,16 @@ def curve_names(cells: pd.DataFrame) -> pd.Series[Any]:
 
 
 def over_seeds(cells: pd.DataFrame) -> pd.DataFrame:
-    """Return one row a cell without its seed, sorted by `SETTING`.
+    """Return one row a cell without its seed, and a setting of axes, sorted by `SETTING`.
 
     `seeds` were requested and `seeds_done` are done. Numbers are means over those that are done. Where a column NAME
     has a NAME_stderr, NAME_sd is the standard deviation between seeds (over n - 1) where there are several, and
     NAME_stderr the standard error over examples where there is one; the other of both is missing. Texts that differ
     between seeds are listed.
     """
-    grouped = cells.assign(done=cells["status"] == "done").groupby(SETTING, sort=True)
-    numbers = [str(name) for name in cells.select_dtypes("number") if name not in (*SETTING, "seed")]
+    keys = [*SETTING, *axis_columns(cells)]
+    grouped = cells.assign(done=cells["status"] == "done").groupby(keys, sort=True, dropna=False)
+    numbers = [str(name) for name in cells.select_dtypes("number") if name not in (*keys, "seed")]
     table = grouped[numbers].mean()
     for name in (name for name in numbers if name.endswith(SINGLE_RUN)):
         measured = name.rpartition("_")[0]

@@ -312,10 +312,10 @@ def _over_sparsity(column: str) -> Draw:
 
 FIGURES: dict[str, ReportFigure] = {
     "sparsity_vs_accuracy": ReportFigure(
-        "Accuracy over sparsity, by method and mode, at one shared learning rate.", _over_sparsity("accuracy")
+        "Accuracy over sparsity, by method and mode, {rates}.", _over_sparsity("accuracy")
     ),
     "sparsity_vs_perplexity": ReportFigure(
-        "Perplexity over sparsity, by method and mode, at one shared learning rate.", _over_sparsity("perplexity")
+        "Perplexity over sparsity, by method and mode, {rates}.", _over_sparsity("perplexity")
     ),
     "sparsity_vs_loss": ReportFigure(
         "Loss on held-out examples after training, over sparsity.", _over_sparsity("eval_loss")
@@ -328,7 +328,7 @@ FIGURES: dict[str, ReportFigure] = {
         method_comparison_heatmap,
     ),
     "mode_difference": ReportFigure(
-        "Accuracy trained under the mask minus accuracy masked after training, at one shared learning rate.",
+        "Accuracy trained under the mask minus accuracy masked after training, {rates}.",
         mode_difference,
     ),
     "accuracy_vs_flops": ReportFigure(

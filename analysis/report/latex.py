@@ -8,6 +8,7 @@ from typing import Any
 
 import pandas as pd
 
+from analysis.read.chosen import rates_words
 from analysis.read.seeds import (
     CURVE,
     calibration_words,
@@ -20,10 +21,7 @@ from analysis.read.seeds import (
 )
 
 MISSING = "--"
-NOTE = (
-    "All at one shared learning rate. "
-    f"{MISSING}: no finished run. \\textdagger: the audit has a warning about the run; \\textdaggerdbl: an error."
-)
+NOTE = f"{MISSING}: no finished run. \\textdagger: the audit has a warning about the run; \\textdaggerdbl: an error."
 LIGHT_WARNINGS = {
     *("few-examples", "unchecked", "uncommitted", "modes-coincide", "same-answers"),
     *("hardware", "budgets", "few-steps", "pruning-gone"),
@@ -33,7 +31,8 @@ LIGHT_WARNINGS = {
 
 def main_results(cells: pd.DataFrame) -> str:
     """One `table` a model. Needs \\usepackage{booktabs}. cells: as in summary.csv, with warnings."""
-    tables = [_latex_table(str(model), rows) for model, rows in over_seeds(cells).groupby("model", sort=True)]
+    rates, by_model = rates_words(cells), over_seeds(cells).groupby("model", sort=True)
+    tables = [_latex_table(str(model), rows, rates) for model, rows in by_model]
     return "% \\usepackage{booktabs}\n" + "\n".join(tables)
 
 
@@ -65,7 +64,7 @@ def _entry(value: float, around: float, warnings: str) -> str:
     return f"{value:.1f}{spread_text}{_mark(warnings)}"
 
 
-def _latex_table(model: str, table: pd.DataFrame) -> str:
+def _latex_table(model: str, table: pd.DataFrame, rates: str) -> str:
     names = ["task", "metric", *shown_columns(CURVE, table)]
     entries = pd.DataFrame(_lines(table), columns=[*names, *(f"{s:g}" for s in sorted(table["sparsity"].unique()))])
     style = entries.style.hide(axis="index").format(escape="latex", subset=pd.IndexSlice[:, names])
@@ -75,17 +74,18 @@ def _latex_table(model: str, table: pd.DataFrame) -> str:
         [{"selector": "scriptsize", "props": ":;"}, {"selector": "setlength", "props": r":{\tabcolsep}{3pt};"}]
     )
     columns = "l" * len(names) + "r" * (len(entries.columns) - len(names))
-    caption = _caption(model, table)
+    caption = _caption(model, table, rates)
     return style.to_latex(hrules=True, column_format=columns, caption=caption, position_float="centering")
 
 
-def _caption(model: str, table: pd.DataFrame) -> str:
+def _caption(model: str, table: pd.DataFrame, rates: str) -> str:
     primary, calibrated = primary_words(table), calibration_words(table)
     sentences = [
         f"{model}.",
         f"Primary metrics: {primary}." if primary else "",
         f"Perplexities as they are, all else in percent; in parentheses the {spread_words(table['seeds_done'])}.",
         f"Calibrated on: {calibrated}." if calibrated else "",
+        f"All {rates}.",
     ]
     return " ".join(escape(sentence) for sentence in sentences if sentence) + f" {NOTE}"
 

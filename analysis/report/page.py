@@ -21,6 +21,7 @@ from markupsafe import Markup
 from analysis.audit.audit import RULES, Audit, AuditFinding
 from analysis.baselines.comparison import PublishedComparison, summary_sentence
 from analysis.baselines.published import our_metric
+from analysis.read.chosen import rates_words
 from analysis.read.seeds import CURVE, calibration_words, over_seeds, primary_words, shown_columns, spread_words
 from analysis.report.rounding import UNKNOWN, rounded, with_interval
 from analysis.report.runs import relative_link
@@ -126,6 +127,8 @@ class Content:
     """what can be said with so many seeds"""
     passing: pd.DataFrame
     """as `highest_passing_sparsity`"""
+    choices: Sequence[str] = ()
+    """how settings were chosen where a sweep had axes"""
     comparisons: Sequence[PublishedComparison] = ()
     hardware: Sequence[Mapping[str, Any]] = ()
     published_rates: Sequence[Mapping[str, str]] = ()
@@ -150,12 +153,13 @@ def render_page(content: Content, path: Path) -> str:
         audit=content.audit,
         questions=_by_question(content.findings),
         seeds=content.seeds,
+        choices=content.choices,
         passing=rows,
         passing_columns=columns,
         pass_mark=f"{PASS_MARK:.0%}",
-        captions=_captions(averaged),
+        captions=_captions(averaged, rates_words(content.cells)),
         spread=spread_words(averaged["seeds_done"]),
-        published=_published(content.comparisons),
+        published=_published(content.comparisons, rates_words(content.cells)),
         hardware=content.hardware,
         published_rates=content.published_rates,
         dynamics=content.dynamics,
@@ -186,7 +190,7 @@ def _figure(folder: Path, name: str, caption: str) -> dict[str, str]:
 
 def _data(content: Content, path: Path) -> dict[str, Any]:
     """The summary by column: texts as numbers of a word list, since most repeat; a run named as its cell is null."""
-    cells = content.cells.copy()
+    cells = content.cells.drop(columns=["candidates", "chosen", "choice"])
     present = [{entry.name for entry in (folder / "runs").glob("*")} for folder in content.folders]
     cells["root"] = [next((i for i, names in enumerate(present) if run in names), None) for run in cells["run_id"]]
     cells["run_id"] = cells["run_id"].where(cells["run_id"] != cells["cell_id"])
@@ -245,17 +249,17 @@ def _passing(content: Content) -> tuple[list[str], list[dict[str, Any]]]:
     return [", ".join(name) for name in names], lines
 
 
-def _captions(table: pd.DataFrame) -> str:
-    """Say what holds of every curve and table: the primary metrics, one learning rate, the calibration."""
+def _captions(table: pd.DataFrame, rates: str) -> str:
+    """Say what holds of every curve and table: the primary metrics, the learning rates, the calibration."""
     primary, calibrated = primary_words(table), calibration_words(table)
-    sentences = [f"Primary metrics: {primary}." if primary else "", "All at one shared learning rate."]
+    sentences = [f"Primary metrics: {primary}." if primary else "", f"All {rates}."]
     return " ".join(filter(None, [*sentences, f"Calibrated on: {calibrated}." if calibrated else ""]))
 
 
-def _published(comparisons: Sequence[PublishedComparison]) -> dict[str, Any]:
+def _published(comparisons: Sequence[PublishedComparison], rates: str) -> dict[str, Any]:
     rows = [(comparison, published_row(comparison)) for comparison in comparisons]
     return {
-        "summary": summary_sentence(comparisons),
+        "summary": summary_sentence(comparisons, rates),
         "compared": [row for comparison, row in rows if comparison.reason is None],
         "others": [row for comparison, row in rows if comparison.reason is not None],
     }

@@ -13,6 +13,7 @@ import pandas as pd
 
 from analysis.baselines.comparison import PublishedComparison, compare_with_published, protocols
 from analysis.baselines.published import COLUMNS, Published
+from analysis.read.chosen import rates_words
 from analysis.read.dynamics import dynamics_table
 from analysis.report.dynamics_rows import dynamics_rows
 from analysis.report.figures import FIGURES
@@ -58,13 +59,13 @@ def present(folder: Path, content: Content, runs: Runs, published: Sequence[Publ
 
 def draw_figures(folder: Path, cells: pd.DataFrame, runs: Runs) -> dict[str, str]:
     """{name: caption} of the figures that were drawn; one of an earlier report that has nothing to show now goes."""
-    drawn = {}
+    drawn, rates = {}, rates_words(cells)
     for name, shown in FIGURES.items():
         path = folder / f"{name}.png"
         figure = shown.draw(cells, runs)
         if figure is not None:
             save(figure, path)
-            drawn[name] = shown.caption
+            drawn[name] = shown.caption.format(rates=rates)
         else:
             path.unlink(missing_ok=True)
             path.with_suffix(".pdf").unlink(missing_ok=True)

@@ -12,9 +12,11 @@ import pandas as pd
 from analysis.audit.audit import audit
 from analysis.audit.protocol import differing_settings
 from analysis.baselines.published import load_published
+from analysis.read.chosen import compared_cells
 from analysis.read.load import cells_table
 from analysis.read.results import Results, read_results
-from analysis.read.seeds import SETTING, over_seeds, primary_words, repeated_settings
+from analysis.read.seeds import SETTING, axis_columns, over_seeds, primary_words, repeated_settings
+from analysis.report.choices import choice_lines, choices_table
 from analysis.report.latex import main_results
 from analysis.report.page import Content, render_claim, summarise_audit
 from analysis.report.presentation import present
@@ -54,16 +56,18 @@ def write_report(
     """Audit the folders and write `analysis/` in the first of them.
 
     summary.csv has every cell, done or not, and what the audit says of its run; everything else is made of done cells
-    alone. `sweep_ids` names the sweeps to report on, all of them if None; `baselines` are files of published numbers;
+    alone, and where sweeps had axes, of the chosen setting of each cell; choices.csv has how it was chosen.
+    `sweep_ids` names the sweeps to report on, all of them if None; `baselines` are files of published numbers;
     `primary_metrics`, {task: metric}, chooses again what tasks are judged by.
     Raises `NotReadyError` if there is no sweep, `InputError` if sweeps of different protocols, weights or examples
     would be mixed, or a file of published numbers breaks a rule.
     """
-    cells = cells_table(results_dirs, sweep_ids, primary_metrics)
-    if cells.empty:
+    requested = cells_table(results_dirs, sweep_ids, primary_metrics)
+    if requested.empty:
         raise NotReadyError(
             f"a report needs a sweep, {', '.join(map(str, results_dirs))} has none. Run `tune-sparse sweep` first."
         )
+    cells = compared_cells(requested)
     results = read_results(results_dirs, sweep_ids, primary_metrics)
     _check_one_protocol(cells, results)
     published = load_published(baselines, set(cells["model"]))
@@ -71,33 +75,39 @@ def write_report(
     folder.mkdir(exist_ok=True)
     found = audit(results)
     cells = with_intervals(cells)
-    summary = with_warnings(with_intervals(with_imported(cells, results.imported)), found)
+    shown, summary = (
+        with_warnings(with_intervals(with_imported(some, results.imported)), found) for some in (cells, requested)
+    )
     points = Points(cells, {run_id: e.predictions for run_id, e in results.by_run.items() if e.predictions})
     claims, tests = make_claims(points, results.imported)
     performance = over_seeds(cells)
     metrics = f"Accuracy is by the primary metric of its task: {primary_words(performance) or 'unknown'}."
     tables = {"summary": summary, "sparsity_vs_performance": performance, "tests": tests}
+    tables |= {"choices": choices_table(requested)} if axis_columns(requested) else {}
     for name, table in (tables | {"grouped_summary": grouped_summary(points)}).items():
         write_text(folder / f"{name}.csv", table.to_csv(index=False))
-    write_text(folder / "main_results.tex", main_results(summary))
-    write_text(folder / "findings.md", as_markdown(claims, found.summary(), describe_seeds(cells), metrics))
+    write_text(folder / "main_results.tex", main_results(shown))
+    notes = (found.summary(), describe_seeds(cells), metrics, *choice_lines(requested))
+    write_text(folder / "findings.md", as_markdown(claims, *notes))
     write_json(folder / "findings.json", [claim.as_json() for claim in claims])
     write_json(folder / "audit.json", [asdict(finding) for finding in found.findings])
     content = Content(
-        counts=counts(cells)[0],
-        cells=summary,
+        counts=counts(requested)[0],
+        cells=shown,
         folders=results_dirs,
         audit=summarise_audit(found),
         findings=[render_claim(claim) for claim in claims],
         seeds=describe_seeds(cells),
         passing=highest_passing_sparsity(performance),
+        choices=choice_lines(requested),
     )
     page = present(folder, content, find_runs(results_dirs, points.predictions), published)
-    said_first = [*found.lines(severities=["error"]), *counts(cells), found.summary()]
+    said_first = [*found.lines(severities=["error"]), *counts(requested), found.summary()]
     lines = [*said_first, *result_lines(cells, found, MOST_LINES)]
     lines += [*(headlines(claims) or [describe_seeds(cells)]), *highest_lines(performance)]
+    lines += choice_lines(requested)
     lines += [f"Tables, figures, findings and audit: {folder}", f"To read: {page}"]
-    return Report(lines, len(found.errors), int((cells["status"] == "done").sum()))
+    return Report(lines, len(found.errors), int((requested["status"] == "done").sum()))
 
 
 def _check_one_protocol(cells: pd.DataFrame, results: Results) -> None:
@@ -110,6 +120,8 @@ def _check_one_protocol(cells: pd.DataFrame, results: Results) -> None:
     runs = [results.by_run[run_id].run for run_id in same["run_id"] if run_id in results.by_run]
     differing = differing_settings(*runs[:2]) if len(runs) > 1 else {}
     values = "".join(f", {name} {str(a)[:12]} and {str(b)[:12]}" for name, (a, b) in differing.items())
+    candidates = dict.fromkeys(same["candidates"])
+    values += f", chosen among {' and '.join(of or 'one' for of in candidates)}" if len(candidates) > 1 else ""
     raise InputError(
         "a report must not mix sweeps that differ in protocol, weights or examples, got one setting twice: "
         f"{first['cell_id']} in {' and '.join(dict.fromkeys(names))}{values}. Name one with --sweep."

@@ -12,9 +12,11 @@ import pandas as pd
 
 from analysis.audit.audit import RULES, Audit
 from analysis.read.seeds import (
+    AXIS,
     CURVE,
     METRICS,
     SETTING,
+    axis_columns,
     calibration_words,
     over_seeds,
     shown_columns,
@@ -24,6 +26,7 @@ from analysis.read.seeds import (
 )
 from analysis.report.rounding import UNKNOWN
 from analysis.report.tables import with_warnings
+from tune_sparse.config.options import value_text
 from tune_sparse.modes import ADAPTER_MODES
 
 MOST_LINES = 45
@@ -37,13 +40,15 @@ def finished_cells(cells: pd.DataFrame, found: Audit, only: Mapping[str, Collect
     """One row a finished cell without its seed, as `over_seeds`, with what a result needs besides.
 
     A dense baseline, which cells share, has one row. metric: the primary one. value, spread, before: of it, after and
-    before tuning. difference: value minus that of the dense baseline of the same backend, model and task. `warnings`
-    are rules of the audit. only: {column: the values that rows may have}.
+    before tuning. difference: value minus that of the dense baseline of the same backend, model and task, and where
+    not all of `cells` are chosen, of the same setting. `warnings` are rules of the audit. only: {column: the values
+    that rows may have}.
     """
     done = with_warnings(cells[cells["status"] == "done"], found)
     is_dense = (done["sparsity"] == 0) & done["mode"].isin(ADAPTER_MODES)
     done = done.assign(method=done["method"].mask(is_dense, "none"), mode=done["mode"].mask(is_dense, "dense"))
-    parts = [_judged(same) for _, same in done.drop_duplicates("run_id").groupby(SETTING[:3], sort=True)]
+    compared = SETTING[:3] if done["chosen"].all() else [*SETTING[:3], *axis_columns(done)]
+    parts = [_judged(s) for _, s in done.drop_duplicates("run_id").groupby(compared, sort=True, dropna=False)]
     return _chosen(pd.concat(parts, ignore_index=True), only) if parts else done
 
 
@@ -88,6 +93,8 @@ def _cells(table: pd.DataFrame, marks: dict[str, str]) -> pd.DataFrame:
     method, *tuning = shown_columns(CURVE, table)
     names = [*(["backend"] if table["backend"].nunique() > 1 else []), "model", "task", method, "sparsity", *tuning]
     shown = table[names].assign(sparsity=[f"{value:g}" for value in table["sparsity"]], seeds=table["seeds_done"])
+    for column in axis_columns(table):
+        shown[column.removeprefix(AXIS)] = [_value(value) for value in table[column]]
     shown = shown.assign(metric=table["metric"])
     for name, column in (("before", "before"), ("after", "value"), ("+-", "spread"), ("- dense", "difference")):
         sign = "+" if name == "- dense" else ""
@@ -119,6 +126,10 @@ def _left_aligned(shown: pd.DataFrame, names: list[str]) -> pd.DataFrame:
         width = max(len(name), shown[name].astype(str).str.len().max())
         shown = shown.assign(**{name: shown[name].astype(str).str.ljust(width)})
     return shown.rename(columns={name: name.ljust(len(shown[name].iloc[0])) for name in names})
+
+
+def _value(value: Any) -> str:
+    return UNKNOWN if pd.isna(value) else value_text(value)
 
 
 def _number(value: float, sign: str = "") -> str:

@@ -43,7 +43,7 @@ def with_imported(cells: pd.DataFrame, imported: Sequence[Imported]) -> pd.DataF
     if not imported:
         return cells
     kind = {"backend": "imported", "status": "imported", "method": "none", "mode": "dense", "sparsity": 0.0}
-    kind |= {"schedule": ONE_SHOT}
+    kind |= {"schedule": ONE_SHOT, "candidates": "", "chosen": True, "choice": ""}
     rows = [asdict(record) | kind | {"cell_id": record.record_id, "run_id": record.record_id} for record in imported]
     added = pd.DataFrame(rows).reindex(columns=cells.columns)
     return pd.concat([cells.astype({"seed": "Int64"}), added.astype({"seed": "Int64"})], ignore_index=True)

@@ -127,8 +127,6 @@ def group_by_scope(tests: Iterable[PairedTest]) -> list[list[PairedTest]]:
 
 FEWEST_PAIRS = 5
 """Of fewer nothing is said in a headline, and each pair is spoken of by itself."""
-ONE_RATE = "at one shared learning rate"
-"""What every comparison of methods or modes says while the rate is no axis: each may have another that suits it."""
 SEEDS_SHOW = {1: "one seed shows nothing of other trainings", 2: "two seeds show too little of other trainings"}
 
 

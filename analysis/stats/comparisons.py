@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from analysis.read.chosen import rates_words
 from analysis.read.results import Predictions
 from analysis.read.seeds import shown_columns
 from analysis.stats.crossed import Floats, over_columns
@@ -101,6 +102,7 @@ class Points:
         self.pruned = done[done["sparsity"] > 0].drop_duplicates("run_id")
         self.dense = done[(done["sparsity"] == 0) & done["mode"].isin(ADAPTER_MODES)].drop_duplicates("run_id")
         self.predictions = predictions
+        self.rates = rates_words(cells)
 
     def pairs(self, axis: str, left: Any, right: Any, within: Sequence[str] = BASE) -> pd.DataFrame:
         """Cells that differ in `axis` alone: columns of `within` and the other axes, run_id_left, run_id_right."""

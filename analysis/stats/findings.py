@@ -9,7 +9,6 @@ import pandas as pd
 from analysis.read.imported import Imported
 from analysis.stats.claims import (
     FEWEST_PAIRS,
-    ONE_RATE,
     Claim,
     Number,
     claim_of_tests,
@@ -55,14 +54,14 @@ def _method_claims(points: Points, tests: Sequence[PairedTest]) -> Iterator[Clai
     pruned = points.pruned[points.pruned["accuracy"].notna()]
     if pruned["method"].nunique() < 2:
         return
-    overall = list(_best_claims(ALL_BASES, pruned, tests))
+    overall = list(_best_claims(ALL_BASES, pruned, tests, points.rates))
     yield from overall or [Claim("RQ2", ALL_BASES, "No setting is finished with two methods.")]
-    yield from _variance_claim(pruned)
+    yield from _variance_claim(pruned, points.rates)
     for base, rows in pruned.groupby(BASE, sort=True):
-        yield from _best_claims(", ".join(map(str, base)), rows, tests)
+        yield from _best_claims(", ".join(map(str, base)), rows, tests, points.rates)
 
 
-def _best_claims(about: str, rows: pd.DataFrame, tests: Sequence[PairedTest]) -> Iterator[Claim]:
+def _best_claims(about: str, rows: pd.DataFrame, tests: Sequence[PairedTest], rates: str) -> Iterator[Claim]:
     """The method of the highest mean against each of the others, one claim for what the same models and tasks show."""
     settings = rows.groupby([*BASE, "mode", "schedule", "sparsity", "seed"])["method"]
     rows = rows[settings.transform("nunique") == rows["method"].nunique()]
@@ -74,13 +73,13 @@ def _best_claims(about: str, rows: pd.DataFrame, tests: Sequence[PairedTest]) ->
         numbers[f"mean{i}"] = number(means[method], rows.loc[rows["method"] == method, "run_id"])
         parts.append(f"{method} {{mean{i}}}")
     for same in group_by_scope(t for t in tests if t.about == about and best in (t.left, t.right)):
-        words, found = _best_words(best, same)
+        words, found = _best_words(best, same, rates)
         template = f"Mean accuracy over the settings that all have: {', '.join(parts)}. {words}."
         test = f"{same[0].named}; intervals hold together over all pairs of methods (Bonferroni)"
         yield claim_of_tests("RQ2", about, template, numbers | found, same, test)
 
 
-def _best_words(best: str, tests: Sequence[PairedTest]) -> tuple[str, dict[str, Number]]:
+def _best_words(best: str, tests: Sequence[PairedTest], rates: str) -> tuple[str, dict[str, Number]]:
     """What is shown of the best method against the others; of these trainings, by how much it was better.
 
     Its mean is over cells. Tests take each model and task alike, and so may find another method the better one.
@@ -93,14 +92,14 @@ def _best_words(best: str, tests: Sequence[PairedTest]) -> tuple[str, dict[str, 
         shown = beaten if test.estimate.value > 0 else ahead
         (shown if test.is_shown else others).append(f"{test.left}: {words}")
     if not tests[0].scope.has_verdict:
-        return f"In these trainings, {ONE_RATE}, {best} minus {' and '.join(others)} {where}", numbers
+        return f"In these trainings, {rates}, {best} minus {' and '.join(others)} {where}", numbers
     parts = [f"{best} is better than {' and '.join(beaten)}"] if beaten else []
     parts += [f"{best} is worse than {' and '.join(ahead)}"] if ahead else []
     parts += [f"no difference can be shown between {best} and {' and '.join(others)}"] if others else []
-    return f"{ONE_RATE.capitalize()}, {', and '.join(parts)}, {where}", numbers
+    return f"{rates.capitalize()}, {', and '.join(parts)}, {where}", numbers
 
 
-def _variance_claim(pruned: pd.DataFrame) -> Iterator[Claim]:
+def _variance_claim(pruned: pd.DataFrame, rates: str) -> Iterator[Claim]:
     """How much of the variance of accuracy the method explains, among all that was varied."""
     table = pruned.assign(base=pruned[BASE].agg(", ".join, axis=1))
     complete = table.groupby(["base", "mode", "schedule", "sparsity", "seed"])["method"].transform("nunique")
@@ -111,7 +110,7 @@ def _variance_claim(pruned: pd.DataFrame) -> Iterator[Claim]:
     found, runs = anova(table, "accuracy", factors).set_index("factor"), list(table["run_id"])
     shares = {f"{kind}_{name}": number(float(found[kind][name]), runs) for name in factors for kind in EFFECT_SIZES}
     listed = ", ".join(f"{name} {{eta_squared_{name}}} ({{omega_squared_{name}}})" for name in factors)
-    template = f"Shares of the variance {ONE_RATE}, η² (ω²): {listed}."
+    template = f"Shares of the variance {rates}, η² (ω²): {listed}."
     test = "ANOVA, type II, of the cells, which describes these runs"
     yield Claim("RQ2", ALL_BASES, template, shares, test)
 
@@ -130,27 +129,28 @@ def _mode_claims(points: Points, tests: Sequence[PairedTest], single: Sequence[P
         unit = " accuracy" if points.is_accuracy(test.run_ids[0]) else " log-likelihood a token"
         (words, numbers), (where, counts) = measured(test, unit), holds_for(test)
         if not test.scope.has_verdict:
-            template = f"In these trainings, {ONE_RATE}, {second} minus {first}: {words} {where}."
+            template = f"In these trainings, {points.rates}, {second} minus {first}: {words} {where}."
         elif test.is_shown:
             better = "better" if test.estimate.value > 0 else "worse"
-            template = f"{second.capitalize()} is {better} than {first} {ONE_RATE} by {words}, {where}."
+            template = f"{second.capitalize()} is {better} than {first} {points.rates} by {words}, {where}."
         else:
-            template = f"No difference can be shown between {second} and {first} {ONE_RATE}: {words}, {where}."
+            template = f"No difference can be shown between {second} and {first} {points.rates}: {words}, {where}."
         yield claim_of_tests("RQ3", test.about, template, numbers | counts, [test], test.named)
-    yield from _pair_claims(single) if len(single) < FEWEST_PAIRS else [_pairs_claim(single)]
+    few = len(single) < FEWEST_PAIRS
+    yield from _pair_claims(single, points.rates) if few else [_pairs_claim(single, points.rates)]
     yield from _cost_claim(points)
 
 
-def _pair_claims(single: Sequence[PairedTest]) -> Iterator[Claim]:
+def _pair_claims(single: Sequence[PairedTest], rates: str) -> Iterator[Claim]:
     """A sentence for each of a few pairs: which of these very models differ."""
     for test in single:
         words, numbers = measured(test)
         differ = "these two models differ" if test.differs else "these two models cannot be told apart"
-        template = f"{escaped(test.about)}, {ONE_RATE}: {differ}, {test.right} minus {test.left} {words}."
+        template = f"{escaped(test.about)}, {rates}: {differ}, {test.right} minus {test.left} {words}."
         yield Claim("RQ3", ALL_BASES, template, numbers, test.named, Scope.TRAININGS)
 
 
-def _pairs_claim(single: Sequence[PairedTest]) -> Claim:
+def _pairs_claim(single: Sequence[PairedTest], rates: str) -> Claim:
     """How many pairs of models differ, each by itself."""
     first, second = SPARSE_ADAPTER_MODES
     turned = [swap_sides(t, second) for t in single]
@@ -158,7 +158,7 @@ def _pairs_claim(single: Sequence[PairedTest]) -> Claim:
     counts = {"won": won, "lost": lost, "all": len(turned), "open": len(turned) - won - lost}
     runs = [run for t in turned for run in t.run_ids]
     template = (
-        f"Pair by pair, {ONE_RATE}: of {{all}} pairs of models {{won}} differ in favour of {second} and {{lost}} of "
+        f"Pair by pair, {rates}: of {{all}} pairs of models {{won}} differ in favour of {second} and {{lost}} of "
         f"{first}; in {{open}} no difference can be shown."
     )
     numbers = {name: number(count, runs, ".0f") for name, count in counts.items()}

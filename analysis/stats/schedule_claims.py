@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import combinations
 
-from analysis.stats.claims import ONE_RATE, Claim, claim_of_tests, group_by_scope, holds_for, measured
+from analysis.stats.claims import Claim, claim_of_tests, group_by_scope, holds_for, measured
 from analysis.stats.comparisons import PairedTest, Points, compare_values, corrected_tests, swap_sides
 from tune_sparse.schedules import ONE_SHOT
 
@@ -42,7 +42,7 @@ def _claim(about: str, tests: Sequence[PairedTest], points: Points) -> Claim:
         words, found = measured(test, unit, i)
         numbers |= found
         parts.append(f"{test.right if against else f'{test.right} minus {test.left}'} {words}{_verdict(test)}")
-    start = f"{'At' if tests[0].scope.has_verdict else 'In these trainings, at'}{ONE_RATE.removeprefix('at')}"
+    start = points.rates.capitalize() if tests[0].scope.has_verdict else f"In these trainings, {points.rates}"
     template = f"{start}, {f'against {ONE_SHOT}: ' if against else ''}{'; '.join(parts)}; {where}."
     return claim_of_tests("RQ5", about, template, numbers, tests, tests[0].named)
 

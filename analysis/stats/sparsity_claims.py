@@ -15,7 +15,6 @@ import pandas as pd
 from analysis.read.imported import Imported
 from analysis.read.seeds import CURVE, shown_columns
 from analysis.stats.claims import (
-    ONE_RATE,
     Claim,
     Number,
     claim_of_tests,
@@ -66,7 +65,7 @@ def _loss_claims(points: Points, sparsity: float) -> Iterator[Claim]:
             parts.append(f"{test.right} {words}{': no difference can be shown' if undecided else ''}")
         numbers["sparsity"] = number(sparsity, tests[0].run_ids, "g")
         start = "At" if tests[0].scope.has_verdict else "In these trainings, at"
-        differences = f"accuracy against dense {ONE_RATE}: {'; '.join(parts)}"
+        differences = f"accuracy against dense {points.rates}: {'; '.join(parts)}"
         template = f"{start} a sparsity of {{sparsity}}, {differences}; {where}."
         yield claim_of_tests("RQ1", ALL_BASES, template, numbers, tests, tests[0].named)
 

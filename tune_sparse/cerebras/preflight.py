@@ -248,7 +248,7 @@ def working_bytes(config: SweepConfig, models: Iterable[ModelDims]) -> int:
     """
     trains_weights = not all(MODES[mode].has_adapter for mode in config.modes)
     saved = SAVED_BYTES if trains_weights else 0
-    is_recovered = config.protocol.recover != "none"
+    is_recovered = any(protocol.recover != "none" for protocol in config.protocols)
     updates = is_recovered or any(method_named(name).updates_weights for name in config.methods)
     updated = FLOAT_BYTES if updates else 0
     working = FLOAT_BYTES + updated + saved + (FLOAT_BYTES if trains_weights else 0)

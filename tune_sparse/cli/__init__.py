@@ -36,6 +36,7 @@ from tune_sparse.cli import (
     sweep,
     throughput,
     track,
+    tune,
     ui,
     validate,
 )
@@ -44,7 +45,7 @@ from tune_sparse.cli.words import paragraph, table
 from tune_sparse.errors import DISK_FULL, InputError, unknown_name
 
 COMMANDS = {
-    "commands for experiments, in the order of their use": (doctor, prepare, throughput, sweep, search),
+    "commands for experiments, in the order of their use": (doctor, prepare, throughput, sweep, search, tune),
     "commands for its results": (status, results, report, audit, rerun, discard, import_, track, ui),
     "commands for single models": (prune, evaluate, merge, validate),
 }

@@ -56,6 +56,12 @@ def declare(commands: Any) -> None:
         results.add_argument(
             f"--{name}", nargs="+", metavar=name.upper(), help=f"print only cells of these {name}s (default: all)"
         )
+    results.add_argument(
+        "--all-settings",
+        action="store_true",
+        help="where a sweep had axes, print every setting of a cell (default: the one that is chosen on selection "
+        "examples)",
+    )
     add_json(results, "all columns of the table, and more")
 
 
@@ -63,7 +69,8 @@ def _results(chosen: argparse.Namespace) -> int:
     from analysis.report.result_table import as_json, result_lines
 
     only = {name: values for name in FILTERS if (values := getattr(chosen, name))}
-    tables = list(_tables(existing_folders(chosen.results_dir), chosen.sweep, chosen_metrics(chosen.primary_metric)))
+    folders, primary = existing_folders(chosen.results_dir), chosen_metrics(chosen.primary_metric)
+    tables = list(_tables(folders, chosen.sweep, primary, chosen.all_settings))
     _check_names(only, [cells for _, cells, _ in tables])
     if chosen.json:
         rows = [row | {"sweep": name} for name, cells, found in tables for row in as_json(cells, found, only)]
@@ -76,20 +83,22 @@ def _results(chosen: argparse.Namespace) -> int:
 
 
 def _tables(
-    folders: Sequence[Path], sweep_ids: Sequence[str] | None, primary: Mapping[str, str]
+    folders: Sequence[Path], sweep_ids: Sequence[str] | None, primary: Mapping[str, str], all_settings: bool
 ) -> Iterator[tuple[str | None, pd.DataFrame, Audit]]:
     """Yield the cells and their audit; of several sweeps that are several studies, those of each with its name."""
     from analysis.audit.audit import audit_folders
+    from analysis.read.chosen import compared_cells
     from analysis.read.load import cells_table
     from analysis.read.seeds import repeated_settings
     from tune_sparse.ledger.reader import MergedLedger
 
+    shown = (lambda cells: cells) if all_settings else compared_cells
     cells = cells_table(folders, sweep_ids, primary)
-    if repeated_settings(cells).empty:
-        yield None, cells, audit_folders(folders, sweep_ids, primary)
+    if repeated_settings(compared_cells(cells)).empty:
+        yield None, shown(cells), audit_folders(folders, sweep_ids, primary)
         return
     for name in sweep_ids or [sweep.sweep_id for sweep in MergedLedger(folders).sweeps()]:
-        yield name, cells_table(folders, [name], primary), audit_folders(folders, [name], primary)
+        yield name, shown(cells_table(folders, [name], primary)), audit_folders(folders, [name], primary)
 
 
 def _check_names(only: Mapping[str, Sequence[str]], tables: Sequence[pd.DataFrame]) -> None:

@@ -52,13 +52,13 @@ def given_settings(chosen: argparse.Namespace, owner: type, names: Collection[st
     return {name: converted(owner, declared[name], value) for name, value in given_flags(chosen, names).items()}
 
 
-def parse_settings(texts: Sequence[str]) -> dict[str, str]:
-    """The names and values of `--set NAME=VALUE ...`; later ones win."""
+def parse_settings(texts: Sequence[str], flag: str = "--set", example: str = "steps=20") -> dict[str, str]:
+    """The names and values of `--set NAME=VALUE ...`, or of another flag; later ones win."""
     settings = {}
     for text in texts:
         name, equals, value = text.partition("=")
         if not equals:
-            raise InputError(f"--set takes NAME=VALUE, got {text!r}. Write --set steps=20, say.")
+            raise InputError(f"{flag} takes NAME=VALUE, got {text!r}. Write {flag} {example}, say.")
         settings[name] = value
     return settings
 

@@ -19,7 +19,7 @@ def declare(commands: Any) -> None:
         "count how many cells (combinations of model, task and so on) are finished, running, failed or missing in all "
         "sweeps, and say why runs failed",
         examples=("status", "status --results-dir ./gpu-results ./cs3-results --json"),
-        ok="every cell is finished or running",
+        ok="every cell is finished, running or stopped early",
         fault="a cell failed or is missing",
         notes=[
             words("cell", *RUN_WORDS, "results folder"),
@@ -41,13 +41,13 @@ def _status(chosen: argparse.Namespace) -> int:
     from tune_sparse.sweep.progress import duration
 
     folders = existing_folders(chosen.results_dir)
-    cells = cells_table(folders)
+    cells = cells_table(folders).drop_duplicates("cell_id")
     ledgers = [Ledger(folder) for folder in folders]
     running = {run_id for ledger in ledgers if likely_owner(ledger.folder) for run_id in ledger.running()}
     cells.loc[cells["run_id"].isin(running) & (cells["status"] != "done"), "status"] = "running"
     runs = cells.drop_duplicates("run_id")
     counts, failed = cells["status"].value_counts(), runs[runs["status"] == "failed"]
-    left = int((~runs["status"].isin(["done", "failed"])).sum())
+    left = int((~runs["status"].isin(["done", "failed", "stopped"])).sum())
     done = runs.loc[runs["status"] == "done", "run_id"]
     merged = MergedLedger(folders)
     seconds = [r.measured["trial_seconds"] for run_id in done if (r := merged.record(run_id))]
@@ -64,4 +64,4 @@ def _status(chosen: argparse.Namespace) -> int:
             print(f"  {row.run_id}: {row.error}")
         if eta is not None:
             print(f"about {duration(eta)} left")
-    return OK if counts.index.isin(["done", "running"]).all() else FAULT
+    return OK if counts.index.isin(["done", "running", "stopped"]).all() else FAULT

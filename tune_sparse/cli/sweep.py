@@ -12,7 +12,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from tune_sparse.cli.command import FAULT, OK, add_command, add_json
-from tune_sparse.cli.sweep_options import BUDGETS, CEREBRAS, add_sweep_options, sweep_config
+from tune_sparse.cli.sweep_options import BUDGETS, CEREBRAS, EARLY_STOPPING, add_axes, add_sweep_options, sweep_config
 from tune_sparse.cli.words import (
     RUN_WORDS,
     SCHEDULE_SETTINGS,
@@ -38,12 +38,14 @@ if TYPE_CHECKING:
     from tune_sparse.sweep.driver import SweepResult
     from tune_sparse.sweep.estimate import KindEstimate, Sizes
     from tune_sparse.sweep.plan import Plan
+    from tune_sparse.sweep.points import CellAtPoint
 
 
 GROUPS = {
     "what to sweep": ("models", "tasks", "methods", "sparsities", "modes", "schedules", "seeds"),
     "data and settings": ("data_dir",),
     "how it runs": ("backend", "workers", "gpus_per_trial", "deterministic", "max_retries", "hang_seconds"),
+    "early stopping": EARLY_STOPPING,
     "memory": BUDGETS,
     "results and tracking": ("results_dir", "tracking_uri"),
     "Cerebras CS-3, for --backend cerebras, both or split": CEREBRAS,
@@ -60,8 +62,9 @@ def declare(commands: Any) -> None:
             "sweep smoke --set steps=20 --workers 2",
             "sweep matrix --data-dir hub --dry-run",
             "sweep --models ./my-llama --tasks boolq --data-dir ./examples --set steps=100",
+            "sweep toy-seeds --axis learning_rate=1e-3,3e-3,1e-2",
         ),
-        ok="every run is finished, and the audit found no error",
+        ok="every run is finished or was stopped early, and the audit found no error",
         fault="a run failed, the sweep was interrupted, or the audit found an error; with --dry-run, a model or "
         "examples are not there yet",
         notes=[
@@ -85,6 +88,7 @@ def declare(commands: Any) -> None:
         ],
     )
     groups = add_sweep_options(sweep, GROUPS, "settings of training, scoring and schedules, listed below")
+    add_axes(groups["what to sweep"])
     _add_steps_into(groups["how it runs"])
     groups["results and tracking"].add_argument(
         "--no-report",
@@ -144,7 +148,7 @@ def _sweep(chosen: argparse.Namespace) -> int:
     result = run_sweep(prepare(config), chosen.retry_failed)
     errors, lines = _conclude(result, chosen.no_report)
     if chosen.json:
-        names = ("ran", "done", "failed", "left", "stopped", "seconds", "utilisation")
+        names = ("ran", "done", "failed", "stopped_early", "left", "stopped", "seconds", "utilisation")
         used = {"errors": errors, "protocol": asdict(protocol_in_use(config, result.plan.examples))}
         print(json.dumps({name: getattr(result, name) for name in names} | used))
     else:
@@ -156,6 +160,7 @@ def _sweep(chosen: argparse.Namespace) -> int:
 def _conclude(result: SweepResult, no_report: bool) -> tuple[int | None, list[str]]:
     """Write the report; returns how many errors its audit found, None without an audit, and the lines to print."""
     from analysis.audit.audit import Audit
+    from analysis.read.chosen import compared_cells
     from analysis.read.load import cells_table
     from analysis.report.report import write_report
     from analysis.report.result_table import MOST_LINES, result_lines
@@ -164,7 +169,7 @@ def _conclude(result: SweepResult, no_report: bool) -> tuple[int | None, list[st
         return None, []
     folders, sweep_ids = [result.plan.config.results_dir], [result.plan.record.sweep_id]
     if no_report:
-        return None, result_lines(cells_table(folders, sweep_ids), Audit((), 0), MOST_LINES)
+        return None, result_lines(compared_cells(cells_table(folders, sweep_ids)), Audit((), 0), MOST_LINES)
     report = write_report(folders, sweep_ids)
     return report.errors, list(report.lines)
 
@@ -173,7 +178,8 @@ def _print_result(result: SweepResult) -> None:
     from tune_sparse.sweep.progress import duration
 
     used = f", utilisation {result.utilisation:.2f}" if result.utilisation is not None else ""
-    print(f"{result.ran} trainings in {duration(result.seconds)}{used}.")
+    early = f", {result.stopped_early} stopped early" if result.stopped_early else ""
+    print(f"{result.ran} trainings in {duration(result.seconds)}{early}{used}.")
     print(f"Look at them with `tune-sparse ui --results-dir {result.plan.config.results_dir}`.")
     if not result.is_complete:
         why = result.stopped or "not every training succeeded"
@@ -207,9 +213,9 @@ def _make_graphs(plan: Plan, chosen: argparse.Namespace) -> int:
 def _dry_run(config: SweepConfig, chosen: argparse.Namespace) -> int:
     from tune_sparse.ledger.ledger import Ledger
     from tune_sparse.sweep.chains import chain_lines, chains_of
-    from tune_sparse.sweep.estimate import estimate, known_sizes, plan_sizes, trained_cells
+    from tune_sparse.sweep.estimate import estimate, known_sizes, plan_sizes
     from tune_sparse.sweep.examples import read_examples
-    from tune_sparse.sweep.plan import check_names, distinct_trainings, plan_cells, requested_cells
+    from tune_sparse.sweep.plan import check_names, plan_cells, requested_points, trained_points
     from tune_sparse.sweep.planned_updates import planned_lines, planned_updates
     from tune_sparse.sweep.protocol_in_use import protocol_in_use
     from tune_sparse.sweep.seed_price import seed_price
@@ -217,7 +223,8 @@ def _dry_run(config: SweepConfig, chosen: argparse.Namespace) -> int:
     check_names(config)
     cards = [card_named(name) for name in chosen.for_gpu]
     plan = _run_pilots(config, chosen.retry_failed) if chosen.pilot else None
-    values: dict[str, Any] = {"cells": len(requested_cells(config)), "trainings": distinct_trainings(config)}
+    trainings: Sequence[CellAtPoint | Run] = trained_points(config)
+    values: dict[str, Any] = {"cells": len(requested_points(config)), "trainings": len(trainings)}
     lines, examples = [f"{values['cells']} cells, {values['trainings']} distinct trainings."], None
     try:
         if plan is None:
@@ -226,12 +233,11 @@ def _dry_run(config: SweepConfig, chosen: argparse.Namespace) -> int:
     except NotReadyError as error:
         values["not_ready"] = str(error)
         lines.append(f"Not ready to run: {error}")
-        cells, sizes = trained_cells(config), known_sizes(config, examples)
+        sizes = known_sizes(config, examples)
     else:
         _add_forecast_into(values, lines, plan, chosen.retry_failed)
-        missing = (plan.runs[run_id] for run_id in values["missing"])
-        cells, sizes = [(run.cell, run.own_steps) for run in missing], plan_sizes(plan)
-    _add_estimate_into(values, lines, estimate(config, cells, sizes, cards), sizes)
+        trainings, sizes = [plan.runs[run_id] for run_id in values["missing"]], plan_sizes(plan)
+    _add_estimate_into(values, lines, estimate(config, trainings, sizes, cards), sizes)
     price = seed_price(config, sizes, cards, plan, Ledger(config.results_dir))
     protocol = protocol_in_use(config, plan.examples if plan else examples)
     updates, chains = planned_updates(config), chains_of(config)

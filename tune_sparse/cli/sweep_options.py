@@ -9,16 +9,20 @@ from pathlib import Path
 from typing import Any
 
 from tune_sparse.cli.settings import add_set, add_settings, given_flags, parse_settings, read_yaml
-from tune_sparse.config import BudgetOptions, Cerebras, SweepConfig
+from tune_sparse.config import BudgetOptions, Cerebras, EarlyStopping, SweepConfig
 from tune_sparse.config.options import describe_option
 from tune_sparse.errors import InputError
 
 SWEEP = tuple(
-    f.name for f in fields(SweepConfig) if f.name not in ("protocol", "budgets", "cerebras", "schedule_settings")
+    f.name
+    for f in fields(SweepConfig)
+    if f.name not in ("protocol", "budgets", "cerebras", "schedule_settings", "early_stopping", "axes")
 )
 """The fields of `SweepConfig` that hold no settings of their own."""
 BUDGETS = tuple(f.name for f in fields(BudgetOptions))
 CEREBRAS = tuple(f.name for f in fields(Cerebras))
+EARLY_STOPPING = tuple(f.name for f in fields(EarlyStopping))
+OWNERS = ((SweepConfig, SWEEP), (BudgetOptions, BUDGETS), (Cerebras, CEREBRAS), (EarlyStopping, EARLY_STOPPING))
 
 SETTINGS_GROUP = "data and settings"
 CONFIG_HELP = (
@@ -41,7 +45,7 @@ def add_sweep_options(
     add_preset(command)
     made = {heading: command.add_argument_group(heading) for heading in groups}
     for heading, names in groups.items():
-        for owner, own in ((SweepConfig, SWEEP), (BudgetOptions, BUDGETS), (Cerebras, CEREBRAS)):
+        for owner, own in OWNERS:
             add_settings(made[heading], owner, [name for name in names if name in own], texts)
     group = made.get(SETTINGS_GROUP, command)
     group.add_argument(
@@ -60,9 +64,25 @@ def add_preset(command: argparse.ArgumentParser) -> None:
     command.add_argument("preset", nargs="?", metavar=field.metadata["metavar"], help=describe_option(field))
 
 
+def add_axes(group: Any) -> None:
+    group.add_argument(
+        "--axis",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME=VALUE,VALUE",
+        help="settings of training, calibration, recovery or schedules (those of --set) with several values: every "
+        "cell that reads them is trained with each, or with each combination of several axes. Two settings that go "
+        "together are NAME:NAME=VALUE:VALUE,VALUE:VALUE. Of each cell the values with the lowest loss on the selection "
+        "examples are chosen, over all seeds, and reports compare these (default: every setting has one value)",
+    )
+
+
 def sweep_config(chosen: argparse.Namespace) -> SweepConfig:
-    """The preset, then the YAML file, then the flags, then --set: later ones win."""
-    names = _yaml(chosen.config) | given_flags(chosen, (*SWEEP, *BUDGETS, *CEREBRAS))
+    """The preset, then the YAML file, then the flags, then --set and --axis: later ones win."""
+    names = _yaml(chosen.config) | given_flags(chosen, (*SWEEP, *BUDGETS, *CEREBRAS, *EARLY_STOPPING))
+    axes = parse_settings(getattr(chosen, "axis", ()), "--axis", "learning_rate=1e-4,3e-4")
+    names |= {"axes": axes} if axes else {}
     return SweepConfig.from_names(names | parse_settings(getattr(chosen, "set", ())))
 
 

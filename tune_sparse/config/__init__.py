@@ -7,24 +7,35 @@ The same names serve the command line (`--models`, `--set steps=20`), a YAML fil
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 
+from tune_sparse.config.axes import (
+    Axes,
+    Point,
+    check_axes,
+    explained,
+    own_settings,
+    points_of,
+    settings_of,
+    typed_axes,
+)
 from tune_sparse.config.budgets import BudgetOptions as BudgetOptions
 from tune_sparse.config.cerebras import UNTRAINED_TARGETS
 from tune_sparse.config.cerebras import Cerebras as Cerebras
+from tune_sparse.config.early_stopping import EarlyStopping as EarlyStopping
 from tune_sparse.config.options import converted, option, rule
 from tune_sparse.config.presets import DEFAULT_PRESET, preset_settings
 from tune_sparse.config.protocol import Protocol as Protocol
 from tune_sparse.config.protocol import without_published
 from tune_sparse.config.schedule_settings import ScheduleSettings as ScheduleSettings
 from tune_sparse.config.schedule_settings import check_are_read, check_schedules
-from tune_sparse.errors import unknown_name
+from tune_sparse.errors import InputError, unknown_name
 from tune_sparse.modes import DENSE, MODES, SPARSE_ADAPTER_MODES
 from tune_sparse.net import check_address
-from tune_sparse.schedules import ONE_SHOT
+from tune_sparse.schedules import ITERATIVE, ONE_SHOT
 
 LORA_SETTINGS = ("lora_rank", "lora_alpha", "lora_dropout", "masked_lora_impl")
 BACKENDS = ("torch", "cerebras")
@@ -84,6 +95,8 @@ class Cell:
 
 UNTOUCHED_ON_CEREBRAS = ("masked_lora_impl", "packing")
 """The settings of a `Protocol` that the Cerebras backend ignores."""
+GRAPH_SETTINGS = ("lora_rank", "global_batch_size")
+"""Those on which the sizes in a compiled graph depend."""
 
 
 @dataclass(frozen=True)
@@ -140,6 +153,9 @@ class SweepConfig:
     budgets: BudgetOptions = field(default_factory=BudgetOptions)
     cerebras: Cerebras = field(default_factory=Cerebras)
     schedule_settings: ScheduleSettings = field(default_factory=ScheduleSettings)
+    early_stopping: EarlyStopping = field(default_factory=EarlyStopping)
+    axes: Axes = field(default_factory=dict)
+    """Settings with several values: every cell that reads them is trained with each."""
     data_dir: Path | None = option(
         "source of the examples: a folder with files as listed below; or `hub` for the Hugging Face Hub, from which "
         "they are downloaded when first used; or `synthetic` for generated ones",
@@ -209,6 +225,8 @@ class SweepConfig:
                 raise unknown_name("backend", backend, (*BACKENDS, BOTH, SPLIT))
         if "cerebras" in self.backends:
             self._check_cerebras()
+        if self.early_stopping.stop_early:
+            self._check_early_stopping()
         rule(self.workers is None or self.workers >= 1, "workers must be at least 1", self.workers, "Give 1 or more.")
         gpus = self.gpus_per_trial
         rule(gpus is None or 0 <= gpus <= 1, "gpus_per_trial must be in [0, 1] or none", gpus, "Give 1, or a fraction.")
@@ -223,6 +241,35 @@ class SweepConfig:
         rule(limit is None or limit > 0, "hang_seconds must be above 0 or none", limit, "Give seconds.")
         rule(self.max_retries >= 0, "max_retries must be at least 0", self.max_retries, "Give 0 or more.")
         check_address("tracking_uri", self.tracking_uri or "")
+        check_axes(self.axes)
+        for point in self.points if self.axes else ():
+            self._check_point(point)
+
+    @property
+    def points(self) -> tuple[Point, ...]:
+        """Every combination of the values of its axes; one without any where there are none."""
+        return points_of(self.axes)
+
+    @property
+    def protocols(self) -> tuple[Protocol, ...]:
+        """The protocol of each point."""
+        return tuple(self.protocol_at(point) for point in self.points)
+
+    def protocol_at(self, point: Point) -> Protocol:
+        return replace(self.protocol, **own_settings(Protocol, point))
+
+    def schedule_settings_at(self, point: Point) -> ScheduleSettings:
+        return replace(self.schedule_settings, **own_settings(ScheduleSettings, point))
+
+    def _check_point(self, point: Point) -> None:
+        """Raise `InputError` where the sweep of this point alone would."""
+        reads_adapters = any(name in LORA_SETTINGS for name, _ in point)
+        modes = tuple(mode for mode in self.modes if MODES[mode].has_adapter or not reads_adapters)
+        try:
+            protocol, schedule = self.protocol_at(point), self.schedule_settings_at(point)
+            replace(self, axes={}, protocol=protocol, schedule_settings=schedule, modes=modes or self.modes)
+        except InputError as error:
+            raise explained(error, point, self.protocol) from error
 
     @property
     def backends(self) -> tuple[str, ...]:
@@ -262,6 +309,8 @@ class SweepConfig:
                 value,
                 "Leave it alone.",
             )
+        for name in (name for axis in self.axes for name in settings_of(axis) if name in GRAPH_SETTINGS):
+            rule(False, f"graphs for a CS-3 are planned for one {name}", self.axes, "Sweep its values apart.")
         rule(
             self.cerebras.cerebras_target not in UNTRAINED_TARGETS or self.backends == ("cerebras",),
             f"cerebras_target {self.cerebras.cerebras_target} trains nothing, so the only backend must be cerebras",
@@ -269,34 +318,57 @@ class SweepConfig:
             "Give cerebras alone.",
         )
 
+    def _check_early_stopping(self) -> None:
+        rule(
+            "cerebras" not in self.backends,
+            "stop_early judges trainings at rungs, and those of the backend cerebras are measured only at their end",
+            self.backend,
+            "Leave stop_early out, or sweep the backend torch alone.",
+        )
+        rule(
+            ITERATIVE not in self.schedules,
+            f"a level of the schedule {ITERATIVE} needs the end of the one before it, which stop_early may never reach",
+            self.schedules,
+            "Leave stop_early out, or sweep the other schedules apart.",
+        )
+        if not self.axes:  # or else each of its points says how many steps
+            self.early_stopping.rung_steps(self.protocol.steps)
+
     @classmethod
     def from_names(cls, names: Mapping[str, Any]) -> SweepConfig:
         """A checked configuration from flat {name: value}, values as Python, YAML or text has them.
 
         What the preset sets, named as `preset` or found by `preset_settings`, gives way to `names`.
         """
-        kinds = (cls, Protocol, BudgetOptions, Cerebras, ScheduleSettings)
+        kinds = (cls, Protocol, BudgetOptions, Cerebras, ScheduleSettings, EarlyStopping)
         known = {f.name for kind in kinds for f in fields(kind)} - {
             "protocol",
             "budgets",
             "cerebras",
             "schedule_settings",
+            "early_stopping",
         }
         for name in names:
             if name not in known:
                 raise unknown_name("setting", name, known)
+        axes = typed_axes(names.get("axes", {}))
+        for name in (name for axis in axes for name in settings_of(axis)):
+            rule(name not in names, f"{name} is an axis, so it has no other value", names.get(name), "Leave one out.")
         given, names = names, preset_settings(names) | dict(without_published(names))
-        own, protocol, budgets, cerebras, schedule_settings = (
-            {f.name: converted(kind, f, names[f.name]) for f in fields(kind) if f.name in names} for kind in kinds
+        own, protocol, budgets, cerebras, schedule_settings, early_stopping = (
+            {f.name: converted(kind, f, names[f.name]) for f in fields(kind) if f.name in names and f.name != "axes"}
+            for kind in kinds
         )
         if own.get("backend") == (BOTH,):
             own["backend"] = BACKENDS
         config = cls(
             **own,
+            axes=axes,
             protocol=Protocol(**protocol),
             budgets=BudgetOptions(**budgets),
             cerebras=Cerebras(**cerebras),
             schedule_settings=ScheduleSettings(**schedule_settings),
+            early_stopping=EarlyStopping(**early_stopping),
         )
         check_are_read(schedule_settings.keys() & given.keys(), config.schedules, config.modes)
         return config

@@ -6,6 +6,7 @@ import math
 import os
 import types
 from dataclasses import MISSING, Field, field
+from fractions import Fraction
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from tune_sparse.errors import InputError
@@ -55,7 +56,7 @@ def converted(owner: type, at: Field[Any], value: Any) -> Any:
     declared = get_type_hints(owner)[at.name]
     try:
         return _as_type(declared, value)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, ZeroDivisionError) as error:
         wanted = getattr(declared, "__name__", None) if not get_args(declared) else None
         raise InputError(
             f"{at.name} ({at.metadata['help']}) must be {wanted or declared}, got {value!r} ({error}). Fix the value."
@@ -77,7 +78,8 @@ def _as_type(declared: Any, value: Any) -> Any:
         raise ValueError("not a whole number")
     if declared is str and not isinstance(value, str | os.PathLike):
         raise TypeError("not a text")
-    result = declared(value)
+    is_ratio = declared is float and isinstance(value, str) and "/" in value
+    result = float(Fraction(value)) if is_ratio else declared(value)
     if declared is float and not math.isfinite(result):
         raise ValueError("not finite")
     return result

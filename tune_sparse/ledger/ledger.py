@@ -5,8 +5,10 @@ A results folder holds
     sweeps/<sweep_id>.json          the cells that a sweep requested, and the run that serves each
     runs/<run_id>/                  one training: config, result, validation, outcomes, adapter
     checkpoints/<run_id>.pt         where a training stands that was not finished
+    rungs.jsonl                     what trainings that may be stopped early reached, in order of arrival
     pruned_baselines/<id>.json, .parquet   metrics and outcomes of a pruned model before tuning, shared by the modes
     prunings/<pruning_id>/          masks, and the kept weights where a method updates them, made once and then read
+    tunings/<tune_id>/              a search over trainings: its trials and the best of them
     set_aside/                      earlier failures and discarded runs, with the reason
     lease.json                      who is writing, with a heartbeat
 

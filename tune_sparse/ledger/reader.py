@@ -10,7 +10,7 @@ from tune_sparse.ledger.prunings import StoredPruning
 from tune_sparse.ledger.record import Record, SweepRecord
 from tune_sparse.ledger.run import Run
 
-PREFERENCE = ("done", "failed", "interrupted", "missing")
+PREFERENCE = ("done", "failed", "stopped", "interrupted", "missing")
 """A run that several folders have is taken from the one where it came furthest, the first of equals."""
 
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from tune_sparse.files import read_json
 
-Status = Literal["done", "failed", "interrupted"]
+Status = Literal["done", "failed", "stopped", "interrupted"]
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,16 @@ class Record:
     environment: dict[str, Any] = field(default_factory=dict)
     error: dict[str, Any] | None = None
     """class, message, traceback, retryable; of one that lacked memory also device_memory_bytes, version and budgets"""
+    stopped: dict[str, Any] | None = None
+    """of one that was stopped early: step, steps, by, and values, {step of a rung: loss or accuracy there}"""
+
+    @property
+    def stopped_at(self) -> str:
+        """Where a training was stopped early, for people."""
+        assert self.stopped is not None
+        return (
+            f"stopped early at step {self.stopped['step']} of {self.stopped['steps']}, judged by {self.stopped['by']}"
+        )
 
 
 @dataclass(frozen=True)

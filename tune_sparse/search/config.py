@@ -59,6 +59,7 @@ class SearchConfig:
         for axis in CELL_AXES:
             values = getattr(self.sweep, axis)
             rule(len(values) == 1, f"a search adapts one cell, so {axis} must name one", values, "Search one by one.")
+        rule(not self.sweep.axes, "a search trains one cell, so it has no axes", self.sweep.axes, "Leave them out.")
         [mode] = self.sweep.modes
         if not MODES[mode].has_adapter:
             raise InputError(f"a search slices adapters, and the mode {mode} trains none. Choose sparse-to-sparse.")

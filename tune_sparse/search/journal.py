@@ -9,10 +9,10 @@ searches/<search_id>/stages.json                       in which order examples a
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import Field, asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 from tune_sparse.files import read_json, write_json
 from tune_sparse.identity import hash_json
@@ -57,6 +57,21 @@ class Candidates:
         write_json(self.folder / f"{candidate.key}.json", asdict(candidate))
 
 
+class Asked(Protocol):
+    """What a journal knows of any suggestion."""
+
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+
+    @property
+    def number(self) -> int: ...
+
+    @property
+    def completed_before(self) -> int: ...
+
+    @property
+    def completed_at(self) -> int | None: ...
+
+
 @dataclass(frozen=True)
 class Suggestion:
     """One configuration that the sampler suggested, and the result that it was told."""
@@ -77,35 +92,38 @@ class Suggestion:
     error: str | None = None
 
 
-class SearchJournal:
-    """The suggestions of one search, in order."""
+S = TypeVar("S", bound=Asked)
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+
+class Journal(Generic[S]):
+    """The suggestions of one search, in order. kind: makes one, of its number, what is suggested, completed_before."""
+
+    def __init__(self, folder: Path, kind: Callable[..., S]) -> None:
+        self.folder, self._kind = folder, kind
         (folder / "trials").mkdir(parents=True, exist_ok=True)
         paths = sorted((folder / "trials").glob("*.json"))
-        self.suggestions = [Suggestion(**read_json(path)) for path in paths]
+        self.suggestions = [kind(**read_json(path)) for path in paths]
 
     @property
     def completed(self) -> int:
         return sum(s.completed_at is not None for s in self.suggestions)
 
-    def open(self) -> list[Suggestion]:
+    def open(self) -> list[S]:
         return [s for s in self.suggestions if s.completed_at is None]
 
-    def ask(self, ranks: Ranks) -> Suggestion:
-        suggestion = Suggestion(len(self.suggestions), ranks, self.completed)
+    def ask(self, suggested: dict[str, Any]) -> S:
+        suggestion = self._kind(len(self.suggestions), suggested, self.completed)
         self.suggestions.append(suggestion)
         self._write(suggestion)
         return suggestion
 
-    def tell(self, number: int, **found: Any) -> Suggestion:
+    def tell(self, number: int, **found: Any) -> S:
         suggestion = replace(self.suggestions[number], completed_at=self.completed, **found)
         self.suggestions[number] = suggestion
         self._write(suggestion)
         return suggestion
 
-    def events(self) -> Iterator[tuple[bool, Suggestion]]:
+    def events(self) -> Iterator[tuple[bool, S]]:
         """(is it an asking, suggestion) of everything that happened, in its order."""
         tellings = iter(
             sorted((s for s in self.suggestions if s.completed_at is not None), key=lambda s: s.completed_at or 0)
@@ -118,12 +136,19 @@ class SearchJournal:
             yield True, suggestion
         yield from ((False, telling) for telling in tellings)
 
+    def _write(self, suggestion: S) -> None:
+        write_json(self.folder / "trials" / f"{suggestion.number:05}.json", asdict(suggestion))
+
+
+class SearchJournal(Journal[Suggestion]):
+    """The suggestions of a search for sub-adapters, and the order of its examples."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder, Suggestion)
+
     def stages(self) -> list[list[int]] | None:
         path = self.folder / "stages.json"
         return read_json(path) if path.exists() else None
 
     def write_stages(self, stages: Sequence[Sequence[int]]) -> None:
         write_json(self.folder / "stages.json", stages)
-
-    def _write(self, suggestion: Suggestion) -> None:
-        write_json(self.folder / "trials" / f"{suggestion.number:05}.json", asdict(suggestion))

@@ -15,6 +15,7 @@ from tune_sparse.ledger.lease import FolderLease
 from tune_sparse.ledger.ledger import Ledger
 from tune_sparse.ledger.record import Record
 from tune_sparse.ledger.run import Run
+from tune_sparse.sweep.early_stopping import EarlyStopper
 from tune_sparse.sweep.progress import Progress
 from tune_sparse.sweep.resources import Placement
 from tune_sparse.sweep.retries import describe_machine
@@ -26,23 +27,28 @@ from tune_sparse.watchdog import HangReport, read_hang_report
 class LedgerCallback(Unsaved, tune.Callback):
     """Shows and tracks each run as it ends, and records the runs that a worker could not record itself.
 
-    requeue: is given a run whose infrastructure failed, at most `max_retries` times. ended: is told how each run ended.
+    points: {run: its values of the sweep's axes} for the screen. requeue: is given a run whose infrastructure failed,
+    at most `max_retries` times. ended: is told how each run ended. stopper: says which runs are stopped early. tracker:
+    None for runs of no sweep, which MLflow does not show.
     """
 
     def __init__(
         self,
         ledger: Ledger,
         runs: Mapping[str, Run],
+        points: Mapping[str, str],
         progress: Progress,
-        tracker: BackgroundTracker,
+        tracker: BackgroundTracker | None,
         lease: FolderLease,
         stop: Stop,
         placement: Placement,
         requeue: Callable[[Run], None],
         max_retries: int,
         ended: Callable[[Record], None] = lambda record: None,
+        stopper: EarlyStopper | None = None,
     ) -> None:
-        self._ledger, self._runs, self._progress = ledger, runs, progress
+        self._stopper = stopper
+        self._ledger, self._runs, self._points, self._progress = ledger, runs, points, progress
         self._tracker, self._lease, self._stop = tracker, lease, stop
         self._placement, self._requeue, self._max_retries = placement, requeue, max_retries
         self._ended = ended
@@ -53,7 +59,8 @@ class LedgerCallback(Unsaved, tune.Callback):
         run_id = _run_id(trial)
         cell = self._runs[run_id].cell
         self._started.add(run_id)
-        self._progress.started(run_id, f"{cell.model} {cell.task} {cell.method} {cell.sparsity:g} {cell.trained_by}")
+        label = f"{cell.model} {cell.task} {cell.method} {cell.sparsity:g} {cell.trained_by}"
+        self._progress.started(run_id, f"{label} {self._points.get(run_id, '')}".rstrip())
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
@@ -63,10 +70,20 @@ class LedgerCallback(Unsaved, tune.Callback):
         self._progress.reported(result["run_id"], result["step"], result["steps"])
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        record = self._ledger.record(_run_id(trial))
+        run_id = _run_id(trial)
+        record = self._ledger.record(run_id)
+        if self._stopper is not None and self._stopper.is_stopped(run_id):
+            record = self._write_stopped(self._stopper.record(self._runs[run_id]))
         if record is not None:
             self._placement.learn(self._runs[record.run_id], record)
             self._end(record)
+
+    def _write_stopped(self, record: Record) -> Record:
+        try:
+            self._ledger.write_record(self._runs[record.run_id], record)
+        except OSError as broken:  # its rungs are written: the next driver stops it again
+            self._stop.because(f"the results folder can no longer be written: {broken}")
+        return record
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Record what the worker could not: it was lost, or it could not write."""
@@ -100,7 +117,8 @@ class LedgerCallback(Unsaved, tune.Callback):
     def _end(self, record: Record) -> None:
         self._progress.ended(record)
         self._ended(record)
-        self._tracker.add(record.run_id)
+        if self._tracker is not None:
+            self._tracker.add(record.run_id)
 
     def record_unfinished(self) -> None:
         """Record as interrupted what was started and has no record."""

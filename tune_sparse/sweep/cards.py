@@ -133,13 +133,18 @@ def check_devices(
             "Set precision=float32, or take a card of compute capability 8.0 or higher."
         )
     largest = max(able, key=lambda device: device.memory_bytes)
-    cells = dict.fromkeys((run.cell.model, run.cell.mode, run.cell.method, run.cell.sparsity) for run in trained)
-    for model, mode, method, sparsity in cells:
-        cell = CellMemory(dims[model], mode, method, config.protocol, sparsity)
+    cells = dict.fromkeys((run.cell.model, memory_of_run(run, dims)) for run in trained)
+    for model, cell in cells:
         try:
             budgets_for(largest.memory_bytes, share, cell, config.budgets)
         except TooLargeError as error:
             raise TooLargeError(f"{model} on {largest.name}: {error}") from error
+
+
+def memory_of_run(run: Run, dims: Mapping[str, ModelDims]) -> CellMemory:
+    """dims: {short name of a model: its sizes}"""
+    cell = run.cell
+    return CellMemory(dims[cell.model], cell.mode, cell.method, run.protocol, cell.sparsity)
 
 
 def _check_no_gpu_wanted(runs: Sequence[Run], dims: Mapping[str, ModelDims], devices: Sequence[Device]) -> None:

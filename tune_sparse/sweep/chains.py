@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import pairwise, product
 
-from tune_sparse.config import Cell, SweepConfig
+from tune_sparse.config import SweepConfig
 from tune_sparse.config.options import rule
 from tune_sparse.errors import InputError
 from tune_sparse.ledger.contracts import LedgerReader
@@ -16,18 +16,22 @@ from tune_sparse.models.dims import ModelDims
 from tune_sparse.pruning.masks import structured_counts
 from tune_sparse.pruning.methods import method_named
 from tune_sparse.schedules import SCHEDULES, Level
+from tune_sparse.sweep.points import CellAtPoint
 
 
-def levels_of(config: SweepConfig, cell: Cell) -> list[Level]:
+def levels_of(point: CellAtPoint) -> list[Level]:
     """The levels of the chain that ends with a cell, each with the steps of its own training; none without levels."""
-    return SCHEDULES[cell.schedule].levels(config.schedule_settings, cell.sparsity, config.protocol.steps)
+    schedule = SCHEDULES[point.cell.schedule]
+    return schedule.levels(point.schedule_settings, point.cell.sparsity, point.protocol.steps)
 
 
 def chains_of(config: SweepConfig) -> list[list[Level]]:
-    """The levels of each chain of a sweep, by the sparsities of its cells."""
-    settings, steps = config.schedule_settings, config.protocol.steps
-    pairs = product(config.schedules, config.sparsities)
-    return [levels for name, sparsity in pairs if (levels := SCHEDULES[name].levels(settings, sparsity, steps))]
+    """The distinct chains of a sweep, by the sparsities of its cells and the points of its axes."""
+    found = (
+        tuple(SCHEDULES[name].levels(config.schedule_settings_at(point), sparsity, config.protocol_at(point).steps))
+        for name, sparsity, point in product(config.schedules, config.sparsities, config.points)
+    )
+    return [list(levels) for levels in dict.fromkeys(found) if levels]
 
 
 def chain_lines(chains: Iterable[Sequence[Level]]) -> list[str]:
@@ -40,12 +44,20 @@ def chain_lines(chains: Iterable[Sequence[Level]]) -> list[str]:
     return ["Levels, each a run that begins from the one before:", *lines] if lines else []
 
 
-def chain_cells(config: SweepConfig, cell: Cell) -> list[tuple[Cell, tuple[Level, ...]]]:
-    """The cells that are trained for one, each with the levels up to it; the cell alone without levels."""
-    levels = levels_of(config, cell)
+def chain_points(point: CellAtPoint) -> list[CellAtPoint]:
+    """The trainings that lead to a cell, each with its own steps; the cell alone without levels."""
+    levels = levels_of(point)
     return [
-        (replace(cell, sparsity=last.sparsity), tuple(levels[:count])) for count, last in enumerate(levels, start=1)
-    ] or [(cell, ())]
+        replace(
+            point,
+            cell=replace(point.cell, sparsity=last.sparsity),
+            protocol=replace(point.protocol, steps=last.steps),
+            schedule_settings=replace(
+                point.schedule_settings, levels=tuple(level.sparsity for level in levels[:count]), steps_per_level=None
+            ),
+        )
+        for count, last in enumerate(levels, start=1)
+    ] or [point]
 
 
 def last_of_chain(run: Run, levels: list[Level]) -> Run:

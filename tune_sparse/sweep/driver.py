@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -13,6 +14,7 @@ from typing import Any
 from tune_sparse.cerebras.graphs import Graph
 from tune_sparse.cerebras.preflight import prepare_cerebras
 from tune_sparse.config import CS3, CS3_TRIAL, SweepConfig
+from tune_sparse.config.axes import point_text
 from tune_sparse.ledger.lease import FolderLease
 from tune_sparse.ledger.ledger import Ledger
 from tune_sparse.ledger.record import SweepRecord
@@ -27,7 +29,7 @@ from tune_sparse.sweep.progress import Progress
 from tune_sparse.sweep.protocol_in_use import protocol_in_use
 from tune_sparse.sweep.ray_session import capacity, nodes, ray_session, run_trials, stop_on_signals
 from tune_sparse.sweep.resources import Placement, trial_settings
-from tune_sparse.sweep.retries import memory_lines
+from tune_sparse.sweep.retries import is_missing, memory_lines
 from tune_sparse.tracking.background import BackgroundTracker, track_sweep
 from tune_sparse.tracking.sync import tracking_uri
 
@@ -45,6 +47,7 @@ class SweepResult:
     ran: int
     done: int
     failed: int
+    stopped_early: int
     left: int
     stopped: str | None
     """Why the sweep ended early, if it did."""
@@ -54,7 +57,7 @@ class SweepResult:
 
     @property
     def is_complete(self) -> bool:
-        return self.done == len(self.plan.runs)
+        return self.done + self.stopped_early == len(self.plan.runs)
 
 
 def run_sweep(plan: Plan, retry_failed: bool = False, only: Collection[str] | None = None) -> SweepResult:
@@ -73,6 +76,7 @@ def run_sweep(plan: Plan, retry_failed: bool = False, only: Collection[str] | No
         ledger.remove_partial()
         record = _keep_start(ledger, plan.record)
         ledger.write_sweep(record)
+        record_stopped(plan, ledger)
         left = plan.missing(ledger, retry_failed)
         missing = [run for run in left if only is None or run.run_id in only]
         done_before = len(plan.runs) - len(left)
@@ -85,20 +89,40 @@ def run_sweep(plan: Plan, retry_failed: bool = False, only: Collection[str] | No
                 if not lease.lost.is_set():
                     ledger.remove_partial()
         seconds = time.perf_counter() - started
-    records = {run_id: ledger.record(run_id) for run_id in plan.runs}
-    ran = [r for run in missing if (r := records[run.run_id]) and r.status == "done"]
-    statuses = [record.status if record else None for record in records.values()]
+    return _result(plan, ledger, missing, stopped, seconds, workers)
+
+
+def _result(
+    plan: Plan, ledger: Ledger, missing: Sequence[Run], stopped: str | None, seconds: float, workers: int
+) -> SweepResult:
+    records = {run_id: record for run_id in plan.runs if (record := ledger.record(run_id))}
+    ran = [r for run in missing if (r := records.get(run.run_id)) and r.status == "done"]
+    statuses, stopper = Counter(record.status for record in records.values()), plan.stopper(ledger)
+    early = [r for r in records.values() if r.status == "stopped" and stopper and stopper.is_stopped(r.run_id)]
     trial_seconds = sum(record.measured["trial_seconds"] for record in ran)
     return SweepResult(
         plan=plan,
         ran=len(ran),
-        done=statuses.count("done"),
-        failed=statuses.count("failed"),
-        left=len(statuses) - statuses.count("done") - statuses.count("failed"),
+        done=statuses["done"],
+        failed=statuses["failed"],
+        stopped_early=len(early),
+        left=len(plan.runs) - statuses["done"] - statuses["failed"] - len(early),
         stopped=stopped,
         seconds=seconds,
         utilisation=trial_seconds / (workers * seconds) if ran else None,
     )
+
+
+def record_stopped(plan: Plan, ledger: Ledger) -> None:
+    """Record the runs that are stopped early by what the ledger knows: a driver was killed before it could, or other
+    runs came to their rungs since."""
+    stopper = plan.stopper(ledger)
+    if stopper is None:
+        return
+    for run in filter(lambda run: stopper.is_stopped(run.run_id), plan.runs.values()):
+        record = ledger.record(run.run_id)
+        if is_missing(record) and record != stopper.record(run):
+            ledger.write_record(run, stopper.record(run))
 
 
 def _prepare_cerebras(plan: Plan, ledger: Ledger, missing: Sequence[Run]) -> dict[str, Graph]:
@@ -135,7 +159,7 @@ def _tune(
         from tune_sparse.sweep.scheduler import ResourceQueue
         from tune_sparse.sweep.tune_parts import Stop
 
-        placement, stop = Placement(config, nodes), Stop()
+        placement, stop, stopper = Placement(config, nodes), Stop(), plan.stopper(ledger)
         hardware = {}
         for run in plan.runs.values():
             record = ledger.record(run.run_id)
@@ -148,6 +172,7 @@ def _tune(
 
         def make_trial(run: Run) -> dict[str, Any]:
             trial = trial_settings(run, config, ledger.folder, placement) | {"token": lease.token}
+            trial |= stopper.settings(run) if stopper else {}
             settings, graph = config.cerebras, graphs.get(run.run_id)
             if graph is not None:
                 settings = replace(settings, bucket_tokens=(graph.tokens,))
@@ -161,6 +186,7 @@ def _tune(
         callback = LedgerCallback(
             ledger,
             {run.run_id: run for run in missing},
+            {cell["run_id"]: point_text(tuple(cell["axes"].items())) for cell in plan.record.cells},
             progress,
             tracker,
             lease,
@@ -169,9 +195,10 @@ def _tune(
             requeue=lambda run: queue.requeue(placement.queue(run), run),
             max_retries=config.max_retries,
             ended=chains.ended,
+            stopper=stopper,
         )
         with progress.shown(workers), stop_on_signals(stop):
-            run_trials(CellTrainable, queue, callback, stop)
+            run_trials(CellTrainable, queue, callback, stop, stopper)
         if not lease.lost.is_set():
             callback.record_unfinished()
         for line in chains.lines() if not stop.reason else ():

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-from tune_sparse.config import Cell, SweepConfig
+from tune_sparse.config import SweepConfig
 from tune_sparse.data.tasks import tasks_named
 from tune_sparse.errors import NotReadyError, TooLargeError
 from tune_sparse.evaluation.card_budgets import budgets_for, least_card_bytes
@@ -14,15 +14,17 @@ from tune_sparse.evaluation.cards import Card
 from tune_sparse.evaluation.memory import CellMemory
 from tune_sparse.evaluation.published import published_dims, published_sizes
 from tune_sparse.evaluation.seconds import CellSeconds, TaskSizes
+from tune_sparse.ledger.run import Run
 from tune_sparse.models.checkpoints import check_checkpoint, short_name
 from tune_sparse.models.dims import ModelDims
-from tune_sparse.sweep.chains import chain_cells
 from tune_sparse.sweep.examples import Examples
-from tune_sparse.sweep.plan import Plan, requested_cells
+from tune_sparse.sweep.plan import Plan
+from tune_sparse.sweep.points import CellAtPoint
 from tune_sparse.sweep.progress import duration
 
 Kind = tuple[str, str, str]
 """Model, mode and method."""
+Training = tuple[CellMemory, TaskSizes]
 
 
 @dataclass(frozen=True)
@@ -87,47 +89,34 @@ def known_sizes(config: SweepConfig, examples: Examples | None) -> Sizes:
     )
 
 
-def trained_cells(config: SweepConfig) -> list[tuple[Cell, int]]:
-    """The cells whose trainings serve all cells, levels among them, each with the steps of its training."""
-    trained = (found for cell in requested_cells(config) for found in chain_cells(config, cell.trained))
-    return [(cell, levels[-1].steps if levels else config.protocol.steps) for cell, levels in dict.fromkeys(trained)]
-
-
 def estimate(
-    config: SweepConfig, cells: Sequence[tuple[Cell, int]], sizes: Sizes, cards: Sequence[Card]
+    config: SweepConfig, trainings: Sequence[CellAtPoint | Run], sizes: Sizes, cards: Sequence[Card]
 ) -> list[KindEstimate]:
-    """Estimate the cells of the backend torch whose sizes are known, by kind and card. cells: with their steps."""
-    kinds: dict[Kind, list[tuple[float, int, TaskSizes]]] = {}
-    for cell, steps in cells:
-        model = short_name(cell.model)
+    """Estimate the trainings of the backend torch whose sizes are known, by kind and card."""
+    kinds: dict[Kind, list[Training]] = {}
+    for training in trainings:
+        cell, model = training.cell, short_name(training.cell.model)
         if cell.backend == "torch" and model in sizes.dims and cell.task in sizes.tasks:
-            kinds.setdefault((model, cell.mode, cell.method), []).append((cell.sparsity, steps, sizes.tasks[cell.task]))
-    dims = sizes.dims
-    return [_estimate(config, kind, runs, dims[kind[0]], card) for kind, runs in kinds.items() for card in cards]
+            memory = CellMemory(sizes.dims[model], cell.mode, cell.method, training.own_protocol, cell.sparsity)
+            kinds.setdefault((model, cell.mode, cell.method), []).append((memory, sizes.tasks[cell.task]))
+    return [_estimate(config, kind, runs, card) for kind, runs in kinds.items() for card in cards]
 
 
-def _estimate(
-    config: SweepConfig, kind: Kind, runs: Sequence[tuple[float, int, TaskSizes]], dims: ModelDims, card: Card
-) -> KindEstimate:
-    """runs: the sparsity and steps of each, and the sizes of its task. The least sparse takes the most memory."""
-    _, mode, method = kind
-    cell = CellMemory(dims, mode, method, config.protocol, min(sparsity for sparsity, _, _ in runs))
+def _estimate(config: SweepConfig, kind: Kind, runs: Sequence[Training], card: Card) -> KindEstimate:
+    """All runs have the budgets of the one that takes the most memory."""
+    largest = max(dict.fromkeys(cell for cell, _ in runs), key=lambda cell: least_card_bytes(cell, config.budgets))
     peak, seconds, why = None, None, None
     if config.protocol.precision == "bfloat16" and not card.has_bfloat16:
         why = "it does not compute in bfloat16"
     else:
         try:
-            budgets = budgets_for(card.memory_bytes, 1.0, cell, config.budgets)
+            budgets = budgets_for(card.memory_bytes, 1.0, largest, config.budgets)
         except TooLargeError as error:
             why = str(error)
         else:
-            peak = cell.peak(budgets)
-            own = (
-                (replace(cell, sparsity=sparsity, protocol=replace(config.protocol, steps=steps)), task)
-                for sparsity, steps, task in runs
-            )
-            seconds = sum(CellSeconds(cell, card, budgets, task).total for cell, task in own)
-    return KindEstimate(card.name, *kind, len(runs), least_card_bytes(cell, config.budgets), peak, seconds, why)
+            peak = largest.peak(budgets)
+            seconds = sum(CellSeconds(cell, card, budgets, task).total for cell, task in runs)
+    return KindEstimate(card.name, *kind, len(runs), least_card_bytes(largest, config.budgets), peak, seconds, why)
 
 
 def estimate_lines(found: Sequence[KindEstimate], sizes: Sizes) -> list[str]:

@@ -61,7 +61,8 @@ class Examples:
 
 def read_examples(config: SweepConfig) -> Examples:
     """Read every example of a sweep once. Raises `InputError` for one that is wrong, or where there are too few."""
-    text = config.protocol.calibration if is_calibrated(config) and config.protocol.calibration != "task" else None
+    texts = {protocol.calibration for protocol in config.protocols if is_calibrated(config)} - {"task"}
+    text = max(texts, default=None)
     data_dir = examples_folder(config.data_dir, [*config.tasks, *([text] if text else [])])
     tasks = {task.name: task for name in config.tasks for task in tasks_named(name)}
     loaded = {name: load_splits(task, data_dir, config.protocol) for name, task in tasks.items()}
@@ -106,7 +107,8 @@ def _test_text(task: Task, example: Example) -> str:
 
 def is_calibrated(config: SweepConfig) -> bool:
     """Whether some of its cells read calibration examples, for their scores or for recovery."""
-    return config.protocol.recover != "none" or any(METHODS[method].is_calibrated for method in config.methods)
+    is_recovered = any(protocol.recover != "none" for protocol in config.protocols)
+    return is_recovered or any(METHODS[method].is_calibrated for method in config.methods)
 
 
 def _text(name: str, loaded: Mapping[str, Splits], data_dir: Path | None) -> str:

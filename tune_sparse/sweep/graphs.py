@@ -73,8 +73,8 @@ def _longest(plan: Plan, model: str, task: str) -> int:
 
 
 def _block(plan: Plan, runs: Sequence[Run], longest: int) -> Block:
-    protocol, dims = plan.config.protocol, plan.checkpoints[runs[0].cell.model].dims
-    examples = protocol.steps * protocol.global_batch_size * len(runs)
+    dims = plan.checkpoints[runs[0].cell.model].dims
+    examples = sum(run.protocol.steps * run.protocol.global_batch_size for run in runs)
     graphs = (graph_of_run(run, 0, plan.config.cerebras.sparsity_annotation) for run in runs)
     return Block(longest, frozenset(graphs), examples * pruned_weights(dims) * TOKEN_SECONDS_BY_WEIGHT)
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from search_spaces.matrix import cells as combinations
 from tune_sparse.cerebras.conversion import check_convertible
@@ -22,6 +22,7 @@ from tune_sparse.ledger import prunings
 from tune_sparse.ledger.contracts import LedgerReader
 from tune_sparse.ledger.record import Record, SweepRecord
 from tune_sparse.ledger.run import Run, readable_id
+from tune_sparse.ledger.rungs import RungJournal
 from tune_sparse.models.architectures import adapter_weights, pruned_weights
 from tune_sparse.models.checkpoints import Checkpoint, check_checkpoint, short_name
 from tune_sparse.models.dims import ModelDims
@@ -32,11 +33,24 @@ from tune_sparse.modes import MODES
 from tune_sparse.pruning.methods import check_schedule, method_named
 from tune_sparse.pruning.prune_model import check_method_sparsities
 from tune_sparse.pruning.reconstruction import check_recoverable, check_windows
-from tune_sparse.sweep.cards import gpus_asked
-from tune_sparse.sweep.chains import chain, chain_cells, chains_of, check_chains, check_nested, last_of_chain, levels_of
+from tune_sparse.sweep.cards import gpus_asked, memory_of_run
+from tune_sparse.sweep.chains import (
+    chain,
+    chain_points,
+    chains_of,
+    check_chains,
+    check_nested,
+    last_of_chain,
+    levels_of,
+)
+from tune_sparse.sweep.choices import check_choices
 from tune_sparse.sweep.examples import Examples, read_examples
+from tune_sparse.sweep.points import CellAtPoint, at_points, check_axes_are_read
 from tune_sparse.sweep.retries import has_more_memory_now, is_missing, lacked_memory
 from tune_sparse.training.budgets import cpu_budgets
+
+if TYPE_CHECKING:
+    from tune_sparse.sweep.early_stopping import EarlyStopper
 
 OUTCOME_BYTES = 400
 """A scored example takes so much besides a generated text: an outcome before and after the last mask."""
@@ -63,11 +77,24 @@ class Plan:
         return {name: checkpoint.dims for name, checkpoint in self.checkpoints.items()}
 
     def missing(self, ledger: LedgerReader, retry_failed: bool = False) -> list[Run]:
-        """Runs that no finished record serves. A run that failed for good is missing only if `retry_failed`, or if it
-        lacked memory that it may have now."""
+        """Runs that no finished record serves, and that this sweep does not stop early. A run that failed for good is
+        missing only if `retry_failed`, or if it lacked memory that it may have now."""
         again = {run.run_id for run, _, why in self.lacked_memory(ledger) if why}
         records = [(run, ledger.record(run_id)) for run_id, run in self.runs.items()]
-        return [run for run, record in records if run.run_id in again or is_missing(record, retry_failed)]
+        missing = [run for run, record in records if run.run_id in again or is_missing(record, retry_failed)]
+        stopper = self.stopper(ledger)
+        return [run for run in missing if stopper is None or not stopper.is_stopped(run.run_id)]
+
+    def stopper(self, ledger: LedgerReader) -> EarlyStopper | None:
+        """What stops runs early, as far as the ledger says already; None where every run goes to its end."""
+        if not self.config.early_stopping.stop_early:
+            return None
+        from tune_sparse.sweep.ray_session import set_environment
+
+        set_environment()
+        from tune_sparse.sweep.early_stopping import EarlyStopper
+
+        return EarlyStopper(self.config.early_stopping, self.runs, RungJournal(ledger.folders[0]))
 
     def lacked_memory(self, ledger: LedgerReader) -> list[tuple[Run, Record, str | None]]:
         """Runs that failed for too little memory on a whole device: (run, record, why it may have enough now)."""
@@ -120,9 +147,7 @@ def host_bytes(plan: Plan, runs: Iterable[Run]) -> int:
 
 def memory_of(plan: Plan, runs: Iterable[Run]) -> list[CellMemory]:
     """The memory of each kind of run."""
-    dims = plan.dims
-    kinds = {(r.cell.model, r.cell.mode, r.cell.method, r.cell.sparsity): r.protocol for r in runs}
-    return [CellMemory(dims[model], mode, method, p, level) for (model, mode, method, level), p in kinds.items()]
+    return list(dict.fromkeys(memory_of_run(run, plan.dims) for run in runs))
 
 
 def requested_cells(config: SweepConfig) -> list[Cell]:
@@ -150,10 +175,20 @@ def split_blocks(config: SweepConfig) -> dict[tuple[str, str], str]:
     return {block: "cerebras" if int((n + 1) * share) > int(n * share) else "torch" for n, block in enumerate(blocks)}
 
 
+def requested_points(config: SweepConfig) -> list[CellAtPoint]:
+    """Every cell of the matrix at each point of the axes."""
+    return [point for cell in requested_cells(config) for point in at_points(config, cell)]
+
+
+def trained_points(config: SweepConfig) -> list[CellAtPoint]:
+    """The trainings that serve all cells at all points, levels on the way to a cell among them."""
+    trained = dict.fromkeys(point.trained for point in requested_points(config))
+    return list(dict.fromkeys(training for point in trained for training in chain_points(point)))
+
+
 def distinct_trainings(config: SweepConfig) -> int:
-    """How many trainings serve all cells, levels on the way to a cell among them."""
-    cells = {cell.trained for cell in requested_cells(config)}
-    return len({training for cell in cells for training in chain_cells(config, cell)})
+    """How many trainings serve all cells."""
+    return len(trained_points(config))
 
 
 def make_plan(config: SweepConfig) -> Plan:
@@ -175,8 +210,8 @@ def plan_cells(config: SweepConfig, examples: Examples) -> Plan:
     runs: dict[str, Run] = {}
     owners: dict[str, str] = {}
     rows: dict[str, dict[str, Any]] = {}
-    for cell in requested_cells(config):
-        requested, run = name_run(cell), name_run(cell.trained)
+    for point in requested_points(config):
+        requested, run = name_run(point), name_run(point.trained)
         *on_the_way, _ = chain(run)
         for own, served_by in (*zip(on_the_way, on_the_way, strict=True), (requested, run)):
             cell_id = readable_id(own.cell, own.identity)
@@ -188,47 +223,53 @@ def plan_cells(config: SweepConfig, examples: Examples) -> Plan:
                 {"cell_id": cell_id, "run_id": served_by.run_id, "shared_with": None if owner == cell_id else owner}
                 | {"pruning_id": served_by.pruning_id}
                 | asdict(own.cell)
-                | ({} if own is requested else {"chain_to": cell.sparsity})
-                | {"chance": mean_chance(tasks_named(cell.task))}
+                | ({} if own is requested else {"chain_to": point.cell.sparsity})
+                | {"axes": dict(point.point), "chance": mean_chance(tasks_named(point.cell.task))}
             )
+    if config.early_stopping.stop_early:
+        check_choices(config.early_stopping, runs.values())
     described = {name: _plain(value) for name, value in asdict(config).items()}
     sweep_id = hash_json(sorted(rows))[:12]
     record = SweepRecord(sweep_id, time.time(), described, tuple(rows.values()))
     return Plan(config, record, runs, checkpoints, examples)
 
 
-def _run_namer(config: SweepConfig, checkpoints: Mapping[str, Checkpoint], examples: Examples) -> Callable[[Cell], Run]:
-    """A function that gives a cell its run."""
+def _run_namer(
+    config: SweepConfig, checkpoints: Mapping[str, Checkpoint], examples: Examples
+) -> Callable[[CellAtPoint], Run]:
+    """A function that gives a cell at a point its run."""
     cerebras = cerebras_identity(config.cerebras) if "cerebras" in config.backends else None
     model_paths = {short_name(model): _model_path(model) for model in config.models}
     text = examples.calibration_fingerprint
 
-    def name_run(cell: Cell) -> Run:
+    def name_run(point: CellAtPoint) -> Run:
+        cell, protocol = point.cell, point.protocol
         checkpoint = checkpoints[short_name(cell.model)]
         run = Run(
             cell=replace(cell, model=checkpoint.name),
-            protocol=config.protocol,
+            protocol=protocol,
             model_path=model_paths[checkpoint.name],
             data_dir=str(examples.data_dir) if examples.data_dir else None,
             model_fingerprint=checkpoint.fingerprint,
             data_fingerprint=examples.fingerprints[cell.task],
             prompt_version="+".join(str(task.prompt_version) for task in tasks_named(cell.task)),
-            calibration_fingerprint=text,
+            calibration_fingerprint=None if protocol.calibration == "task" else text,
             cerebras=cerebras if cell.backend == "cerebras" else None,
             budgets=config.budgets,
-            schedule_settings=config.schedule_settings,
+            schedule_settings=point.schedule_settings,
         )
-        return last_of_chain(run, levels_of(config, cell))
+        return last_of_chain(run, levels_of(point))
 
     return name_run
 
 
 def _check_model(config: SweepConfig, checkpoint: Checkpoint) -> None:
     """Raise `InputError` for a model that no trial could prune, prompt or convert as the matrix asks."""
-    protocol = config.protocol.within(checkpoint.dims.max_positions)
-    if protocol.recover != "none":
-        window = min(protocol.calibration_window, checkpoint.dims.max_positions)
-        check_windows(-(-(protocol.calibration_tokens - 1) // window))  # a last token alone is no window
+    for protocol in config.protocols:
+        protocol.within(checkpoint.dims.max_positions)
+        if protocol.recover != "none":
+            window = min(protocol.calibration_window, checkpoint.dims.max_positions)
+            check_windows(-(-(protocol.calibration_tokens - 1) // window))  # a last token alone is no window
     _check_reachable(config, checkpoint)
     if "cerebras" in config.backends:
         check_convertible(checkpoint.path)
@@ -260,20 +301,22 @@ def _plain(value: Any) -> Any:
 
 
 def check_names(config: SweepConfig) -> None:
-    """Raise `InputError` for a task or method that no table has, or models that tables could not tell apart."""
+    """Raise `InputError` for a task or method that no table has, models that tables could not tell apart, or an axis
+    that changes nothing."""
     _check_distinct_names(config.models)
     check_chains(config)
     for task in config.tasks:
         tasks_named(task)
-    for method in config.methods:
-        check_recoverable(method, config.protocol.recover)
-        if method_named(method).needs.gradients and config.protocol.calibration_order == "sequential":
+    for method, protocol in product(config.methods, config.protocols):
+        check_recoverable(method, protocol.recover)
+        if method_named(method).needs.gradients and protocol.calibration_order == "sequential":
             raise InputError(
                 f"{method} needs gradients of the whole dense model, got calibration_order sequential. "
                 "Set calibration_order=dense, or leave the method out."
             )
-        for schedule in config.schedules:
-            check_schedule(method, schedule)
+    for method, schedule in product(config.methods, config.schedules):
+        check_schedule(method, schedule)
+    check_axes_are_read(config, requested_cells(config))
 
 
 def _check_distinct_names(references: Sequence[str]) -> None:

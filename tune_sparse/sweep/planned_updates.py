@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 from tune_sparse.config import SweepConfig
+from tune_sparse.config.axes import Point
 from tune_sparse.schedules import SCHEDULES, Update
 
 SHOWN = 6
@@ -32,13 +34,17 @@ class PlannedUpdates:
 
 
 def planned_updates(config: SweepConfig) -> list[PlannedUpdates]:
-    """Those of each schedule and sparsity that has any."""
-    return [
-        PlannedUpdates(schedule, sparsity, tuple(updates))
-        for schedule in config.schedules
-        for sparsity in config.sparsities
-        if sparsity and (updates := SCHEDULES[schedule].plan(config.schedule_settings, sparsity, config.protocol.steps))
-    ]
+    """Those of each schedule and sparsity that has any, at each point of the axes that changes them."""
+    found = (
+        PlannedUpdates(name, sparsity, tuple(_updates(config, name, sparsity, point)))
+        for name, sparsity, point in product(config.schedules, config.sparsities, config.points)
+    )
+    return [planned for planned in dict.fromkeys(found) if planned.updates]
+
+
+def _updates(config: SweepConfig, name: str, sparsity: float, point: Point) -> list[Update]:
+    settings, steps = config.schedule_settings_at(point), config.protocol_at(point).steps
+    return SCHEDULES[name].plan(settings, sparsity, steps) if sparsity else []
 
 
 def planned_lines(planned: Sequence[PlannedUpdates]) -> list[str]:

@@ -72,9 +72,11 @@ def check_host(needed: int) -> None:
 
 def needed_bytes(plan: Plan, ledger: Ledger, missing: Sequence[Run]) -> int:
     """Room that a sweep needs in its results folder: what its runs leave there, their prunings, and the checkpoints of
-    as many trainings as run at once, or of one where only a cluster knows how many do."""
+    as many trainings as run at once, or of one where only a cluster knows how many do; of all that may be stopped
+    early."""
     written = sum(plan.estimate_bytes(run) for run in missing)
-    at_once = min(trials_at_once(plan.config, "torch") or 1, len(missing))
+    may_stop = plan.config.early_stopping.stop_early is not None
+    at_once = len(missing) if may_stop else min(trials_at_once(plan.config, "torch") or 1, len(missing))
     return written + pruning_bytes(plan, ledger, missing) + at_once * checkpoint_bytes(plan, missing)
 
 

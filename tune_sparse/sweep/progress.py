@@ -21,7 +21,7 @@ class Progress:
     """Counts runs as they end and says so."""
 
     def __init__(self, total: int, done_before: int) -> None:
-        self.total, self.ended_count, self.failed = total, done_before, 0
+        self.total, self.ended_count, self.failed, self.stopped = total, done_before, 0, 0
         self._ended_here = 0
         self._console = Console(file=sys.stderr, soft_wrap=True)
         self._started = self._last_line = time.monotonic()
@@ -64,6 +64,7 @@ class Progress:
         """A run has a record."""
         self.ended_count += 1
         self._ended_here += 1
+        self.stopped += record.status == "stopped"
         if record.status == "failed":
             self.failed += 1
             assert record.error is not None
@@ -85,7 +86,8 @@ class Progress:
     def _note(self) -> str:
         rate = (time.monotonic() - self._started) / self._ended_here
         left = rate * (self.total - self.ended_count)
-        return f"{self.failed} failed, about {duration(left)} left"
+        stopped = f"{self.stopped} stopped early, " if self.stopped else ""
+        return f"{self.failed} failed, {stopped}about {duration(left)} left"
 
     def _say(self, line: str) -> None:
         self._last_line = time.monotonic()

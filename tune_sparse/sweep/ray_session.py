@@ -91,7 +91,7 @@ def capacity() -> dict[str, float]:
 @contextmanager
 def ray_session(config: SweepConfig) -> Iterator[int]:
     """Ray on this machine, or on the cluster that RAY_ADDRESS names; yields how many trials run at once."""
-    _set_environment()
+    set_environment()
     import ray
 
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # failures are ours to report
@@ -131,8 +131,8 @@ def _no_garbage() -> Iterator[None]:
         gc.enable()
 
 
-def _set_environment() -> None:
-    """Have Ray leave progress, records and signals to us."""
+def set_environment() -> None:
+    """Have Ray leave progress, records and signals to us. To be called before the first import of Ray."""
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"

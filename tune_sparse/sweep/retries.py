@@ -23,8 +23,9 @@ LARGER = 1.02
 
 
 def is_missing(record: Record | None, retry_failed: bool = False) -> bool:
-    """Whether a run with this record has to run: it has none, was interrupted, or failed and may go well now."""
-    if record is None or record.status == "interrupted":
+    """Whether a run with this record has to run: it has none, was interrupted or stopped early, or failed and may go
+    well now. Whether a sweep would stop it again is asked elsewhere."""
+    if record is None or record.status in ("interrupted", "stopped"):
         return True
     if record.status == "failed":
         return retry_failed or bool(record.error and record.error["retryable"])

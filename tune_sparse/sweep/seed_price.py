@@ -9,9 +9,9 @@ from analysis.stats.scopes import FEWEST_SEEDS
 from tune_sparse.config import SweepConfig
 from tune_sparse.evaluation.cards import Card
 from tune_sparse.ledger.contracts import LedgerReader
-from tune_sparse.sweep.estimate import KindEstimate, Sizes, estimate, trained_cells
+from tune_sparse.sweep.estimate import KindEstimate, Sizes, estimate
 from tune_sparse.sweep.forecast import forecast
-from tune_sparse.sweep.plan import Plan
+from tune_sparse.sweep.plan import Plan, trained_points
 from tune_sparse.sweep.progress import duration
 
 
@@ -51,7 +51,7 @@ def seed_price(
     config: SweepConfig, sizes: Sizes, cards: Sequence[Card], plan: Plan | None, ledger: LedgerReader
 ) -> SeedPrice:
     """plan: None for a sweep that is not ready, of which nothing was measured."""
-    cells = trained_cells(replace(config, seeds=config.seeds[:1]))
+    cells = trained_points(replace(config, seeds=config.seeds[:1]))
     card_seconds = _card_seconds(estimate(config, cells, sizes, cards), len(cells))
     if plan is None:
         return SeedPrice(len(config.seeds), len(cells), 0, {}, card_seconds)

@@ -143,7 +143,12 @@ def track_search(ledger: Ledger, uri: str, search_id: str) -> None:
 
 def track_sweep(ledger: LedgerReader, uri: str, sweep: SweepRecord) -> BackgroundTracker:
     """Track a sweep while it goes on."""
-    return BackgroundTracker(ledger, uri, lambda tracker: tracker.fill_sweep(sweep))
+
+    def fill(tracker: Tracker) -> None:
+        tracker.fill_sweep(sweep)
+        tracker.mark_chosen()
+
+    return BackgroundTracker(ledger, uri, fill)
 
 
 def _first_line(error: Exception) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 from typing import Protocol as Interface
 from urllib.parse import quote
 
-from tune_sparse.tracking.entries import RUN_TAG
+from tune_sparse.tracking.entries import CHOSEN_TAG, RUN_TAG
 from tune_sparse.tracking.sync import EXPERIMENT, every_run, make_client
 
 PUBLISHED_EXPERIMENT = "tune-sparse published numbers"
@@ -79,7 +79,8 @@ class ComparisonPage:
 def comparison_page(uri: str) -> ComparisonPage | None:
     """Our best run of each model and task beside published numbers; None without finished runs of ours.
 
-    Best is most accurate of those that lost half their weights or more, where there are such. Published runs of our
+    Best is most accurate of those that lost half their weights or more, where there are such; a run whose setting no
+    cell chose on selection examples is none of them. Published runs of our
     models come first, then Phoenix and SQFT on our tasks, then others.
     """
     client = make_client(uri)
@@ -87,14 +88,15 @@ def comparison_page(uri: str) -> ComparisonPage | None:
     ids = {name: found.experiment_id for name, found in experiments.items() if found}
     if EXPERIMENT not in ids:
         return None
-    ours = list(_best_of_each(run for run in every_run(client, ids[EXPERIMENT]) if RUN_TAG in run.data.tags))
+    runs = (run for run in every_run(client, ids[EXPERIMENT]) if RUN_TAG in run.data.tags)
+    ours = list(_best_of_each(run for run in runs if run.data.tags.get(CHOSEN_TAG) != "false"))
     if not ours:
         return None
     ours = ours[:OURS_SHOWN]
     published = every_run(client, ids[PUBLISHED_EXPERIMENT]) if PUBLISHED_EXPERIMENT in ids else ()
     beside = sorted(published, key=lambda run: _distance(run, ours))[:PUBLISHED_SHOWN]
-    runs = [run.info.run_id for run in (*ours, *beside)]
-    address = f"#/compare-runs?runs={quote(json.dumps(runs))}&experiments={quote(json.dumps(list(ids.values())))}"
+    shown = [run.info.run_id for run in (*ours, *beside)]
+    address = f"#/compare-runs?runs={quote(json.dumps(shown))}&experiments={quote(json.dumps(list(ids.values())))}"
     return ComparisonPage(address, len(ours), len(beside))
 
 

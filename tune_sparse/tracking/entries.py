@@ -20,12 +20,14 @@ SWEEP_TAG = "tune_sparse.sweep_id"
 RUN_TAG = "tune_sparse.run_id"
 SEARCH_TAG = "tune_sparse.search_id"
 CANDIDATE_TAG = "tune_sparse.candidate"
+CHOSEN_TAG = "tune_sparse.chosen"
+"""Of the runs of a sweep with axes: "true" if some cell chose its setting on selection examples, or else "false"."""
 RECORD_TAG = "tune_sparse.record"
 """A hash of what the entry shows: when that changes, so must the entry."""
 ARTIFACTS = ("config.yaml", "sparse_config.json", "result.json", "validation_report.json", "train.log", DYNAMICS)
 TAG_CHARACTERS = 5000
 """The rest of a longer value is cut off: MLflow refuses it, or the database does."""
-MLFLOW_STATUS = {"done": "FINISHED", "failed": "FAILED", "interrupted": "KILLED"}
+MLFLOW_STATUS = {"done": "FINISHED", "failed": "FAILED", "stopped": "KILLED", "interrupted": "KILLED"}
 
 Point = tuple[str, float, int]
 """name, value, step"""
@@ -139,6 +141,8 @@ def _described_by(record: Record) -> dict[str, str]:
     flat |= {f"version_{name}": v for name, v in record.environment.get("packages", {}).items()}
     if "primary_metric" in record.metrics:
         flat["primary_metric"] = record.metrics["primary_metric"]
+    if record.stopped:
+        flat["stopped"] = record.stopped_at
     if record.error:
         flat["error"] = f"{record.error['class']}: {record.error['message']}"[:TAG_CHARACTERS]
     return flat

@@ -17,11 +17,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from tune_sparse.config import SweepConfig
+from tune_sparse.ledger.choice import chosen_runs
 from tune_sparse.ledger.contracts import LedgerReader
 from tune_sparse.ledger.record import SweepRecord
 from tune_sparse.net import check_address, check_listening
 from tune_sparse.tracking.entries import (
     CANDIDATE_TAG,
+    CHOSEN_TAG,
     RECORD_TAG,
     RUN_TAG,
     SEARCH_TAG,
@@ -95,12 +97,15 @@ class TrackedRun:
     record: str | None
     is_whole: bool
     parent: str | None
+    chosen: str | None = None
+    """whether a cell of a sweep with axes chose it, as the tag says"""
 
     @classmethod
     def from_mlflow(cls, run: Any) -> TrackedRun:
         tags = run.data.tags
         key = next(((tag, tags[tag]) for tag in KINDS if tag in tags), ("", ""))
-        return cls(run.info.run_id, key, tags.get(RECORD_TAG), run.info.status != "RUNNING", tags.get(PARENT_TAG))
+        is_whole, parent = run.info.status != "RUNNING", tags.get(PARENT_TAG)
+        return cls(run.info.run_id, key, tags.get(RECORD_TAG), is_whole, parent, tags.get(CHOSEN_TAG))
 
 
 class Tracker:
@@ -158,7 +163,17 @@ class Tracker:
         recorded = {run_id for sweep in sweeps for run_id in self.fill_sweep(sweep)}
         for folder in self._ledger.searches():
             self.fill_search(folder)
+        self.mark_chosen()
         return len(recorded)
+
+    def mark_chosen(self) -> None:
+        """Tag what is shown of sweeps with axes: whether a cell chose it. The choice may change with every run."""
+        for run_id, is_chosen in chosen_runs(self._ledger).items():
+            record = self._ledger.record(run_id)
+            shown = self._whole.get(((RUN_TAG, run_id), record_hash(record))) if record else None
+            if shown is not None and shown.chosen != str(is_chosen).lower():
+                self._client.set_tag(shown.id_, CHOSEN_TAG, str(is_chosen).lower())
+                self._has_written = True
 
     def fill_sweep(self, sweep: SweepRecord) -> list[str]:
         """Show a sweep as a parent run, with a child for each training that has a record; returns these."""

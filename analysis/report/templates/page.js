@@ -19,7 +19,8 @@ const FILTERS = ["backend", "model", "task", ...CURVE, "status"].filter((name) =
 // Metrics by their own names; accuracy has the values of a task's primary one.
 const OTHERS = ["acc", "acc_norm", "exact_match_strict", "exact_match_flexible", "f1"]
   .filter((name) => cells.some((c) => c[name] != null && c.primary_metric !== name));
-const SHOWN = ["run_id", ...[...FILTERS, "seed"].filter((name) => !CONSTANT.has(name)), "sparsity", "accuracy", "perplexity",
+const SHOWN = ["run_id", ...[...FILTERS, "seed"].filter((name) => !CONSTANT.has(name)), "sparsity",
+  ...names.filter((name) => name.startsWith("axis/")), "accuracy", "perplexity",
   "warnings", "accuracy_before_tuning", "primary_metric", ...OTHERS, "calibration", "calibration_order",
   "calibration_tokens_seen", "eval_loss", "train_examples_per_second", "error"]
   .filter((name) => data.columns[name] && cells.some((c) => c[name] != null));

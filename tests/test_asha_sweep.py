@@ -1,0 +1,66 @@
+"""Early stopping through the real Ray Tune: a sweep of one choice, stopped, told again, and run to its end."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from factories import TINY_PROTOCOL
+
+from tune_sparse.config import EarlyStopping, SweepConfig
+from tune_sparse.ledger.ledger import Ledger
+from tune_sparse.ledger.rungs import RungJournal
+from tune_sparse.sweep.driver import run_sweep
+from tune_sparse.sweep.plan import Plan
+from tune_sparse.sweep.preparation import prepare
+
+pytestmark = pytest.mark.xdist_group("machine")
+
+RATES = (1e-2, 1e-6)
+
+
+def plan_of(llama: Path, results: Path, stop_early: str | None) -> Plan:
+    """A good rate and one that learns nothing, in this order, of one cell."""
+    config = SweepConfig(
+        models=(str(llama),),
+        tasks=("boolq",),
+        methods=("unstructured",),
+        sparsities=(0.5,),
+        modes=("sparse-to-dense",),
+        protocol=replace(TINY_PROTOCOL, steps=8, eval_every=8),
+        data_dir=Path("synthetic"),
+        results_dir=results,
+        workers=1,
+    )
+    rates = [replace(config.protocol, learning_rate=rate, final_learning_rate=rate) for rate in RATES]
+    plans = [prepare(replace(config, protocol=protocol)) for protocol in rates]
+    runs = {run_id: run for plan in plans for run_id, run in plan.runs.items()}
+    stopping = EarlyStopping(stop_early=stop_early, rungs=(0.25, 0.5), reduction=2)
+    record = replace(plans[0].record, cells=tuple(cell for plan in plans for cell in plan.record.cells))
+    return replace(plans[0], config=replace(config, early_stopping=stopping), runs=runs, record=record)
+
+
+def test_a_worse_sibling_is_stopped_and_a_later_sweep_runs_it_to_its_end(llama: Path, tmp_path: Path) -> None:
+    plan = plan_of(llama, tmp_path, "loss")
+    ledger, (good, bad) = Ledger(tmp_path), plan.runs
+    result = run_sweep(plan)
+    assert (result.done, result.stopped_early, result.left, result.is_complete) == (1, 1, 0, True)
+    record = ledger.record(bad)
+    assert record is not None
+    assert record.stopped is not None
+    assert (record.status, record.metrics, record.stopped["step"]) == ("stopped", {}, 2)
+    rungs = [(rung.run_id, rung.step) for rung in RungJournal(tmp_path).read()]
+    assert rungs == [(good, 2), (good, 4), (bad, 2)]
+    assert ledger.checkpoint(bad).exists()
+
+    shutil.rmtree(ledger.run_folder(bad))  # as if the driver had been killed between the rung and the record
+    again = run_sweep(plan)
+    assert (again.ran, again.stopped_early) == (0, 1)
+    assert ledger.record(bad) == record
+
+    whole = run_sweep(replace(plan, config=replace(plan.config, early_stopping=EarlyStopping())))
+    assert (whole.ran, whole.done, whole.is_complete) == (1, 2, True)
+    assert "goes on after step 2" in (ledger.run_folder(bad) / "train.log").read_text()
+    assert not ledger.checkpoint(bad).exists()

@@ -1,0 +1,147 @@
+"""Which setting of a sweep's axes counts for each cell: a pointer, found anew whenever a ledger is read.
+
+The setting of the lowest loss on selection examples is chosen. Nothing that was measured on test examples is looked at.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from statistics import fmean
+from typing import Any
+
+from tune_sparse.config import Cell
+from tune_sparse.ledger.contracts import LedgerReader
+from tune_sparse.ledger.record import Record, SweepRecord
+from tune_sparse.schedules import ONE_SHOT
+
+Setting = Mapping[str, Any]
+"""{name of a setting: its value}: one point of a sweep's axes, as far as a cell reads them"""
+ReadRecord = Callable[[str], Record | None]
+WAITING = ("missing", "interrupted")
+"""A run with one of these may still get a result."""
+CURVE_POINT = tuple(f.name for f in fields(Cell) if f.name != "seed")
+"""What makes a cell over its seeds, for which one setting is chosen."""
+
+
+@dataclass(frozen=True)
+class RequestedCell:
+    """A cell at one setting, as a sweep requested it."""
+
+    row: Mapping[str, Any]
+    """of a `SweepRecord`"""
+    axes: Mapping[str, list[Any]]
+    """of the sweep: {setting, or settings that go together: values}"""
+
+    @property
+    def setting(self) -> Setting:
+        return self.row.get("axes", {})
+
+    @property
+    def run_id(self) -> str:
+        return str(self.row["run_id"])
+
+    @property
+    def candidates_key(self) -> tuple[Any, ...]:
+        """The same for all settings and seeds among which one setting is chosen."""
+        return (*(self.row.get(name, ONE_SHOT) for name in CURVE_POINT), axes_key(self.axes))
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The settings of one cell over its seeds, and the one that counts."""
+
+    losses: tuple[tuple[Setting, float | None], ...]
+    """(setting, mean loss over its seeds; None where not all of them are done) in the order of the sweep"""
+    failed: int
+    """settings with a run that failed or was stopped, which are out"""
+    waiting: int
+    """settings with a run that has not ended"""
+
+    @property
+    def chosen(self) -> Setting | None:
+        """The only setting; or that of the lowest loss, of equal ones the earlier; None while a run of any has not
+        ended, or where all are out."""
+        if len(self.losses) == 1:
+            return self.losses[0][0]
+        known = [(loss, n) for n, (_, loss) in enumerate(self.losses) if loss is not None]
+        return None if self.waiting or not known else self.losses[min(known)[1]][0]
+
+    @property
+    def why_not(self) -> str:
+        """Why none is chosen; empty where one is."""
+        if self.chosen is not None:
+            return ""
+        count = len(self.losses)
+        if not self.waiting:
+            return f"not chosen: each of {count} settings has a run that failed or was stopped"
+        return f"not chosen: {count - self.waiting} of {count} settings done"
+
+
+def axes_key(axes: Mapping[str, Sequence[Any]]) -> str:
+    """The same for axes of the same values, in whatever order."""
+    return json.dumps({name: sorted(axes[name], key=json.dumps) for name in sorted(axes)}) if axes else ""
+
+
+def requested_cells(sweeps: Iterable[SweepRecord]) -> list[RequestedCell]:
+    """Each cell of some sweeps as the oldest requested it.
+
+    A cell that one sweep has with axes and another without, or with other axes, is there for each: these are two
+    studies. But where a sweep has a cell at all settings of another and at more, the other's choice is superseded.
+    """
+    found: dict[str, dict[str, RequestedCell]] = defaultdict(dict)
+    for sweep in sweeps:
+        axes = sweep.config.get("axes", {})
+        for row in sweep.cells:
+            found[row["cell_id"]].setdefault(axes_key(axes), RequestedCell(row, axes))
+    return [
+        cell
+        for same in found.values()
+        for cell in same.values()
+        if not any(_extends(other.axes, cell.axes) for other in same.values())
+    ]
+
+
+def _extends(more: Mapping[str, Sequence[Any]], axes: Mapping[str, Sequence[Any]]) -> bool:
+    """Whether axes have every value of others, and more."""
+    if not axes or more.keys() != axes.keys() or axes_key(more) == axes_key(axes):
+        return False
+    return all(value in more[name] for name in axes for value in axes[name])
+
+
+def choices(cells: Iterable[RequestedCell], record: ReadRecord) -> dict[tuple[Any, ...], Choice]:
+    """{candidates_key: the choice among these cells}"""
+    grouped: dict[tuple[Any, ...], dict[str, list[RequestedCell]]] = defaultdict(lambda: defaultdict(list))
+    for cell in cells:
+        grouped[cell.candidates_key][json.dumps(cell.setting)].append(cell)
+    return {key: _choice([*by_setting.values()], record) for key, by_setting in grouped.items()}
+
+
+def _choice(by_setting: Sequence[Sequence[RequestedCell]], record: ReadRecord) -> Choice:
+    """by_setting: the seeds of each setting"""
+    ended = [[record(cell.run_id) for cell in seeds] for seeds in by_setting]
+    losses = [mean_selection_loss(records) for records in ended]
+    waits = [any(found is None or found.status in WAITING for found in records) for records in ended]
+    failed = sum(loss is None and not waiting for loss, waiting in zip(losses, waits, strict=True))
+    settings = (seeds[0].setting for seeds in by_setting)
+    return Choice(tuple(zip(settings, losses, strict=True)), failed, sum(waits))
+
+
+def mean_selection_loss(records: Sequence[Record | None]) -> float | None:
+    """The mean over runs of the loss of the final model, merged and masked, on selection examples; None unless all are
+    done."""
+    losses = [found.metrics.get("eval_loss") if found and found.status == "done" else None for found in records]
+    known = [loss for loss in losses if loss is not None]
+    return fmean(known) if len(known) == len(losses) else None
+
+
+def chosen_runs(ledger: LedgerReader) -> dict[str, bool]:
+    """{run that an axis has: whether it is chosen for some cell}, of all sweeps with axes."""
+    cells = [cell for cell in requested_cells(ledger.sweeps()) if cell.axes]
+    found, counts = choices(cells, ledger.record), dict[str, bool]()
+    for cell in cells:
+        is_chosen = found[cell.candidates_key].chosen == cell.setting
+        counts[cell.run_id] = counts.get(cell.run_id, False) or is_chosen
+    return counts
