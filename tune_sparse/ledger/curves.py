@@ -1,0 +1,151 @@
+"""The curves of a sweep over sparsity: what of each was measured, and between which levels it stops passing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from tune_sparse.config.spending import FindRule
+from tune_sparse.evaluation.metrics import score_name
+from tune_sparse.ledger.record import Record
+from tune_sparse.schedules import ONE_SHOT
+
+KEY = ("backend", "model", "task", "method", "mode", "schedule", "seed")
+"""Cells of a curve differ in nothing but their sparsity."""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The cells of one setting over sparsity, each level with the run that serves it."""
+
+    key: tuple[Any, ...]
+    """values of `KEY`"""
+    dense: str | None
+    """the run at sparsity 0"""
+    levels: tuple[float, ...]
+    """above 0, ascending"""
+    runs: tuple[str, ...]
+    """of each level"""
+
+    @property
+    def name(self) -> str:
+        """What tells it from the others, without what nearly all share."""
+        backend, model, task, method, mode, schedule, seed = self.key
+        unusual = [backend] * (backend != "torch") + [schedule] * (schedule != ONE_SHOT) + [f"seed {seed}"] * bool(seed)
+        return " ".join(map(str, (model, task, method, mode, *unusual)))
+
+
+def curves_of(cells: Iterable[Mapping[str, Any]]) -> list[Curve]:
+    """Group the cells that a sweep requested, in their order. Settings with no level above 0 are no curves."""
+    by_key: dict[tuple[Any, ...], dict[float, str]] = {}
+    for cell in cells:
+        key = tuple(cell.get(name, ONE_SHOT) for name in KEY)
+        by_key.setdefault(key, {})[cell["sparsity"]] = cell["run_id"]
+    found = []
+    for key, runs in by_key.items():
+        levels = tuple(sorted(level for level in runs if level > 0))
+        found.append(Curve(key, runs.get(0.0), levels, tuple(runs[level] for level in levels)))
+    return [curve for curve in found if curve.levels]
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a finished run says of its level."""
+
+    value: float
+    is_perplexity: bool = False
+    before_merge: float | None = None
+    """the value before the last mask, where the merge changes it"""
+
+
+def score_of(record: Record) -> Score:
+    """Read a done record."""
+    name = score_name(record.metrics)
+    return Score(record.metrics[name], name == "perplexity", record.metrics.get(f"{name}_before_merge"))
+
+
+@dataclass(frozen=True)
+class Bracket:
+    """The levels of a curve that were measured, by their places 0, 1, ...; place -1 is the dense run."""
+
+    levels: tuple[float, ...]
+    passes: Mapping[int, bool]
+    failed: frozenset[int] = frozenset()
+    """places whose training failed, which says nothing of the curve"""
+    dense: str = "done"
+    """done, failed or missing: without it nothing passes or fails"""
+
+    @property
+    def low(self) -> int:
+        """The highest place that passes; the dense run does."""
+        return max((place for place, passed in self.passes.items() if passed), default=-1)
+
+    @property
+    def high(self) -> int:
+        """The lowest place above it that was measured; one past the last where there is none."""
+        low = self.low
+        return min((place for place in self.passes if place > low), default=len(self.levels))
+
+    def is_decided(self, gap: int) -> bool:
+        """Whether a measured pass and a measured fail are at most `gap` levels apart, or every end is reached."""
+        last = len(self.levels) - 1
+        return self.dense == "done" and (self.low == last or self.low < self.high <= min(last, self.low + gap))
+
+    @property
+    def is_monotone(self) -> bool:
+        """Whether no measured level fails below one that passes."""
+        return all(passed for place, passed in self.passes.items() if place < self.low)
+
+    @property
+    def middle(self) -> int:
+        """The highest place that passes, if it is in the middle of those that may be it."""
+        return self.low + (self.high - self.low - 1) // 2
+
+    def text(self) -> str:
+        """For people: passes 0.5, fails 0.7 (3 runs)."""
+        if self.dense != "done":
+            return f"nothing can be said: its dense run {'failed' if self.dense == 'failed' else 'is not done'}"
+        low, high, last = self.low, self.high, len(self.levels) - 1
+        parts = [f"passes {self.levels[low]:g}" if low >= 0 else ""]
+        parts.append("the highest level: at least that" if low == last else "")
+        if high <= last:
+            parts.append(f"fails {self.levels[high]:g}" + (", the lowest level: below that" if high == 0 else ""))
+        runs = len(self.passes)
+        said = ", ".join(filter(None, parts)) or "no level is measured yet"
+        said += f" ({runs} run{'s' * (runs != 1)})" if runs else ""
+        fails = [f"{self.levels[place]:g}" for place in sorted(self.passes) if place < low and not self.passes[place]]
+        said += f"; not monotone: fails {' and '.join(fails)} below" if fails else ""
+        broken = [f"{self.levels[place]:g}" for place in sorted(self.failed)]
+        return said + (f"; cannot be decided at {' and '.join(broken)}: the run failed" if broken else "")
+
+    def as_json(self) -> dict[str, Any]:
+        """With levels in place of places; None where a side was not reached."""
+        low, high = self.low, self.high
+        return {
+            "passes": 0.0 if low < 0 else self.levels[low],
+            "fails": self.levels[high] if high < len(self.levels) else None,
+            "runs": len(self.passes),
+            "is_monotone": self.is_monotone,
+            "failed": [self.levels[place] for place in sorted(self.failed)],
+            "dense": self.dense,
+        }
+
+
+def bracket_of(curve: Curve, ended: Mapping[str, Score | None], rule: FindRule, before_merge: bool = False) -> Bracket:
+    """What is known of a curve. ended: {run: its score, None where it failed for good}.
+
+    before_merge: of the values before the last mask, where they are known.
+    """
+    dense = ended.get(curve.dense or "")
+    if dense is None:
+        return Bracket(curve.levels, {}, dense="failed" if curve.dense in ended else "missing")
+    passes, failed = dict[int, bool](), set[int]()
+    for place, run_id in enumerate(curve.runs):
+        score = ended.get(run_id)
+        if score is None:
+            failed |= {place} if run_id in ended else set()
+            continue
+        value = score.before_merge if before_merge and score.before_merge is not None else score.value
+        passes[place] = rule.passes(value, dense.value, dense.is_perplexity)
+    return Bracket(curve.levels, passes, frozenset(failed))
