@@ -133,6 +133,7 @@ def _tune(
         from trainables.cell import CellTrainable
         from tune_sparse.sweep.callbacks import LedgerCallback
         from tune_sparse.sweep.scheduler import ResourceQueue
+        from tune_sparse.sweep.sources import Listed
         from tune_sparse.sweep.tune_parts import Stop
 
         placement, stop = Placement(config, nodes), Stop()
@@ -155,9 +156,11 @@ def _tune(
 
         waiting = longest_first(plan, ledger, missing)
         names = sorted(set(map(placement.queue, waiting)), key=lambda name: SCARCEST_FIRST.index(name.split()[0]))
-        queues = {name: [run for run in waiting if placement.queue(run) == name] for name in names}
         chains = Chains(ledger, missing)
-        queue = ResourceQueue(queues, make_trial, capacity, _limit(config), stop, chains.is_ready)
+        queues = {
+            name: Listed((run for run in waiting if placement.queue(run) == name), chains.is_ready) for name in names
+        }
+        queue = ResourceQueue(queues, make_trial, capacity, _limit(config), stop)
         callback = LedgerCallback(
             ledger,
             {run.run_id: run for run in missing},
