@@ -56,6 +56,15 @@ PRESETS: dict[str, dict[str, Any]] = {
     "toy": TOY,
     "smoke": TOY | {"models": ("tiny-llama",), "tasks": ("boolq", "gsm8k"), "sparsities": (0.0, 0.5)},
     "toy-seeds": TOY | {"methods": ("unstructured",), "sparsities": (0.0, 0.5, 0.7), "seeds": (0, 1, 2)},
+    "dst": TOY
+    | {
+        "methods": ("unstructured",),
+        "sparsities": (0.0, 0.5, 0.75, 0.9),
+        "modes": ("masked-finetuning",),
+        "schedules": ("one-shot", "gradual", "set", "rigl"),
+        "seeds": (0, 1, 2),
+        "update_every": 5,
+    },
     # Real models that a laptop trains; at this size boolq and gsm8k stay at chance.
     "smollm": {
         "models": (SMOLLM2_135M, SMOLLM2_360M),
@@ -75,6 +84,8 @@ ABOUT = {
     "toy": "2 toy models and generated examples; a sweep trains 330 times, minutes on a laptop",
     "smoke": "a first try; a sweep trains 14 times",
     "toy-seeds": "a part of toy with three seeds, the fewest by which modes are judged; a sweep trains 90 times",
+    "dst": "masks that change while the toy models' weights are trained, in place of LoRA, with three seeds; a sweep "
+    "trains 234 times",
     "smollm": "SmolLM2-135M and -360M on arc_easy, piqa and hellaswag, for a laptop or a GPU; a sweep trains 150 times",
     "matrix": "LLaMA-7B and Mistral-7B, for GPUs; a sweep trains 330 times",
     "mixtral": "Mixtral 8x7B; only `sweep mixtral --dry-run` works, as Mixtral models cannot be trained yet",

@@ -95,6 +95,11 @@ FLAGS = [
     (["--set", "calibration_tokens=1"], r"calibration_tokens must be at least 2, got 1\."),
     (["--modes", "sparse-to-dence"], r"unknown mode 'sparse-to-dence'\. Did you mean 'sparse-to-dense'"),
     (
+        ["--modes", "masked-finetuning", "--schedules", "set", "--set", "update_every=5", "--methods", "structured"],
+        r"a method must suit its schedule, got 'structured' with 'set': its updates change single weights",
+    ),
+    (["--schedules", "rigl"], r"the mode sparse-to-dense trains LoRA on fixed masks, so its only schedule is one-shot"),
+    (
         ["--backend", "pytorch"],
         r"unknown backend 'pytorch'\. Did you mean 'torch'\? Known: both, cerebras, split, torch\.",
     ),

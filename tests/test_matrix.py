@@ -27,7 +27,7 @@ def test_every_preset_is_a_sound_configuration(name: str) -> None:
 
 
 def test_there_is_a_preset_and_a_pilot_for_each_study() -> None:
-    studies = ["toy", "smoke", "toy-seeds", "smollm", "matrix", "mixtral", "phoenix"]
+    studies = ["toy", "smoke", "toy-seeds", "dst", "smollm", "matrix", "mixtral", "phoenix"]
     assert sorted(PRESETS) == sorted([*studies, *(f"{name}-pilot" for name in studies), "pilot"])
 
 

@@ -18,6 +18,7 @@ from tune_sparse.data.splits import Encoded
 from tune_sparse.ledger.ledger import Ledger
 from tune_sparse.models.architectures import read_weights
 from tune_sparse.models.dims import ModelDims
+from tune_sparse.pruning.bit_masks import BitMasks
 from tune_sparse.pruning.calibration import ModelBlocks, calibrate_blockwise
 from tune_sparse.pruning.masks import keep_highest
 from tune_sparse.pruning.methods import method_named
@@ -146,3 +147,39 @@ def test_loading_and_pruning_hold_one_copy_of_the_weights(
     own = read_weights(loaded.model)
     for name in list(own)[::20]:
         assert torch.equal(pruned.weights[name].view(torch.int16), own[name].view(torch.int16)), "to the last bit"
+
+
+@pytest.mark.parametrize(
+    ("method", "model"),
+    [(method, "LlamaForCausalLM") for method in ("random", "wanda-owl", "magnitude-global")]
+    + [(method, name) for method in ("unstructured", "structured", "wanda", "sparsegpt") for name in FUSED_AND_TURNED],
+    indirect=["model"],
+)
+def test_what_is_pruned_stays_pruned_when_a_changed_model_is_pruned_further(
+    method: str, model: PreTrainedModel
+) -> None:
+    dims, generator = ModelDims.from_config(model.config), torch.Generator().manual_seed(0)
+    before = prune_into(model, method, dims, 0.25, 0, calibration(model, method))
+    for name, own in read_weights(model).items():
+        moved = torch.randn(own.shape, generator=generator) * 0.1
+        moved[torch.rand(own.shape, generator=generator) < 0.1] = 0  # kept weights that happen to be 0
+        own.copy_(moved * before[name])
+    found = prune_into(model, method, dims, 0.5, 0, calibration(model, method), before)
+    assert abs(found.sparsity - 0.5) < 0.01
+    for name, own in read_weights(model).items():
+        assert not (found[name] & ~before[name]).any(), name
+        assert not own[~found[name]].any()
+        if method not in ("wanda-owl", "magnitude-global", "structured"):
+            assert found.kept[name] == own.numel() - round(0.5 * own.numel())
+
+
+@pytest.mark.parametrize("model", ["LlamaForCausalLM"], indirect=True)
+def test_the_smallest_of_the_kept_weights_go_next(model: PreTrainedModel) -> None:
+    dims = ModelDims.from_config(model.config)
+    weights = {name: weight.clone() for name, weight in read_weights(model).items()}
+    before = prune_into(model, "unstructured", dims, 0.3)
+    found = prune_into(model, "unstructured", dims, 0.6, kept=before)
+    assert (
+        found.sha256
+        == BitMasks.pack((n, keep_highest(w.abs(), round(0.6 * w.numel()))) for n, w in weights.items()).sha256
+    )

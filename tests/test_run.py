@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 from factories import make_cell, make_run
 
-from tune_sparse.config import BudgetOptions, Protocol
+from tune_sparse.config import BudgetOptions, Protocol, ScheduleSettings
 from tune_sparse.config.protocol import SCORING
 from tune_sparse.identity import NUMERICS_VERSION
 from tune_sparse.ledger import run as run_module
-from tune_sparse.ledger.run import Run
+from tune_sparse.ledger.run import Run, read_config, write_config
+from tune_sparse.schedules import SCHEDULES
 
 OTHER_PROTOCOL: dict[str, Any] = {
     "steps": 100,
@@ -55,6 +57,22 @@ OTHER_CELL: dict[str, Any] = {
     "mode": "sparse-to-sparse",
     "seed": 1,
     "backend": "cerebras",
+    "schedule": "rigl",
+}
+OTHER_SCHEDULE: dict[str, Any] = {
+    "update_from": 0.1,
+    "update_to": 0.5,
+    "gradual_updates": 5,
+    "gradual_curve": "cubic",
+    "revivable": True,
+    "update_every": 10,
+    "drop_fraction": 0.1,
+    "drop_curve": "constant",
+    "levels": (0.2, 0.4),
+    "steps_per_level": 7,
+    "rescore": False,
+    "restart_learning_rate": False,
+    "dynamics_every": 10,
 }
 OTHER_INPUT: dict[str, Any] = {"model_fingerprint": "x", "data_fingerprint": "x", "prompt_version": "2"}
 
@@ -135,7 +153,7 @@ def test_the_identity_does_not_change_with_places_on_disk() -> None:
 @pytest.mark.parametrize("name", OTHER_CELL)
 def test_cells_of_one_seed_do_not_share_their_luck_but_modes_and_backends_do(name: str) -> None:
     other = make_run(make_cell(**{name: OTHER_CELL[name]}))
-    assert (other.draw_seed == make_run().draw_seed) == (name in ("mode", "backend", "model"))
+    assert (other.draw_seed == make_run().draw_seed) == (name in ("mode", "backend", "model", "schedule"))
     assert 0 <= other.draw_seed < 2**32
 
 
@@ -163,9 +181,59 @@ def test_with_dropout_the_micro_batch_is_part_of_the_identity() -> None:
     assert other.pruned_baseline_id == run.pruned_baseline_id
 
 
+def test_runs_of_the_lora_modes_keep_the_identity_that_their_records_have() -> None:
+    """Hashes of NUMERICS_VERSION 4, computed before there were schedules."""
+    assert make_run().identity == "abbacc5641c58d3bc58a6957d28cf0802bcee0421a9f61f0548ac936e2b485f5"
+    wanda = make_run(make_cell(mode="sparse-to-sparse", method="wanda"))
+    assert wanda.identity == "ad2a10ee6dc896ef50d9044e21c9e08b798e3cdcf5f4524b9d6ac1974911dad3"
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_the_settings_of_its_schedule_are_part_of_a_runs_identity_and_no_others(schedule: str) -> None:
+    assert {f.name for f in fields(ScheduleSettings)} == OTHER_SCHEDULE.keys()
+    run = make_run(make_cell(mode="masked-finetuning", schedule=schedule))
+    for name, value in OTHER_SCHEDULE.items():
+        other = replace(run, schedule_settings=replace(ScheduleSettings(), **{name: value}))
+        assert (other.identity != run.identity) == (name in SCHEDULES[schedule].settings), name
+        assert (other.pruned_baseline_id == run.pruned_baseline_id) == (other.level_before is None)
+
+
+def test_the_accuracy_before_tuning_is_the_dense_models_where_a_training_begins_with_every_weight() -> None:
+    dense = make_run(make_cell(method="none", sparsity=0.0))
+    before = {
+        name: make_run(make_cell(method="wanda", mode="masked-finetuning", schedule=name)).pruned_baseline_id
+        for name in ("one-shot", "gradual", "set", "rigl")
+    }
+    assert before["gradual"] == dense.pruned_baseline_id
+    assert before["one-shot"] == before["set"] == before["rigl"] != before["gradual"]
+
+
+def test_a_setting_left_to_its_schedule_is_the_same_as_one_given_so() -> None:
+    run = make_run(make_cell(mode="masked-finetuning", schedule="gradual"))
+    given = replace(run, schedule_settings=ScheduleSettings(update_from=0.15, update_to=0.85))
+    assert given.identity == run.identity
+
+
+def test_settings_of_a_schedule_are_read_back_from_a_run_folder(tmp_path: Path) -> None:
+    run = make_run(make_cell(schedule="iterative"), schedule_settings=ScheduleSettings(**OTHER_SCHEDULE))
+    write_config(tmp_path, run)
+    assert read_config(tmp_path) == run
+
+
+def test_a_run_recorded_before_there_were_schedules_is_still_read() -> None:
+    config = make_run().as_config()
+    del config["schedule_settings"], config["cell"]["schedule"]
+    assert Run.from_config(config) == make_run()
+
+
+def test_a_schedule_is_in_the_name_of_its_run() -> None:
+    run = make_run(make_cell(mode="masked-finetuning", schedule="set"))
+    assert run.run_id == f"torch_tiny_boolq_unstructured_s50_masked-finetuning-set_{run.identity[:8]}"
+
+
 def test_every_field_of_a_run_is_in_its_identity_or_a_place() -> None:
-    names = {f.name for f in fields(Run)}
-    left_out_where_none = {"calibration_fingerprint", "cerebras", "super_adapter"}
+    names = {f.name for f in fields(Run)} - {"schedule_settings"}
+    left_out_where_none = {"calibration_fingerprint", "cerebras", "super_adapter", "chain_steps"}
     assert names == {"cell", "protocol", "model_path", "data_dir", "budgets", *left_out_where_none, *OTHER_INPUT}
 
 

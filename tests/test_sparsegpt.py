@@ -94,3 +94,45 @@ def test_it_loses_less_than_the_mask_alone() -> None:
     weight, hessian = problem(32, 64)
     pruned, keep = sparsegpt(weight, inverse_factor(hessian), weight.numel() // 2)
     assert error(pruned, weight, hessian) < 0.7 * error(weight * keep, weight, hessian)
+
+
+def explicit_obs(weight: Tensor, hessian: Tensor, count: int, kept: Tensor) -> tuple[Tensor, Tensor]:
+    """(pruned weight, keep-mask) by the optimal brain surgeon with explicit inverses in float64: column after column,
+    each weight that goes is made up for by those to its right (Frantar & Alistarh 2023, eq. 3)."""
+    w, keep = weight.double(), kept.clone()
+    damped = hessian.double() + DAMPING * hessian.double().diagonal().mean() * torch.eye(len(hessian))
+    inverses = [torch.linalg.inv(damped[i:, i:]) for i in range(len(damped))]
+    errors = torch.stack([w[:, i] ** 2 / inverse[0, 0] for i, inverse in enumerate(inverses)], dim=1)
+    errors[~kept] = -1
+    keep.view(-1)[errors.flatten().argsort(stable=True)[:count]] = False
+    for i, inverse in enumerate(inverses):
+        w[:, i:] -= torch.outer(w[:, i] * ~keep[:, i], inverse[0] / inverse[0, 0])
+    return w * keep, keep
+
+
+@pytest.mark.parametrize("already", [0, 13])
+@pytest.mark.parametrize("seed", range(3))
+def test_it_is_the_optimal_brain_surgeon_on_8_by_8(seed: int, already: int) -> None:
+    weight, hessian = problem(8, 8, seed)
+    kept = torch.ones(8, 8, dtype=torch.bool)
+    kept.view(-1)[torch.randperm(64, generator=torch.Generator().manual_seed(seed))[:already]] = False
+    found, keep = sparsegpt(weight * kept, inverse_factor(hessian), 32, kept=kept if already else None)
+    expected, expected_keep = explicit_obs(weight * kept, hessian, 32, kept)
+    assert torch.equal(keep, expected_keep)
+    torch.testing.assert_close(found.double(), expected, atol=1e-4, rtol=1e-3)
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(1, 9), st.integers(1, 300), st.floats(0, 0.9), st.floats(0, 0.99), st.booleans())
+def test_a_mask_only_loses_weights_and_counts_stay_exact(
+    rows: int, width: int, low: float, high: float, transposed: bool
+) -> None:
+    weight, hessian = problem(rows, width)
+    first, second = (pruned_count(weight.numel(), sparsity) for sparsity in sorted((low, high)))
+    factor = inverse_factor(hessian)
+    pruned, kept = sparsegpt(weight, factor, first, transposed=transposed)
+    pruned[:, ::3] = 0  # kept weights that happen to be 0
+    again, keep = sparsegpt(pruned, factor, second, transposed=transposed, kept=kept)
+    assert not (keep & ~kept).any()
+    assert int((~keep).sum()) == second
+    assert not again[~keep].any()

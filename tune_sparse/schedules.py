@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Protocol as Interface
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
 
 ONE_SHOT, ITERATIVE = "one-shot", "iterative"
+LEVELS = (0.1, 0.3, 0.5, 0.7, 0.8)
+"""Sparsities on the way of a chain, of which a cell takes those below its own."""
+MIN_UPDATES = 3
+"""A training with fewer updates of its masks than that is refused: it hardly differs from a one-shot one."""
 
 
 @dataclass(frozen=True)
@@ -22,57 +27,6 @@ class Update:
     """of the kept weights, dropped and grown elsewhere"""
 
 
-class Settings(Interface):
-    """What plans read of `tune_sparse.config.ScheduleSettings`."""
-
-    update_from: float | None
-    update_to: float | None
-    gradual_updates: int
-    gradual_curve: str
-    update_every: int
-    drop_fraction: float
-    drop_curve: str
-    levels: tuple[float, ...] | None
-    steps_per_level: int | None
-
-
-Plan = Callable[[Settings, float, int], list[Update]]
-"""(settings, target sparsity, steps of the training) -> updates in the order of their steps"""
-
-
-def no_updates(settings: Settings, target: float, steps: int) -> list[Update]:
-    """The masks stay as they are."""
-    return []
-
-
-def gradual_updates(settings: Settings, target: float, steps: int) -> list[Update]:
-    """Sparsity rises from 0 to `target` in K updates between two fractions of the steps, the last exactly at the end.
-
-    Linear; cubic as Zhu & Gupta 2017 (arXiv:1710.01878, eq. 1).
-    """
-    first = max(1, math.floor(_or(settings.update_from, 0.15) * steps))
-    last = math.floor(_or(settings.update_to, 0.85) * steps)
-    count = min(settings.gradual_updates, last - first)
-    rise = {"linear": lambda done: done, "cubic": lambda done: 1 - (1 - done) ** 3}[settings.gradual_curve]
-    return [
-        Update(first + math.floor(k * (last - first) / count + 0.5), target * rise(k / count))
-        for k in range(1, count + 1)
-    ]
-
-
-def regrowing_updates(settings: Settings, target: float, steps: int) -> list[Update]:
-    """Every `update_every` steps a fraction of the kept weights is dropped and as many are grown (SET: Mocanu et al.
-    2018, arXiv:1707.04780; RigL: Evci et al. 2020, arXiv:1911.11134), which falls to 0 as a half cosine."""
-    first, last = _or(settings.update_from, 0.0) * steps, math.floor(_or(settings.update_to, 0.75) * steps)
-    at = [step for step in range(settings.update_every, last, settings.update_every) if step > first]
-    share = {"constant": lambda step: 1.0, "cosine": lambda step: (1 + math.cos(math.pi * step / last)) / 2}
-    drop = share[settings.drop_curve]
-    return [Update(step, target, settings.drop_fraction * drop(step)) for step in at]
-
-
-LEVELS = (0.1, 0.3, 0.5, 0.7, 0.8)
-
-
 @dataclass(frozen=True)
 class Level:
     """One level of a chain: the weights are pruned to it, then tuned."""
@@ -82,22 +36,43 @@ class Level:
     """of its own tuning"""
 
 
-def planned_levels(settings: Settings, target: float, steps: int) -> list[Level]:
-    """The levels below `target`, closed by it, each with its steps: `steps_per_level`, or its part of `steps`.
+Planner = Callable[[Mapping[str, Any], float, int], list[Update]]
+"""(settings that the schedule reads, target sparsity, steps of the training) -> updates in the order of their steps"""
 
-    What cannot be divided goes to the first levels, one step each, so that every level but the last is also the last
-    of the chain that ends with it.
-    """
-    on_the_way = LEVELS if settings.levels is None else settings.levels
-    sparsities = (*(level for level in on_the_way if level < target), target)
-    if settings.steps_per_level is not None:
-        return [Level(sparsity, settings.steps_per_level) for sparsity in sparsities]
-    share, more = divmod(steps, len(sparsities))
-    return [Level(sparsity, share + (number < more)) for number, sparsity in enumerate(sparsities)]
+CURVES: Mapping[str, Callable[[float, float], float]] = {
+    "linear": lambda target, done: target * done,
+    "cubic": lambda target, done: target * (1 - (1 - done) ** 3),
+    "exponential": lambda target, done: 1 - (1 - target) ** done,
+}
+"""(target sparsity, fraction of the updates that are done) -> sparsity. Cubic: Zhu & Gupta 2017 (arXiv:1710.01878,
+eq. 1). Exponential: 1 - exp(gamma t) as in the GMP of cerebras_pytorch, its gamma such that the last is the target."""
+DROP_CURVES: Mapping[str, Callable[[float], float]] = {
+    "cosine": lambda done: (1 + math.cos(math.pi * done)) / 2,
+    "constant": lambda done: 1.0,
+}
+"""fraction of the steps up to the last update -> fraction of the setting `drop_fraction` that is dropped"""
 
 
-def _or(value: float | None, default: float) -> float:
-    return default if value is None else value
+def gradual_updates(settings: Mapping[str, Any], target: float, steps: int) -> list[Update]:
+    """Sparsity rises from 0 to `target` in K updates between two fractions of the steps, the last exactly at the end
+    (GMP: gradual magnitude pruning)."""
+    first = max(1, math.floor(settings["update_from"] * steps))
+    last = math.floor(settings["update_to"] * steps)
+    count = min(settings["gradual_updates"], last - first)
+    curve = CURVES[settings["gradual_curve"]]
+    at = [first + math.floor(k * (last - first) / count + 0.5) for k in range(1, count + 1)]
+    return [Update(step, target if step == last else curve(target, k / count)) for k, step in enumerate(at, 1)]
+
+
+def regrowing_updates(settings: Mapping[str, Any], target: float, steps: int) -> list[Update]:
+    """Every `update_every` steps a fraction of the kept weights is dropped and as many are grown (SET: Mocanu et al.
+    2018, arXiv:1707.04780; RigL: Evci et al. 2020, arXiv:1911.11134)."""
+    first, last = (math.floor(settings[name] * steps) for name in ("update_from", "update_to"))
+    share, every = DROP_CURVES[settings["drop_curve"]], settings["update_every"]
+    return [
+        Update(step, target, settings["drop_fraction"] * share(step / last))
+        for step in range(first + every, last, every)
+    ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,10 +81,12 @@ class Schedule:
 
     about: str
     """For a help."""
-    plan: Plan = no_updates
-    """The updates of one training."""
+    planner: Planner | None = None
+    """Plans the updates of masks within one training; None where there are none."""
     settings: tuple[str, ...] = ()
     """Those of `tune_sparse.config.ScheduleSettings` that it reads: part of the identity of its runs."""
+    defaults: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    """Its values of settings that are unset."""
     starts_dense: bool = False
     """Its training begins with every weight."""
     in_levels: bool = False
@@ -117,31 +94,62 @@ class Schedule:
     grows: str | None = None
     """By what dropped weights are replaced: "random", or the dense "gradient"; None if they are not."""
 
+    def read(self, settings: Any) -> dict[str, Any]:
+        """The settings that it reads of a `ScheduleSettings`, its own defaults in place of those that are unset."""
+        given = {name: getattr(settings, name) for name in self.settings}
+        return {name: self.defaults.get(name) if value is None else value for name, value in given.items()}
 
-REGROWING = ("update_from", "update_to", "update_every", "drop_fraction", "drop_curve", "start_from")
+    def plan(self, settings: Any, target: float, steps: int) -> list[Update]:
+        """The updates of masks in one training of so many steps, by a `ScheduleSettings`."""
+        return self.planner(self.read(settings), target, steps) if self.planner else []
+
+    def levels(self, settings: Any, target: float, steps: int) -> list[Level]:
+        """The levels of a chain below `target`, closed by it, each with `steps_per_level` steps or its part of `steps`.
+
+        What cannot be divided goes to the first levels, one step each, so that each level but the last is also the
+        last one of a chain that ends with it.
+        """
+        if not self.in_levels or not target:
+            return []
+        read = self.read(settings)
+        sparsities = (*(level for level in read["levels"] if level < target), target)
+        if read["steps_per_level"] is not None:
+            return [Level(sparsity, read["steps_per_level"]) for sparsity in sparsities]
+        share, more = divmod(steps, len(sparsities))
+        return [Level(sparsity, share + (number < more)) for number, sparsity in enumerate(sparsities)]
+
+
+REGROWING = ("update_from", "update_to", "update_every", "drop_fraction", "drop_curve")
+REGROWING_DEFAULTS = {"update_from": 0.0, "update_to": 0.75}
 SCHEDULES = {
     ONE_SHOT: Schedule(about="masks are made before the training and stay"),
     "gradual": Schedule(
-        about="the training begins with every weight, and masks grow in steps (GMP: gradual magnitude pruning)",
-        plan=gradual_updates,
+        about="the training begins with every weight, and step by step more of the smallest are pruned (GMP: gradual "
+        "magnitude pruning)",
+        planner=gradual_updates,
         settings=("update_from", "update_to", "gradual_updates", "gradual_curve", "revivable"),
+        defaults={"update_from": 0.15, "update_to": 0.85},
         starts_dense=True,
     ),
     ITERATIVE: Schedule(
         about="level after level: the weights as they are by then are pruned further, then tuned",
-        settings=("levels", "rescore"),
+        settings=("levels", "steps_per_level", "rescore", "restart_learning_rate"),
+        defaults={"levels": LEVELS},
         in_levels=True,
     ),
     "set": Schedule(
-        about="at one sparsity, the smallest weights are dropped and others grown at random (SET)",
-        plan=regrowing_updates,
+        about="at one sparsity, beginning with the masks of the method, the smallest weights are dropped and as many "
+        "others grown at random (SET: sparse evolutionary training)",
+        planner=regrowing_updates,
         settings=REGROWING,
+        defaults=REGROWING_DEFAULTS,
         grows="random",
     ),
     "rigl": Schedule(
-        about="at one sparsity, the smallest weights are dropped and those of the largest gradient grown (RigL)",
-        plan=regrowing_updates,
+        about="as set, but those of the largest gradient are grown (RigL: rigging the lottery)",
+        planner=regrowing_updates,
         settings=REGROWING,
+        defaults=REGROWING_DEFAULTS,
         grows="gradient",
     ),
 }

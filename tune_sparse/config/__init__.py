@@ -20,10 +20,11 @@ from tune_sparse.config.presets import DEFAULT_PRESET, preset_settings
 from tune_sparse.config.protocol import Protocol as Protocol
 from tune_sparse.config.protocol import without_published
 from tune_sparse.config.schedule_settings import ScheduleSettings as ScheduleSettings
+from tune_sparse.config.schedule_settings import check_are_read, check_schedules
 from tune_sparse.errors import unknown_name
 from tune_sparse.modes import DENSE, MODES, SPARSE_ADAPTER_MODES
 from tune_sparse.net import check_address
-from tune_sparse.schedules import ONE_SHOT, SCHEDULES
+from tune_sparse.schedules import ONE_SHOT
 
 LORA_SETTINGS = ("lora_rank", "lora_alpha", "lora_dropout", "masked_lora_impl")
 BACKENDS = ("torch", "cerebras")
@@ -181,9 +182,6 @@ class SweepConfig:
         for mode in self.modes:
             if mode not in MODES:
                 raise unknown_name("mode", mode, MODES)
-        for schedule in self.schedules:
-            if schedule not in SCHEDULES:
-                raise unknown_name("schedule", schedule, SCHEDULES)
         rule(
             all(MODES[mode].is_pruned for mode in self.modes) or not any(self.sparsities),
             "the mode dense prunes nothing, so all sparsities must be 0 with it",
@@ -198,6 +196,7 @@ class SweepConfig:
                 value,
                 f"Leave it at {default}, or sweep the LoRA modes apart.",
             )
+        check_schedules(self.schedules, self.schedule_settings, self.modes, self.sparsities, self.protocol)
         alone = len(self.backend) == 1 or not {BOTH, SPLIT} & set(self.backend)
         rule(alone, f"{BOTH} and {SPLIT} name every backend, so nothing goes with them", self.backend, "Give one.")
         for backend in self.backend if self.backend != (SPLIT,) else ():
@@ -230,6 +229,12 @@ class SweepConfig:
         return tuple(mode for mode in self.modes if not MODES[mode].has_adapter)
 
     def _check_cerebras(self) -> None:
+        rule(
+            self.schedules == (ONE_SHOT,),
+            f"the backend cerebras trains with fixed masks, so its only schedule is {ONE_SHOT}",
+            self.schedules,
+            "Leave the others out, or train on torch.",
+        )
         masked = [mode for mode in self.modes if MODES[mode].masks_update]
         rule(
             not (self.protocol.lora_dropout and masked and any(self.sparsities)),
@@ -268,16 +273,18 @@ class SweepConfig:
         for name in names:
             if name not in known:
                 raise unknown_name("setting", name, known)
-        names = preset_settings(names) | dict(without_published(names))
+        given, names = names, preset_settings(names) | dict(without_published(names))
         own, protocol, budgets, cerebras, schedule_settings = (
             {f.name: converted(kind, f, names[f.name]) for f in fields(kind) if f.name in names} for kind in kinds
         )
         if own.get("backend") == (BOTH,):
             own["backend"] = BACKENDS
-        return cls(
+        config = cls(
             **own,
             protocol=Protocol(**protocol),
             budgets=BudgetOptions(**budgets),
             cerebras=Cerebras(**cerebras),
             schedule_settings=ScheduleSettings(**schedule_settings),
         )
+        check_are_read(schedule_settings.keys() & given.keys(), config.schedules, config.modes)
+        return config

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, product
 
 from tune_sparse.config.options import option, rule
+from tune_sparse.config.protocol import Protocol
 from tune_sparse.errors import unknown_name
-from tune_sparse.schedules import LEVELS
+from tune_sparse.modes import MODES
+from tune_sparse.schedules import LEVELS, MIN_UPDATES, ONE_SHOT, SCHEDULES
 
-CURVES = {"linear": "by the same amount each time", "cubic": "fast at first (Zhu & Gupta 2017)"}
-DROP_CURVES = {"cosine": "falls to 0 at the last update", "constant": "stays"}
-STARTS = {
-    "method": "the mask of the pruning method, the only sensible one for pretrained weights",
-    "random": "a random mask",
+CURVES = {
+    "linear": "by the same amount each time",
+    "cubic": "fast at first",
+    "exponential": "each time the same fraction of the kept weights is pruned",
 }
+DROP_CURVES = {"cosine": "falls to 0 towards the last update", "constant": "stays"}
 
 
 @dataclass(frozen=True)
@@ -24,25 +27,26 @@ class ScheduleSettings:
     update_from: float | None = option(
         "gradual, set, rigl: fraction of the steps before which no mask changes",
         None,
-        unset="0.15 for gradual, 0 for set and rigl",
+        unset="so 0.15 for gradual and 0 for set and rigl",
         heading="schedules",
     )
     update_to: float | None = option(
         "gradual, set, rigl: fraction of the steps after which no mask changes",
         None,
-        unset="0.85 for gradual, 0.75 for set and rigl",
+        unset="so 0.85 for gradual and 0.75 for set and rigl",
     )
-    gradual_updates: int = option("gradual: number of updates, or of steps between the two fractions if less", 10)
-    gradual_curve: str = option("gradual: how the sparsity rises", "linear", choices=CURVES)
+    gradual_updates: int = option(
+        "gradual: number of updates of the masks, or of steps between the two fractions if they are fewer", 10
+    )
+    gradual_curve: str = option("gradual: how the sparsity rises to that of the cell", "linear", choices=CURVES)
     revivable: bool = option(
         "gradual: pruned weights are trained on below their mask and may come back with the next update", False
     )
-    update_every: int = option("set, rigl: steps from one update to the next", 100)
+    update_every: int = option("set, rigl: steps from one update of the masks to the next", 100)
     drop_fraction: float = option("set, rigl: fraction of the kept weights that the first updates drop", 0.3)
-    drop_curve: str = option("set, rigl: what becomes of that fraction", "cosine", choices=DROP_CURVES)
-    start_from: str = option("set, rigl: the first masks", "method", choices=STARTS)
+    drop_curve: str = option("set, rigl: how that fraction goes on", "cosine", choices=DROP_CURVES)
     levels: tuple[float, ...] | None = option(
-        "iterative: sparsities on the way, of which a cell takes those below its own",
+        "iterative: rising sparsities on the way, of which a cell takes those below its own",
         None,
         unset="so " + " ".join(f"{level:g}" for level in LEVELS),
     )
@@ -53,20 +57,90 @@ class ScheduleSettings:
     restart_learning_rate: bool = option(
         "iterative: warm-up and decay of the learning rate begin anew with each level, instead of once for all", True
     )
-    dynamics_every: int = option("steps between two records of the masks, besides one at each update", 100)
+    dynamics_every: int = option(
+        "masked-finetuning: steps between two records of the masks, besides one at each update", 100
+    )
 
     def __post_init__(self) -> None:
-        levels = self.levels or ()
-        is_rising = all(0 < low < high for low, high in pairwise((*levels, 1.0)))
-        rule(is_rising, "levels must rise, each in (0, 1)", levels, "Sort them.")
-        steps = self.steps_per_level
-        rule(steps is None or steps >= 1, "steps_per_level must be at least 1 or none", steps, "Give steps.")
         for name in ("update_from", "update_to"):
             value = getattr(self, name)
             rule(value is None or 0 <= value <= 1, f"{name} must be a fraction of the steps", value, "Give one.")
-        for name in ("gradual_updates", "update_every", "dynamics_every"):
-            rule(getattr(self, name) >= 1, f"{name} must be at least 1", getattr(self, name), "Give a larger number.")
-        rule(0 < self.drop_fraction < 1, "drop_fraction must be in (0, 1)", self.drop_fraction, "Give a fraction.")
-        for name, choices in (("gradual_curve", CURVES), ("drop_curve", DROP_CURVES), ("start_from", STARTS)):
+        for name in ("gradual_updates", "update_every", "steps_per_level", "dynamics_every"):
+            value = getattr(self, name)
+            rule(value is None or value >= 1, f"{name} must be at least 1", value, "Give a larger number.")
+        drop = self.drop_fraction
+        rule(0 < drop < 1, "drop_fraction is the fraction of kept weights, in (0, 1)", drop, "Give one such as 0.3.")
+        levels = self.levels or ()
+        rule(all(0 < level < 1 for level in levels), "levels are sparsities in (0, 1)", levels, "Give fractions.")
+        rising = all(low < high for low, high in pairwise(levels))
+        rule(rising, "levels must rise, as what is pruned stays pruned", levels, "Sort them, each once.")
+        for name, choices in (("gradual_curve", CURVES), ("drop_curve", DROP_CURVES)):
             if getattr(self, name) not in choices:
                 raise unknown_name(name, getattr(self, name), choices)
+
+
+def check_schedules(
+    schedules: Sequence[str],
+    settings: ScheduleSettings,
+    modes: Sequence[str],
+    sparsities: Sequence[float],
+    protocol: Protocol,
+) -> None:
+    """Raise `InputError` for a schedule that no table has, that a mode cannot follow, or that changes too little in
+    the trainings of a protocol."""
+    for schedule, mode in product(schedules, modes):
+        if schedule not in SCHEDULES:
+            raise unknown_name("schedule", schedule, SCHEDULES)
+        rule(
+            schedule == ONE_SHOT or not MODES[mode].has_adapter,
+            f"the mode {mode} trains LoRA on fixed masks, so its only schedule is {ONE_SHOT}",
+            schedule,
+            "Give --modes masked-finetuning, or leave the schedule out.",
+        )
+    for schedule in schedules:
+        rule(
+            protocol.recover == "none" or not SCHEDULES[schedule].starts_dense,
+            f"recover is for weights that are pruned before the training, and {schedule} begins with all of them",
+            protocol.recover,
+            "Leave recover out, or the schedule.",
+        )
+        _check_updates(schedule, settings, protocol.steps)
+    above = [level for level in settings.levels or () if level >= max(sparsities)]
+    rule(not above, f"levels lie below the largest sparsity of the sweep, {max(sparsities):g}", above, "Leave it out.")
+
+
+def _check_updates(schedule: str, settings: ScheduleSettings, steps: int) -> None:
+    facts = SCHEDULES[schedule]
+    if facts.planner is None:
+        return
+    read = facts.read(settings)
+    rule(
+        read["update_from"] < read["update_to"],
+        f"the updates of {schedule} must end after they begin, at update_from = {read['update_from']:g}",
+        read["update_to"],
+        "Raise update_to.",
+    )
+    count = len(facts.plan(settings, 0.5, steps))
+    more = [name for name in ("gradual_updates", "update_every") if name in facts.settings]
+    rule(
+        count >= MIN_UPDATES,
+        f"{schedule} must update masks at least {MIN_UPDATES} times in the {steps} steps of a training",
+        count,
+        f"Raise steps, {'lower' if more == ['update_every'] else 'raise'} {more[0]}, or raise update_to.",
+    )
+
+
+def check_are_read(names: Iterable[str], schedules: Collection[str], modes: Collection[str]) -> None:
+    """Raise `InputError` for a setting of schedules that was given though nothing in the sweep reads it."""
+    read = {name for schedule in schedules if schedule in SCHEDULES for name in SCHEDULES[schedule].settings}
+    if any(not MODES[mode].has_adapter for mode in modes):
+        read.add("dynamics_every")
+    for name in names:
+        readers = [schedule for schedule, facts in SCHEDULES.items() if name in facts.settings]
+        rule(
+            name in read,
+            f"the setting {name} is read by {' and '.join(readers) or 'masked-finetuning'} alone, and a sweep has no "
+            "settings that nothing reads",
+            list(schedules) if readers else list(modes),
+            "Leave it out, or sweep what reads it.",
+        )

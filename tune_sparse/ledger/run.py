@@ -41,7 +41,7 @@ class Run:
     budgets: BudgetOptions = BudgetOptions()
     """What its user set of the budgets. Only with dropout a micro-batch changes more than the order of additions."""
     schedule_settings: ScheduleSettings = ScheduleSettings()
-    """Of a level of a chain, `levels` are all up to its own, and the steps of its protocol are those of all of them."""
+    """Of a level of a chain, `levels` are all up to its own, among which the steps of its protocol are divided."""
     chain_steps: int | None = None
     """Steps of the whole chain of which it is a level, if one learning-rate schedule goes over all of it."""
 
@@ -66,17 +66,16 @@ class Run:
     @property
     def own_steps(self) -> int:
         """Optimizer steps of its own training: of a level, those after its pruning alone."""
-        return (
-            self.protocol.steps // len(self.schedule_settings.levels or (0,)) if self.is_level else self.protocol.steps
-        )
+        levels = len(self.schedule_settings.levels or ()) if self.is_level else 1
+        return self.protocol.steps // max(1, levels)
 
     @property
     def own_protocol(self) -> Protocol:
         """The protocol of its own training: of a level, with its own steps alone."""
         if not self.is_level:
             return self.protocol
-        no_warmup = {} if self.chain_steps is None else {"warmup_steps": 0}
-        return replace(self.protocol, steps=self.own_steps, **no_warmup)
+        warmup_steps = self.protocol.warmup_steps if self.chain_steps is None else 0
+        return replace(self.protocol, steps=self.own_steps, warmup_steps=warmup_steps)
 
     @property
     def is_pruned(self) -> bool:
@@ -122,6 +121,8 @@ class Run:
         """Names the accuracy before tuning, which neither the mode nor the training changes; but for a level of a
         chain, which was tuned before it was pruned."""
         c, p = self.cell, self.protocol
+        if SCHEDULES[c.schedule].starts_dense:
+            return replace(self, cell=replace(c, method="none", sparsity=0.0, schedule=ONE_SHOT)).pruned_baseline_id
         seed = c.seed if c.method in METHODS and METHODS[c.method].needs.seed else 0
         scored = [getattr(p, name) for name in SCORING]
         inputs = (NUMERICS_VERSION, self.model_fingerprint, self.data_fingerprint, self.prompt_version)
@@ -180,8 +181,7 @@ class Run:
             known["protocol"] = {k: v for k, v in known["protocol"].items() if k not in CALIBRATION_SETTINGS}
         if not self.is_recovered:
             del known["protocol"]["recover"]
-        read = SCHEDULES[self.cell.schedule].settings
-        known["schedule_settings"] = {name: getattr(self.schedule_settings, name) for name in read}
+        known["schedule_settings"] = SCHEDULES[self.cell.schedule].read(self.schedule_settings)
         if self.cell.schedule == ONE_SHOT:
             del known["schedule_settings"], known["cell"]["schedule"]
         if tokens := fixed_micro_batch_tokens(self.protocol, self.budgets):
@@ -197,8 +197,8 @@ class Run:
     def from_config(cls, config: Mapping[str, Any]) -> Run:
         own = {"cell": Cell(**config["cell"]), "protocol": Protocol(**config["protocol"])}
         own["budgets"] = BudgetOptions(**config.get("budgets", {}))
-        settings = dict(config["schedule_settings"])
-        settings["levels"] = None if settings["levels"] is None else tuple(settings["levels"])
+        settings: dict[str, Any] = dict(config.get("schedule_settings", {}))
+        settings |= {name: tuple(value) for name, value in settings.items() if isinstance(value, list)}
         own["schedule_settings"] = ScheduleSettings(**settings)
         if config.get("super_adapter"):
             own["super_adapter"] = SuperAdapter.from_config(config["super_adapter"])

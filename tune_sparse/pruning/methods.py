@@ -13,6 +13,7 @@ from itertools import product
 
 from tune_sparse.errors import InputError, unknown_name
 from tune_sparse.pruning.scores import SCORES, Needs
+from tune_sparse.schedules import ONE_SHOT, SCHEDULES
 
 ALLOCATIONS = {
     "uniform": "prunes the same fraction of every matrix",
@@ -121,3 +122,22 @@ def method_named(name: str) -> Method:
                 raise InputError(f"a method must make sense, got {name!r}: {reason}. Choose another combination.")
             raise InputError(f"a method has one name, got {name!r}, which is called {OWN_NAMES[parts]!r}. Write that.")
     raise unknown_name("method", name, METHODS)
+
+
+def check_schedule(name: str, schedule: str) -> None:
+    """Raise `InputError` for a method whose masks a schedule cannot make or keep."""
+    if reason := _unfollowable(method_named(name), schedule):
+        raise InputError(
+            f"a method must suit its schedule, got {name!r} with {schedule!r}: {reason}. Sweep one without the other."
+        )
+
+
+def _unfollowable(method: Method, schedule: str) -> str | None:
+    facts = SCHEDULES[schedule]
+    if method.fixed_sparsity is not None and schedule != ONE_SHOT and not facts.grows:
+        return f"{method.pattern} has one sparsity, and there are others on the way"
+    if method.pattern != "element-wise" and facts.planner:
+        return f"its updates change single weights, so that masks would not stay {method.pattern}"
+    if facts.starts_dense and method.needs != Needs():
+        return "its updates know the weights alone, so that only magnitude can score them"
+    return None

@@ -14,7 +14,7 @@ from tune_sparse.models.architectures import read_weights
 from tune_sparse.models.dims import ModelDims
 from tune_sparse.pruning.bit_masks import BitMasks
 from tune_sparse.pruning.calibration import CalibrationStats, ModelBlocks
-from tune_sparse.pruning.masks import mask_into
+from tune_sparse.pruning.masks import Masks, mask_into
 from tune_sparse.pruning.methods import method_named
 from tune_sparse.pruning.prune_model import (
     NO_STATISTICS,
@@ -44,26 +44,35 @@ def prune_into(
     sparsity: float,
     seed: int = 0,
     calibration: Calibration | None = None,
+    kept: Masks | None = None,
 ) -> BitMasks:
     """Prune the matrices of a model to one sparsity, in place, and return their masks.
 
-    At sparsity 0 everything is kept, whatever the method. Raises as `prune`.
+    kept: masks that the model has already, which only lose weights. At sparsity 0 everything is kept, whatever the
+    method. Raises as `prune`.
     """
     weights = read_weights(model)
     if sparsity == 0:
         return BitMasks.pack((name, torch.ones_like(own, dtype=torch.bool)) for name, own in weights.items())
-    found = _pruned(model, Prunable.from_weights(weights, dims), method, sparsity, seed, calibration or Calibration())
+    prunable = Prunable.from_weights(weights, dims)
+    found = _pruned(model, prunable, method, sparsity, seed, calibration or Calibration(), kept)
     return BitMasks.pack(_write_into(weights, found, method_named(method).updates_weights))
 
 
 def _pruned(
-    model: PreTrainedModel, prunable: Prunable, method: str, sparsity: float, seed: int, calibration: Calibration
+    model: PreTrainedModel,
+    prunable: Prunable,
+    method: str,
+    sparsity: float,
+    seed: int,
+    calibration: Calibration,
+    kept: Masks | None,
 ) -> Iterator[PrunedMatrix]:
     statistics, is_sequential = calibration.statistics, calibration.is_sequential
     if not needs_blockwise(method, is_sequential):
-        return prune(method, prunable, [sparsity], seed, statistics)
+        return prune(method, prunable, [sparsity], seed, statistics, kept)
     blocks, examples = ModelBlocks(model), calibration.examples
-    return prune_blockwise(method, prunable, blocks, examples, [sparsity], seed, statistics, is_sequential)
+    return prune_blockwise(method, prunable, blocks, examples, [sparsity], seed, statistics, is_sequential, kept)
 
 
 def _write_into(

@@ -29,6 +29,7 @@ from tune_sparse.pruning.calibration import (
     gradient_sums,
 )
 from tune_sparse.pruning.masks import (
+    Masks,
     channel_mask,
     group_norms,
     group_parts,
@@ -39,7 +40,7 @@ from tune_sparse.pruning.masks import (
 from tune_sparse.pruning.methods import GROUPS, Method, method_named
 from tune_sparse.pruning.scores import SCORES, ScoreInputs
 from tune_sparse.pruning.sparsegpt import inverse_factor, sparsegpt
-from tune_sparse.pruning.survival_map import group_survival_map, row_survival_map, survival_map
+from tune_sparse.pruning.survival_map import below_all, group_survival_map, row_survival_map, survival_map
 from tune_sparse.watchdog import heartbeat
 
 NO_STATISTICS = CalibrationStats()
@@ -89,12 +90,14 @@ def prune(
     sparsities: Sequence[float],
     seed: int = 0,
     statistics: CalibrationStats = NO_STATISTICS,
+    kept: Masks | None = None,
 ) -> Iterator[PrunedMatrix]:
     """Every matrix pruned to ascending sparsities, block after block, by a method that updates no weights.
 
+    kept: masks that the weights have already, which only lose weights.
     Raises `InputError` for a method or sparsity that makes no sense here, or a layer that would lose everything.
     """
-    job = Job.from_name(method, model, sparsities, seed, statistics)
+    job = Job.from_name(method, model, sparsities, seed, statistics, kept)
     assert not job.method.updates_weights
     for _, block in groupby(model.matrices, key=lambda matrix: matrix.block):
         yield from job.prune_block(list(block), statistics)
@@ -109,6 +112,7 @@ def prune_blockwise(
     seed: int = 0,
     statistics: CalibrationStats = NO_STATISTICS,
     sequential: bool = False,
+    kept: Masks | None = None,
 ) -> Iterator[PrunedMatrix]:
     """As `prune`, with the inputs of each block measured just before it is pruned.
 
@@ -116,7 +120,7 @@ def prune_blockwise(
     the pruned weights.
     """
     assert not sequential or len(sparsities) == 1
-    job = Job.from_name(method, model, sparsities, seed, statistics)
+    job = Job.from_name(method, model, sparsities, seed, statistics, kept)
     for number, inputs in calibrate_blockwise(blocks, examples, job.method.updates_weights, sequential):
         here = replace(statistics, norms=statistics.norms | {source: sums.norms for source, sums in inputs.items()})
         matrices = [matrix for matrix in model.matrices if matrix.block == number]
@@ -140,15 +144,23 @@ class Job:
     sparsities: Sequence[float]
     seed: int
     counts: Counts
+    kept: Masks | None = None
+    """that the weights have already: masks that only lose weights"""
 
     @classmethod
     def from_name(
-        cls, name: str, model: Prunable, sparsities: Sequence[float], seed: int, statistics: CalibrationStats
+        cls,
+        name: str,
+        model: Prunable,
+        sparsities: Sequence[float],
+        seed: int,
+        statistics: CalibrationStats,
+        kept: Masks | None = None,
     ) -> Job:
         method = method_named(name)
         assert list(sparsities) == sorted(sparsities)
         check_method_sparsities(name, model.dims, sparsities)
-        job = cls(method, model, sparsities, seed, {})
+        job = cls(method, model, sparsities, seed, {}, kept)
         if method.pattern != "element-wise":
             return job
         if method.allocation == "global":
@@ -165,10 +177,12 @@ class Job:
     def scores(self, matrix: Matrix, statistics: CalibrationStats) -> Tensor:
         """Importance of each weight, in the checkpoint's layout; up to the sign, which `survival_map` ignores."""
         heartbeat()
-        if self.method.score == "magnitude" and self.method.pattern not in GROUPS:
-            return self.model.weights[matrix.name]
-        weight = matrix.oriented(self.model.weights[matrix.name])
-        return matrix.oriented(oriented_scores(self.method.score, matrix, weight, self.seed, statistics)).contiguous()
+        found = self.model.weights[matrix.name]
+        if self.method.score != "magnitude" or self.method.pattern in GROUPS:
+            weight = matrix.oriented(found)
+            of_rows = oriented_scores(self.method.score, matrix, weight, self.seed, statistics)
+            found = matrix.oriented(of_rows).contiguous()
+        return found if self.kept is None else below_all(found, self.kept[matrix.name])
 
     def prune_block(
         self,
@@ -220,6 +234,7 @@ class Job:
                 GROUPS.get(self.method.pattern),
                 matrix.transposed,
                 dead,
+                None if self.kept is None else matrix.oriented(self.kept[matrix.name]),
             )
             return matrix.oriented(new).to(weight.dtype).contiguous(), matrix.oriented(keep).contiguous()
 
@@ -233,6 +248,9 @@ class Job:
         for _, part in groupby(matrices, key=lambda m: (m.expert, m.is_attention)):
             together = list(part)
             norms = group_norms(*(self._group_scores(matrix, statistics) for matrix in together))
+            if self.kept is not None:
+                of_groups = [group_parts(m, dims, m.oriented(self.kept[m.name])) for m in together]
+                norms[group_norms(*of_groups) == 0] = -1  # gone as a whole: before a group of zeros that is kept
             keeps = [keep_highest(norms, counts[not together[0].is_attention]) for counts in lost]
             for matrix in together:
                 yield self._of_channels(matrix, [kept_channels(matrix, dims, keep, keep) for keep in keeps])

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tune_sparse.pruning.masks import keep_highest
-from tune_sparse.pruning.survival_map import survival_map
+from tune_sparse.pruning.survival_map import below_all, survival_map
 
 DAMPING = 0.01
 """Fraction of the mean of the Hessian's diagonal that is added to it."""
@@ -48,23 +48,30 @@ def sparsegpt(
     group: tuple[int, int] | None = None,
     transposed: bool = False,
     dead: Tensor | None = None,
+    kept: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(weight with `pruned` zeros and the rest updated, in fp32; keep-mask): both (O, I).
 
     weight: (O, I), factor: (I, I) from `inverse_factor`. group: (kept, of so many neighbours in a row) decides
     instead of `pruned`. `transposed`: positions count as in a stored (I, O). dead: (I,) of bool, inputs that are always
     0; what reads them becomes 0 first, as the authors' code has it, so that it goes before weights that do something.
+    kept: (O, I) of bool, a mask that the weight has already; what is gone is among those that go. Like them it may make
+    up for errors to its left until its column is reached, and its own error is made up for to its right.
     """
     columns = weight.T.to(torch.float32, copy=True).contiguous()
     if dead is not None:
         columns.masked_fill_(dead[:, None], 0)
     keep = torch.ones_like(columns, dtype=torch.bool)
-    width = len(columns)
+    before = None if kept is None else kept.T
+    width, gone = len(columns), 0
     for start in range(0, width, BLOCK):
         stop = min(start + BLOCK, width)
         if group is None:
-            share = pruned * stop // width - pruned * start // width
-            keep[start:stop] = _keep(columns[start:stop], factor.diagonal()[start:stop], share, transposed)
+            here = None if before is None else before[start:stop]
+            already = 0 if here is None else int((~here).sum())
+            share = max(pruned * stop // width - gone, already)
+            keep[start:stop] = _keep(columns[start:stop], factor.diagonal()[start:stop], share, transposed, here)
+            gone += share
         errors = _prune_block(columns, keep, factor, start, stop, group)
         columns[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
     return columns.T, keep.T
@@ -92,8 +99,10 @@ def _scores(columns: Tensor, diagonal: Tensor) -> Tensor:
     return columns.square() / diagonal.square()[:, None]
 
 
-def _keep(columns: Tensor, diagonal: Tensor, pruned: int, transposed: bool) -> Tensor:
+def _keep(columns: Tensor, diagonal: Tensor, pruned: int, transposed: bool, kept: Tensor | None) -> Tensor:
     scores = _scores(columns, diagonal)
+    if kept is not None:
+        scores = below_all(scores, kept)
     if scores.device.type != "cpu":  # a sort waits for nothing there
         return keep_highest(scores, pruned) if transposed else keep_highest(scores.T, pruned).T
     return survival_map(scores, [pruned]) > 0 if transposed else (survival_map(scores.T, [pruned]) > 0).T

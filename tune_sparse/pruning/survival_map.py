@@ -65,6 +65,17 @@ def survival_map(scores: Tensor, counts: Sequence[int]) -> Tensor:
     return levels.view(scores.shape)
 
 
+def below_all(scores: Tensor, kept: Tensor) -> Tensor:
+    """The same order, by absolute values, but with the weights that are gone below all that are kept: those that score
+    0 as well. What `survival_map` prunes first are then the former, so that masks only lose weights.
+
+    scores: finite. kept: their mask. Both in one shape.
+    """
+    kind, magnitude, _ = BITS[scores.dtype]
+    following = (scores.contiguous().view(kind) & magnitude) + 1  # the next larger number
+    return (following * kept).view(scores.dtype)
+
+
 def _positions(chosen: Tensor) -> Tensor:
     """Positions at which a flat bool tensor is true, ascending."""
     if chosen.device.type == "cpu":  # NumPy's is several times faster there

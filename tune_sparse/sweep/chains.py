@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from itertools import pairwise, product
 
 from tune_sparse.config import Cell, SweepConfig
 from tune_sparse.config.options import rule
@@ -14,21 +15,19 @@ from tune_sparse.ledger.run import Run
 from tune_sparse.models.dims import ModelDims
 from tune_sparse.pruning.masks import structured_counts
 from tune_sparse.pruning.methods import method_named
-from tune_sparse.schedules import SCHEDULES, Level, planned_levels
+from tune_sparse.schedules import SCHEDULES, Level
 
 
 def levels_of(config: SweepConfig, cell: Cell) -> list[Level]:
     """The levels of the chain that ends with a cell, each with the steps of its own training; none without levels."""
-    if not SCHEDULES[cell.schedule].in_levels or not cell.sparsity:
-        return []
-    return planned_levels(config.schedule_settings, cell.sparsity, config.protocol.steps)
+    return SCHEDULES[cell.schedule].levels(config.schedule_settings, cell.sparsity, config.protocol.steps)
 
 
 def chains_of(config: SweepConfig) -> list[list[Level]]:
     """The levels of each chain of a sweep, by the sparsities of its cells."""
-    has_levels = any(SCHEDULES[name].in_levels for name in config.schedules)
-    sparsities = [sparsity for sparsity in config.sparsities if sparsity] if has_levels else []
-    return [planned_levels(config.schedule_settings, sparsity, config.protocol.steps) for sparsity in sparsities]
+    settings, steps = config.schedule_settings, config.protocol.steps
+    pairs = product(config.schedules, config.sparsities)
+    return [levels for name, sparsity in pairs if (levels := SCHEDULES[name].levels(settings, sparsity, steps))]
 
 
 def chain_cells(config: SweepConfig, cell: Cell) -> list[tuple[Cell, tuple[Level, ...]]]:
@@ -39,16 +38,17 @@ def chain_cells(config: SweepConfig, cell: Cell) -> list[tuple[Cell, tuple[Level
     ] or [(cell, ())]
 
 
-def last_of_chain(run: Run, levels: list[Level], restarts: bool) -> Run:
+def last_of_chain(run: Run, levels: list[Level]) -> Run:
     """A run with the levels of the chain that it ends, and the steps of all of them. Without levels it stays."""
     if not levels:
         return run
-    steps = sum(level.steps for level in levels)
+    settings, steps = run.schedule_settings, sum(level.steps for level in levels)
+    up_to = tuple(level.sparsity for level in levels)
     return replace(
         run,
         protocol=replace(run.protocol, steps=steps),
-        schedule_settings=replace(run.schedule_settings, levels=tuple(level.sparsity for level in levels)),
-        chain_steps=None if restarts else steps,
+        schedule_settings=replace(settings, levels=up_to, steps_per_level=None),
+        chain_steps=None if settings.restart_learning_rate else steps,
     )
 
 
@@ -59,16 +59,12 @@ def chain(run: Run) -> list[Run]:
 
 
 def check_chains(config: SweepConfig) -> None:
-    """Raise `InputError` for levels that no cell reaches, or that cannot be trained or pruned further."""
+    """Raise `InputError` for levels that cannot be trained, or pruned further as asked."""
     chains = chains_of(config)
     if not chains:
         return
-    settings, largest = config.schedule_settings, max(config.sparsities)
-    for level in settings.levels or ():
-        rule(level <= largest, "a level must not be above the largest sparsity", level, "Leave it out.")
-    rule(config.backends == ("torch",), "levels are trained by the backend torch alone", config.backends, "Give torch.")
     rule(config.protocol.recover == "none", "levels are not recovered", config.protocol.recover, "Set recover=none.")
-    for method in config.methods if not settings.rescore else ():
+    for method in config.methods if not config.schedule_settings.rescore else ():
         rule(
             not method_named(method).updates_weights,
             "rescore=false takes the masks of the dense model, whose weights a method must not update",
@@ -82,6 +78,7 @@ def check_chains(config: SweepConfig) -> None:
             config.protocol.steps,
             "Raise steps, or give fewer levels.",
         )
+        replace(config.protocol, steps=min(level.steps for level in levels))  # has room for the warm-up
 
 
 def check_nested(method: str, dims: ModelDims, levels: list[Level]) -> None:
@@ -89,7 +86,7 @@ def check_nested(method: str, dims: ModelDims, levels: list[Level]) -> None:
     if method_named(method).pattern != "structured":
         return
     counts = [structured_counts(dims, level.sparsity) for level in levels]
-    for (before, after), level in zip(zip(counts, counts[1:], strict=False), levels[1:], strict=True):
+    for (before, after), level in zip(pairwise(counts), levels[1:], strict=True):
         if after[0] < before[0] or after[1] < before[1]:
             raise InputError(
                 f"what a level prunes must stay pruned: {method} takes (groups, channels) {before} from a block, and "

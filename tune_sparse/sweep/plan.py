@@ -27,7 +27,7 @@ from tune_sparse.models.checkpoints import Checkpoint, check_checkpoint, short_n
 from tune_sparse.models.dims import ModelDims
 from tune_sparse.models.toy_models import TOY_MODELS
 from tune_sparse.modes import MODES
-from tune_sparse.pruning.methods import method_named
+from tune_sparse.pruning.methods import check_schedule, method_named
 from tune_sparse.pruning.prune_model import check_method_sparsities
 from tune_sparse.pruning.reconstruction import check_recoverable, check_windows
 from tune_sparse.sweep.cards import gpus_asked
@@ -212,7 +212,7 @@ def _run_namer(config: SweepConfig, checkpoints: Mapping[str, Checkpoint], examp
             budgets=config.budgets,
             schedule_settings=config.schedule_settings,
         )
-        return last_of_chain(run, levels_of(config, cell), config.schedule_settings.restart_learning_rate)
+        return last_of_chain(run, levels_of(config, cell))
 
     return name_run
 
@@ -263,6 +263,8 @@ def check_names(config: SweepConfig) -> None:
                 f"{method} needs gradients of the whole dense model, got calibration_order sequential. "
                 "Set calibration_order=dense, or leave the method out."
             )
+        for schedule in config.schedules:
+            check_schedule(method, schedule)
 
 
 def _check_distinct_names(references: Sequence[str]) -> None:
