@@ -34,6 +34,11 @@ SHARES = (0.15, 0.25, 0.33, 0.42)
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 
 
+def runs_of(curve: Curve) -> list[str]:
+    """The dense one and those of the levels, each of one point."""
+    return [*curve.dense, *(run for [run] in curve.runs)]
+
+
 @dataclass(frozen=True)
 class World:
     """A whole matrix, and what it says of each run."""
@@ -59,9 +64,9 @@ class Table:
         """accuracy: of a place of a curve, -1 for its dense run. lost: whether the next training fails."""
         scores = dict[str, Score | None]()
         for curve in self.curves:
-            if curve.dense and curve.dense not in scores:
-                scores[curve.dense] = Score(accuracy(curve, -1))
-            for place, run in enumerate(curve.runs):
+            if curve.dense[0] not in scores:
+                scores[curve.dense[0]] = Score(accuracy(curve, -1))
+            for place, [run] in enumerate(curve.runs):
                 value = accuracy(curve, place)
                 before = min(1.0, value + self.before_merge[run]) if run in self.before_merge else None
                 scores[run] = None if lost() else Score(value, before_merge=before)
@@ -75,7 +80,7 @@ def read_table(folder: Path) -> Table:
     results, ledger = read_results([folder]), Ledger(folder)
     curves = curves_of(cell for sweep in results.sweeps for cell in sweep.cells)
     right, before = dict[str, Floats](), dict[str, float]()
-    for run in dict.fromkeys(run for curve in curves for run in (curve.dense, *curve.runs)):
+    for run in dict.fromkeys(run for curve in curves for run in runs_of(curve)):
         assert run in results.by_run, f"{run} is not done in {folder}"
         predictions, record = results.by_run[run].predictions, ledger.record(run)
         assert predictions is not None
@@ -108,7 +113,7 @@ def redrawn(table: Table, rng: np.random.Generator, levels: float = 0.0, luck: f
     shifts, dense = {curve.key: rng.normal(0, levels) if levels else 0.0 for curve in table.curves}, dict[str, float]()
 
     def accuracy(curve: Curve, place: int) -> float:
-        runs = (str(curve.dense), *curve.runs)
+        runs = runs_of(curve)
         if place < 0:
             return dense.setdefault(runs[0], float(np.clip(means[runs[0]] + rng.normal(0, luck), 0, 1)))
         moved = np.interp(place + 1 - shifts[curve.key], range(len(runs)), [means[run] for run in runs])
@@ -152,8 +157,8 @@ def found(world: World, gap: int) -> Iterator[dict[str, Score | None]]:
 
 def uniform(world: World, count: int, rng: np.random.Generator) -> dict[str, Score | None]:
     """What is known of the dense runs, and of others that are drawn."""
-    dense = list(dict.fromkeys(str(curve.dense) for curve in world.curves))
-    others = list(dict.fromkeys(run for curve in world.curves for run in curve.runs))
+    dense = list(dict.fromkeys(curve.dense[0] for curve in world.curves))
+    others = list(dict.fromkeys(run for curve in world.curves for run in runs_of(curve)[1:]))
     drawn = rng.permutation(len(others))[: max(0, count - len(dense))]
     return {run: world.scores[run] for run in [*dense, *(others[i] for i in drawn)]}
 
@@ -193,7 +198,7 @@ def tables(table: Table, worlds: int) -> dict[str, dict[str, dict[str, float]]]:
     """{family: {planner: means over worlds}}"""
     rng = np.random.default_rng(0)
     whole = {run: float(scores.mean()) for run, scores in table.right.items()}
-    as_is = table.world(lambda curve, place: whole[(str(curve.dense), *curve.runs)[place + 1]])
+    as_is = table.world(lambda curve, place: whole[runs_of(curve)[place + 1]])
     made = {"as it is": [as_is]} | {
         name: [make() for _ in range(worlds)] for name, make in families(table, rng).items()
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from itertools import product
+from itertools import chain, pairwise, product
 
 import pytest
 from hypothesis import given
@@ -141,7 +141,7 @@ def test_a_swept_matrix_needs_nothing_more_and_a_curve_that_is_not_monotone_says
     def rough(run: str) -> Score:
         return Score(0.4) if " 0.3 " in run else cliff(run)
 
-    every = {run: rough(run) for curve in curves() for run in (str(curve.dense), *curve.runs)}
+    every = {run: rough(run) for curve in curves() for run in chain(curve.dense, *curve.runs)}
     finder = Finder(curves(), RULE, ended=every)
     assert finder.next() is None
     assert finder.brackets[0].text() == "passes 0.5, fails 0.6 (9 runs); not monotone: fails 0.3 below"
@@ -161,11 +161,38 @@ def test_a_run_that_may_not_start_here_leaves_room_for_others() -> None:
     assert finder.next(lambda run: False) is None
 
 
+def test_every_point_of_a_level_is_run_before_the_next_level() -> None:
+    row = dict(zip(KEY, ("torch", "m", "t", "a", MODES[0], "one-shot", 0), strict=True))
+    runs = {(level, rate): f"t a x {level:g} {rate}" for level in NINE for rate in "xy"}
+    runs |= {(0.0, rate): f"t none {rate}" for rate in "xy"}
+    cells = [row | {"sparsity": at, "run_id": run, "axes": {"rate": rate}} for (at, rate), run in runs.items()]
+    sweep = Sweep(cliff)
+    sweep.run(Finder(curves_of(cells), RULE))
+    assert [" ".join(run.split()[-2:]) for run in sweep.order] == [
+        *("none x", "none y"),
+        *(f"{level} {rate}" for level in (0.5, 0.7, 0.6) for rate in "xy"),
+    ]
+
+
+def test_runs_that_a_level_begins_from_come_first_and_their_failure_is_its_own() -> None:
+    [first, *_] = curves(tasks=1)
+    runs = [run for [run] in first.runs]
+    before = dict(pairwise(reversed(runs)))
+    sweep = Sweep(cliff)
+    finder = sweep.run(Finder([first], RULE, before=before))
+    assert sweep.order == ["t0 none 0", *runs[:6]]
+    assert finder.brackets[0].text() == "passes 0.5, fails 0.6 (6 runs)"
+    sweep = Sweep(lambda run: None if run == runs[2] else cliff(run))
+    finder = sweep.run(Finder([first], RULE, before=before))
+    assert sweep.order == ["t0 none 0", *runs[:3]]
+    assert "cannot be decided at 0.3 and 0.4 and 0.5" in finder.brackets[0].text()
+
+
 def test_a_choice_among_ten_thousand_cells_looks_at_one_curve(monkeypatch: pytest.MonkeyPatch) -> None:
     """Brackets are made when a run ends, for its own curve."""
     many = curves(tasks=252)
     assert sum(len(curve.levels) + 1 for curve in many) == 10_080
-    finder, calls = Finder(many, RULE, ended={str(curve.dense): Score(0.9) for curve in many}), Counter[str]()
+    finder, calls = Finder(many, RULE, ended={curve.dense[0]: Score(0.9) for curve in many}), Counter[str]()
 
     def count(name: str, function: Callable[..., object]) -> None:
         def counted(*args: object) -> object:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,16 +19,16 @@ KEY = ("backend", "model", "task", "method", "mode", "schedule", "seed")
 
 @dataclass(frozen=True)
 class Curve:
-    """The cells of one setting over sparsity, each level with the run that serves it."""
+    """The cells of one setting over sparsity, each level with the run that serves it, or the runs of all its points."""
 
     key: tuple[Any, ...]
     """values of `KEY`"""
-    dense: str | None
-    """the run at sparsity 0"""
+    dense: tuple[str, ...]
+    """the runs at sparsity 0"""
     levels: tuple[float, ...]
     """above 0, ascending"""
-    runs: tuple[str, ...]
-    """of each level"""
+    runs: tuple[tuple[str, ...], ...]
+    """of each level, one for each point of the sweep's axes"""
 
     @property
     def name(self) -> str:
@@ -37,15 +39,19 @@ class Curve:
 
 
 def curves_of(cells: Iterable[Mapping[str, Any]]) -> list[Curve]:
-    """Group the cells that a sweep requested, in their order. Settings with no level above 0 are no curves."""
-    by_key: dict[tuple[Any, ...], dict[float, str]] = {}
+    """Group the cells that a sweep requested, in their order. Settings with no level above 0 are no curves.
+
+    Of cells that differ in nothing, which chains of levels have on their way, the first counts.
+    """
+    by_key: dict[tuple[Any, ...], dict[float, dict[str, str]]] = {}
     for cell in cells:
-        key = tuple(cell.get(name, ONE_SHOT) for name in KEY)
-        by_key.setdefault(key, {})[cell["sparsity"]] = cell["run_id"]
+        key, point = tuple(cell.get(name, ONE_SHOT) for name in KEY), json.dumps(cell.get("axes", {}))
+        by_key.setdefault(key, {}).setdefault(cell["sparsity"], {}).setdefault(point, cell["run_id"])
     found = []
-    for key, runs in by_key.items():
-        levels = tuple(sorted(level for level in runs if level > 0))
-        found.append(Curve(key, runs.get(0.0), levels, tuple(runs[level] for level in levels)))
+    for key, by_level in by_key.items():
+        runs = {level: tuple(dict.fromkeys(points.values())) for level, points in sorted(by_level.items())}
+        dense = runs.pop(0.0, ())
+        found.append(Curve(key, dense, tuple(runs), tuple(runs.values())))
     return [curve for curve in found if curve.levels]
 
 
@@ -57,12 +63,21 @@ class Score:
     is_perplexity: bool = False
     before_merge: float | None = None
     """the value before the last mask, where the merge changes it"""
+    eval_loss: float | None = None
+    """on selection examples, by which one of several points is chosen"""
 
 
 def score_of(record: Record) -> Score:
     """Read a done record."""
     name = score_name(record.metrics)
-    return Score(record.metrics[name], name == "perplexity", record.metrics.get(f"{name}_before_merge"))
+    before = record.metrics.get(f"{name}_before_merge")
+    return Score(record.metrics[name], name == "perplexity", before, record.metrics.get("eval_loss"))
+
+
+def ended_runs(records: Iterable[Record | None]) -> dict[str, Score | None]:
+    """{run: its score, None where it failed} of what has a record that says so."""
+    known = [record for record in records if record is not None and record.status != "interrupted"]
+    return {record.run_id: score_of(record) if record.status == "done" else None for record in known}
 
 
 @dataclass(frozen=True)
@@ -137,15 +152,25 @@ def bracket_of(curve: Curve, ended: Mapping[str, Score | None], rule: FindRule, 
 
     before_merge: of the values before the last mask, where they are known.
     """
-    dense = ended.get(curve.dense or "")
+    status, dense = _chosen(curve.dense, ended)
     if dense is None:
-        return Bracket(curve.levels, {}, dense="failed" if curve.dense in ended else "missing")
+        return Bracket(curve.levels, {}, dense=status)
     passes, failed = dict[int, bool](), set[int]()
-    for place, run_id in enumerate(curve.runs):
-        score = ended.get(run_id)
-        if score is None:
-            failed |= {place} if run_id in ended else set()
-            continue
-        value = score.before_merge if before_merge and score.before_merge is not None else score.value
-        passes[place] = rule.passes(value, dense.value, dense.is_perplexity)
+    for place, runs in enumerate(curve.runs):
+        status, score = _chosen(runs, ended)
+        failed |= {place} if status == "failed" else set()
+        if score is not None:
+            value = score.before_merge if before_merge and score.before_merge is not None else score.value
+            passes[place] = rule.passes(value, dense.value, dense.is_perplexity)
     return Bracket(curve.levels, passes, frozenset(failed))
+
+
+def _chosen(runs: Sequence[str], ended: Mapping[str, Score | None]) -> tuple[str, Score | None]:
+    """Whether a level is done, failed or missing, and its score: of several points that with the lowest loss on
+    selection examples, once all have ended."""
+    if not runs or any(run not in ended for run in runs):
+        return "missing", None
+    done = [score for run in runs if (score := ended[run])]
+    if not done:
+        return "failed", None
+    return "done", min(done, key=lambda score: math.inf if score.eval_loss is None else score.eval_loss)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import statistics
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from itertools import chain
 
 from tune_sparse.config.spending import FindRule
 from tune_sparse.ledger.curves import KEY, Bracket, Curve, Score, bracket_of
@@ -51,6 +52,7 @@ class Finder:
     fewest were begun, so that what a budget buys is whole brackets, of everything in turn.
 
     gap: levels between a pass and a fail that are enough. ended: {run: its score, None where it failed for good}.
+    before: {run: the one that it begins from}, which runs first.
     """
 
     def __init__(
@@ -60,40 +62,48 @@ class Finder:
         gap: int = 1,
         compare_at: Collection[float] = (),
         ended: Mapping[str, Score | None] | None = None,
+        before: Mapping[str, str] | None = None,
     ) -> None:
-        self.curves, self._rule, self._gap = curves, rule, gap
+        self.curves, self._rule, self._gap, self._before = curves, rule, gap, before or {}
         self._ended, self._running = dict(ended or {}), set[str]()
-        compared = [curve.runs[curve.levels.index(level)] for level in sorted(compare_at) for curve in curves]
-        self._fixed = dict.fromkeys([*(curve.dense for curve in curves if curve.dense), *compared])
+        compared = (curve.runs[curve.levels.index(level)] for level in sorted(compare_at) for curve in curves)
+        self._fixed = dict.fromkeys(chain(*(curve.dense for curve in curves), *compared))
         self._neighbours = _neighbours(curves)
-        self._curves_of: dict[str, list[int]] = {}
+        self._curves_of: dict[str, set[int]] = {}
         for number, curve in enumerate(curves):
-            for run in (*curve.runs, *filter(None, [curve.dense])):
-                self._curves_of.setdefault(run, []).append(number)
+            for run in chain(curve.dense, *curve.runs):
+                for own in self._way_to(run):
+                    self._curves_of.setdefault(own, set()).add(number)
+        self._lose(run for run, score in self._ended.items() if score is None)
         self.brackets = [bracket_of(curve, self._ended, rule) for curve in curves]
         self._open = {n for n, bracket in enumerate(self.brackets) if next_level(bracket, gap) is not None}
         self._begun = {n for run in self._ended.keys() - self._fixed.keys() for n in self._curves_of.get(run, ())}
 
     def next(self, may_run: Callable[[str], bool] = lambda run: True) -> str | None:
         """The run to start now, of those that `may_run`; None where there is none until another has ended."""
-        for run in self._fixed:
-            if run not in self._ended and run not in self._running and may_run(run):
-                return run
-        return next(filter(may_run, map(self._level, self._in_turn())), None)
+        fixed = (self._way_to(run)[0] for run in self._fixed if run not in self._ended)
+        wanted = chain((run for run in fixed if run not in self._running), map(self._of_curve, self._in_turn()))
+        return next(filter(may_run, wanted), None)
 
     def started(self, run: str) -> None:
         self._running.add(run)
         if run not in self._fixed:
-            self._begun |= set(self._curves_of[run])
+            self._begun |= self._curves_of[run]
 
-    def ended(self, run: str, score: Score | None) -> None:
-        """score: None of a run that failed for good."""
+    def ended(self, run: str, score: Score | None) -> list[int]:
+        """Take note of a run; returns the curves that want no more. score: None of a run that failed for good."""
         self._running.discard(run)
         self._ended[run] = score
+        self._lose([run] if score is None else [])
+        closed = []
         for number in self._curves_of.get(run, ()):
             self.brackets[number] = bracket_of(self.curves[number], self._ended, self._rule)
-            is_open = next_level(self.brackets[number], self._gap) is not None
-            (self._open.add if is_open else self._open.discard)(number)
+            if next_level(self.brackets[number], self._gap) is not None:
+                self._open.add(number)
+            elif number in self._open:
+                self._open.discard(number)
+                closed.append(number)
+        return closed
 
     def stopped(self, run: str) -> None:
         """It ended without a result, and may be chosen again."""
@@ -108,10 +118,30 @@ class Finder:
         begun = Counter(_block(self.curves[number]) for number in self._begun)
         return sorted(self._open - busy, key=lambda n: (n not in self._begun, begun[_block(self.curves[n])], n))
 
-    def _level(self, number: int) -> str:
-        place = next_level(self.brackets[number], self._gap, self._hint(number))
-        assert place is not None
-        return self.curves[number].runs[place]
+    def _of_curve(self, number: int) -> str:
+        """The run that an open curve wants: another point of a level that has some, or the next level."""
+        bracket, runs = self.brackets[number], self.curves[number].runs
+        between = runs[bracket.low + 1 : bracket.high]
+        begun = (level for level in between if 0 < sum(run in self._ended for run in level) < len(level))
+        if (level := next(begun, None)) is None:
+            place = next_level(bracket, self._gap, self._hint(number))
+            assert place is not None, "the curve is open"
+            level = runs[place]
+        return self._way_to(next(run for run in level if run not in self._ended))[0]
+
+    def _way_to(self, run: str) -> list[str]:
+        """The runs that are not done and lead to one, in their order, and the run itself."""
+        way = [run]
+        while (before := self._before.get(way[0])) and self._ended.get(before) is None:
+            way.insert(0, before)
+        return way
+
+    def _lose(self, failed: Iterable[str]) -> None:
+        """What would begin from a failed run has failed with it."""
+        lost = set(failed)
+        while lost:
+            lost = {run for run, before in self._before.items() if before in lost and run not in self._ended}
+            self._ended |= dict.fromkeys(lost)
 
     def _hint(self, number: int) -> int | None:
         """The middle answer of the nearest curves that are decided. A curve whose mode masks once more at its end says
