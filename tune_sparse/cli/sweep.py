@@ -39,12 +39,17 @@ if TYPE_CHECKING:
 
 GROUPS = {
     "what to sweep": ("models", "tasks", "methods", "sparsities", "modes", "schedules", "seeds"),
+    "how much of it": ("find", "find_levels", "budget", "compare_at"),
     "data and settings": ("data_dir",),
     "how it runs": ("backend", "workers", "gpus_per_trial", "deterministic", "max_retries", "hang_seconds"),
     "memory": BUDGETS,
     "results and tracking": ("results_dir", "tracking_uri"),
     "Cerebras CS-3, for --backend cerebras, both or split": CEREBRAS,
 }
+
+
+UNFINISHED = {True: "not every curve could be decided", False: "not every training succeeded"}
+"""{whether a sweep finds: why it is not complete}"""
 
 
 def declare(commands: Any) -> None:
@@ -58,9 +63,9 @@ def declare(commands: Any) -> None:
             "sweep matrix --data-dir hub --dry-run",
             "sweep --models ./my-llama --tasks boolq --data-dir ./examples --set steps=100",
         ),
-        ok="every run is finished, and the audit found no error",
-        fault="a run failed, the sweep was interrupted, or the audit found an error; with --dry-run, a model or "
-        "examples are not there yet",
+        ok="every run is finished, or with --find every curve is decided, and the audit found no error",
+        fault="a run failed, the sweep was interrupted or its budget spent before, or the audit found an error; with "
+        "--dry-run, a model or examples are not there yet",
         notes=[
             words(
                 *("cell", *RUN_WORDS, "trial", "example", "adapter", "calibration"),
@@ -140,8 +145,9 @@ def _sweep(chosen: argparse.Namespace) -> int:
     result = run_sweep(prepare(config), chosen.retry_failed)
     errors, lines = _conclude(result, chosen.no_report)
     if chosen.json:
-        names = ("ran", "done", "failed", "left", "stopped", "seconds", "utilisation")
-        used = {"errors": errors, "protocol": asdict(protocol_in_use(config, result.plan.examples))}
+        names = ("ran", "done", "failed", "left", "stopped", "spent", "seconds", "utilisation")
+        curves = [curve.as_json() for curve in result.curves]
+        used = {"curves": curves, "errors": errors, "protocol": asdict(protocol_in_use(config, result.plan.examples))}
         print(json.dumps({name: getattr(result, name) for name in names} | used))
     else:
         print("\n".join(lines))
@@ -166,13 +172,18 @@ def _conclude(result: SweepResult, no_report: bool) -> tuple[int | None, list[st
 
 
 def _print_result(result: SweepResult) -> None:
+    from tune_sparse.ledger.curves import curve_lines
     from tune_sparse.sweep.progress import duration
 
     used = f", utilisation {result.utilisation:.2f}" if result.utilisation is not None else ""
+    for line in curve_lines(result.curves):
+        print(line)
     print(f"{result.ran} trainings in {duration(result.seconds)}{used}.")
+    if result.is_complete and result.left:
+        print(f"{result.left} of {len(result.plan.runs)} runs were not needed: no table or figure has them.")
     print(f"Look at them with `tune-sparse ui --results-dir {result.plan.config.results_dir}`.")
     if not result.is_complete:
-        why = result.stopped or "not every training succeeded"
+        why = result.stopped or result.spent or UNFINISHED[bool(result.curves)]
         print(
             f"tune-sparse: {why}: {result.done} done, {result.failed} failed, {result.left} left. "
             "The same command resumes; `tune-sparse status` has the reasons.",

@@ -10,6 +10,8 @@ from tune_sparse.config.options import rule
 
 UNITS = {"runs": "trainings", "cpu-hours": "hours x CPUs", "gpu-hours": "hours x GPUs", "cs3-hours": "hours x CS-3s"}
 """{unit of a budget: its meaning}"""
+BRACKET_RUNS = 3
+"""The fewest of a bracket: the dense one, one that passes, one that fails."""
 ROUNDING = 1e-9
 """Accuracies that are equal on paper differ by less."""
 
@@ -71,3 +73,26 @@ class BudgetLimit:
 
     def __str__(self) -> str:
         return f"{self.amount:g} {self.unit}"
+
+
+def check_spending(
+    find: Sequence[str], find_levels: int, budget: str | None, compare_at: Sequence[float], sparsities: Sequence[float]
+) -> None:
+    """Raise `InputError` for settings of a sweep that cannot be met, or that contradict each other."""
+    found, limit = FindRule.parse(find), BudgetLimit.parse(budget) if budget is not None else None
+    levels = [sparsity for sparsity in sparsities if sparsity]
+    if found is not None:
+        rule(0.0 in sparsities, "find compares with the dense run, so sparsities must have 0", sparsities, "Add 0.")
+        rule(len(levels) > 1, "find needs at least two sparsities above 0", sparsities, "Add some.")
+        is_enough = limit is None or limit.unit != "runs" or limit.amount >= BRACKET_RUNS
+        bracket = "a budget with find must buy one bracket, a dense run, a level that passes and one that fails"
+        rule(is_enough, f"{bracket}: {BRACKET_RUNS} runs", budget, "Raise it.")
+    rule(find_levels >= 1, "find_levels must be at least 1", find_levels, "Give 1, or 3 for fewer runs.")
+    is_needed = find_levels == 1 or found is not None
+    rule(is_needed, "find_levels goes with find", find_levels, "Give find=within=0.10, say, or leave it out.")
+    is_chosen = found is not None or limit is not None
+    whole = "compare_at fixes what find and budget may not choose; without them every cell is compared"
+    rule(is_chosen or not compare_at, whole, compare_at, "Leave it out.")
+    listed = " ".join(f"{level:g}" for level in levels)
+    some = "compare_at takes some of the sparsities above 0"
+    rule(set(compare_at) <= set(levels), some, compare_at, f"Choose from {listed}.")

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from tune_sparse.config.spending import FindRule
 from tune_sparse.evaluation.metrics import score_name
-from tune_sparse.ledger.record import Record
+from tune_sparse.ledger.record import Record, SweepRecord
 from tune_sparse.schedules import ONE_SHOT
 
 KEY = ("backend", "model", "task", "method", "mode", "schedule", "seed")
@@ -131,7 +131,7 @@ class Bracket:
         said += f" ({runs} run{'s' * (runs != 1)})" if runs else ""
         fails = [f"{self.levels[place]:g}" for place in sorted(self.passes) if place < low and not self.passes[place]]
         said += f"; not monotone: fails {' and '.join(fails)} below" if fails else ""
-        broken = [f"{self.levels[place]:g}" for place in sorted(self.failed)]
+        broken = [f"{self.levels[place]:g}" for place in sorted(self.failed) if low < place < high]
         return said + (f"; cannot be decided at {' and '.join(broken)}: the run failed" if broken else "")
 
     def as_json(self) -> dict[str, Any]:
@@ -163,6 +163,43 @@ def bracket_of(curve: Curve, ended: Mapping[str, Score | None], rule: FindRule, 
             value = score.before_merge if before_merge and score.before_merge is not None else score.value
             passes[place] = rule.passes(value, dense.value, dense.is_perplexity)
     return Bracket(curve.levels, passes, frozenset(failed))
+
+
+@dataclass(frozen=True)
+class KnownCurve:
+    """A curve of a sweep that finds, as far as its records say."""
+
+    curve: Curve
+    bracket: Bracket
+    is_decided: bool
+
+    @property
+    def line(self) -> str:
+        return f"{self.curve.name}: {self.bracket.text()}" + ("" if self.is_decided else "; not decided")
+
+    def as_json(self) -> dict[str, Any]:
+        named = dict(zip(KEY, self.curve.key, strict=True))
+        return named | self.bracket.as_json() | {"is_decided": self.is_decided, "text": self.bracket.text()}
+
+
+def curve_lines(curves: Sequence[KnownCurve], most: int = 60) -> list[str]:
+    """The bracket of each curve; of more than `most` those that are not decided."""
+    if len(curves) <= most:
+        return [curve.line for curve in curves]
+    left = [curve.line for curve in curves if not curve.is_decided]
+    more = [f"and {len(left) - most} more"] if len(left) > most else []
+    return [f"{len(curves) - len(left)} of {len(curves)} curves are decided", *left[:most], *more]
+
+
+def known_curves(sweep: SweepRecord, record: Callable[[str], Record | None]) -> list[KnownCurve]:
+    """The curves of a sweep that finds; none of any other. record: of a run."""
+    rule = FindRule.parse(sweep.chosen_by["find"]) if sweep.chosen_by else None
+    if rule is None or sweep.chosen_by is None:
+        return []
+    ended = ended_runs(map(record, dict.fromkeys(cell["run_id"] for cell in sweep.cells)))
+    brackets = [(curve, bracket_of(curve, ended, rule)) for curve in curves_of(sweep.cells)]
+    gap = sweep.chosen_by["find_levels"]
+    return [KnownCurve(curve, bracket, bracket.is_decided(gap)) for curve, bracket in brackets]
 
 
 def _chosen(runs: Sequence[str], ended: Mapping[str, Score | None]) -> tuple[str, Score | None]:

@@ -38,6 +38,8 @@ class SweepRecord:
     cells: tuple[dict[str, Any], ...]
     """the fields of a `Cell`, with cell_id, run_id, pruning_id (None where the run's method stores none), shared_with
     (the cell_id that owns the run, or None), chance"""
+    chosen_by: dict[str, Any] | None = None
+    """find, find_levels, budget and compare_at of the last start that did not ask for every run; None if all did"""
 
 
 def read_record(folder: Path) -> Record | None:

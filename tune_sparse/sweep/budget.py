@@ -36,6 +36,10 @@ class Budget:
     def spent(self) -> float:
         return sum(self._ended.values())
 
+    @property
+    def left(self) -> float:
+        return max(0.0, self.limit.amount - self.spent)
+
     def expected(self, run: Run) -> float | None:
         """In the unit of the limit; None where nothing like it was measured."""
         if self.limit.unit == "runs":
@@ -47,8 +51,7 @@ class Budget:
         cost, running = self.expected(run), self._running.values()
         left = self.limit.amount - self.spent - sum(filter(None, running)) + ROUNDING
         fits = left > ROUNDING and None not in running if cost is None else cost <= left
-        if not fits and None not in running:
-            self.stopped_before = run
+        self.stopped_before = None if fits or None in running else run
         return fits
 
     def started(self, run: Run) -> None:

@@ -112,6 +112,16 @@ class Finder:
     def is_decided(self, number: int) -> bool:
         return self.brackets[number].is_decided(self._gap)
 
+    @property
+    def decided(self) -> int:
+        """How many curves are."""
+        return sum(map(self.is_decided, range(len(self.curves))))
+
+    def curve_of(self, run: str) -> int | None:
+        """The curve of which a run is a level; None for one that several share."""
+        found = self._curves_of.get(run, set())
+        return next(iter(found)) if len(found) == 1 else None
+
     def _in_turn(self) -> list[int]:
         """The curves that want a run, the one to serve first."""
         busy = {number for run in self._running for number in self._curves_of[run]}
