@@ -18,8 +18,9 @@ from tune_sparse.errors import unknown_name
 from tune_sparse.evaluation.metrics import SUFFIXES, judged_again
 from tune_sparse.identity import hash_json
 from tune_sparse.ledger.contracts import LedgerReader
+from tune_sparse.ledger.curves import KnownCurve, known_curves
 from tune_sparse.ledger.reader import MergedLedger
-from tune_sparse.ledger.record import Record
+from tune_sparse.ledger.record import Record, SweepRecord
 
 SCORES = tuple(f"{name}{suffix}" for name in ("accuracy", *METRICS) for suffix in SUFFIXES)
 """Each metric with its standard error, and before tuning and the merge; the first four are of the primary metric."""
@@ -63,6 +64,7 @@ COLUMNS = (
     "calibration",
     "calibration_order",
     "error",
+    "comparable",
 )
 NUMBERS = ["sparsity", "actual_sparsity", *COLUMNS[COLUMNS.index("accuracy") : COLUMNS.index("hardware")]]
 
@@ -76,8 +78,9 @@ def cells_table(
 
     protocol_id names every setting of the protocol that changes numbers, but for calibration and recovery, which a
     dense baseline does not have. A cell without a done run has a status (failed, interrupted, missing), a reason, and
-    no numbers. A cell that several folders have is taken from the one where its run came furthest. `primary_metrics`,
-    {task: metric}, chooses again what `accuracy` is by; a task that it does not name keeps its own.
+    no numbers. A cell that several folders have is taken from the one where its run came furthest. `comparable` is
+    false of a cell that was run because of other results (`chosen_cells`). `primary_metrics`, {task: metric}, chooses
+    again what `accuracy` is by; a task that it does not name keeps its own.
     Raises `InputError` for an unknown sweep.
     """
     ledger = MergedLedger(results_dirs)
@@ -88,8 +91,9 @@ def cells_table(
         _row(cell, records[cell["run_id"]], primary_metrics) | {"protocol_id": protocols.get(cell["run_id"])}
         for cell in cells
     ]
-    owners: dict[str, str] = {}
+    owners, chosen = dict[str, str](), chosen_cells(ledger)
     for row in rows:
+        row["comparable"] = row["cell_id"] not in chosen
         owner = owners.setdefault(row["run_id"], row["cell_id"])
         row["shared_with"] = None if owner == row["cell_id"] else owner
     table = pd.DataFrame(rows, columns=list(COLUMNS))
@@ -107,6 +111,31 @@ def _requested_cells(ledger: LedgerReader, sweep_ids: Sequence[str] | None) -> l
         for cell in sweep.cells if sweep_ids is None or sweep.sweep_id in sweep_ids else ():
             cells.setdefault(cell["cell_id"], cell)
     return list(cells.values())
+
+
+def chosen_cells(ledger: LedgerReader) -> set[str]:
+    """Find the cells that a sweep with find or budget ran, or left, because of other results: at no sparsity that was
+    fixed before its start. Once every run of a sweep has ended, nothing in it is chosen any more."""
+    chosen, fixed, sweeps = set[str](), set[str](), ledger.sweeps()
+    for sweep in sweeps if any(sweep.chosen_by for sweep in sweeps) else ():
+        if _is_whole(ledger, sweep):
+            fixed |= {cell["cell_id"] for cell in sweep.cells}
+        elif sweep.chosen_by:
+            levels = {0.0, *sweep.chosen_by["compare_at"]}
+            chosen |= {cell["cell_id"] for cell in sweep.cells}
+            fixed |= {cell["cell_id"] for cell in sweep.cells if cell["sparsity"] in levels}
+    return chosen - fixed
+
+
+def found_curves(ledger: LedgerReader, sweep_ids: Sequence[str] | None = None) -> list[KnownCurve]:
+    """The curves of sweeps that find, while runs of theirs are left; of all sweeps, or of those named."""
+    chosen = [sweep for sweep in ledger.sweeps() if sweep_ids is None or sweep.sweep_id in sweep_ids]
+    return [curve for sweep in chosen if not _is_whole(ledger, sweep) for curve in known_curves(sweep, ledger.record)]
+
+
+def _is_whole(ledger: LedgerReader, sweep: SweepRecord) -> bool:
+    records = (ledger.record(run_id) for run_id in sweep.run_ids)
+    return all(record is not None and record.status != "interrupted" for record in records)
 
 
 def _protocol_id(ledger: LedgerReader, run_id: str) -> str | None:

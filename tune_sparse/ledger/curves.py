@@ -196,7 +196,7 @@ def known_curves(sweep: SweepRecord, record: Callable[[str], Record | None]) -> 
     rule = FindRule.parse(sweep.chosen_by["find"]) if sweep.chosen_by else None
     if rule is None or sweep.chosen_by is None:
         return []
-    ended = ended_runs(map(record, dict.fromkeys(cell["run_id"] for cell in sweep.cells)))
+    ended = ended_runs(map(record, sweep.run_ids))
     brackets = [(curve, bracket_of(curve, ended, rule)) for curve in curves_of(sweep.cells)]
     gap = sweep.chosen_by["find_levels"]
     return [KnownCurve(curve, bracket, bracket.is_decided(gap)) for curve, bracket in brackets]

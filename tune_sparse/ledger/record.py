@@ -41,6 +41,10 @@ class SweepRecord:
     chosen_by: dict[str, Any] | None = None
     """find, find_levels, budget and compare_at of the last start that did not ask for every run; None if all did"""
 
+    @property
+    def run_ids(self) -> list[str]:
+        return list(dict.fromkeys(cell["run_id"] for cell in self.cells))
+
 
 def read_record(folder: Path) -> Record | None:
     """Read how the run of a folder ended; None if no readable record says so."""
