@@ -257,7 +257,9 @@ def _add_estimate_into(values: dict[str, Any], lines: list[str], found: Sequence
 
 def _add_forecast_into(values: dict[str, Any], lines: list[str], plan: Plan, retry_failed: bool) -> None:
     from tune_sparse.ledger.ledger import Ledger
+    from tune_sparse.sweep.choice import check_budget
     from tune_sparse.sweep.forecast import forecast
+    from tune_sparse.sweep.purchase import purchase
 
     ledger = Ledger(plan.config.results_dir)
     missing = plan.missing(ledger, retry_failed)
@@ -268,7 +270,10 @@ def _add_forecast_into(values: dict[str, Any], lines: list[str], plan: Plan, ret
         "forecast": asdict(expected),
     }
     lines += [f"{values['done']} done, {len(missing)} would run{':' if missing else '.'}", *_counted(missing)]
-    lines += expected.lines()
+    check_budget(plan, ledger, missing)
+    bought = purchase(plan, ledger, missing)
+    values["chosen"] = asdict(bought) if bought else None
+    lines += [*expected.lines(), *(bought.lines() if bought else ())]
 
 
 def _counted(missing: Sequence[Run]) -> list[str]:

@@ -64,41 +64,41 @@ class Finder:
         ended: Mapping[str, Score | None] | None = None,
         before: Mapping[str, str] | None = None,
     ) -> None:
-        self.curves, self._rule, self._gap, self._before = curves, rule, gap, before or {}
-        self._ended, self._running = dict(ended or {}), set[str]()
+        self.curves, self._rule, self.gap, self._before = curves, rule, gap, before or {}
+        self.known, self._running = dict(ended or {}), set[str]()
         compared = (curve.runs[curve.levels.index(level)] for level in sorted(compare_at) for curve in curves)
-        self._fixed = dict.fromkeys(chain(*(curve.dense for curve in curves), *compared))
+        self.fixed = dict.fromkeys(chain(*(curve.dense for curve in curves), *compared))
         self._neighbours = _neighbours(curves)
         self._curves_of: dict[str, set[int]] = {}
         for number, curve in enumerate(curves):
             for run in chain(curve.dense, *curve.runs):
                 for own in self._way_to(run):
                     self._curves_of.setdefault(own, set()).add(number)
-        self._lose(run for run, score in self._ended.items() if score is None)
-        self.brackets = [bracket_of(curve, self._ended, rule) for curve in curves]
+        self._lose(run for run, score in self.known.items() if score is None)
+        self.brackets = [bracket_of(curve, self.known, rule) for curve in curves]
         self._open = {n for n, bracket in enumerate(self.brackets) if next_level(bracket, gap) is not None}
-        self._begun = {n for run in self._ended.keys() - self._fixed.keys() for n in self._curves_of.get(run, ())}
+        self._begun = {n for run in self.known.keys() - self.fixed.keys() for n in self._curves_of.get(run, ())}
 
     def next(self, may_run: Callable[[str], bool] = lambda run: True) -> str | None:
         """The run to start now, of those that `may_run`; None where there is none until another has ended."""
-        fixed = (self._way_to(run)[0] for run in self._fixed if run not in self._ended)
+        fixed = (self._way_to(run)[0] for run in self.fixed if run not in self.known)
         wanted = chain((run for run in fixed if run not in self._running), map(self._of_curve, self._in_turn()))
         return next(filter(may_run, wanted), None)
 
     def started(self, run: str) -> None:
         self._running.add(run)
-        if run not in self._fixed:
+        if run not in self.fixed:
             self._begun |= self._curves_of[run]
 
     def ended(self, run: str, score: Score | None) -> list[int]:
         """Take note of a run; returns the curves that want no more. score: None of a run that failed for good."""
         self._running.discard(run)
-        self._ended[run] = score
+        self.known[run] = score
         self._lose([run] if score is None else [])
         closed = []
         for number in self._curves_of.get(run, ()):
-            self.brackets[number] = bracket_of(self.curves[number], self._ended, self._rule)
-            if next_level(self.brackets[number], self._gap) is not None:
+            self.brackets[number] = bracket_of(self.curves[number], self.known, self._rule)
+            if next_level(self.brackets[number], self.gap) is not None:
                 self._open.add(number)
             elif number in self._open:
                 self._open.discard(number)
@@ -110,7 +110,7 @@ class Finder:
         self._running.discard(run)
 
     def is_decided(self, number: int) -> bool:
-        return self.brackets[number].is_decided(self._gap)
+        return self.brackets[number].is_decided(self.gap)
 
     @property
     def decided(self) -> int:
@@ -132,17 +132,17 @@ class Finder:
         """The run that an open curve wants: another point of a level that has some, or the next level."""
         bracket, runs = self.brackets[number], self.curves[number].runs
         between = runs[bracket.low + 1 : bracket.high]
-        begun = (level for level in between if 0 < sum(run in self._ended for run in level) < len(level))
+        begun = (level for level in between if 0 < sum(run in self.known for run in level) < len(level))
         if (level := next(begun, None)) is None:
-            place = next_level(bracket, self._gap, self._hint(number))
+            place = next_level(bracket, self.gap, self._hint(number))
             assert place is not None, "the curve is open"
             level = runs[place]
-        return self._way_to(next(run for run in level if run not in self._ended))[0]
+        return self._way_to(next(run for run in level if run not in self.known))[0]
 
     def _way_to(self, run: str) -> list[str]:
         """The runs that are not done and lead to one, in their order, and the run itself."""
         way = [run]
-        while (before := self._before.get(way[0])) and self._ended.get(before) is None:
+        while (before := self._before.get(way[0])) and self.known.get(before) is None:
             way.insert(0, before)
         return way
 
@@ -150,8 +150,8 @@ class Finder:
         """What would begin from a failed run has failed with it."""
         lost = set(failed)
         while lost:
-            lost = {run for run, before in self._before.items() if before in lost and run not in self._ended}
-            self._ended |= dict.fromkeys(lost)
+            lost = {run for run, before in self._before.items() if before in lost and run not in self.known}
+            self.known |= dict.fromkeys(lost)
 
     def _hint(self, number: int) -> int | None:
         """The middle answer of the nearest curves that are decided. A curve whose mode masks once more at its end says
@@ -167,7 +167,7 @@ class Finder:
     def _answer(self, number: int, before_merge: bool) -> int:
         if not before_merge:
             return self.brackets[number].middle
-        bracket = bracket_of(self.curves[number], self._ended, self._rule, before_merge=True)
+        bracket = bracket_of(self.curves[number], self.known, self._rule, before_merge=True)
         return bracket.low if bracket.high == len(bracket.levels) else bracket.middle
 
 
