@@ -29,7 +29,7 @@ class Choice:
         limit = None if everything else plan.config.budget_limit
         self.finder = None if everything else make_finder(plan, ledger, missing)
         self.budget = Budget(limit, plan, ledger) if limit else None
-        self._waiting = list(missing) if self.budget else longest_first(plan, ledger, missing)
+        self._waiting = list(missing) if self.is_chosen else longest_first(plan, ledger, missing)
 
     def sources(self, queue_of: Callable[[Run], str], order: Callable[[str], int]) -> dict[str, Source]:
         """{kind of hardware: the runs that wait for it}, in the order of the kinds."""
