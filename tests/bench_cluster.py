@@ -44,6 +44,7 @@ from tune_sparse.sweep.forecast import longest_first
 from tune_sparse.sweep.plan import make_plan
 from tune_sparse.sweep.ray_session import capacity, ray_session, run_trials
 from tune_sparse.sweep.scheduler import ResourceQueue
+from tune_sparse.sweep.sources import Listed
 
 TOKENS = {"cerebras": ("CS3", 2), "torch": ("GPU", 4)}
 
@@ -64,7 +65,7 @@ def scheduling(sizes: Sizes) -> dict[str, float]:
     run, clock = make_run().as_config(), Clock()
     trials = [{"run": run, "number": n, "resources": {"CPU": 1}} for n in range(sizes.trials)]
     with ray_session(config) as workers:
-        run_trials(Nothing, ResourceQueue({"torch": trials}, dict, capacity), clock)
+        run_trials(Nothing, ResourceQueue({"torch": Listed(trials)}, dict, capacity), clock)
     gaps = [later - earlier for earlier, later in pairwise(clock.ended)]
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
     return {"trial_seconds": workers * statistics.median(gaps[: sizes.first]), "driver_mb": memory}
@@ -138,7 +139,8 @@ def makespan(
     options = {"resources": {"CS3": 2}, "include_dashboard": False, "log_to_driver": False}
     ray.init(address="local", num_cpus=8, num_gpus=4, **options)
     try:
-        run_trials(sleeping(), ResourceQueue(queues, make_trial, capacity), spans)
+        listed = {name: Listed(items) for name, items in queues.items()}
+        run_trials(sleeping(), ResourceQueue(listed, make_trial, capacity), spans)
     finally:
         ray.shutdown()
     began = min(start for _, start, _ in spans.found)

@@ -31,6 +31,7 @@ from tune_sparse.ledger.ledger import Ledger
 from tune_sparse.sweep.plan import make_plan
 from tune_sparse.sweep.ray_session import capacity, ray_session, run_trials
 from tune_sparse.sweep.scheduler import ResourceQueue
+from tune_sparse.sweep.sources import Listed
 
 TRIALS = 100
 SMOKE_TRIALS = 10
@@ -68,7 +69,7 @@ def trial_overhead_seconds(trials: int) -> float:
     clock = Clock()
     queued = [{"number": i, "resources": {"CPU": 1}} for i in range(trials)]
     with ray_session(config) as workers:
-        run_trials(Nothing, ResourceQueue({"torch": queued}, dict, capacity), clock)
+        run_trials(Nothing, ResourceQueue({"torch": Listed(queued)}, dict, capacity), clock)
     warm = clock.ended[len(clock.ended) // 4 :]
     return workers * (warm[-1] - warm[0]) / (len(warm) - 1)
 

@@ -26,6 +26,7 @@ from tune_sparse.sweep.progress import Progress
 from tune_sparse.sweep.ray_session import capacity, nodes, run_trials
 from tune_sparse.sweep.resources import Placement
 from tune_sparse.sweep.scheduler import ResourceQueue
+from tune_sparse.sweep.sources import Listed
 from tune_sparse.sweep.tune_parts import Stop
 from tune_sparse.tracking.background import BackgroundTracker
 from tune_sparse.tracking.sync import default_uri
@@ -92,7 +93,7 @@ def sweep(folder: Path, *endings: str, retries: int = 2) -> Ended:
     def make_trial(run: Run) -> dict[str, Any]:
         return {"run": run.as_config(), "results_dir": str(folder), "resources": placement.resources(run)}
 
-    queue = ResourceQueue({"torch": runs}, make_trial, capacity, stop=stop)
+    queue = ResourceQueue({"torch": Listed(runs)}, make_trial, capacity, stop=stop)
     with FolderLease(folder) as lease:
         progress = Progress(len(runs), 0)
         callback = LedgerCallback(

@@ -8,6 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import pytest
 from changing_masks import ledger_of_changing_masks
@@ -19,6 +20,7 @@ from analysis.read.load import COLUMNS, cells_table
 from analysis.read.results import read_results
 from analysis.report.dynamics_figures import DYNAMICS_FIGURES
 from analysis.report.figures import FIGURES, GIGA
+from analysis.report.plots import plot_over_sparsity
 from analysis.report.runs import Runs, find_runs
 from analysis.report.style import LABELS, save
 from tune_sparse.files import write_json
@@ -234,3 +236,16 @@ def test_of_several_folders_the_one_that_finished_a_run_counts(ledger: Ledger, t
     assert both.find_run_folder("no run") is None
     assert both.record("no run") is None
     assert len(make_cells()) == 12
+
+
+def test_no_line_goes_over_a_sparsity_that_was_not_run(tmp_path: Path) -> None:
+    cells = cells_table([sound_ledger(tmp_path, make_cells(sparsities=(0.0, 0.3, 0.5, 0.7))).folder])
+    cells.loc[cells["sparsity"] == 0.5, "accuracy"] = np.nan
+    figure = plot_over_sparsity(cells, "accuracy")
+    assert figure is not None
+    marked = [line for line in figure.axes[0].lines if line.get_marker() != "None"]
+    assert marked
+    for line in marked:
+        x, y = line.get_data()
+        assert list(x) == [0.0, 0.3, 0.5, 0.7]
+        assert list(np.isnan(y)) == [False, False, True, False]

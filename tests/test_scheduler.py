@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections.abc import Iterable, Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from ray import tune
 from tune_sparse.sweep.ray_session import capacity, run_trials
 from tune_sparse.sweep.resources import Resources
 from tune_sparse.sweep.scheduler import ResourceQueue
+from tune_sparse.sweep.sources import Listed
 from tune_sparse.sweep.tune_parts import Stop
 
 CS3_TRIAL: Resources = {"CPU": 1, "CS3_TRIAL": 1}
@@ -28,9 +30,13 @@ def trials(queue: str, count: int, held: Resources) -> list[dict[str, Any]]:
     return [{"name": f"{queue} {n}", "resources": held} for n in range(count)]
 
 
+def listed(queues: Mapping[str, Iterable[Any]]) -> dict[str, Listed]:
+    return {name: Listed(items) for name, items in queues.items()}
+
+
 def resource_queue(total: Resources = CLUSTER, cs3: int = 240, gpu: int = 120, **options: Any) -> ResourceQueue:
     queues = {"cerebras": trials("cs3", cs3, CS3_TRIAL), "torch": trials("gpu", gpu, GPU_TRIAL)}
-    return ResourceQueue(queues, dict, lambda: total, **options)
+    return ResourceQueue(listed(queues), dict, lambda: total, **options)
 
 
 def handed_out(source: ResourceQueue, ids: str) -> list[str | None]:
@@ -45,7 +51,7 @@ def test_every_kind_of_hardware_is_busy_from_the_start_and_one_more_of_each_wait
 
 def test_lanes_that_share_what_is_scarce_have_equal_parts_of_it() -> None:
     queues = {"cerebras": trials("cs3", 9, {"CPU": 1, "CS3_TRIAL": 1}), "torch": trials("cpu", 9, {"CPU": 1})}
-    source = ResourceQueue(queues, dict, lambda: {"CPU": 4, "CS3_TRIAL": 4})
+    source = ResourceQueue(listed(queues), dict, lambda: {"CPU": 4, "CS3_TRIAL": 4})
     assert handed_out(source, "abcd") == ["cs3 0", "cpu 0", "cs3 1", "cpu 1"]
 
 
@@ -94,9 +100,8 @@ def test_a_stop_ends_it_whatever_is_left() -> None:
 def test_what_waits_blocks_nothing_and_has_its_turn_before_what_lies_behind_it() -> None:
     done: set[str] = set()
     queue = [{"name": name, "resources": {"CPU": 1}} for name in ("first", "after first", "other", "another")]
-    source = ResourceQueue(
-        {"torch": queue}, dict, lambda: {"CPU": 2}, ready=lambda item: item["name"] != "after first" or "first" in done
-    )
+    ready = Listed(queue, lambda item: item["name"] != "after first" or "first" in done)
+    source = ResourceQueue({"torch": ready}, dict, lambda: {"CPU": 2})
     assert handed_out(source, "abc") == ["first", "other", None]
     done.add("first")
     source.on_trial_complete("a")
@@ -107,7 +112,7 @@ def test_what_waits_blocks_nothing_and_has_its_turn_before_what_lies_behind_it()
 
 def test_what_never_may_begin_is_never_waited_for() -> None:
     queue = [{"name": name, "resources": {"CPU": 1}} for name in ("first", "after first")]
-    source = ResourceQueue({"torch": queue}, dict, lambda: {"CPU": 2}, ready=lambda item: item["name"] == "first")
+    source = ResourceQueue({"torch": Listed(queue, lambda item: item["name"] == "first")}, dict, lambda: {"CPU": 2})
     assert handed_out(source, "ab") == ["first", None], "it may still have to be tried again"
     source.on_trial_complete("a", error=True)
     assert handed_out(source, "c") == [ResourceQueue.FINISHED]
@@ -134,7 +139,7 @@ def test_a_node_that_joins_is_used_and_one_that_left_is_waited_for(
 
 def test_what_a_trial_holds_is_decided_when_it_is_its_turn() -> None:
     share = {"GPU": 1.0}
-    queue = trials("gpu", 9, GPU_TRIAL)
+    queue = Listed(trials("gpu", 9, GPU_TRIAL))
     source = ResourceQueue({"torch": queue}, lambda trial: trial | {"resources": dict(share)}, lambda: {"GPU": 1.0})
     assert handed_out(source, "ab") == ["gpu 0", None]
     source.on_trial_complete("a")
@@ -150,7 +155,7 @@ def test_no_trial_is_lost_repeated_or_out_of_order_and_few_wait(needs: list[tupl
     queues: dict[str, list[dict[str, Any]]] = {"cerebras": [], "torch": []}
     for number, (queue, cpus) in enumerate(needs):
         queues[queue].append({"number": number, "resources": {"CPU": cpus}})
-    source = ResourceQueue(queues, dict, lambda: {"CPU": 5})
+    source = ResourceQueue(listed(queues), dict, lambda: {"CPU": 5})
     live: dict[str, dict[str, Any]] = {}
     seen: list[int] = []
     order = iter(ends)
@@ -205,7 +210,7 @@ def test_tune_keeps_both_kinds_busy_though_all_cells_of_one_come_first(tmp_path:
         "cerebras": [trial | place for trial in trials("cs3", 24, {"CS3_TRIAL": 1})],
         "torch": [trial | place for trial in trials("gpu", 12, {"GPU": 1})],
     }
-    run_trials(sleeping(), ResourceQueue(queues, dict, capacity), tune.Callback())
+    run_trials(sleeping(), ResourceQueue(listed(queues), dict, capacity), tune.Callback())
     spans = {path.name: tuple(map(float, path.read_text().split())) for path in tmp_path.iterdir()}
     assert len(spans) == 36
     assert len({pid for *_, pid in spans.values()}) <= 6, "workers stay warm"

@@ -24,6 +24,7 @@ from tune_sparse.evaluation.metrics import SUFFIXES, judged_again
 from tune_sparse.identity import hash_json
 from tune_sparse.ledger.choice import Choice, RequestedCell, axes_key, choices, requested_cells
 from tune_sparse.ledger.contracts import LedgerReader
+from tune_sparse.ledger.curves import KnownCurve, known_curves
 from tune_sparse.ledger.reader import MergedLedger
 from tune_sparse.ledger.record import Record, SweepRecord
 from tune_sparse.schedules import ONE_SHOT
@@ -76,6 +77,7 @@ COLUMNS = (
     "candidates",
     "chosen",
     "choice",
+    "comparable",
 )
 NUMBERS = ["sparsity", "actual_sparsity", *COLUMNS[COLUMNS.index("accuracy") : COLUMNS.index("hardware")]]
 
@@ -90,6 +92,7 @@ def cells_table(
     protocol_id names every setting of the protocol that changes numbers, but for calibration and recovery, which a
     dense baseline does not have. A cell without a done run has a status (failed, stopped, interrupted, missing), a
     reason, and no numbers. A cell that several folders have is taken from the one where its run came furthest.
+    `comparable` is false of a cell that was run because of other results (`chosen_cells`).
     `primary_metrics`, {task: metric}, chooses again what `accuracy` is by; a task that it does not name keeps its own.
 
     Where sweeps had axes, every setting of a cell has its row, with the values in columns `axis/NAME`. candidates: the
@@ -108,8 +111,9 @@ def cells_table(
         | {"protocol_id": protocols.get((cell.run_id, axes_key(cell.axes)))}
         for cell in cells
     ]
-    owners: dict[str, str] = {}
+    owners, chosen = dict[str, str](), chosen_cells(ledger)
     for row in rows:
+        row["comparable"] = row["cell_id"] not in chosen
         owner = owners.setdefault(row["run_id"], row["cell_id"])
         row["shared_with"] = None if owner == row["cell_id"] else owner
     axes = dict.fromkeys(name for row in rows for name in row if name.startswith(AXIS))
@@ -155,6 +159,31 @@ def _done_protocols(cells: Sequence[RequestedCell], records: Mapping[str, Record
         record = records[cell.run_id]
         if record and record.status == "done":
             yield cell.run_id, axes_key(cell.axes)
+
+
+def chosen_cells(ledger: LedgerReader) -> set[str]:
+    """Find the cells that a sweep with find or budget ran, or left, because of other results: at no sparsity that was
+    fixed before its start. Once every run of a sweep has ended, nothing in it is chosen any more."""
+    chosen, fixed, sweeps = set[str](), set[str](), ledger.sweeps()
+    for sweep in sweeps if any(sweep.chosen_by for sweep in sweeps) else ():
+        if _is_whole(ledger, sweep):
+            fixed |= {cell["cell_id"] for cell in sweep.cells}
+        elif sweep.chosen_by:
+            levels = {0.0, *sweep.chosen_by["compare_at"]}
+            chosen |= {cell["cell_id"] for cell in sweep.cells}
+            fixed |= {cell["cell_id"] for cell in sweep.cells if cell["sparsity"] in levels}
+    return chosen - fixed
+
+
+def found_curves(ledger: LedgerReader, sweep_ids: Sequence[str] | None = None) -> list[KnownCurve]:
+    """The curves of sweeps that find, while runs of theirs are left; of all sweeps, or of those named."""
+    chosen = [sweep for sweep in ledger.sweeps() if sweep_ids is None or sweep.sweep_id in sweep_ids]
+    return [curve for sweep in chosen if not _is_whole(ledger, sweep) for curve in known_curves(sweep, ledger.record)]
+
+
+def _is_whole(ledger: LedgerReader, sweep: SweepRecord) -> bool:
+    records = (ledger.record(run_id) for run_id in sweep.run_ids)
+    return all(record is not None and record.status != "interrupted" for record in records)
 
 
 def _protocol_id(ledger: LedgerReader, run_id: str, axes: str) -> str | None:

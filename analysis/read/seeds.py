@@ -123,7 +123,7 @@ def _range(values: pd.Series[Any]) -> str:
 
 def _listed(values: Iterable[Any]) -> str:
     """Distinct texts, without those that are missing."""
-    return " / ".join(dict.fromkeys(str(value) for value in values if not pd.isna(value)))
+    return " / ".join(dict.fromkeys(str(value) for value in values if not pd.isna(value) and value != ""))
 
 
 def _rules(warnings: Iterable[str]) -> str:

@@ -14,7 +14,7 @@ from matplotlib.lines import Line2D
 
 from analysis.read.seeds import SETTING, curve_names, over_seeds, spread
 from analysis.report.dynamics_figures import DYNAMICS_FIGURES
-from analysis.report.plots import band_handles, method_handles, method_lines, plot_over_sparsity
+from analysis.report.plots import band_handles, method_handles, method_lines, plot_over_sparsity, with_gaps
 from analysis.report.rounding import rounded
 from analysis.report.runs import Runs
 from analysis.report.style import (
@@ -92,7 +92,8 @@ def accuracy_vs_flops(cells: pd.DataFrame, runs: Runs) -> Figure | None:
     for i, model in enumerate(models):
         for j, task in enumerate(tasks):
             panel = done[(done["model"] == model) & (done["task"] == task)]
-            method_lines(axes[i][j], panel, colours, "inference_flops", "accuracy")
+            asked = cells[(cells["model"] == model) & (cells["task"] == task)]
+            method_lines(axes[i][j], panel, asked, colours, "inference_flops", "accuracy")
             axes[i][j].set_title(f"{model}, {task}")
             axes[i][j].set_ylim(-0.03, 1.03)
             axes[i][j].grid(alpha=0.2)
@@ -143,7 +144,7 @@ def _mean_flops(run_ids: Iterable[str], runs: Runs) -> tuple[tuple[int, float], 
 
 def mode_difference(cells: pd.DataFrame, runs: Runs) -> Figure | None:
     """Accuracy trained under the mask minus accuracy masked after training, over sparsity."""
-    done = cells[cells["accuracy"].notna() & (cells["sparsity"] > 0)]
+    done = cells[cells["accuracy"].notna() & (cells["sparsity"] > 0) & cells["comparable"].astype(bool)]
     pairs = _mode_pairs(done, runs)
     if pairs.empty:
         return None
@@ -155,7 +156,9 @@ def mode_difference(cells: pd.DataFrame, runs: Runs) -> Figure | None:
             axis = axes[i][j]
             axis.axhline(0, color="black", lw=0.8)
             panel = pairs[(pairs["model"] == model) & (pairs["task"] == task)]
-            for (method, _), curve in panel.groupby(["method", "backend"], sort=False):
+            asked = cells[(cells["model"] == model) & (cells["task"] == task) & (cells["sparsity"] > 0)]
+            for (method, _), known in panel.groupby(["method", "backend"], sort=False):
+                curve = with_gaps(known.set_index("sparsity"), asked[asked["method"] == method])
                 axis.plot(curve["sparsity"], curve["difference"], marker="o", ms=3, lw=1.2, color=colours[method])
                 ends = (curve["low"], curve["high"])
                 axis.fill_between(curve["sparsity"], *ends, color=colours[method], alpha=0.13, lw=0)

@@ -34,7 +34,8 @@ def plot_over_sparsity(cells: pd.DataFrame, column: str) -> Figure | None:
     for i, model in enumerate(models):
         for j, task in enumerate(tasks):
             panel = done[(done["model"] == model) & (done["task"] == task)]
-            _draw_panel(axes[i][j], panel, column, colours)
+            asked = cells[(cells["model"] == model) & (cells["task"] == task)]
+            _draw_panel(axes[i][j], panel, asked, column, colours)
             axes[i][j].set_title(f"{model}, {task}")
         axes[i][0].set_ylabel(LABELS[column])
     for axis in axes[-1]:
@@ -43,22 +44,32 @@ def plot_over_sparsity(cells: pd.DataFrame, column: str) -> Figure | None:
     return figure
 
 
-def method_lines(axis: Axes, panel: pd.DataFrame, colours: dict[Any, str], x: str, y: str) -> None:
-    """A line with marks for each method, mode and backend, through the means over seeds, in a band of their spread."""
+def method_lines(axis: Axes, panel: pd.DataFrame, asked: pd.DataFrame, colours: dict[Any, str], x: str, y: str) -> None:
+    """A line with marks for each method, mode and backend, through the means over seeds, in a band of their spread.
+
+    asked: the cells of the panel, finished or not: no line goes over a sparsity that has no number.
+    """
     for (method, mode, backend), curve in over_seeds(panel).groupby(["method", "mode", "backend"], sort=False):
-        curve, colour, style = curve.sort_values(x), colours[method], str(mode)
+        own = asked[(asked["method"] == method) & (asked["mode"] == mode) & (asked["backend"] == backend)]
+        curve, colour, style = with_gaps(curve.set_index("sparsity"), own), colours[method], str(mode)
         fill = colour if backend == "torch" else "white"
         axis.plot(curve[x], curve[y], STYLES[style], marker=MARKERS[style], ms=3, lw=1.2, color=colour, mfc=fill)
         around = spread(curve, y)
         axis.fill_between(curve[x], curve[y] - around, curve[y] + around, color=colour, alpha=0.13, lw=0)
 
 
-def _draw_panel(axis: Axes, panel: pd.DataFrame, column: str, colours: dict[Any, str]) -> None:
-    method_lines(axis, panel, colours, "sparsity", column)
+def with_gaps(curve: pd.DataFrame, asked: pd.DataFrame) -> pd.DataFrame:
+    """The rows of a curve, which are named by their sparsity, with an empty one for each sparsity that has none."""
+    return curve.reindex(sorted({*curve.index, *asked["sparsity"]})).reset_index(names="sparsity")
+
+
+def _draw_panel(axis: Axes, panel: pd.DataFrame, asked: pd.DataFrame, column: str, colours: dict[Any, str]) -> None:
+    method_lines(axis, panel, asked, colours, "sparsity", column)
     if f"{column}_before_tuning" in panel:
         for method, curve in panel.groupby("method", sort=False):
-            pruned_baseline = curve.groupby("sparsity")[f"{column}_before_tuning"].mean()
-            axis.plot(pruned_baseline.index, pruned_baseline, color=colours[method], **PRUNED_BASELINE)
+            known = curve.groupby("sparsity")[[f"{column}_before_tuning"]].mean()
+            pruned_baseline = with_gaps(known, asked[asked["method"] == method])
+            axis.plot(*(pruned_baseline[name] for name in pruned_baseline), color=colours[method], **PRUNED_BASELINE)
     dense = panel.loc[panel["sparsity"] == 0, column]
     if len(dense):
         axis.axhline(dense.mean(), zorder=0, **DENSE)

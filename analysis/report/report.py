@@ -13,7 +13,7 @@ from analysis.audit.audit import audit
 from analysis.audit.protocol import differing_settings
 from analysis.baselines.published import load_published
 from analysis.read.chosen import compared_cells
-from analysis.read.load import cells_table
+from analysis.read.load import cells_table, found_curves
 from analysis.read.results import Results, read_results
 from analysis.read.seeds import SETTING, axis_columns, over_seeds, primary_words, repeated_settings
 from analysis.report.choices import choice_lines, choices_table
@@ -35,6 +35,8 @@ from analysis.stats.findings import describe_seeds, make_claims
 from analysis.stats.sparsity_claims import PASS_MARK
 from tune_sparse.errors import InputError, NotReadyError
 from tune_sparse.files import write_json, write_text
+from tune_sparse.ledger.curves import KEY, KnownCurve, curve_lines
+from tune_sparse.ledger.reader import MergedLedger
 from tune_sparse.schedules import ONE_SHOT
 
 
@@ -81,6 +83,8 @@ def write_report(
     points = Points(cells, {run_id: e.predictions for run_id, e in results.by_run.items() if e.predictions})
     claims, tests = make_claims(points, results.imported)
     performance = over_seeds(cells)
+    found_ones = found_curves(MergedLedger(results_dirs), sweep_ids)
+    whole = without_curves(performance, found_ones)
     metrics = f"Accuracy is by the primary metric of its task: {primary_words(performance) or 'unknown'}."
     tables = {"summary": summary, "sparsity_vs_performance": performance, "tests": tests}
     tables |= {"choices": choices_table(requested)} if axis_columns(requested) else {}
@@ -98,13 +102,13 @@ def write_report(
         audit=summarise_audit(found),
         findings=[render_claim(claim) for claim in claims],
         seeds=describe_seeds(cells),
-        passing=highest_passing_sparsity(performance),
+        passing=highest_passing_sparsity(whole),
         choices=choice_lines(requested),
     )
     page = present(folder, content, find_runs(results_dirs, points.predictions), published)
     said_first = [*found.lines(severities=["error"]), *counts(requested), found.summary()]
     lines = [*said_first, *result_lines(cells, found, MOST_LINES)]
-    lines += [*(headlines(claims) or [describe_seeds(cells)]), *highest_lines(performance)]
+    lines += [*(headlines(claims) or [describe_seeds(cells)]), *highest_lines(whole), *bracket_lines(found_ones)]
     lines += choice_lines(requested)
     lines += [f"Tables, figures, findings and audit: {folder}", f"To read: {page}"]
     return Report(lines, len(found.errors), int((requested["status"] == "done").sum()))
@@ -126,6 +130,18 @@ def _check_one_protocol(cells: pd.DataFrame, results: Results) -> None:
         "a report must not mix sweeps that differ in protocol, weights or examples, got one setting twice: "
         f"{first['cell_id']} in {' and '.join(dict.fromkeys(names))}{values}. Name one with --sweep."
     )
+
+
+def without_curves(performance: pd.DataFrame, curves: Sequence[KnownCurve]) -> pd.DataFrame:
+    """The table without curves that have levels that no run was needed for: a gap would seem to end them."""
+    keys = {curve.curve.key[:5] for curve in curves}
+    rows = zip(*(performance[name] for name in KEY[:5]), strict=True)
+    return performance[[key not in keys for key in rows]]
+
+
+def bracket_lines(curves: Sequence[KnownCurve]) -> list[str]:
+    """Between which levels each curve of `--find` stops passing."""
+    return ["By --find, untested:", *(f"  {line}" for line in curve_lines(curves))] if curves else []
 
 
 def counts(cells: pd.DataFrame) -> list[str]:

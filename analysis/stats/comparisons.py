@@ -90,8 +90,9 @@ def swap_sides(test: PairedTest, right: str) -> PairedTest:
 class Points:
     """Finished cells above sparsity 0, each with what its model answered.
 
-    Cells at sparsity 0 share their runs and are the baseline of a curve, `dense`. Of runs that answered other questions
-    than most of their model and task, nothing is compared: the audit calls them mixed.
+    Only `comparable` ones are `pruned`, which may enter means and comparisons; `measured` has those too that were run
+    because of other results. Cells at sparsity 0 share their runs and are the baseline of a curve, `dense`. Of runs
+    that answered other questions than most of their model and task, nothing is compared: the audit calls them mixed.
     """
 
     def __init__(self, cells: pd.DataFrame, predictions: Mapping[str, Predictions]) -> None:
@@ -99,7 +100,9 @@ class Points:
         questions = done["run_id"].map(lambda run: hash(tuple(predictions[run].ids)))
         usual = questions.groupby([done["model"], done["task"]]).transform(lambda same: same.mode()[0])
         done = done[questions == usual]
-        self.pruned = done[done["sparsity"] > 0].drop_duplicates("run_id")
+        self.measured = done[done["sparsity"] > 0].drop_duplicates("run_id")
+        self.pruned = self.measured[self.measured["comparable"].astype(bool)]
+        self.missing = cells[cells["status"].isin(["missing", "interrupted"])]
         self.dense = done[(done["sparsity"] == 0) & done["mode"].isin(ADAPTER_MODES)].drop_duplicates("run_id")
         self.predictions = predictions
         self.rates = rates_words(cells)

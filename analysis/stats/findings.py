@@ -32,6 +32,7 @@ def make_claims(points: Points, imported: Sequence[Imported] = ()) -> tuple[list
     single = compare_cells(points, "mode", *SPARSE_ADAPTER_MODES)
     backends, schedules = _backend_tests(points), compare_schedules(points)
     claims = [
+        *_unfinished_claims(points),
         *sparsity_claims(points, imported),
         *_method_claims(points, methods),
         *_mode_claims(points, modes, single),
@@ -45,6 +46,26 @@ def make_claims(points: Points, imported: Sequence[Imported] = ()) -> tuple[list
 
 def describe_seeds(cells: pd.DataFrame) -> str:
     return seeds_sentence(int(cells.loc[cells["status"] == "done", "seed"].nunique()) or 1)
+
+
+def _unfinished_claims(points: Points) -> Iterator[Claim]:
+    """What is not there, and why what was chosen by its results is not compared."""
+    if len(points.missing) and len(points.measured):
+        left = points.missing["run_id"].nunique()
+        numbers = {"left": number(left, points.measured["run_id"], ".0f")}
+        template = "The matrix is unfinished: {left} of its runs were not run, and nothing here speaks for them."
+        yield Claim("RQ1", ALL_BASES, template, numbers)
+    chosen = points.measured[~points.measured["comparable"].astype(bool)]
+    if chosen.empty:
+        return
+    levels = sorted(points.pruned["sparsity"].unique())
+    numbers = {f"level{n}": number(level, points.pruned["run_id"], "g") for n, level in enumerate(levels)}
+    numbers["chosen"] = number(len(chosen), chosen["run_id"], ".0f")
+    fixed = f"at {', '.join(f'{{level{n}}}' for n in range(len(levels)))} alone, fixed before the first run"
+    compared = fixed if levels else "nowhere: no sparsity was fixed before the first run (`--compare-at`)"
+    reason = "{chosen} other runs were chosen because of results, and would favour one side"
+    for question, sides in (("RQ2", "Methods"), ("RQ3", "Modes")):
+        yield Claim(question, ALL_BASES, f"{sides} are compared {compared}; {reason}.", numbers)
 
 
 # RQ2

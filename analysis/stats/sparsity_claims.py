@@ -41,12 +41,13 @@ def sparsity_claims(points: Points, imported: Sequence[Imported]) -> Iterator[Cl
         if dense["accuracy"].isna().all():
             continue
         about = ", ".join(map(str, base))
-        pruned = points.pruned[(points.pruned[BASE] == list(base)).all(axis=1)]
-        pruned = pruned.merge(dense[["seed", "protocol_id"]], on=["seed", "protocol_id"])
+        curves = points.measured[(points.measured[BASE] == list(base)).all(axis=1)]
+        curves = curves.merge(dense[["seed", "protocol_id"]], on=["seed", "protocol_id"])
+        pruned = curves[curves["comparable"].astype(bool)]
         yield from _dense_claims(about, dense, points, [i for i in imported if (i.model, i.task) == base[1:]])
         yield from _half_claim(about, dense, pruned[pruned["sparsity"] == 0.5])
         yield from _most_claim(about, pruned[pruned["sparsity"] == 0.9], points)
-        for names, curve in pruned.groupby(shown_columns(CURVE, pruned), sort=True):
+        for names, curve in curves.groupby(shown_columns(CURVE, curves), sort=True):
             levels, name = [level for _, level in curve.groupby("sparsity", sort=True)], ", ".join(map(str, names))
             yield _reach_claim(about, name, dense, levels, points)
             yield _break_claim(about, name, dense, levels, points)
@@ -163,9 +164,19 @@ def _reach_claim(
             last = levels[first_miss - 1]["sparsity"].iloc[0] if first_miss else 0.0
             numbers[f"{kind}{name}"] = number(last, runs, "g")
         parts.append(f"{mark:.0%} up to {{reach{name}}} (shown up to {{shown{name}}})")
-    template = f"{escaped(curve_name)}: within {', '.join(parts)} of dense."
+    run = ""
+    if is_unfinished(points, levels[0]):
+        numbers |= {f"level{n}": number(s["sparsity"].iloc[0], s["run_id"], "g") for n, s in enumerate(levels)}
+        run = f"; only {', '.join(f'{{level{n}}}' for n in range(len(levels)))} were run"
+    template = f"{escaped(curve_name)}: within {', '.join(parts)} of dense{run}."
     test = "shown: paired intervals against dense, in the order of sparsity"
     return Claim("RQ1", about, template, numbers, test, _least_scope([dense, *levels]))
+
+
+def is_unfinished(points: Points, level: pd.DataFrame) -> bool:
+    """Whether cells of the curve of a level were not run."""
+    names = [*BASE, "method", "mode"]
+    return bool((points.missing[names] == level[names].iloc[0]).all(axis=1).any())
 
 
 def _break_claim(

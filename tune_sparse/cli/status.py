@@ -17,9 +17,9 @@ def declare(commands: Any) -> None:
         "status",
         _status,
         "count how many cells (combinations of model, task and so on) are finished, running, failed or missing in all "
-        "sweeps, and say why runs failed",
+        "sweeps, say why runs failed, and of sweeps with --find between which levels each curve stops passing",
         examples=("status", "status --results-dir ./gpu-results ./cs3-results --json"),
-        ok="every cell is finished, running or stopped early",
+        ok="every cell is finished, running, stopped early, or not needed by the --find that asked for it",
         fault="a cell failed or is missing",
         notes=[
             words("cell", *RUN_WORDS, "results folder"),
@@ -35,6 +35,7 @@ def declare(commands: Any) -> None:
 
 def _status(chosen: argparse.Namespace) -> int:
     from analysis.read.load import cells_table
+    from tune_sparse.ledger.curves import known_curves
     from tune_sparse.ledger.lease import likely_owner
     from tune_sparse.ledger.ledger import Ledger
     from tune_sparse.ledger.reader import MergedLedger
@@ -45,16 +46,21 @@ def _status(chosen: argparse.Namespace) -> int:
     ledgers = [Ledger(folder) for folder in folders]
     running = {run_id for ledger in ledgers if likely_owner(ledger.folder) for run_id in ledger.running()}
     cells.loc[cells["run_id"].isin(running) & (cells["status"] != "done"), "status"] = "running"
+    merged = MergedLedger(folders)
+    curves = [curve for sweep in merged.sweeps() for curve in known_curves(sweep, merged.record)]
+    asked = {run for sweep in merged.sweeps() if not sweep.config.get("find") for run in sweep.run_ids}
+    needless = {run for curve in curves if curve.is_decided for level in curve.curve.runs for run in level} - asked
+    cells.loc[cells["run_id"].isin(needless) & (cells["status"] == "missing"), "status"] = "not needed"
     runs = cells.drop_duplicates("run_id")
     counts, failed = cells["status"].value_counts(), runs[runs["status"] == "failed"]
-    left = int((~runs["status"].isin(["done", "failed", "stopped"])).sum())
+    left = int((~runs["status"].isin(["done", "failed", "stopped", "not needed"])).sum())
     done = runs.loc[runs["status"] == "done", "run_id"]
-    merged = MergedLedger(folders)
     seconds = [r.measured["trial_seconds"] for run_id in done if (r := merged.record(run_id))]
     eta = left * statistics.median(seconds) / len(running) if running and seconds else None
     if chosen.json:
         reasons = dict(zip(failed["run_id"], failed["error"], strict=True))
         values = {"cells": len(cells), "by_status": counts.to_dict(), "failed": reasons, "eta_seconds": eta}
+        values |= {"curves": [curve.as_json() for curve in curves]}
         print(json.dumps(values))
     else:
         print(
@@ -62,6 +68,8 @@ def _status(chosen: argparse.Namespace) -> int:
         )
         for row in failed.itertuples():
             print(f"  {row.run_id}: {row.error}")
+        for curve in curves:
+            print(f"  {curve.line}")
         if eta is not None:
             print(f"about {duration(eta)} left")
-    return OK if counts.index.isin(["done", "running", "stopped"]).all() else FAULT
+    return OK if counts.index.isin(["done", "running", "stopped", "not needed"]).all() else FAULT

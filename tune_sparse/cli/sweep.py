@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 
 GROUPS = {
     "what to sweep": ("models", "tasks", "methods", "sparsities", "modes", "schedules", "seeds"),
+    "how much of it": ("find", "find_levels", "budget", "compare_at"),
     "data and settings": ("data_dir",),
     "how it runs": ("backend", "workers", "gpus_per_trial", "deterministic", "max_retries", "hang_seconds"),
     "early stopping": EARLY_STOPPING,
@@ -50,6 +51,10 @@ GROUPS = {
     "results and tracking": ("results_dir", "tracking_uri"),
     "Cerebras CS-3, for --backend cerebras, both or split": CEREBRAS,
 }
+
+
+UNFINISHED = {True: "not every curve could be decided", False: "not every training succeeded"}
+"""{whether a sweep finds: why it is not complete}"""
 
 
 def declare(commands: Any) -> None:
@@ -64,9 +69,10 @@ def declare(commands: Any) -> None:
             "sweep --models ./my-llama --tasks boolq --data-dir ./examples --set steps=100",
             "sweep toy-seeds --axis learning_rate=1e-3,3e-3,1e-2",
         ),
-        ok="every run is finished or was stopped early, and the audit found no error",
-        fault="a run failed, the sweep was interrupted, or the audit found an error; with --dry-run, a model or "
-        "examples are not there yet",
+        ok="every run is finished or was stopped early, or with --find every curve is decided, and the audit found no "
+        "error",
+        fault="a run failed, the sweep was interrupted or its budget spent before, or the audit found an error; with "
+        "--dry-run, a model or examples are not there yet",
         notes=[
             words(
                 *("cell", *RUN_WORDS, "trial", "example", "adapter", "calibration"),
@@ -148,8 +154,9 @@ def _sweep(chosen: argparse.Namespace) -> int:
     result = run_sweep(prepare(config), chosen.retry_failed)
     errors, lines = _conclude(result, chosen.no_report)
     if chosen.json:
-        names = ("ran", "done", "failed", "stopped_early", "left", "stopped", "seconds", "utilisation")
-        used = {"errors": errors, "protocol": asdict(protocol_in_use(config, result.plan.examples))}
+        names = ("ran", "done", "failed", "stopped_early", "left", "stopped", "spent", "seconds", "utilisation")
+        curves = [curve.as_json() for curve in result.curves]
+        used = {"curves": curves, "errors": errors, "protocol": asdict(protocol_in_use(config, result.plan.examples))}
         print(json.dumps({name: getattr(result, name) for name in names} | used))
     else:
         print("\n".join(lines))
@@ -175,14 +182,19 @@ def _conclude(result: SweepResult, no_report: bool) -> tuple[int | None, list[st
 
 
 def _print_result(result: SweepResult) -> None:
+    from tune_sparse.ledger.curves import curve_lines
     from tune_sparse.sweep.progress import duration
 
     used = f", utilisation {result.utilisation:.2f}" if result.utilisation is not None else ""
     early = f", {result.stopped_early} stopped early" if result.stopped_early else ""
+    for line in curve_lines(result.curves):
+        print(line)
     print(f"{result.ran} trainings in {duration(result.seconds)}{early}{used}.")
+    if result.is_complete and result.left:
+        print(f"{result.left} of {len(result.plan.runs)} runs were not needed: no table or figure has them.")
     print(f"Look at them with `tune-sparse ui --results-dir {result.plan.config.results_dir}`.")
     if not result.is_complete:
-        why = result.stopped or "not every training succeeded"
+        why = result.stopped or result.spent or UNFINISHED[bool(result.curves)]
         print(
             f"tune-sparse: {why}: {result.done} done, {result.failed} failed, {result.left} left. "
             "The same command resumes; `tune-sparse status` has the reasons.",
@@ -261,7 +273,9 @@ def _add_estimate_into(values: dict[str, Any], lines: list[str], found: Sequence
 
 def _add_forecast_into(values: dict[str, Any], lines: list[str], plan: Plan, retry_failed: bool) -> None:
     from tune_sparse.ledger.ledger import Ledger
+    from tune_sparse.sweep.choice import check_budget
     from tune_sparse.sweep.forecast import forecast
+    from tune_sparse.sweep.purchase import purchase
 
     ledger = Ledger(plan.config.results_dir)
     missing = plan.missing(ledger, retry_failed)
@@ -272,7 +286,10 @@ def _add_forecast_into(values: dict[str, Any], lines: list[str], plan: Plan, ret
         "forecast": asdict(expected),
     }
     lines += [f"{values['done']} done, {len(missing)} would run{':' if missing else '.'}", *_counted(missing)]
-    lines += expected.lines()
+    check_budget(plan, ledger, missing)
+    bought = purchase(plan, ledger, missing)
+    values["chosen"] = asdict(bought) if bought else None
+    lines += [*expected.lines(), *(bought.lines() if bought else ())]
 
 
 def _counted(missing: Sequence[Run]) -> list[str]:

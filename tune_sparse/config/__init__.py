@@ -32,6 +32,7 @@ from tune_sparse.config.protocol import Protocol as Protocol
 from tune_sparse.config.protocol import without_published
 from tune_sparse.config.schedule_settings import ScheduleSettings as ScheduleSettings
 from tune_sparse.config.schedule_settings import check_are_read, check_schedules
+from tune_sparse.config.spending import BudgetLimit, FindRule, check_spending
 from tune_sparse.errors import InputError, unknown_name
 from tune_sparse.modes import DENSE, MODES, SPARSE_ADAPTER_MODES
 from tune_sparse.net import check_address
@@ -156,6 +157,34 @@ class SweepConfig:
     early_stopping: EarlyStopping = field(default_factory=EarlyStopping)
     axes: Axes = field(default_factory=dict)
     """Settings with several values: every cell that reads them is trained with each."""
+    find: tuple[str, ...] = option(
+        "run only what it takes to find, for each curve over sparsity, the highest level that keeps what its task is "
+        "judged by: `within=0.10` lets it lose a tenth of the dense model's; of a text, `perplexity=1.10` lets the "
+        "perplexity rise to 1.10 times the dense one. Without --find everything is run",
+        (),
+        metavar="RULE",
+        unset="so every cell is run",
+    )
+    find_levels: int = option(
+        "with --find: a curve is done when a level that passes and one that fails are so many levels apart; 1 is the "
+        "exact level, 3 takes fewer runs",
+        1,
+        metavar="N",
+    )
+    budget: str | None = option(
+        "start no run that would exceed it: `40runs`, `8gpu-hours`, `8cpu-hours` or `8cs3-hours` that trials hold. "
+        "Finished runs of the same cells count, whoever ran them, so that the same command resumes",
+        None,
+        metavar="BUDGET",
+        unset="so as many as it takes",
+    )
+    compare_at: tuple[float, ...] = option(
+        "with --find or --budget: sparsities that are run for every curve, whatever comes out. Methods and modes are "
+        "compared at these only, since cells that were chosen for their results would favour one side",
+        (),
+        metavar="FRACTION",
+        unset="so methods and modes are not compared",
+    )
     data_dir: Path | None = option(
         "source of the examples: a folder with files as listed below; or `hub` for the Hugging Face Hub, from which "
         "they are downloaded when first used; or `synthetic` for generated ones",
@@ -241,6 +270,7 @@ class SweepConfig:
         rule(limit is None or limit > 0, "hang_seconds must be above 0 or none", limit, "Give seconds.")
         rule(self.max_retries >= 0, "max_retries must be at least 0", self.max_retries, "Give 0 or more.")
         check_address("tracking_uri", self.tracking_uri or "")
+        check_spending(self.find, self.find_levels, self.budget, self.compare_at, self.sparsities)
         check_axes(self.axes)
         for point in self.points if self.axes else ():
             self._check_point(point)
@@ -270,6 +300,14 @@ class SweepConfig:
             replace(self, axes={}, protocol=protocol, schedule_settings=schedule, modes=modes or self.modes)
         except InputError as error:
             raise explained(error, point, self.protocol) from error
+
+    @property
+    def find_rule(self) -> FindRule | None:
+        return FindRule.parse(self.find)
+
+    @property
+    def budget_limit(self) -> BudgetLimit | None:
+        return None if self.budget is None else BudgetLimit.parse(self.budget)
 
     @property
     def backends(self) -> tuple[str, ...]:

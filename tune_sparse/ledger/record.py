@@ -49,6 +49,12 @@ class SweepRecord:
     """the fields of a `Cell`, with cell_id, run_id, pruning_id (None where the run's method stores none), shared_with
     (the cell_id that owns the run, or None), chance; of a level on the way to a cell also chain_to, that cell's
     sparsity"""
+    chosen_by: dict[str, Any] | None = None
+    """find, find_levels, budget and compare_at of the last start that did not ask for every run; None if all did"""
+
+    @property
+    def run_ids(self) -> list[str]:
+        return list(dict.fromkeys(cell["run_id"] for cell in self.cells))
 
 
 def read_record(folder: Path) -> Record | None:

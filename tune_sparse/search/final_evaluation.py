@@ -82,6 +82,7 @@ def _finish(session: SearchSession, chosen: Mapping[str, Ranks]) -> None:
 
     from tune_sparse.search.trainable import CandidateTrainable
     from tune_sparse.sweep.scheduler import ResourceQueue
+    from tune_sparse.sweep.sources import Listed
 
     folder = session.folder
     left = {name: ranks for name, ranks in chosen.items() if not _is_finished(folder / name, ranks)}
@@ -91,9 +92,8 @@ def _finish(session: SearchSession, chosen: Mapping[str, Ranks]) -> None:
         shutil.rmtree(folder / name, ignore_errors=True)
         trials.append(settings | {"ranks": ranks, "stages": [], "folder": str((folder / name).resolve())})
     if trials:
-        run_trials(
-            CandidateTrainable, ResourceQueue({"slices": trials}, dict, capacity, session.workers), tune.Callback()
-        )
+        queue = ResourceQueue({"slices": Listed(trials)}, dict, capacity, session.workers)
+        run_trials(CandidateTrainable, queue, tune.Callback())
     for name, ranks in left.items():
         if not _is_finished(folder / name, ranks):
             raise RunError(f"a slice must pass its validation, the {name} in {folder} did not. See its report there.")

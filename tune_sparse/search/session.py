@@ -47,13 +47,14 @@ def train(run: Run, session: SearchSession) -> str | None:
 
     from trainables.cell import CellTrainable
     from tune_sparse.sweep.scheduler import ResourceQueue
+    from tune_sparse.sweep.sources import Listed
     from tune_sparse.sweep.tune_parts import Stop
 
     stop = Stop()
     session.report(f"training {run.run_id}")
     trial = session.settings(run) | {"token": session.token}
     with stop_on_signals(stop):
-        queue = ResourceQueue({"training": [trial]}, dict, capacity, stop=stop)
+        queue = ResourceQueue({"training": Listed([trial])}, dict, capacity, stop=stop)
         run_trials(CellTrainable, queue, tune.Callback(), stop)
     record = session.ledger.record(run.run_id)
     if record is not None and record.status == "done":

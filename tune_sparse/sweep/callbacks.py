@@ -115,8 +115,8 @@ class LedgerCallback(Unsaved, tune.Callback):
         return has_more and self._retries[run.run_id] < self._max_retries
 
     def _end(self, record: Record) -> None:
-        self._progress.ended(record)
         self._ended(record)
+        self._progress.ended(record)
         if self._tracker is not None:
             self._tracker.add(record.run_id)
 

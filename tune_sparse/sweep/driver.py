@@ -15,13 +15,13 @@ from tune_sparse.cerebras.graphs import Graph
 from tune_sparse.cerebras.preflight import prepare_cerebras
 from tune_sparse.config import CS3, CS3_TRIAL, SweepConfig
 from tune_sparse.config.axes import point_text
+from tune_sparse.ledger.curves import KnownCurve, known_curves
 from tune_sparse.ledger.lease import FolderLease
 from tune_sparse.ledger.ledger import Ledger
 from tune_sparse.ledger.record import SweepRecord
 from tune_sparse.ledger.run import Run
 from tune_sparse.sweep.cards import block_kinds, check_devices, cluster_devices
-from tune_sparse.sweep.chains import Chains
-from tune_sparse.sweep.forecast import longest_first
+from tune_sparse.sweep.choice import Choice, asked_of, check_budget, check_fixed
 from tune_sparse.sweep.graphs import PlannedGraphs, plan_graphs
 from tune_sparse.sweep.plan import Plan
 from tune_sparse.sweep.preparation import check_start
@@ -51,12 +51,19 @@ class SweepResult:
     left: int
     stopped: str | None
     """Why the sweep ended early, if it did."""
+    spent: str | None
+    """Why no more was started, if that is its budget."""
+    curves: tuple[KnownCurve, ...]
+    """Of a sweep that finds."""
     seconds: float
     utilisation: float | None
     """Sum of trial seconds over (workers x wall seconds), or None if nothing ran."""
 
     @property
     def is_complete(self) -> bool:
+        """Whether everything that was asked is done: each curve decided, or else each run ended as it should."""
+        if self.curves:
+            return all(curve.is_decided for curve in self.curves)
         return self.done + self.stopped_early == len(self.plan.runs)
 
 
@@ -71,32 +78,42 @@ def run_sweep(plan: Plan, retry_failed: bool = False, only: Collection[str] | No
     for line in [*protocol_in_use(config, plan.examples).lines(), *memory_lines(plan.lacked_memory(ledger))]:
         logger.info(line)
     check_start(plan, ledger, plan.missing(ledger, retry_failed))
+    check_budget(plan, ledger, plan.missing(ledger, retry_failed))
     started = time.perf_counter()
     with FolderLease(ledger.folder) as lease:
         ledger.remove_partial()
-        record = _keep_start(ledger, plan.record)
-        ledger.write_sweep(record)
         record_stopped(plan, ledger)
         left = plan.missing(ledger, retry_failed)
+        record = _keep_start(ledger, plan, is_whole=not left)
+        ledger.write_sweep(record)
         missing = [run for run in left if only is None or run.run_id in only]
         done_before = len(plan.runs) - len(left)
-        progress = Progress(done_before + len(missing), done_before)
+        choice = Choice(plan, ledger, missing, everything=only is not None)
+        progress = Progress(done_before + len(missing), done_before, choice.describe if choice.is_chosen else None)
         with track_sweep(ledger, uri, record) as tracker:
             stopped, workers = None, 1
-            if missing:
+            if choice.has_next:
                 graphs = _prepare_cerebras(plan, ledger, missing) if any(run.cerebras for run in missing) else {}
-                stopped, workers = _tune(plan, ledger, missing, graphs, progress, tracker, lease)
+                stopped, workers = _tune(plan, ledger, choice, graphs, progress, tracker, lease)
                 if not lease.lost.is_set():
                     ledger.remove_partial()
+            for line in choice.lines() if not stopped else ():
+                logger.info(line)
         seconds = time.perf_counter() - started
-    return _result(plan, ledger, missing, stopped, seconds, workers)
+    return _result(plan, ledger, record, choice, stopped, seconds, workers)
 
 
 def _result(
-    plan: Plan, ledger: Ledger, missing: Sequence[Run], stopped: str | None, seconds: float, workers: int
+    plan: Plan,
+    ledger: Ledger,
+    sweep: SweepRecord,
+    choice: Choice,
+    stopped: str | None,
+    seconds: float,
+    workers: int,
 ) -> SweepResult:
     records = {run_id: record for run_id in plan.runs if (record := ledger.record(run_id))}
-    ran = [r for run in missing if (r := records.get(run.run_id)) and r.status == "done"]
+    ran = [r for run in choice.missing if (r := records.get(run.run_id)) and r.status == "done"]
     statuses, stopper = Counter(record.status for record in records.values()), plan.stopper(ledger)
     early = [r for r in records.values() if r.status == "stopped" and stopper and stopper.is_stopped(r.run_id)]
     trial_seconds = sum(record.measured["trial_seconds"] for record in ran)
@@ -108,6 +125,8 @@ def _result(
         stopped_early=len(early),
         left=len(plan.runs) - statuses["done"] - statuses["failed"] - len(early),
         stopped=stopped,
+        spent=choice.spent,
+        curves=tuple(known_curves(sweep, records.get)) if plan.config.find else (),
         seconds=seconds,
         utilisation=trial_seconds / (workers * seconds) if ran else None,
     )
@@ -136,23 +155,29 @@ def _prepare_cerebras(plan: Plan, ledger: Ledger, missing: Sequence[Run]) -> dic
     return planned.by_run
 
 
-def _keep_start(ledger: Ledger, record: SweepRecord) -> SweepRecord:
-    """The same sweep started again keeps the time of its first start."""
-    earlier = [sweep.started for sweep in ledger.sweeps() if sweep.sweep_id == record.sweep_id]
-    return replace(record, started=min(earlier, default=record.started))
+def _keep_start(ledger: Ledger, plan: Plan, is_whole: bool) -> SweepRecord:
+    """The record of a sweep: started again, it keeps the time of its first start, and, while its matrix is not whole,
+    how its runs were chosen. Raises `InputError` where other levels are compared than were fixed then."""
+    record, asked = plan.record, asked_of(plan.config)
+    for earlier in (sweep for sweep in ledger.sweeps() if sweep.sweep_id == record.sweep_id):
+        record = replace(record, started=min(earlier.started, record.started))
+        if earlier.chosen_by and asked and not is_whole:
+            check_fixed(earlier.chosen_by, asked)
+        asked = asked or earlier.chosen_by
+    return replace(record, chosen_by=asked)
 
 
 def _tune(
     plan: Plan,
     ledger: Ledger,
-    missing: Sequence[Run],
+    choice: Choice,
     graphs: Mapping[str, Graph],
     progress: Progress,
     tracker: BackgroundTracker,
     lease: FolderLease,
 ) -> tuple[str | None, int]:
-    """Run `missing` through one Tuner; returns (why it ended early, if it did; workers)."""
-    config = plan.config
+    """Run what is chosen through one Tuner; returns (why it ended early, if it did; workers)."""
+    config, missing = plan.config, choice.missing
     with ray_session(config) as workers, gathered(ledger, lease.token, missing):
         from trainables.cell import CellTrainable
         from tune_sparse.sweep.callbacks import LedgerCallback
@@ -178,11 +203,8 @@ def _tune(
                 settings = replace(settings, bucket_tokens=(graph.tokens,))
             return trial | ({"cerebras": asdict(settings)} if run.cerebras else {})
 
-        waiting = longest_first(plan, ledger, missing)
-        names = sorted(set(map(placement.queue, waiting)), key=lambda name: SCARCEST_FIRST.index(name.split()[0]))
-        queues = {name: [run for run in waiting if placement.queue(run) == name] for name in names}
-        chains = Chains(ledger, missing)
-        queue = ResourceQueue(queues, make_trial, capacity, _limit(config), stop, chains.is_ready)
+        queues = choice.sources(placement.queue, lambda name: SCARCEST_FIRST.index(name.split()[0]))
+        queue = ResourceQueue(queues, make_trial, capacity, _limit(config), stop)
         callback = LedgerCallback(
             ledger,
             {run.run_id: run for run in missing},
@@ -194,15 +216,13 @@ def _tune(
             placement,
             requeue=lambda run: queue.requeue(placement.queue(run), run),
             max_retries=config.max_retries,
-            ended=chains.ended,
+            ended=lambda record: progress.say(*choice.ended(record)),
             stopper=stopper,
         )
         with progress.shown(workers), stop_on_signals(stop):
             run_trials(CellTrainable, queue, callback, stop, stopper)
         if not lease.lost.is_set():
             callback.record_unfinished()
-        for line in chains.lines() if not stop.reason else ():
-            logger.info(line)
         return stop.reason, workers
 
 

@@ -13,7 +13,7 @@ from search_spaces.matrix import cells as combinations
 from tune_sparse.cerebras.conversion import check_convertible
 from tune_sparse.cerebras.environment import cerebras_identity
 from tune_sparse.config import SPLIT, Cell, SweepConfig
-from tune_sparse.data.task_types import AnswerTask
+from tune_sparse.data.task_types import AnswerTask, TextTask
 from tune_sparse.data.tasks import mean_chance, tasks_named
 from tune_sparse.errors import InputError
 from tune_sparse.evaluation.memory import CellMemory
@@ -307,6 +307,7 @@ def check_names(config: SweepConfig) -> None:
     check_chains(config)
     for task in config.tasks:
         tasks_named(task)
+    check_find(config)
     for method, protocol in product(config.methods, config.protocols):
         check_recoverable(method, protocol.recover)
         if method_named(method).needs.gradients and protocol.calibration_order == "sequential":
@@ -317,6 +318,19 @@ def check_names(config: SweepConfig) -> None:
     for method, schedule in product(config.methods, config.schedules):
         check_schedule(method, schedule)
     check_axes_are_read(config, requested_cells(config))
+
+
+def check_find(config: SweepConfig) -> None:
+    """Raise `InputError` for a task whose metric `--find` has no rule for."""
+    rule_of = config.find_rule
+    for name in config.tasks if rule_of else ():
+        is_text = any(isinstance(task, TextTask) for task in tasks_named(name))
+        if rule_of and (rule_of.perplexity if is_text else rule_of.within) is None:
+            metric, fix = ("a perplexity", "perplexity=1.10") if is_text else ("an accuracy", "within=0.10")
+            raise InputError(
+                f"find needs a rule for every task, got {' '.join(config.find)}, which says nothing of {name}: it is "
+                f"judged by {metric}. Add {fix}, say, or sweep it apart."
+            )
 
 
 def _check_distinct_names(references: Sequence[str]) -> None:

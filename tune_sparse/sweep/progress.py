@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -18,10 +18,14 @@ LINE_SECONDS = 15.0
 
 
 class Progress:
-    """Counts runs as they end and says so."""
+    """Counts runs as they end and says so.
 
-    def __init__(self, total: int, done_before: int) -> None:
+    describe: where not all of `total` may run, says what is known of the curve of a run, or of all with None.
+    """
+
+    def __init__(self, total: int, done_before: int, describe: Callable[[str | None], str] | None = None) -> None:
         self.total, self.ended_count, self.failed, self.stopped = total, done_before, 0, 0
+        self._describe = describe
         self._ended_here = 0
         self._console = Console(file=sys.stderr, soft_wrap=True)
         self._started = self._last_line = time.monotonic()
@@ -33,7 +37,8 @@ class Progress:
         """Show progress while the block runs."""
         self._started = time.monotonic()
         if not self._console.is_terminal:
-            self._say(f"running {self.total - self.ended_count} of {self.total} trainings on {workers} workers")
+            left = f"{'at most ' if self._describe else ''}{self.total - self.ended_count}"
+            self._say(f"running {left} of {self.total} trainings on {workers} workers")
             yield
             return
         columns = (
@@ -53,7 +58,8 @@ class Progress:
         if self._bars is not None:
             if run_id in self._running:
                 self._bars.remove_task(self._running[run_id])
-            self._running[run_id] = self._bars.add_task(label, total=None, note="")
+            note = self._describe(run_id) if self._describe else ""
+            self._running[run_id] = self._bars.add_task(label, total=None, note=note)
 
     def reported(self, run_id: str, step: int, steps: int) -> None:
         """A run is at `step` of `steps`."""
@@ -74,7 +80,12 @@ class Progress:
                 self._bars.remove_task(self._running.pop(record.run_id))
             self._bars.update(self._all, completed=self.ended_count, note=self._note())
         elif time.monotonic() - self._last_line >= LINE_SECONDS or self.ended_count == self.total:
-            self._say(f"{self.ended_count}/{self.total} trainings, {self._note()}")
+            self._say(f"{self.ended_count}{self._of}{self.total} trainings, {self._note()}")
+
+    def say(self, *lines: str) -> None:
+        """Print lines, above the bars where there are any."""
+        for line in lines:
+            self._say(line)
 
     def requeued(self, record: Record) -> None:
         """A run that ended in an infrastructure error will run once more."""
@@ -83,7 +94,13 @@ class Progress:
         if self._bars is not None and record.run_id in self._running:
             self._bars.remove_task(self._running.pop(record.run_id))
 
+    @property
+    def _of(self) -> str:
+        return " of at most " if self._describe else "/"
+
     def _note(self) -> str:
+        if self._describe:
+            return f"{self.failed} failed, {self._describe(None)}"
         rate = (time.monotonic() - self._started) / self._ended_here
         left = rate * (self.total - self.ended_count)
         stopped = f"{self.stopped} stopped early, " if self.stopped else ""

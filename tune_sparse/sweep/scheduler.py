@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 from ray.tune.search import Searcher
 
 from tune_sparse.sweep.resources import describe_resources, fits
+from tune_sparse.sweep.sources import Source
 from tune_sparse.sweep.tune_parts import Stop, Unsaved
 
 logger = logging.getLogger(__name__)
@@ -31,41 +32,38 @@ class RunningTrial:
 
 
 class ResourceQueue(Unsaved, Searcher):
-    """Hands out trials from queues, one for each kind of hardware, each in its own order, as there is room for them.
+    """Hands out trials from queues, one for each kind of hardware, as there is room for them.
 
     No trial stands in the way of another queue's, and Tune never holds, or copies, more than what runs. Beside other
     queues a full queue has one trial wait in Tune: without it, Tune ends the queue's worker with its trial.
 
-    queues: the scarcest hardware first, which decides between queues that have as many trials. make_trial: makes the
-    trial of an item, which has `resources`, when it is its turn. total: resources of the whole cluster. limit: trials
-    at once, of a single queue. stop: ends it. ready: whether an item may have its turn; until then those behind it go
-    first, and one that never may is never handed out.
+    queues: each decides what is next in it; the scarcest hardware comes first, which decides between queues that have
+    as many trials. make_trial: makes the trial of an item, which has `resources`, when it is its turn. total: resources
+    of the whole cluster. limit: trials at once, of a single queue. stop: ends it.
     """
 
     def __init__(
         self,
-        queues: Mapping[str, Iterable[Any]],
+        queues: Mapping[str, Source],
         make_trial: Callable[[Any], dict[str, Any]],
         total: Callable[[], Mapping[str, float]],
         limit: int | None = None,
         stop: Stop | None = None,
-        ready: Callable[[Any], bool] = lambda item: True,
     ) -> None:
         super().__init__()
-        self._queues = {name: deque(items) for name, items in queues.items()}
+        self._queues = queues
         self._make_trial, self._total, self._limit, self._stop = make_trial, total, limit, stop or Stop()
-        self._ready = ready
         self._running: dict[str, RunningTrial] = {}
         self._seen: Mapping[str, float] = {}
         self._looked, self._said = float("-inf"), False
 
     def suggest(self, trial_id: str) -> Any:
-        places = {name: place for name in self._queues if (place := self._first_ready(name)) is not None}
-        if self._stop.reason or not (self._running or places):
-            return Searcher.FINISHED
-        if len(self._running) == self._limit:
+        if self._running and len(self._running) == self._limit and not self._stop.reason:
             return None
-        heads = {name: self._make_trial(self._queues[name][place]) for name, place in places.items()}
+        items = {name: item for name, queue in self._queues.items() if (item := queue.peek()) is not None}
+        if self._stop.reason or not (self._running or items):
+            return Searcher.FINISHED
+        heads = {name: self._make_trial(item) for name, item in items.items()}
         free, running = self._free(), Counter(trial.queue for trial in self._running.values())
         fitting = [name for name, trial in heads.items() if fits(trial["resources"], free)]
         has_room = bool(fitting)
@@ -73,12 +71,9 @@ class ResourceQueue(Unsaved, Searcher):
         if chosen is None:
             self._warn_if_stuck(heads.values())
             return None
-        del self._queues[chosen][places[chosen]]
+        self._queues[chosen].take()
         self._running[trial_id] = RunningTrial(chosen, heads[chosen]["resources"], waits=not has_room)
         return {"trial": heads[chosen]}
-
-    def _first_ready(self, name: str) -> int | None:
-        return next((place for place, item in enumerate(self._queues[name]) if self._ready(item)), None)
 
     def _may_wait(self, name: str) -> bool:
         own = [trial for trial in self._running.values() if trial.queue == name]
@@ -92,7 +87,7 @@ class ResourceQueue(Unsaved, Searcher):
 
     def requeue(self, queue: str, item: Any) -> None:
         """Hand `item` out once more, after the others of its queue."""
-        self._queues[queue].append(item)
+        self._queues[queue].put_back(item)
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         ended = self._running.pop(trial_id, None)
