@@ -209,7 +209,7 @@ def _dry_run(config: SweepConfig, chosen: argparse.Namespace) -> int:
     from tune_sparse.sweep.estimate import estimate, known_sizes, plan_sizes
     from tune_sparse.sweep.examples import read_examples
     from tune_sparse.sweep.plan import check_names, plan_cells, requested_points, trained_points
-    from tune_sparse.sweep.protocol_in_use import protocol_in_use
+    from tune_sparse.sweep.protocol_in_use import protocol_in_use, selection_warnings
     from tune_sparse.sweep.seed_price import seed_price
 
     check_names(config)
@@ -233,7 +233,7 @@ def _dry_run(config: SweepConfig, chosen: argparse.Namespace) -> int:
     price = seed_price(config, sizes, cards, plan, Ledger(config.results_dir))
     protocol = protocol_in_use(config, plan.examples if plan else examples)
     values |= {"seeds": asdict(price), "protocol": asdict(protocol)}
-    lines += [*price.lines(), *protocol.lines()]
+    lines += [*price.lines(), *protocol.lines(), *selection_warnings(config, protocol.examples or {})]
     print(json.dumps(values) if chosen.json else "\n".join(lines))
     return FAULT if "not_ready" in values else OK
 

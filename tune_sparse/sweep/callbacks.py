@@ -26,7 +26,8 @@ from tune_sparse.watchdog import HangReport, read_hang_report
 class LedgerCallback(Unsaved, tune.Callback):
     """Shows and tracks each run as it ends, and records the runs that a worker could not record itself.
 
-    points: {run: its values of the sweep's axes} for the screen. requeue: is given a run whose infrastructure failed, at most `max_retries` times.
+    points: {run: its values of the sweep's axes}, for the screen. requeue: is given a run whose infrastructure failed,
+    at most `max_retries` times.
     """
 
     def __init__(

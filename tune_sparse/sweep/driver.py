@@ -13,6 +13,7 @@ from typing import Any
 from tune_sparse.cerebras.graphs import Graph
 from tune_sparse.cerebras.preflight import prepare_cerebras
 from tune_sparse.config import CS3, CS3_TRIAL, SweepConfig
+from tune_sparse.config.axes import point_text
 from tune_sparse.ledger.lease import FolderLease
 from tune_sparse.ledger.ledger import Ledger
 from tune_sparse.ledger.record import SweepRecord
@@ -23,7 +24,7 @@ from tune_sparse.sweep.graphs import PlannedGraphs, plan_graphs
 from tune_sparse.sweep.plan import Plan
 from tune_sparse.sweep.preparation import check_start
 from tune_sparse.sweep.progress import Progress
-from tune_sparse.sweep.protocol_in_use import protocol_in_use
+from tune_sparse.sweep.protocol_in_use import protocol_in_use, selection_warnings
 from tune_sparse.sweep.ray_session import capacity, nodes, ray_session, run_trials, stop_on_signals
 from tune_sparse.sweep.resources import Placement, trial_settings
 from tune_sparse.sweep.retries import memory_lines
@@ -64,7 +65,9 @@ def run_sweep(plan: Plan, retry_failed: bool = False, only: Collection[str] | No
     """
     config = plan.config
     ledger, uri = Ledger(config.results_dir), tracking_uri(config)
-    for line in [*protocol_in_use(config, plan.examples).lines(), *memory_lines(plan.lacked_memory(ledger))]:
+    protocol = protocol_in_use(config, plan.examples)
+    few = selection_warnings(config, plan.examples.counts)
+    for line in [*protocol.lines(), *few, *memory_lines(plan.lacked_memory(ledger))]:
         logger.info(line)
     check_start(plan, ledger, plan.missing(ledger, retry_failed))
     started = time.perf_counter()
