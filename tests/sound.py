@@ -24,6 +24,7 @@ from tune_sparse.ledger.ledger import Ledger
 from tune_sparse.ledger.prunings import DESCRIPTION, FORMAT_VERSION, MASKS
 from tune_sparse.ledger.record import Record
 from tune_sparse.ledger.run import Run, readable_id, write_config
+from tune_sparse.schedules import ONE_SHOT
 
 PROTOCOL = Protocol(
     steps=12,
@@ -100,12 +101,13 @@ def write_sound(
     cell, name = run.cell, name_stream(run)
     outcomes = make_outcomes(run, 0.95 - 0.3 * cell.sparsity if accuracy is None else accuracy, answers=answers)
     seed = cell.seed if cell.method == "random" else None
-    untuned = replace(run, cell=replace(cell, mode=MODES[0], seed=seed or 0))
+    untuned = replace(run, cell=replace(cell, mode=MODES[0], schedule=ONE_SHOT, seed=seed or 0))
     pruned_baseline = make_outcomes(run, 0.8 - 0.3 * cell.sparsity, f"untuned-{name_stream(untuned, SCORING)}")
     shares, task = kept or dict.fromkeys(MATRICES, 1 - cell.sparsity), TASKS[cell.task]
     kept_by_matrix = {matrix: [round(1000 * share), 1000] for matrix, share in shares.items()}
     counted = 1 - sum(k for k, _ in kept_by_matrix.values()) / (1000 * len(kept_by_matrix))
-    mask = hashlib.sha256(f"{cell.method} {cell.sparsity} {seed}".encode()).hexdigest()
+    changed = () if cell.schedule == ONE_SHOT else (cell.schedule, cell.seed)
+    mask = hashlib.sha256(" ".join(map(str, (cell.method, cell.sparsity, seed, *changed))).encode()).hexdigest()
     losses = [hashlib.sha256(f"{name}{step}".encode()).digest()[0] / 256 + 0.01 for step in range(run.protocol.steps)]
     recorded = {
         **with_earlier(compute_metrics(task, outcomes), compute_metrics(task, pruned_baseline), None),

@@ -1,14 +1,16 @@
 from __future__ import annotations
 
+from itertools import combinations
+
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from tune_sparse.errors import InputError
 from tune_sparse.models.architectures import Matrix
-from tune_sparse.pruning.allocation import global_order, outlier_fraction, owl, uniform
+from tune_sparse.pruning.allocation import erk, global_order, outlier_fraction, owl, uniform
 from tune_sparse.pruning.masks import keep_highest, pruned_count
 
 
@@ -80,3 +82,42 @@ def test_owl_keeps_the_mean_stays_nested_and_empties_nothing(outliers: list[floa
 def test_outliers_by_hand() -> None:
     scores = [torch.tensor([[1.0, 1.0, 1.0, 1.0]]), torch.tensor([[1.0, 1.0, 1.0, 20.0]])]
     assert outlier_fraction(lambda: scores) == 1 / 8
+
+
+SHAPES = st.lists(st.tuples(st.integers(1, 60), st.integers(1, 60)), min_size=1, max_size=6)
+
+
+@settings(deadline=None)
+@given(SHAPES, st.lists(st.floats(0, 0.99), min_size=1, max_size=4).map(sorted))
+def test_erk_counts_are_exact_in_total_nested_and_in_proportion_to_the_sides(
+    sides: list[tuple[int, int]], sparsities: list[float]
+) -> None:
+    shapes = dict(zip("abcdef", sides, strict=False))
+    try:
+        counts = erk(shapes, sparsities)
+    except InputError:  # a matrix would lose everything
+        reject()
+    sizes = {name: rows * columns for name, (rows, columns) in shapes.items()}
+    for level, sparsity in enumerate(sparsities):
+        pruned = {name: found[level] for name, found in counts.items()}
+        assert sum(pruned.values()) == pruned_count(sum(sizes.values()), sparsity)
+        of_side = {name: (sizes[name] - pruned[name]) / sum(shapes[name]) for name in shapes if pruned[name]}
+        for a, b in combinations(of_side, 2):
+            assert abs(of_side[a] - of_side[b]) <= 0.5 / sum(shapes[a]) + 0.5 / sum(shapes[b]) + 1e-9
+        for name in shapes.keys() - of_side.keys():
+            assert all(sizes[name] / sum(shapes[name]) <= rate + 1 / sum(shapes[name]) for rate in of_side.values())
+    assert all(found == sorted(found) for found in counts.values())
+
+
+def test_erk_by_hand() -> None:
+    # 30 of 60 weights for sides of 6, 12 and 12: epsilon is 1
+    assert erk({"a": (4, 2), "b": (10, 2), "c": (8, 4)}, [0.0, 0.5]) == {"a": [0, 2], "b": [0, 8], "c": [0, 20]}
+
+
+def test_by_erk_a_small_matrix_stays_dense() -> None:
+    counts = erk({"small": (4, 4), "large": (40, 40)}, [0.5])
+    assert counts == {"small": [0], "large": [808]}
+    with pytest.raises(
+        InputError, match=r"no layer may be 100% sparse: at sparsity 0\.999 small would lose all its 1 "
+    ):
+        erk({"small": (1, 1), "large": (400, 400)}, [0.999])

@@ -192,7 +192,7 @@ def test_a_backend_of_tests_is_foreign(ledger: Ledger) -> None:
         ("result.json", '{"loss": 3}', "unexpected keyword argument 'loss'"),
         ("result.json", "[]", "TypeError"),
         ("config.yaml", "a: [", "ParserError"),
-        ("config.yaml", "cell: {}", "TypeError"),
+        ("config.yaml", "protocol: {}\ncell: {}", "TypeError"),
         ("sparse_config.json", "{}", "it has no mask_sha256, actual_sparsity, kept_by_matrix"),
         ("validation_report.json", '{"all_valid": true}', "foreign, or of an older format"),
         ("metrics.jsonl", "{", "JSONDecodeError"),

@@ -18,23 +18,26 @@ from tune_sparse.cli.sweep import GROUPS
 from tune_sparse.cli.sweep_options import sweep_config
 from tune_sparse.cli.words import (
     BASELINE_COLUMNS,
+    SCHEDULE_SETTINGS,
     TOY_MODELS,
     WIDTH,
     WORDS,
     methods,
     models,
     presets,
+    schedules,
     settings,
     table,
     tasks,
 )
-from tune_sparse.config import BACKENDS, BudgetOptions, Cerebras, Protocol, SweepConfig
+from tune_sparse.config import BACKENDS, BudgetOptions, Cerebras, Protocol, ScheduleSettings, SweepConfig
 from tune_sparse.config.options import describe_option, option, value_text
 from tune_sparse.data.tasks import TASKS
 from tune_sparse.models import toy_models
 from tune_sparse.modes import MODES
 from tune_sparse.pruning.methods import ALLOCATIONS, METHODS, PATTERNS
 from tune_sparse.pruning.scores import SCORES
+from tune_sparse.schedules import SCHEDULES
 
 COMMANDS = parsers()[1]
 each_command = pytest.mark.parametrize("name", COMMANDS)
@@ -146,6 +149,7 @@ def test_a_sweep_has_an_option_for_each_setting_in_one_group() -> None:
 def test_every_entry_of_a_table_says_what_it_is() -> None:
     assert all(task.about for task in TASKS.values())
     assert all(mode.about for mode in MODES.values())
+    assert all(schedule.about for schedule in SCHEDULES.values())
     assert all(score.about for score in SCORES.values())
     assert all([*ALLOCATIONS.values(), *PATTERNS.values()])
     assert set(matrix.ABOUT) == set(matrix.PRESETS)
@@ -158,6 +162,8 @@ def test_the_lists_of_a_help_are_complete() -> None:
     assert [name for name in matrix.PRESETS if f"    {name} " not in presets()] == []
     assert set(METHODS) <= set(re.split(r"[,\s]+", methods()))
     assert [f.name for f in fields(Protocol) if f"    {f.name} " not in settings()] == []
+    assert [f.name for f in fields(ScheduleSettings) if f"    {f.name} " not in settings(SCHEDULE_SETTINGS)] == []
+    assert [name for name in SCHEDULES if f"    {name} " not in schedules()] == []
     assert set(BACKENDS) <= set(SweepConfig.__dataclass_fields__["backend"].metadata["choices"])
 
 

@@ -10,20 +10,22 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
+from changing_masks import ledger_of_changing_masks
 from matplotlib.figure import Figure
 from PIL import Image
 from sound import MATRICES, edit, make_cells, sound_ledger
 
 from analysis.read.load import COLUMNS, cells_table
 from analysis.read.results import read_results
+from analysis.report.dynamics_figures import DYNAMICS_FIGURES
 from analysis.report.figures import FIGURES, GIGA
 from analysis.report.runs import Runs, find_runs
 from analysis.report.style import LABELS, save
 from tune_sparse.files import write_json
 from tune_sparse.ledger.ledger import Ledger
 
-WITHOUT_DATA = {"sparsity_vs_perplexity"}
-"""No cell of this ledger is of a text."""
+WITHOUT_DATA = {"sparsity_vs_perplexity", *DYNAMICS_FIGURES}
+"""No cell of this ledger is of a text, or trained under masks that change."""
 
 
 @pytest.fixture(scope="module")
@@ -73,9 +75,18 @@ def drawn(name: str, cells: pd.DataFrame, runs: Runs) -> Figure:
     return figure
 
 
-@pytest.mark.parametrize("name", sorted(FIGURES.keys() - WITHOUT_DATA))
-def test_a_figure_has_units_and_titles_that_do_not_overlap(name: str, cells: pd.DataFrame, runs: Runs) -> None:
-    figure = drawn(name, cells, runs)
+@pytest.fixture(scope="module")
+def changing(tmp_path_factory: pytest.TempPathFactory) -> tuple[pd.DataFrame, Runs]:
+    """Cells and runs whose masks changed while they trained."""
+    folder = ledger_of_changing_masks(tmp_path_factory.mktemp("changing")).folder
+    return cells_table([folder]), find_runs([folder])
+
+
+@pytest.mark.parametrize("name", sorted(FIGURES.keys() - {"sparsity_vs_perplexity"}))
+def test_a_figure_has_units_and_titles_that_do_not_overlap(
+    name: str, cells: pd.DataFrame, runs: Runs, changing: tuple[pd.DataFrame, Runs]
+) -> None:
+    figure = drawn(name, *changing) if name in DYNAMICS_FIGURES else drawn(name, cells, runs)
     figure.draw_without_rendering()
     panels = [axis for axis in figure.axes if axis.get_title()]
     assert panels

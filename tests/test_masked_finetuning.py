@@ -1,7 +1,8 @@
-"""Full-weight training under a mask: W <- W⊙M and both moments after every step."""
+"""Full-weight training under a mask: weights and both moments are 0 there after every step."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,10 +10,11 @@ import torch
 from factories import TINY_PROTOCOL, finished, tiny_run
 from plain_masks import make_masks, masked
 from torch import Tensor
+from torch.optim import Optimizer
 
 from trainables import masked_finetuning
 from trainables.finetuning import setup
-from trainables.masked_finetuning import MaskedFinetuning, enforce_masks_after_steps
+from trainables.masked_finetuning import MaskedFinetuning
 from trainables.worker import WorkerCache
 from tune_sparse.config import Protocol, SweepConfig
 from tune_sparse.data.splits import Encoded
@@ -21,20 +23,9 @@ from tune_sparse.models.architectures import adapter_weights, pruned_weights
 from tune_sparse.models.checkpoints import check_checkpoint, load_model, prunable_weights, write_weights_into
 from tune_sparse.pruning.masks import Masks
 from tune_sparse.sweep.plan import make_plan
-from tune_sparse.training.loop import accelerator_for, fit
+from tune_sparse.training.loop import Step, accelerator_for, fit
 
 EXAMPLES = [Encoded(tuple(range(i, i + 10)), (i, i + 1)) for i in range(8)]
-
-
-def test_the_mask_is_enforced_on_weight_and_moments_by_hand() -> None:
-    W, M = torch.tensor([1.0, 2.0, 0.0]).requires_grad_(), torch.tensor([True, True, False])
-    optimizer = torch.optim.AdamW([W], lr=0.1, betas=(0.9, 0.95), weight_decay=0.0)
-    enforce_masks_after_steps(optimizer, {"W": W}, {"W": M})
-    W.grad = torch.tensor([1.0, -1.0, 5.0])
-    optimizer.step()
-    torch.testing.assert_close(W.detach(), torch.tensor([0.9, 2.1, 0.0]))
-    torch.testing.assert_close(optimizer.state[W]["exp_avg"], torch.tensor([0.1, -0.1, 0.0]))
-    torch.testing.assert_close(optimizer.state[W]["exp_avg_sq"], torch.tensor([0.05, 0.05, 0.0]))
 
 
 def pruned_and_set_up(
@@ -49,14 +40,18 @@ def pruned_and_set_up(
     return masked_finetuning.setup("masked-finetuning", model, protocol, masks), pruned
 
 
+def steps_of(trained: MaskedFinetuning, optimizer: Optimizer, protocol: Protocol) -> Iterator[Step]:
+    accelerator = accelerator_for(trained.mixed_precision)
+    return fit(trained.model, optimizer, EXAMPLES, protocol, 0, 0, accelerator, trained.hooks(optimizer))
+
+
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("method", ["unstructured", "structured"])
 def test_after_every_step_the_zeros_are_zero_and_kept_weights_move(method: str, precision: str, llama: Path) -> None:
     protocol = Protocol(**vars(TINY_PROTOCOL) | {"precision": precision})
     trained, pruned = pruned_and_set_up(llama, protocol, method)
     optimizer = trained.optimizer(protocol)
-    steps = fit(trained.model, optimizer, EXAMPLES, protocol, 0, accelerator=accelerator_for(trained.mixed_precision))
-    for _ in steps:
+    for _ in steps_of(trained, optimizer, protocol):
         for weight, mask in zip(trained.parameters(), trained.masks.values(), strict=True):
             assert weight.dtype == torch.float32
             assert not weight[~mask].any()
@@ -72,7 +67,7 @@ def test_after_every_step_the_zeros_are_zero_and_kept_weights_move(method: str, 
 def test_nothing_but_the_pruned_layers_is_trained(llama: Path) -> None:
     trained, _ = pruned_and_set_up(llama, TINY_PROTOCOL)
     before = {name: parameter.clone() for name, parameter in trained.model.named_parameters()}
-    list(fit(trained.model, trained.optimizer(TINY_PROTOCOL), EXAMPLES, TINY_PROTOCOL, 0))
+    list(steps_of(trained, trained.optimizer(TINY_PROTOCOL), TINY_PROTOCOL))
     moved = {name for name, parameter in trained.model.named_parameters() if not torch.equal(parameter, before[name])}
     assert moved == set(trained.masks)
 

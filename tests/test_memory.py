@@ -17,9 +17,9 @@ from tune_sparse.errors import InputError, TooLargeError
 from tune_sparse.evaluation.card_budgets import budgets_for, scoring_budgets, smallest_budgets, usable
 from tune_sparse.evaluation.memory import GIB, CellMemory
 from tune_sparse.lora.layer import adapt_model
-from tune_sparse.models.architectures import all_weights
 from tune_sparse.models.checkpoints import prunable_weights
 from tune_sparse.models.dims import ModelDims
+from tune_sparse.models.other_weights import all_weights
 from tune_sparse.modes import ADAPTER_MODES, MODES, SPARSE_ADAPTER_MODES
 from tune_sparse.pruning.calibration import ModelBlocks, calibrate_blockwise
 from tune_sparse.pruning.methods import METHODS

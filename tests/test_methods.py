@@ -18,7 +18,7 @@ def test_every_combination_has_one_name_or_a_reason() -> None:
     combinations = [(s, a, p) for s in SCORES for a in ALLOCATIONS for p in PATTERNS]
     refused = [combination for combination in combinations if nonsense(*combination)]
     named = [(m.score, m.allocation, m.pattern) for m in METHODS.values()]
-    assert len(combinations) == 72
+    assert len(combinations) == 96
     assert sorted(named + refused) == sorted(combinations)
 
 
@@ -28,6 +28,7 @@ def test_every_combination_has_one_name_or_a_reason() -> None:
         ("wanda", ("wanda", "uniform", "element-wise")),
         ("wanda-owl", ("wanda", "owl", "element-wise")),
         ("sparsegpt-2:4", ("sparsegpt", "uniform", "2:4")),
+        ("magnitude-erk", ("magnitude", "erk", "element-wise")),
         ("taylor-global", ("taylor", "global", "element-wise")),
         ("random-structured", ("random", "uniform", "structured")),
         ("magnitude-4:8", ("magnitude", "uniform", "4:8")),

@@ -81,7 +81,9 @@ def train(llama: Path) -> Train:
         write_weights_into(model, pruned)
         trainable = setup(mode, model, protocol, masks, 0)
         accelerator = accelerator_for(trainable.mixed_precision)
-        list(fit(trainable.model, trainable.optimizer(protocol), EXAMPLES, protocol, 0, accelerator=accelerator))
+        optimizer = trainable.optimizer(protocol)
+        hooks = trainable.hooks(optimizer)
+        list(fit(trainable.model, optimizer, EXAMPLES, protocol, 0, accelerator=accelerator, hooks=hooks))
         return Trained(masks, pruned, trainable)
 
     return run

@@ -27,6 +27,7 @@ OTHER_PROTOCOL: dict[str, Any] = {
     "beta1": 0.8,
     "beta2": 0.99,
     "max_grad_norm": 2.0,
+    "train_also": ("bias",),
     "lora_rank": 8,
     "lora_alpha": 16.0,
     "lora_dropout": 0.05,
@@ -73,6 +74,7 @@ OTHER_SCHEDULE: dict[str, Any] = {
     "rescore": False,
     "restart_learning_rate": False,
     "dynamics_every": 10,
+    "effective_rank_side": 8192,
 }
 OTHER_INPUT: dict[str, Any] = {"model_fingerprint": "x", "data_fingerprint": "x", "prompt_version": "2"}
 

@@ -18,10 +18,18 @@ from mlflow.entities import ViewType
 from tune_sparse.config import SweepConfig
 from tune_sparse.errors import InputError
 from tune_sparse.files import write_json
+from tune_sparse.ledger.dynamics import append_dynamics
 from tune_sparse.ledger.ledger import Ledger
 from tune_sparse.ledger.run import Run
 from tune_sparse.modes import MODES
-from tune_sparse.tracking.entries import CANDIDATE_TAG, RECORD_TAG, RUN_TAG, SEARCH_TAG, SWEEP_TAG, record_hash
+from tune_sparse.tracking.entries import (
+    CANDIDATE_TAG,
+    RECORD_TAG,
+    RUN_TAG,
+    SEARCH_TAG,
+    SWEEP_TAG,
+    record_hash,
+)
 from tune_sparse.tracking.sync import (
     EXPERIMENT,
     Tracker,
@@ -46,7 +54,10 @@ def by_hand(folder: Path) -> Ledger:
     """A sweep of six cells: one done, one failed, one missing, three that share one done run."""
     ledger = Ledger(folder)
     ledger.write_sweep(make_sweep(CELLS))
-    write_run(ledger, DONE, done_record(DONE, accuracy=0.8))
+    folder = write_run(ledger, DONE, done_record(DONE, accuracy=0.8))
+    for step, rate in ((0, 0.0), (5, 0.25)):
+        dead = {f"dead_neurons/{name}.out": 0.5 for name in ("average", "model.layers.0.self_attn.q_proj.weight")}
+        append_dynamics(folder, {"step": step, "weight_revival/rate": rate, "health": "notice"} | dead)
     write_run(ledger, FAILED, failed_record(FAILED))
     write_run(ledger, DENSE, done_record(DENSE, accuracy=0.9))
     return ledger
@@ -110,6 +121,12 @@ def test_a_child_has_its_curves_with_their_steps(store: Store) -> None:
     assert store.curve(DONE, "step_eval_loss") == [(3, 0.5)]
 
 
+def test_a_child_has_its_masks_over_steps_but_not_those_of_each_matrix(store: Store) -> None:
+    assert store.curve(DONE, "weight_revival/rate") == [(0, 0.0), (5, 0.25)]
+    dead = {name for name in store.find(DONE).data.metrics if name.startswith("dead_neurons")}
+    assert dead == {"dead_neurons/average.out"}
+
+
 def test_a_child_has_its_final_numbers_and_no_invented_ones(store: Store) -> None:
     metrics = store.find(DONE).data.metrics
     assert (metrics["accuracy"], metrics["eval_loss"], metrics["train_seconds"]) == (0.8, 0.5, 2.0)
@@ -129,7 +146,8 @@ def test_a_child_has_its_environment_and_its_status(store: Store) -> None:
 
 def test_a_child_has_its_small_files(store: Store) -> None:
     files = {file.path for file in store.client.list_artifacts(store.find(DONE).info.run_id)}
-    assert files == {"config.yaml", "sparse_config.json", "result.json", "validation_report.json", "train.log"}
+    small = {"config.yaml", "sparse_config.json", "result.json", "validation_report.json", "train.log"}
+    assert files == small | {"dynamics.jsonl"}
 
 
 def test_a_failed_run_says_why(store: Store) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from trainables import lora_finetuning, masked_finetuning
+from trainables.mask_schedule import FIXED_MASKS, MaskSchedule
 from trainables.mode import TrainableModel
 from tune_sparse.config import Protocol
 from tune_sparse.models.architectures import PRUNED
@@ -16,12 +17,19 @@ from tune_sparse.pruning.masks import Masks
 
 
 def setup(
-    mode: str, model: PreTrainedModel, protocol: Protocol, masks: Masks, seed: int, modules: Sequence[str] = PRUNED
+    mode: str,
+    model: PreTrainedModel,
+    protocol: Protocol,
+    masks: Masks,
+    seed: int,
+    modules: Sequence[str] = PRUNED,
+    schedule: MaskSchedule = FIXED_MASKS,
 ) -> TrainableModel:
-    """Make a pruned model trainable, in place. modules: those that get adapters, where the mode has any."""
+    """Make a pruned model trainable, in place. modules: those that get adapters, where the mode has any; schedule: of
+    masks that may change, where it has none."""
     if MODES[mode].has_adapter:
         return lora_finetuning.setup(mode, model, protocol, masks, seed, modules)
-    return masked_finetuning.setup(mode, model, protocol, masks)
+    return masked_finetuning.setup(mode, model, protocol, masks, schedule)
 
 
 def restore_into(mode: str, model: PreTrainedModel, folder: Path, masks: Masks) -> None:

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
+from trainables.also_trained import AlsoTrained, also_in
 from trainables.mode import MergeReport
 from tune_sparse.config import Protocol
 from tune_sparse.lora.adapter_io import merge_adapter_into, save_adapter
@@ -31,7 +32,7 @@ from tune_sparse.models.architectures import PRUNED
 from tune_sparse.models.dims import ModelDims
 from tune_sparse.modes import MODES
 from tune_sparse.pruning.masks import Masks
-from tune_sparse.training.loop import adamw
+from tune_sparse.training.loop import NO_HOOKS, StepHooks
 
 
 def setup(
@@ -39,9 +40,11 @@ def setup(
 ) -> LoraFinetuning:
     """Put adapters into `modules` of `model`, in place."""
     update_masks = masks if MODES[mode].masks_update else None
-    may_shrink = update_masks is not None and protocol.masked_lora_impl == "auto"
+    may_shrink = update_masks is not None and protocol.may_train_smaller
     cuts = find_cuts(ModelDims.from_config(model.config), masks) if may_shrink else None
-    return LoraFinetuning(adapt_model(model, protocol, update_masks, seed, modules), masks, mode, cuts)
+    own = also_in(model, protocol)
+    adapted = adapt_model(model, protocol, update_masks, seed, modules)
+    return LoraFinetuning(adapted, masks, mode, AlsoTrained.begin(own), cuts)
 
 
 def restore_into(model: PreTrainedModel, folder: Path, masks: Masks) -> None:
@@ -56,6 +59,7 @@ class LoraFinetuning:
     adapted: PeftModel
     masks: Masks
     mode: str
+    also: AlsoTrained
     cuts: Cuts | None = None
     """What the model is without while it trains; None where it trains whole."""
     mixed_precision: str = "no"
@@ -72,7 +76,7 @@ class LoraFinetuning:
     @property
     def factor_weights(self) -> int:
         is_masked = any(layer.keep_mask is not None for _, layer in sparse_lora_layers(self.adapted))
-        return 0 if is_masked else sum(parameter.numel() for parameter in self.parameters())
+        return 0 if is_masked else sum(parameter.numel() for parameter in self._factors())
 
     def shrunk(self) -> AbstractContextManager[None]:
         return shrunk(self.adapted, self.cuts) if self.cuts is not None else nullcontext()
@@ -84,16 +88,25 @@ class LoraFinetuning:
     def summary(self) -> str:
         counts = ", ".join(f"{n} {impl}" for impl, n in count_impls(self.adapted).items())
         size = "" if self.cuts is None else ", on the smaller model without masked heads and channels"
-        return f"adapted layers by implementation: {counts}{size}"
+        also = f"; {len(self.also.own)} other weights trained too" if self.also.own else ""
+        return f"adapted layers by implementation: {counts}{size}{also}"
+
+    def _factors(self) -> list[Tensor]:
+        beside = {id(parameter) for parameter in self.also.own.values()}
+        return [p for p in self.adapted.parameters() if p.requires_grad and id(p) not in beside]
 
     def parameters(self) -> list[Tensor]:
-        return [parameter for parameter in self.adapted.parameters() if parameter.requires_grad]
+        return [*self._factors(), *self.also.parameters()]
 
     def optimizer(self, protocol: Protocol) -> Optimizer:
-        return adamw(self.parameters(), protocol)
+        return self.also.optimizer(self._factors(), protocol)
+
+    def hooks(self, optimizer: Optimizer) -> StepHooks:
+        return NO_HOOKS
 
     def save(self, folder: Path) -> None:
         save_adapter(self.adapted, folder / "adapter", self.mode, self.masks, trained_compact=self.cuts is not None)
+        self.also.save(folder / "adapter")
 
     def merge_into_model(self, pruned: Mapping[str, Tensor]) -> MergeReport:
         merge = merge_adapters_into(self.adapted, pruned, self.last_masks)
@@ -101,7 +114,9 @@ class LoraFinetuning:
         violations = [f"{name}: the frozen weight must not change in training" for name in merge.changed]
         violations += [f"{name}: the merged weight must compute what its layer does" for name in merge.strayed]
         removed = {"update_removed_fraction": merge.sums.removed_fraction} if self.last_masks is not None else {}
+        violations += self.also.violations()
         return MergeReport(merge.sums.rounded_away_fraction, violations, removed)
 
     def unwrap(self) -> PreTrainedModel:
+        self.also.end()
         return self.adapted.unload()

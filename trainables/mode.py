@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from tune_sparse.config import Protocol
 from tune_sparse.pruning.masks import Masks
+from tune_sparse.training.loop import StepHooks
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,10 @@ class TrainableModel(Interface):
     @property
     def model(self) -> PreTrainedModel:
         """Computes the trained function."""
+
+    @property
+    def masks(self) -> Masks:
+        """As they are by now: a schedule changes them while it trains."""
 
     @property
     def mixed_precision(self) -> str:
@@ -62,6 +67,9 @@ class TrainableModel(Interface):
         """List what is trained."""
 
     def optimizer(self, protocol: Protocol) -> Optimizer: ...
+
+    def hooks(self, optimizer: Optimizer) -> StepHooks:
+        """What its training does besides in each step of that optimizer."""
 
     def save(self, folder: Path) -> None:
         """Write what is needed to merge the run again, into the run's folder."""

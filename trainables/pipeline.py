@@ -7,6 +7,7 @@ from collections.abc import Callable, Generator, Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from itertools import accumulate
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,17 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from trainables import cerebras_backend, torch_backend
+from trainables.also_trained import scored_weights
 from trainables.budgets import check_budgets, run_budgets
 from trainables.failures import describe_error, may_pass
 from trainables.finetuning import setup
 from trainables.hardware import check_precision, environment, gpu_memory_bytes
 from trainables.inputs import load_planned_checkpoint
 from trainables.loaded import Examples, LoadedModel
+from trainables.mask_schedule import MaskSchedule
 from trainables.mode import MergeReport, TrainableModel
 from trainables.peak_memory import PeakMemory
-from trainables.pruning_stage import Pruned, Pruner
+from trainables.pruning_stage import ENDED_MASKS, Pruned, Pruner
 from trainables.run_log import RunLog
 from trainables.training import Training
 from trainables.worker import WorkerCache
@@ -43,6 +46,9 @@ from tune_sparse.ledger.run import Run, write_config
 from tune_sparse.lora.merging import mask_weights_into
 from tune_sparse.models.checkpoints import prunable_weights
 from tune_sparse.pruning.calibration import calibration_line
+from tune_sparse.pruning.mask_io import write_bits
+from tune_sparse.pruning.masks import packed
+from tune_sparse.schedules import mean_sparsity
 from tune_sparse.training.budgets import Budgets
 from tune_sparse.training.loop import Step, mean_loss
 
@@ -162,6 +168,7 @@ def _stages(
     work.memory.end("score before tuning")
 
     trained = yield from _train_into(model, work, pruned, train_stage)
+    pruned = _end_of_schedule(work, pruned, trained.trainable)
     merge = _merge_into(model, work, trained.trainable, pruned)
     work.memory.end("merge")
 
@@ -224,7 +231,8 @@ def _train_into(
     masks = cerebras_backend.update_masks(run, pruned) if run.cerebras else pruned.masks
     protocol = replace(run.protocol, masked_lora_impl="effective-weight") if run.cerebras else run.protocol
     modules = {"modules": run.super_adapter.space.modules} if run.super_adapter else {}
-    trainable = setup(run.cell.mode, model, protocol, masks, run.draw_seed, **modules)
+    schedule = MaskSchedule.from_run(run)
+    trainable = setup(run.cell.mode, model, protocol, masks, run.draw_seed, schedule=schedule, **modules)
     with trainable.shrunk():
         work.memory.end("set up")
         log(trainable.summary())
@@ -235,14 +243,33 @@ def _train_into(
     return Trained(trainable, training, step_flops)
 
 
+def _end_of_schedule(work: Work, pruned: Pruned, trainable: TrainableModel) -> Pruned:
+    """Return the pruning that is scored: with the masks that the training ended with, which are kept, since nothing can
+    make them again. Raises `RunError` where they have not the zeros of the target."""
+    run = work.run
+    if not run.updates:
+        return pruned
+    ended = packed(trainable.masks)
+    MaskSchedule.from_run(run).check_reached(pruned.masks, ended, run.cell.sparsity)
+    write_bits(work.folder / ENDED_MASKS, ended)
+    final = pruned.trained_to(ended)
+    write_json(work.folder / "sparse_config.json", final.sparse_config(run))
+    return final
+
+
 def _step_flops(work: Work, pruned: Pruned, factor_weights: int) -> int | None:
-    """FLOPs of a step; unknown of a super-adapter, whose steps train slices of different sizes."""
+    """FLOPs of a step, their mean where masks change; unknown of a super-adapter, whose steps train slices of different
+    sizes."""
     if work.run.super_adapter is not None:
         return None
-    train, on_prompt = work.examples.train, work.run.protocol.train_on_prompt
+    run, train, on_prompt = work.run, work.examples.train, work.run.protocol.train_on_prompt
     lengths = [(example_tokens(example), target_tokens(example, on_prompt)) for example in train]
-    flops = training_flops(pruned.masks, work.loaded.dims, lengths, factor_weights)
-    return round(flops * work.run.protocol.global_batch_size / len(train))
+    kept = None
+    if run.updates:
+        sparsity = mean_sparsity(pruned.masks.sparsity, run.updates, run.protocol.steps)
+        kept = (1 - sparsity) * sum(map(prod, pruned.masks.shapes.values()))
+    flops = training_flops(pruned.masks, work.loaded.dims, lengths, factor_weights, kept)
+    return round(flops * run.protocol.global_batch_size / len(train))
 
 
 def _merge_into(model: PreTrainedModel, work: Work, trainable: TrainableModel, pruned: Pruned) -> MergeReport:
@@ -284,7 +311,7 @@ def _score(work: Work, before_mask: BeforeMask | None) -> Scores:
     if before_mask is not None:
         write_outcomes(work.folder / "examples_before_merge.parquet", before_mask.scored.outcomes)
     started = time.perf_counter()
-    with hashing(prunable_weights(work.loaded.model)) as checksum:
+    with hashing(scored_weights(work.loaded.model, work.run.protocol)) as checksum:
         scored = work.score()
         seconds = time.perf_counter() - started
     write_outcomes(work.folder / "examples.parquet", scored.outcomes)
@@ -332,6 +359,7 @@ def _training_metrics(
         "epochs": trained.training.examples / len(work.examples.train),
         "update_rounded_away_fraction": merge.rounded_away_fraction,
         "train_step_flops": trained.step_flops,
+        **({"dynamics": trained.training.summary} if trained.training.summary else {}),
     } | merge.metrics
 
 

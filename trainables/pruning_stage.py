@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import prod
 from typing import Any
 
@@ -39,6 +39,8 @@ from tune_sparse.pruning.reconstruction import check_windows, reconstruct_into
 
 TOKENS_SEEN, TOKENS_PER_INPUT = "calibration_tokens_seen", "calibration_tokens_per_input"
 RECOVERY = "recovery"
+ENDED_MASKS = "masks.safetensors"
+"""In the folder of a run whose schedule changed its masks: those that it ended with, as bits."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,10 @@ class Pruned:
     def from_masks(cls, masks: BitMasks, loaded: LoadedModel) -> Pruned:
         """By a method that updates no weight."""
         return cls(masks, masks.sha256, MaskedWeights(loaded.dense_weights, masks))
+
+    def trained_to(self, masks: BitMasks) -> Pruned:
+        """With the masks that its training ended with."""
+        return replace(self, masks=masks, checksum=masks.sha256)
 
     def sparse_config(self, run: Run) -> dict[str, Any]:
         """The content of `sparse_config.json`."""
@@ -135,7 +141,7 @@ class Pruner:
 
     def make_into(self, run: Run, loaded: LoadedModel, train: Sequence[Encoded]) -> BitMasks:
         """Prune the model in place by its run's method, whatever is stored. Raises as `prune_into`."""
-        sparsity, seed = run.cell.sparsity, run.cell.seed
+        sparsity, seed = run.starting_sparsity, run.cell.seed
         calibration = self._calibration(run, loaded, train) if run.is_calibrated else None
         masks = prune_into(loaded.model, run.cell.method, loaded.dims, sparsity, seed, calibration)
         violations = mask_violations(masks, sparsity)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+from tune_sparse.ledger.dynamics import append_dynamics
 from tune_sparse.watchdog import heartbeat
 
 
@@ -13,7 +16,7 @@ class RunLog:
     """Writes `train.log` and `metrics.jsonl` of a run's folder. A line of text is a sign of life to the watchdog."""
 
     def __init__(self, folder: Path) -> None:
-        self.started = time.perf_counter()
+        self.started, self._folder = time.perf_counter(), folder
         self._text = (folder / "train.log").open("w", buffering=1)
         self._metrics = (folder / "metrics.jsonl").open("w", buffering=1)
 
@@ -23,6 +26,10 @@ class RunLog:
 
     def metrics(self, **values: float | int) -> None:
         self._metrics.write(json.dumps(values, allow_nan=False) + "\n")
+
+    def dynamics(self, line: Mapping[str, Any]) -> None:
+        """Append a record of masks that change to the run's `dynamics.jsonl`, which other runs do not have."""
+        append_dynamics(self._folder, line)
 
     def seconds(self) -> float:
         return time.perf_counter() - self.started

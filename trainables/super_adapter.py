@@ -9,10 +9,11 @@ from trainables.mode import TrainableModel
 from tune_sparse.ledger.run import Run
 from tune_sparse.lora.rank_space import SuperAdapter
 from tune_sparse.lora.slices import count_layers, set_ranks_into
+from tune_sparse.training.loop import StepHooks
 
 
 @dataclass(frozen=True)
-class SampledSlices:
+class SampledSlices(StepHooks):
     """The slices that a training activates in its adapters, in place."""
 
     trainable: LoraFinetuning
@@ -28,14 +29,17 @@ class SampledSlices:
         assert isinstance(trainable, LoraFinetuning), "a mode without adapters trains no super-adapter"
         return cls(trainable, run.super_adapter, run.draw_seed, count_layers(trainable.adapted))
 
-    def activate_sampled(self, step: int) -> None:
-        """Once before each step, in place: a rank sampled in the forward would be sampled again where activation
+    def before(self, step: int) -> None:
+        """Activate a slice, in place: a rank sampled in the forward would be sampled again where activation
         checkpointing computes it again."""
         space = self.super_adapter.space
         set_ranks_into(
-            self.trainable.adapted, space, space.sample_ranks(self.layers, step, self.seed, self.super_adapter.sampling)
+            self.trainable.adapted,
+            space,
+            space.sample_ranks(self.layers, step - 1, self.seed, self.super_adapter.sampling),
         )
 
-    def activate_full(self) -> None:
+    def after(self, step: int) -> None:
+        """Activate everything."""
         space = self.super_adapter.space
         set_ranks_into(self.trainable.adapted, space, space.maximal(self.layers))

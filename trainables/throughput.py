@@ -71,8 +71,9 @@ def measure(run: Run, worker: WorkerCache, batch_size: int) -> Throughput:
             optimizer, seed = trainable.optimizer(protocol), run.draw_seed
             if together.keeps_effective_weights:
                 keep_for_steps(trainable.model, optimizer)
+            hooks = trainable.hooks(optimizer)
             for step in fit(
-                trainable.model, optimizer, examples.train, protocol, seed, accelerator=accelerator, budgets=together
+                trainable.model, optimizer, examples.train, protocol, seed, 0, accelerator, hooks, together
             ):
                 totals.add(step, cold=step.step <= WARM_UP_STEPS)
             memory.end("train")

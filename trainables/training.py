@@ -12,6 +12,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
+from trainables.dynamics import recorded
 from trainables.loaded import Examples
 from trainables.mode import TrainableModel
 from trainables.run_log import RunLog
@@ -20,7 +21,7 @@ from tune_sparse.ledger.run import Run
 from tune_sparse.lora.masked_linear import keep_for_steps
 from tune_sparse.training.budgets import Budgets
 from tune_sparse.training.checkpoint import BrokenStateError, restore_into, save_training
-from tune_sparse.training.loop import Step, accelerator_for, fit, mean_loss
+from tune_sparse.training.loop import Step, StepHooks, accelerator_for, fit, mean_loss
 
 CHECKPOINT_SECONDS = 300.0
 """A killed training loses at most so much of its work, and one that is shorter never writes a checkpoint."""
@@ -41,6 +42,8 @@ class Training:
     cold_tokens: int = 0
     """of the first `WARM_UP_STEPS` of this process"""
     last_loss: float = math.nan
+    summary: dict[str, float] = field(default_factory=dict)
+    """of what its steps did besides"""
     best_eval_loss: float = math.inf
     seconds_to_best_eval_loss: float | None = None
     budgets: Budgets | None = None
@@ -88,7 +91,9 @@ def train(
     in the log, and the training begins anew. Micro-batches stay as they began, unless `budgets` has no room for them.
     """
     protocol, optimizer = run.protocol, trainable.optimizer(run.protocol)
-    training, lines = _resume_into(run, trainable, optimizer, budgets, checkpoint, log)
+    steps = SampledSlices.from_run(run, trainable) or trainable.hooks(optimizer)
+    hooks = recorded(steps, run, trainable, log.dynamics)
+    training, lines = _resume_into(run, trainable, optimizer, hooks, budgets, checkpoint, log)
     budgets = training.budgets or budgets
     if budgets.keeps_effective_weights:
         keep_for_steps(trainable.model, optimizer)
@@ -97,15 +102,11 @@ def train(
         lines.append(values)
         log.metrics(**values)
 
-    slices = SampledSlices.from_run(run, trainable)
     saved, first = time.monotonic(), training.steps
     accelerator = accelerator_for(trainable.mixed_precision)
-    seed, activate_sampled = run.draw_seed, slices.activate_sampled if slices else None
     for step in fit(
-        trainable.model, optimizer, examples.train, protocol, seed, first, accelerator, activate_sampled, budgets
+        trainable.model, optimizer, examples.train, protocol, run.draw_seed, first, accelerator, hooks, budgets
     ):
-        if slices:
-            slices.activate_full()
         training.add(step, cold=step.step - first <= WARM_UP_STEPS)
         note(step=step.step, train_loss=step.loss, learning_rate=step.learning_rate)
         if step.step % protocol.eval_every == 0 or step.step == protocol.steps:
@@ -114,15 +115,22 @@ def train(
             note(step=step.step, eval_loss=loss)
             log(f"step {step.step} of {protocol.steps}: train loss {step.loss:.4f}, eval loss {loss:.4f}")
         if time.monotonic() - saved > CHECKPOINT_SECONDS and step.step < protocol.steps:
-            so_far = {"training": asdict(training), "lines": json.dumps(lines)}
+            so_far = {"training": asdict(training), "lines": json.dumps(lines), "hooks": hooks.state()}
             save_training(checkpoint, run.identity, trainable.parameters(), optimizer, so_far)
             saved = time.monotonic()
         yield step
+    training.summary = hooks.summary()
     return training
 
 
 def _resume_into(
-    run: Run, trainable: TrainableModel, optimizer: Optimizer, budgets: Budgets, checkpoint: Path, log: RunLog
+    run: Run,
+    trainable: TrainableModel,
+    optimizer: Optimizer,
+    hooks: StepHooks,
+    budgets: Budgets,
+    checkpoint: Path,
+    log: RunLog,
 ) -> tuple[Training, list[dict[str, Any]]]:
     """Put a checkpoint of the run into its model and optimizer, and return its totals and lines; else empty ones."""
     try:
@@ -133,6 +141,8 @@ def _resume_into(
     if so_far is None:
         return Training(budgets=budgets), []
     begun_with = Budgets.from_record(so_far["training"].pop("budgets"))
+    if state := so_far.get("hooks"):
+        hooks.restore(state)
     training, lines = Training(**so_far["training"]), json.loads(so_far["lines"])
     for line in lines:
         log.metrics(**line)

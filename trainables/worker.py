@@ -17,6 +17,7 @@ class WorkerCache:
         self.loads = 0
         self._key: tuple[str, str] | None = None
         self._loaded: LoadedModel | None = None
+        self._trains_also = False
         self._examples: dict[tuple[Any, ...], Examples] = {}
         self.pruner = Pruner()
 
@@ -30,8 +31,11 @@ class WorkerCache:
             self.clear()
             self._key, self._loaded = key, load(run)
             self.loads += 1
+        elif self._trains_also:
+            self._loaded.dense_weights.restore_all_into(self._loaded.model)
         else:
             self._loaded.dense_weights.restore_into(self._loaded.model)
+        self._trains_also = bool(run.protocol.train_also)
         return self._loaded
 
     def examples(self, run: Run, loaded: LoadedModel) -> Examples:

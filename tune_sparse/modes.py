@@ -7,7 +7,7 @@ W⊙M is the pruned weight, s(BA) the update of an adapter.
 | dense | (W + sBA)x | W + sBA |
 | sparse-to-dense | (W⊙M + sBA)x | (W⊙M + sBA)⊙M |
 | sparse-to-sparse | (W⊙M + s(BA)⊙M)x | the same weight |
-| masked-finetuning | Wx, W <- W⊙M after every step | the same weight |
+| masked-finetuning | Wx, gradients masked in every step | the same weight |
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ class Mode:
     """The update of its adapters is masked in training."""
     masks_at_merge: bool = False
     """Training fills zeros, which a last mask restores after the merge."""
+    numerics: int = 0
+    """Raised by hand when the trained numbers of this mode alone change; part of the identity of its runs."""
 
 
 MODES = {
@@ -43,7 +45,9 @@ MODES = {
         about="LoRA on the pruned model; pruned weights stay zero in every step of the training", masks_update=True
     ),
     "masked-finetuning": Mode(
-        about="no LoRA: all kept weights of the pruned model are trained, pruned ones stay zero", has_adapter=False
+        about="no LoRA: all kept weights of the pruned model are trained, pruned ones stay zero",
+        has_adapter=False,
+        numerics=1,
     ),
 }
 ADAPTER_MODES = tuple(name for name, mode in MODES.items() if mode.has_adapter)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from types import MappingProxyType
 from typing import Any
 
@@ -89,6 +90,13 @@ class Schedule:
     def plan(self, settings: Any, target: float, steps: int) -> list[Update]:
         """The updates of masks in one training of so many steps, by a `ScheduleSettings`."""
         return self.planner(self.read(settings), target, steps) if self.planner else []
+
+
+def mean_sparsity(first: float, updates: Sequence[Update], steps: int) -> float:
+    """Over the steps of a training, of masks that begin at one sparsity: an update counts from the step after it."""
+    edges = [0, *(update.step for update in updates), steps]
+    levels = [first, *(update.sparsity for update in updates)]
+    return sum(level * (end - start) for level, (start, end) in zip(levels, pairwise(edges), strict=True)) / steps
 
 
 REGROWING = ("update_from", "update_to", "update_every", "drop_fraction", "drop_curve")

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from analysis.read.seeds import SETTING, curve_names, over_seeds, spread
+from analysis.report.dynamics_figures import DYNAMICS_FIGURES
 from analysis.report.plots import band_handles, method_handles, method_lines, plot_over_sparsity
 from analysis.report.rounding import rounded
 from analysis.report.runs import Runs
@@ -343,4 +344,5 @@ FIGURES: dict[str, ReportFigure] = {
     "sub_adapter_fronts": ReportFigure(
         "The fronts of the sub-adapter searches, on selection examples.", sub_adapter_fronts
     ),
+    **{name: ReportFigure(caption, draw) for name, (caption, draw) in DYNAMICS_FIGURES.items()},
 }

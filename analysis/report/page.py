@@ -133,6 +133,8 @@ class Content:
     hardware: Sequence[Mapping[str, Any]] = ()
     published_rates: Sequence[Mapping[str, str]] = ()
     """of a CS-3, by others"""
+    dynamics: Sequence[Mapping[str, Any]] = ()
+    """a row for each run that recorded what became of its masks"""
     figures: Mapping[str, str] = field(default_factory=dict)
     """{name: caption} of the PNG files beside the page"""
 
@@ -160,6 +162,7 @@ def render_page(content: Content, path: Path) -> str:
         published=_published(content.comparisons, rates_words(content.cells)),
         hardware=content.hardware,
         published_rates=content.published_rates,
+        dynamics=content.dynamics,
         figures=[_figure(path.parent, name, caption) for name, caption in content.figures.items()],
         style=Markup((TEMPLATES / "page.css").read_text("utf-8")),
         script=Markup((TEMPLATES / "page.js").read_text("utf-8")),

@@ -14,6 +14,8 @@ import pandas as pd
 from analysis.baselines.comparison import PublishedComparison, compare_with_published, protocols
 from analysis.baselines.published import COLUMNS, Published
 from analysis.read.chosen import rates_words
+from analysis.read.dynamics import dynamics_table
+from analysis.report.dynamics_rows import dynamics_rows
 from analysis.report.figures import FIGURES
 from analysis.report.hardware import hardware_pairs, hardware_rows, published_rates
 from analysis.report.page import Content, render_page
@@ -29,23 +31,25 @@ COMPARED = ("reason", "ours", "difference", "low", "high", "verdict", "our_setti
 def present(folder: Path, content: Content, runs: Runs, published: Sequence[Published]) -> Path:
     """Draw every figure that has something to show, write the comparisons, and the page; returns the page's path.
 
-    `content` has what the audit and the statistics found; hardware, comparisons and figures are added here.
+    `content` has what the audit and the statistics found; hardware, dynamics, comparisons and figures are added here.
     """
     cells = content.cells
     comparisons = compare_with_published(published, cells, protocols(runs.ledger))
     write_text(folder / "published_comparison.csv", _as_csv(comparisons))
     write_text(folder / "phoenix_comparison.tex", phoenix_table(comparisons))
     pairs = hardware_pairs(cells, runs)
-    hardware_csv = folder / "hardware_comparison.csv"
-    hardware_csv.unlink(missing_ok=True)
-    if not pairs.empty:
-        write_text(hardware_csv, pairs.to_csv(index=False))
+    dynamics = dynamics_table(cells, runs.dynamics(cells["run_id"]))
+    for name, table in (("hardware_comparison", pairs), ("dynamics", dynamics)):
+        (folder / f"{name}.csv").unlink(missing_ok=True)
+        if not table.empty:
+            write_text(folder / f"{name}.csv", table.to_csv(index=False))
     page = folder / PAGE
     figures = draw_figures(folder, cells, runs)
     whole = replace(
         content,
         comparisons=comparisons,
         hardware=hardware_rows(pairs),
+        dynamics=dynamics_rows(dynamics),
         published_rates=published_rates(published),
         figures=figures,
     )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from analysis.read.dynamics import RunDynamics, dynamics_by_run
 from analysis.read.results import Predictions, is_measured_elsewhere
 from analysis.stats.comparisons import difference_between_runs
 from analysis.stats.statistics import Estimate
@@ -26,6 +27,8 @@ class Runs:
     ledger: LedgerReader
     predictions: Mapping[str, Predictions] = field(default_factory=dict)
     """{run_id: what its model answered}"""
+    _dynamics: dict[str, RunDynamics] = field(default_factory=dict)
+    """as they were read: several figures and a table need them"""
 
     def find_run_folder(self, run_id: str) -> Path | None:
         """The folder of a run, if any results folder has one."""
@@ -41,6 +44,12 @@ class Runs:
         path = folder / "sparse_config.json" if folder else None
         kept = read_json(path).get("kept_by_matrix") if path and path.is_file() else None
         return {name: (int(left), int(size)) for name, (left, size) in (kept or {}).items()}
+
+    def dynamics(self, run_ids: Iterable[str]) -> dict[str, RunDynamics]:
+        """{run_id: what became of its masks} of those runs that recorded it."""
+        run_ids = list(run_ids)
+        self._dynamics.update(dynamics_by_run(self.ledger, (name for name in run_ids if name not in self._dynamics)))
+        return {name: self._dynamics[name] for name in run_ids if name in self._dynamics}
 
     def difference(self, left: str, right: str) -> Estimate | None:
         """The accuracy of run `right` minus that of `left`, of what both answered; None if it was not the same."""

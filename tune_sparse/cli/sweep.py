@@ -15,12 +15,15 @@ from tune_sparse.cli.command import FAULT, OK, add_command, add_json
 from tune_sparse.cli.sweep_options import BUDGETS, CEREBRAS, add_axes, add_sweep_options, sweep_config
 from tune_sparse.cli.words import (
     RUN_WORDS,
+    SCHEDULE_SETTINGS,
+    SETTINGS,
     SETTINGS_IN_USE,
     files,
     methods,
     models,
     modes,
     presets,
+    schedules,
     settings,
     tasks,
     words,
@@ -53,7 +56,7 @@ def declare(commands: Any) -> None:
         commands,
         "sweep",
         _sweep,
-        "prune, fine-tune and score a model for every combination of model, task, method, sparsity and mode",
+        "prune, fine-tune and score a model for every combination of model, task, method, sparsity, mode and schedule",
         examples=(
             "sweep smoke --set steps=20 --workers 2",
             "sweep matrix --data-dir hub --dry-run",
@@ -78,11 +81,12 @@ def declare(commands: Any) -> None:
             files(),
             methods(),
             modes(),
+            schedules(),
             presets(SETTINGS_IN_USE),
-            settings(),
+            settings((*SETTINGS, *SCHEDULE_SETTINGS)),
         ],
     )
-    groups = add_sweep_options(sweep, GROUPS, "settings of training and scoring, listed below")
+    groups = add_sweep_options(sweep, GROUPS, "settings of training, scoring and schedules, listed below")
     add_axes(groups["what to sweep"])
     _add_steps_into(groups["how it runs"])
     groups["results and tracking"].add_argument(
@@ -100,8 +104,8 @@ def _add_steps_into(group: Any) -> None:
         action="store_true",
         help="run nothing, unless --pilot is given; show how many runs are finished and how many would run (their "
         "names with --json), with a forecast of their time and disk space, an estimate of memory and hours on GPUs, "
-        "the price of more seeds, and the settings in use. Where models or examples are not there yet, the estimate "
-        "takes published sizes",
+        "the price of more seeds, the settings in use, and the steps at which masks change. Where models or examples "
+        "are not there yet, the estimate takes published sizes",
     )
     group.add_argument(
         "--for-gpu",
@@ -209,6 +213,7 @@ def _dry_run(config: SweepConfig, chosen: argparse.Namespace) -> int:
     from tune_sparse.sweep.estimate import estimate, known_sizes, plan_sizes
     from tune_sparse.sweep.examples import read_examples
     from tune_sparse.sweep.plan import check_names, plan_cells, requested_points, trained_points
+    from tune_sparse.sweep.planned_updates import planned_lines, planned_updates
     from tune_sparse.sweep.protocol_in_use import protocol_in_use, selection_warnings
     from tune_sparse.sweep.seed_price import seed_price
 
@@ -232,8 +237,9 @@ def _dry_run(config: SweepConfig, chosen: argparse.Namespace) -> int:
     _add_estimate_into(values, lines, estimate(config, trainings, sizes, cards), sizes)
     price = seed_price(config, sizes, cards, plan, Ledger(config.results_dir))
     protocol = protocol_in_use(config, plan.examples if plan else examples)
-    values |= {"seeds": asdict(price), "protocol": asdict(protocol)}
-    lines += [*price.lines(), *protocol.lines(), *selection_warnings(config, protocol.examples or {})]
+    updates, few = planned_updates(config), selection_warnings(config, protocol.examples or {})
+    values |= {"seeds": asdict(price), "protocol": asdict(protocol), "updates": [asdict(found) for found in updates]}
+    lines += [*price.lines(), *protocol.lines(), *few, *planned_lines(updates)]
     print(json.dumps(values) if chosen.json else "\n".join(lines))
     return FAULT if "not_ready" in values else OK
 

@@ -1,4 +1,5 @@
-"""Parts of a help: the project's own words, and lists of models, tasks, methods, modes, presets and settings."""
+"""Parts of a help: the project's own words, and lists of models, tasks, methods, modes, schedules, presets and
+settings."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ from typing import Any
 
 from search_spaces import matrix, subadapters
 from search_spaces.matrix import TOY_MODELS
-from tune_sparse.config import Protocol
+from tune_sparse.config import Protocol, ScheduleSettings
 from tune_sparse.config.options import describe_option, value_text
 from tune_sparse.config.presets import DEFAULT_PRESET
 from tune_sparse.data.task_types import AnswerTask, ChoiceTask, Task, TextTask
@@ -17,10 +18,12 @@ from tune_sparse.data.tasks import TASKS
 from tune_sparse.modes import MODES
 from tune_sparse.pruning.methods import ALLOCATIONS, METHODS, PATTERNS
 from tune_sparse.pruning.scores import SCORES
+from tune_sparse.schedules import SCHEDULES
 
 WIDTH = 100
 """Columns of a help."""
 SETTINGS = tuple(f.name for f in fields(Protocol))
+SCHEDULE_SETTINGS = tuple(f.name for f in fields(ScheduleSettings))
 
 WORDS = {
     "sparsity": "the fraction of pruned weights, which are set to zero",
@@ -28,12 +31,13 @@ WORDS = {
     "example": "one item of a dataset. Training examples train a model, selection examples are held out to choose "
     "between models, test examples give the final score",
     "calibration": "measuring the model on a few examples, for the pruning methods that need data",
-    "cell": "one combination of model, task, method, sparsity, mode, seed and backend. Cells whose training is the "
-    "same share one run: at sparsity 0 nothing is pruned, so all methods share a run, and all modes that train LoRA "
-    "do, too",
+    "cell": "one combination of model, task, method, sparsity, mode, schedule, seed and backend. Cells whose training "
+    "is the same share one run: at sparsity 0 nothing is pruned, so all methods share a run, and all modes that train "
+    "LoRA do, too",
     "run": "pruning, training and scoring a model once. RUN is the name of its folder in RESULTS/runs: look there, as "
     "it ends in a hash of your settings. It begins with backend, model, task, method, sNN for a sparsity of NN "
-    "percent, and mode. At sparsity 0 its method is none, and its mode is dense wherever LoRA is trained",
+    "percent, and mode, with the schedule where masks change. At sparsity 0 its method is none, and its mode is dense "
+    "wherever LoRA is trained",
     "method": "a rule that chooses the weights to prune, such as wanda; none if nothing is pruned",
     "mode": "a way to train: dense, LoRA on the unpruned model; sparse-to-dense, LoRA on the pruned model, whose "
     "pruned weights are set to zero again after training; sparse-to-sparse, the same, but they stay zero in every "
@@ -232,6 +236,14 @@ def modes(names: Collection[str] = tuple(MODES)) -> str:
     return table("modes", {name: MODES[name].about for name in names})
 
 
+def schedules() -> str:
+    note = (
+        "All but one-shot are for the mode masked-finetuning alone. Each reads the settings that name it below. "
+        "gradual, set and rigl need a method that prunes single weights, gradual one that does so by magnitude."
+    )
+    return f"{table('schedules', {name: facts.about for name, facts in SCHEDULES.items()})}\n\n{paragraph(note)}"
+
+
 def baselines() -> str:
     return f"{table('columns of a CSV file of published numbers', BASELINE_COLUMNS)}\n\n" + paragraph(
         "Each must be there. A field that the source does not state is empty; source, address, kind, model and metric "
@@ -252,11 +264,12 @@ def settings(
 
     texts: {name: its text}, where a command has another one than the field.
     """
-    shown = [f.name for f in fields(Protocol) if f.name in names]
+    declared = (*fields(Protocol), *fields(ScheduleSettings))
+    shown = [f.name for f in declared if f.name in names]
     width = max(map(len, shown))
     groups: dict[str, dict[str, str]] = {}
     current = ""
-    for f in fields(Protocol):
+    for f in declared:
         current = f.metadata["heading"] or current
         if f.name in shown:
             text = (texts or {}).get(f.name) or describe_option(f)

@@ -290,6 +290,13 @@ class SweepConfig:
             self.protocol.lora_dropout,
             "Leave it alone, or sweep the other modes apart.",
         )
+        rule(
+            not self.protocol.train_also,
+            "the backend cerebras trains the pruned layers or their adapters alone, so train_also must be empty with "
+            "it",
+            self.protocol.train_also,
+            "Leave it out, or sweep the backend torch apart.",
+        )
         for name in UNTOUCHED_ON_CEREBRAS:
             value, default = getattr(self.protocol, name), getattr(Protocol, name)
             rule(

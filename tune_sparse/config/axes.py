@@ -88,9 +88,9 @@ def point_text(point: Point) -> str:
     return " ".join(f"{name}={value_text(value)}" for name, value in point)
 
 
-def axis_text(value: Any) -> str:
+def axis_text(axis: str, value: Any) -> str:
     """A value of an axis as a user writes it: of paired settings all values of a point."""
-    return PAIRED.join(map(value_text, value)) if isinstance(value, tuple) else value_text(value)
+    return PAIRED.join(value_text(one) for _, one in _point(axis, value))
 
 
 def own_settings(owner: type, point: Point) -> dict[str, Any]:

@@ -37,6 +37,13 @@ CALIBRATION_ORDERS = {
     "sequential": "layer after layer, with all earlier layers pruned already",
 }
 
+OTHER_WEIGHTS = {
+    "bias": "biases of the pruned layers",
+    "norm": "scales and shifts of the norms",
+    "embeddings": "of tokens and of positions; with a tied head they are the head too",
+    "head": "the output layer; tied, it is the embeddings too",
+}
+"""Weights of a model that are not pruned, by kind."""
 RECOVERIES = {
     "none": "no recovery",
     "reconstruct": "layer after layer, the weights that are kept are solved for what the unpruned layer computes; not "
@@ -63,6 +70,13 @@ class Protocol:
     beta1: float = option("beta1 of AdamW: decay of its mean of gradients", 0.9)
     beta2: float = option("beta2 of AdamW: decay of its mean of squared gradients", 0.95)
     max_grad_norm: float = option("norm to which gradients are clipped", 1.0)
+    train_also: tuple[str, ...] = option(
+        "weights that are trained beside the pruned layers or their adapters, in float32; those of bias and norm "
+        "without weight decay",
+        (),
+        unset="nothing",
+        choices=OTHER_WEIGHTS,
+    )
     lora_rank: int = option("rank of the LoRA adapters", 16, heading="LoRA adapters")
     lora_alpha: float = option("LoRA alpha: the update of an adapter is scaled by lora_alpha / lora_rank", 32.0)
     lora_dropout: float = option("dropout probability on the input of the adapters", 0.0)
@@ -164,6 +178,15 @@ class Protocol:
             self.warmup,
             "Lower warmup_steps or raise steps.",
         )
+        for name in self.train_also:
+            if name not in OTHER_WEIGHTS:
+                raise unknown_name("kind of weights in train_also", name, OTHER_WEIGHTS)
+        rule(
+            len(set(self.train_also)) == len(self.train_also),
+            "train_also must not repeat a kind",
+            self.train_also,
+            "Remove the repeats.",
+        )
         if self.precision not in PRECISIONS:
             raise unknown_name("precision", self.precision, PRECISIONS)
         if self.masked_lora_impl not in MASKED_LORA_IMPLS:
@@ -184,6 +207,11 @@ class Protocol:
     def weight_bytes(self) -> int:
         """Bytes of a weight of the model."""
         return 2 if self.precision == "bfloat16" else 4
+
+    @property
+    def may_train_smaller(self) -> bool:
+        """Masked updates may be trained without what structured masks cut out; biases would be cut with their rows."""
+        return self.masked_lora_impl == "auto" and "bias" not in self.train_also
 
     def within(self, max_positions: int) -> Protocol:
         """For a model whose context may be shorter than `max_tokens`. Raises `InputError` if no prompt would fit."""

@@ -58,6 +58,9 @@ class ScheduleSettings:
     dynamics_every: int = option(
         "masked-finetuning: steps between two records of the masks, besides one at each update", 100
     )
+    effective_rank_side: int = option(
+        "masked-finetuning: longest side of matrices whose effective rank each update records, by SVD; 0 for none", 0
+    )
 
     def __post_init__(self) -> None:
         for name in ("update_from", "update_to"):
@@ -66,6 +69,8 @@ class ScheduleSettings:
         for name in ("gradual_updates", "update_every", "steps_per_level", "dynamics_every"):
             value = getattr(self, name)
             rule(value is None or value >= 1, f"{name} must be at least 1", value, "Give a larger number.")
+        side = self.effective_rank_side
+        rule(side >= 0, "effective_rank_side must not be negative", side, "Give 0, or a number of rows or columns.")
         drop = self.drop_fraction
         rule(0 < drop < 1, "drop_fraction is the fraction of kept weights, in (0, 1)", drop, "Give one such as 0.3.")
         levels = self.levels or ()
@@ -132,7 +137,7 @@ def check_are_read(names: Iterable[str], schedules: Collection[str], modes: Coll
     """Raise `InputError` for a setting of schedules that was given though nothing in the sweep reads it."""
     read = {name for schedule in schedules if schedule in SCHEDULES for name in SCHEDULES[schedule].settings}
     if any(not MODES[mode].has_adapter for mode in modes):
-        read.add("dynamics_every")
+        read |= {"dynamics_every", "effective_rank_side"}
     for name in names:
         readers = [schedule for schedule, facts in SCHEDULES.items() if name in facts.settings]
         rule(

@@ -30,7 +30,9 @@ def inference_flops(masks: Masks, dims: ModelDims, tokens: int) -> int:
     return 2 * tokens * (_kept_weights(masks) + head) + 4 * pairs * _kept_channels(masks, dims)
 
 
-def training_flops(masks: Masks, dims: ModelDims, examples: Sequence[tuple[int, int]], factor_weights: int) -> int:
+def training_flops(
+    masks: Masks, dims: ModelDims, examples: Sequence[tuple[int, int]], factor_weights: int, kept: float | None = None
+) -> int:
     """Operations of forward and backward over `examples`, each (tokens, target tokens).
 
     Forward and input gradient take 2 per token and kept weight each, attention three times its forward (Kaplan et al.
@@ -38,12 +40,15 @@ def training_flops(masks: Masks, dims: ModelDims, examples: Sequence[tuple[int, 
     factors, R (I + O) a matrix; on a smaller model, of those that are left. A masked update, or a trained weight, adds
     2 per token and kept weight for the gradient there. What does not grow with the tokens is left out: building an
     effective weight, the optimizer.
+
+    kept: the mean over the steps, where `masks` are those of a start and change.
     """
-    kept, channels = _kept_weights(masks), _kept_channels(masks, dims)
+    kept, channels = _kept_weights(masks) if kept is None else kept, _kept_channels(masks, dims)
     tokens, targets = (sum(counts) for counts in zip(*examples, strict=True))
     pairs = sum(attended_pairs(length, dims.sliding_window) for length, _ in examples)
     update = 6 * factor_weights if factor_weights else 2 * kept
-    return tokens * (4 * kept + update) + 12 * pairs * channels + 4 * targets * dims.hidden_size * dims.vocab_size
+    matrices = round(tokens * (4 * kept + update))
+    return matrices + 12 * pairs * channels + 4 * targets * dims.hidden_size * dims.vocab_size
 
 
 def _kept_weights(masks: Masks) -> int:

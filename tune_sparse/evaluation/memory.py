@@ -11,9 +11,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from tune_sparse.config import Protocol
-from tune_sparse.models.architectures import adapter_weights, all_weights, architecture_named, matrix_sizes
+from tune_sparse.models.architectures import adapter_weights, architecture_named, matrix_sizes
 from tune_sparse.models.architectures import pruned_weights as prunable_weights
 from tune_sparse.models.dims import ModelDims
+from tune_sparse.models.other_weights import all_weights, count_other_weights
 from tune_sparse.modes import MODES
 from tune_sparse.pruning.masks import structured_counts
 from tune_sparse.pruning.methods import METHODS, Method
@@ -110,7 +111,7 @@ class CellMemory:
         """Training is without masked heads and channels, as plain LoRA."""
         method, protocol = METHODS.get(self.method), self.protocol
         is_structured = method is not None and method.pattern == "structured"
-        return is_structured and MODES[self.mode].masks_update and protocol.masked_lora_impl == "auto"
+        return is_structured and MODES[self.mode].masks_update and protocol.may_train_smaller
 
     @property
     def in_training(self) -> CellMemory:
@@ -204,31 +205,49 @@ class CellMemory:
         """The model, what is trained with its AdamW states, W_eff, activations, logits."""
         cell, tokens = self.in_training, budgets.micro_batch_tokens
         activations = tokens * cell.activation_bytes(budgets.activation_checkpointing)
-        logits = LOGIT_BYTES * min(CHUNK_LOGITS, tokens * cell.dims.vocab_size)
+        logits = LOGIT_BYTES * cell.logits_at_once(tokens)
         beside = cell.effective_weights(budgets) + activations + logits + cell.packed_masks(tokens)
         return cell.weights + cell.trained + beside
 
     def selection_loss(self, budgets: Budgets) -> int:
         """The model, what is trained without its gradients, and a pass."""
         cell, tokens = self.in_training, budgets.scoring_tokens
-        states = cell.trained - FLOAT * cell.trainable
+        states = cell.trained - FLOAT * (cell.trainable + cell.also)
         built = cell.effective_weights(replace(budgets, keeps_effective_weights=False))
         return cell.weights + states + built + cell.likelihoods(tokens) + cell.packed_masks(tokens)
 
+    def logits_at_once(self, tokens: int) -> int:
+        """Logits of a step that are held together; a head that is trained wants all of them."""
+        head = {"head", "embeddings"} if self.dims.tied_embeddings else {"head"}
+        whole = tokens * self.dims.vocab_size
+        return whole if head & set(self.protocol.train_also) else min(CHUNK_LOGITS, whole)
+
+    @property
+    def also(self) -> int:
+        """Weights that are trained beside the pruned matrices or their adapters."""
+        return count_other_weights(self.dims, self.protocol.train_also)
+
     @property
     def trainable(self) -> int:
-        """Weights that are trained."""
+        """Weights of pruned matrices or adapters that are trained."""
         return adapter_weights(self.dims, self.protocol.lora_rank) if MODES[self.mode].has_adapter else self.prunable
 
     @property
     def trained(self) -> int:
         """Adapters in float32 with gradients and moments; or the prunable weights themselves, made float32 in place of
-        their own precision, and once more in bfloat16, which autocast keeps from forward to backward."""
+        their own precision, and once more in bfloat16, which autocast keeps from forward to backward. What is trained
+        beside them is copied to float32, and keeps gradient and moments."""
+        also = (FLOAT * ADAMW_STATES - self._shared_with_copies) * self.also
         if MODES[self.mode].has_adapter:
-            return FLOAT * ADAMW_STATES * self.trainable
+            return FLOAT * ADAMW_STATES * self.trainable + also
         widened = FLOAT * ADAMW_STATES - self.element
         cast = self.element if self.element != FLOAT else 0
-        return (widened + cast) * self.trainable + self.largest * (self.element + 1)
+        return (widened + cast) * self.trainable + self.largest * (self.element + 1) + also
+
+    @property
+    def _shared_with_copies(self) -> int:
+        """Bytes of a weight of the model that is its own float32 copy."""
+        return FLOAT if self.element == FLOAT else 0
 
     def effective_weights(self, budgets: Budgets) -> int:
         """One matrix and its mask as numbers, or all that are kept for the step; plain LoRA builds none."""
@@ -278,6 +297,7 @@ class CellMemory:
     def merging(self) -> int:
         """One matrix, dense and merged and its mask as bools and as numbers, with the trained weights still there."""
         trained = self.trainable * (FLOAT if MODES[self.mode].has_adapter else FLOAT - self.element)
+        trained += (FLOAT - self._shared_with_copies) * self.also
         probe = PROBE_TOKENS * self.dims.vocab_size * 4 * self.element
         return trained + max(self.largest * (3 * self.element + MASK_BYTES), probe)
 
@@ -334,4 +354,4 @@ class CellMemory:
     @property
     def checkpoint_bytes(self) -> int:
         """An unfinished training on disk: what is trained and both moments, the new one beside the old for a moment."""
-        return 2 * 3 * FLOAT * self.trainable
+        return 2 * 3 * FLOAT * (self.trainable + self.also)

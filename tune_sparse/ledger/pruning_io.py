@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,7 +25,7 @@ from tune_sparse.ledger.prunings import (
 )
 from tune_sparse.models.safetensors_io import TensorFiles, TensorWriter
 from tune_sparse.pruning.bit_masks import BitMasks
-from tune_sparse.pruning.mask_io import SHAPES
+from tune_sparse.pruning.mask_io import read_bits, write_bits
 from tune_sparse.watchdog import heartbeat
 
 
@@ -52,16 +50,10 @@ class StoredWeights(Mapping[str, Tensor]):
 def read_masks(stored: StoredPruning, device: torch.device) -> BitMasks:
     """Read the masks. Raises `NotReadyError` for files whose bits are not those that were stored."""
     stored.verify()
-    files = _open(stored.folder / MASKS)
     try:
-        shapes = {name: tuple(shape) for name, shape in json.loads(files.metadata()[SHAPES]).items()}
-    except (ValueError, LookupError) as error:
-        raise broken(stored.folder, f"{MASKS} has no shapes ({type(error).__name__}: {error})") from error
-    bits, kept = {}, {}
-    for name in shapes:
-        packed = files[name]
-        bits[name], kept[name] = packed.to(device, copy=True), int(np.bitwise_count(packed.numpy()).sum())
-    return BitMasks(bits, shapes, kept)
+        return read_bits(stored.folder / MASKS, device)
+    except InputError as error:
+        raise broken(stored.folder, str(error)) from error
 
 
 def read_weights(stored: StoredPruning, masks: BitMasks) -> StoredWeights:
@@ -93,7 +85,7 @@ def write_pruning(
     partial = aside(folder)
     partial.mkdir(parents=True)
     try:
-        files = [_write_masks(partial / MASKS, masks)]
+        files = [write_bits(partial / MASKS, masks)]
         if weights is not None:
             files.append(_write_kept(partial / WEIGHTS, masks, weights))
         sizes = {path.name: path.stat().st_size for path in files}
@@ -106,28 +98,13 @@ def write_pruning(
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _write_masks(path: Path, masks: BitMasks) -> Path:
-    shapes = {SHAPES: json.dumps({name: list(shape) for name, shape in masks.shapes.items()})}
-    bits = {name: (tuple(bits.shape), torch.uint8) for name, bits in masks.bits.items()}
-    return _write(path, bits, masks.bits.items(), shapes)
-
-
 def _write_kept(path: Path, masks: BitMasks, weights: Mapping[str, Tensor]) -> Path:
     """Each tensor holds the kept weights of one matrix, row by row: (kept,)."""
     dtype = weights[next(iter(masks))].dtype
     kept = {name: ((masks.kept[name],), dtype) for name in masks}
-    return _write(path, kept, ((name, weights[name][masks[name]]) for name in masks))
-
-
-def _write(
-    path: Path,
-    shapes: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
-    tensors: Iterable[tuple[str, Tensor]],
-    metadata: Mapping[str, str] | None = None,
-) -> Path:
-    with TensorWriter(path, shapes, metadata) as writer:
-        for name, tensor in tensors:
-            writer.write(name, tensor)
+    with TensorWriter(path, kept) as writer:
+        for name in masks:
+            writer.write(name, weights[name][masks[name]])
             heartbeat()
         writer.done()
     return path

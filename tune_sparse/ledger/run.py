@@ -14,8 +14,9 @@ from tune_sparse.config.protocol import CALIBRATION_SETTINGS, SCORING
 from tune_sparse.files import write_text
 from tune_sparse.identity import NUMERICS_VERSION, hash_json
 from tune_sparse.lora.rank_space import SuperAdapter
+from tune_sparse.modes import MODES
 from tune_sparse.pruning.methods import METHODS
-from tune_sparse.schedules import ONE_SHOT, SCHEDULES
+from tune_sparse.schedules import ONE_SHOT, SCHEDULES, Update
 from tune_sparse.training.budgets import fixed_micro_batch_tokens
 
 
@@ -60,6 +61,16 @@ class Run:
         """Weights that its mask keeps are not the dense ones."""
         is_updated = self.cell.method in METHODS and METHODS[self.cell.method].updates_weights
         return self.cell.sparsity > 0 and (is_updated or self.is_recovered)
+
+    @property
+    def updates(self) -> list[Update]:
+        """The updates of its masks while it trains, in their order."""
+        return SCHEDULES[self.cell.schedule].plan(self.schedule_settings, self.cell.sparsity, self.protocol.steps)
+
+    @property
+    def starting_sparsity(self) -> float:
+        """Of the masks that its training begins with."""
+        return 0.0 if SCHEDULES[self.cell.schedule].starts_dense else self.cell.sparsity
 
     @property
     def draw_seed(self) -> int:
@@ -137,9 +148,13 @@ class Run:
             known["protocol"] = {k: v for k, v in known["protocol"].items() if k not in CALIBRATION_SETTINGS}
         if not self.is_recovered:
             del known["protocol"]["recover"]
+        if also := known["protocol"].pop("train_also"):
+            known["protocol"]["train_also"] = sorted(also)
         known["schedule_settings"] = SCHEDULES[self.cell.schedule].read(self.schedule_settings)
         if self.cell.schedule == ONE_SHOT:
             del known["schedule_settings"], known["cell"]["schedule"]
+        if numerics := MODES[self.cell.mode].numerics:
+            known["mode_numerics"] = numerics
         if tokens := fixed_micro_batch_tokens(self.protocol, self.budgets):
             known["micro_batch_tokens"] = tokens
         return known | {"numerics_version": NUMERICS_VERSION}
@@ -151,11 +166,12 @@ class Run:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Run:
-        own: dict[str, Any] = {"cell": Cell(**config["cell"]), "protocol": Protocol(**config["protocol"])}
+        protocol = dict(config["protocol"])
+        protocol["train_also"] = tuple(protocol.get("train_also", ()))
+        own: dict[str, Any] = {"cell": Cell(**config["cell"]), "protocol": Protocol(**protocol)}
         own["budgets"] = BudgetOptions(**config.get("budgets", {}))
-        settings = dict(config.get("schedule_settings", {}))
-        if settings.get("levels") is not None:
-            settings["levels"] = tuple(settings["levels"])
+        given: Mapping[str, Any] = config.get("schedule_settings", {})
+        settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
         own["schedule_settings"] = ScheduleSettings(**settings)
         if config.get("super_adapter"):
             own["super_adapter"] = SuperAdapter.from_config(config["super_adapter"])

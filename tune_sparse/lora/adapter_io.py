@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from tune_sparse.errors import InputError, unknown_name
 from tune_sparse.files import read_json, write_json
+from tune_sparse.lora.also_io import read_also_into
 from tune_sparse.lora.layer import ADAPTER, apply_update_masks, inject, sparse_lora_layers
 from tune_sparse.models.checkpoints import prunable_weights
 from tune_sparse.models.float_bits import row_chunks
@@ -79,6 +80,7 @@ def read_marker(folder: Path) -> Marker | None:
 
 def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
     """Put the adapter of `folder` on `model`, in place: masked if it was trained masked, plain if it was trained so.
+    What was trained beside it is written into the model.
 
     `model` must be what the adapter was trained on: pruned, if it belongs to a mask. Raises `InputError` for a model
     with other zeros, layers or sizes, and for an adapter that is not plain LoRA, or cut short.
@@ -86,6 +88,7 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
     marker, config = read_marker(folder), _read_config(folder)
     masks = model_masks(model, marker) if marker else None
     _check_targets(model, config)
+    read_also_into(model, folder)
     adapted = inject(model, config)
     apply_update_masks(adapted, masks if marker and marker.facts.masks_update else None)
     set_peft_model_state_dict(adapted, _read_weights(folder, get_peft_model_state_dict(adapted)))

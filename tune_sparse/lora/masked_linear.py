@@ -167,8 +167,8 @@ class EffectiveWeight(nn.Module):
 
 
 class _EffectiveWeight(torch.autograd.Function):
-    """With G = (dYᵀX)⊙M: dX = dY W_eff, dB = s G Aᵀ, dA = s Bᵀ G. Only x is saved; a W_eff that is not kept is
-    built again."""
+    """With G = (dYᵀX)⊙M: dX = dY W_eff, db = Σ dY, dB = s G Aᵀ, dA = s Bᵀ G. Only x is saved; a W_eff that is not
+    kept is built again."""
 
     @staticmethod
     def forward(
@@ -197,7 +197,8 @@ class _EffectiveWeight(torch.autograd.Function):
         G = impl.weight_gradient(weight, rows, x.flatten(0, -2))
         sB, rounded_A = _rounded(A, B, ctx.scaling, weight.dtype)
         dA, dB = sB.T @ G, ctx.scaling * (G @ rounded_A.T)
-        return dX, None, None, dA.to(A.dtype), dB.to(B.dtype), None, None
+        dbias = rows.sum(0) if ctx.needs_input_grad[2] else None
+        return dX, None, dbias, dA.to(A.dtype), dB.to(B.dtype), None, None
 
 
 def keep_for_steps(model: nn.Module, optimizer: Optimizer) -> None:

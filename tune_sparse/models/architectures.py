@@ -97,6 +97,12 @@ class Architecture:
     """Stock transformers can load fewer heads: heads x head size may differ from the hidden size."""
     heads_divide: bool = False
     """Stock transformers wants a number of heads that divides the hidden size all the same."""
+    has_biases: bool = False
+    """Its pruned layers add a bias to each row; of a Llama that is left to its config."""
+    vectors_of_norm: int = 1
+    """Its norms have a scale, or a scale and a shift."""
+    position_offset: int | None = None
+    """Its positions are learned: rows before the first one. None where they are computed."""
 
     def matrices(self, names: Iterable[str]) -> list[Matrix]:
         """The pruned matrices among the tensors of a checkpoint: block by block, in the order of `layers`."""
@@ -172,8 +178,25 @@ ARCHITECTURES = {
     "LlamaForCausalLM": Architecture("model.layers", ATTENTION | GATED, heads_divide=True),
     "MistralForCausalLM": Architecture("model.layers", ATTENTION | GATED),
     "MixtralForCausalLM": Architecture("model.layers", ATTENTION | EXPERT),
-    "GPT2LMHeadModel": Architecture("transformer.h", GPT2, transposed=True, channels="n_inner", heads_shrink=False),
-    "OPTForCausalLM": Architecture("model.decoder.layers", OPT, channels="ffn_dim", heads_shrink=False),
+    "GPT2LMHeadModel": Architecture(
+        "transformer.h",
+        GPT2,
+        transposed=True,
+        channels="n_inner",
+        heads_shrink=False,
+        has_biases=True,
+        vectors_of_norm=2,
+        position_offset=0,
+    ),
+    "OPTForCausalLM": Architecture(
+        "model.decoder.layers",
+        OPT,
+        channels="ffn_dim",
+        heads_shrink=False,
+        has_biases=True,
+        vectors_of_norm=2,
+        position_offset=2,
+    ),
 }
 
 PRUNED = tuple(layer.rsplit(".", 1)[-1] for layer in ATTENTION | GATED)
@@ -202,16 +225,6 @@ def matrix_sizes(dims: ModelDims) -> Mapping[str, tuple[int, int]]:
 def pruned_weights(dims: ModelDims) -> int:
     """Weights of all prunable matrices."""
     return sum(rows * columns for rows, columns in matrix_sizes(dims).values())
-
-
-def all_weights(dims: ModelDims) -> int:
-    """Weights of the whole model: the prunable ones, embeddings, head, norms and routers.
-
-    Exact for Llama, Mistral and Mixtral; the biases and learned positions of GPT-2 and OPT are left out.
-    """
-    embeddings = dims.vocab_size * dims.hidden_size * (1 if dims.tied_embeddings else 2)
-    routers = dims.num_layers * dims.num_experts * dims.hidden_size if dims.num_experts > 1 else 0
-    return pruned_weights(dims) + embeddings + routers + (2 * dims.num_layers + 1) * dims.hidden_size
 
 
 def adapter_weights(dims: ModelDims, rank: int) -> int:

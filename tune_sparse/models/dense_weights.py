@@ -47,3 +47,9 @@ class DenseWeights(Mapping[str, Tensor]):
         """Write them over what a cell left in the prunable matrices of a model."""
         for name, own in read_weights(model).items():
             self.tensors.read_into(own, name)
+
+    @torch.no_grad()
+    def restore_all_into(self, model: nn.Module) -> None:
+        """Write every weight of the checkpoint over what a cell left in a model."""
+        for name, own in model.named_parameters():
+            self.tensors.read_into(own, name)

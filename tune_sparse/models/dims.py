@@ -32,6 +32,8 @@ class ModelDims:
     """The head is the embedding."""
     architecture: str = "LlamaForCausalLM"
     """The model class, a key of `ARCHITECTURES`."""
+    embedding_size: int | None = None
+    """Where embeddings are narrower than the model: OPT projects them."""
 
     @classmethod
     def from_config(cls, config: PretrainedConfig) -> ModelDims:
@@ -51,7 +53,12 @@ class ModelDims:
             experts_per_token=getattr(config, "num_experts_per_tok", None) or 1,
             tied_embeddings=bool(getattr(config, "tie_word_embeddings", False)),
             architecture=(config.architectures or [cls.architecture])[0],
+            embedding_size=getattr(config, "word_embed_proj_dim", None),
         )
+
+    @property
+    def embedding_width(self) -> int:
+        return self.embedding_size or self.hidden_size
 
     @property
     def query_rows(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
@@ -27,12 +28,24 @@ def uniform(sizes: Mapping[str, int], sparsities: Sequence[float]) -> Counts:
 
 
 def global_order(sizes: Mapping[str, int], sparsities: Sequence[float], scores: Callable[[str], Tensor]) -> Counts:
-    """The lowest scores of the whole model, in the strict order (score, matrix in the order of `sizes`, position).
+    """The lowest scores of the whole model. scores: as `lowest_of_all`.
 
-    scores(name) is called three times for each matrix, so that no two need be in memory. Raises `InputError` where
-    a matrix would lose everything.
+    Raises `InputError` where a matrix would lose everything.
     """
     totals = [pruned_count(sum(sizes.values()), sparsity) for sparsity in sparsities]
+    counts = lowest_of_all(sizes, totals, scores)
+    for name, size in sizes.items():
+        for sparsity, pruned in zip(sparsities, counts[name], strict=True):
+            check_not_empty(name, size, pruned, sparsity)
+    return counts
+
+
+def lowest_of_all(sizes: Mapping[str, int], totals: Sequence[int], scores: Callable[[str], Tensor]) -> Counts:
+    """How many of the `totals` lowest scores are in each matrix, in the strict order (score, matrix in the order of
+    `sizes`, position).
+
+    scores(name) is called three times for each matrix, so that no two need be in memory.
+    """
     upper = sum((bin_counts(scores(name)) for name in sizes), start=torch.zeros(()))
     bins = [_bin_of_rank(upper, total) for total in totals]
     lower: dict[int, Tensor] = {}
@@ -46,7 +59,7 @@ def global_order(sizes: Mapping[str, int], sparsities: Sequence[float], scores: 
         cuts.append((join_pattern(bin, value, values.dtype), ties))
     counts: Counts = {}
     left = [ties for _, ties in cuts]
-    for name, size in sizes.items():
+    for name in sizes:
         values = scores(name)
         counts[name] = []
         for level, (pattern, _) in enumerate(cuts):
@@ -54,7 +67,6 @@ def global_order(sizes: Mapping[str, int], sparsities: Sequence[float], scores: 
             taken = min(equal, left[level])
             left[level] -= taken
             counts[name].append(below + taken)
-            check_not_empty(name, size, below + taken, sparsities[level])
     return counts
 
 
@@ -96,6 +108,44 @@ def owl(
 
 def _spread(sparsity: float) -> float:
     return min(OWL_SPREAD, sparsity / 2, (1 - sparsity) / 2)
+
+
+def erk(shapes: Mapping[str, Sequence[int]], sparsities: Sequence[float]) -> Counts:
+    """Each matrix keeps epsilon (n_in + n_out) weights, or all that it has (Evci et al. 2020, arXiv:1911.11134, section
+    3), epsilon such that the total is exact.
+
+    shapes: {matrix: (rows, columns)}. Counts are rounded as by Webster's method, so that they never fall with rising
+    sparsity. Raises `InputError` where a matrix would lose everything.
+    """
+    sizes = {name: rows * columns for name, (rows, columns) in shapes.items()}
+    counts: Counts = {name: [] for name in shapes}
+    for sparsity in sparsities:
+        total = sum(sizes.values())
+        kept = _kept_by_sides(shapes, total - pruned_count(total, sparsity))
+        for name, size in sizes.items():
+            counts[name].append(size - kept[name])
+            check_not_empty(name, size, size - kept[name], sparsity)
+    return counts
+
+
+def _kept_by_sides(shapes: Mapping[str, Sequence[int]], total: int) -> dict[str, int]:
+    """Weights that each matrix keeps of `total`, in proportion to its rows and columns together; where the last ones
+    tie, the earlier matrix keeps one."""
+
+    def kept(epsilon: float) -> dict[str, int]:
+        return {
+            name: min(rows * columns, math.floor(epsilon * (rows + columns) + 0.5))
+            for name, (rows, columns) in shapes.items()
+        }
+
+    low, high = 0.0, 1.0 + max(min(shape) for shape in shapes.values())
+    while low < (middle := (low + high) / 2) < high:
+        low, high = (middle, high) if sum(kept(middle).values()) <= total else (low, middle)
+    found, above = kept(low), kept(high)
+    for name in found:
+        if found[name] < above[name] and sum(found.values()) < total:
+            found[name] += 1
+    return found
 
 
 def outlier_fraction(scores: Callable[[], Iterable[Tensor]]) -> float:

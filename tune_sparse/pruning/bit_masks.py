@@ -52,6 +52,12 @@ class BitMasks(Mapping[str, Tensor]):
             counts.append(mask.count_nonzero())
         return cls(bits, shapes, dict(zip(bits, torch.stack(counts).tolist(), strict=True)) if counts else {})
 
+    @classmethod
+    def from_bits(cls, bits: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> BitMasks:
+        """From packed bits, whose kept weights are counted on the CPU."""
+        kept = {name: int(np.bitwise_count(packed.cpu().numpy()).sum()) for name, packed in bits.items()}
+        return cls(bits, shapes, kept)
+
     def __getitem__(self, name: str) -> Tensor:
         return unpack_bits(self.bits[name], self.shapes[name])
 

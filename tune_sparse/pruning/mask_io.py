@@ -14,7 +14,9 @@ from torch import Tensor
 from tune_sparse.errors import InputError
 from tune_sparse.files import atomic_file, read_json
 from tune_sparse.models.safetensors_io import TensorFiles, TensorWriter
+from tune_sparse.pruning.bit_masks import BitMasks
 from tune_sparse.pruning.survival_map import unpack
+from tune_sparse.watchdog import heartbeat
 
 FORMATS = ("safetensors", "pt", "levels")
 LEVELS = "tune_sparse.levels"
@@ -101,6 +103,30 @@ class MaskFile(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self.shapes)
+
+
+def write_bits(path: Path, masks: BitMasks) -> Path:
+    """Write masks as bits, one tensor a matrix."""
+    shapes = {SHAPES: json.dumps({name: list(shape) for name, shape in masks.shapes.items()})}
+    bits = {name: (tuple(packed.shape), torch.uint8) for name, packed in masks.bits.items()}
+    with TensorWriter(path, bits, shapes) as writer:
+        for name, packed in masks.bits.items():
+            writer.write(name, packed)
+            heartbeat()
+        writer.done()
+    return path
+
+
+def read_bits(path: Path, device: torch.device) -> BitMasks:
+    """Read what `write_bits` wrote. Raises `InputError` for another file."""
+    files = TensorFiles([path])
+    try:
+        shapes = {name: tuple(shape) for name, shape in json.loads(files.metadata()[SHAPES]).items()}
+        packed = {name: files[name].to(device, copy=True) for name in shapes}
+    except (ValueError, LookupError) as error:
+        why = f"{type(error).__name__}: {error}"
+        raise InputError(f"{path} must hold masks as bits, it has no shapes ({why}). Make it again.") from error
+    return BitMasks.from_bits(packed, shapes)
 
 
 def _load_pt(path: Path) -> dict[str, Tensor]:

@@ -19,6 +19,8 @@ ALLOCATIONS = {
     "uniform": "prunes the same fraction of every matrix",
     "global": "prunes the lowest scores of the whole model: more in some layers than in others",
     "owl": "prunes less in layers with many outliers (OWL: Outlier Weighed Layerwise sparsity)",
+    "erk": "prunes less of small matrices: as many are kept of each as it has inputs and outputs, times a factor (ERK: "
+    "Erdős-Rényi kernel)",
 }
 GROUPS = {"2:4": (2, 4), "4:8": (4, 8)}
 """{pattern: (weights kept, of so many neighbours in a row)}"""

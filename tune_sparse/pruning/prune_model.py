@@ -158,6 +158,8 @@ class Job:
             )
         elif method.allocation == "owl":
             counts = allocation.owl(model.matrices, model.sizes, sparsities, statistics.outliers)
+        elif method.allocation == "erk":
+            counts = allocation.erk({name: model.shapes[name] for name in model.sizes}, sparsities)
         else:
             counts = allocation.uniform(model.sizes, sparsities)
         return replace(job, counts=counts)

@@ -88,6 +88,11 @@ def _check_task(name: str) -> None:
 def _plan(config: SearchConfig, plan: Plan) -> SearchPlan:
     if len(plan.runs) != 1:
         raise InputError("a search adapts one cell. Name one model, task, method, sparsity, mode and seed.")
+    if config.sweep.protocol.train_also:
+        raise InputError(
+            "a search keeps no weights beside the adapters of its sub-adapters, so train_also must be empty, got "
+            f"{' '.join(config.sweep.protocol.train_also)}. Leave it out."
+        )
     [run], [checkpoint] = plan.runs.values(), plan.checkpoints.values()
     matrices = architecture_named(checkpoint.dims.architecture).expected(checkpoint.dims)
     check_space(config.space, {matrix.module for matrix in matrices}, config.sweep.protocol.lora_rank)

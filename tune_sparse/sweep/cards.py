@@ -14,8 +14,8 @@ from tune_sparse.evaluation.card_budgets import budgets_for
 from tune_sparse.evaluation.cards import MIB, find_card
 from tune_sparse.evaluation.memory import CellMemory
 from tune_sparse.ledger.run import Run
-from tune_sparse.models.architectures import all_weights
 from tune_sparse.models.dims import ModelDims
+from tune_sparse.models.other_weights import all_weights
 from tune_sparse.sweep.resources import ACCELERATOR_TYPE
 
 Block = tuple[str, str]

@@ -25,6 +25,7 @@ from tune_sparse.ledger.run import Run, readable_id
 from tune_sparse.models.architectures import adapter_weights, pruned_weights
 from tune_sparse.models.checkpoints import Checkpoint, check_checkpoint, short_name
 from tune_sparse.models.dims import ModelDims
+from tune_sparse.models.other_weights import count_other_weights
 from tune_sparse.models.toy_models import TOY_MODELS
 from tune_sparse.modes import MODES
 from tune_sparse.pruning.methods import check_schedule, method_named
@@ -80,6 +81,7 @@ class Plan:
         trained = 4 * adapter_weights(dims, run.protocol.lora_rank)
         if not MODES[run.cell.mode].has_adapter:
             trained = pruned_weights(dims) * run.protocol.weight_bytes
+        trained += count_other_weights(dims, run.protocol.train_also) * run.protocol.weight_bytes
         generates = any(isinstance(task, AnswerTask) for task in tasks_named(run.cell.task))
         outcome = OUTCOME_BYTES + TOKEN_BYTES * (run.protocol.max_new_tokens if generates else 0)
         return trained + outcome * (run.protocol.n_test or 10_000) + RUN_BYTES

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from tune_sparse.config import SYNTHETIC, Protocol, SweepConfig
+from tune_sparse.config import SYNTHETIC, Protocol, ScheduleSettings, SweepConfig
 from tune_sparse.config.axes import Axes, axis_text, settings_of
 from tune_sparse.config.options import value_text
 from tune_sparse.config.presets import DEFAULT_PRESET
@@ -52,7 +52,10 @@ class ProtocolInUse:
         return [
             *textwrap.wrap(first, COLUMNS, subsequent_indent="    ", break_on_hyphens=False),
             f"  {'; '.join([f'precision {self.precision}', *calibration, f'examples: {self._source()}'])}",
-            *(f"  axis {axis}: {', '.join(map(axis_text, values))}" for axis, values in self.axes.items()),
+            *(
+                f"  axis {axis}: {', '.join(axis_text(axis, value) for value in values)}"
+                for axis, values in self.axes.items()
+            ),
             *(f"  {task}: {self._count(task)}, judged by {metric}" for task, metric in self.metrics.items()),
         ]
 
@@ -70,10 +73,11 @@ class ProtocolInUse:
 def protocol_in_use(config: SweepConfig, examples: Examples | None) -> ProtocolInUse:
     """examples: None where they are not there yet."""
     tuned = {name for axis in config.axes for name in settings_of(axis)}
+    changed = changed_settings(config.protocol) | changed_settings(config.schedule_settings)
     return ProtocolInUse(
         config.preset,
         config.axes,
-        {name: both for name, both in changed_settings(config.protocol).items() if name not in tuned},
+        {name: both for name, both in changed.items() if name not in tuned},
         config.protocol.precision,
         config.protocol.calibrated_by if is_calibrated(config) else None,
         None if config.data_dir is None else str(config.data_dir),
@@ -102,9 +106,9 @@ def selection_warnings(config: SweepConfig, counts: Mapping[str, ExampleCounts])
     return textwrap.wrap(line, COLUMNS, subsequent_indent="    ", break_on_hyphens=False) if few else []
 
 
-def changed_settings(protocol: Protocol) -> dict[str, tuple[Any, Any]]:
+def changed_settings(settings: Protocol | ScheduleSettings) -> dict[str, tuple[Any, Any]]:
     """{setting that has not its default: (its value, its default)}"""
-    values = ((f.name, getattr(protocol, f.name), f.default) for f in fields(protocol))
+    values = ((f.name, getattr(settings, f.name), f.default) for f in fields(settings))
     return {name: (value, default) for name, value, default in values if value != default}
 
 

@@ -11,7 +11,9 @@ from typing import Any
 from tune_sparse.files import read_json
 from tune_sparse.identity import hash_json
 from tune_sparse.ledger.contracts import LedgerReader
+from tune_sparse.ledger.dynamics import DYNAMICS, read_dynamics
 from tune_sparse.ledger.record import Record, SweepRecord
+from tune_sparse.models.architectures import matrix_named
 from tune_sparse.schedules import SCHEDULES
 
 SWEEP_TAG = "tune_sparse.sweep_id"
@@ -22,7 +24,7 @@ CHOSEN_TAG = "tune_sparse.chosen"
 """Of the runs of a sweep with axes: "true" if some cell chose its setting on selection examples, or else "false"."""
 RECORD_TAG = "tune_sparse.record"
 """A hash of what the entry shows: when that changes, so must the entry."""
-ARTIFACTS = ("config.yaml", "sparse_config.json", "result.json", "validation_report.json", "train.log")
+ARTIFACTS = ("config.yaml", "sparse_config.json", "result.json", "validation_report.json", "train.log", DYNAMICS)
 TAG_CHARACTERS = 5000
 """The rest of a longer value is cut off: MLflow refuses it, or the database does."""
 MLFLOW_STATUS = {"done": "FINISHED", "failed": "FAILED", "interrupted": "KILLED"}
@@ -71,7 +73,7 @@ def run_entry(ledger: LedgerReader, record: Record) -> Entry:
         tags=_described_by(record) | {RUN_TAG: record.run_id, RECORD_TAG: record_hash(record)},
         started=ended - record.measured.get("trial_seconds", 0.0),
         params=asdict(run.cell) | asdict(run.protocol) | SCHEDULES[run.cell.schedule].read(run.schedule_settings),
-        points=(*_curves(folder), *_numbers(record.metrics | record.measured)),
+        points=(*_curves(folder), *_dynamics(folder), *_numbers(record.metrics | record.measured)),
         files=tuple(folder / name for name in ARTIFACTS if (folder / name).exists()),
         status=MLFLOW_STATUS[record.status],
         ended=ended,
@@ -113,6 +115,15 @@ def _curves(folder: Path) -> Iterator[Point]:
     for line in path.read_text().splitlines() if path.exists() else ():
         point = json.loads(line)
         yield from ((f"step_{name}", value, point["step"]) for name, value in point.items() if name != "step")
+
+
+def _dynamics(folder: Path) -> Iterator[Point]:
+    """Yield what masks that changed were like at each record; of single matrices only the file tells."""
+    for line in read_dynamics(folder):
+        for name, value in line.items():
+            kind, _, part = name.partition("/")
+            if part and matrix_named(part.removesuffix(".in").removesuffix(".out")) is None:
+                yield f"{kind}/{part}", float(value), line["step"]
 
 
 def _numbers(values: Mapping[str, Any]) -> Iterator[Point]:

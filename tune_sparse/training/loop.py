@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
@@ -15,6 +15,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -39,6 +40,34 @@ class Step:
     examples: int
     tokens: int
     seconds: float
+
+
+class StepHooks:
+    """What a training does besides in each optimizer step, whose number counts from 1: by default nothing."""
+
+    def before(self, step: int) -> None:
+        """Called before the first forward pass."""
+
+    def clip(self, step: int, parameters: list[Tensor], max_norm: float) -> None:
+        """Clip the accumulated gradients, in place."""
+        clip_grad_norm_(parameters, max_norm)
+
+    def after(self, step: int) -> None:
+        """Called once the optimizer has stepped, its gradients still there."""
+
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps: plain values and tensors."""
+        return {}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint's state."""
+
+    def summary(self) -> dict[str, float]:
+        """Return what a result keeps of it, which must not depend on the machine."""
+        return {}
+
+
+NO_HOOKS = StepHooks()
 
 
 def cosine(angle: float, start: float, end: float = 0.0) -> float:
@@ -120,10 +149,13 @@ def mean_loss(
     return mean
 
 
-def adamw(parameters: Sequence[Tensor], protocol: Protocol) -> torch.optim.AdamW:
+def adamw(parameters: Sequence[Tensor], protocol: Protocol, without_decay: Sequence[Tensor] = ()) -> torch.optim.AdamW:
     """The protocol's optimizer (Loshchilov & Hutter 2019, arXiv:1711.05101)."""
+    groups: list[dict[str, Any]] = [{"params": list(parameters)}]
+    if without_decay:
+        groups.append({"params": list(without_decay), "weight_decay": 0.0})
     return torch.optim.AdamW(
-        parameters,
+        groups,
         lr=protocol.learning_rate,
         betas=(protocol.beta1, protocol.beta2),
         weight_decay=protocol.weight_decay,
@@ -148,12 +180,11 @@ def fit(
     seed: int,
     done: int = 0,
     accelerator: Accelerator | None = None,
-    before_step: Callable[[int], None] | None = None,
+    hooks: StepHooks = NO_HOOKS,
     budgets: Budgets = CPU_BUDGETS,
 ) -> Iterator[Step]:
     """Train the optimizer's parameters of `model` in place, one `Step` yielded after each optimizer step.
 
-    `before_step` is told each step's number, from 0, before its first forward pass.
     `done` steps were taken before, and their optimizer and random state restored. The model is in training mode until
     the iterator ends. Raises `RunError` as soon as a loss is not finite.
     """
@@ -165,8 +196,7 @@ def fit(
     with in_training(model, budgets.activation_checkpointing):
         for step, batch in enumerate(islice(batches(examples, protocol, seed), done, protocol.steps), start=done):
             start = time.perf_counter()
-            if before_step:
-                before_step(step)
+            hooks.before(step + 1)
             rate = learning_rate_at(step, protocol)
             for group in optimizer.param_groups:
                 group["lr"] = rate
@@ -177,8 +207,9 @@ def fit(
                     f"({last_good}). Lower learning_rate."
                 )
             last_good = f"last good loss {loss:.4g} at step {step + 1}"
-            accelerator.clip_grad_norm_(parameters, protocol.max_grad_norm)
+            hooks.clip(step + 1, parameters, protocol.max_grad_norm)
             optimizer.step()
+            hooks.after(step + 1)
             optimizer.zero_grad()
             tokens = sum(map(example_tokens, batch))
             yield Step(step + 1, loss, rate, len(batch), tokens, time.perf_counter() - start)
