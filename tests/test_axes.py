@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tune_sparse.config import LORA_SETTINGS, Protocol, SweepConfig
-from tune_sparse.config.axes import NO_AXIS, OWNERS
+from tune_sparse.config.axes import NO_AXIS, OWNERS, axis_text
 from tune_sparse.config.protocol import PUBLISHED
 from tune_sparse.errors import InputError
 from tune_sparse.modes import MODES
@@ -44,6 +44,14 @@ def test_paired_settings_go_together_in_text_and_in_lists() -> None:
     assert [(p.learning_rate, p.final_learning_rate) for p in text.protocols] == [(1e-4, 1e-5), (3e-4, 3e-5)]
 
 
+def test_a_value_of_several_parts_is_one_value() -> None:
+    swept = asked({"train_also": ["norm", "norm bias"]})
+    assert swept.axes == {"train_also": (("norm",), ("norm", "bias"))}
+    assert asked({"train_also": "norm,norm bias"}).points == swept.points
+    assert [axis_text("train_also", value) for value in swept.axes["train_also"]] == ["norm", "norm bias"]
+    assert axis_text("learning_rate:steps", (1e-3, 70)) == "0.001:70"
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_a_run_at_a_point_is_the_run_of_these_settings(mode: str) -> None:
     sparsity = 0.5 if MODES[mode].is_pruned else 0.0
@@ -60,13 +68,15 @@ def run_of(point: Any) -> Any:
 
 def another_value(value: Any, field: Field[Any]) -> Any:
     """A valid value of a field that is not `value`."""
+    if "tuple" in str(field.type):
+        return ("bias",) if field.metadata["choices"] else (0.2,)
     if field.metadata["choices"]:
         return next(choice for choice in field.metadata["choices"] if choice not in (value, PUBLISHED))
     if isinstance(value, bool):
         return not value
     if isinstance(value, float):
         return value / 2
-    return value + 1 if value else (0.2,) if "tuple" in str(field.type) else 1
+    return value + 1 if value else 1
 
 
 @given(

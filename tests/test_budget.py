@@ -13,10 +13,10 @@ from tune_sparse.ledger.curves import Bracket
 from tune_sparse.ledger.ledger import Ledger
 from tune_sparse.ledger.run import Run
 from tune_sparse.sweep.budget import Budget
-from tune_sparse.sweep.choice import Choice, check_budget
 from tune_sparse.sweep.examples import Examples
 from tune_sparse.sweep.plan import Plan
 from tune_sparse.sweep.purchase import needed_runs, purchase
+from tune_sparse.sweep.wanted import WantedRuns, check_budget
 
 LEVELS = (0.0, 0.3, 0.5, 0.7)
 
@@ -85,14 +85,14 @@ def test_a_budget_of_hours_that_buys_no_bracket_is_refused_with_the_cheapest(led
 
 def test_a_plan_is_handed_out_in_its_order_within_the_budget(ledger: Ledger) -> None:
     plan = make_plan(budget="3runs")
-    choice = Choice(plan, ledger, list(plan.runs.values()), everything=False)
-    [source] = choice.sources(lambda run: "torch", lambda name: 0).values()
+    wanted = WantedRuns(plan, ledger, list(plan.runs.values()), everything=False)
+    [source] = wanted.sources(lambda run: "torch", lambda name: 0).values()
     given: list[Cell] = []
     while run := source.peek():
         source.take()
         given.append(run.cell)
     assert given == [run.cell for run in plan.runs.values()][:3]
-    assert choice.spent == "the budget of 3 runs is spent but for 3", "they have not ended"
+    assert wanted.spent == "the budget of 3 runs is spent but for 3", "they have not ended"
 
 
 def test_a_forecast_says_what_is_bought(ledger: Ledger) -> None:

@@ -28,9 +28,9 @@ from tune_sparse.ledger.reader import MergedLedger
 from tune_sparse.ledger.record import Record
 from tune_sparse.ledger.run import Run
 from tune_sparse.ledger.rungs import RungJournal
-from tune_sparse.sweep.choices import check_choices
 from tune_sparse.sweep.early_stopping import EarlyStopper
 from tune_sparse.sweep.retries import is_missing
+from tune_sparse.sweep.siblings import check_choices
 from tune_sparse.tracking.entries import run_entry
 
 HALVES = EarlyStopping(stop_early="loss", rungs=(0.25, 0.5), reduction=2)

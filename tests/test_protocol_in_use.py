@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from tune_sparse.config import SweepConfig
 from tune_sparse.sweep import driver
 from tune_sparse.sweep.examples import ExampleCounts, read_examples
 from tune_sparse.sweep.preparation import prepare
-from tune_sparse.sweep.protocol_in_use import protocol_in_use
+from tune_sparse.sweep.protocol_in_use import protocol_in_use, selection_warnings
 
 NAMES = {"models": "m", "tasks": "boolq boolq+gsm8k", "n_selection": 4, "n_test": 3}
 
@@ -94,3 +95,16 @@ def test_a_dry_run_says_it_and_counts_runs_in_place_of_naming_them(
     assert planned["protocol"]["changed"] == {"n_selection": [4, 256]}
     assert planned["protocol"]["examples"]["boolq"] == {"training": 16, "selection": 4, "test": 6}
     assert len(planned["missing"]) == planned["seeds"]["runs"] == 55
+
+
+def test_too_few_selection_examples_for_an_axis_are_said_with_how_many_would_do() -> None:
+    axes = {"axes": {"learning_rate": "1e-3,3e-3"}}
+    config = SweepConfig.from_names({"preset": "toy"} | axes)
+    counts = {"boolq": ExampleCounts(100, 64, 200), "gsm8k": ExampleCounts(100, 5000, 200)}
+    text = " ".join(line.strip() for line in selection_warnings(config, counts))
+    assert "told apart: boolq 0.17 with 64. For 0.02 it takes 4,802 (--set n_selection)" in text
+    assert selection_warnings(replace(config, axes={}), counts) == []
+    assert selection_warnings(config, {"gsm8k": counts["gsm8k"], "wikitext2": ExampleCounts(1, 1, 1)}) == []
+    lines = protocol_in_use(config, None).lines()
+    assert "  axis learning_rate: 0.001, 0.003" in lines
+    assert "learning_rate 0.003" not in lines[0]

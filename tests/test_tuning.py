@@ -28,8 +28,8 @@ from tune_sparse.search.tuning_result import best_of, result_lines
 from tune_sparse.search.tuning_searcher import TrainingSearcher
 from tune_sparse.search.tuning_space import Dimension, Point, space_from
 from tune_sparse.search.tuning_trial import Trial
-from tune_sparse.sweep.choices import rivals_of
 from tune_sparse.sweep.early_stopping import EarlyStopper
+from tune_sparse.sweep.siblings import rivals_of
 from tune_sparse.sweep.tune_parts import Stop
 
 SPACE = {"learning_rate": "log:1e-4:1e-1", "method": "unstructured,random", "lora_rank": "4,8"}

@@ -9,6 +9,7 @@ from typing import Any
 
 from tune_sparse.cli.command import FAULT, OK, add_command, add_json, add_results_dirs, existing_folders
 from tune_sparse.cli.words import RUN_WORDS, paragraph, words
+from tune_sparse.config.axes import point_text
 
 
 def declare(commands: Any) -> None:
@@ -31,6 +32,14 @@ def declare(commands: Any) -> None:
     )
     add_results_dirs(status)
     add_json(status, "the counts and the reasons")
+
+
+def _point(row: Any) -> str:
+    """The values of axes in a row, for people."""
+    from analysis.read.seeds import AXIS
+
+    values = [(name, row[name]) for name in row.index if name.startswith(AXIS) and row[name] == row[name]]
+    return f" ({point_text(tuple((name.removeprefix(AXIS), value) for name, value in values))})" if values else ""
 
 
 def _status(chosen: argparse.Namespace) -> int:
@@ -66,8 +75,8 @@ def _status(chosen: argparse.Namespace) -> int:
         print(
             f"{len(cells)} cells: " + (", ".join(f"{n} {status}" for status, n in counts.items()) or "none requested")
         )
-        for row in failed.itertuples():
-            print(f"  {row.run_id}: {row.error}")
+        for _, row in failed.iterrows():
+            print(f"  {row['run_id']}{_point(row)}: {row['error']}")
         for curve in curves:
             print(f"  {curve.line}")
         if eta is not None:

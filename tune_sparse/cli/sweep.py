@@ -229,7 +229,7 @@ def _dry_run(config: SweepConfig, chosen: argparse.Namespace) -> int:
     from tune_sparse.sweep.examples import read_examples
     from tune_sparse.sweep.plan import check_names, plan_cells, requested_points, trained_points
     from tune_sparse.sweep.planned_updates import planned_lines, planned_updates
-    from tune_sparse.sweep.protocol_in_use import protocol_in_use
+    from tune_sparse.sweep.protocol_in_use import protocol_in_use, selection_warnings
     from tune_sparse.sweep.seed_price import seed_price
 
     check_names(config)
@@ -253,9 +253,10 @@ def _dry_run(config: SweepConfig, chosen: argparse.Namespace) -> int:
     price = seed_price(config, sizes, cards, plan, Ledger(config.results_dir))
     protocol = protocol_in_use(config, plan.examples if plan else examples)
     updates, chains = planned_updates(config), chains_of(config)
+    few = selection_warnings(config, protocol.examples or {})
     values |= {"seeds": asdict(price), "protocol": asdict(protocol), "updates": [asdict(found) for found in updates]}
     values["levels"] = [[asdict(level) for level in levels] for levels in chains]
-    lines += [*price.lines(), *protocol.lines(), *planned_lines(updates), *chain_lines(chains)]
+    lines += [*price.lines(), *protocol.lines(), *few, *planned_lines(updates), *chain_lines(chains)]
     print(json.dumps(values) if chosen.json else "\n".join(lines))
     return FAULT if "not_ready" in values else OK
 
@@ -273,9 +274,9 @@ def _add_estimate_into(values: dict[str, Any], lines: list[str], found: Sequence
 
 def _add_forecast_into(values: dict[str, Any], lines: list[str], plan: Plan, retry_failed: bool) -> None:
     from tune_sparse.ledger.ledger import Ledger
-    from tune_sparse.sweep.choice import check_budget
     from tune_sparse.sweep.forecast import forecast
     from tune_sparse.sweep.purchase import purchase
+    from tune_sparse.sweep.wanted import check_budget
 
     ledger = Ledger(plan.config.results_dir)
     missing = plan.missing(ledger, retry_failed)

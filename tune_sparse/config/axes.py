@@ -88,6 +88,11 @@ def point_text(point: Point) -> str:
     return " ".join(f"{name}={value_text(value)}" for name, value in point)
 
 
+def axis_text(axis: str, value: Any) -> str:
+    """A value of an axis as a user writes it: of paired settings all values of a point."""
+    return PAIRED.join(value_text(one) for _, one in _point(axis, value))
+
+
 def own_settings(owner: type, point: Point) -> dict[str, Any]:
     """Those of a point that are settings of a dataclass."""
     return {name: value for name, value in point if OWNERS[name][0] is owner}

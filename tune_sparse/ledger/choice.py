@@ -37,7 +37,8 @@ class RequestedCell:
 
     @property
     def setting(self) -> Setting:
-        return self.row.get("axes", {})
+        values = self.row.get("axes", {})
+        return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
     @property
     def run_id(self) -> str:

@@ -25,13 +25,13 @@ from tune_sparse.search.tuning_plan import TunePlan
 from tune_sparse.search.tuning_result import result_of
 from tune_sparse.search.tuning_trial import Trial
 from tune_sparse.sweep.cards import check_devices, cluster_devices
-from tune_sparse.sweep.choices import rivals_of
 from tune_sparse.sweep.driver import gathered
 from tune_sparse.sweep.preparation import check_start
 from tune_sparse.sweep.progress import Progress
 from tune_sparse.sweep.protocol_in_use import protocol_in_use
 from tune_sparse.sweep.ray_session import nodes, ray_session, run_trials, stop_on_signals
 from tune_sparse.sweep.resources import Placement, trial_settings
+from tune_sparse.sweep.siblings import rivals_of
 
 logger = logging.getLogger(__name__)
 

@@ -21,15 +21,15 @@ from tune_sparse.ledger.ledger import Ledger
 from tune_sparse.ledger.record import SweepRecord
 from tune_sparse.ledger.run import Run
 from tune_sparse.sweep.cards import block_kinds, check_devices, cluster_devices
-from tune_sparse.sweep.choice import Choice, asked_of, check_budget, check_fixed
 from tune_sparse.sweep.graphs import PlannedGraphs, plan_graphs
 from tune_sparse.sweep.plan import Plan
 from tune_sparse.sweep.preparation import check_start
 from tune_sparse.sweep.progress import Progress
-from tune_sparse.sweep.protocol_in_use import protocol_in_use
+from tune_sparse.sweep.protocol_in_use import protocol_in_use, selection_warnings
 from tune_sparse.sweep.ray_session import capacity, nodes, ray_session, run_trials, stop_on_signals
 from tune_sparse.sweep.resources import Placement, trial_settings
 from tune_sparse.sweep.retries import is_missing, memory_lines
+from tune_sparse.sweep.wanted import WantedRuns, asked_of, check_budget, check_fixed
 from tune_sparse.tracking.background import BackgroundTracker, track_sweep
 from tune_sparse.tracking.sync import tracking_uri
 
@@ -75,7 +75,9 @@ def run_sweep(plan: Plan, retry_failed: bool = False, only: Collection[str] | No
     """
     config = plan.config
     ledger, uri = Ledger(config.results_dir), tracking_uri(config)
-    for line in [*protocol_in_use(config, plan.examples).lines(), *memory_lines(plan.lacked_memory(ledger))]:
+    protocol = protocol_in_use(config, plan.examples)
+    few = selection_warnings(config, plan.examples.counts)
+    for line in [*protocol.lines(), *few, *memory_lines(plan.lacked_memory(ledger))]:
         logger.info(line)
     check_start(plan, ledger, plan.missing(ledger, retry_failed))
     check_budget(plan, ledger, plan.missing(ledger, retry_failed))
@@ -88,32 +90,32 @@ def run_sweep(plan: Plan, retry_failed: bool = False, only: Collection[str] | No
         ledger.write_sweep(record)
         missing = [run for run in left if only is None or run.run_id in only]
         done_before = len(plan.runs) - len(left)
-        choice = Choice(plan, ledger, missing, everything=only is not None)
-        progress = Progress(done_before + len(missing), done_before, choice.describe if choice.is_chosen else None)
+        wanted = WantedRuns(plan, ledger, missing, everything=only is not None)
+        progress = Progress(done_before + len(missing), done_before, wanted.describe if wanted.is_chosen else None)
         with track_sweep(ledger, uri, record) as tracker:
             stopped, workers = None, 1
-            if choice.has_next:
+            if wanted.has_next:
                 graphs = _prepare_cerebras(plan, ledger, missing) if any(run.cerebras for run in missing) else {}
-                stopped, workers = _tune(plan, ledger, choice, graphs, progress, tracker, lease)
+                stopped, workers = _tune(plan, ledger, wanted, graphs, progress, tracker, lease)
                 if not lease.lost.is_set():
                     ledger.remove_partial()
-            for line in choice.lines() if not stopped else ():
+            for line in wanted.lines() if not stopped else ():
                 logger.info(line)
         seconds = time.perf_counter() - started
-    return _result(plan, ledger, record, choice, stopped, seconds, workers)
+    return _result(plan, ledger, record, wanted, stopped, seconds, workers)
 
 
 def _result(
     plan: Plan,
     ledger: Ledger,
     sweep: SweepRecord,
-    choice: Choice,
+    wanted: WantedRuns,
     stopped: str | None,
     seconds: float,
     workers: int,
 ) -> SweepResult:
     records = {run_id: record for run_id in plan.runs if (record := ledger.record(run_id))}
-    ran = [r for run in choice.missing if (r := records.get(run.run_id)) and r.status == "done"]
+    ran = [r for run in wanted.missing if (r := records.get(run.run_id)) and r.status == "done"]
     statuses, stopper = Counter(record.status for record in records.values()), plan.stopper(ledger)
     early = [r for r in records.values() if r.status == "stopped" and stopper and stopper.is_stopped(r.run_id)]
     trial_seconds = sum(record.measured["trial_seconds"] for record in ran)
@@ -125,7 +127,7 @@ def _result(
         stopped_early=len(early),
         left=len(plan.runs) - statuses["done"] - statuses["failed"] - len(early),
         stopped=stopped,
-        spent=choice.spent,
+        spent=wanted.spent,
         curves=tuple(known_curves(sweep, records.get)) if plan.config.find else (),
         seconds=seconds,
         utilisation=trial_seconds / (workers * seconds) if ran else None,
@@ -170,14 +172,14 @@ def _keep_start(ledger: Ledger, plan: Plan, is_whole: bool) -> SweepRecord:
 def _tune(
     plan: Plan,
     ledger: Ledger,
-    choice: Choice,
+    wanted: WantedRuns,
     graphs: Mapping[str, Graph],
     progress: Progress,
     tracker: BackgroundTracker,
     lease: FolderLease,
 ) -> tuple[str | None, int]:
     """Run what is chosen through one Tuner; returns (why it ended early, if it did; workers)."""
-    config, missing = plan.config, choice.missing
+    config, missing = plan.config, wanted.missing
     with ray_session(config) as workers, gathered(ledger, lease.token, missing):
         from trainables.cell import CellTrainable
         from tune_sparse.sweep.callbacks import LedgerCallback
@@ -203,7 +205,7 @@ def _tune(
                 settings = replace(settings, bucket_tokens=(graph.tokens,))
             return trial | ({"cerebras": asdict(settings)} if run.cerebras else {})
 
-        queues = choice.sources(placement.queue, lambda name: SCARCEST_FIRST.index(name.split()[0]))
+        queues = wanted.sources(placement.queue, lambda name: SCARCEST_FIRST.index(name.split()[0]))
         queue = ResourceQueue(queues, make_trial, capacity, _limit(config), stop)
         callback = LedgerCallback(
             ledger,
@@ -216,7 +218,7 @@ def _tune(
             placement,
             requeue=lambda run: queue.requeue(placement.queue(run), run),
             max_retries=config.max_retries,
-            ended=lambda record: progress.say(*choice.ended(record)),
+            ended=lambda record: progress.say(*wanted.ended(record)),
             stopper=stopper,
         )
         with progress.shown(workers), stop_on_signals(stop):

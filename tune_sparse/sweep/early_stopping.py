@@ -18,7 +18,7 @@ from tune_sparse.config import EarlyStopping
 from tune_sparse.ledger.record import Record
 from tune_sparse.ledger.run import Run
 from tune_sparse.ledger.rungs import Rung, RungJournal
-from tune_sparse.sweep.choices import choice_of
+from tune_sparse.sweep.siblings import choice_of
 from tune_sparse.sweep.tune_parts import Unsaved
 
 

@@ -43,10 +43,10 @@ from tune_sparse.sweep.chains import (
     last_of_chain,
     levels_of,
 )
-from tune_sparse.sweep.choices import check_choices
 from tune_sparse.sweep.examples import Examples, read_examples
 from tune_sparse.sweep.points import CellAtPoint, at_points, check_axes_are_read
 from tune_sparse.sweep.retries import has_more_memory_now, is_missing, lacked_memory
+from tune_sparse.sweep.siblings import check_choices
 from tune_sparse.training.budgets import cpu_budgets
 
 if TYPE_CHECKING:

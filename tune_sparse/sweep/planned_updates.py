@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from itertools import product
 
 from tune_sparse.config import SweepConfig
-from tune_sparse.config.axes import Point
 from tune_sparse.schedules import SCHEDULES, Update
 
 SHOWN = 6
@@ -34,17 +33,14 @@ class PlannedUpdates:
 
 
 def planned_updates(config: SweepConfig) -> list[PlannedUpdates]:
-    """Those of each schedule and sparsity that has any, at each point of the axes that changes them."""
-    found = (
-        PlannedUpdates(name, sparsity, tuple(_updates(config, name, sparsity, point)))
-        for name, sparsity, point in product(config.schedules, config.sparsities, config.points)
+    """Those of each schedule and sparsity that has any; of several points of axes each that plans others."""
+    trainings = [(config.schedule_settings_at(point), config.protocol_at(point).steps) for point in config.points]
+    planned = (
+        PlannedUpdates(schedule, sparsity, tuple(SCHEDULES[schedule].plan(settings, sparsity, steps)))
+        for schedule, sparsity in product(config.schedules, filter(None, config.sparsities))
+        for settings, steps in trainings
     )
-    return [planned for planned in dict.fromkeys(found) if planned.updates]
-
-
-def _updates(config: SweepConfig, name: str, sparsity: float, point: Point) -> list[Update]:
-    settings, steps = config.schedule_settings_at(point), config.protocol_at(point).steps
-    return SCHEDULES[name].plan(settings, sparsity, steps) if sparsity else []
+    return [found for found in dict.fromkeys(planned) if found.updates]
 
 
 def planned_lines(planned: Sequence[PlannedUpdates]) -> list[str]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
 from tune_sparse.config import SYNTHETIC, Protocol, ScheduleSettings, SweepConfig
+from tune_sparse.config.axes import Axes, axis_text, settings_of
 from tune_sparse.config.options import value_text
 from tune_sparse.config.presets import DEFAULT_PRESET
 from tune_sparse.data.task_types import TextTask
@@ -15,6 +17,11 @@ from tune_sparse.data.tasks import tasks_named
 from tune_sparse.sweep.examples import ExampleCounts, Examples, is_calibrated
 
 COLUMNS = 110
+Z = 1.96
+TOLD_APART = 0.02
+"""A difference in accuracy that a choice of settings should see."""
+ENOUGH_SELECTION = math.ceil(0.5 * (Z / TOLD_APART) ** 2)
+"""Selection examples for that, where two settings answer independently and right half of the time."""
 Changed = Mapping[str, tuple[Any, Any]]
 """{setting: (its value, its default)}"""
 
@@ -24,6 +31,7 @@ class ProtocolInUse:
     """How the cells of a sweep are trained and scored."""
 
     preset: str | None
+    axes: Axes
     changed: Changed
     precision: str
     calibration: Mapping[str, Any] | None
@@ -44,6 +52,10 @@ class ProtocolInUse:
         return [
             *textwrap.wrap(first, COLUMNS, subsequent_indent="    ", break_on_hyphens=False),
             f"  {'; '.join([f'precision {self.precision}', *calibration, f'examples: {self._source()}'])}",
+            *(
+                f"  axis {axis}: {', '.join(axis_text(axis, value) for value in values)}"
+                for axis, values in self.axes.items()
+            ),
             *(f"  {task}: {self._count(task)}, judged by {metric}" for task, metric in self.metrics.items()),
         ]
 
@@ -60,15 +72,38 @@ class ProtocolInUse:
 
 def protocol_in_use(config: SweepConfig, examples: Examples | None) -> ProtocolInUse:
     """examples: None where they are not there yet."""
+    tuned = {name for axis in config.axes for name in settings_of(axis)}
+    changed = changed_settings(config.protocol) | changed_settings(config.schedule_settings)
     return ProtocolInUse(
         config.preset,
-        changed_settings(config.protocol) | changed_settings(config.schedule_settings),
+        config.axes,
+        {name: both for name, both in changed.items() if name not in tuned},
         config.protocol.precision,
         config.protocol.calibrated_by if is_calibrated(config) else None,
         None if config.data_dir is None else str(config.data_dir),
         {task: _metric(task) for task in config.tasks},
         None if examples is None else examples.counts,
     )
+
+
+def selection_warnings(config: SweepConfig, counts: Mapping[str, ExampleCounts]) -> list[str]:
+    """A line where a task has too few selection examples to tell the settings of an axis apart by accuracy.
+
+    Two settings of one true accuracy p differ by less than Z sqrt(2 p (1 - p) / n) in 95 of 100 samples of n examples,
+    if they answer independently. That is most at p = 1/2; on the same examples they answer alike, and differ by less.
+    """
+    if not config.axes:
+        return []
+    answered = {task: n for task, n in counts.items() if not isinstance(tasks_named(task)[0], TextTask)}
+    few = {task: n.selection for task, n in answered.items() if n.selection < ENOUGH_SELECTION}
+    told = ", ".join(f"{task} {Z * math.sqrt(0.5 / n):.2f} with {n}" for task, n in few.items())
+    line = (
+        f"Few selection examples to choose settings on: accuracies that differ by less cannot be told apart: {told}. "
+        f"For {TOLD_APART:g} it takes {ENOUGH_SELECTION:,} (--set n_selection), if two settings answer independently "
+        "and right half of the time, the worst case. Settings are chosen by the loss, for which no number is known "
+        "beforehand."
+    )
+    return textwrap.wrap(line, COLUMNS, subsequent_indent="    ", break_on_hyphens=False) if few else []
 
 
 def changed_settings(settings: Protocol | ScheduleSettings) -> dict[str, tuple[Any, Any]]:

@@ -9,9 +9,9 @@ from tune_sparse.ledger.contracts import LedgerReader
 from tune_sparse.ledger.curves import Bracket
 from tune_sparse.ledger.run import Run
 from tune_sparse.sweep.budget import Budget
-from tune_sparse.sweep.choice import make_finder
 from tune_sparse.sweep.find import Finder, next_level
 from tune_sparse.sweep.plan import Plan
+from tune_sparse.sweep.wanted import make_finder
 
 Range = tuple[int, int]
 """The fewest and the most: it depends on how good the answers of neighbours are."""

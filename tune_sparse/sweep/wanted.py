@@ -20,7 +20,7 @@ from tune_sparse.sweep.plan import Plan
 from tune_sparse.sweep.sources import Found, Listed, Source, Within
 
 
-class Choice:
+class WantedRuns:
     """Hands out the missing runs of a plan as its config asks, or all of them if `everything`."""
 
     def __init__(self, plan: Plan, ledger: LedgerReader, missing: Sequence[Run], everything: bool) -> None:
