@@ -104,8 +104,7 @@ def write_report(
     page = present(folder, content, find_runs(results_dirs, points.predictions), published)
     said_first = [*found.lines(severities=["error"]), *counts(requested), found.summary()]
     lines = [*said_first, *result_lines(cells, found, MOST_LINES)]
-    lines += [*(headlines(claims) or [describe_seeds(cells)]), *highest_lines(performance)]
-    lines += choice_lines(requested)
+    lines += [*(headlines(claims) or [describe_seeds(cells)]), *highest_lines(performance), *choice_lines(requested)]
     lines += [f"Tables, figures, findings and audit: {folder}", f"To read: {page}"]
     return Report(lines, len(found.errors), int((requested["status"] == "done").sum()))
 
