@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from itertools import product
 from typing import Any
@@ -91,6 +91,11 @@ def point_text(point: Point) -> str:
 def axis_text(axis: str, value: Any) -> str:
     """A value of an axis as a user writes it: of paired settings all values of a point."""
     return PAIRED.join(value_text(one) for _, one in _point(axis, value))
+
+
+def axis_values(axis: str, values: Iterable[Any]) -> str:
+    """All values of an axis, one after the other."""
+    return ", ".join(axis_text(axis, value) for value in values)
 
 
 def own_settings(owner: type, point: Point) -> dict[str, Any]:

@@ -142,9 +142,10 @@ def check_are_read(names: Iterable[str], schedules: Collection[str], modes: Coll
         read |= {"dynamics_every", "effective_rank_side"}
     for name in names:
         readers = [schedule for schedule, facts in SCHEDULES.items() if name in facts.settings]
+        without_adapter = [mode for mode, facts in MODES.items() if not facts.has_adapter]
         rule(
             name in read,
-            f"the setting {name} is read by {' and '.join(readers) or 'masked-finetuning'} alone, and a sweep has no "
+            f"the setting {name} is read by {' and '.join(readers or without_adapter)} alone, and a sweep has no "
             "settings that nothing reads",
             list(schedules) if readers else list(modes),
             "Leave it out, or sweep what reads it.",

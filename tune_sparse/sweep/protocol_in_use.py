@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from tune_sparse.config import SYNTHETIC, Protocol, ScheduleSettings, SweepConfig
-from tune_sparse.config.axes import Axes, axis_text, settings_of
+from tune_sparse.config.axes import Axes, axis_values, settings_of
 from tune_sparse.config.options import value_text
 from tune_sparse.config.presets import DEFAULT_PRESET
 from tune_sparse.data.task_types import TextTask
@@ -52,10 +52,7 @@ class ProtocolInUse:
         return [
             *textwrap.wrap(first, COLUMNS, subsequent_indent="    ", break_on_hyphens=False),
             f"  {'; '.join([f'precision {self.precision}', *calibration, f'examples: {self._source()}'])}",
-            *(
-                f"  axis {axis}: {', '.join(axis_text(axis, value) for value in values)}"
-                for axis, values in self.axes.items()
-            ),
+            *(f"  axis {axis}: {axis_values(axis, values)}" for axis, values in self.axes.items()),
             *(f"  {task}: {self._count(task)}, judged by {metric}" for task, metric in self.metrics.items()),
         ]
 
