@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, MistralConfig
+from safetensors.torch import load_file, save_file, save_model
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
 
 from tune_sparse.config import Protocol
 from tune_sparse.errors import InputError
@@ -241,6 +241,14 @@ def test_the_fingerprint_changes_with_the_settings_of_the_tokenizer(folder: Path
 def test_a_weight_that_is_missing_is_not_made_up(folder: Path) -> None:
     change_weights(folder, lambda weights: weights.pop("model.layers.1.mlp.up_proj.weight"))
     refused(folder, r"a checkpoint needs all its weights, .+ lacks model\.layers\.1\.mlp\.up_proj\.weight")
+
+
+def test_pruned_matrices_that_are_one_tensor_are_refused(folder: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    blocks = model.model.layers
+    blocks[1].self_attn.q_proj.weight = blocks[0].self_attn.q_proj.weight
+    save_model(model, str(folder / "model.safetensors"))
+    refused(folder, r"tensor of its own, model\.layers\.1\.self_attn\.q_proj\.weight is one with model\.layers\.0")
 
 
 def test_a_weight_of_another_shape_is_refused(folder: Path) -> None:

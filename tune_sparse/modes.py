@@ -53,3 +53,11 @@ MODES = {
 ADAPTER_MODES = tuple(name for name, mode in MODES.items() if mode.has_adapter)
 SPARSE_ADAPTER_MODES = tuple(name for name in ADAPTER_MODES if MODES[name].is_pruned)
 """The two that the matrix compares: masked after training, and masked in training."""
+
+
+def dense_mode(mode: str) -> str:
+    """The mode of its trainings at sparsity 0, the dense baseline of its curves.
+
+    Without zeros all LoRA modes train the same; a mode that trains the weights themselves has a baseline of its own.
+    """
+    return DENSE if MODES[mode].has_adapter else mode

@@ -26,7 +26,9 @@ from analysis.read.seeds import CURVE, calibration_words, over_seeds, primary_wo
 from analysis.report.rounding import UNKNOWN, rounded, with_interval
 from analysis.report.runs import relative_link
 from analysis.stats.claims import QUESTIONS, Claim
+from analysis.stats.comparisons import BASE
 from analysis.stats.sparsity_claims import PASS_MARK
+from tune_sparse.modes import DENSE, dense_mode
 
 TEMPLATES = Path(__file__).parent / "templates"
 DIGITS = 6
@@ -226,7 +228,7 @@ def _passing(content: Content) -> tuple[list[str], list[dict[str, Any]]]:
     keys = ["backend", "model", "task", *shown_columns(CURVE, table), "sparsity"]
     runs = {key: tuple(dict.fromkeys(ids)) for key, ids in done.groupby(keys)["run_id"]}
     lines = []
-    for (backend, model, task), rows in table.groupby(["backend", "model", "task"], sort=False):
+    for (backend, model, task, mode), rows in table.groupby([*BASE, "dense_mode"], sort=False):
         known = rows.set_index(shown_columns(CURVE, table))["highest_sparsity"].to_dict()
         cells = []
         for name in names:
@@ -235,10 +237,10 @@ def _passing(content: Content) -> tuple[list[str], list[dict[str, Any]]]:
             cells.append({"text": f"{highest:g}" if pd.notna(highest) else UNKNOWN, "run_ids": ids})
         first = rows.iloc[0]
         dense = done[(done["backend"] == backend) & (done["model"] == model) & (done["task"] == task)]
-        dense = dense[dense["sparsity"] == 0]
+        dense = dense[(dense["sparsity"] == 0) & (dense["mode"].map(dense_mode) == mode)]
         lines.append(
             {
-                "model": f"{model}, {backend}" if several else model,
+                "model": f"{model}{f', {backend}' if several else ''}{'' if mode == DENSE else f', {mode}'}",
                 "task": task,
                 "metric": first["metric"],
                 "dense": rounded(first["dense"], first["dense_spread"]),

@@ -11,6 +11,8 @@ from matplotlib.lines import Line2D
 
 from analysis.read.seeds import curve_names, over_seeds, spread, spread_words
 from analysis.report.style import LABELS, MARKERS, SPARSITY, STYLES, assign_colours, legend_below, panels
+from tune_sparse.modes import DENSE as DENSE_MODE
+from tune_sparse.modes import dense_mode
 
 DENSE: dict[str, Any] = {"color": "black", "lw": 0.9, "ls": (0, (6, 2, 1, 2))}
 CHANCE: dict[str, Any] = {"color": "0.55", "lw": 0.9}
@@ -21,8 +23,8 @@ def plot_over_sparsity(cells: pd.DataFrame, column: str) -> Figure | None:
     """`column` over sparsity, of the cells that have it; None if none has.
 
     Points are means over seeds. Bands are the standard deviation between seeds, or of one seed the standard error over
-    examples, dotted lines the pruned models before tuning, the black line the dense baseline, grey lines the chance
-    level, for what has them. Marks of another backend than torch are hollow.
+    examples, dotted lines the pruned models before tuning, dashed lines the dense baselines (black of the LoRA modes,
+    grey of others), grey lines the chance level, for what has them. Marks of another backend than torch are hollow.
     """
     done = cells[cells[column].notna()].assign(method=curve_names)
     if done.empty:
@@ -70,9 +72,8 @@ def _draw_panel(axis: Axes, panel: pd.DataFrame, asked: pd.DataFrame, column: st
             known = curve.groupby("sparsity")[[f"{column}_before_tuning"]].mean()
             pruned_baseline = with_gaps(known, asked[asked["method"] == method])
             axis.plot(*(pruned_baseline[name] for name in pruned_baseline), color=colours[method], **PRUNED_BASELINE)
-    dense = panel.loc[panel["sparsity"] == 0, column]
-    if len(dense):
-        axis.axhline(dense.mean(), zorder=0, **DENSE)
+    for mode, dense in _dense_rows(panel).groupby("mode", sort=False):
+        axis.axhline(dense[column].mean(), zorder=0, **_dense_style(mode))
     if column == "perplexity":
         axis.set_yscale("log")
     if column == "accuracy":
@@ -82,6 +83,16 @@ def _draw_panel(axis: Axes, panel: pd.DataFrame, asked: pd.DataFrame, column: st
     if column.endswith("per_second"):
         axis.set_ylim(bottom=0)
     axis.grid(alpha=0.2)
+
+
+def _dense_rows(cells: pd.DataFrame) -> pd.DataFrame:
+    """The dense baselines, each with the mode that names it."""
+    rows = cells[cells["sparsity"] == 0]
+    return rows.assign(mode=rows["mode"].map(dense_mode))
+
+
+def _dense_style(mode: Any) -> dict[str, Any]:
+    return DENSE if mode == DENSE_MODE else {**DENSE, "color": "0.55"}
 
 
 def method_handles(colours: dict[Any, str], done: pd.DataFrame) -> list[Line2D]:
@@ -97,8 +108,9 @@ def _legend(colours: dict[Any, str], done: pd.DataFrame, column: str) -> list[Li
     handles = method_handles(colours, done)
     if f"{column}_before_tuning" in done:
         handles.append(Line2D([], [], color="0.2", label="before tuning", **PRUNED_BASELINE))
-    if (done["sparsity"] == 0).any():
-        handles.append(Line2D([], [], label="dense baseline", **DENSE))
+    for mode in _dense_rows(done)["mode"].unique():
+        label = "dense baseline" if mode == DENSE_MODE else f"dense baseline, {mode}"
+        handles.append(Line2D([], [], label=label, **_dense_style(mode)))
     if column == "accuracy":
         handles.append(Line2D([], [], label="chance", **CHANCE))
     return [*handles, *band_handles(done, column)]

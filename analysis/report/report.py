@@ -30,13 +30,14 @@ from analysis.report.tables import (
     with_warnings,
 )
 from analysis.stats.claims import as_markdown, headlines
-from analysis.stats.comparisons import Points
+from analysis.stats.comparisons import BASE, Points
 from analysis.stats.findings import describe_seeds, make_claims
 from analysis.stats.sparsity_claims import PASS_MARK
 from tune_sparse.errors import InputError, NotReadyError
 from tune_sparse.files import write_json, write_text
 from tune_sparse.ledger.curves import KEY, KnownCurve, curve_lines
 from tune_sparse.ledger.reader import MergedLedger
+from tune_sparse.modes import DENSE
 from tune_sparse.schedules import ONE_SHOT
 
 
@@ -134,8 +135,8 @@ def _check_one_protocol(cells: pd.DataFrame, results: Results) -> None:
 
 def without_curves(performance: pd.DataFrame, curves: Sequence[KnownCurve]) -> pd.DataFrame:
     """The table without curves that have levels that no run was needed for: a gap would seem to end them."""
-    keys = {curve.curve.key[:5] for curve in curves}
-    rows = zip(*(performance[name] for name in KEY[:5]), strict=True)
+    keys = {curve.curve.key[:-1] for curve in curves}
+    rows = zip(*(performance[name] for name in KEY[:-1]), strict=True)
     return performance[[key not in keys for key in rows]]
 
 
@@ -163,8 +164,9 @@ def highest_lines(performance: pd.DataFrame) -> list[str]:
         return []
     lines = [f"Highest sparsity with accuracy, or perplexity, within {PASS_MARK:.0%} of the dense baseline, untested:"]
     several = passing["backend"].nunique() > 1
-    for (backend, model, task), rows in passing.groupby(["backend", "model", "task"], sort=False):
+    for (backend, model, task, mode), rows in passing.groupby([*BASE, "dense_mode"], sort=False):
         first, on = rows.iloc[0], f" on {backend}" if several else ""
+        on += "" if mode == DENSE else f" by {mode}"
         lines.append(f"  {model}, {task}{on} (dense {first['metric']} {first['dense']:.3f}):")
         for method, same in rows.groupby("method", sort=False):
             tuned = same["mode"].where(same["schedule"] == ONE_SHOT, same["mode"] + " " + same["schedule"])

@@ -27,7 +27,8 @@ from analysis.read.seeds import (
 from analysis.report.rounding import UNKNOWN
 from analysis.report.tables import with_warnings
 from tune_sparse.config.options import value_text
-from tune_sparse.modes import ADAPTER_MODES
+from tune_sparse.modes import dense_mode
+from tune_sparse.schedules import ONE_SHOT
 
 MOST_LINES = 45
 """of a table at the end of a sweep"""
@@ -40,13 +41,14 @@ def finished_cells(cells: pd.DataFrame, found: Audit, only: Mapping[str, Collect
     """One row a finished cell without its seed, as `over_seeds`, with what a result needs besides.
 
     A dense baseline, which cells share, has one row. metric: the primary one. value, spread, before: of it, after and
-    before tuning. difference: value minus that of the dense baseline of the same backend, model and task, and where
+    before tuning. difference: value minus that of the dense baseline of its mode, backend, model and task, and where
     not all of `cells` are chosen, of the same setting. `warnings` are rules of the audit. only: {column: the values
     that rows may have}.
     """
     done = with_warnings(cells[cells["status"] == "done"], found)
-    is_dense = (done["sparsity"] == 0) & done["mode"].isin(ADAPTER_MODES)
-    done = done.assign(method=done["method"].mask(is_dense, "none"), mode=done["mode"].mask(is_dense, "dense"))
+    is_dense, shared = done["sparsity"] == 0, {"method": "none", "schedule": ONE_SHOT}
+    done = done.assign(**{name: done[name].mask(is_dense, value) for name, value in shared.items()})
+    done = done.assign(mode=done["mode"].mask(is_dense, done["mode"].map(dense_mode)))
     compared = SETTING[:3] if done["chosen"].all() else [*SETTING[:3], *axis_columns(done)]
     parts = [_judged(s) for _, s in done.drop_duplicates("run_id").groupby(compared, sort=True, dropna=False)]
     return _chosen(pd.concat(parts, ignore_index=True), only) if parts else done
@@ -62,9 +64,10 @@ def _judged(done: pd.DataFrame) -> pd.DataFrame:
     """Cells of one model and task, which have one primary metric."""
     table = over_seeds(done)
     metric, column = next(iter(shown_metrics(table).items()), ("accuracy", "accuracy"))
-    dense = table.loc[table["method"] == "none", column].mean()
+    dense = table.loc[table["method"] == "none"].groupby("mode")[column].mean()
+    difference = table[column] - table["mode"].map(dense_mode).map(dense)
     values = {"value": table[column], "spread": spread(table, column), "before": table[f"{column}_before_tuning"]}
-    return table.assign(metric=metric, **values, difference=table[column] - dense)
+    return table.assign(metric=metric, **values, difference=difference)
 
 
 def result_lines(

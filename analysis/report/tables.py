@@ -14,6 +14,7 @@ from analysis.read.seeds import SETTING, spread
 from analysis.stats.paired import Z
 from analysis.stats.scopes import Scope, Scoped
 from analysis.stats.sparsity_claims import PASS_MARK
+from tune_sparse.modes import dense_mode
 from tune_sparse.schedules import ONE_SHOT
 
 if TYPE_CHECKING:
@@ -78,10 +79,10 @@ def grouped_summary(points: Points) -> pd.DataFrame:
 def highest_passing_sparsity(performance: pd.DataFrame) -> pd.DataFrame:
     """The highest sparsity up to which accuracy, or perplexity, stays within `PASS_MARK` of the dense baseline.
 
-    performance: as `over_seeds`. One row per backend, model, task and curve that has a dense baseline: metric, dense
-    (its value), dense_spread, and highest_sparsity, which is missing where the dense accuracy itself is not above
-    chance, by two of its spread and by two standard errors over its examples. A sparsity with a cell that is not done
-    ends the search: nothing is said beyond a gap.
+    performance: as `over_seeds`. One row per backend, model, task and curve that has a dense baseline:
+    dense_mode (which names it), metric, dense (its value), dense_spread, and highest_sparsity, which is missing where the dense accuracy
+    itself is not above chance, by two of its spread and by two standard errors over its examples. A sparsity with a
+    cell that is not done ends the search: nothing is said beyond a gap.
     """
     rows = []
     for key, curve in performance.groupby(SETTING[:-1], sort=True):
@@ -100,4 +101,5 @@ def highest_passing_sparsity(performance: pd.DataFrame) -> pd.DataFrame:
         passed = (passed & (curve["seeds_done"] == curve["seeds"])).cummin()
         highest = curve.loc[passed, "sparsity"].max() if passed.iloc[0] and means_something else None
         rows.append((*key, metric, dense, dense_spread, highest))
-    return pd.DataFrame(rows, columns=[*SETTING[:-1], "metric", "dense", "dense_spread", "highest_sparsity"])
+    table = pd.DataFrame(rows, columns=[*SETTING[:-1], "metric", "dense", "dense_spread", "highest_sparsity"])
+    return table.assign(dense_mode=table["mode"].map(dense_mode))

@@ -18,13 +18,15 @@ from analysis.stats.crossed import Floats, over_columns
 from analysis.stats.paired import LEVEL
 from analysis.stats.scopes import FEWEST_SEEDS, Differences, Scope, Scoped, find_scopes, t_estimate
 from analysis.stats.statistics import Estimate, holm, paired_difference
-from tune_sparse.modes import ADAPTER_MODES
+from tune_sparse.modes import dense_mode
 from tune_sparse.pruning.methods import METHODS
 
 BASE = ["backend", "model", "task"]
 """A base model on a task, from which cells grow."""
 SETTING = ["method", "mode", "schedule", "sparsity"]
 AXES = [*SETTING, "seed", "protocol_id"]
+OF_DENSE = ["dense_mode", "seed", "protocol_id"]
+"""What a cell shares with its dense run, besides its base."""
 ALL_BASES = "all models and tasks of these results"
 
 
@@ -91,19 +93,20 @@ class Points:
     """Finished cells above sparsity 0, each with what its model answered.
 
     Only `comparable` ones are `pruned`, which may enter means and comparisons; `measured` has those too that were run
-    because of other results. Cells at sparsity 0 share their runs and are the baseline of a curve, `dense`. Of runs
-    that answered other questions than most of their model and task, nothing is compared: the audit calls them mixed.
+    because of other results. Cells at sparsity 0 share their runs and are the baseline of curves, `dense`: of those
+    whose `dense_mode` is theirs. Of runs that answered other questions than most of their model and task, nothing is
+    compared: the audit calls them mixed.
     """
 
     def __init__(self, cells: pd.DataFrame, predictions: Mapping[str, Predictions]) -> None:
         done = cells[(cells["status"] == "done") & cells["run_id"].isin(list(predictions))]
         questions = done["run_id"].map(lambda run: hash(tuple(predictions[run].ids)))
         usual = questions.groupby([done["model"], done["task"]]).transform(lambda same: same.mode()[0])
-        done = done[questions == usual]
+        done = done[questions == usual].assign(dense_mode=done["mode"].map(dense_mode))
         self.measured = done[done["sparsity"] > 0].drop_duplicates("run_id")
         self.pruned = self.measured[self.measured["comparable"].astype(bool)]
         self.missing = cells[cells["status"].isin(["missing", "interrupted"])]
-        self.dense = done[(done["sparsity"] == 0) & done["mode"].isin(ADAPTER_MODES)].drop_duplicates("run_id")
+        self.dense = done[done["sparsity"] == 0].drop_duplicates("run_id")
         self.predictions = predictions
         self.rates = rates_words(cells)
 
@@ -117,7 +120,7 @@ class Points:
 
     def to_dense(self, sparsity: float) -> pd.DataFrame:
         """Cells of one sparsity, each with the dense run of its base, seed and protocol on the left."""
-        on = [*BASE, "seed", "protocol_id"]
+        on = [*BASE, *OF_DENSE]
         some = self.pruned.loc[self.pruned["sparsity"] == sparsity, [*on, "method", "mode", "schedule", "run_id"]]
         found = pd.merge(self.dense[[*on, "run_id"]], some, on=on, suffixes=("_left", "_right"))
         return found.assign(shares_masks=found["method"].map(_has_random_masks))

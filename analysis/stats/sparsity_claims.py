@@ -25,10 +25,11 @@ from analysis.stats.claims import (
     measured,
     number,
 )
-from analysis.stats.comparisons import ALL_BASES, BASE, Points, corrected_tests
+from analysis.stats.comparisons import ALL_BASES, BASE, OF_DENSE, Points, corrected_tests
 from analysis.stats.paired import LEVEL
 from analysis.stats.scopes import FEWEST_SEEDS, Scope, Scoped
 from analysis.stats.statistics import wilson
+from tune_sparse.modes import DENSE
 
 PASS_MARKS = (0.02, 0.05, 0.10)
 PASS_MARK = PASS_MARKS[-1]
@@ -37,14 +38,14 @@ PASS_MARK = PASS_MARKS[-1]
 
 def sparsity_claims(points: Points, imported: Sequence[Imported]) -> Iterator[Claim]:
     yield from _loss_claims(points, 0.5)
-    for base, dense in points.dense.groupby(BASE, sort=True):
+    for (*base, mode), dense in points.dense.groupby([*BASE, "dense_mode"], sort=True):
         if dense["accuracy"].isna().all():
             continue
-        about = ", ".join(map(str, base))
-        curves = points.measured[(points.measured[BASE] == list(base)).all(axis=1)]
-        curves = curves.merge(dense[["seed", "protocol_id"]], on=["seed", "protocol_id"])
+        about = ", ".join(map(str, base if mode == DENSE else (*base, mode)))
+        curves = points.measured[(points.measured[BASE] == base).all(axis=1)]
+        curves = curves.merge(dense[OF_DENSE], on=OF_DENSE)
         pruned = curves[curves["comparable"].astype(bool)]
-        yield from _dense_claims(about, dense, points, [i for i in imported if (i.model, i.task) == base[1:]])
+        yield from _dense_claims(about, dense, points, [i for i in imported if [i.model, i.task] == base[1:]])
         yield from _half_claim(about, dense, pruned[pruned["sparsity"] == 0.5])
         yield from _most_claim(about, pruned[pruned["sparsity"] == 0.9], points)
         for names, curve in curves.groupby(shown_columns(CURVE, curves), sort=True):
@@ -175,7 +176,7 @@ def _reach_claim(
 
 def is_unfinished(points: Points, level: pd.DataFrame) -> bool:
     """Whether cells of the curve of a level were not run."""
-    names = [*BASE, "method", "mode"]
+    names = [*BASE, *CURVE]
     return bool((points.missing[names] == level[names].iloc[0]).all(axis=1).any())
 
 

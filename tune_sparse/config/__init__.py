@@ -34,7 +34,7 @@ from tune_sparse.config.schedule_settings import ScheduleSettings as ScheduleSet
 from tune_sparse.config.schedule_settings import check_are_read, check_schedules
 from tune_sparse.config.spending import BudgetLimit, FindRule, check_spending
 from tune_sparse.errors import InputError, unknown_name
-from tune_sparse.modes import DENSE, MODES, SPARSE_ADAPTER_MODES
+from tune_sparse.modes import MODES, SPARSE_ADAPTER_MODES, dense_mode
 from tune_sparse.net import check_address
 from tune_sparse.schedules import ITERATIVE, ONE_SHOT
 
@@ -85,13 +85,10 @@ class Cell:
 
     @property
     def trained(self) -> Cell:
-        """The cell whose training serves this one: without zeros, every method and LoRA mode is the dense baseline."""
-        mode = MODES[self.mode]
-        if self.sparsity > 0 and mode.is_pruned:
+        """The cell whose training serves this one: without zeros, every method and LoRA mode is one dense baseline."""
+        if self.sparsity > 0 and MODES[self.mode].is_pruned:
             return self
-        return Cell(
-            self.model, self.task, "none", 0.0, DENSE if mode.has_adapter else self.mode, self.seed, self.backend
-        )
+        return Cell(self.model, self.task, "none", 0.0, dense_mode(self.mode), self.seed, self.backend)
 
 
 UNTOUCHED_ON_CEREBRAS = ("masked_lora_impl", "packing")

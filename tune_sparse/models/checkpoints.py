@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from tune_sparse.errors import InputError, NotReadyError
 from tune_sparse.files import cache_dir, read_json, write_json
-from tune_sparse.models.architectures import TRAINED, architecture_named, read_weights, unfused
+from tune_sparse.models.architectures import TRAINED, architecture_named, matrix_named, read_weights, unfused
 from tune_sparse.models.dims import ModelDims
 from tune_sparse.models.from_scratch import (
     FROM_SCRATCH,
@@ -244,8 +244,25 @@ def _check_weights(folder: Path, files: Sequence[Path]) -> None:
                         raise InputError(f"weights must be finite, {name} in {path} has NaN or inf. Fetch it again.")
         except SafetensorError as error:
             raise InputError(f"{path} must be a safetensors file: {error}. Fetch it again.") from error
+    _check_not_shared(missing, files)
     if missing:
         raise InputError(f"a checkpoint needs all its weights, {folder} lacks {', '.join(missing)}. Fetch it again.")
+
+
+def _check_not_shared(missing: Iterable[str], files: Sequence[Path]) -> None:
+    """Raise `InputError` for a prunable matrix that is one tensor with another, which `safetensors.torch.save_model`
+    leaves out and notes in the metadata: masks, and updates, of the two would be of one weight."""
+    from safetensors import safe_open
+
+    for path in files:
+        with safe_open(path, framework="pt") as tensors:
+            shared_with = tensors.metadata() or {}
+        for name in missing:
+            if name in shared_with and matrix_named(name):
+                raise InputError(
+                    f"a matrix that is pruned must be a tensor of its own, {name} is one with {shared_with[name]} in "
+                    f"{path}. Untie them: save each with its own copy."
+                )
 
 
 def _wanted_shapes(folder: Path) -> tuple[dict[str, tuple[int, ...]], str]:
