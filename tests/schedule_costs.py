@@ -18,7 +18,8 @@ from tune_sparse.ledger.ledger import Ledger
 from tune_sparse.schedules import SCHEDULES
 
 STEPS, EXAMPLES = 5, 4
-SETTINGS = ScheduleSettings(update_every=2, gradual_updates=2, update_from=0.0, update_to=0.8)
+SETTINGS = ScheduleSettings(update_every=2, gradual_updates=2, update_from=0.0, update_to=0.8, dynamics_every=2)
+"""Masks are recorded at every update, and at a step without one."""
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator, Mapping
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
-from itertools import accumulate
+from dataclasses import asdict, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -20,24 +19,24 @@ from trainables.also_trained import scored_weights
 from trainables.budgets import check_budgets, run_budgets
 from trainables.failures import describe_error, may_pass
 from trainables.finetuning import setup
-from trainables.hardware import check_precision, environment, gpu_memory_bytes
+from trainables.hardware import check_precision, environment
 from trainables.inputs import load_planned_checkpoint
-from trainables.loaded import Examples, LoadedModel
+from trainables.loaded import Examples
 from trainables.mask_schedule import MaskSchedule
 from trainables.mode import MergeReport, TrainableModel
 from trainables.peak_memory import PeakMemory
 from trainables.pruning_stage import ENDED_MASKS, Pruned, Pruner
+from trainables.record_metrics import measurements, pruning_metrics, score_metrics, training_metrics
 from trainables.run_log import RunLog
 from trainables.training import Training
+from trainables.work import BeforeMask, Scores, Trained, Work
 from trainables.worker import WorkerCache
 from tune_sparse.data.batching import example_tokens, target_tokens
 from tune_sparse.data.splits import Encoded
 from tune_sparse.errors import RunError
-from tune_sparse.evaluation.flops import SEQUENCE_LENGTHS, inference_flops, training_flops
-from tune_sparse.evaluation.memory import PROBE_TOKENS
-from tune_sparse.evaluation.metrics import Metrics, combined, metrics_by_task, score_name, with_earlier
+from tune_sparse.evaluation.flops import training_flops
+from tune_sparse.evaluation.metrics import Metrics, score_name
 from tune_sparse.evaluation.outcomes import write_outcomes
-from tune_sparse.evaluation.scoring import Scored, score
 from tune_sparse.evaluation.validation import hashing, validation_report
 from tune_sparse.files import write_json, write_text
 from tune_sparse.ledger.contracts import RunStore
@@ -50,13 +49,12 @@ from tune_sparse.pruning.mask_io import write_bits
 from tune_sparse.pruning.masks import packed
 from tune_sparse.schedules import mean_sparsity
 from tune_sparse.training.budgets import Budgets
-from tune_sparse.training.loop import Step, mean_loss
+from tune_sparse.training.loop import Step
 
 TrainStage = Callable[
     [Run, TrainableModel, Pruned, Examples, Budgets, RunStore, RunLog], Generator[Step | None, None, Training]
 ]
 """Trains a model in place, wherever that is computed."""
-PROBE_EXAMPLES = 8
 TRAIN_STAGES: dict[str, TrainStage] = {
     "torch": torch_backend.train_stage,
     "cerebras": cerebras_backend.train_stage,
@@ -110,35 +108,6 @@ def run_environment(run: Run) -> dict[str, Any]:
     return here | trained | ({"hardware": "CS-3"} if run.cerebras["target"] == "csx" else {})
 
 
-@dataclass(frozen=True)
-class Work:
-    """The inputs and outputs that every stage of a cell shares."""
-
-    run: Run
-    ledger: RunStore
-    folder: Path
-    log: RunLog
-    loaded: LoadedModel
-    examples: Examples
-    budgets: Budgets
-    memory: PeakMemory
-
-    @property
-    def probe(self) -> list[Encoded]:
-        """The first examples, on which logits are compared: one at least, and few enough tokens for their logits."""
-        train = self.examples.train
-        lengths = accumulate(map(example_tokens, train[:PROBE_EXAMPLES]))
-        return train[: max(1, sum(length <= PROBE_TOKENS for length in lengths))]
-
-    def score(self) -> Scored:
-        """Score the model as its weights are now."""
-        return score(self.loaded.model, self.loaded.tokenizer, self.examples.tests, self.run.protocol, self.budgets)
-
-    def eval_loss(self) -> float:
-        """The loss on the selection examples of the model as its weights are now."""
-        return mean_loss(self.loaded.model, self.examples.selection, self.run.protocol, budgets=self.budgets)
-
-
 def _load(run: Run, ledger: RunStore, worker: WorkerCache, folder: Path, log: RunLog, memory: PeakMemory) -> Work:
     torch.set_num_threads(run.protocol.threads)
     check_precision(run.protocol.precision)
@@ -179,12 +148,12 @@ def _stages(
     scores = _score(work, before_mask)
     actual_sparsity = _validate(work, pruned, merge.violations)
     metrics = (
-        _score_metrics(scores, before_tuning)
-        | _pruning_metrics(work, pruned, scores, actual_sparsity)
-        | _training_metrics(work, trained, merge, before_mask)
+        score_metrics(scores, before_tuning)
+        | pruning_metrics(work, pruned, scores, actual_sparsity)
+        | training_metrics(work, trained, merge, before_mask)
     )
     work.memory.end("score")
-    return metrics, _measured(work, trained.training, scores)
+    return metrics, measurements(work, trained.training, scores)
 
 
 def _prune(work: Work, pruner: Pruner) -> Pruned:
@@ -212,15 +181,6 @@ def _score_before_tuning(work: Work, pruned: Pruned) -> Metrics:
 
 def _described(metrics: Metrics) -> str:
     return f"{metrics['primary_metric']} {metrics[score_name(metrics)]:.4f}"
-
-
-@dataclass(frozen=True)
-class Trained:
-    """The model after its training, not merged yet."""
-
-    trainable: TrainableModel
-    training: Training
-    step_flops: int | None
 
 
 def _train_into(
@@ -288,25 +248,6 @@ def _logits(model: Any, examples: list[Encoded]) -> Tensor:
     return torch.cat([model(input_ids=ids, use_cache=False).logits[0] for ids in texts])
 
 
-@dataclass(frozen=True)
-class BeforeMask:
-    """The merged model before its last mask."""
-
-    scored: Scored
-    eval_loss: float
-
-
-@dataclass(frozen=True)
-class Scores:
-    """Scores of the merged model, also before its last mask where it has one."""
-
-    scored: Scored
-    before_mask: BeforeMask | None
-    seconds: float
-    weights_sha256: str
-    """of what was scored"""
-
-
 def _score(work: Work, before_mask: BeforeMask | None) -> Scores:
     if before_mask is not None:
         write_outcomes(work.folder / "examples_before_merge.parquet", before_mask.scored.outcomes)
@@ -327,73 +268,3 @@ def _validate(work: Work, pruned: Pruned, violations: list[str]) -> float:
     if not report["all_valid"]:
         raise RunError("a run must pass its validation: " + "; ".join(report["violations"]))
     return float(report["actual_sparsity"])
-
-
-def _score_metrics(scores: Scores, before_tuning: Metrics) -> dict[str, Any]:
-    before_merge = scores.before_mask.scored.by_task if scores.before_mask else {}
-    return combined(
-        {
-            task: with_earlier(metrics, metrics_by_task(before_tuning, task)[task], before_merge.get(task))
-            for task, metrics in scores.scored.by_task.items()
-        }
-    )
-
-
-def _pruning_metrics(work: Work, pruned: Pruned, scores: Scores, actual_sparsity: float) -> dict[str, Any]:
-    shape = work.loaded.dims
-    return (
-        {
-            "actual_sparsity": actual_sparsity,
-            "mask_sha256": pruned.checksum,
-            "weights_sha256": scores.weights_sha256,
-            "inference_flops": {
-                str(tokens): inference_flops(pruned.masks, shape, tokens) for tokens in SEQUENCE_LENGTHS
-            },
-        }
-        | pruned.calibration_metrics(work.run, shape)
-        | _level_metrics(work.run, pruned)
-    )
-
-
-def _level_metrics(run: Run, pruned: Pruned) -> dict[str, Any]:
-    """What a level of a chain was before its tuning; `_validate` found the same zeros after it."""
-    if not run.is_level:
-        return {}
-    weights = sum(map(prod, pruned.masks.shapes.values()))
-    return {
-        "sparsity_before_tuning": (weights - sum(pruned.masks.kept.values())) / weights,
-        "level_steps": run.own_steps,
-        "chain_steps_so_far": run.protocol.steps,
-    }
-
-
-def _training_metrics(
-    work: Work, trained: Trained, merge: MergeReport, before_mask: BeforeMask | None
-) -> dict[str, Any]:
-    return {
-        "train_loss": trained.training.last_loss,
-        "eval_loss": work.eval_loss(),
-        "eval_loss_before_mask": before_mask.eval_loss if before_mask else None,
-        "epochs": trained.training.examples / len(work.examples.train),
-        "update_rounded_away_fraction": merge.rounded_away_fraction,
-        "train_step_flops": trained.step_flops,
-        **({"dynamics": trained.training.summary} if trained.training.summary else {}),
-    } | merge.metrics
-
-
-def _measured(work: Work, training: Training, scores: Scores) -> dict[str, Any]:
-    return {
-        "trial_seconds": work.log.seconds(),
-        "train_seconds": training.seconds,
-        **training.rates(),
-        "seconds_to_best_eval_loss": training.seconds_to_best_eval_loss,
-        "inference_examples_per_second": len(scores.scored.outcomes) / scores.seconds,
-        **({"compile_seconds": None} | training.appliance),
-        "peak_memory_bytes": work.memory.by_stage.get("train"),
-        "cell_peak_memory_bytes": work.memory.bytes,
-        "cell_peak_reserved_bytes": work.memory.reserved_bytes,
-        "peak_memory_bytes_by_stage": work.memory.by_stage,
-        "gpu_memory_bytes": gpu_memory_bytes(),
-        "attention_implementation": work.loaded.model.config._attn_implementation,
-        "budgets": (training.budgets or work.budgets).as_record(),
-    }

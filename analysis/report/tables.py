@@ -79,8 +79,8 @@ def grouped_summary(points: Points) -> pd.DataFrame:
 def highest_passing_sparsity(performance: pd.DataFrame) -> pd.DataFrame:
     """The highest sparsity up to which accuracy, or perplexity, stays within `PASS_MARK` of the dense baseline.
 
-    performance: as `over_seeds`. One row per backend, model, task and curve that has a dense baseline:
-    dense_mode (which names it), metric, dense (its value), dense_spread, and highest_sparsity, which is missing where the dense accuracy
+    performance: as `over_seeds`. One row per backend, model, task and curve that has a dense baseline: dense_mode, the
+    mode of it, metric, dense (its value), dense_spread, and highest_sparsity, which is missing where the dense accuracy
     itself is not above chance, by two of its spread and by two standard errors over its examples. A sparsity with a
     cell that is not done ends the search: nothing is said beyond a gap.
     """

@@ -6,7 +6,7 @@ The same names serve the command line (`--models`, `--set steps=20`), a YAML fil
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from itertools import product
 from pathlib import Path
@@ -23,9 +23,12 @@ from tune_sparse.config.axes import (
     typed_axes,
 )
 from tune_sparse.config.budgets import BudgetOptions as BudgetOptions
-from tune_sparse.config.cerebras import UNTRAINED_TARGETS
+from tune_sparse.config.cell import Cell as Cell
+from tune_sparse.config.cell import check_sparsities
 from tune_sparse.config.cerebras import Cerebras as Cerebras
+from tune_sparse.config.cerebras import check_cerebras
 from tune_sparse.config.early_stopping import EarlyStopping as EarlyStopping
+from tune_sparse.config.early_stopping import check_early_stopping
 from tune_sparse.config.options import converted, option, rule
 from tune_sparse.config.presets import DEFAULT_PRESET, preset_settings
 from tune_sparse.config.protocol import Protocol as Protocol
@@ -34,9 +37,9 @@ from tune_sparse.config.schedule_settings import ScheduleSettings as ScheduleSet
 from tune_sparse.config.schedule_settings import check_are_read, check_schedules
 from tune_sparse.config.spending import BudgetLimit, FindRule, check_spending
 from tune_sparse.errors import InputError, unknown_name
-from tune_sparse.modes import MODES, SPARSE_ADAPTER_MODES, dense_mode
+from tune_sparse.modes import MODES, SPARSE_ADAPTER_MODES
 from tune_sparse.net import check_address
-from tune_sparse.schedules import ITERATIVE, ONE_SHOT
+from tune_sparse.schedules import ONE_SHOT
 
 LORA_SETTINGS = ("lora_rank", "lora_alpha", "lora_dropout", "masked_lora_impl")
 BACKENDS = ("torch", "cerebras")
@@ -52,49 +55,6 @@ FLOPS_TOKENS = 2048
 SYNTHETIC, HUB = Path("synthetic"), Path("hub")
 """As a `data_dir`: examples come from the synthetic generator, or from the Hugging Face Hub. Neither is ever a default,
 so that no model is trained on generated examples, and nothing is fetched, by oversight."""
-
-
-def check_sparsities(sparsities: Iterable[float]) -> None:
-    """Raise `InputError` unless all are fractions."""
-    for sparsity in sparsities:
-        rule(
-            0 <= sparsity < 1,
-            "a sparsity is the fraction of zeros, in [0, 1)",
-            sparsity,
-            f"Did you mean {sparsity / 100:g}?" if 1 < sparsity < 100 else "Give a fraction.",
-        )
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One point of the matrix."""
-
-    model: str
-    task: str
-    method: str
-    sparsity: float
-    mode: str
-    seed: int
-    backend: str
-    schedule: str = ONE_SHOT
-
-    @property
-    def trained_by(self) -> str:
-        """The mode, and the schedule where masks change."""
-        return self.mode if self.schedule == ONE_SHOT else f"{self.mode}-{self.schedule}"
-
-    @property
-    def trained(self) -> Cell:
-        """The cell whose training serves this one: without zeros, every method and LoRA mode is one dense baseline."""
-        if self.sparsity > 0 and MODES[self.mode].is_pruned:
-            return self
-        return Cell(self.model, self.task, "none", 0.0, dense_mode(self.mode), self.seed, self.backend)
-
-
-UNTOUCHED_ON_CEREBRAS = ("masked_lora_impl", "packing")
-"""The settings of a `Protocol` that the Cerebras backend ignores."""
-GRAPH_SETTINGS = ("lora_rank", "global_batch_size")
-"""Those on which the sizes in a compiled graph depend."""
 
 
 @dataclass(frozen=True)
@@ -243,16 +203,17 @@ class SweepConfig:
                 value,
                 f"Leave it at {default}, or sweep the LoRA modes apart.",
             )
-        check_schedules(self.schedules, self.schedule_settings, self.modes, self.sparsities, self.protocol)
+        if not self.axes:  # or else each of its points has its own settings
+            check_schedules(self.schedules, self.schedule_settings, self.modes, self.sparsities, self.protocol)
         alone = len(self.backend) == 1 or not {BOTH, SPLIT} & set(self.backend)
         rule(alone, f"{BOTH} and {SPLIT} name every backend, so nothing goes with them", self.backend, "Give one.")
         for backend in self.backend if self.backend != (SPLIT,) else ():
             if backend not in BACKENDS:
                 raise unknown_name("backend", backend, (*BACKENDS, BOTH, SPLIT))
         if "cerebras" in self.backends:
-            self._check_cerebras()
+            check_cerebras(self)
         if self.early_stopping.stop_early:
-            self._check_early_stopping()
+            check_early_stopping(self)
         rule(self.workers is None or self.workers >= 1, "workers must be at least 1", self.workers, "Give 1 or more.")
         gpus = self.gpus_per_trial
         rule(gpus is None or 0 <= gpus <= 1, "gpus_per_trial must be in [0, 1] or none", gpus, "Give 1, or a fraction.")
@@ -314,60 +275,6 @@ class SweepConfig:
     @property
     def _modes_without_adapter(self) -> tuple[str, ...]:
         return tuple(mode for mode in self.modes if not MODES[mode].has_adapter)
-
-    def _check_cerebras(self) -> None:
-        rule(
-            self.schedules == (ONE_SHOT,),
-            f"the backend cerebras trains with fixed masks, so its only schedule is {ONE_SHOT}",
-            self.schedules,
-            "Leave the others out, or train on torch.",
-        )
-        masked = [mode for mode in self.modes if MODES[mode].masks_update]
-        rule(
-            not (self.protocol.lora_dropout and masked and any(self.sparsities)),
-            f"the backend cerebras has no dropout before a masked update, so lora_dropout must be 0 with {masked}",
-            self.protocol.lora_dropout,
-            "Leave it alone, or sweep the other modes apart.",
-        )
-        rule(
-            not self.protocol.train_also,
-            "the backend cerebras trains the pruned layers or their adapters alone, so train_also must be empty with "
-            "it",
-            self.protocol.train_also,
-            "Leave it out, or sweep the backend torch apart.",
-        )
-        for name in UNTOUCHED_ON_CEREBRAS:
-            value, default = getattr(self.protocol, name), getattr(Protocol, name)
-            rule(
-                value == default,
-                f"the backend cerebras needs {name} = {default}",
-                value,
-                "Leave it alone.",
-            )
-        for name in (name for axis in self.axes for name in settings_of(axis) if name in GRAPH_SETTINGS):
-            rule(False, f"graphs for a CS-3 are planned for one {name}", self.axes, "Sweep its values apart.")
-        rule(
-            self.cerebras.cerebras_target not in UNTRAINED_TARGETS or self.backends == ("cerebras",),
-            f"cerebras_target {self.cerebras.cerebras_target} trains nothing, so the only backend must be cerebras",
-            self.backend,
-            "Give cerebras alone.",
-        )
-
-    def _check_early_stopping(self) -> None:
-        rule(
-            "cerebras" not in self.backends,
-            "stop_early judges trainings at rungs, and those of the backend cerebras are measured only at their end",
-            self.backend,
-            "Leave stop_early out, or sweep the backend torch alone.",
-        )
-        rule(
-            ITERATIVE not in self.schedules,
-            f"a level of the schedule {ITERATIVE} needs the end of the one before it, which stop_early may never reach",
-            self.schedules,
-            "Leave stop_early out, or sweep the other schedules apart.",
-        )
-        if not self.axes:  # or else each of its points says how many steps
-            self.early_stopping.rung_steps(self.protocol.steps)
 
     @classmethod
     def from_names(cls, names: Mapping[str, Any]) -> SweepConfig:

@@ -3,9 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+from tune_sparse.config.axes import settings_of
 from tune_sparse.config.options import option, rule
+from tune_sparse.config.protocol import Protocol
 from tune_sparse.errors import unknown_name
+from tune_sparse.modes import MODES
+from tune_sparse.schedules import ONE_SHOT
+
+if TYPE_CHECKING:
+    from tune_sparse.config import SweepConfig
+
+UNTOUCHED_ON_CEREBRAS = ("masked_lora_impl", "packing")
+"""The settings of a `Protocol` that the Cerebras backend ignores."""
+GRAPH_SETTINGS = ("lora_rank", "global_batch_size")
+"""Those on which the sizes in a compiled graph depend."""
 
 CEREBRAS_TARGETS = {
     "csx": "train on CS-3 systems",
@@ -170,3 +183,42 @@ class Cerebras:
     @property
     def _is_compiled_ahead(self) -> bool:
         return self.compile_first or self.cerebras_target == "compile"
+
+
+def check_cerebras(config: SweepConfig) -> None:
+    """Raise `InputError` for what the backend cerebras cannot train, of a sweep that has it."""
+    rule(
+        config.schedules == (ONE_SHOT,),
+        f"the backend cerebras trains with fixed masks, so its only schedule is {ONE_SHOT}",
+        config.schedules,
+        "Leave the others out, or train on torch.",
+    )
+    masked = [mode for mode in config.modes if MODES[mode].masks_update]
+    rule(
+        not (config.protocol.lora_dropout and masked and any(config.sparsities)),
+        f"the backend cerebras has no dropout before a masked update, so lora_dropout must be 0 with {masked}",
+        config.protocol.lora_dropout,
+        "Leave it alone, or sweep the other modes apart.",
+    )
+    rule(
+        not config.protocol.train_also,
+        "the backend cerebras trains the pruned layers or their adapters alone, so train_also must be empty with it",
+        config.protocol.train_also,
+        "Leave it out, or sweep the backend torch apart.",
+    )
+    for name in UNTOUCHED_ON_CEREBRAS:
+        value, default = getattr(config.protocol, name), getattr(Protocol, name)
+        rule(
+            value == default,
+            f"the backend cerebras needs {name} = {default}",
+            value,
+            "Leave it alone.",
+        )
+    for name in (name for axis in config.axes for name in settings_of(axis) if name in GRAPH_SETTINGS):
+        rule(False, f"graphs for a CS-3 are planned for one {name}", config.axes, "Sweep its values apart.")
+    rule(
+        config.cerebras.cerebras_target not in UNTRAINED_TARGETS or config.backends == ("cerebras",),
+        f"cerebras_target {config.cerebras.cerebras_target} trains nothing, so the only backend must be cerebras",
+        config.backend,
+        "Give cerebras alone.",
+    )

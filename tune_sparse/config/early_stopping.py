@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from tune_sparse.config.options import option, rule
 from tune_sparse.errors import InputError, unknown_name
+from tune_sparse.schedules import ITERATIVE
+
+if TYPE_CHECKING:
+    from tune_sparse.config import SweepConfig
 
 JUDGES = {
     "loss": "their loss on the selection examples",
@@ -68,3 +73,21 @@ class EarlyStopping:
                 f"{steps} steps. Raise steps, or give fewer or other rungs."
             )
         return found
+
+
+def check_early_stopping(config: SweepConfig) -> None:
+    """Raise `InputError` for trainings that cannot be judged at rungs, of a sweep that stops early."""
+    rule(
+        "cerebras" not in config.backends,
+        "stop_early judges trainings at rungs, and those of the backend cerebras are measured only at their end",
+        config.backend,
+        "Leave stop_early out, or sweep the backend torch alone.",
+    )
+    rule(
+        ITERATIVE not in config.schedules,
+        f"a level of the schedule {ITERATIVE} needs the end of the one before it, which stop_early may never reach",
+        config.schedules,
+        "Leave stop_early out, or sweep the other schedules apart.",
+    )
+    if not config.axes:  # or else each of its points says how many steps
+        config.early_stopping.rung_steps(config.protocol.steps)

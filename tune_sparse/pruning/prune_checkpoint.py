@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from tune_sparse.config import check_sparsities
+from tune_sparse.config.cell import check_sparsities
 from tune_sparse.config.protocol import RECOVERIES
 from tune_sparse.data.splits import Encoded
 from tune_sparse.errors import InputError, unknown_name

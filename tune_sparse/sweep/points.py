@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from itertools import product
 
-from tune_sparse.config import LORA_SETTINGS, UNTOUCHED_ON_CEREBRAS, Cell, Protocol, ScheduleSettings, SweepConfig
+from tune_sparse.config import LORA_SETTINGS, Cell, Protocol, ScheduleSettings, SweepConfig
 from tune_sparse.config.axes import OWNERS, Point, settings_of
+from tune_sparse.config.cerebras import UNTOUCHED_ON_CEREBRAS
 from tune_sparse.config.protocol import CALIBRATION_SETTINGS
 from tune_sparse.errors import InputError
 from tune_sparse.modes import MODES
