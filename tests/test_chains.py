@@ -18,7 +18,7 @@ from tune_sparse.ledger.ledger import Ledger
 from tune_sparse.ledger.run import Run
 from tune_sparse.models.dims import ModelDims
 from tune_sparse.schedules import SCHEDULES, Level
-from tune_sparse.sweep.chains import Chains, chain, check_nested, last_of_chain
+from tune_sparse.sweep.chains import Chains, chain, check_chains, check_nested, last_of_chain
 from tune_sparse.sweep.plan import Plan, distinct_trainings, make_plan
 
 ITERATIVE = SCHEDULES["iterative"]
@@ -165,3 +165,18 @@ def test_a_table_has_one_level_of_a_sparsity_that_of_the_longest_chain(plan_of: 
         (0.1, 11),
         (0.5, 32),
     ]
+
+
+@pytest.mark.parametrize(
+    ("axes", "why"),
+    [
+        ({"rescore": "true,false"}, "rescore=false takes the masks of the dense model"),
+        ({"steps": "2,32"}, "must be trained at least one step, got 2"),
+        ({"recover": "none,reconstruct"}, "levels are not recovered"),
+    ],
+)
+def test_levels_are_checked_at_every_point_of_the_axes(axes: dict[str, str], why: str) -> None:
+    asked = {"models": "tiny-llama", "tasks": "boolq", "methods": "sparsegpt", "sparsities": 0.5, "axes": axes}
+    asked |= {"modes": "masked-finetuning", "schedules": "iterative"} | ({} if "steps" in axes else {"steps": 32})
+    with pytest.raises(InputError, match=why):
+        check_chains(SweepConfig.from_names(asked))

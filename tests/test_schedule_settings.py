@@ -112,3 +112,11 @@ def test_a_method_whose_masks_a_schedule_cannot_make_or_keep_is_refused(method: 
 )
 def test_other_methods_go_with_a_schedule(method: str, schedule: str) -> None:
     check_schedule(method, schedule)
+
+
+def test_a_setting_on_an_axis_is_checked_at_its_values_not_at_its_default() -> None:
+    asked = {"models": "tiny-llama", "sparsities": 0.5, "modes": "masked-finetuning", "schedules": "rigl", "steps": 100}
+    swept = SweepConfig.from_names(asked | {"axes": {"update_every": "10,20"}})
+    assert [swept.schedule_settings_at(point).update_every for point in swept.points] == [10, 20]
+    with pytest.raises(InputError, match="at update_every=40: rigl must update masks at least 3 times"):
+        SweepConfig.from_names(asked | {"axes": {"update_every": "10,40"}})

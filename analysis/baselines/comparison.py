@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from analysis.baselines.published import METRICS, TRAININGS, Published, find_conflicts, our_metric
-from analysis.read.seeds import CURVE, shown_columns
+from analysis.read.seeds import CURVE, schedule_in, shown_columns
 from analysis.stats.many_settings import Spread, interval_among, pooled_spread
 from analysis.stats.scopes import FEWEST_SEEDS
 from tune_sparse.config import SYNTHETIC
@@ -142,7 +142,7 @@ def _same_setting(row: Published, done: pd.DataFrame) -> tuple[pd.DataFrame, str
     ]
     if row.training == "none" and row.sparsity:
         starts = "our trainings began with every weight"
-        steps.append((lambda d: ~d["schedule"].map(lambda name: SCHEDULES[name].starts_dense).astype(bool), starts))
+        steps.append((lambda d: ~d["schedule"].map(_starts_dense).astype(bool), starts))
     if our_metric(row) not in done:
         return done, f"our runs have no {our_metric(row)}"
     for agrees, reason in steps:
@@ -151,6 +151,10 @@ def _same_setting(row: Published, done: pd.DataFrame) -> tuple[pd.DataFrame, str
             named = {name: " and ".join(f"{v:g}" for v in before[name].dropna().unique()) for name in _NAMED}
             return done, reason.format(**named)
     return done, None
+
+
+def _starts_dense(schedule: str) -> bool:
+    return SCHEDULES[schedule_in(schedule)].starts_dense
 
 
 _NAMED = ("num_fewshot", "context_tokens", "n_examples")

@@ -13,7 +13,7 @@ import pandas as pd
 from tune_sparse.ledger.contracts import LedgerReader
 from tune_sparse.ledger.dynamics import read_dynamics
 from tune_sparse.ledger.run import Run
-from tune_sparse.schedules import SCHEDULES
+from tune_sparse.schedules import ONE_SHOT, SCHEDULES
 
 IMPOSSIBLE = "impossible by schedule"
 Line = Mapping[str, Any]
@@ -27,6 +27,8 @@ class RunDynamics:
     lines: Sequence[Line]
     eval_losses: Sequence[tuple[int, float]]
     """(step, loss on the selection examples)"""
+    schedule: str
+    """its name in tables"""
 
     @property
     def may_revive(self) -> bool:
@@ -46,7 +48,8 @@ def dynamics_by_run(ledger: LedgerReader, run_ids: Iterable[str]) -> dict[str, R
     for run_id in dict.fromkeys(run_ids):
         folder = ledger.run_folder(run_id)
         if lines := read_dynamics(folder):
-            found[run_id] = RunDynamics(ledger.run(run_id), lines, _eval_losses(folder))
+            run = ledger.run(run_id)
+            found[run_id] = RunDynamics(run, lines, _eval_losses(folder), run.cell.schedule)
     return found
 
 
@@ -67,10 +70,15 @@ def dynamics_table(cells: pd.DataFrame, dynamics: Mapping[str, RunDynamics]) -> 
     return pd.DataFrame(rows)
 
 
+def named_schedule(cell: Mapping[Any, Any], found: RunDynamics) -> str:
+    """As the table calls it; cells without zeros of every schedule share a run whose masks stay."""
+    return ONE_SHOT if found.run.cell.schedule == ONE_SHOT else str(cell["schedule"])
+
+
 def _row(cell: Mapping[Any, Any], found: RunDynamics) -> dict[str, Any]:
     last = found.lines[-1]
-    named = {name: cell[name] for name in TABLE if name in cell} | {"schedule": found.run.cell.schedule}
-    return {name: named[name] for name in TABLE} | {
+    return {name: cell[name] for name in TABLE} | {
+        "schedule": named_schedule(cell, found),
         "counted_sparsity": last["sparsity/overall"],
         "metric": cell["primary_metric"],
         "score": cell["accuracy"] if pd.notna(cell["accuracy"]) else cell["perplexity"],

@@ -22,12 +22,11 @@ from tune_sparse.data.task_types import METRICS
 from tune_sparse.errors import unknown_name
 from tune_sparse.evaluation.metrics import SUFFIXES, judged_again
 from tune_sparse.identity import hash_json
-from tune_sparse.ledger.choice import Choice, RequestedCell, axes_key, choices, requested_cells
+from tune_sparse.ledger.choice import Choice, RequestedCell, axes_key, choices, requested_cells, schedule_names
 from tune_sparse.ledger.contracts import LedgerReader
 from tune_sparse.ledger.curves import KnownCurve, known_curves
 from tune_sparse.ledger.reader import MergedLedger
 from tune_sparse.ledger.record import Record, SweepRecord
-from tune_sparse.schedules import ONE_SHOT
 
 SCORES = tuple(f"{name}{suffix}" for name in ("accuracy", *METRICS) for suffix in SUFFIXES)
 """Each metric with its standard error, and before tuning and the merge; the first four are of the primary metric."""
@@ -92,6 +91,7 @@ def cells_table(
     protocol_id names every setting of the protocol that changes numbers, but for calibration and recovery, which a
     dense baseline does not have. A cell without a done run has a status (failed, stopped, interrupted, missing), a
     reason, and no numbers. A cell that several folders have is taken from the one where its run came furthest.
+    `schedule` has the settings that tell two schedules of one name apart, if these cells have two.
     `comparable` is false of a cell that was run because of other results (`chosen_cells`).
     `primary_metrics`, {task: metric}, chooses again what `accuracy` is by; a task that it does not name keeps its own.
 
@@ -105,8 +105,10 @@ def cells_table(
     records = {run_id: ledger.record(run_id) for run_id in dict.fromkeys(cell.run_id for cell in cells)}
     found = choices(cells, records.get)
     protocols = {key: _protocol_id(ledger, *key) for key in _done_protocols(cells, records)}
+    names = schedule_names(cells)
     rows = [
         _row(cell.row, records[cell.run_id], primary_metrics)
+        | {"schedule": names[cell.schedule, cell.schedule_settings]}
         | _choice_columns(cell, found[cell.candidates_key])
         | {"protocol_id": protocols.get((cell.run_id, axes_key(cell.axes)))}
         for cell in cells
@@ -200,7 +202,7 @@ def _protocol_id(ledger: LedgerReader, run_id: str, axes: str) -> str | None:
 
 
 def _row(cell: Mapping[str, Any], record: Record | None, primary_metrics: Mapping[str, str]) -> dict[str, Any]:
-    row: dict[str, Any] = {"schedule": ONE_SHOT} | {name: cell[name] for name in COLUMNS if name in cell}
+    row: dict[str, Any] = {name: cell[name] for name in COLUMNS if name in cell}
     row |= {"chance_accuracy": cell["chance"], "status": record.status if record else "missing"}
     if record is None:
         return row | {"error": "not run yet"}

@@ -38,6 +38,11 @@ def shown_columns(names: Iterable[str], cells: pd.DataFrame) -> list[str]:
     return [name for name in names if changes or name != "schedule"]
 
 
+def schedule_in(name: str) -> str:
+    """The schedule that a table calls so, perhaps with some of its settings."""
+    return name.partition(" ")[0]
+
+
 def curve_names(cells: pd.DataFrame) -> pd.Series[Any]:
     """The method of each row, with its schedule where masks change: for figures, whose colours are of one name."""
     return cells["method"].where(cells["schedule"] == ONE_SHOT, cells["method"] + ", " + cells["schedule"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import matplotlib as mpl
 import numpy as np
@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from analysis.read.dynamics import IMPOSSIBLE, RunDynamics
+from analysis.read.dynamics import IMPOSSIBLE, RunDynamics, named_schedule
 from analysis.report.runs import Runs
 from analysis.report.style import SPARSITY, legend_below, panels
 from tune_sparse.models.architectures import matrix_named
@@ -143,14 +143,17 @@ def _block_name(name: str) -> str:
 
 def _shown(cells: pd.DataFrame, runs: Runs) -> list[RunDynamics]:
     """The records of done runs, by level."""
-    found = runs.dynamics(cells.loc[cells["status"] == "done", "run_id"])
-    return sorted(found.values(), key=lambda d: (d.run.cell.sparsity, d.run.cell.seed))
+    done = cells[cells["status"] == "done"].drop_duplicates("run_id").to_dict("records")
+    found = runs.dynamics(cell["run_id"] for cell in done)
+    known = [(cell, found[cell["run_id"]]) for cell in done if cell["run_id"] in found]
+    named = (replace(d, schedule=named_schedule(cell, d)) for cell, d in known)
+    return sorted(named, key=lambda d: (d.run.cell.sparsity, d.run.cell.seed))
 
 
 def _key(found: RunDynamics) -> tuple[str, str, str, str]:
     """The model, task, method and schedule of a run, which has a panel."""
     cell = found.run.cell
-    return cell.model, cell.task, cell.method, cell.schedule
+    return cell.model, cell.task, cell.method, found.schedule
 
 
 def _panels(shown: Sequence[RunDynamics], width: float = 3.4) -> tuple[Figure, Placed]:

@@ -19,6 +19,7 @@ from analysis.read.seeds import (
     axis_columns,
     calibration_words,
     over_seeds,
+    schedule_in,
     shown_columns,
     shown_metrics,
     spread,
@@ -56,7 +57,8 @@ def finished_cells(cells: pd.DataFrame, found: Audit, only: Mapping[str, Collect
 
 def _chosen(rows: pd.DataFrame, only: Mapping[str, Collection[str]]) -> pd.DataFrame:
     for name, values in only.items():
-        rows = rows[rows[name].isin(values)]
+        named = rows[name].map(schedule_in) if name == "schedule" else rows[name]
+        rows = rows[rows[name].isin(values) | named.isin(values)]
     return rows
 
 

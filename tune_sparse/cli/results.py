@@ -102,8 +102,11 @@ def _tables(
 
 
 def _check_names(only: Mapping[str, Sequence[str]], tables: Sequence[pd.DataFrame]) -> None:
+    from analysis.read.seeds import schedule_in
+
     for name, values in only.items():
         known = {str(value) for cells in tables for value in cells[name]}
+        known |= {schedule_in(value) for value in known} if name == "schedule" else set()
         for value in values:
             if value not in known:
                 raise unknown_name(name, value, known)

@@ -249,13 +249,16 @@ class SweepConfig:
     def schedule_settings_at(self, point: Point) -> ScheduleSettings:
         return replace(self.schedule_settings, **own_settings(ScheduleSettings, point))
 
-    def _check_point(self, point: Point) -> None:
-        """Raise `InputError` where the sweep of this point alone would."""
+    def at(self, point: Point) -> SweepConfig:
+        """The sweep of this point alone, of the modes that read its settings. Raises `InputError` as `SweepConfig`."""
         reads_adapters = any(name in LORA_SETTINGS for name, _ in point)
-        modes = tuple(mode for mode in self.modes if MODES[mode].has_adapter or not reads_adapters)
+        modes = tuple(mode for mode in self.modes if MODES[mode].has_adapter or not reads_adapters) or self.modes
+        protocol, schedule = self.protocol_at(point), self.schedule_settings_at(point)
+        return replace(self, axes={}, protocol=protocol, schedule_settings=schedule, modes=modes)
+
+    def _check_point(self, point: Point) -> None:
         try:
-            protocol, schedule = self.protocol_at(point), self.schedule_settings_at(point)
-            replace(self, axes={}, protocol=protocol, schedule_settings=schedule, modes=modes or self.modes)
+            self.at(point)
         except InputError as error:
             raise explained(error, point, self.protocol) from error
 

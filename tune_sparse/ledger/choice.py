@@ -12,10 +12,12 @@ from dataclasses import dataclass, fields
 from statistics import fmean
 from typing import Any
 
-from tune_sparse.config import Cell
+from tune_sparse.config import Cell, ScheduleSettings
+from tune_sparse.config.axes import settings_of
+from tune_sparse.config.options import value_text
 from tune_sparse.ledger.contracts import LedgerReader
 from tune_sparse.ledger.record import Record, SweepRecord
-from tune_sparse.schedules import ONE_SHOT
+from tune_sparse.schedules import ONE_SHOT, SCHEDULES
 
 Setting = Mapping[str, Any]
 """{name of a setting: its value}: one point of a sweep's axes, as far as a cell reads them"""
@@ -34,11 +36,17 @@ class RequestedCell:
     """of a `SweepRecord`"""
     axes: Mapping[str, list[Any]]
     """of the sweep: {setting, or settings that go together: values}"""
+    schedule_settings: tuple[tuple[str, Any], ...] = ()
+    """(name, value) of those that its schedule reads and the sweep has for all of its cells"""
+
+    @property
+    def schedule(self) -> str:
+        return str(self.row.get("schedule", ONE_SHOT))
 
     @property
     def setting(self) -> Setting:
         values = self.row.get("axes", {})
-        return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+        return {name: plain(value) for name, value in values.items()}
 
     @property
     def run_id(self) -> str:
@@ -47,7 +55,8 @@ class RequestedCell:
     @property
     def candidates_key(self) -> tuple[Any, ...]:
         """The same for all settings and seeds among which one setting is chosen."""
-        return (*(self.row.get(name, ONE_SHOT) for name in CURVE_POINT), axes_key(self.axes))
+        settings = axes_key(self.axes), self.schedule_settings
+        return (*(self.row.get(name, ONE_SHOT) for name in CURVE_POINT), *settings)
 
 
 @dataclass(frozen=True)
@@ -96,13 +105,43 @@ def requested_cells(sweeps: Iterable[SweepRecord]) -> list[RequestedCell]:
     for sweep in sweeps:
         axes = sweep.config.get("axes", {})
         for row in sweep.cells:
-            found[row["cell_id"]].setdefault(axes_key(axes), RequestedCell(row, axes))
+            cell = RequestedCell(row, axes, _schedule_settings(sweep, row))
+            found[row["cell_id"]].setdefault(axes_key(axes), cell)
     return [
         cell
         for same in found.values()
         for cell in same.values()
         if not any(_extends(other.axes, cell.axes) for other in same.values())
     ]
+
+
+def _schedule_settings(sweep: SweepRecord, row: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
+    """As `RequestedCell` has them: levels as the sweep asked for them, of which a run has those up to its own."""
+    schedule = SCHEDULES[row.get("schedule", ONE_SHOT)]
+    asked = {name: plain(value) for name, value in sweep.config.get("schedule_settings", {}).items()}
+    tuned = {name for axis in sweep.config.get("axes", {}) for name in settings_of(axis)}
+    read = schedule.read(ScheduleSettings(**{name: asked[name] for name in schedule.settings if name in asked}))
+    return tuple((name, value) for name, value in read.items() if name not in tuned)
+
+
+def plain(value: Any) -> Any:
+    """A value of JSON as a setting has it."""
+    return tuple(value) if isinstance(value, list) else value
+
+
+def schedule_names(cells: Iterable[RequestedCell]) -> dict[tuple[str, tuple[tuple[str, Any], ...]], str]:
+    """{(schedule, its settings): what tables call it}: the settings that tell one from another of these cells are
+    named, so that nothing joins or averages the two."""
+    kinds: dict[str, dict[tuple[tuple[str, Any], ...], None]] = defaultdict(dict)
+    for cell in cells:
+        kinds[cell.schedule][cell.schedule_settings] = None
+    names = {}
+    for schedule, variants in kinds.items():
+        shared = set.intersection(*map(set, variants))
+        for settings in variants:
+            own = [f"{name}={value_text(value)}" for name, value in settings if (name, value) not in shared]
+            names[schedule, settings] = " ".join([schedule, *own])
+    return names
 
 
 def _extends(more: Mapping[str, Sequence[Any]], axes: Mapping[str, Sequence[Any]]) -> bool:

@@ -81,7 +81,12 @@ def chain(run: Run) -> list[Run]:
 
 
 def check_chains(config: SweepConfig) -> None:
-    """Raise `InputError` for levels that cannot be trained, or pruned further as asked."""
+    """Raise `InputError` for levels that cannot be trained, or pruned further as asked, at some point of the axes."""
+    for point in config.points:
+        _check_chains(config.at(point))
+
+
+def _check_chains(config: SweepConfig) -> None:
     chains = chains_of(config)
     if not chains:
         return
