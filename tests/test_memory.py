@@ -336,3 +336,16 @@ def test_a_model_that_is_only_scored_needs_no_room_for_a_training() -> None:
     assert alone.generation_tokens >= whole.generation_tokens
     with pytest.raises(TooLargeError, match=r"to score it: in bfloat16 1\d\.\d GB, it has room for 8\.\d\. Take"):
         scoring_budgets(card, 0.6, LLAMA_7B, Protocol())
+
+
+def test_masks_that_change_have_a_history_on_the_host_and_in_checkpoints() -> None:
+    """The step since which a weight is zero: 8 bits of 200 steps, which 7 GB of a host hold at 7B."""
+    fixed, changing = (
+        CellMemory(LLAMA_7B, "masked-finetuning", "unstructured", Protocol(), 0.5, name) for name in ("one-shot", "set")
+    )
+    budgets = budgets_for(CARD_141, 1.0, fixed)
+    assert changing.stages(budgets) == fixed.stages(budgets)
+    history = Protocol().steps.bit_length() * fixed.masks
+    assert history == pytest.approx(6.5e9, rel=0.1)
+    assert changing.host_bytes(budgets, on_gpu=True) == fixed.host_bytes(budgets, on_gpu=True) + history
+    assert changing.checkpoint_bytes == fixed.checkpoint_bytes + 2 * (history + fixed.masks)

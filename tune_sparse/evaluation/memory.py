@@ -20,6 +20,7 @@ from tune_sparse.pruning.masks import structured_counts
 from tune_sparse.pruning.methods import METHODS, Method
 from tune_sparse.pruning.reconstruction import HELD_OUT_EVERY, SOLVED_AT_ONCE
 from tune_sparse.pruning.scores import SCORES
+from tune_sparse.schedules import ONE_SHOT, SCHEDULES
 from tune_sparse.training.budgets import Budgets
 from tune_sparse.training.cross_entropy import CHUNK_LOGITS
 
@@ -66,6 +67,7 @@ class CellMemory:
     method: str
     protocol: Protocol
     sparsity: float = 0.0
+    schedule: str = ONE_SHOT
 
     def stages(self, budgets: Budgets) -> dict[str, int]:
         """{stage: the most bytes of live tensors on the device in it}, in the order of the stages."""
@@ -353,12 +355,19 @@ class CellMemory:
 
     # Beside the device
 
+    @property
+    def steps_at_zero(self) -> int:
+        """The step since which each weight is zero, on the host: a bit for each binary digit of a step."""
+        changes = SCHEDULES[self.schedule].planner is not None
+        return self.protocol.steps.bit_length() * self.masks if changes else 0
+
     def host_bytes(self, budgets: Budgets, on_gpu: bool) -> int:
-        """What a trial takes of its host's memory: a process, one float32 sum of gradients where a method wants it, and
-        without a GPU everything else. Pages of the mapped checkpoint do not count: they can be dropped."""
+        """What a trial takes of its host's memory: a process; one float32 sum of gradients where a method wants it, or
+        the history of masks that change; and without a GPU everything else. Pages of the mapped checkpoint do not
+        count: they can be dropped."""
         method = METHODS.get(self.method)
-        gradients = FLOAT * self.prunable if method and method.needs.gradients else 0
-        return gradients + (GPU_PROCESS_BYTES if on_gpu else CPU_PROCESS_BYTES + self.peak(budgets))
+        beside = FLOAT * self.prunable if method and method.needs.gradients else self.steps_at_zero
+        return beside + (GPU_PROCESS_BYTES if on_gpu else CPU_PROCESS_BYTES + self.peak(budgets))
 
     def cerebras_host_bytes(self, budgets: Budgets, on_gpu: bool, target: str) -> int:
         """The same of a trial that Cerebras trains, which takes the first loss and no step, and of its child. What a
@@ -374,5 +383,8 @@ class CellMemory:
 
     @property
     def checkpoint_bytes(self) -> int:
-        """An unfinished training on disk: what is trained and both moments, the new one beside the old for a moment."""
-        return 2 * 3 * FLOAT * (self.trainable + self.also)
+        """An unfinished training on disk: what is trained and both moments, and masks with their history, the new one
+        beside the old for a moment."""
+        history = 0 if MODES[self.mode].has_adapter else 2 * self.masks
+        history += self.masks + self.steps_at_zero if self.steps_at_zero else 0
+        return 2 * (3 * FLOAT * (self.trainable + self.also) + history)

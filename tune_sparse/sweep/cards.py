@@ -144,7 +144,7 @@ def check_devices(
 def memory_of_run(run: Run, dims: Mapping[str, ModelDims]) -> CellMemory:
     """dims: {short name of a model: its sizes}"""
     cell = run.cell
-    return CellMemory(dims[cell.model], cell.mode, cell.method, run.protocol, cell.sparsity)
+    return CellMemory(dims[cell.model], cell.mode, cell.method, run.own_protocol, cell.sparsity, cell.schedule)
 
 
 def _check_no_gpu_wanted(runs: Sequence[Run], dims: Mapping[str, ModelDims], devices: Sequence[Device]) -> None:

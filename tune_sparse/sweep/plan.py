@@ -109,6 +109,7 @@ class Plan:
         trained = 4 * adapter_weights(dims, run.protocol.lora_rank)
         if not MODES[run.cell.mode].has_adapter:
             trained = pruned_weights(dims) * run.protocol.weight_bytes
+            trained += pruned_weights(dims) // 8 if run.updates else 0  # the masks that it ends with
         trained += count_other_weights(dims, run.protocol.train_also) * run.protocol.weight_bytes
         generates = any(isinstance(task, AnswerTask) for task in tasks_named(run.cell.task))
         outcome = OUTCOME_BYTES + TOKEN_BYTES * (run.protocol.max_new_tokens if generates else 0)
