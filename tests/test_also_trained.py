@@ -82,7 +82,9 @@ def test_biases_and_norms_have_no_weight_decay() -> None:
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", ["LlamaForCausalLM", "GPT2LMHeadModel", "OPTForCausalLM"])
+@pytest.mark.parametrize(
+    "name", ["LlamaForCausalLM", "GPT2LMHeadModel", pytest.param("OPTForCausalLM", marks=pytest.mark.slow)]
+)
 def test_what_is_named_is_trained_and_nothing_else(
     name: str, mode: str, precision: str, architecture_folders: dict[str, Path]
 ) -> None:
@@ -104,7 +106,7 @@ def test_what_is_named_is_trained_and_nothing_else(
         assert moved - set(pruned) >= {name for name in named if "k_proj.bias" not in name}  # keys' biases cancel
 
 
-@pytest.mark.parametrize("mode", ["sparse-to-dense", "masked-finetuning"])
+@pytest.mark.parametrize("mode", ["sparse-to-dense", pytest.param("masked-finetuning", marks=pytest.mark.slow)])
 def test_a_run_is_restored_with_them_and_the_next_one_begins_without(mode: str, llama: Path, tmp_path: Path) -> None:
     ledger, worker, run = (
         Ledger(tmp_path),
