@@ -157,9 +157,7 @@ ABOUT = {
     "GPUs; a sweep trains 1100 times",
 }
 """The presets in the words of a help."""
-ABOUT |= {
-    f"{name}-pilot": f"as {name}, but with the sparsities 0, 0.5 and 0.9, whatever {name} has" for name in PRESETS
-}
+ABOUT["NAME-pilot"] = "as any other preset NAME, but with the sparsities 0, 0.5 and 0.9, whatever that has"
 PRESETS |= {f"{name}-pilot": axes | {"sparsities": PILOT_SPARSITIES} for name, axes in PRESETS.items()}
 PRESETS["pilot"], ABOUT["pilot"] = PRESETS["toy-pilot"], "another name for toy-pilot"
 
