@@ -125,6 +125,15 @@ def test_accuracy_is_drawn_with_the_dense_baseline_chance_and_before_tuning(cell
     assert len(axis.collections) == 4, "a band for each method and mode"
 
 
+def test_what_is_pruned_in_training_has_no_line_before_tuning(cells: pd.DataFrame) -> None:
+    """Its model before tuning is the unpruned one; from scratch that is noise, far from all that was learned."""
+    figure = plot_over_sparsity(cells.assign(schedule="gradual"), "accuracy")
+    assert figure is not None
+    names = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert "before tuning" not in names
+    assert [line for axis in figure.axes for line in axis.lines if line.get_linestyle() == ":"] == []
+
+
 def test_the_heatmap_shows_each_cell_once(cells: pd.DataFrame, runs: Runs) -> None:
     figure = drawn("method_comparison_heatmap", cells, runs)
     axis = figure.axes[0]

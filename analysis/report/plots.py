@@ -11,10 +11,12 @@ from matplotlib.lines import Line2D
 
 from analysis.read.seeds import curve_names, over_seeds, spread, spread_words
 from analysis.report.style import LABELS, MARKERS, SPARSITY, STYLES, assign_colours, legend_below, panels
+from tune_sparse.schedules import SCHEDULES
 
 DENSE: dict[str, Any] = {"color": "black", "lw": 0.9, "ls": (0, (6, 2, 1, 2))}
 CHANCE: dict[str, Any] = {"color": "0.55", "lw": 0.9}
 PRUNED_BASELINE: dict[str, Any] = {"ls": ":", "lw": 1.1}
+STARTS_DENSE = [name for name, schedule in SCHEDULES.items() if schedule.starts_dense]
 
 
 def plot_over_sparsity(cells: pd.DataFrame, column: str) -> Figure | None:
@@ -65,11 +67,10 @@ def with_gaps(curve: pd.DataFrame, asked: pd.DataFrame) -> pd.DataFrame:
 
 def _draw_panel(axis: Axes, panel: pd.DataFrame, asked: pd.DataFrame, column: str, colours: dict[Any, str]) -> None:
     method_lines(axis, panel, asked, colours, "sparsity", column)
-    if f"{column}_before_tuning" in panel:
-        for method, curve in panel.groupby("method", sort=False):
-            known = curve.groupby("sparsity")[[f"{column}_before_tuning"]].mean()
-            pruned_baseline = with_gaps(known, asked[asked["method"] == method])
-            axis.plot(*(pruned_baseline[name] for name in pruned_baseline), color=colours[method], **PRUNED_BASELINE)
+    for method, curve in pruned_before_tuning(panel, column).groupby("method", sort=False):
+        known = curve.groupby("sparsity")[[f"{column}_before_tuning"]].mean()
+        pruned_baseline = with_gaps(known, asked[asked["method"] == method])
+        axis.plot(*(pruned_baseline[name] for name in pruned_baseline), color=colours[method], **PRUNED_BASELINE)
     dense = panel.loc[panel["sparsity"] == 0, column]
     if len(dense):
         axis.axhline(dense.mean(), zorder=0, **DENSE)
@@ -84,6 +85,12 @@ def _draw_panel(axis: Axes, panel: pd.DataFrame, asked: pd.DataFrame, column: st
     axis.grid(alpha=0.2)
 
 
+def pruned_before_tuning(done: pd.DataFrame, column: str) -> pd.DataFrame:
+    """The cells that have `column` of their pruned model before tuning: none of a schedule that prunes meanwhile."""
+    name = f"{column}_before_tuning"
+    return done[done[name].notna() & ~done["schedule"].isin(STARTS_DENSE)] if name in done else done[:0]
+
+
 def method_handles(colours: dict[Any, str], done: pd.DataFrame) -> list[Line2D]:
     """Legend entries of methods by colour and modes by style."""
     handles = [Line2D([], [], color=colour, lw=3, label=str(method)) for method, colour in colours.items()]
@@ -95,7 +102,7 @@ def method_handles(colours: dict[Any, str], done: pd.DataFrame) -> list[Line2D]:
 
 def _legend(colours: dict[Any, str], done: pd.DataFrame, column: str) -> list[Line2D]:
     handles = method_handles(colours, done)
-    if f"{column}_before_tuning" in done:
+    if len(pruned_before_tuning(done, column)):
         handles.append(Line2D([], [], color="0.2", label="before tuning", **PRUNED_BASELINE))
     if (done["sparsity"] == 0).any():
         handles.append(Line2D([], [], label="dense baseline", **DENSE))
