@@ -8,6 +8,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import LogFormatter
 
 from analysis.read.seeds import curve_names, over_seeds, spread, spread_words
 from analysis.report.style import LABELS, MARKERS, SPARSITY, STYLES, assign_colours, legend_below, panels
@@ -76,6 +77,8 @@ def _draw_panel(axis: Axes, panel: pd.DataFrame, asked: pd.DataFrame, column: st
         axis.axhline(dense.mean(), zorder=0, **DENSE)
     if column == "perplexity":
         axis.set_yscale("log")
+        for set_formatter in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+            set_formatter(LogFormatter(labelOnlyBase=False))  # 6.7, not 6.7 x 10^0
     if column == "accuracy":
         if panel["chance_accuracy"].notna().any():
             axis.axhline(panel["chance_accuracy"].iloc[0], zorder=0, **CHANCE)
