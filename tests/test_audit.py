@@ -27,7 +27,9 @@ from planted import (
 from sound import PROTOCOL, edit, make_cells, sound_ledger, sound_run, write_sound
 
 from analysis.audit.audit import RULES, Audit, audit_folders
+from analysis.audit.warnings import same_answers
 from analysis.read.load import cells_table
+from analysis.read.results import read_results
 from tune_sparse.cli import main
 from tune_sparse.cli.command import BAD_INPUT, FAULT, OK
 from tune_sparse.config import Cell
@@ -229,6 +231,15 @@ def test_examples_that_are_gone_are_a_warning(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path / "results")
     write_sound(ledger, replace(A_RUN, data_dir="/no/such/data"))
     assert "the examples of boolq are no longer here (/no/such/data)" in findings_text(ledger)
+
+
+def test_texts_have_no_answers_that_could_be_the_same(ledger: Ledger) -> None:
+    PLANTED["same-answers"](ledger)
+    results = read_results([ledger.folder])
+    assert list(same_answers(results))
+    for evidence in results.done:
+        evidence.record.metrics.pop("accuracy", None)
+    assert list(same_answers(results)) == []
 
 
 def test_warnings_mark_a_run(ledger: Ledger) -> None:

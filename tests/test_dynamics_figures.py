@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 
 from analysis.read.dynamics import IMPOSSIBLE, RunDynamics, dynamics_table
 from analysis.read.load import cells_table
-from analysis.report.dynamics_figures import DYNAMICS_FIGURES
+from analysis.report.dynamics_figures import DYNAMICS_FIGURES, short_names
 from analysis.report.dynamics_rows import dynamics_rows
 from analysis.report.report import write_report
 from analysis.report.runs import Runs, find_runs
@@ -74,6 +74,13 @@ def test_revival_is_drawn_at_updates_and_said_to_be_impossible(
     assert not panels["gradual"].lines
     updates = found["rigl", 0.5].updates
     assert list(panels["rigl"].lines[0].get_ydata()) == [line["weight_revival/rate"] for line in updates]
+
+
+def test_two_matrices_have_two_names() -> None:
+    llama = [f"model.layers.1.{name}.weight" for name in ("self_attn.q_proj", "mlp.up_proj")]
+    gpt2 = [f"transformer.h.0.{name}.weight" for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")]
+    assert short_names(llama) == ["1 q", "1 up"]
+    assert short_names(gpt2) == ["0 c_attn", "0 attn.c_proj", "0 c_fc", "0 mlp.c_proj"]
 
 
 def test_no_bar_leaves_its_panel(cells: pd.DataFrame, runs: Runs) -> None:

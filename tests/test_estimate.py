@@ -12,8 +12,9 @@ from tune_sparse.cli.command import BAD_INPUT, FAULT
 from tune_sparse.config import Protocol, SweepConfig
 from tune_sparse.evaluation.cards import CARDS, Card
 from tune_sparse.evaluation.memory import CellMemory
-from tune_sparse.evaluation.published import LLAMA_2_7B, TASKS, published_sizes
+from tune_sparse.evaluation.published import LLAMA_2_7B, OPT_1B3, OPT_125M, OPT_350M, TASKS, published_sizes
 from tune_sparse.evaluation.seconds import CellSeconds, TaskSizes
+from tune_sparse.models.other_weights import all_weights
 from tune_sparse.sweep.estimate import Sizes, estimate, estimate_lines
 from tune_sparse.sweep.examples import read_examples
 from tune_sparse.sweep.plan import trained_points
@@ -75,6 +76,13 @@ def test_without_anything_there_the_sizes_are_published_and_the_exit_status_says
     assert [row.split()[1:4] for row in rows] == [["dense", "none", "3"], *modes], "alike methods share a line"
     assert "54 runs, from" in rows[-1]
     assert total.startswith("  all that fit")
+
+
+def test_published_sizes_of_opt_have_the_weights_of_its_checkpoints() -> None:
+    """Counted by the formula that has the last norm, which the checkpoint of OPT-350m does without."""
+    assert all_weights(OPT_125M) == 125_239_296
+    assert all_weights(OPT_350M) - 2 * 1024 == 331_196_416
+    assert all_weights(OPT_1B3) == 1_315_758_080
 
 
 def test_what_is_not_published_has_no_estimate(nothing_here: list[str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -125,6 +125,24 @@ def test_accuracy_is_drawn_with_the_dense_baseline_chance_and_before_tuning(cell
     assert len(axis.collections) == 4, "a band for each method and mode"
 
 
+def test_perplexities_within_a_decade_are_plain_numbers(cells: pd.DataFrame) -> None:
+    figure = plot_over_sparsity(cells.assign(perplexity=[6.7 + 0.1 * i for i in range(len(cells))]), "perplexity")
+    assert figure is not None
+    figure.canvas.draw()
+    labels = [label.get_text() for label in figure.axes[0].yaxis.get_minorticklabels()]
+    assert "7" in labels
+    assert [label for label in labels if "$" in label] == []
+
+
+def test_what_is_pruned_in_training_has_no_line_before_tuning(cells: pd.DataFrame) -> None:
+    """Its model before tuning is the unpruned one; from scratch that is noise, far from all that was learned."""
+    figure = plot_over_sparsity(cells.assign(schedule="gradual"), "accuracy")
+    assert figure is not None
+    names = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert "before tuning" not in names
+    assert [line for axis in figure.axes for line in axis.lines if line.get_linestyle() == ":"] == []
+
+
 def test_the_heatmap_shows_each_cell_once(cells: pd.DataFrame, runs: Runs) -> None:
     figure = drawn("method_comparison_heatmap", cells, runs)
     axis = figure.axes[0]

@@ -4,6 +4,8 @@ import pytest
 
 from search_spaces.matrix import PILOT_SPARSITIES, PRESETS, cells
 from tune_sparse.config import SweepConfig
+from tune_sparse.config.protocol import OTHER_WEIGHTS
+from tune_sparse.models.from_scratch import FROM_SCRATCH
 from tune_sparse.sweep.plan import check_names, distinct_trainings, requested_cells
 
 SIZES = {
@@ -11,10 +13,16 @@ SIZES = {
     "matrix": (360, 330),
     "smoke": (24, 14),
     "toy-seeds": (108, 90),
+    "dst": (288, 234),
+    "shakespeare": (7, 7),
+    "shakespeare-124m": (21, 21),
+    "prune-and-tune": (108, 183),
     "smollm": (192, 150),
     "mixtral": (180, 165),
     "phoenix": (1200, 1100),
 }
+SHAKESPEARE = ("shakespeare", "shakespeare-124m")
+REAL = ("smollm", "matrix", "mixtral", "phoenix")
 
 
 def preset(name: str) -> SweepConfig:
@@ -27,7 +35,7 @@ def test_every_preset_is_a_sound_configuration(name: str) -> None:
 
 
 def test_there_is_a_preset_and_a_pilot_for_each_study() -> None:
-    studies = ["toy", "smoke", "toy-seeds", "dst", "smollm", "matrix", "mixtral", "phoenix"]
+    studies = ["toy", "smoke", "toy-seeds", "dst", *SHAKESPEARE, "prune-and-tune", *REAL]
     assert sorted(PRESETS) == sorted([*studies, *(f"{name}-pilot" for name in studies), "pilot"])
 
 
@@ -56,12 +64,18 @@ def test_a_pilot_is_its_study_at_three_sparsities(name: str) -> None:
     assert preset(name).sparsities == (0.0, 0.5, 0.9)
 
 
-@pytest.mark.parametrize("name", ["smollm", "matrix", "mixtral", "phoenix"])
+@pytest.mark.parametrize("name", ["prune-and-tune", *REAL])
 def test_models_of_the_hub_are_pinned_to_a_revision(name: str) -> None:
     for model in preset(name).models:
         _, _, revision = model.partition("@")
         assert len(revision) == 40
         int(revision, 16)
+
+
+def test_a_preset_from_scratch_trains_all_weights_in_pieces_as_long_as_its_model_reads() -> None:
+    for config in map(preset, SHAKESPEARE):
+        assert set(config.protocol.train_also) == set(OTHER_WEIGHTS)
+        assert all(config.protocol.max_tokens <= FROM_SCRATCH[model]["n_positions"] for model in config.models)
 
 
 def test_cells_are_every_combination_with_the_first_axis_slowest() -> None:

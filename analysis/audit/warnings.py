@@ -54,11 +54,12 @@ def constant_prediction(results: Results) -> Detections:
 
 def same_answers(results: Results) -> Detections:
     for (model, task, _), runs in compared(results).items():
-        answered = [e for e in runs if e.predictions is not None and e.predictions.scores.any()]
+        judged = [e for e in runs if "accuracy" in e.record.metrics]
+        answered = [e for e in judged if e.predictions is not None and e.predictions.scores.any()]
         alike = grouped(answered, lambda e: e.predictions.predictions_sha256 if e.predictions else None)
         for same in alike.values():
             if len({e.record.identity for e in same}) > 1:
-                accuracy = same[0].record.metrics.get("accuracy", float("nan"))
+                accuracy = same[0].record.metrics["accuracy"]
                 yield (
                     f"{model}, {task}: {len(same)} runs predict the same everywhere (accuracy {accuracy:.3f})",
                     _ids(same),

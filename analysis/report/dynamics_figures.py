@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import matplotlib as mpl
@@ -116,7 +117,7 @@ class Bars:
         }
         heights = pd.Series(named, dtype=float)
         if len(heights) <= MOST_BARS:
-            return heights.rename(_short_name)
+            return heights.set_axis(short_names(heights.index))
         return heights.groupby(_block_name, sort=False).mean()
 
     def _draw(self, axis: Axes, own: Sequence[RunDynamics], colours: Mapping[float, str]) -> None:
@@ -131,9 +132,19 @@ class Bars:
         axis.grid(alpha=0.2, axis="y")
 
 
-def _short_name(name: str) -> str:
+def short_names(names: Iterable[str]) -> list[str]:
+    """Block and layer of each matrix; GPT-2 has two of one layer's name in a block, told apart by their parts."""
+    short = [(name, _block_and_layer(name)) for name in names]
+    times = Counter(label for _, label in short)
+    return [label if times[label] == 1 else _block_and_layer(name, whole=True) for name, label in short]
+
+
+def _block_and_layer(name: str, whole: bool = False) -> str:
     matrix = matrix_named(name)
-    return f"{matrix.block} {matrix.layer.partition('.')[2].removesuffix('_proj') or matrix.layer}" if matrix else name
+    if not matrix:
+        return name
+    layer = matrix.layer.partition(".")[2].removesuffix("_proj")
+    return f"{matrix.block} {matrix.layer if whole or not layer else layer}"
 
 
 def _block_name(name: str) -> str:
@@ -168,7 +179,7 @@ def _panels(shown: Sequence[RunDynamics], width: float = 3.4) -> tuple[Figure, P
             if not own:
                 axis.axis("off")
                 continue
-            axis.set_title(f"{', '.join(rows[i])}: {', '.join(columns[j])}")
+            axis.set_title(f"{', '.join(rows[i])}\n{', '.join(columns[j])}")
             axis.tick_params(labelleft=True)
             yield axis, own
 

@@ -8,15 +8,18 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import LogFormatter
 
-from analysis.read.seeds import curve_names, over_seeds, spread, spread_words
+from analysis.read.seeds import curve_names, over_seeds, schedule_in, spread, spread_words
 from analysis.report.style import LABELS, MARKERS, SPARSITY, STYLES, assign_colours, legend_below, panels
 from tune_sparse.modes import DENSE as DENSE_MODE
 from tune_sparse.modes import dense_mode
+from tune_sparse.schedules import SCHEDULES
 
 DENSE: dict[str, Any] = {"color": "black", "lw": 0.9, "ls": (0, (6, 2, 1, 2))}
 CHANCE: dict[str, Any] = {"color": "0.55", "lw": 0.9}
 PRUNED_BASELINE: dict[str, Any] = {"ls": ":", "lw": 1.1}
+STARTS_DENSE = [name for name, schedule in SCHEDULES.items() if schedule.starts_dense]
 
 
 def plot_over_sparsity(cells: pd.DataFrame, column: str) -> Figure | None:
@@ -67,15 +70,16 @@ def with_gaps(curve: pd.DataFrame, asked: pd.DataFrame) -> pd.DataFrame:
 
 def _draw_panel(axis: Axes, panel: pd.DataFrame, asked: pd.DataFrame, column: str, colours: dict[Any, str]) -> None:
     method_lines(axis, panel, asked, colours, "sparsity", column)
-    if f"{column}_before_tuning" in panel:
-        for method, curve in panel.groupby("method", sort=False):
-            known = curve.groupby("sparsity")[[f"{column}_before_tuning"]].mean()
-            pruned_baseline = with_gaps(known, asked[asked["method"] == method])
-            axis.plot(*(pruned_baseline[name] for name in pruned_baseline), color=colours[method], **PRUNED_BASELINE)
+    for method, curve in pruned_before_tuning(panel, column).groupby("method", sort=False):
+        known = curve.groupby("sparsity")[[f"{column}_before_tuning"]].mean()
+        pruned_baseline = with_gaps(known, asked[asked["method"] == method])
+        axis.plot(*(pruned_baseline[name] for name in pruned_baseline), color=colours[method], **PRUNED_BASELINE)
     for mode, dense in _dense_rows(panel).groupby("mode", sort=False):
         axis.axhline(dense[column].mean(), zorder=0, **_dense_style(mode))
     if column == "perplexity":
         axis.set_yscale("log")
+        for set_formatter in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+            set_formatter(LogFormatter(labelOnlyBase=False))  # 6.7, not 6.7 x 10^0
     if column == "accuracy":
         if panel["chance_accuracy"].notna().any():
             axis.axhline(panel["chance_accuracy"].iloc[0], zorder=0, **CHANCE)
@@ -95,6 +99,14 @@ def _dense_style(mode: Any) -> dict[str, Any]:
     return DENSE if mode == DENSE_MODE else {**DENSE, "color": "0.55"}
 
 
+def pruned_before_tuning(done: pd.DataFrame, column: str) -> pd.DataFrame:
+    """The cells that have `column` of their pruned model before tuning: none of a schedule that prunes meanwhile."""
+    name = f"{column}_before_tuning"
+    return (
+        done[done[name].notna() & ~done["schedule"].map(schedule_in).isin(STARTS_DENSE)] if name in done else done[:0]
+    )
+
+
 def method_handles(colours: dict[Any, str], done: pd.DataFrame) -> list[Line2D]:
     """Legend entries of methods by colour and modes by style."""
     handles = [Line2D([], [], color=colour, lw=3, label=str(method)) for method, colour in colours.items()]
@@ -106,7 +118,7 @@ def method_handles(colours: dict[Any, str], done: pd.DataFrame) -> list[Line2D]:
 
 def _legend(colours: dict[Any, str], done: pd.DataFrame, column: str) -> list[Line2D]:
     handles = method_handles(colours, done)
-    if f"{column}_before_tuning" in done:
+    if len(pruned_before_tuning(done, column)):
         handles.append(Line2D([], [], color="0.2", label="before tuning", **PRUNED_BASELINE))
     for mode in _dense_rows(done)["mode"].unique():
         label = "dense baseline" if mode == DENSE_MODE else f"dense baseline, {mode}"

@@ -147,7 +147,7 @@ def presets(note: str = "") -> str:
 
 def _sets(name: str) -> str:
     """The names and values of a preset, against toy where it begins with that."""
-    if "pilot" in name:
+    if name not in matrix.PRESETS or name == "pilot":
         return ""
     values, toy = matrix.PRESETS[name], matrix.PRESETS[DEFAULT_PRESET]
     is_like_toy = name != DEFAULT_PRESET and toy.keys() <= values.keys()

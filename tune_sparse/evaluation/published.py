@@ -11,6 +11,10 @@ LLAMA_3_8B = ModelDims(4096, 32, 32, 8, 128, 14336, 128256, None, 8192)
 MISTRAL_7B = ModelDims(4096, 32, 32, 8, 128, 14336, 32000, 4096, 32768, architecture="MistralForCausalLM")
 MISTRAL_7B_V03 = ModelDims(4096, 32, 32, 8, 128, 14336, 32768, None, 32768, architecture="MistralForCausalLM")
 MIXTRAL_8X7B = ModelDims(4096, 32, 32, 8, 128, 14336, 32000, None, 32768, 8, 2, architecture="MixtralForCausalLM")
+OPT = "OPTForCausalLM"
+OPT_125M = ModelDims(768, 12, 12, 12, 64, 3072, 50272, None, 2048, 1, 1, True, OPT, 768)
+OPT_350M = ModelDims(1024, 24, 16, 16, 64, 4096, 50272, None, 2048, 1, 1, True, OPT, 512)
+OPT_1B3 = ModelDims(2048, 24, 32, 32, 64, 8192, 50272, None, 2048, 1, 1, True, OPT, 2048)
 
 MODELS = {
     "llama-7b": LLAMA_7B,
@@ -20,6 +24,9 @@ MODELS = {
     "mistral-7b-v0.1": MISTRAL_7B,
     "mistral-7b-v0.3": MISTRAL_7B_V03,
     "mixtral-8x7b-v0.1": MIXTRAL_8X7B,
+    "opt-125m": OPT_125M,
+    "opt-350m": OPT_350M,
+    "opt-1.3b": OPT_1B3,
 }
 """{short name of a model, in lower case: its sizes}, as its config on the Hugging Face Hub has them."""
 TASKS = {
