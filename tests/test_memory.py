@@ -339,7 +339,7 @@ def test_a_model_that_is_only_scored_needs_no_room_for_a_training() -> None:
 
 
 def test_masks_that_change_have_a_history_on_the_host_and_in_checkpoints() -> None:
-    """The step since which a weight is zero: 8 bits of 200 steps, which 7 GB of a host hold at 7B."""
+    """The step since which a weight is zero: 8 bits of 200 steps, 6.5 GB of a host at 7B."""
     fixed, changing = (
         CellMemory(LLAMA_7B, "masked-finetuning", "unstructured", Protocol(), 0.5, name) for name in ("one-shot", "set")
     )
