@@ -35,7 +35,7 @@ SUMMARY = (
     "acc_norm,acc_norm_stderr,acc_norm_before_tuning,acc_norm_before_merge,"
     "exact_match_strict,exact_match_strict_stderr,exact_match_strict_before_tuning,exact_match_strict_before_merge,"
     "exact_match_flexible,exact_match_flexible_stderr,exact_match_flexible_before_tuning,exact_match_flexible_before_merge,"
-    "perplexity,perplexity_stderr,perplexity_before_tuning,perplexity_before_merge,f1,f1_stderr,"
+    "perplexity,perplexity_stderr,perplexity_before_tuning,perplexity_before_merge,f1,f1_stderr,bits_per_byte,"
     "train_loss,eval_loss,eval_loss_before_mask,"
     "train_examples_per_second,train_tokens_per_second,train_seconds,trial_seconds,peak_memory_bytes,cell_peak_memory_bytes,compile_seconds,"
     "calibration_tokens_seen,inference_flops,hardware,calibration,calibration_order,error,"
