@@ -39,9 +39,9 @@ SUMMARY = (
     "train_loss,eval_loss,eval_loss_before_mask,"
     "train_examples_per_second,train_tokens_per_second,train_seconds,trial_seconds,peak_memory_bytes,cell_peak_memory_bytes,compile_seconds,"
     "calibration_tokens_seen,inference_flops,hardware,calibration,calibration_order,error,"
-    "candidates,chosen,choice"
+    "candidates,chosen,choice,comparable"
 )
-NUMBERS = SUMMARY.split(",")[15:19] + SUMMARY.split(",")[20:51] + ["actual_sparsity"]
+NUMBERS = SUMMARY.split(",")[15:19] + SUMMARY.split(",")[20:52] + ["actual_sparsity"]
 """Columns that only a finished run can fill."""
 
 
