@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import shutil
+import signal
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from factories import TINY_PROTOCOL
+from test_sweep import Driver
 
 from tune_sparse.config import EarlyStopping, SweepConfig
 from tune_sparse.ledger.ledger import Ledger
@@ -64,3 +67,36 @@ def test_a_worse_sibling_is_stopped_and_a_later_sweep_runs_it_to_its_end(llama: 
     assert (whole.ran, whole.done, whole.is_complete) == (1, 2, True)
     assert "goes on after step 2" in (ledger.run_folder(bad) / "train.log").read_text()
     assert not ledger.checkpoint(bad).exists()
+
+
+@pytest.mark.slow
+def test_trainings_of_a_driver_that_is_killed_at_each_rung_have_the_bits_of_undisturbed_ones(
+    llama: Path, tmp_path: Path
+) -> None:
+    cell = ["--tasks", "boolq", "--methods", "unstructured", "--sparsities", "0.5", "--modes", "sparse-to-dense"]
+    few = ["steps=24", "eval_every=24", "warmup_steps=1", "n_train=40", "n_selection=8", "n_test=20"]
+    own = ["smoke", "--data-dir", "synthetic", "--models", str(llama), "--no-report", "--workers", "1", *cell]
+    swept = [*own, "--set", *few, "--axis", "learning_rate:final_learning_rate=1e-2:1e-2,1e-6:1e-6"]
+    stopping = [*swept, "--stop-early", "loss", "--rungs", "1/4", "1/2", "--reduction", "2"]
+    undisturbed, killed = Driver(stopping, tmp_path / "undisturbed"), Driver(stopping, tmp_path / "killed")
+    for rungs in (1, 2):
+        process = killed.start()
+        killed.wait_until(lambda n=rungs: len(list(RungJournal(killed.results).read())) >= n)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        time.sleep(3)  # a worker that outlives the driver may still finish the run it was at
+    for driver in (undisturbed, killed):
+        status, printed = driver.run()
+        assert status == 0, printed
+    assert [*RungJournal(killed.results).read()] == [*RungJournal(undisturbed.results).read()]
+    assert len(killed.done()) == 1
+    for driver in (undisturbed, killed):
+        status, printed = Driver(swept, driver.results).run()
+        assert status == 0, printed
+    assert len(killed.done()) == 2, "what was stopped is taken up"
+    for run_id in killed.done():
+        records = [driver.ledger.record(run_id) for driver in (undisturbed, killed)]
+        metrics = [record.metrics for record in records if record]
+        assert metrics[0] == metrics[1]
+        lines = [(d.ledger.run_folder(run_id) / "metrics.jsonl").read_text() for d in (undisturbed, killed)]
+        assert lines[0] == lines[1]

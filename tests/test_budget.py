@@ -100,6 +100,10 @@ def test_a_level_of_several_points_is_counted_with_all_of_them(ledger: Ledger) -
     some = purchase(replace(plan, record=replace(plan.record, cells=tuple(rows)), runs=runs), ledger, [])
     assert some is not None
     assert some.runs == (2 * 3, 2 * 5)
+    few = make_plan(find=("within=0.1",), budget="5runs")
+    few = replace(few, record=replace(few.record, cells=tuple(rows)), runs=runs)
+    with pytest.raises(InputError, match=r"must buy one bracket: .* takes about 6 runs, got 5 runs"):
+        check_budget(few, ledger, [])
 
 
 def test_a_budget_of_hours_that_buys_no_bracket_is_refused_with_the_cheapest(ledger: Ledger) -> None:

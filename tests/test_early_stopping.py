@@ -236,11 +236,10 @@ def kill_at_next_rung(run: Run, ledger: Ledger, worker: WorkerCache, by: str) ->
 
 
 @pytest.mark.parametrize(
-    "changes",
-    [{"mode": "sparse-to-dense", "lora_dropout": 0.2}, {"mode": "masked-finetuning"}],
-    ids=lambda changes: changes["mode"],
+    ("changes", "by"),
+    [({"mode": "sparse-to-dense", "lora_dropout": 0.2}, "loss"), ({"mode": "masked-finetuning"}, "accuracy")],
+    ids=["sparse-to-dense", "masked-finetuning"],
 )
-@pytest.mark.parametrize("by", ["loss", "accuracy"])
 def test_a_promoted_training_has_the_bits_of_an_undisturbed_one(
     changes: dict[str, Any], by: str, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -197,6 +197,7 @@ def test_a_level_with_several_points_is_run_at_all_seeds_over_which_one_is_chose
     assert [run.split()[3:] for run in sweep.order[4:8]] == [["0.5", point] for point in ("x0", "x1", "y0", "y1")]
     assert [bracket.text() for bracket in finder.brackets] == ["passes 0.5, fails 0.6 (3 runs)"] * 2
     assert len(sweep.order) == 4 * 4
+    assert [finder.curve_of(f"t a x 0.5 x{seed}") for seed in (0, 1)] == [0, 1]
 
 
 def test_runs_that_a_level_begins_from_come_first_and_their_failure_is_its_own() -> None:

@@ -14,7 +14,7 @@ from test_sweep import Driver
 from tune_sparse.cli import main
 from tune_sparse.ledger.curves import Bracket, known_curves
 
-pytestmark = pytest.mark.xdist_group("machine")
+pytestmark = [pytest.mark.xdist_group("machine"), pytest.mark.slow]
 
 FEW = ["steps=3", "eval_every=3", "n_train=20", "n_selection=4", "n_test=10", "max_tokens=64", "max_new_tokens=8"]
 FIND = ["--find", "perplexity=1.10"]
@@ -62,7 +62,6 @@ def test_a_sweep_runs_what_decides_its_curves_and_no_more(
     assert "compare_at is fixed before the first run" in capsys.readouterr().err
 
 
-@pytest.mark.slow
 def test_a_budget_ends_a_sweep_that_a_plain_one_finishes_and_nothing_is_run_twice(
     arguments: list[str], results: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -80,7 +79,6 @@ def test_a_budget_ends_a_sweep_that_a_plain_one_finishes_and_nothing_is_run_twic
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["ran"] == 0, "the other way round"
 
 
-@pytest.mark.slow
 def test_a_sweep_that_was_killed_twice_finds_what_an_undisturbed_one_does(
     arguments: list[str], results: Path, tmp_path: Path
 ) -> None:

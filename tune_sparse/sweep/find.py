@@ -118,9 +118,10 @@ class Finder:
         return sum(map(self.is_decided, range(len(self.curves))))
 
     def curve_of(self, run: str) -> int | None:
-        """The curve of which a run is a level; None for one that several share."""
-        found = self._curves_of.get(run, set())
-        return next(iter(found)) if len(found) == 1 else None
+        """The curve of which a run is a level, or leads to one; None for one that several share."""
+        needed = self._curves_of.get(run, set())
+        own = {number for number in needed if any(run in level for level in self.curves[number].runs)} or needed
+        return next(iter(own)) if len(own) == 1 else None
 
     def _in_turn(self) -> list[int]:
         """The curves that want a run, the one to serve first."""
