@@ -117,6 +117,12 @@ def test_a_curve_begins_at_the_answer_of_another_and_of_its_twin_before_the_last
     assert by_mode == {"to-dense": {"0.5"}, "to-sparse": {"0.6"}}
 
 
+def test_without_axes_each_seed_is_a_curve_of_its_own() -> None:
+    sweep = Sweep(lambda run: cliff(run, 0.5 if run.endswith("0") else 0.7))
+    finder = sweep.run(Finder(curves(tasks=1, seeds=2), RULE))
+    assert [bracket.low for bracket in finder.brackets] == [NINE.index(0.5), NINE.index(0.7)] * 4
+
+
 def test_one_run_of_a_curve_at_a_time_and_none_twice() -> None:
     sweep = Sweep(cliff)
     finder = Finder(curves(), RULE)

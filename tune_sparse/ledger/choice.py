@@ -85,9 +85,9 @@ def lowest(losses: Sequence[float | None]) -> int | None:
 
 
 def mean_loss(losses: Sequence[float | None]) -> float | None:
-    """Over the seeds of a setting; None unless each has one."""
+    """Over the seeds of a setting; None unless there are some, and each has one."""
     known = [loss for loss in losses if loss is not None]
-    return fmean(known) if len(known) == len(losses) else None
+    return fmean(known) if known and len(known) == len(losses) else None
 
 
 def axes_key(axes: Mapping[str, Sequence[Any]]) -> str:

@@ -241,10 +241,8 @@ def _chosen(curve: Curve, runs: Sequence[str], ended: Mapping[str, Score | None]
     `ledger.choice` chooses, over all seeds of the sweep."""
     if not runs or any(run not in ended for run in curve.needed(runs)):
         return "missing", None
-    place = lowest([mean_loss([_loss(ended[run]) for run in curve.over_seeds.get(own, (own,))]) for own in runs])
+    seeds = [curve.over_seeds.get(run, ()) for run in runs] if len(runs) > 1 else [()]
+    scores = ([ended[run] for run in same] for same in seeds)
+    place = lowest([mean_loss([score.eval_loss if score else None for score in same]) for same in scores])
     score = None if place is None else ended[runs[place]]
     return ("done" if score else "failed"), score
-
-
-def _loss(score: Score | None) -> float | None:
-    return score.eval_loss if score else None
