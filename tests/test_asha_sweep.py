@@ -1,13 +1,16 @@
-"""Early stopping through the real Ray Tune: a sweep of one choice, stopped, told again, and run to its end."""
+"""Early stopping through the real Ray Tune: a sweep of one cell, stopped, told again, killed, and run to its end."""
 
 from __future__ import annotations
 
 import shutil
+import signal
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from factories import TINY_PROTOCOL
+from test_sweep import Driver
 
 from tune_sparse.config import EarlyStopping, SweepConfig
 from tune_sparse.ledger.ledger import Ledger
@@ -42,7 +45,7 @@ def plan_of(llama: Path, results: Path, stop_early: str | None) -> Plan:
     return replace(plans[0], config=replace(config, early_stopping=stopping), runs=runs, record=record)
 
 
-def test_a_worse_sibling_is_stopped_and_a_later_sweep_runs_it_to_its_end(llama: Path, tmp_path: Path) -> None:
+def test_a_worse_sibling_is_stopped_and_once_more_if_its_record_is_lost(llama: Path, tmp_path: Path) -> None:
     plan = plan_of(llama, tmp_path, "loss")
     ledger, (good, bad) = Ledger(tmp_path), plan.runs
     result = run_sweep(plan)
@@ -60,7 +63,37 @@ def test_a_worse_sibling_is_stopped_and_a_later_sweep_runs_it_to_its_end(llama: 
     assert (again.ran, again.stopped_early) == (0, 1)
     assert ledger.record(bad) == record
 
-    whole = run_sweep(replace(plan, config=replace(plan.config, early_stopping=EarlyStopping())))
-    assert (whole.ran, whole.done, whole.is_complete) == (1, 2, True)
-    assert "goes on after step 2" in (ledger.run_folder(bad) / "train.log").read_text()
-    assert not ledger.checkpoint(bad).exists()
+
+@pytest.mark.slow
+def test_trainings_of_a_driver_that_is_killed_at_each_rung_have_the_bits_of_undisturbed_ones(
+    llama: Path, tmp_path: Path
+) -> None:
+    cell = ["--tasks", "boolq", "--methods", "unstructured", "--sparsities", "0.5", "--modes", "sparse-to-dense"]
+    few = ["steps=24", "eval_every=24", "warmup_steps=1", "n_train=40", "n_selection=8", "n_test=20"]
+    own = ["smoke", "--data-dir", "synthetic", "--models", str(llama), "--no-report", "--workers", "1", *cell]
+    swept = [*own, "--set", *few, "--axis", "learning_rate:final_learning_rate=1e-2:1e-2,1e-6:1e-6"]
+    stopping = [*swept, "--stop-early", "loss", "--rungs", "1/4", "1/2", "--reduction", "2"]
+    undisturbed, killed = Driver(stopping, tmp_path / "undisturbed"), Driver(stopping, tmp_path / "killed")
+    for rungs in (1, 2):
+        process = killed.start()
+        killed.wait_until(lambda n=rungs: len(list(RungJournal(killed.results).read())) >= n)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        time.sleep(3)  # a worker that outlives the driver may still finish the run it was at
+    for driver in (undisturbed, killed):
+        status, printed = driver.run()
+        assert status == 0, printed
+    assert [*RungJournal(killed.results).read()] == [*RungJournal(undisturbed.results).read()]
+    [good] = killed.done()
+    for driver in (undisturbed, killed):
+        status, printed = Driver(swept, driver.results).run()
+        assert status == 0, printed
+    [bad] = killed.done() - {good}
+    assert "goes on after step 6" in (killed.ledger.run_folder(bad) / "train.log").read_text(), "it is taken up"
+    assert not killed.ledger.checkpoint(bad).exists()
+    for run_id in killed.done():
+        records = [driver.ledger.record(run_id) for driver in (undisturbed, killed)]
+        metrics = [record.metrics for record in records if record]
+        assert metrics[0] == metrics[1]
+        lines = [(d.ledger.run_folder(run_id) / "metrics.jsonl").read_text() for d in (undisturbed, killed)]
+        assert lines[0] == lines[1]

@@ -7,8 +7,11 @@ import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from factories import make_cell, make_run
 from planted import (
     A_CELL,
     A_RUN,
@@ -27,12 +30,12 @@ from planted import (
 from sound import PROTOCOL, edit, make_cells, sound_ledger, sound_run, write_sound
 
 from analysis.audit.audit import RULES, Audit, audit_folders
-from analysis.audit.warnings import same_answers
+from analysis.audit.warnings import same_answers, unlike_pairs
 from analysis.read.load import cells_table
-from analysis.read.results import read_results
+from analysis.read.results import RunFiles, read_results
 from tune_sparse.cli import main
 from tune_sparse.cli.command import BAD_INPUT, FAULT, OK
-from tune_sparse.config import Cell
+from tune_sparse.config import Cell, ScheduleSettings
 from tune_sparse.files import write_json
 from tune_sparse.ledger.ledger import Ledger
 from tune_sparse.training.budgets import CPU_BUDGETS
@@ -262,6 +265,23 @@ def test_the_command_prints_json_and_says_by_its_status_whether_there_is_a_fault
     findings = json.loads(capsys.readouterr().out)["findings"]
     assert [(f["rule"], f["severity"]) for f in findings] == [("unproven-number", "error"), ("hardware", "warning")]
     assert findings[0]["run_ids"] == [A_RUN.run_id]
+
+
+def test_two_settings_of_one_cell_are_no_pair_and_two_modes_or_schedules_are() -> None:
+    def run_at(every: int, **cell: Any) -> Any:
+        settings = ScheduleSettings(update_every=every)
+        return SimpleNamespace(run=make_run(make_cell(**cell), schedule_settings=settings))
+
+    def every(e: RunFiles) -> int:
+        return e.run.schedule_settings.update_every
+
+    tuned = {"mode": "masked-finetuning", "schedule": "rigl"}
+    points = [run_at(10, **tuned), run_at(30, **tuned)]
+    assert unlike_pairs(points, every) == []
+    one_shot = run_at(20, mode="masked-finetuning")
+    assert len(unlike_pairs([*points, one_shot], every)) == 2
+    other_mode = run_at(20)
+    assert len(unlike_pairs([*points, other_mode], every)) == 0, "it differs in its schedule too"
 
 
 def test_a_run_is_compared_with_its_other_mode_and_its_dense_baseline(ledger: Ledger) -> None:

@@ -6,6 +6,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from sound import make_cells, sound_ledger
 
@@ -50,6 +51,19 @@ def test_methods_and_modes_are_compared_where_that_was_fixed_and_nowhere_else(fo
         assert f"{sides} are compared at 0.5 alone, fixed before the first run" in texts(found, question)
     assert "The matrix is unfinished: 1 of its runs were not run" in texts(found, "RQ1")
     assert "only 0.5, 0.9 were run" in texts(found, "RQ1")
+
+
+def test_backends_and_schedules_obey_what_methods_and_modes_do(found: Ledger) -> None:
+    cells = cells_table([found.folder])
+    backends = [cells, cells.assign(backend="cerebras", run_id="other " + cells["run_id"])]
+    results = read_results([found.folder])
+    known = {run: e.predictions for run, e in results.by_run.items() if e.predictions}
+    points = Points(pd.concat(backends), known | {f"other {run}": scores for run, scores in known.items()})
+    claims, tests = make_claims(points)
+    of_backends = [claim.text for claim in claims if claim.question == "RQ4"]
+    assert any("Backends are compared at 0.5 alone, fixed before" in text for text in of_backends)
+    assert not any("Schedules" in claim.text for claim in claims)
+    assert set(tests["question"]) >= {"RQ4"}
 
 
 def test_without_levels_that_were_fixed_nothing_is_compared_and_the_report_says_why(found: Ledger) -> None:

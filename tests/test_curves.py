@@ -1,12 +1,13 @@
 from __future__ import annotations
 
-from itertools import chain
+from dataclasses import replace
+from itertools import chain, product
 
 import pytest
 from factories import done_record, make_cell, make_run, make_sweep
 
 from tune_sparse.config.spending import FindRule
-from tune_sparse.ledger.curves import Bracket, Score, bracket_of, curves_of, score_of
+from tune_sparse.ledger.curves import Bracket, Score, bracket_of, curves_of, ended_runs, score_of
 
 RULE = FindRule(0.10, 1.5)
 
@@ -68,6 +69,8 @@ def test_what_is_decided() -> None:
 def test_a_score_is_the_primary_metric_and_its_value_before_the_last_mask() -> None:
     run = make_run()
     assert score_of(done_record(run, 0.8, accuracy_before_merge=0.85)) == Score(0.8, False, 0.85, 0.5)
+    chance = {"chance_accuracy": 0.5, "majority_fraction": 0.6, "n_examples": 100}
+    assert [score_of(done_record(run, value, **chance)).is_at_chance for value in (0.69, 0.70)] == [True, False]
     text = done_record(make_run(make_cell(task="wikitext2")), perplexity=12.0)
     del text.metrics["accuracy"]
     assert score_of(text).is_perplexity
@@ -92,3 +95,27 @@ def test_of_several_points_the_one_with_the_lowest_loss_on_selection_examples_sp
     assert bracket_of(curve, known | {"0.5 2": Score(0.1, eval_loss=1.5)}, RULE).passes == {0: True}
     assert bracket_of(curve, known | {"0.5 2": None}, RULE).passes == {0: True}
     assert bracket_of(curve, known | {"0.5 1": None, "0.5 2": None}, RULE).failed == {0}
+
+
+def test_a_curve_has_the_point_that_is_chosen_over_all_seeds_as_reports_have() -> None:
+    row = make_sweep([make_cell()]).cells[0]
+    cells = [
+        row | {"sparsity": level, "seed": seed, "axes": {"rate": rate}, "run_id": f"{level} {rate} {seed}"}
+        for level, seed, rate in product((0.0, 0.5), (0, 1), (1, 2))
+    ]
+    first, second = curves_of(cells)
+    assert first.runs == (("0.5 1 0", "0.5 2 0"),)
+    assert first.needed(first.runs[0]) == second.needed(second.runs[0]) == ("0.5 1 0", "0.5 1 1", "0.5 2 0", "0.5 2 1")
+    known = {run: Score(0.8, eval_loss=1.0) for run in first.needed(first.dense)}
+    known |= {"0.5 1 0": Score(0.8, eval_loss=1.0), "0.5 2 0": Score(0.2, eval_loss=1.1)}
+    assert bracket_of(first, known, RULE).passes == {}, "the other seed is left"
+    known |= {"0.5 1 1": Score(0.8, eval_loss=1.0), "0.5 2 1": Score(0.8, eval_loss=0.1)}
+    assert [bracket_of(curve, known, RULE).passes for curve in (first, second)] == [{0: False}, {0: True}]
+    assert bracket_of(first, known | {"0.5 2 1": None}, RULE).passes == {0: True}, "a setting without all seeds is out"
+
+
+def test_a_stopped_run_has_ended_without_a_result() -> None:
+    run = make_run()
+    stopped, interrupted = (replace(done_record(run), status=status) for status in ("stopped", "interrupted"))
+    assert ended_runs([stopped]) == {run.run_id: None}
+    assert ended_runs([interrupted, None]) == {}

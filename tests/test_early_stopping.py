@@ -30,7 +30,7 @@ from tune_sparse.ledger.run import Run
 from tune_sparse.ledger.rungs import RungJournal
 from tune_sparse.sweep.early_stopping import EarlyStopper
 from tune_sparse.sweep.retries import is_missing
-from tune_sparse.sweep.siblings import check_choices
+from tune_sparse.sweep.siblings import check_siblings
 from tune_sparse.tracking.entries import run_entry
 
 HALVES = EarlyStopping(stop_early="loss", rungs=(0.25, 0.5), reduction=2)
@@ -91,10 +91,10 @@ def test_fractions_are_read_as_they_are_written() -> None:
 
 def test_there_must_be_something_to_compare() -> None:
     with pytest.raises(InputError, match="one training for each cell"):
-        check_choices(HALVES, [*siblings(1e-3), *siblings(1e-3, seed=1)])
-    check_choices(HALVES, siblings(1e-3, 1e-4))
+        check_siblings(HALVES, [*siblings(1e-3), *siblings(1e-3, seed=1)])
+    check_siblings(HALVES, siblings(1e-3, 1e-4))
     with pytest.raises(InputError, match="tasks with questions"):
-        check_choices(replace(HALVES, stop_early="accuracy"), siblings(1e-3, 1e-4, task="wikitext2"))
+        check_siblings(replace(HALVES, stop_early="accuracy"), siblings(1e-3, 1e-4, task="wikitext2"))
 
 
 def test_the_worse_half_of_those_before_is_stopped(tmp_path: Path) -> None:
@@ -236,11 +236,10 @@ def kill_at_next_rung(run: Run, ledger: Ledger, worker: WorkerCache, by: str) ->
 
 
 @pytest.mark.parametrize(
-    "changes",
-    [{"mode": "sparse-to-dense", "lora_dropout": 0.2}, {"mode": "masked-finetuning"}],
-    ids=lambda changes: changes["mode"],
+    ("changes", "by"),
+    [({"mode": "sparse-to-dense", "lora_dropout": 0.2}, "loss"), ({"mode": "masked-finetuning"}, "accuracy")],
+    ids=["sparse-to-dense", "masked-finetuning"],
 )
-@pytest.mark.parametrize("by", ["loss", "accuracy"])
 def test_a_promoted_training_has_the_bits_of_an_undisturbed_one(
     changes: dict[str, Any], by: str, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

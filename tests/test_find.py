@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain, pairwise, product
 
 import pytest
@@ -52,7 +52,7 @@ def test_a_right_hint_needs_two_runs_and_a_bracket_of_three_no_more_without() ->
 def test_levels_around_a_failed_training_are_measured_and_the_curve_says_so() -> None:
     bracket = bisected(4, failed=[4, 5])
     assert not bracket.is_decided(1)
-    assert bracket.text() == "passes 0.4, fails 0.7 (2 runs); cannot be decided at 0.5 and 0.6: the run failed"
+    assert bracket.text() == "passes 0.4, fails 0.7 (2 runs); cannot be decided at 0.5 and 0.6: no result there"
     assert bisected(4, gap=3, failed=[4]).is_decided(3)
 
 
@@ -117,6 +117,12 @@ def test_a_curve_begins_at_the_answer_of_another_and_of_its_twin_before_the_last
     assert by_mode == {"to-dense": {"0.5"}, "to-sparse": {"0.6"}}
 
 
+def test_without_axes_each_seed_is_a_curve_of_its_own() -> None:
+    sweep = Sweep(lambda run: cliff(run, 0.5 if run.endswith("0") else 0.7))
+    finder = sweep.run(Finder(curves(tasks=1, seeds=2), RULE))
+    assert [bracket.low for bracket in finder.brackets] == [NINE.index(0.5), NINE.index(0.7)] * 4
+
+
 def test_one_run_of_a_curve_at_a_time_and_none_twice() -> None:
     sweep = Sweep(cliff)
     finder = Finder(curves(), RULE)
@@ -152,7 +158,19 @@ def test_a_failed_dense_run_leaves_its_curves_open_and_costs_nothing_more() -> N
     finder = sweep.run(Finder(curves(), RULE))
     assert not [run for run in sweep.order if run.startswith("t0") and "none" not in run]
     assert [finder.is_decided(number) for number in range(8)] == [False] * 4 + [True] * 4
-    assert finder.brackets[0].text() == "nothing can be said: its dense run failed"
+    assert finder.brackets[0].text() == "nothing can be said: its dense run has no result"
+
+
+def test_where_the_dense_run_is_at_chance_there_is_nothing_to_find_and_nothing_to_learn() -> None:
+    def scores(run: str) -> Score:
+        return replace(cliff(run), is_at_chance=run == "t0 none 0")
+
+    sweep = Sweep(scores)
+    finder = sweep.run(Finder(curves(), RULE))
+    assert not [run for run in sweep.order if run.startswith("t0") and "none" not in run]
+    assert all(map(finder.is_decided, range(8)))
+    assert finder.brackets[0].text() == "nothing to find: its dense run is at chance"
+    assert finder.brackets[0].as_json()["passes"] is None
 
 
 def test_a_run_that_may_not_start_here_leaves_room_for_others() -> None:
@@ -166,12 +184,26 @@ def test_every_point_of_a_level_is_run_before_the_next_level() -> None:
     runs = {(level, rate): f"t a x {level:g} {rate}" for level in NINE for rate in "xy"}
     runs |= {(0.0, rate): f"t none {rate}" for rate in "xy"}
     cells = [row | {"sparsity": at, "run_id": run, "axes": {"rate": rate}} for (at, rate), run in runs.items()]
-    sweep = Sweep(cliff)
+    sweep = Sweep(lambda run: replace(cliff(run), eval_loss=1.0))
     sweep.run(Finder(curves_of(cells), RULE))
     assert [" ".join(run.split()[-2:]) for run in sweep.order] == [
         *("none x", "none y"),
         *(f"{level} {rate}" for level in (0.5, 0.7, 0.6) for rate in "xy"),
     ]
+
+
+def test_a_level_with_several_points_is_run_at_all_seeds_over_which_one_is_chosen() -> None:
+    row = dict(zip(KEY, ("torch", "m", "t", "a", MODES[0], "one-shot", 0), strict=True))
+    cells = [
+        row | {"sparsity": at, "seed": seed, "run_id": f"t a x {at:g} {rate}{seed}", "axes": {"rate": rate}}
+        for at, rate, seed in product((0.0, *NINE), "xy", (0, 1))
+    ]
+    sweep = Sweep(lambda run: replace(cliff(run), eval_loss=1.0))
+    finder = sweep.run(Finder(curves_of(cells), RULE))
+    assert [run.split()[3:] for run in sweep.order[4:8]] == [["0.5", point] for point in ("x0", "x1", "y0", "y1")]
+    assert [bracket.text() for bracket in finder.brackets] == ["passes 0.5, fails 0.6 (3 runs)"] * 2
+    assert len(sweep.order) == 4 * 4
+    assert [finder.curve_of(f"t a x 0.5 x{seed}") for seed in (0, 1)] == [0, 1]
 
 
 def test_runs_that_a_level_begins_from_come_first_and_their_failure_is_its_own() -> None:

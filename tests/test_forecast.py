@@ -153,15 +153,13 @@ def test_the_disk_of_a_run_is_that_of_its_mode(plan: Plan, ledger: Ledger) -> No
 
 
 def test_medians_of_nothing_and_of_an_even_number() -> None:
-    cell = make_cell()
-    groups = (("model", "task"), ("model",))
-    assert Medians([], groups).nearest(cell) == ((), None)
-    medians = Medians(
-        [(cell, cost_taking(1.0)), (cell, cost_taking(4.0)), (make_cell(task="gsm8k"), cost_taking(100.0))], groups
-    )
-    assert medians.nearest(cell) == (("model", "task"), cost_taking(2.5))
-    assert medians.nearest(make_cell(task="hellaswag")) == (("model",), cost_taking(4.0))
-    assert medians.nearest(make_cell(model="other")) == ((), None)
+    run, groups = make_run(), (("model", "task"), ("model",))
+    assert Medians([], groups).nearest(run) == ((), None)
+    other = make_run(make_cell(task="gsm8k"))
+    medians = Medians([(run, cost_taking(1.0)), (run, cost_taking(4.0)), (other, cost_taking(100.0))], groups)
+    assert medians.nearest(run) == (("model", "task"), cost_taking(2.5))
+    assert medians.nearest(make_run(make_cell(task="hellaswag"))) == (("model",), cost_taking(4.0))
+    assert medians.nearest(make_run(make_cell(model="other"))) == ((), None)
 
 
 def test_what_a_cs3_did_is_counted_apart(tmp_path: Path) -> None:

@@ -63,6 +63,12 @@ def test_the_setting_with_their_method_and_mode_stands_alone_beside(cells: Cells
     assert (found.described, found.verdict) == ("random, sparse-to-dense, mean of 3 seeds", "higher")
 
 
+def test_what_was_run_because_of_other_results_stands_beside_no_number(cells: Cells) -> None:
+    table, known = cells
+    [found] = compare_with_published([published(**SAME)], table.assign(comparable=table["sparsity"] == 0), known)
+    assert found.reason == "ours was run because of other results (`--find`, `--budget`)"
+
+
 def test_without_their_method_every_setting_stands_beside_and_none_is_chosen(cells: Cells) -> None:
     found = compare_with_published([published(**SAME | {"method": "lonas"})], *cells)
     assert [c.our_setting for c in found] == ["random, sparse-to-dense", "wanda, sparse-to-dense"]

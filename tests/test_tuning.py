@@ -236,6 +236,7 @@ def test_two_objectives_leave_out_what_was_stopped(tmp_path: Path) -> None:
     assert all(trial.values is None for trial in search.told if trial.state != "done")
 
 
+@pytest.mark.slow
 @pytest.mark.xdist_group("machine")
 def test_a_search_through_ray_and_optuna(llama: Path, tmp_path: Path) -> None:
     sweep = SweepConfig(

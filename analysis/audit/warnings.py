@@ -202,14 +202,19 @@ def _tokens_at_once(e: RunFiles) -> tuple[int, ...] | None:
 
 
 def unlike_pairs(runs: Sequence[RunFiles], value: Callable[[RunFiles], Any]) -> list[tuple[RunFiles, RunFiles]]:
-    """Pairs that a paired comparison takes, and whose recorded values differ: the modes of one method, sparsity, seed
-    and backend, and a cell with its dense baseline."""
-    modes = grouped(runs, lambda e: (*_series(e), e.run.cell.method, e.run.cell.sparsity)).values()
-    pairs = [pair for same in modes for pair in combinations(same, 2)]
+    """Pairs that a paired comparison takes, and whose recorded values differ: two modes, or two schedules, of one
+    method, sparsity, seed and backend, and a cell with its dense baseline. Two settings of one cell are no pair."""
+    alike = grouped(runs, lambda e: (*_series(e), e.run.cell.method, e.run.cell.sparsity)).values()
+    pairs = [pair for same in alike for pair in combinations(same, 2) if _is_paired(*pair)]
     dense = {_series(e): e for e in runs if not e.run.cell.sparsity}
     pairs += [(dense[_series(e)], e) for e in runs if e.run.cell.sparsity and _series(e) in dense]
     values = [(pair, value(pair[0]), value(pair[1])) for pair in pairs]
     return [pair for pair, one, other in values if None not in (one, other) and one != other]
+
+
+def _is_paired(first: RunFiles, second: RunFiles) -> bool:
+    one, other = first.run.cell, second.run.cell
+    return (one.mode != other.mode) != (one.schedule != other.schedule)
 
 
 def _series(e: RunFiles) -> tuple[int, str]:

@@ -139,6 +139,7 @@ def _same_setting(row: Published, done: pd.DataFrame) -> tuple[pd.DataFrame, str
             f"no finished run at {row.sparsity:g}",
         ),
         (lambda d: d[our_metric(row)].notna(), f"our runs have no {our_metric(row)}"),
+        (lambda d: d["comparable"].astype(bool), "ours was run because of other results (`--find`, `--budget`)"),
     ]
     if row.training == "none" and row.sparsity:
         starts = "our trainings began with every weight"

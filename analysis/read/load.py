@@ -26,7 +26,7 @@ from tune_sparse.ledger.choice import Choice, RequestedCell, axes_key, choices, 
 from tune_sparse.ledger.contracts import LedgerReader
 from tune_sparse.ledger.curves import KnownCurve, known_curves
 from tune_sparse.ledger.reader import MergedLedger
-from tune_sparse.ledger.record import Record, SweepRecord
+from tune_sparse.ledger.record import Record, SweepRecord, has_ended
 
 SCORES = tuple(f"{name}{suffix}" for name in ("accuracy", *METRICS) for suffix in SUFFIXES)
 """Each metric with its standard error, and before tuning and the merge; the first four are of the primary metric."""
@@ -184,8 +184,7 @@ def found_curves(ledger: LedgerReader, sweep_ids: Sequence[str] | None = None) -
 
 
 def _is_whole(ledger: LedgerReader, sweep: SweepRecord) -> bool:
-    records = (ledger.record(run_id) for run_id in sweep.run_ids)
-    return all(record is not None and record.status != "interrupted" for record in records)
+    return all(has_ended(ledger.record(run_id)) for run_id in sweep.run_ids)
 
 
 def _protocol_id(ledger: LedgerReader, run_id: str, axes: str) -> str | None:

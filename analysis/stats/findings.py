@@ -25,6 +25,14 @@ from analysis.stats.sparsity_claims import sparsity_claims
 from analysis.stats.statistics import anova, seeds_sentence
 from tune_sparse.modes import SPARSE_ADAPTER_MODES
 
+COMPARED = {
+    "method": ("RQ2", "Methods"),
+    "mode": ("RQ3", "Modes"),
+    "backend": ("RQ4", "Backends"),
+    "schedule": ("RQ5", "Schedules"),
+}
+"""{column: (the question that compares its values, their name)}"""
+
 
 def make_claims(points: Points, imported: Sequence[Imported] = ()) -> tuple[list[Claim], pd.DataFrame]:
     """The claims, and a table of every test behind them."""
@@ -63,9 +71,10 @@ def _unfinished_claims(points: Points) -> Iterator[Claim]:
     numbers["chosen"] = number(len(chosen), chosen["run_id"], ".0f")
     fixed = f"at {', '.join(f'{{level{n}}}' for n in range(len(levels)))} alone, fixed before the first run"
     compared = fixed if levels else "nowhere: no sparsity was fixed before the first run (`--compare-at`)"
-    reason = "{chosen} other runs were chosen because of results, and would favour one side"
-    for question, sides in (("RQ2", "Methods"), ("RQ3", "Modes")):
-        yield Claim(question, ALL_BASES, f"{sides} are compared {compared}; {reason}.", numbers)
+    reason = "{chosen} other runs were chosen because of results, or left by a budget, and may favour one side"
+    for column, (question, sides) in COMPARED.items():
+        if question in ("RQ2", "RQ3") or points.measured[column].nunique() > 1:
+            yield Claim(question, ALL_BASES, f"{sides} are compared {compared}; {reason}.", numbers)
 
 
 # RQ2

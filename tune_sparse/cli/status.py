@@ -58,7 +58,10 @@ def _status(chosen: argparse.Namespace) -> int:
     merged = MergedLedger(folders)
     curves = [curve for sweep in merged.sweeps() for curve in known_curves(sweep, merged.record)]
     asked = {run for sweep in merged.sweeps() if not sweep.config.get("find") for run in sweep.run_ids}
-    needless = {run for curve in curves if curve.is_decided for level in curve.curve.runs for run in level} - asked
+    levels = {is_decided: set[str]() for is_decided in (True, False)}
+    for curve in curves:
+        levels[curve.is_decided].update(*map(curve.curve.needed, curve.curve.runs))
+    needless = levels[True] - levels[False] - asked
     cells.loc[cells["run_id"].isin(needless) & (cells["status"] == "missing"), "status"] = "not needed"
     runs = cells.drop_duplicates("run_id")
     counts, failed = cells["status"].value_counts(), runs[runs["status"] == "failed"]

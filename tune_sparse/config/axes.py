@@ -8,7 +8,7 @@ from itertools import product
 from typing import Any
 
 from tune_sparse.config.options import converted, rule, value_text
-from tune_sparse.config.protocol import SCORING, UNCOMPARED_SETTINGS, Protocol
+from tune_sparse.config.protocol import SCORING, UNCOMPARED_SETTINGS, Protocol, in_order
 from tune_sparse.config.schedule_settings import ScheduleSettings
 from tune_sparse.errors import InputError, unknown_name
 
@@ -52,10 +52,17 @@ def _typed(axis: str, value: Any) -> Any:
         if name not in OWNERS:
             raise unknown_name("axis", name, OWNERS)
     if len(names) == 1:
-        return converted(*OWNERS[axis], value)
+        return _setting(axis, value)
     values = value.split(PAIRED) if isinstance(value, str) else list(value)
     rule(len(values) == len(names), f"each point of the axis {axis} has {len(names)} values", value, "Give as many.")
-    return tuple(converted(*OWNERS[name], one) for name, one in zip(names, values, strict=True))
+    return tuple(_setting(name, one) for name, one in zip(names, values, strict=True))
+
+
+def _setting(name: str, value: Any) -> Any:
+    """A value as its setting has it, so that two orders of `train_also` are one."""
+    owner, setting = OWNERS[name]
+    found = converted(owner, setting, value)
+    return in_order(found) if name == "train_also" else found
 
 
 def check_axes(axes: Axes) -> None:

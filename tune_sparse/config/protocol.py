@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -49,6 +49,11 @@ RECOVERIES = {
     "reconstruct": "layer after layer, the weights that are kept are solved for what the unpruned layer computes; not "
     "for structured methods",
 }
+
+
+def in_order(kinds: Iterable[str]) -> tuple[str, ...]:
+    """Kinds of weights in the one order in which records and axes have them."""
+    return tuple(sorted(kinds))
 
 
 @dataclass(frozen=True)
@@ -187,6 +192,7 @@ class Protocol:
             self.train_also,
             "Remove the repeats.",
         )
+        object.__setattr__(self, "train_also", in_order(self.train_also))
         if self.precision not in PRECISIONS:
             raise unknown_name("precision", self.precision, PRECISIONS)
         if self.masked_lora_impl not in MASKED_LORA_IMPLS:

@@ -16,14 +16,12 @@ from tune_sparse.config import Cell, ScheduleSettings
 from tune_sparse.config.axes import settings_of
 from tune_sparse.config.options import value_text
 from tune_sparse.ledger.contracts import LedgerReader
-from tune_sparse.ledger.record import Record, SweepRecord
+from tune_sparse.ledger.record import Record, SweepRecord, has_ended
 from tune_sparse.schedules import ONE_SHOT, SCHEDULES
 
 Setting = Mapping[str, Any]
 """{name of a setting: its value}: one point of a sweep's axes, as far as a cell reads them"""
 ReadRecord = Callable[[str], Record | None]
-WAITING = ("missing", "interrupted")
-"""A run with one of these may still get a result."""
 CURVE_POINT = tuple(f.name for f in fields(Cell) if f.name != "seed")
 """What makes a cell over its seeds, for which one setting is chosen."""
 
@@ -74,10 +72,8 @@ class Choice:
     def chosen(self) -> Setting | None:
         """The only setting; or that of the lowest loss, of equal ones the earlier; None while a run of any has not
         ended, or where all are out."""
-        if len(self.losses) == 1:
-            return self.losses[0][0]
-        known = [(loss, n) for n, (_, loss) in enumerate(self.losses) if loss is not None]
-        return None if self.waiting or not known else self.losses[min(known)[1]][0]
+        place = lowest([loss for _, loss in self.losses])
+        return None if place is None or (self.waiting and len(self.losses) > 1) else self.losses[place][0]
 
     @property
     def why_not(self) -> str:
@@ -88,6 +84,19 @@ class Choice:
         if not self.waiting:
             return f"not chosen: each of {count} settings has a run that failed or was stopped"
         return f"not chosen: {count - self.waiting} of {count} settings done"
+
+
+def lowest(losses: Sequence[float | None]) -> int | None:
+    """The place of the lowest loss that is known, of equal ones the earlier; None where none is. A single place needs
+    no loss."""
+    known = [(loss, place) for place, loss in enumerate(losses) if loss is not None]
+    return 0 if len(losses) == 1 else min(known)[1] if known else None
+
+
+def mean_loss(losses: Sequence[float | None]) -> float | None:
+    """Over the seeds of a setting; None unless there are some, and each has one."""
+    known = [loss for loss in losses if loss is not None]
+    return fmean(known) if known and len(known) == len(losses) else None
 
 
 def axes_key(axes: Mapping[str, Sequence[Any]]) -> str:
@@ -162,19 +171,16 @@ def choices(cells: Iterable[RequestedCell], record: ReadRecord) -> dict[tuple[An
 def _choice(by_setting: Sequence[Sequence[RequestedCell]], record: ReadRecord) -> Choice:
     """by_setting: the seeds of each setting"""
     ended = [[record(cell.run_id) for cell in seeds] for seeds in by_setting]
-    losses = [mean_selection_loss(records) for records in ended]
-    waits = [any(found is None or found.status in WAITING for found in records) for records in ended]
+    losses = [mean_loss([selection_loss(found) if found else None for found in records]) for records in ended]
+    waits = [not all(map(has_ended, records)) for records in ended]
     failed = sum(loss is None and not waiting for loss, waiting in zip(losses, waits, strict=True))
     settings = (seeds[0].setting for seeds in by_setting)
     return Choice(tuple(zip(settings, losses, strict=True)), failed, sum(waits))
 
 
-def mean_selection_loss(records: Sequence[Record | None]) -> float | None:
-    """The mean over runs of the loss of the final model, merged and masked, on selection examples; None unless all are
-    done."""
-    losses = [found.metrics.get("eval_loss") if found and found.status == "done" else None for found in records]
-    known = [loss for loss in losses if loss is not None]
-    return fmean(known) if len(known) == len(losses) else None
+def selection_loss(record: Record) -> float | None:
+    """The loss of a run's final model, merged and masked, on selection examples; None of one that is not done."""
+    return record.metrics.get("eval_loss") if record.status == "done" else None
 
 
 def chosen_runs(ledger: LedgerReader) -> dict[str, bool]:

@@ -38,6 +38,11 @@ class Record:
         )
 
 
+def has_ended(record: Record | None) -> bool:
+    """Whether a run has its result, or will have none: it failed, or was stopped early."""
+    return record is not None and record.status != "interrupted"
+
+
 @dataclass(frozen=True)
 class SweepRecord:
     """The cells that a sweep requested, each with the id of the run that serves it."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from tune_sparse.config import Cell
 from tune_sparse.config.spending import BudgetLimit
 from tune_sparse.ledger.contracts import LedgerReader
 from tune_sparse.ledger.record import Record
@@ -19,12 +18,14 @@ class Budget:
     """Counts what every ended run of a matrix has cost, whoever ran it, and what the running ones are expected to.
 
     A run is expected to cost what a forecast says. Of runs like which none was measured, one at a time begins: it tells
-    the price of the others. A run that failed counts as one, and for the hours that it was expected to take.
+    the price of the others. A run that failed counts as one, and for the hours that it was expected to take; one that
+    was stopped early as one, and for its share of them.
     """
 
     def __init__(self, limit: BudgetLimit, plan: Plan, ledger: LedgerReader) -> None:
         self.limit, self._plan, self._ledger = limit, plan, ledger
-        self._measured: list[tuple[Cell, RunCost]] = []
+        self._measured: list[tuple[Run, RunCost]] = []
+        self._medians: Medians | None = None
         self._ended, self._running = dict[str, float](), dict[str, float | None]()
         self.stopped_before: Run | None = None
         """The run that would have exceeded it."""
@@ -44,7 +45,9 @@ class Budget:
         """In the unit of the limit; None where nothing like it was measured."""
         if self.limit.unit == "runs":
             return 1.0
-        _, median = Medians(self._measured, TIME_GROUPS).nearest(run.cell)
+        if self._medians is None:
+            self._medians = Medians(self._measured, TIME_GROUPS)
+        _, median = self._medians.nearest(run)
         return None if median is None else self._amount(median)
 
     def allows(self, run: Run) -> bool:
@@ -64,14 +67,21 @@ class Budget:
     def ended(self, record: Record) -> None:
         self.stopped(record.run_id)
         run = self._plan.runs[record.run_id]
-        if record.status == "failed":
-            self._ended[run.run_id] = self.expected(run) or 0.0
+        if record.status == "failed" or record.stopped:
+            self._ended[run.run_id] = (self.expected(run) or 0.0) * self._share(record)
         elif record.status == "done" and self.limit.unit == "runs":
             self._ended[run.run_id] = 1.0
         elif record.status == "done":
             cost = cost_of_run(run, record, self._ledger.run_folder(run.run_id), self._plan.config)
-            self._measured.append((run.cell, cost))
+            self._measured.append((run, cost))
+            self._medians = None
             self._ended[run.run_id] = self._amount(cost)
+
+    def _share(self, record: Record) -> float:
+        """Of what a whole run is expected to take: of hours, that of the steps before one was stopped early."""
+        if record.stopped is None or self.limit.unit == "runs":
+            return 1.0
+        return float(record.stopped["step"] / record.stopped["steps"])
 
     def _amount(self, cost: RunCost) -> float:
         seconds: float = getattr(cost, SECONDS[self.limit.unit])

@@ -1,4 +1,4 @@
-"""Which trainings Ray Tune stops early: its ASHA, one for each choice, so that only siblings are compared.
+"""Which trainings Ray Tune stops early: its ASHA, one for the siblings of each cell, which alone are compared.
 
 ASHA decides as trainings arrive at a rung, by those that came before. Decisions follow from the ledger's rungs in their
 order, so a driver that goes on begins with those of the one before it. With several workers another order of arrival
@@ -18,7 +18,7 @@ from tune_sparse.config import EarlyStopping
 from tune_sparse.ledger.record import Record
 from tune_sparse.ledger.run import Run
 from tune_sparse.ledger.rungs import Rung, RungJournal
-from tune_sparse.sweep.siblings import choice_of
+from tune_sparse.sweep.siblings import siblings_of
 from tune_sparse.sweep.tune_parts import Unsaved
 
 
@@ -33,13 +33,13 @@ class EarlyStopper(Unsaved, FIFOScheduler):
         config: EarlyStopping,
         runs: Mapping[str, Run],
         journal: RungJournal,
-        rivals: Callable[[Run], tuple[Any, ...]] = choice_of,
+        rivals: Callable[[Run], tuple[Any, ...]] = siblings_of,
     ) -> None:
         super().__init__()
         assert config.stop_early is not None
         self._config, self._by, self._runs, self._journal = config, config.stop_early, runs, journal
         self._rivals = rivals
-        self._choices: dict[tuple[Any, ...], ASHAScheduler] = defaultdict(self._asha)
+        self._ashas: dict[tuple[Any, ...], ASHAScheduler] = defaultdict(self._asha)
         self._values: dict[str, dict[int, float]] = defaultdict(dict)
         self._stopped: dict[str, int] = {}
         for rung in journal.read():
@@ -58,7 +58,7 @@ class EarlyStopper(Unsaved, FIFOScheduler):
         if run is None or rung.by != self._by or rung.step not in steps or rung.step in self._values[rung.run_id]:
             return
         self._values[rung.run_id][rung.step] = rung.value
-        asha, trial = self._choices[self._rivals(run)], SimpleNamespace(trial_id=rung.run_id)
+        asha, trial = self._ashas[self._rivals(run)], SimpleNamespace(trial_id=rung.run_id)
         asha.on_trial_add(None, trial)
         reached = {"rung": self._config.reduction ** steps.index(rung.step), "value": rung.value}
         if asha.on_trial_result(None, trial, reached) == TrialScheduler.STOP:

@@ -71,7 +71,7 @@ class Finder:
         self._neighbours = _neighbours(curves)
         self._curves_of: dict[str, set[int]] = {}
         for number, curve in enumerate(curves):
-            for run in chain(curve.dense, *curve.runs):
+            for run in chain(*map(curve.needed, (curve.dense, *curve.runs))):
                 for own in self._way_to(run):
                     self._curves_of.setdefault(own, set()).add(number)
         self._lose(run for run, score in self.known.items() if score is None)
@@ -118,9 +118,10 @@ class Finder:
         return sum(map(self.is_decided, range(len(self.curves))))
 
     def curve_of(self, run: str) -> int | None:
-        """The curve of which a run is a level; None for one that several share."""
-        found = self._curves_of.get(run, set())
-        return next(iter(found)) if len(found) == 1 else None
+        """The curve of which a run is a level, or leads to one; None for one that several share."""
+        needed = self._curves_of.get(run, set())
+        own = {number for number in needed if any(run in level for level in self.curves[number].runs)} or needed
+        return next(iter(own)) if len(own) == 1 else None
 
     def _in_turn(self) -> list[int]:
         """The curves that want a run, the one to serve first."""
@@ -130,7 +131,8 @@ class Finder:
 
     def _of_curve(self, number: int) -> str:
         """The run that an open curve wants: another point of a level that has some, or the next level."""
-        bracket, runs = self.brackets[number], self.curves[number].runs
+        bracket, curve = self.brackets[number], self.curves[number]
+        runs = [curve.needed(level) for level in curve.runs]
         between = runs[bracket.low + 1 : bracket.high]
         begun = (level for level in between if 0 < sum(run in self.known for run in level) < len(level))
         if (level := next(begun, None)) is None:
@@ -158,11 +160,14 @@ class Finder:
         most before that mask: the other mode of a pair has no such end."""
         curve = self.curves[number]
         for name in NEAREST:
-            others = [other for other in self._neighbours[name][_without(curve, name)] if self.is_decided(other)]
+            others = [other for other in self._neighbours[name][_without(curve, name)] if self._has_answer(other)]
             found = [self._answer(other, before_merge=name == "mode") for other in others]
             if found:
                 return statistics.median_low(found)
         return None
+
+    def _has_answer(self, number: int) -> bool:
+        return self.brackets[number].dense == "done" and self.is_decided(number)
 
     def _answer(self, number: int, before_merge: bool) -> int:
         if not before_merge:

@@ -12,6 +12,7 @@ from typing import Any
 
 from tune_sparse.cerebras.graphs import COMPILE_SECONDS, Graph
 from tune_sparse.config import Cell, SweepConfig
+from tune_sparse.config.protocol import CALIBRATION_SETTINGS
 from tune_sparse.ledger.contracts import LedgerReader
 from tune_sparse.ledger.record import Record
 from tune_sparse.ledger.run import Run
@@ -24,9 +25,14 @@ from tune_sparse.sweep.progress import duration
 from tune_sparse.sweep.resources import available_cores
 
 TASK = ("backend", "model", "task")
-TIME_GROUPS = ((*TASK, "mode", "schedule"), (*TASK, "mode"), TASK, ("backend", "model"))
+SETTINGS = "settings"
+"""Among the names of a group: what runs share of `COSTLY`."""
+COSTLY = ("global_batch_size", "train_also", "lora_rank", "packing", "recover", *CALIBRATION_SETTINGS)
+"""Settings that may be axes and that change what a run takes, beside its steps."""
+KIND = (*TASK, "mode", "schedule")
+TIME_GROUPS = ((*KIND, SETTINGS), KIND, (*TASK, "mode"), TASK, ("backend", "model"))
 """A run takes the median of the first of these that has a measured run; never of another backend or model."""
-DISK_GROUPS = ((*TASK, "mode"), ("backend", "model", "mode"))
+DISK_GROUPS = ((*TASK, "mode", SETTINGS), ("backend", "model", "mode", SETTINGS))
 """The bytes of a run depend on its mode before all; without a measured run its bound is taken."""
 
 
@@ -47,8 +53,8 @@ class RunCost:
     training_fraction: float = 0.0
     """of the trial's seconds"""
 
-    def with_steps(self, ratio: float) -> RunCost:
-        """The same with so many times as many steps, beside which what does not train takes as long."""
+    def with_training(self, ratio: float) -> RunCost:
+        """The same with so many times as many examples trained on, beside which what does not train takes as long."""
         if ratio == 1:
             return self
         longer = 1 + self.training_fraction * (ratio - 1)
@@ -135,22 +141,18 @@ class Forecast:
 
 def forecast(plan: Plan, ledger: LedgerReader, missing: Sequence[Run]) -> Forecast:
     """Medians of the done runs of a plan, which have its protocol, for its missing ones."""
-    steps = plan.config.protocol.steps
     measured = [
-        (
-            run.cell,
-            cost_of_run(run, record, ledger.run_folder(run.run_id), plan.config).with_steps(steps / run.own_steps),
-        )
+        (run, cost_of_run(run, record, ledger.run_folder(run.run_id), plan.config))
         for run in plan.runs.values()
         if (record := ledger.record(run.run_id)) and record.status == "done"
     ]
     timed, written = Medians(measured, TIME_GROUPS), Medians(measured, DISK_GROUPS)
-    like = [(run, timed.nearest(run.cell)) for run in missing]
-    known = [(run, cost.with_steps(run.own_steps / steps)) for run, (_, cost) in like if cost]
+    like = [(run, timed.nearest(run)) for run in missing]
+    known = [(run, cost) for run, (_, cost) in like if cost]
     graphs = _missing_graphs(plan, ledger, missing)
     compiling = len(graphs) * max((cost.compile_seconds for _, cost in measured), default=0.0)
     held = 0.0 if plan.config.cerebras.compile_first else compiling
-    disk = [written.nearest(run.cell)[1] for run in missing]
+    disk = [written.nearest(run)[1] for run in missing]
     return Forecast(
         runs=len(missing),
         cpu_seconds=sum(cost.cpu_seconds for _, cost in known),
@@ -190,19 +192,18 @@ def longest_first(plan: Plan, ledger: LedgerReader, runs: Sequence[Run]) -> list
     Runs of one backend, model, task and mode stay together, and rarely let a worker change its model. Where some of
     these have no measured run to go by, the larger model counts as the longer.
     """
-    kind, *_ = TIME_GROUPS
-    seconds: dict[tuple[Any, ...], list[tuple[float, float]]] = {_values(run.cell, kind): [] for run in runs}
+    seconds: dict[tuple[Any, ...], list[tuple[float, float]]] = {_values(run, KIND): [] for run in runs}
     for run in plan.runs.values():
         record = ledger.record(run.run_id)
         if record and record.status == "done":
             trial, training = (record.measured[f"{name}_seconds"] for name in ("trial", "train"))
-            seconds.setdefault(_values(run.cell, kind), []).append((trial - training, training / run.own_steps))
+            seconds.setdefault(_values(run, KIND), []).append((trial - training, training / trained_examples(run)))
     is_measured = all(seconds.values())
 
     def expected(run: Run) -> float:
         if is_measured:
-            return statistics.median(rest + step * run.own_steps for rest, step in seconds[_values(run.cell, kind)])
-        return pruned_weights(plan.checkpoints[run.cell.model].dims) * run.own_steps
+            return statistics.median(rest + each * trained_examples(run) for rest, each in seconds[_values(run, KIND)])
+        return pruned_weights(plan.checkpoints[run.cell.model].dims) * trained_examples(run)
 
     followers: dict[str, list[Run]] = {}
     for run in runs:
@@ -216,26 +217,38 @@ def longest_first(plan: Plan, ledger: LedgerReader, runs: Sequence[Run]) -> list
 
 
 class Medians:
-    """Medians of measured runs, by what they share."""
+    """Medians of measured runs, by what they share, each run counted as if it trained on as many examples."""
 
-    def __init__(self, measured: Iterable[tuple[Cell, RunCost]], groups: Sequence[tuple[str, ...]]) -> None:
+    def __init__(self, measured: Iterable[tuple[Run, RunCost]], groups: Sequence[tuple[str, ...]]) -> None:
         members: dict[tuple[tuple[str, ...], tuple[Any, ...]], list[RunCost]] = {}
-        for cell, cost in measured:
+        known = list(measured)
+        self._examples = trained_examples(known[0][0]) if known else 1
+        for run, cost in known:
             for names in groups:
-                members.setdefault((names, _values(cell, names)), []).append(cost)
+                alike = members.setdefault((names, _values(run, names)), [])
+                alike.append(cost.with_training(self._examples / trained_examples(run)))
         self._groups = groups
         self._medians = {key: _median(cost) for key, cost in members.items()}
 
-    def nearest(self, cell: Cell) -> tuple[tuple[str, ...], RunCost | None]:
-        """Find the first group that has measured runs; returns what the cell shares with them, and their median."""
+    def nearest(self, run: Run) -> tuple[tuple[str, ...], RunCost | None]:
+        """Find the first group that has measured runs; returns what the run shares with them, and their median for its
+        own number of examples."""
         for names in self._groups:
-            if median := self._medians.get((names, _values(cell, names))):
-                return names, median
+            if median := self._medians.get((names, _values(run, names))):
+                return names, median.with_training(trained_examples(run) / self._examples)
         return (), None
 
 
-def _values(cell: Cell, names: Sequence[str]) -> tuple[Any, ...]:
-    return tuple(getattr(cell, name) for name in names)
+def trained_examples(run: Run) -> int:
+    return run.own_steps * run.protocol.global_batch_size
+
+
+def _values(run: Run, names: Sequence[str]) -> tuple[Any, ...]:
+    return tuple(_costly(run) if name == SETTINGS else getattr(run.cell, name) for name in names)
+
+
+def _costly(run: Run) -> tuple[Any, ...]:
+    return tuple(getattr(run.protocol, name) for name in COSTLY)
 
 
 def _median(members: Sequence[RunCost]) -> RunCost:
@@ -245,7 +258,7 @@ def _median(members: Sequence[RunCost]) -> RunCost:
 
 def pilot_key(cell: Cell) -> tuple[str, ...]:
     """The kind of runs for which one pilot is run."""
-    return _values(cell, TASK)
+    return cell.backend, cell.model, cell.task
 
 
 def pilots(plan: Plan, ledger: LedgerReader, missing: Sequence[Run]) -> list[Run]:

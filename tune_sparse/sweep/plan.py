@@ -46,7 +46,7 @@ from tune_sparse.sweep.chains import (
 from tune_sparse.sweep.examples import Examples, read_examples
 from tune_sparse.sweep.points import CellAtPoint, at_points, check_axes_are_read
 from tune_sparse.sweep.retries import has_more_memory_now, is_missing, lacked_memory
-from tune_sparse.sweep.siblings import check_choices
+from tune_sparse.sweep.siblings import check_siblings
 from tune_sparse.training.budgets import cpu_budgets
 
 if TYPE_CHECKING:
@@ -228,7 +228,7 @@ def plan_cells(config: SweepConfig, examples: Examples) -> Plan:
                 | {"axes": dict(point.point), "chance": mean_chance(tasks_named(point.cell.task))}
             )
     if config.early_stopping.stop_early:
-        check_choices(config.early_stopping, runs.values())
+        check_siblings(config.early_stopping, runs.values())
     described = {name: _plain(value) for name, value in asdict(config).items()}
     sweep_id = hash_json(sorted(rows))[:12]
     record = SweepRecord(sweep_id, time.time(), described, tuple(rows.values()))

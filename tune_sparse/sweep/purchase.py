@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from operator import mul
 
 from tune_sparse.ledger.contracts import LedgerReader
 from tune_sparse.ledger.curves import Bracket
@@ -59,15 +60,17 @@ def purchase(plan: Plan, ledger: LedgerReader, missing: Sequence[Run]) -> Purcha
         prices = [(budget.expected(run) or 0.0) if budget else 0.0 for run in missing]
         return Purchase(0, 0, (len(missing), len(missing)), str(limit), left, (0, 0), _affordable(prices, left))
     fixed = [run for run in finder.fixed if run not in finder.known]
-    left_open = [bracket for number, bracket in enumerate(finder.brackets) if not finder.is_decided(number)]
-    counts = [needed_runs(bracket, finder.gap) for bracket in left_open]
+    left_open = [number for number in range(len(finder.curves)) if not finder.is_decided(number)]
+    counts = [needed_levels(finder.brackets[number], finder.gap) for number in left_open]
+    points = [len(finder.curves[number].runs[-1]) for number in left_open]
     best, worst = ([count[side] for count in counts] for side in (0, 1))
-    runs = len(fixed) + sum(best), len(fixed) + sum(worst)
+    least, most = (sum(map(mul, levels, points)) for levels in (best, worst))
+    runs = len(fixed) + least, len(fixed) + most
     buys = _bought(plan, finder, budget, fixed, worst), _bought(plan, finder, budget, fixed, best)
     return Purchase(len(finder.curves), finder.decided, runs, str(limit) if limit else None, left, buys, 0)
 
 
-def needed_runs(bracket: Bracket, gap: int) -> Range:
+def needed_levels(bracket: Bracket, gap: int) -> Range:
     """The fewest and the most levels that decide a curve, over all answers that it may have."""
     known = replace(bracket, dense="done")
     answers = range(known.low, known.high)

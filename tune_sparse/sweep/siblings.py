@@ -1,4 +1,4 @@
-"""Choices: the trainings of one cell that differ in their settings, which alone early stopping compares."""
+"""Siblings: the trainings of one cell that differ in their settings, which alone early stopping compares."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ LIKE_WITH_LIKE = ("steps", "train_on_prompt", "max_tokens", "max_new_tokens", "n
 """The settings of a protocol without which two values at a rung are not of the same thing."""
 
 
-def choice_of(run: Run) -> tuple[Any, ...]:
-    """Names the siblings that a training is compared with: its cell's, of as many steps, judged on the same."""
+def siblings_of(run: Run) -> tuple[Any, ...]:
+    """Names the siblings among which a training is: its cell's, of as many steps, judged on the same."""
     return run.cell, *(getattr(run.protocol, name) for name in LIKE_WITH_LIKE)
 
 
-def check_choices(config: EarlyStopping, runs: Iterable[Run]) -> None:
+def check_siblings(config: EarlyStopping, runs: Iterable[Run]) -> None:
     """Raise `InputError` where early stopping has nothing to compare, or a training has no room for its rungs."""
-    siblings = Counter(map(choice_of, runs))
+    counts = Counter(map(siblings_of, runs))
     for run in runs:
         config.rung_steps(run.protocol.steps)
         if config.stop_early == "accuracy" and not all(
@@ -32,7 +32,7 @@ def check_choices(config: EarlyStopping, runs: Iterable[Run]) -> None:
             raise InputError(
                 f"stop_early accuracy needs tasks with questions, got {run.cell.task}, which is text. Give loss."
             )
-    if siblings and max(siblings.values()) < 2:
+    if counts and max(counts.values()) < 2:
         raise InputError(
             "stop_early compares trainings of one cell that differ in their settings, got one training for each cell. "
             "Give several values of a setting with --axis, or leave stop_early out."

@@ -135,7 +135,8 @@ def check_budget(plan: Plan, ledger: LedgerReader, missing: Sequence[Run]) -> No
 
 
 def _price(curve: Curve, plan: Plan, budget: Budget) -> float | None:
-    """The dense run and two levels, with all their points; None where nothing like them was measured."""
-    runs = [*curve.dense, *curve.runs[0], *curve.runs[-1]]
-    prices = [budget.expected(plan.runs[run]) for run in runs]
+    """The dense run and two levels, with all their points, and the seeds over which one is chosen; None where nothing
+    like them was measured."""
+    levels = (curve.dense, curve.runs[0], curve.runs[-1])
+    prices = [budget.expected(plan.runs[run]) for runs in levels for run in curve.needed(runs)]
     return None if None in prices else sum(filter(None, prices))
