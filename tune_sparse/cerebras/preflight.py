@@ -131,11 +131,11 @@ def end_leftovers(ledger: Ledger, settings: Cerebras) -> Iterator[str]:
 def lower_all(
     config: SweepConfig, checkpoints: Mapping[str, Checkpoint], graphs: Sequence[Graph], ledger: Ledger
 ) -> Iterator[Lowering]:
-    """Lower graphs that will be trained, of those that differ in their annotation alone the last.
+    """Lower graphs that will be trained, of those that differ in numbers alone the last.
 
     Raises `RunError` that names what has no lowering.
     """
-    kinds = {replace(graph, annotation=graph.annotation is not None): graph for graph in graphs}
+    kinds = {graph.operations: graph for graph in graphs}
     for graph in kinds.values():
         folder = write_graph(config, checkpoints[graph.model], graph, ledger, Cerebras(cerebras_target="validate"))
         report = run_child(folder, config.protocol.threads)
@@ -194,6 +194,8 @@ def write_graph(
         adapters = {name: _no_adapter(shape, protocol.lora_rank) for name, shape in shapes.items()}
         save_file(named_adapters(adapters, checkpoint.dims.head_dim), folder / "adapter_start.safetensors")
     job = _graph_job(graph, {cerebras_name(name): list(shape) for name, shape in shapes.items()}, folder)
+    if graph.changing:
+        job["changes"] = graph.changing.job(graph.changing.counts_at_target(job["shapes"]))
     started = {"checkpoint_steps": None, "restart": None}
     of_appliance = job_appliance(settings, [label] if label else [], compile_only=label is not None)
     write_json(folder / "job.json", job | started | job_protocol(protocol, 0) | of_appliance)
@@ -211,6 +213,7 @@ def _graph_job(graph: Graph, shapes: dict[str, list[int]], folder: Path) -> dict
         "update_is_masked": graph.trained == "masked adapters",
         "pruned": list(shapes) if graph.trained == "masked weights" else [],
         "annotated": {} if told is None else dict.fromkeys(shapes, told),
+        "changes": None,
         "shapes": shapes,
         "examples": str((folder / "examples").resolve()),
         "masks": None,

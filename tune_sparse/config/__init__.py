@@ -31,7 +31,7 @@ from tune_sparse.config.presets import DEFAULT_PRESET, preset_settings
 from tune_sparse.config.protocol import Protocol as Protocol
 from tune_sparse.config.protocol import without_published
 from tune_sparse.config.schedule_settings import ScheduleSettings as ScheduleSettings
-from tune_sparse.config.schedule_settings import check_are_read, check_schedules
+from tune_sparse.config.schedule_settings import check_are_read, check_on_cerebras, check_schedules
 from tune_sparse.config.spending import BudgetLimit, FindRule, check_spending
 from tune_sparse.errors import InputError, unknown_name
 from tune_sparse.modes import DENSE, MODES, SPARSE_ADAPTER_MODES
@@ -319,12 +319,7 @@ class SweepConfig:
         return tuple(mode for mode in self.modes if not MODES[mode].has_adapter)
 
     def _check_cerebras(self) -> None:
-        rule(
-            self.schedules == (ONE_SHOT,),
-            f"the backend cerebras trains with fixed masks, so its only schedule is {ONE_SHOT}",
-            self.schedules,
-            "Leave the others out, or train on torch.",
-        )
+        check_on_cerebras(self.schedules, self.schedule_settings)
         masked = [mode for mode in self.modes if MODES[mode].masks_update]
         rule(
             not (self.protocol.lora_dropout and masked and any(self.sparsities)),
