@@ -46,8 +46,12 @@ BROKEN_SWEEPS: list[tuple[dict[str, Any], str]] = [
     ({"modes": ("sparse-to-dense",), "dynamics_every": 5}, r"dynamics_every is read by masked-finetuning alone"),
     ({"schedules": ("gradual",), "recover": "reconstruct"}, r"gradual begins with all of them, got 'reconstruct'\."),
     (
-        {"schedules": ("gradual",), "backend": "cerebras"},
-        r"the backend cerebras trains with fixed masks, so its only schedule is one-shot, got \('gradual',\)\.",
+        {"schedules": ("gradual",), "backend": "cerebras", "revivable": True},
+        r"cerebras prunes weights in place, .*: revivable must be false with it, got True\. Leave it out, or train on",
+    ),
+    (
+        {"schedules": ("iterative",), "backend": "cerebras", "restart_learning_rate": False},
+        r"the backend cerebras begins .* anew: restart_learning_rate must be true with it, got False\.",
     ),
 ]
 
