@@ -28,6 +28,7 @@ from tune_sparse.config import Cell, Cerebras, ScheduleSettings
 from tune_sparse.ledger.ledger import Ledger
 from tune_sparse.ledger.run import Run
 from tune_sparse.pruning.bit_masks import BitMasks
+from tune_sparse.pruning.mask_io import read_bits
 from tune_sparse.pruning.mask_updates import cut, regrow
 from tune_sparse.schedules import SCHEDULES
 
@@ -124,6 +125,22 @@ def test_growing_keeps_what_a_matrix_has_and_leaves_one_without_zeros_alone() ->
 @pytest.mark.parametrize("schedule", ["one-shot", "iterative"])
 def test_masks_that_stay_in_a_training_change_nothing_of_its_graph(schedule: str) -> None:
     assert ChangingMasks.from_run(planned_run(schedule)) is None
+
+
+@pytest.mark.parametrize("schedule", CHANGING)
+def test_masks_that_it_ends_with_are_kept_here(llama: Path, site: Path, schedule: str, tmp_path: Path) -> None:
+    """With a stand-in that keeps the first weights of each matrix, as many as it was told."""
+    ledger, on_cpu = Ledger(tmp_path), {"target": "cpu", "release": "2.10.0"}
+    run = replace(scheduled_run(llama, schedule, backend="cerebras"), cerebras=on_cpu)
+    record = finished(run, ledger)
+    assert record.status == "done", record.error
+    folder = ledger.run_folder(run.run_id)
+    assert record.metrics["actual_sparsity"] == pytest.approx(0.5, abs=1e-3)
+    masks = read_bits(folder / "masks.safetensors", torch.device("cpu"))
+    counted = json.loads((folder / "sparse_config.json").read_text())["kept_by_matrix"]
+    assert masks.kept == {name: kept for name, (kept, _) in counted.items()}
+    assert "no dynamics are recorded" in (folder / "train.log").read_text()
+    assert not list((ledger.folder / "cerebras" / run.run_id).glob("trained*"))
 
 
 SCHEDULES_THERE = """

@@ -116,3 +116,10 @@ def test_a_method_whose_masks_a_schedule_cannot_make_or_keep_is_refused(method: 
 )
 def test_other_methods_go_with_a_schedule(method: str, schedule: str) -> None:
     check_schedule(method, schedule)
+
+
+def test_on_cerebras_no_update_compares_the_weights_of_a_whole_model() -> None:
+    check_schedule("magnitude-global", "rigl", ("cerebras",))
+    check_schedule("magnitude-erk", "gradual", ("cerebras",))
+    with pytest.raises(InputError, match="an update knows one matrix alone"):
+        check_schedule("magnitude-global", "gradual", ("torch", "cerebras"))

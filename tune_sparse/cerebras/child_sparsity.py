@@ -160,4 +160,4 @@ class ChangingSparsity(Callback):
 
 def sparsity_of(job):
     """The callback that keeps, or changes, the masks of a job."""
-    return ChangingSparsity(job) if job["changes"] else StaticSparsity(job)
+    return ChangingSparsity(job) if job["changes"] and job["pruned"] else StaticSparsity(job)
