@@ -171,9 +171,8 @@ class CerebrasTraining:
         finally:
             handle.stop()
         _read_back_into(trainable, run, pruned, folder, log)
-        annotation = self.settings.sparsity_annotation
         padded = padded_tokens(longest_tokens(examples.train), self.settings.bucket_tokens)
-        training.appliance = {"sparsity_annotation": annotation, "padded_tokens": padded}
+        training.appliance = {"sparsity_annotation": self.settings.sparsity_annotation, "padded_tokens": padded}
         if self.is_csx:
             tell_stages_apart(training, read_stages((folder / "child.log").read_text(errors="replace")), restart)
         return training
@@ -342,15 +341,14 @@ def _zeros(run: Run, count: int) -> str:
 def _masks_read_into(trainable: TrainableModel, run: Run, folder: Path) -> BitMasks | None:
     """Put the masks that a training ended with into what was trained, and return them; None where they stay.
 
-    Of a matrix without a pruned weight at its end nothing is known there: its mask is what it was.
+    A matrix without a pruned weight has the mask that it had.
     """
     if not run.updates:
         return None
     assert isinstance(trainable, MaskedFinetuning)
     found = BitMasks.pack(trained_masks(folder, _head_dim(trainable))).to(trainable.model.device)
     began = trainable.current.now
-    bits = {name: found.bits.get(name, own) for name, own in began.bits.items()}
-    trainable.current.now = BitMasks(bits, began.shapes, {**began.kept, **found.kept})
+    trainable.current.now = BitMasks({**began.bits, **found.bits}, began.shapes, {**began.kept, **found.kept})
     return trainable.current.now
 
 
@@ -363,8 +361,8 @@ def _check_unchanged(report: dict[str, Any], run: Run, pruned: Pruned, masks: Bi
         counted = report["zeros"].get(cerebras_name(name))
         if counted != wanted and (counted is not None or not mask.all()):
             found.append(f"{name}: {wanted} weights must be 0 after the training, got {counted}")
-    if report["steps"] != run.own_protocol.steps:
-        found.append(f"{run.own_protocol.steps} steps must be trained, got {report['steps']}")
+    if report["steps"] != (steps := run.own_protocol.steps):
+        found.append(f"{steps} steps must be trained, got {report['steps']}")
     if found:
         raise RunError("a training on Cerebras must leave the base alone: " + "; ".join(found))
 
