@@ -66,7 +66,7 @@ def _convert(fault: str, output: Path, index: Path) -> None:
 
 
 def _train(fault: str, losses: Path, folder: Path) -> None:
-    from safetensors.numpy import load_file, save_file
+    from safetensors.numpy import save_file
 
     if fault == "unavailable":
         sys.exit("StatusCode.UNAVAILABLE")
@@ -96,13 +96,29 @@ def _train(fault: str, losses: Path, folder: Path) -> None:
             lines.write(json.dumps({"at": time.monotonic(), "step": step, "loss": shown}) + "\n")
             if step % (job["checkpoint_steps"] or job["steps"]) == 0:
                 _save_checkpoint(folder / "model_dir", step)
-    masks = load_file(job["masks"])
-    shapes = job["shapes"]
+    masks = _ended_masks(job)
     save_file(_trained(job, Path(base["config"]).read_text()), folder / "trained.safetensors")
-    zeros = {n: shapes[n][0] * shapes[n][1] - _bits(masks[n]) for n in job["pruned"]}
+    if job["changes"]:
+        save_file({name: masks[name] for name in job["pruned"]}, folder / "trained_masks.safetensors")
+    zeros = {name: int((~masks[name]).sum()) for name in job["pruned"]}
     changed = ["model.lm_head.weight"] if fault == "changed" else []
     report = {"seconds": 1.0, "release": "2.10.0", "peak_memory_bytes": 1, "steps": job["steps"]}
     (folder / "report.json").write_text(json.dumps(report | {"changed": changed, "zeros": zeros}))
+
+
+def _ended_masks(job: dict[str, Any]) -> dict[str, Any]:
+    """Bool masks of every matrix; a schedule keeps the first of its weights, as many as it was told."""
+    import numpy as np
+    from safetensors.numpy import load_file
+
+    ended = {}
+    for name, bits in load_file(job["masks"]).items():
+        size = job["shapes"][name][0] * job["shapes"][name][1]
+        keep = np.unpackbits(bits)[:size].astype(bool)
+        if job["changes"] and name in job["pruned"]:
+            keep = np.arange(size) < job["changes"]["kept"][name][-1]
+        ended[name] = keep.reshape(job["shapes"][name])
+    return ended
 
 
 def _trained(job: dict[str, Any], model_folder: str) -> dict[str, Any]:
@@ -121,10 +137,10 @@ def _trained(job: dict[str, Any], model_folder: str) -> dict[str, Any]:
     config = json.loads((Path(model_folder) / "config.json").read_text())
     head_dim = config["hidden_size"] // config["num_attention_heads"]
     trained = {}
-    for name, bits in load_file(job["masks"]).items():
+    for name, keep in _ended_masks(job).items():
         weight = hugging_face_name(name)
         rows = interleaved(weight, torch.from_numpy(dense[weight]), head_dim).numpy()
-        trained[name] = (rows + np.float32(0.001)) * np.unpackbits(bits)[: rows.size].reshape(rows.shape)
+        trained[name] = (rows + np.float32(0.001)) * keep
     return trained
 
 
@@ -134,7 +150,7 @@ def _is_compiled(cache: Path, job: dict[str, Any], config: str) -> bool:
 
     with safe_open(Path(job["examples"]) / "tokens.safetensors", framework="np") as tokens:
         width = tokens.get_slice("examples").get_shape()[2]
-    names = ("trains", "update_is_masked", "annotated", "shapes", "batch_size", "rank")
+    names = ("trains", "update_is_masked", "annotated", "changes", "shapes", "batch_size", "rank")
     graph = [config, width, *(json.dumps(job[name], sort_keys=True) for name in names)]
     known = cache / hashlib.sha256(repr(graph).encode()).hexdigest()
     cache.mkdir(exist_ok=True)
@@ -167,12 +183,6 @@ def _save_checkpoint(model_dir: Path, step: int) -> None:
 
 def _falling(loss: float, step: int, job: dict[str, object]) -> float:
     return loss if step == 1 else loss / (step + bool(job["update_is_masked"]))
-
-
-def _bits(packed: object) -> int:
-    import numpy as np
-
-    return int(np.unpackbits(packed).sum())  # type: ignore[arg-type]
 
 
 def _known_first_loss(losses: Path, job: dict[str, object], model_folder: str) -> float:

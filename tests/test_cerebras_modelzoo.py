@@ -44,9 +44,12 @@ LOSS_TOLERANCE = 5e-3
 """Relative, of 20 losses in float32. Model Zoo's AdamW adds epsilon before its bias correction, torch's after it."""
 
 
-def run_there(environment: SiteEnvironment, code: str, *arguments: object) -> None:
+def run_there(environment: SiteEnvironment, code: str, *arguments: object) -> str:
+    """What the code prints there as its last line."""
     command = [str(environment.python), "-c", code, *map(str, arguments)]
-    subprocess.run(command, env=environment.variables(), check=True, capture_output=True, timeout=300)
+    ran = subprocess.run(command, env=environment.variables(), capture_output=True, text=True, timeout=300)
+    assert not ran.returncode, ran.stderr
+    return (ran.stdout.splitlines() or [""])[-1]
 
 
 READ_MDL = """
@@ -284,13 +287,7 @@ def test_a_lost_training_ends_with_the_weights_of_an_undisturbed_one(
     )
     stage = CerebrasTraining(Cerebras("cpu", checkpoint_steps=10))
     lost, whole = Ledger(tmp_path / "lost"), Ledger(tmp_path / "whole")
-    steps = run_cell(run, lost, WorkerCache(), stage)
-    while (step := next(steps)) is None or step.step < 14:
-        pass
-    [child] = [p for p in psutil.process_iter(["cmdline"]) if is_child_in(lost.folder, p.info["cmdline"] or [])]
-    child.kill()
-    with pytest.raises(ApplianceError, match="killed by signal 9"):
-        list(steps)
+    lose_after(14, run, lost, stage)
     for ledger in (lost, whole):
         for _ in run_cell(run, ledger, WorkerCache(), stage):
             pass
@@ -298,6 +295,17 @@ def test_a_lost_training_ends_with_the_weights_of_an_undisturbed_one(
     assert torch.equal(losses(lost, run), losses(whole, run))
     records = [ledger.record(run.run_id) for ledger in (lost, whole)]
     assert len({record.metrics["weights_sha256"] for record in records if record}) == 1
+
+
+def lose_after(last: int, run: Run, ledger: Ledger, stage: CerebrasTraining) -> None:
+    """Kill a training after that step."""
+    steps = run_cell(run, ledger, WorkerCache(), stage)
+    while (step := next(steps)) is None or step.step < last:
+        pass
+    [child] = [p for p in psutil.process_iter(["cmdline"]) if is_child_in(ledger.folder, p.info["cmdline"] or [])]
+    child.kill()
+    with pytest.raises(ApplianceError, match="killed by signal 9"):
+        list(steps)
 
 
 def is_child_in(folder: Path, command: list[str]) -> bool:

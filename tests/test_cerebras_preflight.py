@@ -22,7 +22,8 @@ from tune_sparse.cerebras.environment import SiteEnvironment
 from tune_sparse.cerebras.graphs import Graph
 from tune_sparse.cerebras.job import examples_in_order, write_job
 from tune_sparse.cerebras.preflight import matrix_shapes, run_child, write_graph
-from tune_sparse.config import Cerebras, SweepConfig
+from tune_sparse.cerebras.sparsity import ChangingMasks
+from tune_sparse.config import Cerebras, ScheduleSettings, SweepConfig
 from tune_sparse.errors import RunError
 from tune_sparse.ledger.ledger import Ledger
 from tune_sparse.models.checkpoints import check_checkpoint, prunable_weights
@@ -85,13 +86,24 @@ def test_trainings_of_one_graph_lower_to_one_text_and_others_to_others(
 
 
 @pytest.mark.modelzoo
-@pytest.mark.parametrize("mode", ["sparse-to-dense", "sparse-to-sparse", "masked-finetuning"])
+@pytest.mark.parametrize(
+    ("mode", "schedule"),
+    [
+        ("sparse-to-dense", "one-shot"),
+        ("sparse-to-sparse", "one-shot"),
+        *(("masked-finetuning", schedule) for schedule in ("one-shot", "gradual", "set", "rigl")),
+    ],
+)
 def test_what_is_lowered_or_compiled_ahead_is_the_text_of_the_training(
-    llama: Path, environment: SiteEnvironment, mode: str, tmp_path: Path
+    llama: Path, environment: SiteEnvironment, mode: str, schedule: str, tmp_path: Path
 ) -> None:
     """A training as it is written, and the graph that stands for it, hand the same text to the compiler."""
     rank = 16 if mode == "masked-finetuning" else 4
-    config = small_config(llama, tasks="boolq", methods="random", sparsities="0.5", modes=mode, lora_rank=rank)
+    method = "unstructured" if schedule == "gradual" else "random"
+    config = small_config(llama, tasks="boolq", methods=method, sparsities="0.5", modes=mode, lora_rank=rank)
+    if schedule != "one-shot":
+        settings = {"gradual_updates": 4} if schedule == "gradual" else {"update_every": 3}
+        config = replace(config, schedules=(schedule,), schedule_settings=ScheduleSettings(**settings))
     plan, ledger = make_plan(config), Ledger(tmp_path)
     [run], worker = plan.runs.values(), WorkerCache()
     graph = plan_graphs(plan).by_run[run.run_id]
@@ -103,11 +115,13 @@ def test_what_is_lowered_or_compiled_ahead_is_the_text_of_the_training(
     folder, settings = tmp_path / "job", replace(config.cerebras, bucket_tokens=(graph.tokens,))
     folder.mkdir()
     tokens = examples_in_order(examples.train, run.protocol, 0, settings.bucket_tokens)
-    write_job(folder, tokens, starting_weights(run, trainable, pruned), run.protocol, 0, settings, [])
+    start = replace(starting_weights(run, trainable, pruned), changing=ChangingMasks.from_run(run))
+    write_job(folder, tokens, start, run.protocol, 0, settings, [])
     standing = write_graph(config, plan.checkpoints[run.cell.model], graph, ledger, settings)
     shutil.copy(standing / "base.json", folder)
-    texts = {run_child(place, 1)["cirh_sha256"] for place in (folder, standing)}
-    assert len(texts) == 1
+    reports = [run_child(place, 1) for place in (folder, standing)]
+    assert len({report["cirh_sha256"] for report in reports}) == 1
+    assert reports[0]["sparsity_annotations"] >= len(matrix_shapes(llama))
 
 
 @pytest.mark.modelzoo

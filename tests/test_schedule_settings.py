@@ -46,8 +46,12 @@ BROKEN_SWEEPS: list[tuple[dict[str, Any], str]] = [
     ({"modes": ("sparse-to-dense",), "dynamics_every": 5}, r"dynamics_every is read by masked-finetuning alone"),
     ({"schedules": ("gradual",), "recover": "reconstruct"}, r"gradual begins with all of them, got 'reconstruct'\."),
     (
-        {"schedules": ("gradual",), "backend": "cerebras"},
-        r"the backend cerebras trains with fixed masks, so its only schedule is one-shot, got \('gradual',\)\.",
+        {"schedules": ("gradual",), "backend": "cerebras", "revivable": True},
+        r"cerebras prunes weights in place, .*: revivable must be false with it, got True\. Leave it out, or train on",
+    ),
+    (
+        {"schedules": ("iterative",), "backend": "cerebras", "restart_learning_rate": False},
+        r"the backend cerebras begins .* anew: restart_learning_rate must be true with it, got False\.",
     ),
 ]
 
@@ -120,3 +124,10 @@ def test_a_setting_on_an_axis_is_checked_at_its_values_not_at_its_default() -> N
     assert [swept.schedule_settings_at(point).update_every for point in swept.points] == [10, 20]
     with pytest.raises(InputError, match="at update_every=40: rigl must update masks at least 3 times"):
         SweepConfig.from_names(asked | {"axes": {"update_every": "10,40"}})
+
+
+def test_on_cerebras_no_update_compares_the_weights_of_a_whole_model() -> None:
+    check_schedule("magnitude-global", "rigl", ("cerebras",))
+    check_schedule("magnitude-erk", "gradual", ("cerebras",))
+    with pytest.raises(InputError, match="an update knows one matrix alone"):
+        check_schedule("magnitude-global", "gradual", ("torch", "cerebras"))

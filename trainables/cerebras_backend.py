@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Generator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from typing import Protocol as Interface
@@ -19,6 +19,7 @@ from torch import Tensor
 from trainables.cerebras_tries import note_lost, prepare_try, waiting_seconds
 from trainables.loaded import Examples
 from trainables.lora_finetuning import LoraFinetuning
+from trainables.masked_finetuning import MaskedFinetuning
 from trainables.mode import TrainableModel
 from trainables.pruning_stage import Pruned
 from trainables.run_log import RunLog
@@ -31,15 +32,18 @@ from tune_sparse.cerebras.guard import Ended, SupervisedProcess
 from tune_sparse.cerebras.job import (
     CHILD,
     TRAINED,
+    TRAINED_MASKS,
     Start,
     examples_in_order,
     longest_tokens,
     new_lines,
     padded_tokens,
     trained_adapters,
+    trained_masks,
     trained_weights,
     write_job,
 )
+from tune_sparse.cerebras.sparsity import ChangingMasks
 from tune_sparse.cerebras.stages import Stages, read_stages
 from tune_sparse.config import Cerebras
 from tune_sparse.errors import RunError
@@ -137,17 +141,19 @@ class CerebrasTraining:
         log: RunLog,
     ) -> Generator[Step | None, None, Training]:
         """Yield None while it waits. Raises `RunError` for what would come again, `ApplianceError` for the rest."""
-        folder, seed = job_folder(ledger, run.run_id), run.draw_seed
+        folder, seed, protocol = job_folder(ledger, run.run_id), run.draw_seed, run.own_protocol
         restart = prepare_try(folder)
         labels = job_labels(ledger.folder, run) if self.is_csx else []
-        start = starting_weights(run, trainable, pruned)
-        tokens = examples_in_order(examples.train, run.protocol, seed, self.settings.bucket_tokens)
-        write_job(folder, tokens, start, run.protocol, seed, self.settings, labels, restart)
-        first_batch = next(batches(examples.train, run.protocol, seed))
+        start = replace(starting_weights(run, trainable, pruned), changing=ChangingMasks.from_run(run))
+        tokens = examples_in_order(examples.train, protocol, seed, self.settings.bucket_tokens)
+        write_job(folder, tokens, start, protocol, seed, self.settings, labels, restart)
+        first_batch = next(batches(examples.train, protocol, seed))
         accelerator = accelerator_for(trainable.mixed_precision)
-        first = mean_loss(trainable.model, first_batch, run.protocol, accelerator, budgets)
+        first = mean_loss(trainable.model, first_batch, protocol, accelerator, budgets)
         log(f"the training is written in {folder}, the pruned model's loss on the first examples is {first:.4f}")
         log("there, budgets and eval_every have no effect: a step is whole, no loss is measured in between")
+        if start.changing:
+            log("there, masks on the way are not read back: no dynamics are recorded")
         if restart:
             log(f"goes on after step {restart['step']} of a training that was lost")
         if self.is_csx:
@@ -165,9 +171,8 @@ class CerebrasTraining:
         finally:
             handle.stop()
         _read_back_into(trainable, run, pruned, folder, log)
-        annotation = self.settings.sparsity_annotation
         padded = padded_tokens(longest_tokens(examples.train), self.settings.bucket_tokens)
-        training.appliance = {"sparsity_annotation": annotation, "padded_tokens": padded}
+        training.appliance = {"sparsity_annotation": self.settings.sparsity_annotation, "padded_tokens": padded}
         if self.is_csx:
             tell_stages_apart(training, read_stages((folder / "child.log").read_text(errors="replace")), restart)
         return training
@@ -226,7 +231,7 @@ def update_masks(run: Run, pruned: Pruned) -> Masks:
 
 def starting_weights(run: Run, trainable: TrainableModel, pruned: Pruned) -> Start:
     """Return the state that a cell's training begins with."""
-    updated = pruned.weights if run.updates_weights else {}
+    updated = pruned.weights if run.updates_weights or run.level_before else {}
     masks_update = MODES[run.cell.mode].masks_update
     return Start(pruned.masks, updated, _adapters(trainable), masks_update, _head_dim(trainable), run.cell.sparsity)
 
@@ -242,7 +247,7 @@ def stream_steps(
     run: Run, examples: Examples, folder: Path, handle: JobHandle, log: RunLog, check_first: Callable[[float], None]
 ) -> Generator[Step | None, None, Training]:
     """Yield each step as it is reported, and None between, until the training has ended well."""
-    training, protocol = Training(), run.protocol
+    training, protocol = Training(), run.own_protocol
     upcoming = batches(examples.train, protocol, run.draw_seed)
     before, read = math.nan, 0
     while True:
@@ -313,12 +318,14 @@ def failure_of(ended: Ended, folder: Path, steps: int) -> Exception:
 def _read_back_into(trainable: TrainableModel, run: Run, pruned: Pruned, folder: Path, log: RunLog) -> None:
     """Check what was trained, and put it into the model here."""
     report = read_json(folder / "report.json")
-    _check_unchanged(report, run, pruned)
+    ended = _masks_read_into(trainable, run, folder) or pruned.masks
+    _check_unchanged(report, run, pruned, ended)
     if MODES[run.cell.mode].has_adapter:
         _write_adapters_into(trainable, folder)
     else:
         _write_weights_into(trainable, folder)
-    (folder / TRAINED).unlink()  # what the run saves itself is what stays
+    for name in (TRAINED, TRAINED_MASKS):  # what the run saves itself is what stays
+        (folder / name).unlink(missing_ok=True)
     (folder / "lost.json").unlink(missing_ok=True)
     log(f"trained by release {report['release']}: {_zeros(run, sum(report['zeros'].values()))}")
 
@@ -331,17 +338,31 @@ def _zeros(run: Run, count: int) -> str:
     return f"{count} zeros stayed zero"
 
 
-def _check_unchanged(report: dict[str, Any], run: Run, pruned: Pruned) -> None:
+def _masks_read_into(trainable: TrainableModel, run: Run, folder: Path) -> BitMasks | None:
+    """Put the masks that a training ended with into what was trained, and return them; None where they stay.
+
+    A matrix without a pruned weight has the mask that it had.
+    """
+    if not run.updates:
+        return None
+    assert isinstance(trainable, MaskedFinetuning)
+    found = BitMasks.pack(trained_masks(folder, _head_dim(trainable))).to(trainable.model.device)
+    began = trainable.current.now
+    trainable.current.now = BitMasks({**began.bits, **found.bits}, began.shapes, {**began.kept, **found.kept})
+    return trainable.current.now
+
+
+def _check_unchanged(report: dict[str, Any], run: Run, pruned: Pruned, masks: BitMasks) -> None:
     """Raise `RunError` unless the frozen weights are what they were, and every zero is one still."""
     found = [f"{name}: the frozen weight must not change in training" for name in report["changed"]]
     is_frozen = MODES[run.cell.mode].has_adapter
-    for name, mask in pruned.masks.items():
+    for name, mask in masks.items():
         wanted = int((pruned.weights[name] == 0).sum() if is_frozen else (~mask).sum())
         counted = report["zeros"].get(cerebras_name(name))
         if counted != wanted and (counted is not None or not mask.all()):
             found.append(f"{name}: {wanted} weights must be 0 after the training, got {counted}")
-    if report["steps"] != run.protocol.steps:
-        found.append(f"{run.protocol.steps} steps must be trained, got {report['steps']}")
+    if report["steps"] != (steps := run.own_protocol.steps):
+        found.append(f"{steps} steps must be trained, got {report['steps']}")
     if found:
         raise RunError("a training on Cerebras must leave the base alone: " + "; ".join(found))
 

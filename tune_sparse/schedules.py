@@ -94,6 +94,8 @@ class Schedule:
     """A training of it is a chain of levels, each of them a run that begins from the one before."""
     grows: str | None = None
     """By what dropped weights are replaced: "random", or the dense "gradient"; None if they are not."""
+    cerebras_algorithm: str = "static"
+    """That of `cerebras_pytorch.sparse` which changes masks so in one training."""
 
     def read(self, settings: Any) -> dict[str, Any]:
         """The settings that it reads of a `ScheduleSettings`, its own defaults in place of those that are unset."""
@@ -138,6 +140,7 @@ SCHEDULES = {
         settings=("update_from", "update_to", "gradual_updates", "gradual_curve", "revivable"),
         defaults={"update_from": 0.15, "update_to": 0.85},
         starts_dense=True,
+        cerebras_algorithm="gmp",
     ),
     ITERATIVE: Schedule(
         about="level after level: the weights as they are by then are pruned further, then tuned",
@@ -152,6 +155,7 @@ SCHEDULES = {
         settings=REGROWING,
         defaults=REGROWING_DEFAULTS,
         grows="random",
+        cerebras_algorithm="set",
     ),
     "rigl": Schedule(
         about="as set, but those of the largest gradient are grown (RigL: rigging the lottery)",
@@ -159,5 +163,6 @@ SCHEDULES = {
         settings=REGROWING,
         defaults=REGROWING_DEFAULTS,
         grows="gradient",
+        cerebras_algorithm="rigl",
     ),
 }

@@ -35,7 +35,8 @@ from cerebras.modelzoo.trainer.callbacks import (
     TrainingLoop,
 )
 from cerebras.modelzoo.trainer.loggers import Logger
-from child_parts import Adapters, OnlyTrained, Schedule, StaticSparsity, Weights
+from child_parts import Adapters, OnlyTrained, Schedule, Weights
+from child_sparsity import sparsity_of
 from safetensors.torch import load_file, save_file
 
 MODELS = {"llama": LlamaModel, "mistral": MistralModel}
@@ -101,7 +102,7 @@ def make_trainer(job, folder):
         loop=TrainingLoop(max_steps=job["steps"], eval_frequency=None),
         checkpoint=Checkpoint(steps=job["checkpoint_steps"] or job["steps"], autoload_last_checkpoint=False),
         logging=Logging(log_steps=1, log_level="INFO"),
-        callbacks=[trained, StaticSparsity(job), OnlyTrained(), KeepNCheckpoints(1)],
+        callbacks=[trained, sparsity_of(job), OnlyTrained(job), KeepNCheckpoints(1)],
         loggers=[JsonLines(folder / "metrics.jsonl")],
         seed=job["seed"],
     )
@@ -241,18 +242,28 @@ def write_trained(job, folder, trainer):
         names = ["model." + name for name in job["shapes"]]
     saved = {name[len("model.") :]: torch.tensor(trained[name].float().numpy()) for name in names}
     save_file(saved, str(folder / "trained.safetensors"))
+    masks = ended_masks(job, trained)
+    if job["changes"]:
+        save_file(masks, str(folder / "trained_masks.safetensors"))
     # What is frozen on a wafer is not asked back: no optimizer has it.
     ended = {**start, **(trainer.model.state_dict() if job["target"] == "cpu" else {}), **trained}
-    changed = [name for name in start if name not in names and not torch.equal(ended[name], start[name])]
-    return {"steps": steps, "changed": sorted(changed), "zeros": count_zeros(job, ended)}
+    may_change = {*names, *("model." + name + "_mask" for name in masks if job["changes"])}
+    changed = [name for name in start if name not in may_change and not torch.equal(ended[name], start[name])]
+    return {"steps": steps, "changed": sorted(changed), "zeros": count_zeros(job, ended, masks)}
 
 
-def count_zeros(job, trained):
+def ended_masks(job, trained):
+    """{pruned weight: which of its elements are kept at the end}"""
+    if not job["changes"]:
+        return {name: keep for name, keep in keep_masks(job) if name in job["pruned"]}
+    return {name: torch.tensor(trained["model." + name + "_mask"].numpy()).bool() for name in job["pruned"]}
+
+
+def count_zeros(job, trained, masks):
     """{pruned weight: its zeros}; of a trained one, those among its pruned elements."""
     if job["trains"] == "adapters":
         return {name: int((trained["model." + name] == 0).sum()) for name in job["pruned"]}
-    masks = keep_masks(job)
-    return {name: int((trained["model." + name][~keep] == 0).sum()) for name, keep in masks if name in job["pruned"]}
+    return {name: int((trained["model." + name][~keep] == 0).sum()) for name, keep in masks.items()}
 
 
 def lowered(folder):

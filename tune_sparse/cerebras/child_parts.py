@@ -1,4 +1,4 @@
-"""What the child puts into Model Zoo's Trainer: what is trained, its sparsity, its schedule, its checkpoints.
+"""What the child puts into Model Zoo's Trainer: what is trained, its learning rates, its checkpoints.
 
 Of the site's environment, as the child is, and imported by it as a file beside it.
 """
@@ -71,54 +71,17 @@ class Weights(Callback):
         pass
 
 
-class Silent(cstorch.sparse.Static):
-    """Keeps zeros without a word to the compiler."""
+class OnlyTrained(Callback):
+    """Checkpoints without frozen weights, which are there from the start: a wafer takes minutes to give them back.
 
-    def csx_annotate_sparsity(self, parameter):
-        pass
-
-
-class StaticSparsity(Callback):
-    """Static sparsity of the pruned matrices, and of them alone: their zeros are annotated for the compiler, and kept
-    where the matrices are trained.
-
-    Model Zoo's own callback would also mask the adapters, or refuse weights that no optimizer has.
+    Masks are there too, unless they change.
     """
 
     def __init__(self, job):
-        self.annotated = job["annotated"]
-        self.is_trained = job["trains"] == "weights"
-        # In one order, however masks were read: the text of a graph lists its inputs.
-        self.names = sorted(job["pruned"] if self.is_trained else self.annotated)
-
-    def setup(self, trainer):
-        if not self.names:
-            return
-        group = cstorch.sparse.Group()
-        for name in self.names:
-            kind = cstorch.sparse.Static if name in self.annotated else Silent
-            algorithm = kind(sparsity=self.annotated.get(name, 0.5), init_method="from_zeros")
-            group.add(functools.partial(_is_named, "model." + name), algorithm)
-        trainer.model.apply(group)
-        if self.is_trained:
-            trainer.optimizer.apply(group)
-
-    def on_save_trainer_state(self, trainer, state_dict):
-        pass
-
-    def on_load_trainer_state(self, trainer, state_dict):
-        pass
-
-
-def _is_named(wanted, name, parameter):
-    return name == wanted
-
-
-class OnlyTrained(Callback):
-    """Checkpoints without frozen weights, which are there from the start: a wafer takes minutes to give them back."""
+        self.masks = {"model." + name + "_mask" for name in job["pruned"]} if job["changes"] else set()
 
     def postprocess_checkpoint(self, trainer, state_dict):
-        trained = {name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
+        trained = self.masks | {name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
         state_dict["model"] = {name: tensor for name, tensor in state_dict["model"].items() if name in trained}
 
     def on_save_trainer_state(self, trainer, state_dict):

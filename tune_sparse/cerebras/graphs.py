@@ -6,11 +6,12 @@ inputs of it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 
 from tune_sparse.cerebras.job import job_protocol
+from tune_sparse.cerebras.sparsity import ChangingMasks
 from tune_sparse.config.cerebras import EXACT, LEFT_OUT
 from tune_sparse.identity import hash_json
 from tune_sparse.ledger.run import Run
@@ -37,10 +38,19 @@ class Graph:
     """the sparsity that the compiler is told; where each matrix has its own, what prunes them so"""
     protocol: str
     """a hash of the settings that are constants in it"""
+    changing: ChangingMasks | None = None
+    """how its masks change; None where they stay"""
+
+    @property
+    def operations(self) -> Hashable:
+        """The same for graphs that differ in numbers alone."""
+        algorithm = self.changing.algorithm if self.changing else None
+        return replace(self, annotation=self.annotation is not None, changing=None), algorithm
 
     def summary(self) -> str:
         told = "" if self.annotation is None else f", annotated {self.annotation}"
-        return f"{self.model}, {self.trained} trained, {self.tokens} tokens{told}"
+        changed = "" if self.changing is None else f", masks changed by {self.changing.algorithm}"
+        return f"{self.model}, {self.trained} trained, {self.tokens} tokens{told}{changed}"
 
 
 def graph_of_run(run: Run, tokens: int, annotation: str) -> Graph:
@@ -56,6 +66,7 @@ def graph_of_run(run: Run, tokens: int, annotation: str) -> Graph:
         tokens,
         run.pruning_id or f"{run.cell.method} {told}" if told and annotation == EXACT else told,
         hash_json(constants),
+        ChangingMasks.from_run(run),
     )
 
 

@@ -9,6 +9,7 @@ start.mdl, resumed.mdl, model_dir/   what it works with, gone when it has ended
 restart.mdl, restart.json   a checkpoint and its step, where a training that was lost may go on
 metrics.jsonl         a line a step
 trained.safetensors   A and B, or the matrices, as trained
+trained_masks.safetensors   bool masks that the training ended with, where a schedule changed them
 report.json           seconds, steps, and whether the frozen weights are what they were
 child.log             its output
 cerebras_logs/        the client's own records of a job that failed
@@ -20,7 +21,6 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tune_sparse.cerebras.content_cache import cached
+from tune_sparse.cerebras.sparsity import ChangingMasks
 from tune_sparse.config import Cerebras, Protocol
 from tune_sparse.config.cerebras import LEFT_OUT, ROUNDED, ROUNDED_WITHIN
 from tune_sparse.data.batching import as_batch, example_tokens
@@ -38,12 +39,11 @@ from tune_sparse.errors import InputError
 from tune_sparse.files import write_json
 from tune_sparse.models.model_zoo import cerebras_name, hugging_face_name, interleaved, separated
 from tune_sparse.models.safetensors_io import TensorFiles, TensorWriter
-from tune_sparse.pruning.bit_masks import pack_bits
-from tune_sparse.pruning.masks import Masks
+from tune_sparse.pruning.bit_masks import BitMasks, pack_bits
 from tune_sparse.training.loop import batches
 
 CHILD = Path(__file__).parent / "child.py"
-TRAINED = "trained.safetensors"
+TRAINED, TRAINED_MASKS = "trained.safetensors", "trained_masks.safetensors"
 CLUSTER_OPTIONS = (
     *("num_csx", "mount_dirs", "python_paths", "automount"),
     *("num_workers_per_csx", "job_priority", "disable_version_check"),
@@ -55,8 +55,8 @@ CLUSTER_OPTIONS = (
 class Start:
     """The state that a training begins with. Matrices are named as in the Hugging Face checkpoint."""
 
-    masks: Masks
-    """bool, (O, I)"""
+    masks: BitMasks
+    """(O, I)"""
     updated: Mapping[str, Tensor]
     """matrices whose kept weights are not those of the checkpoint: (O, I)"""
     adapters: Mapping[str, tuple[Tensor, Tensor]]
@@ -65,10 +65,18 @@ class Start:
     head_dim: int
     sparsity: float
     """that was asked for, of which each matrix has its own"""
+    changing: ChangingMasks | None = None
+    """How masks change; None where they stay"""
 
-    @cached_property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: tuple(mask.shape) for name, mask in self.masks.items()}
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        return self.masks.shapes
+
+    @property
+    def kept(self) -> Mapping[str, Mapping[str, list[int]]]:
+        """The counts of `ChangingMasks`, by names of Model Zoo; nothing where masks stay."""
+        counts = self.changing.counts(self.shapes, self.masks.kept) if self.changing else {}
+        return {kind: {cerebras_name(n): found for n, found in known.items()} for kind, known in counts.items()}
 
 
 def write_job(
@@ -83,8 +91,10 @@ def write_job(
     compile_only: bool = False,
 ) -> None:
     """Write a training into a folder. restart: the checkpoint, and its step, from which the training goes on."""
-    shapes = start.shapes
+    shapes, counts = start.shapes, start.kept
     sparsities = write_masks(folder / "masks.safetensors", start)
+    for name, shape in shapes.items() if start.changing else ():
+        sparsities[cerebras_name(name)] = 1 - counts["kept"][cerebras_name(name)][-1] / prod(shape)
     if start.updated:
         write_updated(folder / "weights.safetensors", start)
     if start.adapters:
@@ -101,6 +111,7 @@ def write_job(
         "update_is_masked": start.update_is_masked,
         "pruned": [name for name, sparsity in sparsities.items() if sparsity],
         "annotated": annotated_sparsities(sparsities, start.sparsity, settings.sparsity_annotation),
+        "changes": start.changing.job(counts) if start.changing else None,
     }
     went = {"checkpoint_steps": settings.checkpoint_steps, "restart": restart}
     job = places | trained | went | job_protocol(protocol, seed) | job_appliance(settings, job_labels, compile_only)
@@ -262,6 +273,14 @@ def trained_adapters(folder: Path, head_dim: int) -> dict[str, tuple[Tensor, Ten
 def trained_weights(folder: Path, head_dim: int) -> Iterator[tuple[str, Tensor]]:
     """Yield each trained matrix (O, I) by its name in the Hugging Face checkpoint, read when it is asked for."""
     tensors = TensorFiles([folder / TRAINED])
+    for name in tensors:
+        weight = hugging_face_name(name)
+        yield weight, separated(weight, tensors[name], head_dim)
+
+
+def trained_masks(folder: Path, head_dim: int) -> Iterator[tuple[str, Tensor]]:
+    """Yield the mask (O, I) that each pruned matrix ended with, as `trained_weights` does."""
+    tensors = TensorFiles([folder / TRAINED_MASKS])
     for name in tensors:
         weight = hugging_face_name(name)
         yield weight, separated(weight, tensors[name], head_dim)

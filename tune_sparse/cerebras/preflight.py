@@ -38,10 +38,11 @@ from tune_sparse.models.model_zoo import cerebras_name
 from tune_sparse.models.safetensors_io import TensorFiles, weight_files
 from tune_sparse.modes import MODES
 from tune_sparse.pruning.methods import method_named
+from tune_sparse.schedules import SCHEDULES
 
 POLL_SECONDS = 0.2
-FLOAT_BYTES, SAVED_BYTES = 4, 12
-"""A weight's bytes on disk while a training runs: in float32; in a checkpoint, with AdamW's moments."""
+FLOAT_BYTES, SAVED_BYTES, MASK_BYTES = 4, 12, 1
+"""A weight's bytes on disk while a training runs: in float32; in a checkpoint, with AdamW's moments; its mask."""
 
 
 @dataclass(frozen=True)
@@ -131,11 +132,11 @@ def end_leftovers(ledger: Ledger, settings: Cerebras) -> Iterator[str]:
 def lower_all(
     config: SweepConfig, checkpoints: Mapping[str, Checkpoint], graphs: Sequence[Graph], ledger: Ledger
 ) -> Iterator[Lowering]:
-    """Lower graphs that will be trained, of those that differ in their annotation alone the last.
+    """Lower graphs that will be trained, of those that differ in numbers alone the last.
 
     Raises `RunError` that names what has no lowering.
     """
-    kinds = {replace(graph, annotation=graph.annotation is not None): graph for graph in graphs}
+    kinds = {graph.operations: graph for graph in graphs}
     for graph in kinds.values():
         folder = write_graph(config, checkpoints[graph.model], graph, ledger, Cerebras(cerebras_target="validate"))
         report = run_child(folder, config.protocol.threads)
@@ -194,6 +195,8 @@ def write_graph(
         adapters = {name: _no_adapter(shape, protocol.lora_rank) for name, shape in shapes.items()}
         save_file(named_adapters(adapters, checkpoint.dims.head_dim), folder / "adapter_start.safetensors")
     job = _graph_job(graph, {cerebras_name(name): list(shape) for name, shape in shapes.items()}, folder)
+    if graph.changing:
+        job["changes"] = graph.changing.job(graph.changing.counts_at_target(job["shapes"]))
     started = {"checkpoint_steps": None, "restart": None}
     of_appliance = job_appliance(settings, [label] if label else [], compile_only=label is not None)
     write_json(folder / "job.json", job | started | job_protocol(protocol, 0) | of_appliance)
@@ -211,6 +214,7 @@ def _graph_job(graph: Graph, shapes: dict[str, list[int]], folder: Path) -> dict
         "update_is_masked": graph.trained == "masked adapters",
         "pruned": list(shapes) if graph.trained == "masked weights" else [],
         "annotated": {} if told is None else dict.fromkeys(shapes, told),
+        "changes": None,
         "shapes": shapes,
         "examples": str((folder / "examples").resolve()),
         "masks": None,
@@ -242,16 +246,18 @@ def run_child(folder: Path, threads: int, label: str | None = None) -> dict[str,
 def working_bytes(config: SweepConfig, models: Iterable[ModelDims]) -> int:
     """Bound what the trainings at one time write while they run, those of the largest model. Adapters are small.
 
-    Each has what it begins with, the weights that its method or recovery updated, and what it trained, once more when
-    that is read back. With checkpoints the last stands beside the new one, and one that was lost has where it goes on
-    beside them.
+    Each has what it begins with, the weights that its method, recovery or level before updated, and what it trained,
+    with masks that changed, once more when that is read back. With checkpoints the last stands beside the new one, and
+    one that was lost has where it goes on beside them.
     """
     trains_weights = not all(MODES[mode].has_adapter for mode in config.modes)
-    saved = SAVED_BYTES if trains_weights else 0
+    schedules = [SCHEDULES[name] for name in config.schedules]
+    masks = MASK_BYTES if any(schedule.planner for schedule in schedules) else 0
+    saved = SAVED_BYTES + masks if trains_weights else 0
     is_recovered = any(protocol.recover != "none" for protocol in config.protocols)
     updates = is_recovered or any(method_named(name).updates_weights for name in config.methods)
-    updated = FLOAT_BYTES if updates else 0
-    working = FLOAT_BYTES + updated + saved + (FLOAT_BYTES if trains_weights else 0)
+    updated = FLOAT_BYTES if updates or any(schedule.in_levels for schedule in schedules) else 0
+    working = FLOAT_BYTES + updated + saved + (FLOAT_BYTES + masks if trains_weights else 0)
     if config.cerebras.checkpoint_steps is not None:
         kept, resumed = saved, FLOAT_BYTES + saved
         working += saved + kept + resumed

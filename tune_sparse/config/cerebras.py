@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 from tune_sparse.config.axes import settings_of
 from tune_sparse.config.options import option, rule
 from tune_sparse.config.protocol import Protocol
+from tune_sparse.config.schedule_settings import check_on_cerebras
 from tune_sparse.errors import unknown_name
 from tune_sparse.modes import MODES
-from tune_sparse.schedules import ONE_SHOT
 
 if TYPE_CHECKING:
     from tune_sparse.config import SweepConfig
@@ -187,12 +187,7 @@ class Cerebras:
 
 def check_cerebras(config: SweepConfig) -> None:
     """Raise `InputError` for what the backend cerebras cannot train, of a sweep that has it."""
-    rule(
-        config.schedules == (ONE_SHOT,),
-        f"the backend cerebras trains with fixed masks, so its only schedule is {ONE_SHOT}",
-        config.schedules,
-        "Leave the others out, or train on torch.",
-    )
+    check_on_cerebras(config.schedules, config.schedule_settings)
     masked = [mode for mode in config.modes if MODES[mode].masks_update]
     rule(
         not (config.protocol.lora_dropout and masked and any(config.sparsities)),

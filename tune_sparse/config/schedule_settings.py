@@ -114,6 +114,22 @@ def check_schedules(
     rule(not above, f"levels lie below the largest sparsity of the sweep, {max(sparsities):g}", above, "Leave it out.")
 
 
+def check_on_cerebras(schedules: Sequence[str], settings: ScheduleSettings) -> None:
+    """Raise `InputError` for a setting that a training on Cerebras cannot follow as one here does."""
+    refused = {
+        "revivable": (False, "prunes weights in place, so that none is trained on below its mask"),
+        "restart_learning_rate": (True, "begins the learning rate of each training anew"),
+    }
+    for name, (needed, reason) in refused.items():
+        is_read = any(name in SCHEDULES[schedule].settings for schedule in schedules)
+        rule(
+            not is_read or getattr(settings, name) is needed,
+            f"the backend cerebras {reason}: {name} must be {str(needed).lower()} with it",
+            getattr(settings, name),
+            "Leave it out, or train on torch.",
+        )
+
+
 def _check_updates(schedule: str, settings: ScheduleSettings, steps: int) -> None:
     facts = SCHEDULES[schedule]
     if facts.planner is None:

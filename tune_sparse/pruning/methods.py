@@ -7,7 +7,7 @@ SCORE[-ALLOCATION][-PATTERN], what is left out being uniform and element-wise: `
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from itertools import product
 
@@ -126,15 +126,15 @@ def method_named(name: str) -> Method:
     raise unknown_name("method", name, METHODS)
 
 
-def check_schedule(name: str, schedule: str) -> None:
-    """Raise `InputError` for a method whose masks a schedule cannot make or keep."""
-    if reason := _unfollowable(method_named(name), schedule):
+def check_schedule(name: str, schedule: str, backends: Collection[str] = ()) -> None:
+    """Raise `InputError` for a method whose masks a schedule cannot make or keep, somewhere that a sweep trains."""
+    if reason := _unfollowable(method_named(name), schedule, backends):
         raise InputError(
             f"a method must suit its schedule, got {name!r} with {schedule!r}: {reason}. Sweep one without the other."
         )
 
 
-def _unfollowable(method: Method, schedule: str) -> str | None:
+def _unfollowable(method: Method, schedule: str, backends: Collection[str]) -> str | None:
     facts = SCHEDULES[schedule]
     if method.fixed_sparsity is not None and schedule != ONE_SHOT and not facts.grows:
         return f"{method.pattern} has one sparsity, and there are others on the way"
@@ -142,4 +142,6 @@ def _unfollowable(method: Method, schedule: str) -> str | None:
         return f"its updates change single weights, so that masks would not stay {method.pattern}"
     if facts.starts_dense and method.needs != Needs():
         return "its updates know the weights alone, so that only magnitude can score them"
+    if facts.starts_dense and method.allocation == "global" and "cerebras" in backends:
+        return "on the backend cerebras an update knows one matrix alone, and cannot compare those of the whole model"
     return None

@@ -317,7 +317,7 @@ def check_names(config: SweepConfig) -> None:
                 "Set calibration_order=dense, or leave the method out."
             )
     for method, schedule in product(config.methods, config.schedules):
-        check_schedule(method, schedule)
+        check_schedule(method, schedule, config.backends)
     check_axes_are_read(config, requested_cells(config))
 
 
