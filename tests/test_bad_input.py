@@ -280,9 +280,9 @@ def nan_weight(model: Path) -> None:
         (config_list, r"/model/config\.json must"),
         (
             other_class,
-            r"class .* must be LlamaForCausalLM or MistralForCausalLM, .*config\.json says BertForMaskedLM\.",
+            r"class .* must be LlamaForCausalLM or .*, .*config\.json says BertForMaskedLM\.",
         ),
-        (no_class, r"class .* must be LlamaForCausalLM or MistralForCausalLM, .*config\.json says no class at all\."),
+        (no_class, r"class .* must be LlamaForCausalLM or .*, .*config\.json says no class at all\."),
         (no_size, r"config\.json.*num_attention_heads"),
         (cut_weights, r"/model/model\.safetensors must be a safetensors file: .+ Fetch it again\."),
         (missing_shard, r"safetensors weights, .*/model-00001-of-00002\.safetensors is missing\. Fetch it\."),
