@@ -230,6 +230,8 @@ def test_a_run_leaves_its_record_and_every_file(mode: str, make_run: MakeRun, le
     expected |= {"metrics.jsonl", "git_sha.txt", "examples.parquet", kept}
     if mode == "sparse-to-dense":
         expected.add("examples_before_merge.parquet")
+    if mode == "masked-finetuning":
+        expected.add("dynamics.jsonl")
     assert {path.name for path in folder.iterdir()} == expected
     assert (record.metrics["accuracy_before_merge"] is not None) == (mode == "sparse-to-dense")
     assert record.metrics["actual_sparsity"] == pytest.approx(run.cell.sparsity, abs=0.001)

@@ -99,7 +99,10 @@ def test_the_longest_measured_comes_first_and_blocks_stay_together(plan: Plan, t
     seconds = {"small gsm8k 0": 40.0, "large boolq 0": 30.0, "small boolq 1": 20.0, "large gsm8k 1": 10.0}
     for run, name in zip(runs(), names(runs()), strict=True):
         if name in seconds:
-            ledger.write_record(run, replace(done_record(run), measured={"trial_seconds": seconds[name]}))
+            ledger.write_record(
+                run,
+                replace(done_record(run), measured=dict.fromkeys(("trial_seconds", "train_seconds"), seconds[name])),
+            )
     left = [run for run, name in zip(runs(), names(runs()), strict=True) if name not in seconds]
     assert names(longest_first(plan, ledger, left)) == [
         *("small gsm8k 1", "large boolq 1", "small boolq 0", "large gsm8k 0"),

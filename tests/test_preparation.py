@@ -18,6 +18,7 @@ from tune_sparse.sweep import driver
 from tune_sparse.sweep.driver import run_sweep
 from tune_sparse.sweep.examples import read_examples
 from tune_sparse.sweep.preparation import prepare
+from tune_sparse.sweep.wanted import WantedRuns
 
 BOOLQ_ONCE = {"boolq/train.jsonl": 1, "boolq/validation.jsonl": 1}
 
@@ -62,8 +63,8 @@ def test_a_dry_run_with_pilots_reads_each_file_of_examples_once(
 ) -> None:
     begun: list[str] = []
 
-    def begin(plan: Any, ledger: Ledger, missing: Any, *_: Any) -> tuple[None, int]:
-        begun.extend(run.run_id for run in missing)
+    def begin(plan: Any, ledger: Ledger, wanted: WantedRuns, *_: Any) -> tuple[None, int]:
+        begun.extend(run.run_id for run in wanted.missing)
         return None, 1
 
     monkeypatch.setattr(driver, "_tune", begin)

@@ -97,7 +97,9 @@ SMALL = ModelDims(2, 1, 1, 1, 2, 2, 9, sliding_window=None, max_positions=8)
 
 def test_a_new_score_is_a_function_and_a_table_entry(monkeypatch: pytest.MonkeyPatch) -> None:
     added = add_score(monkeypatch, "inverse", Score(lambda weight, inputs: 1 / (1 + weight.abs())))
-    assert [*added] == ["inverse", "inverse-structured", "inverse-2:4", "inverse-4:8", "inverse-global", "inverse-owl"]
+    assert [*added] == [
+        *("inverse", "inverse-structured", "inverse-2:4", "inverse-4:8", "inverse-global", "inverse-owl", "inverse-erk")
+    ]
     assert [name for name, method in added.items() if method.is_calibrated] == ["inverse-owl"]
     found = make_masks("inverse", {UP: torch.tensor([[1.0, -4.0], [2.0, 3.0]])}, SMALL, 0.5, seed=0)
     assert found[UP].int().tolist() == [[1, 0], [1, 0]]
@@ -111,7 +113,7 @@ def test_the_entry_of_a_new_score_states_what_it_needs_and_refuses(monkeypatch: 
         refuses={"global": "rows alone compare", "structured": "rows alone compare"},
     )
     added = add_score(monkeypatch, "fisher", entry)
-    assert [*added] == ["fisher", "fisher-2:4", "fisher-4:8", "fisher-owl"]
+    assert [*added] == ["fisher", "fisher-2:4", "fisher-4:8", "fisher-owl", "fisher-erk"]
     assert all(method.needs.gradients for method in added.values())
     statistics = CalibrationStats(gradients={UP: torch.tensor([[5.0, 4.0], [1.0, 2.0]])})
     found = make_masks("fisher", {UP: torch.ones(2, 2)}, SMALL, 0.5, seed=0, statistics=statistics)

@@ -130,7 +130,7 @@ def make_points(w: World, rng: np.random.Generator) -> Points:
         base = {"backend": "torch", "model": f"m{m}", "task": f"t{t}", "method": "unstructured", "protocol_id": "p"}
         mode_name = ("sparse-to-dense", "sparse-to-sparse")[mode]
         rows.append(base | {"seed": seed, "mode": mode_name, "sparsity": (cell + 1) / 10, "status": "done"})
-        rows[-1]["comparable"] = True
+        rows[-1] |= {"schedule": "one-shot", "comparable": True}
         rows[-1]["run_id"] = run
         tasks, ids = np.full(w.examples, f"t{t}", object), np.array([f"{t} {k}" for k in range(w.examples)], object)
         predictions[run] = Predictions(tasks, ids, (rng.random(w.examples) < 0.7).astype(float), run, None)

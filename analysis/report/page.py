@@ -28,7 +28,7 @@ from analysis.report.runs import relative_link
 from analysis.stats.claims import QUESTIONS, Claim
 from analysis.stats.comparisons import BASE
 from analysis.stats.sparsity_claims import PASS_MARK
-from tune_sparse.modes import DENSE, dense_mode
+from tune_sparse.modes import MODES, dense_mode
 
 TEMPLATES = Path(__file__).parent / "templates"
 DIGITS = 6
@@ -240,7 +240,7 @@ def _passing(content: Content) -> tuple[list[str], list[dict[str, Any]]]:
         dense = dense[(dense["sparsity"] == 0) & (dense["mode"].map(dense_mode) == mode)]
         lines.append(
             {
-                "model": f"{model}{f', {backend}' if several else ''}{'' if mode == DENSE else f', {mode}'}",
+                "model": f"{model}{f', {backend}' if several else ''}{'' if MODES[str(mode)].has_adapter else f', {mode}'}",
                 "task": task,
                 "metric": first["metric"],
                 "dense": rounded(first["dense"], first["dense_spread"]),

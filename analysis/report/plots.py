@@ -12,8 +12,7 @@ from matplotlib.ticker import LogFormatter
 
 from analysis.read.seeds import curve_names, over_seeds, schedule_in, spread, spread_words
 from analysis.report.style import LABELS, MARKERS, SPARSITY, STYLES, assign_colours, legend_below, panels
-from tune_sparse.modes import DENSE as DENSE_MODE
-from tune_sparse.modes import dense_mode
+from tune_sparse.modes import MODES, dense_mode
 from tune_sparse.schedules import SCHEDULES
 
 DENSE: dict[str, Any] = {"color": "black", "lw": 0.9, "ls": (0, (6, 2, 1, 2))}
@@ -96,7 +95,7 @@ def _dense_rows(cells: pd.DataFrame) -> pd.DataFrame:
 
 
 def _dense_style(mode: Any) -> dict[str, Any]:
-    return DENSE if mode == DENSE_MODE else {**DENSE, "color": "0.55"}
+    return DENSE if MODES[mode].has_adapter else {**DENSE, "color": "0.55"}
 
 
 def pruned_before_tuning(done: pd.DataFrame, column: str) -> pd.DataFrame:
@@ -121,7 +120,7 @@ def _legend(colours: dict[Any, str], done: pd.DataFrame, column: str) -> list[Li
     if len(pruned_before_tuning(done, column)):
         handles.append(Line2D([], [], color="0.2", label="before tuning", **PRUNED_BASELINE))
     for mode in _dense_rows(done)["mode"].unique():
-        label = "dense baseline" if mode == DENSE_MODE else f"dense baseline, {mode}"
+        label = "dense baseline" if MODES[mode].has_adapter else f"dense baseline, {mode}"
         handles.append(Line2D([], [], label=label, **_dense_style(mode)))
     if column == "accuracy":
         handles.append(Line2D([], [], label="chance", **CHANCE))

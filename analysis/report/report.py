@@ -37,7 +37,7 @@ from tune_sparse.errors import InputError, NotReadyError
 from tune_sparse.files import write_json, write_text
 from tune_sparse.ledger.curves import KEY, KnownCurve, curve_lines
 from tune_sparse.ledger.reader import MergedLedger
-from tune_sparse.modes import DENSE
+from tune_sparse.modes import MODES
 from tune_sparse.schedules import ONE_SHOT
 
 
@@ -166,7 +166,7 @@ def highest_lines(performance: pd.DataFrame) -> list[str]:
     several = passing["backend"].nunique() > 1
     for (backend, model, task, mode), rows in passing.groupby([*BASE, "dense_mode"], sort=False):
         first, on = rows.iloc[0], f" on {backend}" if several else ""
-        on += "" if mode == DENSE else f" by {mode}"
+        on += "" if MODES[str(mode)].has_adapter else f" by {mode}"
         lines.append(f"  {model}, {task}{on} (dense {first['metric']} {first['dense']:.3f}):")
         for method, same in rows.groupby("method", sort=False):
             tuned = same["mode"].where(same["schedule"] == ONE_SHOT, same["mode"] + " " + same["schedule"])

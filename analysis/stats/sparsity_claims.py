@@ -29,7 +29,7 @@ from analysis.stats.comparisons import ALL_BASES, BASE, OF_DENSE, Points, correc
 from analysis.stats.paired import LEVEL
 from analysis.stats.scopes import FEWEST_SEEDS, Scope, Scoped
 from analysis.stats.statistics import wilson
-from tune_sparse.modes import DENSE
+from tune_sparse.modes import MODES
 
 PASS_MARKS = (0.02, 0.05, 0.10)
 PASS_MARK = PASS_MARKS[-1]
@@ -41,7 +41,7 @@ def sparsity_claims(points: Points, imported: Sequence[Imported]) -> Iterator[Cl
     for (*base, mode), dense in points.dense.groupby([*BASE, "dense_mode"], sort=True):
         if dense["accuracy"].isna().all():
             continue
-        about = ", ".join(map(str, base if mode == DENSE else (*base, mode)))
+        about = ", ".join(map(str, base if MODES[str(mode)].has_adapter else (*base, mode)))
         curves = points.measured[(points.measured[BASE] == base).all(axis=1)]
         curves = curves.merge(dense[OF_DENSE], on=OF_DENSE)
         pruned = curves[curves["comparable"].astype(bool)]
