@@ -238,9 +238,10 @@ def _passing(content: Content) -> tuple[list[str], list[dict[str, Any]]]:
         first = rows.iloc[0]
         dense = done[(done["backend"] == backend) & (done["model"] == model) & (done["task"] == task)]
         dense = dense[(dense["sparsity"] == 0) & (dense["mode"].map(dense_mode) == mode)]
+        parts = (model, backend if several else "", "" if MODES[str(mode)].has_adapter else mode)
         lines.append(
             {
-                "model": f"{model}{f', {backend}' if several else ''}{'' if MODES[str(mode)].has_adapter else f', {mode}'}",
+                "model": ", ".join(str(part) for part in parts if part),
                 "task": task,
                 "metric": first["metric"],
                 "dense": rounded(first["dense"], first["dense_spread"]),
