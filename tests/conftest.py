@@ -217,6 +217,15 @@ def empty_store(once: Once) -> Path:
     return once("mlflow", make) / "mlflow.db"
 
 
+@pytest.fixture
+def results(tmp_path: Path, empty_store: Path) -> Path:
+    """A results folder in which MLflow's database is made already, which takes a sweep seconds."""
+    folder = tmp_path / "results"
+    folder.mkdir()
+    shutil.copy(empty_store, folder)
+    return folder
+
+
 @pytest.fixture(scope="module")
 def local_ray() -> Iterator[None]:
     """A Ray cluster of this process: two cores, a token of each kind of hardware."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import signal
 import time
 from pathlib import Path
@@ -28,14 +27,6 @@ def brackets(driver: Driver) -> list[Bracket]:
 def written(driver: Driver) -> dict[str, int]:
     """When each run was."""
     return {run: (driver.ledger.run_folder(run) / "result.json").stat().st_mtime_ns for run in driver.done()}
-
-
-@pytest.fixture
-def results(tmp_path: Path, empty_store: Path) -> Path:
-    folder = tmp_path / "results"
-    folder.mkdir()
-    shutil.copy(empty_store, folder)
-    return folder
 
 
 @pytest.fixture

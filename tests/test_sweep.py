@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -98,15 +97,6 @@ def finished(smoke: list[str], tmp_path_factory: pytest.TempPathFactory) -> Driv
     assert status == 0, printed
     assert re.search(r"Results: after tuning.*\nmodel +task .* before after ", printed), "and without a report, too"
     return driver
-
-
-@pytest.fixture
-def results(tmp_path: Path, empty_store: Path) -> Path:
-    """A results folder in which MLflow's database is made already, which takes a sweep seconds."""
-    folder = tmp_path / "results"
-    folder.mkdir()
-    shutil.copy(empty_store, folder)
-    return folder
 
 
 def compute_metrics(driver: Driver) -> dict[str, dict[str, object]]:

@@ -71,7 +71,7 @@ class MaskSchedule:
         dropped = drop_count(weight.numel(), kept, update.drop_fraction)
         if self.grows == "random":
             growth = random_growth(weight, self.seed, update.step, name)
-        else:
+        else:  # a matrix that no token of the step reached has no gradient: it is 0
             growth = weight.new_zeros(weight.shape) if weight.grad is None else weight.grad
         return regrow(weight.detach(), masks[name], kept, dropped, growth)
 
